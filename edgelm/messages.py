@@ -1,0 +1,185 @@
+"""The messages that travel between the rooms: frozen, slotted dataclasses, validated where they are made.
+
+Knows nothing of models, threads or wires. Ranges and defaults of the sampling parameters are stated here and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from edgelm.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+RANGES: Final[dict[str, tuple[float, float]]] = {
+    "max_tokens": (1, 1_000_000),
+    "temperature": (0.0, 100.0),
+    "top_k": (0, 10_000_000),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "seed": (0, 2**63 - 1),
+    "logprobs": (0, 20),
+}
+"""Allowed values of each number, both ends included."""
+
+MAX_STOPS: Final = 16
+"""How many stop strings a request may carry."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 are off.
+
+    Raises `RequestError("bad_request")` when a value has the wrong type or lies outside `RANGES`.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int = 0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is None and name == "seed":
+                continue
+            whole = isinstance(low, int)
+            kinds = (int,) if whole else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+                raise RequestError("bad_request", f"{name} must be {'an integer' if whole else 'a number'}")
+            if not low <= value <= high:
+                raise RequestError("bad_request", f"{name} must lie in [{low}, {high}], got {value}")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError("bad_request", "ignore_eos must be true or false")
+        if len(self.stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in self.stop):
+            raise RequestError("bad_request", f"stop must be at most {MAX_STOPS} non-empty strings")
+
+    def replace(self, **changes: Any) -> SamplingParams:
+        """Return a copy with some values changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the answer must look like: a JSON schema, a regular expression, a Lark grammar, or one of several choices."""
+
+    kind: Literal["json_schema", "regex", "lark", "choices"]
+    value: str | tuple[str, ...]
+    """JSON text of the schema, the pattern, the grammar, or the choices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One thing to answer: exactly one of `prompt`, `messages` and `tokens` is given."""
+
+    id: str
+    sampling: SamplingParams
+    prompt: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    tokens: tuple[int, ...] | None = None
+    constraint: Constraint | None = None
+    deadline: float | None = None
+    """When to stop, in seconds of `time.monotonic`; None is never."""
+
+    def __post_init__(self) -> None:
+        if sum(given is not None for given in (self.prompt, self.messages, self.tokens)) != 1:
+            raise RequestError("bad_request", "give exactly one of prompt, messages and tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts: `cached_tokens` of the prompt were not computed again, `forced_tokens` of the answer not sampled."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    forced_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Milliseconds from submission, and tokens per second from the first token to the last."""
+
+    queue_ms: float = 0.0
+    ttft_ms: float = 0.0
+    total_ms: float = 0.0
+    tok_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of one token under the model's own distribution, and the likeliest alternatives."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form of interface and wire."""
+        return {
+            "token": self.token,
+            "logprob": self.logprob,
+            "top": [{"token": token, "logprob": logprob} for token, logprob in self.top],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer. `error` is set exactly when `finish_reason` is "error"."""
+
+    id: str
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage = field(default_factory=Usage)
+    timing: Timing = field(default_factory=Timing)
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    error: RequestError | None = None
+
+    @property
+    def json(self) -> Any:
+        """The answer parsed as JSON; None where it is not JSON."""
+        try:
+            return json.loads(self.text)
+        except ValueError:
+            return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        return {
+            "text": self.text,
+            "tokens": list(self.tokens),
+            "finish_reason": self.finish_reason,
+            "usage": dataclasses.asdict(self.usage),
+            "timing": {name: round(value, 3) for name, value in dataclasses.asdict(self.timing).items()},
+            "logprobs": None if self.logprobs is None else [entry.to_dict() for entry in self.logprobs],
+            "json": self.json,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer. The last one has `done` and carries the whole `completion`; its delta may be empty.
+
+    Deltas joined in order of `seq` equal `completion.text`.
+    """
+
+    id: str
+    seq: int
+    delta: str
+    token: int | None
+    done: bool = False
+    completion: Completion | None = None
