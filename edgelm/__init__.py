@@ -1,0 +1,1 @@
+"""edgelm: small language models on a board."""
