@@ -1,0 +1,221 @@
+"""The on-disk bundle: its manifest's schema, reading, writing, hashes. Sole owner of the format.
+
+A bundle is a directory with `manifest.json`, an ONNX graph with its weights, and `tokenizer.json`. The manifest
+lists every other file with its size and SHA-256; opening a bundle checks them all. Knows nothing of ONNX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from edgelm.errors import BundleError, RequestError
+from edgelm.messages import SamplingParams
+
+SCHEMA: Final = 1
+"""Version of the manifest's schema that this program writes; it reads this one and older ones."""
+
+MANIFEST: Final = "manifest.json"
+BUILTIN: Final = "builtin"
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Shape of the key/value cache that the graph reads and writes, one pair a layer."""
+
+    kind: Literal["shared", "growing"]
+    """`shared`: one preallocated buffer is past and present; `growing`: the graph returns a longer copy."""
+    layers: int
+    kv_heads: int
+    head_size: int
+
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token occupies (float32)."""
+        return 2 * 4 * self.layers * self.kv_heads * self.head_size
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """How one weight matrix is stored: `bits` 32 is float32; `columns` is the input width."""
+
+    name: str
+    rows: int
+    columns: int
+    bits: int
+    block_size: int | None = None
+    symmetric: bool = True
+    accuracy_level: int | None = None
+    method: str | None = None
+
+    def bytes(self) -> int:
+        """Bytes of weights, scales (float32, one a block) and zero points."""
+        if self.block_size is None:
+            return self.rows * self.columns * self.bits // 8
+        blocks = -(-self.columns // self.block_size)
+        zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        return self.rows * (blocks * self.block_size * self.bits // 8 + blocks * 4 + zero_points)
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """Size and SHA-256 (hex) of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything a runtime needs to know about a bundle before it opens the graph."""
+
+    architecture: str
+    context: int
+    vocab_size: int
+    cache: Cache
+    quant: str
+    matrices: tuple[Matrix, ...]
+    bos_token: int | None
+    eos_tokens: tuple[int, ...]
+    parameters: int
+    shapes: Mapping[str, int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    chat_template: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    made_with: Mapping[str, str] = field(default_factory=dict)
+    quality: Mapping[str, Any] | None = None
+    via: Literal["native", "optimum"] = "native"
+    graph: str = "model.onnx"
+    files: Mapping[str, File] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight over all matrices, scales and zero points included."""
+        weights = sum(matrix.rows * matrix.columns for matrix in self.matrices)
+        return 8 * sum(matrix.bytes() for matrix in self.matrices) / max(weights, 1)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the manifest itself, which fixes every other file."""
+        return hashlib.sha256(to_json(self).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened, verified bundle."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def graph(self) -> Path:
+        """The ONNX file."""
+        return self.path / self.manifest.graph
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer.json of the Hugging Face tokenizers library."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files on disk, the manifest not counted."""
+        return sum(file.bytes for file in self.manifest.files.values())
+
+
+def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
+    """Open the bundle at `path`; `"builtin"` names the one inside the package.
+
+    With `verify` every file's size and SHA-256 is checked. Raises `BundleError` for a missing or foreign directory,
+    a newer schema, a missing file or a wrong hash.
+    """
+    root = Path(__file__).parent / "builtin" if str(path) == BUILTIN else Path(path)
+    if not root.is_dir():
+        raise BundleError(f"{root} is not a directory; a bundle is what `edgelm export` writes")
+    try:
+        text = (root / MANIFEST).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BundleError(f"{root} has no {MANIFEST}: it is not a bundle; `edgelm export` makes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{root / MANIFEST} cannot be read: {error}") from error
+    manifest = from_json(text, str(root / MANIFEST))
+    if verify:
+        _verify(root, manifest)
+    return Bundle(root, manifest)
+
+
+def seal(root: Path, manifest: Manifest) -> Manifest:
+    """Hash every file in `root`, write the manifest there, and return it with the hashes."""
+    names = sorted(file.name for file in root.iterdir() if file.name != MANIFEST)
+    files = {name: File((root / name).stat().st_size, _sha256(root / name)) for name in names}
+    sealed = dataclasses.replace(manifest, files=files)
+    (root / MANIFEST).write_text(to_json(sealed), encoding="utf-8")
+    return sealed
+
+
+def to_json(manifest: Manifest) -> str:
+    """Write the manifest as JSON text; the same manifest gives the same bytes."""
+    return json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str, where: str) -> Manifest:
+    """Read a manifest; `where` names it in errors. Raises `BundleError`."""
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{where} is not JSON: {error}") from error
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if not isinstance(schema, int) or isinstance(schema, bool):
+        raise BundleError(f"{where} is not a manifest of edgelm: it has no schema number")
+    if schema > SCHEMA:
+        raise BundleError(f"{where} has schema {schema}, this edgelm reads up to {SCHEMA}: upgrade edgelm")
+    try:
+        sampling = dict(raw["sampling"])
+        return Manifest(
+            **{
+                **raw,
+                "cache": Cache(**raw["cache"]),
+                "matrices": tuple(Matrix(**matrix) for matrix in raw["matrices"]),
+                "eos_tokens": tuple(raw["eos_tokens"]),
+                "sampling": SamplingParams(**{**sampling, "stop": tuple(sampling["stop"])}),
+                "files": {_plain_name(name): File(**file) for name, file in raw["files"].items()},
+                "graph": _plain_name(raw["graph"]),
+            }
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RequestError) as error:
+        raise BundleError(f"{where} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _plain_name(name: str) -> str:
+    """Refuse a name that would lead out of the bundle."""
+    if not name or Path(name).name != name:
+        raise ValueError(f"{name!r} is not a plain file name")
+    return name
+
+
+def _verify(root: Path, manifest: Manifest) -> None:
+    for required in (manifest.graph, "tokenizer.json"):
+        if required not in manifest.files:
+            raise BundleError(f"{root / MANIFEST} is damaged: it does not list {required}")
+    for name, expected in manifest.files.items():
+        file = root / name
+        if not file.is_file():
+            raise BundleError(f"{root} is incomplete: {name} is missing; export or copy the bundle again")
+        size = file.stat().st_size
+        if size != expected.bytes:
+            raise BundleError(f"{file} is damaged: it has {size} bytes, the manifest says {expected.bytes}")
+        if _sha256(file) != expected.sha256:
+            raise BundleError(f"{file} is damaged: its SHA-256 is not the manifest's; export or copy it again")
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,67 @@
+"""Constants of the graph: small ones inside model.onnx, large ones appended to one external data file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import StringStringEntryProto, TensorProto, helper, numpy_helper
+
+INLINE_BYTES: Final = 4096
+"""Arrays up to this size stay inside model.onnx."""
+
+ALIGNMENT: Final = 4096
+"""External tensors start on page boundaries, so that a runtime can map them."""
+
+
+class Initializers:
+    """Collects tensors by name; writes each large one to the data file at once and forgets it."""
+
+    def __init__(self, data_file: Path) -> None:
+        self._path = data_file
+        self._stream = data_file.open("wb")
+        self.tensors: dict[str, TensorProto] = {}
+
+    def __enter__(self) -> Initializers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def add(self, name: str, array: NDArray[Any]) -> str:
+        """Store an array under a new name and return the name."""
+        if name in self.tensors:
+            raise AssertionError(f"initializer {name} added twice")
+        if array.nbytes <= INLINE_BYTES:
+            self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+            return name
+        offset = -(-self._stream.tell() // ALIGNMENT) * ALIGNMENT
+        self._stream.seek(offset)
+        np.ascontiguousarray(array).tofile(self._stream)
+        self.tensors[name] = self._external(name, array.dtype, array.shape, offset, array.nbytes)
+        return name
+
+    def alias(self, name: str, of: str, shape: tuple[int, ...], *, keep: bool) -> str:
+        """Name the bytes of another tensor under another shape: stored once, mapped once. Without `keep` a rename."""
+        tensor = TensorProto()
+        tensor.CopyFrom(self.tensors[of])
+        tensor.name = name
+        tensor.dims[:] = shape
+        self.tensors[name] = tensor
+        if not keep:
+            del self.tensors[of]
+        return name
+
+    def _external(
+        self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int, length: int
+    ) -> TensorProto:
+        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(dtype), dims=shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self._path.name), ("offset", str(offset)), ("length", str(length))):
+            tensor.external_data.append(StringStringEntryProto(key=key, value=value))
+        return tensor
