@@ -1,0 +1,154 @@
+"""What is known of each board beforehand: one TOML file a board, read and validated here.
+
+Knows nothing of the machine it runs on: `board.py` looks at that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from edgelm.errors import DeviceError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PROFILES: Final = Path(__file__).parent
+"""The folder of the profiles that ship with edgelm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How the board is told from others. `device_tree`: beginnings of /proc/device-tree/model."""
+
+    machine: str
+    """What `uname -m` prints."""
+    device_tree: tuple[str, ...] = ()
+    implementer: str | None = None
+    """"CPU implementer" of /proc/cpuinfo, hexadecimal, as "0x41" for Arm."""
+    part: str | None = None
+    """"CPU part" of /proc/cpuinfo, hexadecimal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """The processor: clock in MHz, features as /proc/cpuinfo spells them, threads for inference."""
+
+    core: str
+    cores: int
+    max_mhz: int
+    features: tuple[str, ...]
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Sizes sold, in GB, and the bandwidth in GB/s (1e9 bytes) with where that figure is from."""
+
+    sizes_gb: tuple[int, ...]
+    bandwidth_gb_s: float
+    bandwidth_source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Emulation:
+    """QEMU's name for the processor, and the part number that this processor goes by."""
+
+    qemu_cpu: str
+    part: str
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What is known of a board. A part that is None is not known: the profile stands for many machines."""
+
+    name: str
+    title: str
+    match: Match
+    cpu: Cpu | None = None
+    memory: Memory | None = None
+    emulation: Emulation | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the profile as JSON-ready values."""
+        return dataclasses.asdict(self)
+
+
+def load_profiles(folder: Path = PROFILES) -> dict[str, Profile]:
+    """Read every profile of a folder, by name, in alphabetical order."""
+    return {profile.name: profile for profile in map(read_profile, sorted(folder.glob("*.toml")))}
+
+
+def load_profile(name: str) -> Profile:
+    """Return the profile of that name, or the one in the file, where `name` is a path that ends in .toml.
+
+    Raises
+    ------
+    DeviceError
+        No such profile, or a file that is not a valid one.
+    """
+    if name.endswith(".toml"):
+        return read_profile(Path(name))
+    profiles = load_profiles()
+    if name not in profiles:
+        raise DeviceError(
+            f"no board is called {name!r}; known: {', '.join(profiles)}, or the path of a .toml file"
+        )
+    return profiles[name]
+
+
+def read_profile(path: Path) -> Profile:
+    """Read one TOML file. Raises `DeviceError` on unknown, missing or wrongly typed keys."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeviceError(f"cannot read the board profile {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise DeviceError(f"{path} is not TOML: {error}") from error
+    return _build(Profile, table, f"{path.name}: ")
+
+
+T = TypeVar("T")
+
+
+def _build(kind: type[T], table: Mapping[str, Any], where: str) -> T:
+    """Make a dataclass of a TOML table; `where` prefixes the names of its keys in errors."""
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(set(table) - set(hints)):
+        raise DeviceError(f"{where}unknown key {', '.join(unknown)}; allowed: {', '.join(hints)}")
+    needed = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING  # type: ignore[arg-type]
+    ]
+    if missing := [name for name in needed if name not in table]:
+        raise DeviceError(f"{where}missing key {', '.join(missing)}")
+    return kind(**{name: _value(hints[name], value, where + name) for name, value in table.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """Check one TOML value against a field's type: a scalar, a tuple of scalars, or another dataclass."""
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind not in (type(None), Ellipsis)]
+    kind = kinds[0]
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise DeviceError(f"{where} must be a list")
+        return tuple(_value(kind, entry, where) for entry in value)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise DeviceError(f"{where} must be a table")
+        return _build(kind, value, where + ".")  # type: ignore[arg-type]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise DeviceError(f"{where} must be of type {kind.__name__}, got {value!r}")
+    return value
