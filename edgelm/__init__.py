@@ -1,1 +1,52 @@
-"""edgelm: small language models on a board."""
+"""edgelm: small language models on a board.
+
+>>> import edgelm
+>>> with edgelm.load("builtin") as lm:
+...     print(lm.generate("play some jazz by Miles Davis on spotify").text)
+
+Importing this package loads neither onnxruntime, numba nor paho: names are resolved when they are first used (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from edgelm._version import __version__
+
+if TYPE_CHECKING:
+    from edgelm.bundle import Bundle, Manifest, open_bundle
+    from edgelm.errors import BundleError, CheckpointError, ConfigError, EdgelmError, RequestError
+    from edgelm.messages import Chunk, Completion, Request, SamplingParams, Timing, Usage
+    from edgelm.model import Model, load
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "CheckpointError",
+    "Chunk",
+    "Completion",
+    "ConfigError",
+    "EdgelmError",
+    "Manifest",
+    "Model",
+    "Request",
+    "RequestError",
+    "SamplingParams",
+    "Timing",
+    "Usage",
+    "__version__",
+    "load",
+    "open_bundle",
+]
+
+_HOMES = {
+    **dict.fromkeys(("Bundle", "Manifest", "open_bundle"), "bundle"),
+    **dict.fromkeys(("BundleError", "CheckpointError", "ConfigError", "EdgelmError", "RequestError"), "errors"),
+    **dict.fromkeys(("Chunk", "Completion", "Request", "SamplingParams", "Timing", "Usage"), "messages"),
+    **dict.fromkeys(("Model", "load"), "model"),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgelm' has no attribute {name!r}")
+    return getattr(import_module(f"edgelm.{_HOMES[name]}"), name)

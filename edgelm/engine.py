@@ -1,0 +1,237 @@
+"""Decoding many requests together: `step()` admits, prefills a chunk, decodes one batch, samples, finishes.
+
+No I/O, no threads, no clock but `time.monotonic`. Running sequences occupy rows 0 .. n-1 of the key/value memory without
+gaps; at most one more, the last row, is still being prefilled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.bundle import Bundle
+from edgelm.errors import RequestError
+from edgelm.messages import Chunk, Constraint, FinishReason, Request
+from edgelm.sequence import Sequence, refused
+from edgelm.session import PREFILL_CHUNK, Session, open_session
+from edgelm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgelm.grammar import Grammar, Matcher
+
+SCORE_CHUNK: Final = 64
+"""Positions scored in one pass: bounds the logits held at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    request: Request
+    submitted: float
+
+
+class Engine:
+    """Owns a bundle's session. Not thread-safe: one thread calls it."""
+
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, context: int | None = None, max_batch: int = 8
+    ) -> None:
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.max_batch = max_batch
+        self.tokenizer = Tokenizer.from_file(
+            bundle.tokenizer,
+            chat_template=manifest.chat_template,
+            bos_token=manifest.special_tokens.get("bos_token"),
+            eos_token=manifest.special_tokens.get("eos_token"),
+        )
+        self.session: Session = open_session(bundle, rows=max_batch + 1, threads=threads, context=context)
+        self.context = self.session.context
+        self._eos = frozenset(manifest.eos_tokens)
+        self._waiting: deque[_Waiting] = deque()
+        self._running: list[Sequence] = []
+        self._prefilling: Sequence | None = None
+        self._cancelled: set[str] = set()
+        self._grammar: Grammar | None = None
+
+    # --- what the worker calls ---
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Requests that hold a row."""
+        return len(self._running) + (self._prefilling is not None)
+
+    def add(self, request: Request, submitted: float) -> None:
+        """Queue a request; `submitted` is when it came, in seconds of `time.monotonic`."""
+        self._waiting.append(_Waiting(request, submitted))
+
+    def cancel(self, request_id: str) -> None:
+        """Mark a request; the next step ends it with what it has."""
+        self._cancelled.add(request_id)
+
+    def step(self) -> list[Chunk]:
+        """Do one round of work; return what clients are to see, in order."""
+        chunks = self._drop_ended()
+        chunks += self._admit()
+        chunks += self._prefill()
+        chunks += self._decode()
+        return chunks
+
+    def fail_all(self, error: RequestError) -> list[Chunk]:
+        """End every request, waiting or running, with an error."""
+        held = [*self._running, *([self._prefilling] if self._prefilling is not None else [])]
+        chunks = [sequence.finish("error", error) for sequence in held]
+        chunks += [refused(entry.request, "error", entry.submitted, error) for entry in self._waiting]
+        self._running, self._prefilling = [], None
+        self._waiting.clear()
+        self._cancelled.clear()
+        return chunks
+
+    def score(self, tokens: list[int]) -> NDArray[np.float64]:
+        """Return the natural-log probability of each token after the first, float64 [n - 1].
+
+        Raises `RequestError` when there are more tokens than the context holds.
+        """
+        if len(tokens) > self.context:
+            raise RequestError("bad_request", f"the text has {len(tokens)} tokens, the context holds {self.context}")
+        result = np.empty(max(len(tokens) - 1, 0), np.float64)
+        inputs = np.asarray(tokens, np.int64)
+        for start in range(0, len(result), SCORE_CHUNK):
+            end = min(start + SCORE_CHUNK, len(result))
+            logits = self.session.prefill(self.max_batch, inputs[start:end], start, every=True).astype(np.float64)
+            logits -= logits.max(axis=1, keepdims=True)
+            chosen = logits[np.arange(end - start), inputs[start + 1 : end + 1]]
+            result[start:end] = chosen - np.log(np.exp(logits).sum(axis=1))
+        return result
+
+    # --- the parts of a step ---
+
+    def _drop_ended(self) -> list[Chunk]:
+        """End what was cancelled or is past its deadline."""
+        now = time.monotonic()
+        chunks: list[Chunk] = []
+        for entry in [entry for entry in self._waiting if self._end_of(entry.request, now)]:
+            self._waiting.remove(entry)
+            chunks.append(refused(entry.request, self._end_of(entry.request, now) or "cancelled", entry.submitted))
+        for sequence in [*self._running, *([self._prefilling] if self._prefilling is not None else [])]:
+            reason = self._end_of(sequence.request, now)
+            if reason:
+                chunks.append(sequence.finish(reason))
+                self._release(sequence)
+        self._cancelled.clear()
+        return chunks
+
+    def _end_of(self, request: Request, now: float) -> FinishReason | None:
+        if request.id in self._cancelled:
+            return "cancelled"
+        return "deadline" if request.deadline is not None and now >= request.deadline else None
+
+    def _admit(self) -> list[Chunk]:
+        """Give the oldest waiting request a row, when one is free and none is being prefilled."""
+        while self._waiting and self._prefilling is None and len(self._running) < self.max_batch:
+            entry = self._waiting.popleft()
+            try:
+                self._prefilling = self._open(entry)
+                self._prefilling.row = len(self._running)
+            except RequestError as error:
+                return [refused(entry.request, "error", entry.submitted, error)]
+        return []
+
+    def _prefill(self) -> list[Chunk]:
+        """Compute the next chunk of the prompt that is being read; after its end, sample the first token."""
+        sequence = self._prefilling
+        if sequence is None:
+            return []
+        start = sequence.computed
+        end = min(start + PREFILL_CHUNK, sequence.prompt_tokens)
+        logits = self.session.prefill(sequence.row, sequence.history[start:end].astype(np.int64), start)
+        sequence.computed = end
+        if not sequence.is_prefilled():
+            return []
+        self._prefilling = None
+        self._running.append(sequence)
+        return self._advance(sequence, logits[0])
+
+    def _decode(self) -> list[Chunk]:
+        """Compute one token of every running sequence and sample the next."""
+        batch = list(self._running)
+        if not batch:
+            return []
+        tokens = np.array([sequence.last_token for sequence in batch], np.int64)
+        lengths = np.array([sequence.computed for sequence in batch], np.int32)
+        logits = self.session.decode(tokens, lengths)
+        chunks: list[Chunk] = []
+        for row, sequence in enumerate(batch):
+            sequence.computed += 1
+            chunks += self._advance(sequence, logits[row])
+        return chunks
+
+    def _advance(self, sequence: Sequence, logits: NDArray[np.float32]) -> list[Chunk]:
+        try:
+            chunks = sequence.advance(logits)
+        except RequestError as error:
+            chunks = [sequence.finish("error", error)]
+        if chunks[-1].done:
+            self._release(sequence)
+        return chunks
+
+    def _release(self, sequence: Sequence) -> None:
+        """Free a row, and close the gap with the last ones."""
+        if sequence is self._prefilling:
+            self._prefilling = None
+            return
+        self._running.remove(sequence)
+        if self._running and sequence.row < len(self._running):
+            moved = self._running.pop()  # the highest row takes the gap
+            self._running.insert(sequence.row, moved)
+            self._move(moved, sequence.row)
+        if self._prefilling is not None:
+            self._move(self._prefilling, len(self._running))
+
+    def _move(self, sequence: Sequence, row: int) -> None:
+        self.session.copy_row(sequence.row, row, sequence.computed)
+        sequence.row = row
+
+    def _open(self, entry: _Waiting) -> Sequence:
+        request = entry.request
+        return Sequence(
+            request,
+            self._prompt(request),
+            tokenizer=self.tokenizer,
+            vocab_size=self.bundle.manifest.vocab_size,
+            context=self.context,
+            eos_tokens=self._eos,
+            matcher=self._matcher(request.constraint),
+            submitted=entry.submitted,
+        )
+
+    def _prompt(self, request: Request) -> list[int]:
+        if request.tokens is not None:
+            vocab_size = self.bundle.manifest.vocab_size
+            bad = next((token for token in request.tokens if not 0 <= token < vocab_size), None)
+            if bad is not None:
+                raise RequestError("bad_request", f"token {bad} lies outside the vocabulary [0, {vocab_size})")
+            return list(request.tokens)
+        if request.prompt is not None:
+            return self.tokenizer.encode(request.prompt)
+        rendered = self.tokenizer.render_chat(request.messages or ())
+        return self.tokenizer.encode(rendered, add_special_tokens=False)
+
+    def _matcher(self, constraint: Constraint | None) -> Matcher | None:
+        if constraint is None:
+            return None
+        if self._grammar is None:
+            from edgelm.grammar import Grammar
+
+            manifest = self.bundle.manifest
+            self._grammar = Grammar(self.bundle.tokenizer, manifest.vocab_size, manifest.eos_tokens)
+        return self._grammar.start(constraint)

@@ -1,0 +1,30 @@
+"""Key/value memory: one preallocated buffer a layer, one row a request.
+
+Pages of a fresh buffer are committed by the system when they are first written, so rows and positions that are never
+used cost address space only. Knows nothing of onnxruntime.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.bundle import Cache
+
+
+class KvBuffers:
+    """Keys and values of every layer, float32 [rows, kv_heads, capacity, head_size] each."""
+
+    def __init__(self, cache: Cache, rows: int, capacity: int) -> None:
+        shape = (rows, cache.kv_heads, capacity, cache.head_size)
+        self.names = [f"{i}.{part}" for i in range(cache.layers) for part in ("key", "value")]
+        self.arrays: list[NDArray[np.float32]] = [np.zeros(shape, np.float32) for _ in self.names]
+
+    def views(self, first: int, count: int) -> list[NDArray[np.float32]]:
+        """Rows [first, first + count) of every buffer, as views."""
+        return [array[first : first + count] for array in self.arrays]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one row over another."""
+        for array in self.arrays:
+            array[target, :, :length] = array[source, :, :length]

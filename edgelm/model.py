@@ -1,0 +1,213 @@
+"""What `edgelm.load()` returns: text in, text out, from any thread."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import queue
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.bundle import Bundle, Manifest, open_bundle
+from edgelm.engine import Engine
+from edgelm.errors import RequestError
+from edgelm.messages import Chunk, Completion, Constraint, Request
+from edgelm.worker import Worker
+
+
+def load(
+    path: str | Path, *, threads: int | None = None, context: int | None = None, max_batch: int = 8
+) -> Model:
+    """Open a bundle for inference.
+
+    Parameters
+    ----------
+    path
+        A directory that `edgelm export` wrote, or `"builtin"` for the model inside the package.
+    threads
+        Threads of one operator; the default is the number of cores, at most 4.
+    context
+        Tokens of prompt and answer together that one request may hold; the default and limit is the bundle's.
+    max_batch
+        Requests decoded together; more than that wait their turn.
+
+    Raises
+    ------
+    BundleError
+        The bundle is missing, damaged, of a newer schema, or refused by onnxruntime.
+    EdgelmError
+        An option is out of range.
+    """
+    bundle = open_bundle(path)
+    worker = Worker(Engine(bundle, threads=threads, context=context, max_batch=max_batch), queue_size=None)
+    worker.start()
+    return Model(bundle, worker)
+
+
+class Model:
+    """A loaded bundle. Safe to call from several threads, whose requests are decoded together."""
+
+    def __init__(self, bundle: Bundle, worker: Worker) -> None:
+        self.bundle = bundle
+        self.worker = worker
+        self._ids = itertools.count()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self.bundle.manifest
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        tokens: Sequence[int] | None = None,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+        **sampling: Any,
+    ) -> Completion:
+        """Answer, and return the whole answer.
+
+        Parameters
+        ----------
+        prompt, messages, tokens
+            Exactly one: text, a conversation for the bundle's chat template, or token ids.
+        json_schema, regex, choices
+            At most one: what the answer must match.
+        timeout_s
+            Seconds until the answer is cut off with `finish_reason` "deadline".
+        **sampling
+            Fields of `SamplingParams`; those not given are the bundle's defaults.
+
+        Raises
+        ------
+        RequestError
+            A value is out of range, the prompt does not fit the context, or the step failed.
+        """
+        *_, last = self.stream(
+            prompt,
+            messages=messages,
+            tokens=tokens,
+            json_schema=json_schema,
+            regex=regex,
+            choices=choices,
+            timeout_s=timeout_s,
+            **sampling,
+        )
+        if last.completion is None:
+            raise AssertionError("the last chunk carries the completion")
+        return last.completion
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        tokens: Sequence[int] | None = None,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+        **sampling: Any,
+    ) -> Iterator[Chunk]:
+        """Answer, and yield the answer as it grows; the last chunk is `done` and carries the completion.
+
+        Leaving the loop early cancels the request. Parameters and errors are those of `generate`; a bad argument raises
+        at once, before the first chunk is asked for.
+        """
+        request = Request(
+            id=f"local-{next(self._ids)}",
+            sampling=self._sampling(sampling),
+            prompt=prompt,
+            messages=None if messages is None else tuple(messages),
+            tokens=None if tokens is None else tuple(int(token) for token in tokens),
+            constraint=constraint_of(json_schema, regex, choices),
+            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
+        )
+        return self._stream(request)
+
+    def score(self, text: str) -> NDArray[np.float64]:
+        """Return the natural-log probability of each token of a text after its first, float64 [n - 1].
+
+        The text starts with the bundle's start token, where it has one. Raises `RequestError` when it is longer than
+        the context.
+        """
+        tokens = self.document_tokens(text)
+        return self.worker.call(lambda engine: engine.score(tokens))
+
+    def score_tokens(self, tokens: Sequence[int]) -> NDArray[np.float64]:
+        """Return the natural-log probability of each token after the first, float64 [n - 1]."""
+        ids = list(tokens)
+        return self.worker.call(lambda engine: engine.score(ids))
+
+    def document_tokens(self, text: str) -> list[int]:
+        """Return a text's tokens as a document: the start token, where there is one, then the bare text."""
+        bare = self.worker.engine.tokenizer.encode(text, add_special_tokens=False)
+        bos = self.manifest.bos_token
+        return bare if bos is None else [bos, *bare]
+
+    def close(self) -> None:
+        """Stop the worker; requests under way end with the error "interrupted"."""
+        self.worker.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _sampling(self, given: Mapping[str, Any]) -> Any:
+        defaults = self.manifest.sampling
+        unknown = sorted(set(given) - set(defaults.__dataclass_fields__))
+        if unknown:
+            allowed = ", ".join(defaults.__dataclass_fields__)
+            raise RequestError("bad_request", f"unknown option {unknown[0]!r}; allowed: {allowed}")
+        stop = given.get("stop")
+        if stop is not None:
+            given = {**given, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        return defaults.replace(**{name: value for name, value in given.items() if value is not None or name == "seed"})
+
+    def _stream(self, request: Request) -> Iterator[Chunk]:
+        arrived: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        self.worker.submit(request, arrived.put)
+        done = False
+        try:
+            while not done:
+                chunk = arrived.get()
+                done = chunk.done
+                if chunk.completion is not None and chunk.completion.error is not None:
+                    raise chunk.completion.error
+                yield chunk
+        finally:
+            if not done:
+                self.worker.cancel(request.id)
+
+
+def constraint_of(
+    json_schema: Mapping[str, Any] | str | None, regex: str | None, choices: Sequence[str] | None
+) -> Constraint | None:
+    """Return the one constraint that is given. Raises `RequestError` for more than one or an empty list of choices."""
+    found: list[Constraint] = []
+    if json_schema is not None:
+        text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
+        found.append(Constraint("json_schema", text))
+    if regex is not None:
+        found.append(Constraint("regex", regex))
+    if choices is not None:
+        if not choices or not all(isinstance(choice, str) and choice for choice in choices):
+            raise RequestError("bad_request", "choices must be a list of non-empty strings")
+        found.append(Constraint("choices", tuple(choices)))
+    if len(found) > 1:
+        raise RequestError("bad_request", "give at most one of json_schema, regex and choices")
+    return found[0] if found else None

@@ -1,0 +1,146 @@
+"""One request on its way through the engine: its tokens, sampler, constraint, text so far, and clock."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import RequestError
+from edgelm.messages import Chunk, Completion, FinishReason, Request, Timing, TokenLogprob, Usage
+from edgelm.sampling import Sampler
+from edgelm.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from edgelm.grammar import Matcher
+
+PROMPT_TAIL = 8
+"""Prompt tokens that the detokenizer sees before the answer, so that word spacing comes out right."""
+
+
+class Sequence:
+    """A request with its prompt in tokens. `row` is its place in key/value memory while it runs."""
+
+    def __init__(
+        self,
+        request: Request,
+        prompt: list[int],
+        *,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        context: int,
+        eos_tokens: frozenset[int],
+        matcher: Matcher | None,
+        submitted: float,
+    ) -> None:
+        if not prompt:
+            raise RequestError("bad_request", "the prompt is empty: it has no tokens, and the model no start token")
+        if len(prompt) >= context:
+            raise RequestError(
+                "bad_request",
+                f"the prompt has {len(prompt)} tokens, the context holds {context} with at least one for the answer:"
+                " shorten the prompt or load with a longer context",
+            )
+        params = request.sampling
+        self.request = request
+        self.row = -1
+        self.prompt_tokens = len(prompt)
+        self.computed = 0
+        """Positions already in key/value memory."""
+        self._limit = min(params.max_tokens, context - len(prompt))
+        self.history: NDArray[np.int32] = np.zeros(len(prompt) + self._limit, np.int32)
+        self.history[: len(prompt)] = prompt
+        self.length = len(prompt)
+        self._eos = frozenset() if params.ignore_eos else eos_tokens
+        self._matcher = matcher
+        self._sampler = Sampler(params, vocab_size)
+        self._decoder = StreamDecoder(tokenizer, prompt[-PROMPT_TAIL:], params.stop)
+        self._logprobs: list[TokenLogprob] = []
+        self._submitted = submitted
+        self._started = time.monotonic()
+        self._first: float | None = None
+        self._seq = 0
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.id
+
+    @property
+    def last_token(self) -> int:
+        """The newest token, not yet computed."""
+        return int(self.history[self.length - 1])
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """The tokens sampled so far, without an end token."""
+        return tuple(int(token) for token in self.history[self.prompt_tokens : self.length])
+
+    def is_prefilled(self) -> bool:
+        """Whether the whole prompt is in key/value memory."""
+        return self.computed >= self.prompt_tokens
+
+    def advance(self, logits: NDArray[np.float32]) -> list[Chunk]:
+        """Sample the next token from float32 [V], changed in place; return what the client sees of it.
+
+        The last chunk is `done`. Raises `RequestError("internal")` when the logits are not numbers.
+        """
+        params = self.request.sampling
+        raw = logits.copy() if params.logprobs else None
+        mask = self._matcher.mask() if self._matcher is not None else None
+        token = self._sampler.sample(logits, mask, self.history[: self.length])
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        if token in self._eos:
+            return [self.finish("stop")]
+        self.history[self.length] = token
+        self.length += 1
+        if raw is not None:
+            self._logprobs.append(self._sampler.logprobs(raw, token))
+        delta = self._decoder.push(token)
+        chunks = [self._chunk(delta, token)]
+        if self._matcher is not None:
+            self._matcher.accept(token)
+        if self._decoder.stopped or (self._matcher is not None and self._matcher.is_finished):
+            chunks.append(self.finish("stop"))
+        elif self.length - self.prompt_tokens >= self._limit:
+            chunks.append(self.finish("length"))
+        return chunks
+
+    def finish(self, reason: FinishReason, error: RequestError | None = None) -> Chunk:
+        """Return the last chunk, with the whole answer."""
+        delta = self._decoder.finish()
+        now = time.monotonic()
+        first = self._first if self._first is not None else now
+        count = self.length - self.prompt_tokens
+        completion = Completion(
+            id=self.id,
+            text=self._decoder.text,
+            tokens=self.answer,
+            finish_reason=reason,
+            usage=Usage(prompt_tokens=self.prompt_tokens, completion_tokens=count),
+            timing=Timing(
+                queue_ms=1e3 * (self._started - self._submitted),
+                ttft_ms=1e3 * (first - self._submitted),
+                total_ms=1e3 * (now - self._submitted),
+                tok_s=(count - 1) / (now - first) if count > 1 and now > first else 0.0,
+            ),
+            logprobs=tuple(self._logprobs) if self.request.sampling.logprobs else None,
+            error=error,
+        )
+        return self._chunk(delta, None, completion)
+
+    def _chunk(self, delta: str, token: int | None, completion: Completion | None = None) -> Chunk:
+        chunk = Chunk(self.id, self._seq, delta, token, completion is not None, completion)
+        self._seq += 1
+        return chunk
+
+
+def refused(request: Request, reason: FinishReason, submitted: float, error: RequestError | None = None) -> Chunk:
+    """Return the only chunk of a request that never ran."""
+    waited = 1e3 * (time.monotonic() - submitted)
+    timing = Timing(queue_ms=waited, ttft_ms=waited, total_ms=waited)
+    return Chunk(request.id, 0, "", None, True, Completion(request.id, "", (), reason, timing=timing, error=error))

@@ -1,0 +1,168 @@
+"""The only importer of onnxruntime: a bundle's graph, its threads, and its inputs and outputs bound once.
+
+A session computes logits for rows of key/value memory. It knows tokens and lengths, not requests or text.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgelm.bundle import Bundle
+from edgelm.errors import BundleError, EdgelmError
+from edgelm.kv import KvBuffers
+
+PREFILL_CHUNK: Final = 256
+"""Most prompt tokens computed in one pass: what a running answer can be made to wait for."""
+
+Tokens = NDArray[np.int64]
+Logits = NDArray[np.float32]
+
+
+class Session(Protocol):
+    """What the engine needs of a graph. `rows` of memory are numbered from 0."""
+
+    context: int
+
+    def prefill(self, row: int, tokens: Tokens, start: int, *, every: bool = False) -> Logits:
+        """Compute prompt tokens at positions [start, start + n) of a row.
+
+        tokens: int64 [n]. Returns float32 [1, V], the logits after the last one, or [n, V] with `every`.
+        The array is reused by the next call.
+        """
+
+    def decode(self, tokens: Tokens, lengths: NDArray[np.int32]) -> Logits:
+        """Compute one token of each of the rows 0 .. b-1.
+
+        tokens: int64 [b]. lengths: int32 [b], positions already filled. Returns float32 [b, V], reused by the next call.
+        """
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one row over another."""
+
+
+def open_session(bundle: Bundle, *, rows: int, threads: int | None = None, context: int | None = None) -> Session:
+    """Load a bundle's graph on the CPU.
+
+    Parameters
+    ----------
+    bundle
+        An opened bundle.
+    rows
+        Requests that can be in memory at once.
+    threads
+        Threads of one operator; the default is `default_threads()`.
+    context
+        Positions a row can hold, at most the bundle's.
+
+    Raises
+    ------
+    BundleError
+        onnxruntime cannot load the graph.
+    EdgelmError
+        `threads` or `context` is out of range.
+    """
+    limit = bundle.manifest.context
+    length = limit if context is None else context
+    if not 1 <= length <= limit:
+        raise EdgelmError(f"context must lie in [1, {limit}], the bundle's own limit; got {length}")
+    graph = _load(bundle, default_threads() if threads is None else threads)
+    if bundle.manifest.cache.kind == "growing":
+        from edgelm.growing import GrowingSession
+
+        return GrowingSession(graph, bundle.manifest, rows, length)
+    return SharedSession(graph, bundle, rows, length)
+
+
+def default_threads() -> int:
+    """Return the number of cores this process may run on, at most 4: decoding is bound by memory, not by cores."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _load(bundle: Bundle, threads: int) -> ort.InferenceSession:
+    if not 1 <= threads <= 256:
+        raise EdgelmError(f"threads must lie in [1, 256], got {threads}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(bundle.graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises types of its own, unrelated to each other
+        reason = str(error).strip().splitlines()[0]
+        raise BundleError(f"onnxruntime {ort.__version__} cannot load {bundle.graph}: {reason}") from error
+
+
+class SharedSession:
+    """A graph whose past and present are one buffer: nothing is copied from step to step."""
+
+    def __init__(self, graph: ort.InferenceSession, bundle: Bundle, rows: int, context: int) -> None:
+        self.context = context
+        self._graph = graph
+        self._vocab_size = bundle.manifest.vocab_size
+        self._kv = KvBuffers(bundle.manifest.cache, rows, context)
+        self._steps: dict[int, _Step] = {}
+        self._last = np.zeros((1, self._vocab_size), np.float32)
+
+    def prefill(self, row: int, tokens: Tokens, start: int, *, every: bool = False) -> Logits:
+        """See `Session`."""
+        count = len(tokens)
+        logits = np.zeros((count, self._vocab_size), np.float32) if every else self._last
+        binding = self._bind(row, 1)
+        inputs = {
+            "input_ids": tokens.reshape(1, count),
+            "seqlens_k": np.array([start + count - 1], np.int32),
+            "total_sequence_length": np.array([start + count], np.int32),
+            "rows": np.arange(count, dtype=np.int64) if every else np.array([count - 1], np.int64),
+        }
+        kept = [ort.OrtValue.ortvalue_from_numpy(array) for array in (*inputs.values(), logits)]
+        for name, value in zip(inputs, kept, strict=False):
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output("logits", kept[-1])
+        self._graph.run_with_iobinding(binding)
+        return logits
+
+    def decode(self, tokens: Tokens, lengths: NDArray[np.int32]) -> Logits:
+        """See `Session`."""
+        batch = len(tokens)
+        step = self._steps.get(batch)
+        if step is None:
+            step = self._steps[batch] = _Step(self._bind(0, batch), batch, self._vocab_size)
+        step.tokens[:, 0] = tokens
+        step.seqlens[:] = lengths
+        step.total[0] = lengths.max() + 1
+        self._graph.run_with_iobinding(step.binding)
+        return step.logits
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """See `Session`."""
+        self._kv.copy(source, target, length)
+
+    def _bind(self, row: int, count: int) -> ort.IOBinding:
+        """Bind rows of the buffers as past and present alike."""
+        binding = self._graph.io_binding()
+        for name, view in zip(self._kv.names, self._kv.views(row, count), strict=True):
+            value = ort.OrtValue.ortvalue_from_numpy(view)
+            binding.bind_ortvalue_input(f"past.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        return binding
+
+
+class _Step:
+    """Inputs and outputs of a decoding step of one batch size, allocated and bound once."""
+
+    def __init__(self, binding: ort.IOBinding, batch: int, vocab_size: int) -> None:
+        self.binding = binding
+        self.tokens = np.zeros((batch, 1), np.int64)
+        self.seqlens = np.zeros(batch, np.int32)
+        self.total = np.zeros(1, np.int32)
+        self.logits = np.zeros((batch, vocab_size), np.float32)
+        self._rows = np.arange(batch, dtype=np.int64)
+        inputs = (("input_ids", self.tokens), ("seqlens_k", self.seqlens), ("total_sequence_length", self.total))
+        for name, array in (*inputs, ("rows", self._rows)):
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
