@@ -60,7 +60,7 @@ class Rootfs:
 
 
 def prepare_rootfs(cache: Path, say: Say) -> Rootfs:
-    """Return the root for this Debian release and the installed versions of `WHEELS`; fetch what is not there.
+    """Return the root for this Debian release and the installed versions of `WHEELS`, fetched where needed.
 
     Parameters
     ----------
@@ -174,8 +174,8 @@ def _read_codename() -> str:
         release = {}
     if release.get("ID") != "debian" or "VERSION_CODENAME" not in release:
         raise DeviceError(
-            "the emulated board is made of Debian packages: run this on Debian 12 or later, or in its container; "
-            f"found {release.get('PRETTY_NAME', platform.system())}"
+            "the emulated board is made of Debian packages: run this on Debian 12 or later, or in a "
+            f"container of it; found {release.get('PRETTY_NAME', platform.system())}"
         )
     if missing := [tool for tool in ("apt-get", "dpkg-deb") if not shutil.which(tool)]:
         raise DeviceError(
