@@ -1,0 +1,154 @@
+"""Constraints on answers: a JSON schema, regular expression, Lark grammar or list of choices as a token mask.
+
+The only importer of llguidance. Knows nothing of logits: it says which tokens keep the text a valid prefix.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from edgelm.errors import BundleError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from edgelm.messages import Constraint
+
+JSON_DEFAULTS: Final[dict[str, Any]] = {"whitespace_pattern": r"[ \t\r\n]{1,32}"}
+"""Small models can get lost in whitespace, which JSON allows without end. A schema's `x-guidance` overrules."""
+
+CACHED: Final = 16
+"""Compiled constraints kept for the next request that brings the same one."""
+
+
+class Grammar:
+    """Compiles constraints for one vocabulary.
+
+    Parameters
+    ----------
+    tokenizer
+        The bundle's tokenizer.json.
+    vocab_size
+        Width V of the model's logits; at least the tokenizer's vocabulary.
+    eos_tokens
+        Tokens that end an answer: allowed exactly where the constraint is satisfied.
+
+    Raises
+    ------
+    BundleError
+        When the tokenizer cannot be used with constraints, or is larger than `vocab_size`.
+    """
+
+    def __init__(self, tokenizer: str | Path, vocab_size: int, eos_tokens: Iterable[int]) -> None:
+        import llguidance
+
+        self._library: Any = llguidance
+        self._vocab_size = vocab_size
+        self._compiled: dict[Constraint, Any] = {}
+        try:
+            self._tokenizer: Any = llguidance.LLTokenizer(
+                Path(tokenizer).read_text(encoding="utf-8"),
+                n_vocab=vocab_size,
+                eos_token=list(eos_tokens) or None,
+            )
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{tokenizer}: cannot be used for constrained answers: {error}") from error
+
+    def start(self, constraint: Constraint) -> Matcher:
+        """Return a matcher at the beginning of an answer.
+
+        Raises
+        ------
+        RequestError
+            With code "bad_request" when the constraint is not valid or uses something that is not supported.
+        """
+        compiled = self._compiled.pop(constraint, None)
+        if compiled is None:
+            compiled = self._compile(constraint)
+        self._compiled[constraint] = compiled  # the newest is last
+        if len(self._compiled) > CACHED:
+            del self._compiled[next(iter(self._compiled))]
+        return Matcher(compiled.deep_copy(), self._vocab_size)
+
+    def _compile(self, constraint: Constraint) -> Any:
+        try:
+            source = self._source_of(constraint)
+        except (ValueError, RecursionError) as error:
+            raise RequestError("bad_request", f"{constraint.kind} is not valid: {_in_one_line(error)}") from error
+        compiled = self._library.LLMatcher(self._tokenizer, source, log_level=0)
+        if compiled.is_error():
+            message = _in_one_line(compiled.get_error())
+            raise RequestError("bad_request", f"{constraint.kind} is not valid: {message}")
+        return compiled
+
+    def _source_of(self, constraint: Constraint) -> str:
+        """Return the constraint in llguidance's own notation."""
+        matcher, value = self._library.LLMatcher, constraint.value
+        if constraint.kind == "choices":
+            choices = " | ".join(json.dumps(choice) for choice in value)
+            return str(matcher.grammar_from_lark(f"start: {choices}"))
+        if constraint.kind == "json_schema":
+            json.loads(str(value))
+            return str(matcher.grammar_from_json_schema(value, defaults=JSON_DEFAULTS))
+        if constraint.kind == "regex":
+            return str(matcher.grammar_from_regex(value))
+        return str(matcher.grammar_from_lark(value))
+
+
+class Matcher:
+    """Follows one answer token by token. Made by `Grammar.start`."""
+
+    def __init__(self, inner: Any, vocab_size: int) -> None:
+        self._inner = inner
+        self._mask = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+
+    def mask(self) -> NDArray[np.uint32]:
+        """Return which tokens may come next: uint32 [ceil(V / 32)], bit i % 32 of word i // 32 for token i.
+
+        The array is overwritten by the next call. Tokens that the tokenizer does not have are never allowed. Where
+        nothing can follow, only the end tokens are.
+        """
+        self._inner.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        self._check()
+        return self._mask
+
+    def accept(self, token: int) -> None:
+        """Take the token that was chosen.
+
+        Raises
+        ------
+        RequestError
+            With code "internal" when the mask does not allow the token.
+        """
+        self._inner.consume_token(token)
+        self._check()
+
+    def forced_tokens(self) -> list[int]:
+        """Return the tokens that must come next, empty where there is a choice. They are not accepted yet."""
+        return [int(token) for token in self._inner.compute_ff_tokens()]
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether the answer satisfies the constraint if it ends here."""
+        return bool(self._inner.is_accepting())
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the answer satisfies the constraint and nothing can follow."""
+        return bool(self._inner.is_stopped())
+
+    def _check(self) -> None:
+        if self._inner.is_error():
+            raise RequestError("internal", f"the constraint broke: {_in_one_line(self._inner.get_error())}")
+
+
+def _in_one_line(message: object) -> str:
+    """Return llguidance's message without its state dump and its markers under the source."""
+    lines = str(message).split("<state>")[0].splitlines()
+    return " ".join(line.strip() for line in lines if line.strip(" ^"))
