@@ -1,7 +1,7 @@
 """Decoding many requests together: `step()` admits, prefills a chunk, decodes one batch, samples, finishes.
 
-No I/O, no threads, no clock but `time.monotonic`. Running sequences occupy rows 0 .. n-1 of the key/value memory without
-gaps; at most one more, the last row, is still being prefilled.
+No I/O, no threads, no clock but `time.monotonic`. Running sequences occupy rows 0 .. n-1 of the key/value
+memory without gaps; at most one more, the last row, is still being prefilled.
 """
 
 from __future__ import annotations
@@ -170,8 +170,9 @@ class Engine:
         lengths = np.array([sequence.computed for sequence in batch], np.int32)
         logits = self.session.decode(tokens, lengths)
         chunks: list[Chunk] = []
-        for row, sequence in enumerate(batch):
+        for sequence in batch:  # all of them before any row moves
             sequence.computed += 1
+        for row, sequence in enumerate(batch):
             chunks += self._advance(sequence, logits[row])
         return chunks
 

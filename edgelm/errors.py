@@ -24,6 +24,10 @@ class ConfigError(EdgelmError):
     """A setting is unknown, of the wrong type, or out of range."""
 
 
+class DataError(EdgelmError):
+    """A data file cannot be read, or one of its lines is not what it should be."""
+
+
 class DeviceError(EdgelmError):
     """A board, profile or emulator is unknown or cannot be used."""
 

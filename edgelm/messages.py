@@ -58,7 +58,8 @@ class SamplingParams:
                 continue
             whole = isinstance(low, int)
             kinds = (int,) if whole else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            finite = not isinstance(value, float) or math.isfinite(value)  # isfinite overflows on a huge int
+            if isinstance(value, bool) or not isinstance(value, kinds) or not finite:
                 raise RequestError("bad_request", f"{name} must be {'an integer' if whole else 'a number'}")
             if not low <= value <= high:
                 raise RequestError("bad_request", f"{name} must lie in [{low}, {high}], got {value}")
@@ -74,7 +75,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What the answer must look like: a JSON schema, a regular expression, a Lark grammar, or one of several choices."""
+    """What the answer must look like: a JSON schema, a regular expression, a Lark grammar, or one of some choices."""
 
     kind: Literal["json_schema", "regex", "lark", "choices"]
     value: str | tuple[str, ...]
@@ -101,7 +102,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts: `cached_tokens` of the prompt were not computed again, `forced_tokens` of the answer not sampled."""
+    """Counts: `cached_tokens` of the prompt were not computed again, `forced_tokens` of the answer not sampled."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -136,6 +137,10 @@ class TokenLogprob:
         }
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """A whole answer. `error` is set exactly when `finish_reason` is "error"."""
@@ -153,8 +158,8 @@ class Completion:
     def json(self) -> Any:
         """The answer parsed as JSON; None where it is not JSON."""
         try:
-            return json.loads(self.text)
-        except ValueError:
+            return json.loads(self.text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):
             return None
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,9 +21,7 @@ from edgelm.messages import Chunk, Completion, Constraint, Request
 from edgelm.worker import Worker
 
 
-def load(
-    path: str | Path, *, threads: int | None = None, context: int | None = None, max_batch: int = 8
-) -> Model:
+def load(path: str | Path, *, threads: int | None = None, context: int | None = None, max_batch: int = 8) -> Model:
     """Open a bundle for inference.
 
     Parameters

@@ -38,7 +38,8 @@ class Session(Protocol):
     def decode(self, tokens: Tokens, lengths: NDArray[np.int32]) -> Logits:
         """Compute one token of each of the rows 0 .. b-1.
 
-        tokens: int64 [b]. lengths: int32 [b], positions already filled. Returns float32 [b, V], reused by the next call.
+        tokens: int64 [b]. lengths: int32 [b], positions already filled. Returns float32 [b, V], reused by the
+        next call.
         """
 
     def copy_row(self, source: int, target: int, length: int) -> None:

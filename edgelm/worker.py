@@ -70,8 +70,8 @@ class Worker:
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request.
 
-        Raises `RequestError`: "busy" with `retry_after_s` when the queue is full, "draining" after `drain()` or `close()`,
-        "id_conflict" when a request of that id is under way, "internal" when the worker's thread has died.
+        Raises `RequestError`: "busy" with `retry_after_s` when the queue is full, "draining" after `drain()` or
+        `close()`, "id_conflict" when a request of that id is under way, "internal" when the worker's thread has died.
         Every later failure arrives as the last chunk, whose completion carries the error.
         """
         with self._changed:

@@ -1,5 +1,5 @@
 """From a Hugging Face checkpoint to a bundle: `edgelm_export.export(...)`."""
 
-from edgelm_export.pipeline import export
+from .pipeline import export
 
 __all__ = ["export"]

@@ -114,7 +114,9 @@ class GraphBuilder:
         )
         if width == columns:
             return embedded
-        bounds = [self._constant(f"embedded.{name}", [value]) for name, value in (("from", 0), ("to", columns), ("axis", 2))]
+        bounds = [
+            self._constant(f"embedded.{name}", [value]) for name, value in (("from", 0), ("to", columns), ("axis", 2))
+        ]
         return self._node("Slice", [embedded, *bounds], "embedded")
 
     def _attend(self, i: int, normed: str) -> str:
@@ -161,7 +163,9 @@ class GraphBuilder:
     def _mlp(self, i: int, normed: str) -> str:
         packed = self._linear(f"layer.{i}.gate_up", normed, *self._weights.gate_up(i))
         gate, up = f"layer.{i}.gate", f"layer.{i}.up"
-        self._nodes.append(helper.make_node("Split", [packed], [gate, up], name=f"layer.{i}.split", axis=-1, num_outputs=2))
+        self._nodes.append(
+            helper.make_node("Split", [packed], [gate, up], name=f"layer.{i}.split", axis=-1, num_outputs=2)
+        )
         # QuickGelu with alpha 1 is x * sigmoid(x), SiLU, as one node.
         silu = self._node("QuickGelu", [gate], f"layer.{i}.silu", domain=MICROSOFT, alpha=1.0)
         gated = self._node("Mul", [silu, up], f"layer.{i}.gated")
@@ -186,7 +190,8 @@ class GraphBuilder:
             self._matmul_nbits(normed, "embedding", self._decoder.vocab_size, self._decoder.hidden_size, None, "logits")
         else:
             self._quantized("head", weight)
-            self._matmul_nbits(normed, "head", *weight.shape, None, "logits")
+            rows, columns = weight.shape
+            self._matmul_nbits(normed, "head", rows, columns, None, "logits")
 
     # --- matrices ---
 
@@ -243,14 +248,12 @@ class GraphBuilder:
         return self._initializers.add(name, np.asarray(values, np.int64))
 
     def _node(self, operator: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any) -> str:
-        self._nodes.append(
-            helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes)
-        )
+        self._nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes))
         return output
 
     def _model(self) -> ModelProto:
         d = self._decoder
-        cache = ["batch", d.kv_heads, "capacity", d.padded_head_size]
+        cache: list[str | int | None] = ["batch", d.kv_heads, "capacity", d.padded_head_size]
         value = helper.make_tensor_value_info
         inputs = [
             value("input_ids", TensorProto.INT64, ["batch", "sequence"]),
@@ -267,5 +270,7 @@ class GraphBuilder:
             self._nodes, "decoder", inputs, outputs, list(self._initializers.tensors.values())
         )
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-        model: ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgelm")
+        model: ModelProto = helper.make_model(
+            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgelm"
+        )
         return model

@@ -1,4 +1,4 @@
-"""The road of a model: checkpoint -> plan -> graph in its quantized form -> tokenizer, manifest -> rename into place."""
+"""The road of a model: checkpoint -> plan -> quantized graph -> tokenizer, manifest -> rename into place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
-
 
 from edgelm.bundle import MANIFEST, Bundle, Cache, Manifest, open_bundle, seal
 from edgelm.errors import EdgelmError
@@ -50,8 +49,8 @@ def export(
     out
         The bundle's directory. An existing one is refused unless `force`; a failed export leaves nothing behind.
     quant, block_size, method
-        Precision of the matrices, weights per scale (32, 64 or 128), and how scales are chosen: `rtn` rounds to nearest,
-        `clip` searches the scale of least squared error; `auto` is `clip` for int4 and `rtn` for int8.
+        Precision of the matrices, weights per scale (32, 64 or 128), and how scales are chosen: `rtn` rounds to
+        nearest, `clip` searches the scale of least squared error; `auto` is `clip` for int4 and `rtn` for int8.
     context
         Positions of the longest conversation; the default is the checkpoint's, at most 4096.
     via
@@ -89,9 +88,7 @@ def _plan(quant: Quant, block_size: int, method: Literal["auto"] | Method) -> Pl
     return Plan(quant, block_size, chosen)
 
 
-def _build(
-    checkpoint: Checkpoint, stage: Path, plan: Plan, context: int | None, progress: Progress | None
-) -> Manifest:
+def _build(checkpoint: Checkpoint, stage: Path, plan: Plan, context: int | None, progress: Progress | None) -> Manifest:
     family = find_family(checkpoint.config)
     decoder = family.decoder(checkpoint.config)
     length = choose_context(context, decoder.context)

@@ -43,7 +43,13 @@ def quantize(weight: NDArray[np.float32], bits: int, block_size: int, method: Me
     with ThreadPoolExecutor(workers) as pool:
         tasks = [
             pool.submit(
-                round_blocks, weight[i : i + step], block_size, bits, candidates, codes[i : i + step], scales[i : i + step]
+                round_blocks,
+                weight[i : i + step],
+                block_size,
+                bits,
+                candidates,
+                codes[i : i + step],
+                scales[i : i + step],
             )
             for i in range(0, rows, step)
         ]
@@ -58,10 +64,7 @@ def dequantize(packed: Packed) -> NDArray[np.float32]:
     """Return the float32 [N, K] that the operators compute with."""
     rows, blocks, _ = packed.data.shape
     flat = packed.data.reshape(rows, -1)
-    if packed.bits == 4:
-        codes = np.stack([flat & 0xF, flat >> 4], axis=-1).reshape(rows, -1)
-    else:
-        codes = flat
+    codes = np.stack([flat & 0xF, flat >> 4], axis=-1) if packed.bits == 4 else flat
     centred = codes.reshape(rows, blocks, packed.block_size).astype(np.float32) - (1 << (packed.bits - 1))
     values = centred * packed.scales[:, :, None]
     return values.reshape(rows, -1)[:, : packed.columns]

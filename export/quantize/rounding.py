@@ -1,6 +1,7 @@
 """Choosing scales and rounding: symmetric, one scale a block of weights, as compiled loops.
 
-With b bits a weight is stored as q in [0, 2^b - 1] and read as (q - 2^(b-1)) * scale. Knows nothing of how codes are packed.
+With b bits a weight is stored as q in [0, 2^b - 1] and read as (q - 2^(b-1)) * scale. Knows nothing of how codes are
+packed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _error(block: NDArray[np.float32], scale: float, zero: int) -> float:
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _extreme(block: NDArray[np.float32]) -> float:
-    """The value of greatest magnitude, with its sign; the first of equals."""
+    """Return the value of greatest magnitude, with its sign; the first of equals."""
     extreme = 0.0
     for k in range(block.shape[0]):
         if abs(block[k]) > abs(extreme):

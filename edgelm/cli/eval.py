@@ -1,0 +1,85 @@
+"""`edgelm eval`: a bundle's quality on text and tasks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import edgelm
+from edgelm.cli.progress import Progress
+from edgelm.errors import EdgelmError
+from edgelm.evaluation import evaluate_text, split_documents
+from edgelm.model import Model
+from edgelm.tasks import read_tasks, score_tasks
+
+TASK_TOKENS = 256
+"""Longest answer to a task."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or builtin")
+    parser.add_argument("--text", metavar="FILE", help="documents divided by lines <|endoftext|>: perplexity")
+    parser.add_argument("--task", metavar="FILE", help='lines {"prompt", "target"}: exact match, and fields of JSON')
+    parser.add_argument(
+        "--long-documents",
+        choices=["truncate", "window"],
+        default="truncate",
+        help="text past the context: cut it, or score it in windows that overlap by half (truncate)",
+    )
+    parser.add_argument("--context", type=int, metavar="N", help="tokens in one window (the bundle's)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what was asked for."""
+    if not args.text and not args.task:
+        raise EdgelmError("nothing to measure: give --text FILE, --task FILE or both")
+    text = _read(args.text) if args.text else None
+    tasks = read_tasks(Path(args.task)) if args.task else None
+    result: dict[str, Any] = {}
+    with edgelm.load(args.bundle, threads=args.threads, context=args.context) as model, Progress() as progress:
+        if text is not None:
+            quality = evaluate_text(model, split_documents(text), long_documents=args.long_documents, progress=progress)
+            if quality.truncated:
+                print(
+                    f"{quality.truncated} of {quality.documents} documents are longer than the context of"
+                    f" {model.worker.engine.context}: {quality.skipped} tokens were cut; --long-documents window scores"
+                    " them too",
+                    file=sys.stderr,
+                )
+            result["perplexity"] = quality.perplexity
+            result["bits_per_byte"] = quality.bits_per_byte
+            result["tokens"] = quality.tokens
+        if tasks is not None:
+            result["task"] = score_tasks(tasks, _answers(model, [task.prompt for task in tasks], progress)).to_dict()
+    print(json.dumps(result) if args.json else _table(result))
+    return 0
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EdgelmError(f"{file} cannot be read: {error}") from error
+
+
+def _answers(model: Model, prompts: list[str], progress: Progress) -> list[str]:
+    answers = []
+    for number, prompt in enumerate(prompts):
+        progress("task", number, len(prompts))
+        answers.append(model.generate(prompt, max_tokens=TASK_TOKENS, temperature=0.0).text)
+    return answers
+
+
+def _table(result: dict[str, Any]) -> str:
+    flat = {**result, **result.get("task", {})}
+    flat.pop("task", None)
+    rows = [(name, value) for name, value in flat.items() if value is not None]
+    return "\n".join(
+        f"{name:<14} {value:.4f}" if isinstance(value, float) else f"{name:<14} {value}" for name, value in rows
+    )

@@ -1,0 +1,39 @@
+"""Reaching the packages beside the runtime, and naming the extra to install when one is missing."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires
+from types import ModuleType
+
+from edgelm.errors import MissingExtraError
+
+
+def reach(module: str, feature: str) -> ModuleType:
+    """Import a module of edgelm_export or edgelm_devices.
+
+    Raises `MissingExtraError` naming the extra that brings the missing module, read from the package's own metadata.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        extra = extra_of(missing)
+        if extra is None:
+            raise
+        raise MissingExtraError(feature, extra, missing) from error
+
+
+def extra_of(module: str) -> str | None:
+    """Return the first extra whose requirements bring a module of that name, or None."""
+    try:
+        lines = requires("edgelm") or []
+    except PackageNotFoundError:
+        return None
+    for line in lines:
+        name = re.split(r"[^\w.-]", line, maxsplit=1)[0].replace("-", "_").lower()
+        found = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", line)
+        if found and name in (module.lower(), f"{module.lower()}_onnx"):
+            return found.group(1)
+    return None

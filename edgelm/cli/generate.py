@@ -1,0 +1,62 @@
+"""`edgelm generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import edgelm
+from edgelm.cli.flags import add_sampling_flags, sampling_from
+from edgelm.errors import RequestError
+from edgelm.messages import Completion
+from edgelm.model import Model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or builtin")
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; - reads it from standard input")
+    parser.add_argument("--tokens", metavar="1,2,3", help="token ids instead of a prompt")
+    add_sampling_flags(parser)
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together (the bundle's)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
+    parser.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: text, tokens, usage, timing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer the prompt."""
+    asked = _asked(args)
+    given = sampling_from(args)
+    with edgelm.load(args.bundle, threads=args.threads, context=args.context, max_batch=1) as model:
+        if args.json or args.no_stream:
+            done = model.generate(**asked, **given)
+            print(json.dumps(done.to_dict(), ensure_ascii=False) if args.json else done.text)
+        else:
+            done = _stream(model, {**asked, **given})
+    if done.finish_reason == "length" and not args.json:
+        total = done.usage.prompt_tokens + done.usage.completion_tokens
+        print(f"edgelm: stopped at {done.usage.completion_tokens} tokens ({total} with the prompt)", file=sys.stderr)
+    return 0
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    if (args.prompt is None) == (args.tokens is None):
+        raise RequestError("bad_request", "give either a PROMPT or --tokens")
+    if args.tokens is not None:
+        try:
+            return {"tokens": [int(word) for word in args.tokens.split(",")]}
+        except ValueError:
+            raise RequestError("bad_request", f"--tokens takes ids such as 1,2,3; got {args.tokens!r}") from None
+    return {"prompt": sys.stdin.read() if args.prompt == "-" else args.prompt}
+
+
+def _stream(model: Model, options: dict[str, Any]) -> Completion:
+    for chunk in model.stream(**options):
+        print(chunk.delta, end="", flush=True)
+        if chunk.completion is not None:
+            print()
+            return chunk.completion
+    raise AssertionError("a stream ends with its completion")

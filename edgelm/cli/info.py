@@ -1,0 +1,64 @@
+"""`edgelm info`: what a bundle is."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from edgelm.bundle import Bundle, open_bundle
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or builtin")
+    parser.add_argument("--json", action="store_true", help="print the manifest and the sizes as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verify the bundle and show it."""
+    bundle = open_bundle(args.bundle)
+    if args.json:
+        print(json.dumps({**dataclasses.asdict(bundle.manifest), **_derived(bundle)}))
+        return 0
+    for label, value in _rows(bundle):
+        print(f"{label:<13} {value}")
+    return 0
+
+
+def _derived(bundle: Bundle) -> dict[str, Any]:
+    manifest = bundle.manifest
+    return {
+        "digest": manifest.digest,
+        "bytes": bundle.bytes,
+        "bits_per_weight": round(manifest.bits_per_weight, 4),
+        "kv_bytes_per_token": manifest.cache.bytes_per_token(),
+    }
+
+
+def _rows(bundle: Bundle) -> list[tuple[str, str]]:
+    m = bundle.manifest
+    cache = m.cache.bytes_per_token()
+    sampling = {
+        name: value
+        for name, value in dataclasses.asdict(m.sampling).items()
+        if value != type(m.sampling).__dataclass_fields__[name].default
+    }
+    return [
+        ("bundle", str(bundle.path)),
+        ("architecture", f"{m.architecture} (exported via {m.via})"),
+        ("parameters", f"{m.parameters / 1e6:.2f} M"),
+        ("shapes", ", ".join(f"{name} {value}" for name, value in m.shapes.items())),
+        ("vocabulary", f"{m.vocab_size}, start token {m.bos_token}, end tokens {list(m.eos_tokens)}"),
+        ("context", f"{m.context} tokens"),
+        ("precision", f"{m.quant}, {m.bits_per_weight:.2f} bits a weight with scales"),
+        ("on disk", f"{bundle.bytes / 1e6:.2f} MB in {len(m.files)} files, hashes verified"),
+        ("memory", f"weights about {bundle.bytes / 1e6:.1f} MB mapped and once more repacked for the CPU"),
+        ("", f"keys and values {cache} bytes a token, {cache * m.context / 1e6:.1f} MB a full request"),
+        ("sampling", ", ".join(f"{name} {value}" for name, value in sampling.items()) or "greedy"),
+        ("chat template", "yes" if m.chat_template else "no"),
+        ("quality", json.dumps(m.quality) if m.quality else "not measured at export"),
+        ("made with", ", ".join(f"{name} {version}" for name, version in m.made_with.items())),
+        ("digest", m.digest),
+    ]

@@ -1,0 +1,304 @@
+"""How the service is set up: defaults < TOML file < EDGELM_* environment < flags, validated once.
+
+Owns the names, defaults and ranges of every setting, and the form of a broker's URL. Knows nothing of MQTT's
+packets or of models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+from edgelm.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+NAME: Final = re.compile(r"[a-z0-9_-]{1,32}")
+"""What a board or client may be called: a whole match."""
+
+RESERVED_NAMES: Final = frozenset({"pool", "client"})
+"""Topic levels that are no board."""
+
+DEFAULT_PORTS: Final[dict[str, int]] = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443, "unix": 0}
+
+ENVIRONMENT_PREFIX: Final = "EDGELM_"
+OTHER_VARIABLES: Final = frozenset({"EDGELM_SHARED"})
+"""Variables with our prefix that are no setting of the service."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerUrl:
+    """Where a broker listens. For a Unix socket, `host` is its path and `port` 0."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str = ""
+    """The path of a web socket."""
+    username: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> BrokerUrl:
+        """Return the parts of `mqtt://host:port` and its relatives; raise `ConfigError` where it is none."""
+        try:
+            parts = urlsplit(text)
+            port, host = parts.port, parts.hostname or ""
+            host.encode("idna")
+        except ValueError as error:  # a port or a host name out of range
+            raise ConfigError(f"broker URL {_without_password(text)!r}: {error}") from error
+        if parts.scheme not in DEFAULT_PORTS:
+            raise ConfigError(
+                f"broker URL {_without_password(text)!r}: must start with one of "
+                + ", ".join(f"{scheme}://" for scheme in DEFAULT_PORTS)
+            )
+        if parts.password is not None:
+            raise ConfigError(
+                "broker URL: a password in a URL shows in the list of processes; "
+                "put it in a file and name that with --password-file, or in EDGELM_PASSWORD"
+            )
+        user = unquote(parts.username) if parts.username else None
+        if parts.scheme == "unix":
+            if not parts.path:
+                raise ConfigError(f"broker URL {text!r}: name the socket's path: unix:///run/mosquitto.sock")
+            return cls("unix", unquote(parts.path), 0, username=user)
+        if not host or port == 0 or parts.query or parts.fragment:
+            raise ConfigError(f"broker URL {text!r}: write scheme://host or scheme://host:port")
+        if parts.path not in {"", "/"} and parts.scheme not in {"ws", "wss"}:
+            raise ConfigError(f"broker URL {text!r}: {parts.scheme} has no path")
+        return cls(parts.scheme, host, port or DEFAULT_PORTS[parts.scheme], parts.path, user)
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the connection is over TLS."""
+        return self.scheme in {"mqtts", "wss"}
+
+    def __str__(self) -> str:
+        if self.scheme == "unix":
+            return f"unix://{self.host}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}{self.path}"
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@]*@", "//...@", text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerConfig:
+    """How to reach a broker and prove who we are. The password never appears in its text."""
+
+    url: BrokerUrl
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    cafile: str | None = None
+    certfile: str | None = None
+    keyfile: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.keyfile and not self.certfile:
+            raise ConfigError("keyfile: needs certfile too")
+        if (self.cafile or self.certfile) and not self.url.is_encrypted:
+            raise ConfigError(f"cafile, certfile: {self.url} is not encrypted; use mqtts:// or wss://")
+        for name in ("cafile", "certfile", "keyfile"):
+            path = getattr(self, name)
+            if path and not Path(path).is_file():
+                raise ConfigError(f"{name}: there is no file {path}")
+        if self.password and not (self.username or self.url.username):
+            raise ConfigError("a password needs a user name: --username NAME")
+
+    @property
+    def user(self) -> str | None:
+        """The user name, given by itself or in the URL."""
+        return self.username or self.url.username
+
+
+def read_password(path: str) -> str:
+    """Return the first line of a file that only its owner can read; raise `ConfigError` otherwise."""
+    file = Path(path)
+    try:
+        mode = file.stat().st_mode & 0o777
+        if mode & 0o077:
+            raise ConfigError(f"password_file: others can read {path} (mode {mode:04o}); run: chmod 600 {path}")
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"password_file: cannot read {path}: {reason}") from error
+    if not lines or not lines[0]:
+        raise ConfigError(f"password_file: {path} is empty")
+    return lines[0]
+
+
+def default_board() -> str:
+    """Return the host's name in the form a topic allows."""
+    name = re.sub(r"[^a-z0-9_-]+", "-", socket.gethostname().split(".")[0].lower()).strip("-")[:32]
+    return name if name and name not in RESERVED_NAMES else "board"
+
+
+def check_name(what: str, name: str) -> None:
+    """Raise `ConfigError` unless `name` may stand in a topic."""
+    if not NAME.fullmatch(name) or name in RESERVED_NAMES:
+        raise ConfigError(
+            f"{what}: {name!r} is not allowed; use 1 to 32 of a-z 0-9 _ - and neither "
+            + " nor ".join(sorted(RESERVED_NAMES))
+        )
+
+
+def _setting(default: Any, kind: type, low: float | None = None, high: float | None = None) -> Any:
+    return field(default=default, metadata={"kind": kind, "low": low, "high": high})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Every setting of `edgelm serve`. Raises `ConfigError`, which names the setting, for a value not allowed."""
+
+    mqtt: str = _setting("mqtt://localhost:1883", str)
+    model: str = _setting("builtin", str)
+    board: str = field(default_factory=default_board, metadata={"kind": str})
+    embedded_broker: bool = _setting(False, bool)
+    username: str | None = _setting(None, str)
+    password_file: str | None = _setting(None, str)
+    cafile: str | None = _setting(None, str)
+    certfile: str | None = _setting(None, str)
+    keyfile: str | None = _setting(None, str)
+    max_batch: int = _setting(4, int, 1, 64)
+    """How many requests are decoded together."""
+    queue: int = _setting(8, int, 1, 10_000)
+    """How many more may wait."""
+    threads: int | None = _setting(None, int, 1, 1024)
+    context: int | None = _setting(None, int, 1, 10_000_000)
+    log_format: str = _setting("text", str)
+    max_timeout_s: float = _setting(300.0, float, 0.1, 86_400)
+    """The longest a request may take, waiting included; also what one gets that names no time."""
+    drain_s: float = _setting(10.0, float, 0, 3600)
+    """How long SIGTERM lets running requests finish."""
+    reply_topics: tuple[str, ...] = _setting(("#",), tuple)
+    """Topic filters that answers may go to."""
+    password: str | None = field(default=None, repr=False, metadata={"kind": str})
+
+    def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            _check(setting, getattr(self, setting.name))
+        check_name("board", self.board)
+        if self.log_format not in {"text", "json"}:
+            raise ConfigError(f"log_format: {self.log_format!r} is not allowed; use text or json")
+        if self.password and self.password_file:
+            raise ConfigError("password_file: EDGELM_PASSWORD is set too; use one of the two")
+        url = BrokerUrl.parse(self.mqtt)
+        if self.embedded_broker and url.scheme != "mqtt":
+            raise ConfigError(f"embedded_broker: it listens on mqtt:// only, not on {url.scheme}://")
+
+    @property
+    def broker(self) -> BrokerConfig:
+        """How to reach the broker, the password file read."""
+        return BrokerConfig(
+            url=BrokerUrl.parse(self.mqtt),
+            username=self.username,
+            password=read_password(self.password_file) if self.password_file else self.password,
+            cafile=self.cafile,
+            certfile=self.certfile,
+            keyfile=self.keyfile,
+        )
+
+
+SETTINGS: Final = {setting.name: setting for setting in dataclasses.fields(ServeConfig)}
+
+
+def _check(setting: dataclasses.Field[Any], value: Any) -> None:
+    """Raise `ConfigError` where a value has the wrong type or lies out of range."""
+    if value is None and setting.default is None:
+        return
+    kind, name = setting.metadata["kind"], setting.name
+    if kind is tuple:
+        if not isinstance(value, tuple) or not value or not all(isinstance(item, str) and item for item in value):
+            raise ConfigError(f"{name}: must be a list of non-empty strings")
+        return
+    allowed = (int, float) if kind is float else (kind,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        words = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+        raise ConfigError(f"{name}: must be {words[kind]}, got {value!r}")
+    if kind is str and not value:
+        raise ConfigError(f"{name}: must not be empty")
+    low, high = setting.metadata.get("low"), setting.metadata.get("high")
+    if low is not None and not low <= value <= high:
+        raise ConfigError(f"{name}: must lie in [{low}, {high}], got {value}")
+
+
+def load_config(
+    file: str | Path | None, environment: Mapping[str, str] | None, flags: Mapping[str, Any]
+) -> ServeConfig:
+    """Return the settings of all sources together.
+
+    Parameters
+    ----------
+    file
+        A TOML file of settings, or None.
+    environment
+        Variables `EDGELM_<SETTING>`; None is the process's own.
+    flags
+        Those given on the command line; None values count as not given.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key, a wrong type, or a value out of range; the message names the key.
+    """
+    settings = _from_file(Path(file)) if file is not None else {}
+    settings |= _from_environment(os.environ if environment is None else environment)
+    settings |= {name: value for name, value in flags.items() if value is not None}
+    return ServeConfig(**settings)
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        settings = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise ConfigError(f"config: {path} is not TOML: {error}") from error
+    if "password" in settings:
+        raise ConfigError(f"{path}: password: put it in a file of its own (mode 0600) and set password_file")
+    _refuse_unknown(settings, set(SETTINGS) - {"password"}, str(path))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    given = {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in OTHER_VARIABLES
+    }
+    _refuse_unknown(given, set(SETTINGS), "environment EDGELM_*")
+    return {name: _convert(name, value) for name, value in given.items()}
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> None:
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown setting {name!r}; known are {', '.join(sorted(known))}")
+
+
+def _convert(name: str, text: str) -> Any:
+    """Return an environment variable's text as the setting's type."""
+    kind = SETTINGS[name].metadata["kind"]
+    if kind is tuple:
+        return tuple(item.strip() for item in text.split(","))
+    if kind is bool:
+        words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if text.lower() not in words:
+            raise ConfigError(f"{name}: must be true or false, got {text!r}")
+        return words[text.lower()]
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {text!r} is not {'a whole number' if kind is int else 'a number'}") from error
