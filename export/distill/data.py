@@ -1,0 +1,175 @@
+"""Training data: tokens of prompt and target, packed into rows of one length.
+
+Several examples share a row, since most are far shorter than a row; attention never crosses from one to another
+(`Row.segments` says which position belongs to which) and each starts at position 0, so that a packed example gets
+exactly the logits that it gets alone. Knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import DataError
+from edgelm.tasks import Task
+
+IGNORED: Final = -100
+"""The label of a position that is not learned: prompts and padding."""
+
+PADDING: Final = -1
+"""The segment of a position that belongs to no example."""
+
+OPEN_ROWS: Final = 32
+"""How many unfinished rows an example may choose from: more pack tighter, fewer keep the shuffled order."""
+
+
+class Encoding(Protocol):
+    """What a tokenizer returns: token numbers."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The token numbers."""
+        ...
+
+
+class Encoder(Protocol):
+    """The part of `tokenizers.Tokenizer` that is needed here."""
+
+    def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[Encoding]:
+        """Tokenize each text."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as tokens: prompt, then target, then the end token.
+
+    Parameters
+    ----------
+    tokens
+        int32 [n].
+    target_start
+        Index of the target's first token; at least 1, since the first token has nothing that predicts it.
+    """
+
+    tokens: NDArray[np.int32]
+    target_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Packed rows, all int64 [rows, length].
+
+    Parameters
+    ----------
+    tokens
+        What the model reads; padding holds token 0.
+    labels
+        The token that follows, where that token belongs to a target; `IGNORED` elsewhere.
+    positions
+        Counted from 0 within each example.
+    segments
+        Which example of its row a position belongs to, from 0; `PADDING` where none.
+    """
+
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    segments: NDArray[np.int64]
+
+
+def encode_tasks(encoder: Encoder, tasks: Sequence[Task], end_token: int, length: int) -> list[Encoded]:
+    """Tokenize each task as prompt (with the tokenizer's own special tokens), target, end token.
+
+    Raises
+    ------
+    DataError
+        A task needs more than `length` tokens, or its prompt gives none; the task is counted from 1.
+    """
+    prompts = encoder.encode_batch([task.prompt for task in tasks], add_special_tokens=True)
+    targets = encoder.encode_batch([task.target for task in tasks], add_special_tokens=False)
+    encoded = []
+    for at, (prompt, target) in enumerate(zip(prompts, targets, strict=True), 1):
+        tokens = np.array([*prompt.ids, *target.ids, end_token], np.int32)
+        if len(tokens) > length:
+            raise DataError(
+                f"example {at} needs {len(tokens)} tokens, a row holds {length}: "
+                "raise the row length or shorten the example"
+            )
+        if not prompt.ids:
+            raise DataError(f"example {at}: the prompt gives no token")
+        encoded.append(Encoded(tokens, len(prompt.ids)))
+    return encoded
+
+
+def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Distribute examples over rows: first fit into the last `OPEN_ROWS` rows, in the order given.
+
+    Parameters
+    ----------
+    lengths
+        Tokens of each example, 1 to `row_length`.
+    row_length
+        Tokens that fit into a row.
+
+    Returns
+    -------
+    list of list of int
+        For each row the indices of its examples; every index occurs once.
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for index, length in enumerate(lengths):
+        first = max(0, len(rows) - OPEN_ROWS)
+        at = next((row for row in range(first, len(rows)) if free[row] >= length), None)
+        if at is None:
+            rows.append([])
+            free.append(row_length)
+            at = len(rows) - 1
+        rows[at].append(index)
+        free[at] -= length
+    return rows
+
+
+def collate(rows: Iterable[Sequence[Encoded]], length: int) -> Batch:
+    """Lay examples side by side into rows of `length` positions; see `Batch`."""
+    listed = list(rows)
+    shape = (len(listed), length)
+    batch = Batch(
+        tokens=np.zeros(shape, np.int64),
+        labels=np.full(shape, IGNORED, np.int64),
+        positions=np.zeros(shape, np.int64),
+        segments=np.full(shape, PADDING, np.int64),
+    )
+    for row, examples in enumerate(listed):
+        start = 0
+        for segment, example in enumerate(examples):
+            count = len(example.tokens)
+            here = slice(start, start + count)
+            batch.tokens[row, here] = example.tokens
+            batch.positions[row, here] = np.arange(count)
+            batch.segments[row, here] = segment
+            learned = slice(start + example.target_start - 1, start + count - 1)
+            batch.labels[row, learned] = example.tokens[example.target_start :]
+            start += count
+    return batch
+
+
+def make_batches(
+    examples: Sequence[Encoded], row_length: int, rows_per_batch: int, rng: np.random.Generator
+) -> list[Batch]:
+    """Shuffle, pack and cut into batches; the same `rng` state gives the same batches."""
+    shuffled = [examples[index] for index in rng.permutation(len(examples))]
+    rows = pack([len(example.tokens) for example in shuffled], row_length)
+    order = rng.permutation(len(rows))
+    return [
+        collate(
+            ([shuffled[index] for index in rows[row]] for row in order[start : start + rows_per_batch]),
+            row_length,
+        )
+        for start in range(0, len(rows), rows_per_batch)
+    ]

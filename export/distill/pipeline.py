@@ -1,0 +1,253 @@
+"""From a data file to a checkpoint directory: tokenizer, student, training, and only then a name in OUT.
+
+While training, everything lives in `OUT.partial`, beside OUT; OUT appears complete, by one rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from tokenizers import Tokenizer
+
+from edgelm.errors import CheckpointError, ConfigError
+from edgelm.tasks import read_tasks
+
+from .data import encode_tasks
+from .settings import Progress, Settings
+from .shape import Shape, parse_shape
+from .student import make_student, open_model, save_student
+from .tokenizer import BOS, EOS, save_tokenizer, train_tokenizer
+from .trainer import Dataset, Trainer
+
+TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""What is copied from a teacher's or student's directory, where it is there; the first must be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What training starts from.
+
+    Parameters
+    ----------
+    model
+        The student, fp32.
+    tokenizer
+        Its tokenizer.
+    eos
+        Tokens that end an answer; the first is trained.
+    write_tokenizer
+        Writes the tokenizer's files into a directory.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    eos: list[int]
+    write_tokenizer: Callable[[Path], None]
+
+
+def distill(
+    student: str,
+    data: Path,
+    out: Path,
+    settings: Settings,
+    *,
+    teacher: Path | None = None,
+    vocab_size: int = 2048,
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+    report: Callable[[Progress], None] = lambda _: None,
+) -> Progress:
+    """Train a student on tasks and write it to `out` as a Hugging Face directory.
+
+    Parameters
+    ----------
+    student
+        A checkpoint directory to go on from, or a shape (see `parse_shape`) to start from random weights. A new
+        student shares the teacher's tokenizer, or gets its own, trained on the data, where there is no teacher.
+    data
+        JSONL of `{"prompt", "target"}`; see `edgelm.tasks.read_tasks`.
+    out
+        Directory to make.
+    teacher
+        Checkpoint directory whose logits the student follows; None: plain supervised training.
+    vocab_size
+        Of a newly trained tokenizer.
+    resume
+        Go on from `out`.partial where there is one.
+    force
+        Replace `out` and discard `out`.partial.
+
+    Raises
+    ------
+    DataError, CheckpointError, ConfigError
+        Something given is not what it should be; `out` is then as it was.
+    """
+    claim(out, resume=resume, force=force)
+    tasks = read_tasks(data)
+    teacher_model = open_model(teacher, "teacher") if teacher else None
+    start = _start(student, [t for task in tasks for t in (task.prompt, task.target)], teacher, vocab_size, settings)
+    if teacher is not None:
+        _check_same_vocabulary(start, teacher)
+    examples = encode_tasks(start.tokenizer, tasks, start.eos[0], settings.row_length)
+    identity = fingerprint(
+        data.read_bytes(), student, str(teacher), str(vocab_size), json.dumps(asdict(settings), sort_keys=True)
+    )
+    return train_into(
+        out, start, lambda _epoch: examples, settings,
+        teacher=teacher_model, device=device, identity=identity, resume=resume, report=report,
+    )  # fmt: skip
+
+
+def train_into(
+    out: Path,
+    start: Start,
+    dataset: Dataset,
+    settings: Settings,
+    *,
+    teacher: Any = None,
+    device: str = "cpu",
+    identity: str = "",
+    resume: bool = False,
+    report: Callable[[Progress], None] = lambda _: None,
+) -> Progress:
+    """Train `start` and write `out`; call `claim` first. See `distill` and `Trainer` for the parameters."""
+    partial = partial_of(out)
+    partial.mkdir(parents=True, exist_ok=True)
+    checkpoint = partial / "state.pt"
+    trainer = Trainer(
+        start.model, dataset, settings, teacher=teacher, checkpoint=checkpoint, device=device, identity=identity
+    )
+    if resume and checkpoint.exists():
+        trainer.resume()
+    try:
+        trainer.run(report)
+    except KeyboardInterrupt:
+        trainer.save()
+        raise
+    result = partial / "result"
+    shutil.rmtree(result, ignore_errors=True)
+    result.mkdir()
+    save_student(start.model, result, start.eos)
+    start.write_tokenizer(result)
+    if out.exists():
+        shutil.rmtree(out)
+    result.replace(out)
+    shutil.rmtree(partial)
+    return trainer.progress
+
+
+def partial_of(out: Path) -> Path:
+    """Return the directory that holds a run's checkpoint until it is done."""
+    return out.with_name(out.name + ".partial")
+
+
+def claim(out: Path, *, resume: bool, force: bool) -> None:
+    """Refuse an existing `out`, and the remains of a run, unless told what to do with them.
+
+    Raises
+    ------
+    ConfigError
+        There is something that neither `resume` nor `force` covers.
+    """
+    partial = partial_of(out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is not a directory")
+    if out.exists() and not force:
+        raise ConfigError(f"{out} exists: choose another directory, or --force to replace it")
+    if partial.exists() and not resume:
+        if not force:
+            raise ConfigError(f"{partial} holds an unfinished run: --resume goes on with it, --force discards it")
+        shutil.rmtree(partial)
+
+
+def fingerprint(*parts: str | bytes) -> str:
+    """Return the SHA-256 of all parts, hex; it names a run's data and settings."""
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode() if isinstance(part, str) else part
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
+
+
+def _start(student: str, texts: list[str], teacher: Path | None, vocab_size: int, settings: Settings) -> Start:
+    """Open the student that is named, or make the one that is described."""
+    directory = Path(student)
+    if directory.is_dir():
+        model = open_model(directory, "student")
+        return _from_directory(model, directory, model)
+    if "=" not in student:
+        raise ConfigError(f"student {student!r} is neither a directory nor a shape such as hidden=192,layers=6,heads=6")
+    shape = parse_shape(student)
+    if teacher is not None:
+        guide = open_model(teacher, "teacher")
+        context = guide.config.max_position_embeddings
+        model = _make(shape, guide.config.vocab_size, context, guide.config.bos_token_id or 0, 0, settings)
+        return _from_directory(model, teacher, guide)
+    tokenizer = train_tokenizer(texts, vocab_size)
+    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    context = settings.row_length
+    model = _make(shape, tokenizer.get_vocab_size(), context, bos, eos, settings)
+    return Start(model, tokenizer, [eos], lambda to: save_tokenizer(tokenizer, to, context))
+
+
+def _make(shape: Shape, vocab_size: int, context: int, bos: int, eos: int, settings: Settings) -> Any:
+    if settings.row_length > context:
+        raise ConfigError(f"row length {settings.row_length} is over the context of {context} tokens")
+    return make_student(shape, vocab_size, context, bos, eos, settings.seed)
+
+
+def _from_directory(model: Any, directory: Path, owner: Any) -> Start:
+    """Take tokenizer and end tokens from `directory`, whose model is `owner`."""
+    eos = owner.generation_config.eos_token_id
+    if eos is None:
+        eos = owner.config.eos_token_id
+    if eos is None:
+        raise CheckpointError(f"{directory} names no end token: eos_token_id in generation_config.json is missing")
+
+    def copy(to: Path) -> None:
+        for name in TOKENIZER_FILES:
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, to / name)
+
+    return Start(model, open_tokenizer(directory), eos if isinstance(eos, list) else [eos], copy)
+
+
+def open_tokenizer(directory: Path) -> Tokenizer:
+    """Open tokenizer.json of a checkpoint directory, without truncation or padding."""
+    try:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{directory / 'tokenizer.json'} cannot be read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _check_same_vocabulary(start: Start, teacher: Path) -> None:
+    if start.tokenizer.get_vocab() != open_tokenizer(teacher).get_vocab():
+        raise CheckpointError(
+            f"the student's vocabulary is not that of the teacher {teacher}: logits cannot be compared"
+        )
+
+
+def choose_device(name: str) -> str:
+    """Return `name`, or for "auto" cuda where there is one, else cpu."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}: this torch sees no CUDA device; use --device cpu")
+    return name

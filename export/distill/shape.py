@@ -1,0 +1,66 @@
+"""The shape of a student: a short text such as `hidden=192,layers=6,heads=6,kv-heads=2,mlp=512`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgelm.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A Llama-shaped decoder with a tied head.
+
+    Parameters
+    ----------
+    hidden, mlp
+        Widths; multiples of 32, the smallest block of int4.
+    layers, heads, kv_heads
+        Counts; `heads` is a multiple of `kv_heads`.
+    head
+        Size of a head, a multiple of 16, which rotary positions in GroupQueryAttention need.
+    """
+
+    hidden: int = 192
+    layers: int = 6
+    heads: int = 6
+    kv_heads: int = 2
+    mlp: int = 512
+    head: int = 0  # 0: hidden / heads
+
+    def __post_init__(self) -> None:
+        if not self.head:
+            if self.hidden % self.heads:
+                raise ConfigError(f"hidden={self.hidden} is no multiple of heads={self.heads}: give head=SIZE as well")
+            object.__setattr__(self, "head", self.hidden // self.heads)
+        for name, value, multiple in (
+            ("hidden", self.hidden, 32),
+            ("mlp", self.mlp, 32),
+            ("head", self.head, 16),
+            ("heads", self.heads, self.kv_heads),
+        ):
+            if value % multiple:
+                raise ConfigError(f"student shape: {name}={value} must be a multiple of {multiple}")
+
+
+def parse_shape(text: str) -> Shape:
+    """Parse `name=number,...`; names left out keep their defaults.
+
+    Raises
+    ------
+    ConfigError
+        A name is unknown, a value is not a whole number over 0, or the numbers do not fit each other.
+    """
+    names = {field.replace("_", "-"): field for field in Shape.__dataclass_fields__}
+    values: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if name not in names:
+            raise ConfigError(
+                f"student shape {text!r}: unknown name {name!r}; known: {', '.join(names)}, "
+                "as in hidden=192,layers=6,heads=6,kv-heads=2,mlp=512"
+            )
+        if not value.isdecimal() or not int(value):
+            raise ConfigError(f"student shape {text!r}: {name} must be a whole number over 0, not {value!r}")
+        values[names[name]] = int(value)
+    return Shape(**values)

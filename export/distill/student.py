@@ -1,0 +1,70 @@
+"""Students as transformers models: made from a shape, opened from a directory, written as a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from edgelm.errors import CheckpointError
+
+from .shape import Shape
+
+
+def make_student(shape: Shape, vocab_size: int, context: int, bos: int, eos: int, seed: int) -> Any:
+    """Return a Llama of random weights with a tied head."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config)
+    depth = (2 * shape.layers) ** -0.5  # as GPT-2: what each layer adds to the residual shrinks with their number
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.normal_(weight, std=config.initializer_range * depth)
+    return model
+
+
+def open_model(directory: Path, what: str) -> Any:
+    """Open a Hugging Face causal language model in fp32; `what` ("teacher", "student") names it in errors.
+
+    Raises
+    ------
+    CheckpointError
+        The directory is no checkpoint that transformers can read.
+    """
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{what} {directory} has no config.json: a Hugging Face directory is expected")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, config=AutoConfig.from_pretrained(directory), dtype=torch.float32,
+            attn_implementation="eager", local_files_only=True,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{what} {directory} cannot be read: {error}") from error
+    return model
+
+
+def save_student(model: Any, directory: Path, eos: list[int]) -> None:
+    """Write config.json, model.safetensors and generation_config.json."""
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.config.bos_token_id, eos_token_id=eos, pad_token_id=eos[0], do_sample=False
+    )
+    model.config.eos_token_id = eos[0]
+    model.config.pad_token_id = eos[0]
+    model.save_pretrained(directory, safe_serialization=True)

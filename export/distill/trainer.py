@@ -1,0 +1,254 @@
+"""The training loop: AdamW, warm-up and cosine, clipping, averaging of weights, checkpoints, exact resume.
+
+Everything random comes from the seed, the epoch and torch's generator, whose state is in every checkpoint, so a
+run that was interrupted ends with the weights of one that was not. Knows nothing of files other than its checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgelm.errors import CheckpointError, ConfigError
+
+from .data import IGNORED, Batch, Encoded, make_batches
+from .losses import cross_entropy, forward_kl
+from .settings import Progress, Settings, learning_rate
+
+Dataset = Callable[[int], Sequence[Encoded]]
+"""The examples of an epoch; the same epoch number must give the same examples."""
+
+
+def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to attention scores: 0 within an example and not ahead, else a very low number.
+
+    Parameters
+    ----------
+    segments
+        int64 [rows, length].
+
+    Returns
+    -------
+    Tensor
+        [rows, 1, length, length] of `dtype`. Padding sees padding, so that no row of scores is empty.
+    """
+    length = segments.shape[1]
+    same = segments[:, :, None] == segments[:, None, :]
+    seen = same & torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    mask = torch.zeros(seen.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def target_logits(model: Any, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
+    """Run a packed batch; return logits [n, vocabulary] and labels [n] of its target positions only."""
+    tokens, labels, positions, segments = (
+        torch.from_numpy(array).to(device) for array in (batch.tokens, batch.labels, batch.positions, batch.segments)
+    )
+    hidden = model.base_model(
+        input_ids=tokens,
+        attention_mask=attention_mask(segments, torch.float32),
+        position_ids=positions,
+        use_cache=False,
+    ).last_hidden_state
+    learned = labels != IGNORED
+    return model.get_output_embeddings()(hidden[learned]), labels[learned]
+
+
+class Trainer:
+    """One run: model, optimizer, average and position. `run` trains to the end from wherever it stands.
+
+    Parameters
+    ----------
+    model
+        A transformers causal language model in fp32; trained in place.
+    dataset
+        See `Dataset`.
+    settings
+        See `Settings`.
+    teacher
+        A model with the same vocabulary, or None.
+    checkpoint
+        The file that `run` saves to and `resume` reads; None: neither.
+    device
+        Such as "cpu" or "cuda".
+    identity
+        Names the data and settings; a checkpoint of another identity is refused.
+    clock
+        Seconds, to measure the run by.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        dataset: Dataset,
+        settings: Settings,
+        *,
+        teacher: Any = None,
+        checkpoint: Path | None = None,
+        device: str = "cpu",
+        identity: str = "",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.model = model.to(device)
+        self.teacher = teacher.to(device).eval() if teacher is not None else None
+        self.settings = settings
+        self.progress = Progress(0.0, 0, 0, math.nan, 0, 0.0)
+        self._dataset = dataset
+        self._checkpoint = checkpoint
+        self._device = device
+        self._identity = identity
+        self._clock = clock
+        self._batch_of_epoch = 0
+        matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
+        vectors = [weight for weight in model.parameters() if weight.ndim < 2]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW(
+            groups,
+            lr=settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=True,
+        )  # fmt: skip
+        self._average = [weight.detach().clone() for weight in model.parameters()] if settings.averaging else []
+        torch.manual_seed(settings.seed)
+
+    def run(self, report: Callable[[Progress], None] = lambda _: None) -> None:
+        """Train to the end; the model holds the result, the averaged weights where averaging is on."""
+        settings, start = self.settings, self._clock() - self.progress.elapsed_s
+        saved = self._clock()
+        self.model.train()
+        with _residual_dropout(self.model, settings.dropout):
+            for epoch, batch, share in self._batches():
+                share = max(share, self.progress.elapsed_s / settings.max_s if settings.max_s else 0.0)
+                loss = self._step(batch, share)
+                elapsed = self._clock() - start
+                last = self.progress
+                self.progress = Progress(
+                    share,
+                    epoch,
+                    last.step + 1,
+                    loss if math.isnan(last.loss) else 0.98 * last.loss + 0.02 * loss,
+                    last.tokens + int((batch.segments >= 0).sum()),
+                    elapsed,
+                )
+                report(self.progress)
+                if settings.max_s and elapsed >= settings.max_s:
+                    break
+                if self._checkpoint and self._clock() - saved >= settings.save_every_s:
+                    self.save()
+                    saved = self._clock()
+        self.model.eval()
+        if self._average:
+            with torch.no_grad():
+                for weight, average in zip(self.model.parameters(), self._average, strict=True):
+                    weight.copy_(average)
+
+    def _batches(self) -> Iterator[tuple[int, Batch, float]]:
+        """Yield (epoch, batch, share of the run) from where the run stands."""
+        settings = self.settings
+        rows = max(1, settings.batch_tokens // settings.row_length)
+        for epoch in range(self.progress.epoch, settings.epochs):
+            rng = np.random.default_rng([settings.seed, epoch])
+            batches = make_batches(self._dataset(epoch), settings.row_length, rows, rng)
+            for at in range(self._batch_of_epoch, len(batches)):
+                self._batch_of_epoch = at + 1
+                yield epoch, batches[at], (epoch + at / len(batches)) / settings.epochs
+            self._batch_of_epoch = 0
+
+    def _step(self, batch: Batch, share: float) -> float:
+        settings = self.settings
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(share, settings)
+        loss = self._loss(batch)
+        if not math.isfinite(loss.item()):
+            raise ConfigError(f"the loss became {loss.item()} at step {self.progress.step}: lower the learning rate")
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self._optimizer.step()
+        if self._average:
+            # Early on the average follows closely: it would otherwise hold on to the random start.
+            decay = min(settings.averaging, (1 + self.progress.step) / (10 + self.progress.step))
+            torch._foreach_lerp_(self._average, [w.detach() for w in self.model.parameters()], 1 - decay)
+        return loss.item()
+
+    def _loss(self, batch: Batch) -> Tensor:
+        settings = self.settings
+        with torch.autocast(self._device.split(":")[0], torch.bfloat16, enabled=settings.bf16):
+            logits, labels = target_logits(self.model, batch, self._device)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    wanted, _ = target_logits(self.teacher, batch, self._device)
+        loss = cross_entropy(logits, labels, settings.smoothing)
+        if self.teacher is None:
+            return loss
+        kl = forward_kl(logits, wanted, settings.temperature)
+        return (1 - settings.kl_weight) * loss + settings.kl_weight * kl
+
+    def save(self) -> None:
+        """Write the checkpoint; an earlier one stays whole until the new one is complete."""
+        if self._checkpoint is None:
+            return
+        state = {
+            "identity": self._identity,
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "average": self._average,
+            "torch_rng": torch.get_rng_state(),
+            "progress": [getattr(self.progress, name) for name in Progress.__slots__],
+            "batch_of_epoch": self._batch_of_epoch,
+        }
+        partial = self._checkpoint.with_suffix(".tmp")
+        torch.save(state, partial)
+        partial.replace(self._checkpoint)
+
+    def resume(self) -> None:
+        """Continue from the checkpoint.
+
+        Raises
+        ------
+        CheckpointError
+            It cannot be read, or was made with other data, shapes or settings.
+        """
+        if self._checkpoint is None:
+            raise CheckpointError("this run keeps no checkpoint to resume from")
+        try:
+            state = torch.load(self._checkpoint, map_location=self._device, weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise CheckpointError(f"cannot resume from {self._checkpoint}: {error}") from error
+        if state["identity"] != self._identity:
+            raise CheckpointError(
+                f"{self._checkpoint} is of another run (other data, shapes or settings): "
+                "start again with --force, or repeat that run's options"
+            )
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._average = state["average"]
+        torch.set_rng_state(state["torch_rng"].cpu())
+        self.progress = Progress(*state["progress"])
+        self._batch_of_epoch = state["batch_of_epoch"]
+
+
+@contextmanager
+def _residual_dropout(model: nn.Module, rate: float) -> Iterator[None]:
+    """Drop parts of what each attention and MLP adds to the residual; Llama has no such dropout of its own."""
+
+    def drop(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        return functional.dropout(output, rate)
+
+    hooks = [
+        module.register_forward_hook(drop)
+        for name, module in model.named_modules()
+        if rate and name.endswith(("o_proj", "down_proj"))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

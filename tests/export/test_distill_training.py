@@ -1,0 +1,298 @@
+"""Training: losses against plain twins, packing without cross-talk, exact resume, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+torch = pytest.importorskip("torch", reason="pip install 'edgelm[distill]'")
+transformers = pytest.importorskip("transformers", reason="pip install 'edgelm[distill]'")
+
+from edgelm_export.distill.data import Encoded, collate  # noqa: E402
+from edgelm_export.distill.losses import cross_entropy, forward_kl  # noqa: E402
+from edgelm_export.distill.settings import Settings, learning_rate  # noqa: E402
+from edgelm_export.distill.shape import Shape  # noqa: E402
+from edgelm_export.distill.student import make_student  # noqa: E402
+from edgelm_export.distill.trainer import Trainer, target_logits  # noqa: E402
+
+from edgelm.cli import main  # noqa: E402
+from edgelm.errors import CheckpointError, ConfigError  # noqa: E402
+
+TINY = Shape(hidden=32, layers=2, heads=2, kv_heads=1, mlp=32)
+VOCABULARY = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small are slower on more threads, by far where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+logits = arrays(np.float32, (5, 7), elements=st.floats(-20, 20, width=32))
+
+
+def log_softmax(row: np.ndarray) -> np.ndarray:
+    shifted = row.astype(np.float64) - row.max()
+    return shifted - math.log(sum(math.exp(value) for value in shifted))
+
+
+@given(logits=logits, labels=st.lists(st.integers(0, 6), min_size=5, max_size=5))
+def test_cross_entropy_meets_a_plain_loop(logits, labels):
+    plain = -sum(log_softmax(row)[label] for row, label in zip(logits, labels, strict=True)) / 5
+    assert cross_entropy(torch.from_numpy(logits), torch.tensor(labels)).item() == pytest.approx(plain, abs=1e-4)
+
+
+@given(student=logits, teacher=logits, temperature=st.floats(0.5, 8))
+def test_kl_meets_a_plain_loop_and_is_never_negative(student, teacher, temperature):
+    plain = 0.0
+    for given_row, wanted_row in zip(student, teacher, strict=True):
+        given_log, wanted_log = log_softmax(given_row / temperature), log_softmax(wanted_row / temperature)
+        plain += sum(math.exp(w) * (w - g) for w, g in zip(wanted_log, given_log, strict=True))
+    measured = forward_kl(torch.from_numpy(student), torch.from_numpy(teacher), temperature).item()
+    assert measured == pytest.approx(temperature**2 * plain / 5, rel=1e-3, abs=1e-3)
+    assert measured >= -1e-4
+
+
+@given(student=logits, shift=st.floats(-3, 3), temperature=st.floats(0.5, 8))
+def test_kl_of_equal_distributions_is_zero(student, shift, temperature):
+    same = torch.from_numpy(student)
+    assert forward_kl(same, same + shift, temperature).item() == pytest.approx(0, abs=1e-4)
+
+
+def random_examples(count: int, seed: int = 0) -> list[Encoded]:
+    rng = np.random.default_rng(seed)
+    return [
+        Encoded(
+            rng.integers(3, VOCABULARY, size := int(rng.integers(3, 12))).astype(np.int32), int(rng.integers(1, size))
+        )
+        for _ in range(count)
+    ]
+
+
+def tiny_model(seed: int = 0):
+    return make_student(TINY, VOCABULARY, 32, 1, 0, seed)
+
+
+def test_packed_examples_get_the_logits_they_get_alone_on_targets_only():
+    model, examples = tiny_model().eval(), random_examples(6)
+    with torch.no_grad():
+        packed, labels = target_logits(model, collate([examples[:3], examples[3:]], 40), "cpu")
+        alone, wanted = [], []
+        for example in examples:
+            tokens = torch.from_numpy(example.tokens.astype(np.int64))[None]
+            alone.append(model(tokens).logits[0, example.target_start - 1 : -1])
+            wanted.append(tokens[0, example.target_start :])
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=0)
+    assert torch.equal(labels, torch.cat(wanted))
+
+
+SETTINGS = Settings(epochs=3, batch_tokens=64, row_length=32, dropout=0.2, averaging=0.9, smoothing=0.1)
+
+
+def weights_of(trainer: Trainer) -> dict:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+class StopHereError(Exception):
+    pass
+
+
+@settings(max_examples=4, deadline=None)
+@given(stop_at=st.integers(1, 20), with_teacher=st.booleans())
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(tmp_path_factory, stop_at, with_teacher):
+    checkpoint = tmp_path_factory.mktemp("resume") / "state.pt"
+    examples = random_examples(60)
+
+    def trainer(path=None):
+        teacher = tiny_model(7) if with_teacher else None
+        return Trainer(tiny_model(), lambda _: examples, SETTINGS, teacher=teacher, checkpoint=path)
+
+    whole = trainer()
+    whole.run()
+    broken = trainer(checkpoint)
+
+    def stop(progress):
+        if progress.step == stop_at:
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        broken.run(stop)
+    broken.save()
+    torch.manual_seed(99)  # another process would stand elsewhere
+    resumed = trainer(checkpoint)
+    resumed.resume()
+    resumed.run()
+    assert resumed.progress.step == whole.progress.step > 20
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weight, weights_of(resumed)[name]), name
+
+
+def test_training_lowers_the_loss_and_averaging_gives_other_weights():
+    examples = random_examples(20)
+    losses = []
+    settings = Settings(epochs=30, batch_tokens=128, row_length=32, lr=1e-2)
+    plain = Trainer(tiny_model(), lambda _: examples, settings)
+    plain.run(lambda progress: losses.append(progress.loss))
+    assert losses[-1] < 0.7 * losses[0]
+    averaged = Trainer(tiny_model(), lambda _: examples, replace(settings, averaging=0.9))
+    averaged.run()
+    assert averaged.progress.loss == plain.progress.loss
+    assert not torch.equal(plain.model.model.norm.weight, averaged.model.model.norm.weight)
+
+
+def test_a_student_comes_closer_to_its_teacher():
+    examples = random_examples(40)
+    teacher = tiny_model(7)
+    batch = collate([[example] for example in examples], 32)
+
+    def distance(model) -> float:
+        with torch.no_grad():
+            return forward_kl(
+                target_logits(model, batch, "cpu")[0], target_logits(teacher, batch, "cpu")[0], 1.0
+            ).item()
+
+    student = tiny_model(1)
+    before = distance(student)
+    settings = Settings(epochs=10, batch_tokens=128, row_length=32, kl_weight=1.0)
+    Trainer(student, lambda _: examples, settings, teacher=teacher).run()
+    assert distance(student) < 0.5 * before
+
+
+def test_a_time_limit_ends_the_run_with_the_rate_run_down():
+    ticks = iter(range(10_000))
+    settings = Settings(epochs=1000, batch_tokens=64, row_length=32, max_s=40, warmup=0.1)
+    trainer = Trainer(tiny_model(), lambda _: random_examples(20), settings, clock=lambda: float(next(ticks)))
+    trainer.run()
+    assert 20 <= trainer.progress.step <= 45
+    assert trainer.progress.elapsed_s >= 40
+    assert learning_rate(trainer.progress.share, settings) < 0.1 * settings.lr
+
+
+@given(share=st.floats(0, 1), warmup=st.floats(0, 0.9))
+def test_the_rate_stays_between_zero_and_its_peak(share, warmup):
+    settings = Settings(warmup=warmup)
+    assert 0 < learning_rate(share, settings) <= settings.lr * (1 + 1e-9)
+    assert learning_rate(1.0, settings) == pytest.approx(settings.lr / 100)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "state.pt"
+    Trainer(tiny_model(), lambda _: [], SETTINGS, checkpoint=path, identity="one").save()
+    with pytest.raises(CheckpointError, match="is of another run"):
+        Trainer(tiny_model(), lambda _: [], SETTINGS, checkpoint=path, identity="two").resume()
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot resume from"):
+        Trainer(tiny_model(), lambda _: [], SETTINGS, checkpoint=path, identity="one").resume()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"lr": 0.0}, {"lr": math.nan}, {"kl_weight": 2}, {"batch_tokens": 8}, {"max_s": 0.0}]
+)
+def test_settings_out_of_range_are_refused_by_name(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong)).replace("_", "-")):
+        Settings(**wrong)
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory):
+    """Random sentences whose answer is their last word."""
+    rng = np.random.default_rng(0)
+    words = ["red", "green", "blue", "lamp", "door", "music", "stop", "start"]
+    path = tmp_path_factory.mktemp("data") / "tasks.jsonl"
+    rows = [list(rng.choice(words, 4)) for _ in range(80)]
+    path.write_text("".join(json.dumps({"prompt": " ".join(row), "target": str(row[-1])}) + "\n" for row in rows))
+    return path
+
+
+SHAPE = "hidden=32,layers=1,heads=2,kv-heads=1,mlp=32"
+QUICK = ["--epochs", "2", "--batch-tokens", "256", "--row-length", "32", "--vocab-size", "300", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory, sentences):
+    """A checkpoint directory made by the command, and a teacher for others."""
+    out = tmp_path_factory.mktemp("student") / "out"
+    assert main(["distill", "--student", SHAPE, "--data", str(sentences), "--out", str(out), *QUICK]) == 0
+    return out
+
+
+def test_the_command_makes_a_checkpoint_that_transformers_opens_and_generates_from(student):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(student)
+    model = transformers.AutoModelForCausalLM.from_pretrained(student)
+    inputs = tokenizer("red green lamp", return_tensors="pt")
+    made = model.generate(**inputs, max_new_tokens=4)
+    assert made.shape[1] <= inputs["input_ids"].shape[1] + 4
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "red green lamp"}], tokenize=True)
+    assert chat == tokenizer("red green lamp")["input_ids"]
+    assert not student.with_name("out.partial").exists()
+
+
+def test_a_student_is_distilled_from_a_teacher_with_its_tokenizer(tmp_path, sentences, student, capsys):
+    out = tmp_path / "distilled"
+    command = ["distill", "--teacher", str(student), "--student", SHAPE, "--data", str(sentences), "--out", str(out)]
+    assert main([*command, *QUICK, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["steps"] > 0
+    assert printed.err == ""
+    assert (out / "tokenizer.json").read_bytes() == (student / "tokenizer.json").read_bytes()
+
+
+def test_a_student_goes_on_from_a_directory(tmp_path, sentences, student):
+    out = tmp_path / "again"
+    command = ["distill", "--student", str(student), "--data", str(sentences), "--out", str(out), *QUICK]
+    assert main(command) == 0
+    assert main(command) == 1  # OUT exists
+    assert main([*command, "--force"]) == 0
+
+
+def refusal(capsys, *options: str) -> str:
+    assert main(["distill", *options]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_what_is_wrong_is_named_and_leaves_nothing(tmp_path, sentences, student, capsys):
+    out, data = tmp_path / "out", str(sentences)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "target": "b"}\n{"prompt": "a"}\n')
+    base = ("--out", str(out), "--student", SHAPE)
+    assert "bad.jsonl line 2: 'target'" in refusal(capsys, *base, "--data", str(bad))
+    assert "absent.jsonl" in refusal(capsys, *base, "--data", str(tmp_path / "absent.jsonl"))
+    assert "needs --teacher" in refusal(capsys, *base, "--data", data, "--loss", "kl")
+    assert "teacher" in refusal(capsys, *base, "--data", data, "--teacher", str(tmp_path))
+    assert "neither a directory nor a shape" in refusal(
+        capsys, "--out", str(out), "--data", data, "--student", "nowhere"
+    )
+    assert "a row holds 4" in refusal(capsys, *base, "--data", data, "--row-length", "4", "--vocab-size", "300")
+    assert not out.exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_remains_of_a_run_are_kept_until_told(tmp_path, sentences, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "out.partial").mkdir()
+    command = ["--out", str(out), "--student", SHAPE, "--data", str(sentences), *QUICK]
+    assert "--resume goes on with it" in refusal(capsys, *command)
+    assert main(["distill", *command, "--resume"]) == 0
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path, sentences, student, capsys):
+    other = tmp_path / "other"
+    quick = [*QUICK[:-4], "--vocab-size", "290", "--threads", "1"]
+    assert main(["distill", "--student", SHAPE, "--data", str(sentences), "--out", str(other), *quick]) == 0
+    capsys.readouterr()
+    options = ["--student", str(other), "--teacher", str(student), "--data", str(sentences)]
+    assert "vocabulary" in refusal(capsys, *options, "--out", str(tmp_path / "out"), *quick)
