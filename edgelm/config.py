@@ -230,7 +230,7 @@ def _check(setting: dataclasses.Field[Any], value: Any) -> None:
     if kind is str and not value:
         raise ConfigError(f"{name}: must not be empty")
     low, high = setting.metadata.get("low"), setting.metadata.get("high")
-    if low is not None and not low <= value <= high:
+    if low is not None and high is not None and not low <= value <= high:
         raise ConfigError(f"{name}: must lie in [{low}, {high}], got {value}")
 
 

@@ -1,0 +1,116 @@
+"""`edgelm demo`: broker, board and client on this machine, three commands answered over MQTT, and gone again."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Final
+
+from edgelm.bundle import Bundle, open_bundle
+from edgelm.cli.ask import ask_of
+from edgelm.config import BrokerConfig, BrokerUrl, ServeConfig
+from edgelm.errors import EdgelmError
+from edgelm.mqtt.asker import Asker, answer_to
+from edgelm.mqtt.board import open_board
+from edgelm.mqtt.brokers import EmbeddedBroker, start_any
+from edgelm.mqtt.topics import BoardTopics
+from edgelm.mqtt.wire import Outcome
+
+BOARD: Final = "demo"
+COMMANDS: Final = (
+    "play some jazz by Miles Davis on spotify",
+    "book a table for four at an italian restaurant in Boston tomorrow at noon",
+    "will it rain in Berlin on friday",
+)
+START_WITHIN_S: Final = 60.0
+ANSWER_WITHIN_S: Final = 60.0
+
+NEXT: Final = """\
+Next
+  edgelm serve --mqtt mqtt://localhost:1883         answer on a broker of yours
+  edgelm ask "turn the music down"                  ask it, from any machine: --broker URL --board NAME
+  edgelm export CHECKPOINT bundle/                  bring a model of your own from Hugging Face
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--embedded-broker", action="store_true", help="use the embedded broker, mosquitto or not")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show it all; 0 only if every command was answered."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # leave nothing behind then either
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    print("edgelm demo: a small language model answers over MQTT, all on this machine.\n", flush=True)
+    with ExitStack() as stack:
+        broker = stack.enter_context(EmbeddedBroker() if args.embedded_broker else start_any())
+        _show("broker", f"{broker.name}, {broker.url}")
+        bundle = open_bundle("builtin")
+        _show("model", _describe(bundle))
+        config = ServeConfig(mqtt=broker.url, board=BOARD)
+        stack.enter_context(_served(config))
+        _show("board", f"{BOARD!r} listens on {BoardTopics(BOARD).generate()}")
+        asker = stack.enter_context(Asker(BrokerConfig(url=BrokerUrl.parse(broker.url)), BOARD))
+        answered = sum(_ask(asker, number, command) for number, command in enumerate(COMMANDS, 1))
+    if answered < len(COMMANDS):
+        raise EdgelmError(f"{answered} of {len(COMMANDS)} commands were answered")
+    print(f"\nAll {answered} answered; broker and board are stopped.\n\n{NEXT}", end="", flush=True)
+    return 0
+
+
+def _show(what: str, text: str) -> None:
+    print(f"  {what:8}{text}", flush=True)
+
+
+def _describe(bundle: Bundle) -> str:
+    manifest = bundle.manifest
+    millions, megabytes = manifest.parameters / 1e6, bundle.bytes / 1e6
+    return f"the built-in one: {millions:.1f} M parameters, {manifest.quant}, {megabytes:.1f} MB on disk"
+
+
+@contextmanager
+def _served(config: ServeConfig) -> Iterator[None]:
+    """Serve on a thread of this process; return when the board is online."""
+    online = threading.Event()
+    failures: list[BaseException] = []
+    with open_board(config, online.set) as service:
+
+        def serve() -> None:
+            try:
+                service.run()
+            except BaseException as error:  # noqa: BLE001  told to the person below
+                failures.append(error)
+                online.set()
+
+        thread = threading.Thread(target=serve, name="edgelm-service", daemon=True)
+        thread.start()
+        try:
+            if not online.wait(START_WITHIN_S) or failures:
+                raise EdgelmError(f"the board did not come online: {failures[0] if failures else 'no connection'}")
+            yield
+        finally:
+            service.stop()
+            service.stop()  # whatever runs is not waited for
+            thread.join(START_WITHIN_S)
+
+
+def _ask(asker: Asker, number: int, command: str) -> bool:
+    """Ask one command, show its answer as it comes, and return whether it came whole."""
+    print(f"\n  {number}  {command}\n     ", end="", flush=True)
+    ask = ask_of(command, stream=True, chunk_ms=0, timeout_s=ANSWER_WITHIN_S)
+    outcome: Outcome = answer_to(asker, ask, lambda delta: print(delta, end="", flush=True))
+    if outcome.error is not None:
+        print(f"failed: {outcome.error.message}", flush=True)
+        return False
+    timing, usage = outcome.completion.timing, outcome.completion.usage
+    print(
+        f"\n     first token {timing.ttft_ms:.0f} ms, all {usage.completion_tokens} tokens {timing.total_ms:.0f} ms, "
+        f"{timing.tok_s:.0f} tokens/s",
+        flush=True,
+    )
+    return True

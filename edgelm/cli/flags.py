@@ -1,0 +1,81 @@
+"""Flags that several commands share: how tokens are chosen, and how a broker is reached."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from edgelm.config import BrokerConfig, BrokerUrl, read_password
+from edgelm.errors import ConfigError
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags that `sampling_from` reads; those not given leave the bundle's defaults."""
+    group = parser.add_argument_group("sampling", "what is not given is the bundle's default")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to answer with")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    group.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest; 0 is all")
+    group.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest that make up P; 1 is all")
+    group.add_argument("--min-p", type=float, metavar="P", help="drop what is less likely than P times the likeliest")
+    group.add_argument("--repetition-penalty", type=float, metavar="R", help="over 1 avoids repetition")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    group.add_argument("--logprobs", type=int, metavar="N", help="log-probabilities with N alternatives a token")
+    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on to --max-tokens")
+    form = group.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", metavar="FILE", help="answer with JSON that fits this schema")
+    form.add_argument("--regex", metavar="PATTERN", help="answer with text that matches")
+    form.add_argument("--choices", metavar="A,B", help="answer with one of these")
+
+
+def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampling options that were given, by the names of `Model.generate` and of the MQTT protocol.
+
+    Raises `ConfigError` when the schema file cannot be read.
+    """
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "logprobs")
+    given = {name: getattr(args, name) for name in (*names, "ignore_eos", "regex")}
+    if args.choices is not None:
+        given["choices"] = [choice.strip() for choice in args.choices.split(",")]
+    if args.json_schema is not None:
+        given["json_schema"] = _schema(args.json_schema)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _schema(path: str) -> dict[str, Any]:
+    try:
+        schema = json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--json-schema: cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--json-schema: {path} is not JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise ConfigError(f"--json-schema: {path} is not a JSON object")
+    return schema
+
+
+def add_credential_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags by which a client proves who it is."""
+    group = parser.add_argument_group("credentials", "the password comes from a file or from EDGELM_PASSWORD")
+    group.add_argument("--username", metavar="NAME")
+    group.add_argument("--password-file", metavar="FILE", help="its first line is the password; mode 0600")
+    group.add_argument("--cafile", metavar="FILE", help="certificates to trust, for mqtts:// and wss://")
+    group.add_argument("--certfile", metavar="FILE", help="our own certificate")
+    group.add_argument("--keyfile", metavar="FILE", help="its key")
+
+
+def broker_from(args: argparse.Namespace) -> BrokerConfig:
+    """Return how to reach the broker of `--broker`; raise `ConfigError` where the flags do not fit."""
+    password = read_password(args.password_file) if args.password_file else None
+    username = args.username or os.environ.get("EDGELM_USERNAME")
+    return BrokerConfig(
+        url=BrokerUrl.parse(args.broker),
+        username=username,
+        password=password or os.environ.get("EDGELM_PASSWORD"),
+        cafile=args.cafile,
+        certfile=args.certfile,
+        keyfile=args.keyfile,
+    )

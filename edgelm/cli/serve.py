@@ -1,0 +1,82 @@
+"""`edgelm serve`: a bundle answers over MQTT until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from typing import Any, Final
+
+from edgelm.cli.flags import add_credential_flags
+from edgelm.config import SETTINGS, BrokerUrl, load_config
+from edgelm.mqtt.board import open_board
+from edgelm.mqtt.brokers import EmbeddedBroker
+
+DEFAULT_URL: Final = SETTINGS["mqtt"].default
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments; each is a setting of `ServeConfig`."""
+    parser.epilog = (
+        "Every flag is also a key of the TOML file (max_batch = 2) and a variable (EDGELM_MAX_BATCH=2); so are "
+        "max_timeout_s, drain_s and reply_topics. A flag wins over a variable, a variable over the file."
+    )
+    parser.add_argument(
+        "--mqtt", metavar="URL", nargs="?", const=DEFAULT_URL, help=f"where the broker is ({DEFAULT_URL})"
+    )
+    parser.add_argument("--model", metavar="BUNDLE", help="what to serve (builtin)")
+    parser.add_argument("--board", metavar="NAME", help="this board's name in topics (the host's name)")
+    parser.add_argument("--config", metavar="FILE", help="a TOML file of settings")
+    parser.add_argument(
+        "--embedded-broker", action="store_true", default=None, help="be the broker too (MQTT 3.1.1), at the URL"
+    )
+    parser.add_argument("--max-batch", type=int, metavar="N", help="requests decoded together (4)")
+    parser.add_argument("--queue", type=int, metavar="N", help="requests that may wait (8)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together (the bundle's)")
+    parser.add_argument("--log-format", choices=("text", "json"), help="how to log (text)")
+    add_credential_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C."""
+    flags = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    config = load_config(args.config, None, flags)
+    _log_as(config.log_format)
+    with ExitStack() as stack:
+        if config.embedded_broker:
+            url = BrokerUrl.parse(config.mqtt)
+            stack.enter_context(EmbeddedBroker(url.host, url.port))
+        service = stack.enter_context(open_board(config))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: service.stop())
+        service.run()
+    return 0
+
+
+def _log_as(form: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger("edgelm")
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    root.propagate = False
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created)),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)

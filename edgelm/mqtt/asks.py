@@ -1,0 +1,274 @@
+"""Bytes and properties <-> requests, and every reason why bytes are none.
+
+Pure: no connection, no clock, no topic names. The keys of a request are spelled here only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from edgelm.errors import RequestError
+from edgelm.messages import Constraint, SamplingParams
+from edgelm.mqtt.wire import PROTOCOL, Properties, write_json
+
+MAX_ID_LENGTH: Final = 128
+MAX_CHUNK_MS: Final = 10_000
+MAX_TIMEOUT_S: Final = 86_400
+
+SAMPLING_KEYS: Final = tuple(entry.name for entry in dataclasses.fields(SamplingParams))
+_CONSTRAINT_KEYS: Final = ("json_schema", "regex", "choices")
+_OTHER_KEYS: Final = ("v", "id", "prompt", "messages", "model", "stream", "chunk_ms", "timeout_s", "response_topic")
+_REFUSED_KEYS: Final = {
+    "session": "this board keeps no sessions; send the whole conversation as messages",
+    "priority": "this board answers in the order of arrival; leave it out or send 0",
+}
+KNOWN_KEYS: Final = frozenset((*SAMPLING_KEYS, *_CONSTRAINT_KEYS, *_OTHER_KEYS, *_REFUSED_KEYS))
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request as it travels. `sampling` holds the values that the client gave; the bundle has the others."""
+
+    id: str
+    prompt: str | None = None
+    messages: tuple[Mapping[str, str], ...] | None = None
+    model: str | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    constraint: Constraint | None = None
+    stream: bool = False
+    chunk_ms: int = 50
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What must be known of a request before it is understood: enough to refuse it properly."""
+
+    id: str
+    correlation: bytes | None
+    response_topic: str | None
+    body: Mapping[str, Any]
+    problem: RequestError | None = None
+    """Why `body` is empty."""
+
+
+def open_envelope(payload: bytes, properties: Properties, new_id: str) -> Envelope:
+    """Return what a payload says of itself, never raising. A payload that is no JSON object is the prompt.
+
+    Parameters
+    ----------
+    payload
+        Any bytes.
+    properties
+        Those of the message.
+    new_id
+        The id where the message has none.
+    """
+    body: Mapping[str, Any] = {}
+    problem = None
+    try:
+        body = _read_body(payload)
+    except RequestError as error:
+        problem = error
+    given = body.get("id")
+    request_id = new_id
+    if properties.correlation:
+        request_id = _correlation_text(properties.correlation)
+    elif isinstance(given, str) and _is_id(given):
+        request_id = given
+    reply = properties.response_topic
+    if reply is None and isinstance(body.get("response_topic"), str):
+        reply = body["response_topic"]
+    return Envelope(request_id, properties.correlation, reply, body, problem)
+
+
+def parse_ask(envelope: Envelope) -> Ask:
+    """Return the request in an envelope; raise `RequestError("bad_request")`, which names the key."""
+    if envelope.problem is not None:
+        raise envelope.problem
+    body = envelope.body
+    for key in body:
+        if key not in KNOWN_KEYS:
+            raise _bad(_shown(key), f"unknown key; known are {', '.join(sorted(KNOWN_KEYS))}")
+    for key, why in _REFUSED_KEYS.items():
+        if key in body and not (key == "priority" and body[key] == 0 and _is_whole(body[key])):
+            raise _bad(key, why)
+    if "v" in body and (body["v"] != PROTOCOL or not _is_whole(body["v"])):
+        raise _bad("v", f"this board speaks version {PROTOCOL} of the protocol")
+    if "id" in body and not _is_id(body["id"]):
+        raise _bad("id", f"must be 1 to {MAX_ID_LENGTH} printable characters")
+    _text(body, "response_topic")
+    prompt, messages = _text(body, "prompt"), _messages(body)
+    if (prompt is None) == (messages is None):
+        raise _bad("prompt", "give either prompt or messages")
+    if prompt == "":
+        raise _bad("prompt", "is empty")
+    return Ask(
+        id=envelope.id,
+        prompt=prompt,
+        messages=messages,
+        model=_text(body, "model"),
+        sampling=_sampling(body),
+        constraint=_constraint(body),
+        stream=_flag(body, "stream"),
+        chunk_ms=_chunk_ms(body),
+        timeout_s=_timeout_s(body),
+    )
+
+
+def write_ask(ask: Ask, response_topic: str | None, *, with_properties: bool) -> tuple[bytes, Properties]:
+    """Return a request's payload and properties; over 3.1.1 the payload carries what properties would."""
+    body: dict[str, Any] = {"v": PROTOCOL}
+    if ask.prompt is not None:
+        body["prompt"] = ask.prompt
+    if ask.messages is not None:
+        body["messages"] = [dict(message) for message in ask.messages]
+    if ask.model is not None:
+        body["model"] = ask.model
+    body |= {key: list(value) if isinstance(value, tuple) else value for key, value in ask.sampling.items()}
+    if ask.constraint is not None:
+        value = ask.constraint.value
+        schema = ask.constraint.kind == "json_schema"
+        body[ask.constraint.kind] = json.loads(str(value)) if schema else value
+    body |= {"stream": ask.stream, "chunk_ms": ask.chunk_ms}
+    if ask.timeout_s is not None:
+        body["timeout_s"] = ask.timeout_s
+    if with_properties:
+        return write_json(body), Properties(
+            response_topic=response_topic,
+            correlation=ask.id.encode(),
+            expiry_s=None if ask.timeout_s is None else max(1, math.ceil(ask.timeout_s)),
+            content_type="application/json",
+            is_text=True,
+        )
+    body["id"] = ask.id
+    if response_topic is not None:
+        body["response_topic"] = response_topic
+    return write_json(body), Properties()
+
+
+def _read_body(payload: bytes) -> Mapping[str, Any]:
+    try:
+        text = payload.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError("bad_request", f"payload: is not UTF-8 (byte {error.start})") from error
+    if not text.lstrip(" \t\r\n").startswith("{"):
+        return {"prompt": text}
+    try:
+        body = json.loads(text)
+    except ValueError:
+        return {"prompt": text}
+    except RecursionError:
+        raise RequestError("bad_request", "payload: is nested too deeply") from None
+    try:
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise RequestError("bad_request", "payload: holds half of a surrogate pair") from None
+    except ValueError:
+        raise RequestError("bad_request", "payload: holds a number that JSON does not have") from None
+    return body  # type: ignore[no-any-return]
+
+
+def _correlation_text(data: bytes) -> str:
+    """Return correlation data as an id: as it is where it can be read, else in hexadecimal."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        text = ""
+    if _is_id(text):
+        return text
+    return data.hex() if 2 * len(data) <= MAX_ID_LENGTH else hashlib.sha256(data).hexdigest()
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_ID_LENGTH and value.isprintable()
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _bad(key: str, what: str) -> RequestError:
+    return RequestError("bad_request", f"{key}: {what}")
+
+
+def _shown(key: str) -> str:
+    return repr(key if len(key) <= 64 else key[:61] + "...")
+
+
+def _text(body: Mapping[str, Any], key: str) -> str | None:
+    if key in body and not isinstance(body[key], str):
+        raise _bad(key, "must be text")
+    return body.get(key)
+
+
+def _flag(body: Mapping[str, Any], key: str) -> bool:
+    if not isinstance(body.get(key, False), bool):
+        raise _bad(key, "must be true or false")
+    return bool(body.get(key, False))
+
+
+def _strings(body: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = body[key]
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise _bad(key, "must be a list of non-empty strings")
+    return tuple(value)
+
+
+def _messages(body: Mapping[str, Any]) -> tuple[Mapping[str, str], ...] | None:
+    value = body.get("messages", [])
+    if not isinstance(value, list):
+        raise _bad("messages", "must be a list")
+    for message in value:
+        whole = isinstance(message, dict) and set(message) == {"role", "content"}
+        if not whole or not all(isinstance(part, str) for part in message.values()):
+            raise _bad("messages", 'each must be {"role": text, "content": text}')
+    return tuple(value) or None
+
+
+def _sampling(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    given = {key: body[key] for key in SAMPLING_KEYS if key in body}
+    if "stop" in given:
+        given["stop"] = _strings(body, "stop")
+    if "seed" in given and given["seed"] is None:
+        raise _bad("seed", "must be an integer")
+    SamplingParams(**given)  # checks types and ranges
+    return given
+
+
+def _constraint(body: Mapping[str, Any]) -> Constraint | None:
+    given = [key for key in _CONSTRAINT_KEYS if key in body and body[key] not in ("", [])]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise _bad(given[1], f"cannot be combined with {given[0]}")
+    kind = given[0]
+    if kind == "choices":
+        return Constraint("choices", _strings(body, "choices"))
+    if kind == "regex":
+        return Constraint("regex", str(_text(body, "regex")))
+    if not isinstance(body["json_schema"], dict):
+        raise _bad("json_schema", "must be an object")
+    return Constraint("json_schema", json.dumps(body["json_schema"], ensure_ascii=False))
+
+
+def _chunk_ms(body: Mapping[str, Any]) -> int:
+    value = body.get("chunk_ms", Ask.__dataclass_fields__["chunk_ms"].default)
+    if not _is_whole(value) or not 0 <= value <= MAX_CHUNK_MS:
+        raise _bad("chunk_ms", f"must be a whole number in [0, {MAX_CHUNK_MS}]")
+    return int(value)
+
+
+def _timeout_s(body: Mapping[str, Any]) -> float | None:
+    if "timeout_s" not in body:
+        return None
+    value = body["timeout_s"]
+    if not (_is_whole(value) or isinstance(value, float)) or not 0 < value <= MAX_TIMEOUT_S:
+        raise _bad("timeout_s", f"must be a number of seconds in (0, {MAX_TIMEOUT_S}]")
+    return float(value)

@@ -1,0 +1,289 @@
+"""The desk where requests are taken in and answers handed out.
+
+Every request that can be answered gets exactly one final: refused at once, or when the worker is done with it.
+Runs on the service's thread and never waits. The journal's place is `Desk._admit`, between the queue slot and the
+acknowledgement that follows `receive`; a cap per client belongs there too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from edgelm.config import ServeConfig
+from edgelm.errors import RequestError
+from edgelm.messages import Completion, Request, SamplingParams
+from edgelm.mqtt import asks, wire
+from edgelm.mqtt.answers import Answer, Finished, Grown
+from edgelm.mqtt.client import Connection, PacketTooLargeError, Received
+from edgelm.mqtt.outbox import Outbox
+from edgelm.mqtt.topics import BoardTopics, check_reply_topic
+from edgelm.worker import Worker
+
+log = logging.getLogger(__name__)
+
+RETRY_S: Final = 0.05
+"""When to try a chunk again that met a connection going away."""
+READ_LIMIT: Final = 4 * wire.MAX_PAYLOAD_BYTES
+"""How much of a payload that is too large is still read, for its id and where it wants its refusal."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What is served: a name, the manifest's digest and defaults."""
+
+    name: str
+    digest: str
+    sampling: SamplingParams
+    details: dict[str, Any] = field(default_factory=dict)
+    """More for `info`."""
+
+
+class Desk:
+    """Takes requests in, follows their answers, and sends these.
+
+    Parameters
+    ----------
+    config, topics, model
+        What this board is, how it is addressed, what it serves.
+    boot_id
+        Names this run of the service.
+    worker
+        Computes the answers.
+    connection, outbox
+        Where messages go that may be lost, and that may not.
+    post
+        Receives `Grown` and `Finished`, on the worker's thread; the owner hands them to `on_grown`, `on_finished`.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        topics: BoardTopics,
+        model: ServedModel,
+        boot_id: str,
+        worker: Worker,
+        connection: Connection,
+        outbox: Outbox,
+        post: Callable[[Grown | Finished], None],
+    ) -> None:
+        self._config = config
+        self._topics = topics
+        self._model = model
+        self._boot_id = boot_id
+        self._worker = worker
+        self._connection = connection
+        self._outbox = outbox
+        self._post = post
+        self._keys = itertools.count()
+        self._answers: dict[str, Answer] = {}
+        self._chunks: dict[int, Answer] = {}
+
+    def __len__(self) -> int:
+        """Return how many requests have no final yet."""
+        return len(self._answers)
+
+    # -- in ---------------------------------------------------------------------------------------------------
+
+    def receive(self, message: Received) -> None:
+        """Take in a message on one of the board's topics."""
+        if message.retain:  # a broker keeps handing it out: an order from who knows when
+            self._tell("rejected", None, None, reason="retained")
+            return
+        problem: RequestError | None = None
+        action, client = "generate", None
+        try:
+            address = self._topics.parse(message.topic)
+            action, client = address.action, address.client
+        except RequestError as error:
+            problem = error
+            action = "cancel" if message.topic.startswith(self._topics.cancel() + "/") else "generate"
+        if action == "cancel":
+            if problem is None:
+                self._cancel(client, message.payload)
+            return
+        readable = message.payload if len(message.payload) <= READ_LIMIT else b""
+        envelope = asks.open_envelope(readable, message.properties, uuid.uuid4().hex)
+        reply_topic = envelope.response_topic
+        if reply_topic is None:
+            reply_topic = self._topics.response(client)
+        try:
+            check_reply_topic(reply_topic, self._config.reply_topics)
+        except RequestError as error:  # nowhere to answer
+            self._tell("rejected", envelope.id, client, code=error.code, message=error.message)
+            return
+        try:
+            if problem is not None:
+                raise problem
+            self._admit(message, envelope, client, reply_topic)
+        except RequestError as error:
+            self._refuse(message, envelope, client, reply_topic, error)
+        except Exception as error:
+            log.exception("request %s failed at the desk", envelope.id)
+            trouble = RequestError("internal", f"this is a fault of the service: {type(error).__name__}")
+            self._refuse(message, envelope, client, reply_topic, trouble)
+
+    def _admit(self, message: Received, envelope: asks.Envelope, client: str | None, reply_topic: str) -> None:
+        if len(message.payload) > wire.MAX_PAYLOAD_BYTES:
+            raise RequestError(
+                "too_large", f"the payload has {len(message.payload)} bytes, the limit is {wire.MAX_PAYLOAD_BYTES}"
+            )
+        ask = asks.parse_ask(envelope)
+        if ask.model not in {None, self._model.name, self._model.digest}:
+            raise RequestError("model_not_found", f"model: this board serves {self._model.name!r} only")
+        answer = Answer(
+            key=str(next(self._keys)),
+            id=ask.id,
+            client=client,
+            correlation=envelope.correlation,
+            reply_topic=reply_topic,
+            stream=ask.stream,
+            chunk_ms=ask.chunk_ms,
+            deadline=self._deadline(message, ask.timeout_s),
+            post=self._post,
+        )
+        request = Request(
+            id=answer.key,
+            sampling=self._model.sampling.replace(**ask.sampling),
+            prompt=ask.prompt,
+            messages=ask.messages,
+            constraint=ask.constraint,
+            deadline=answer.deadline,
+        )
+        self._worker.submit(request, answer.sink)
+        self._answers[answer.key] = answer
+        self._tell("accepted", answer.id, client)
+
+    def _deadline(self, message: Received, timeout_s: float | None = None) -> float:
+        allowed = [self._config.max_timeout_s, timeout_s, message.properties.expiry_s]
+        return message.at + min(seconds for seconds in allowed if seconds is not None)
+
+    def _refuse(
+        self, message: Received, envelope: asks.Envelope, client: str | None, reply_topic: str, error: RequestError
+    ) -> None:
+        self._tell("rejected", envelope.id, client, code=error.code)
+        completion = Completion(envelope.id, "", (), "error", error=error)
+        left_s = self._deadline(message) - time.monotonic()
+        self._send_final(completion, 0, reply_topic, envelope.correlation, left_s)
+
+    def _cancel(self, client: str | None, payload: bytes) -> None:
+        """Cancel one of the client's requests, or all where none is named."""
+        wanted = payload.decode("utf-8", "replace").strip()
+        for answer in self._answers.values():
+            named = wanted in {"", "PRESS", answer.id} or payload == answer.correlation
+            if answer.client == client and named:
+                self._worker.cancel(answer.key)
+
+    # -- out --------------------------------------------------------------------------------------------------
+
+    def on_grown(self, answer: Answer) -> None:
+        """Note that an answer began or grew; `send_due` sends what there is."""
+        if answer.begin():
+            self._tell("started", answer.id, answer.client)
+
+    def on_finished(self, answer: Answer, completion: Completion) -> None:
+        """Send the rest and the final."""
+        if self._answers.pop(answer.key, None) is None:
+            return  # given up by `abandon`
+        self._send_chunk(answer)
+        completion = dataclasses.replace(completion, id=answer.id)
+        if answer.is_interrupted and completion.finish_reason == "cancelled":
+            error = RequestError("interrupted", "the service stopped before the answer was whole")
+            completion = dataclasses.replace(completion, finish_reason="error", error=error)
+        left_s = answer.deadline - time.monotonic()
+        self._send_final(completion, answer.seq, answer.reply_topic, answer.correlation, left_s)
+        self._tell(
+            "finished",
+            answer.id,
+            answer.client,
+            finish_reason=completion.finish_reason,
+            completion_tokens=completion.usage.completion_tokens,
+            total_ms=round(completion.timing.total_ms, 1),
+        )
+
+    def next_due(self) -> float:
+        """When `send_due` has something to do, in seconds of `time.monotonic`."""
+        if not self._connection.is_connected:
+            return float("inf")
+        return min((answer.due_at() for answer in self._answers.values()), default=float("inf"))
+
+    def send_due(self) -> None:
+        """Send the chunks whose time has come."""
+        now = time.monotonic()
+        for answer in self._answers.values():
+            if answer.due_at() <= now and self._connection.is_connected:
+                self._send_chunk(answer)
+
+    def on_connected(self) -> None:
+        """Forget chunks that died with the former connection."""
+        self._chunks.clear()
+        for answer in self._answers.values():
+            answer.unwritten = None
+
+    def on_published(self, mid: int) -> None:
+        """Note that a chunk is on its way."""
+        answer = self._chunks.pop(mid, None)
+        if answer is not None and answer.unwritten == mid:
+            answer.unwritten = None
+
+    def interrupt(self) -> None:
+        """Cancel all; their finals say `interrupted`."""
+        for answer in self._answers.values():
+            answer.is_interrupted = True
+            self._worker.cancel(answer.key)
+
+    def abandon(self, error: RequestError) -> None:
+        """Send the finals that the worker will not bring."""
+        for answer in list(self._answers.values()):
+            self.on_finished(answer, Completion(answer.id, "", (), "error", error=error))
+
+    def _send_chunk(self, answer: Answer) -> None:
+        text = answer.take()
+        if not text:
+            return
+        now = time.monotonic()
+        packet = wire.Packet(
+            answer.reply_topic,
+            wire.write_delta(wire.Delta(answer.id, answer.seq, text)),
+            properties=wire.answer_properties(answer.correlation, answer.deadline - now),
+        )
+        try:
+            mid = self._connection.publish(packet)
+        except PacketTooLargeError as error:
+            log.warning("a chunk of %s is lost: %s", answer.id, error)
+            answer.seq += 1  # a gap, so that the client sees it
+            return
+        if mid is None:
+            answer.put_back(text)
+            answer.not_before = now + RETRY_S
+            return
+        answer.seq += 1
+        answer.unwritten = mid
+        answer.not_before = now + answer.chunk_ms / 1000
+        self._chunks[mid] = answer
+
+    def _send_final(
+        self, completion: Completion, seq: int, reply_topic: str, correlation: bytes | None, left_s: float
+    ) -> None:
+        def packet(completion: Completion) -> wire.Packet:
+            final = wire.Outcome(completion, seq, self._topics.board, self._model.name, self._boot_id)
+            properties = wire.answer_properties(correlation, left_s, final.error)
+            return wire.Packet(reply_topic, wire.write_outcome(final), qos=1, properties=properties)
+
+        def too_large(why: str) -> wire.Packet:
+            error = RequestError("too_large", f"the answer does not fit: {why}; ask for fewer tokens")
+            return packet(Completion(completion.id, "", (), "error", completion.usage, completion.timing, error=error))
+
+        self._outbox.send(packet(completion), too_large)
+
+    def _tell(self, event: str, request_id: str | None, client: str | None, **more: Any) -> None:
+        """Publish what happens to a request, never what it says."""
+        body = {"event": event, "id": request_id, "client": client, **more}
+        log.debug("%s", body)
+        self._connection.tell(wire.Packet(self._topics.event, wire.write_json(body)))

@@ -1,0 +1,280 @@
+"""A board at a broker: says what it is and how it fares, takes requests in, and leaves in good order.
+
+One thread, the caller of `run`, owns all state; paho's thread and the worker's only post events to it. Later
+residents: pools get a connection of their own beside this one, Home Assistant's discovery is one more retained
+message in `_introduce`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, Final
+
+from edgelm._version import __version__
+from edgelm.config import ServeConfig
+from edgelm.errors import EdgelmError, RequestError
+from edgelm.mqtt import client, health, wire
+from edgelm.mqtt.answers import Finished, Grown
+from edgelm.mqtt.desk import Desk, ServedModel
+from edgelm.mqtt.outbox import Outbox
+from edgelm.mqtt.topics import BoardTopics
+from edgelm.worker import Worker
+
+log = logging.getLogger(__name__)
+
+SESSION_EXPIRY_S: Final = 300
+WILL_DELAY_S: Final = 3
+STATE_EVERY_S: Final = 10.0
+STATE_CHANGED_S: Final = 1.0
+"""How soon a change of the queue is told."""
+TICK_S: Final = 1.0
+CANCELLED_WITHIN_S: Final = 2.0
+LEAVE_WITHIN_S: Final = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Finish what runs, then leave; a second one leaves at once."""
+
+
+class Service:
+    """Answers over MQTT until told to stop.
+
+    Parameters
+    ----------
+    config
+        The board's settings.
+    worker
+        Started; closed by whoever made it.
+    model
+        What the worker serves.
+    on_online
+        Called each time the board has said `online`.
+    """
+
+    def __init__(
+        self, config: ServeConfig, worker: Worker, model: ServedModel, on_online: Callable[[], None] | None = None
+    ) -> None:
+        self._config = config
+        self._worker = worker
+        self._model = model
+        self._on_online = on_online
+        self._boot_id = uuid.uuid4().hex[:16]
+        self._topics = BoardTopics(config.board)
+        self._events: SimpleQueue[Any] = SimpleQueue()
+        broker = config.broker
+        self._url = broker.url
+        self._connection = client.Connection(
+            broker,
+            f"edgelm-{config.board}",
+            self._events.put,
+            will=self._status("offline"),
+            will_delay_s=WILL_DELAY_S,
+            session_expiry_s=SESSION_EXPIRY_S,
+            packet_bytes=4 * wire.MAX_PAYLOAD_BYTES,
+        )
+        self._outbox = Outbox(self._connection)
+        self._desk = Desk(
+            config, self._topics, model, self._boot_id, worker, self._connection, self._outbox, self._events.put
+        )
+        self._failure: EdgelmError | None = None
+        self._stop_by: float | None = None
+        self._is_interrupted = False
+        self._was_connected = False
+        self._said_away = False
+        self._protocol = ""
+        self._state_at = float("-inf")
+        self._state: tuple[int, int] = (0, 0)
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            client.Connected: self._on_connected,
+            client.Disconnected: self._on_disconnected,
+            client.ConnectFailed: self._on_connect_failed,
+            client.Subscribed: self._on_subscribed,
+            client.Published: self._on_published,
+            client.Received: self._on_received,
+            client.NeedsCare: lambda _: self._connection.tend(),
+            Grown: lambda event: self._desk.on_grown(event.answer),
+            Finished: lambda event: self._desk.on_finished(event.answer, event.completion),
+            Stop: self._on_stop,
+        }
+
+    def run(self) -> None:
+        """Serve until `stop`, then leave in good order.
+
+        Raises
+        ------
+        EdgelmError
+            When the broker will not have us, another client has our name, or the engine died.
+        """
+        self._connection.start()
+        try:
+            while not self._is_over():
+                self._turn()
+            self._leave()
+        finally:
+            self._connection.stop()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Begin to stop. Callable from any thread and from a signal handler."""
+        self._events.put(Stop())
+
+    # -- the loop ---------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """Handle one event, or what is due."""
+        wait_s = max(0.0, min(self._desk.next_due() - time.monotonic(), TICK_S))
+        try:
+            event = self._events.get(timeout=wait_s)
+        except Empty:
+            event = None
+        try:
+            if event is not None:
+                self._handlers[type(event)](event)
+            self._desk.send_due()
+            self._care()
+        except EdgelmError as error:
+            self._fail(error)
+        except Exception:
+            log.exception("handling %s failed", type(event).__name__)
+
+    def _care(self) -> None:
+        """Do what is due now and then."""
+        now = time.monotonic()
+        self._connection.tend()
+        if self._worker.failure is not None and self._failure is None:
+            self._fail(EdgelmError(f"the engine died: {self._worker.failure!r}"))
+        if self._stop_by is not None and now >= self._stop_by and not self._is_interrupted:
+            self._is_interrupted = True
+            self._desk.interrupt()
+        stats = self._worker.stats()
+        changed = (stats.queued, stats.active) != self._state
+        if now - self._state_at >= (STATE_CHANGED_S if changed else STATE_EVERY_S):
+            self._tell_state()
+
+    def _fail(self, error: EdgelmError) -> None:
+        """Leave because of an error."""
+        if self._failure is None:
+            self._failure = error
+            self._worker.drain()
+            self._stop_by = time.monotonic()
+
+    def _is_over(self) -> bool:
+        if self._stop_by is None:
+            return False
+        return not len(self._desk) or time.monotonic() > self._stop_by + CANCELLED_WITHIN_S
+
+    def _leave(self) -> None:
+        """Answer who is still waiting, say `offline`, and wait until the broker has it all."""
+        self._desk.abandon(RequestError("interrupted", "the service stopped before the answer was whole"))
+        if not self._was_connected:
+            return
+        self._outbox.send(self._status("offline"))
+        until = time.monotonic() + LEAVE_WITHIN_S
+        while len(self._outbox) and time.monotonic() < until:
+            self._turn()
+
+    # -- events -----------------------------------------------------------------------------------------------
+
+    def _on_connected(self, event: client.Connected) -> None:
+        log.info("connected to %s (MQTT %s)", self._url, event.protocol)
+        self._was_connected = True
+        self._said_away = False
+        self._protocol = event.protocol
+        self._connection.subscribe(self._topics.subscriptions)
+        self._desk.on_connected()
+        self._outbox.on_connected(event)
+
+    def _on_subscribed(self, event: client.Subscribed) -> None:
+        if any(reason >= 0x80 for reason in event.reasons):
+            names = ", ".join(name for name, _ in self._topics.subscriptions)
+            self._fail(EdgelmError(f"the broker {self._url} does not let us subscribe to {names}: check its ACL"))
+        elif self._stop_by is None:
+            self._introduce()
+
+    def _introduce(self) -> None:
+        """Say what this board is, then that it is there."""
+        self._outbox.send(wire.Packet(self._topics.info, wire.write_json(self._info()), qos=1, retain=True))
+        self._outbox.send(self._status("online"))
+        self._tell_state()
+        log.info("serving %s as %s", self._model.name, self._topics.generate())
+        if self._on_online is not None:
+            self._on_online()
+
+    def _on_disconnected(self, event: client.Disconnected) -> None:
+        if event.is_taken_over:
+            self._fail(
+                EdgelmError(
+                    f"another client came to {self._url} as board {self._config.board!r}: "
+                    "each board needs a name of its own (--board NAME)"
+                )
+            )
+            return
+        log.warning("lost the broker %s (%s); trying again until it is back", self._url, event.reason)
+        self._said_away = True
+
+    def _on_connect_failed(self, event: client.ConnectFailed) -> None:
+        if event.is_final and not self._was_connected:
+            self._fail(EdgelmError(f"broker {self._url}: {event.reason}"))
+        elif not self._said_away:
+            log.warning("no broker at %s (%s); trying again until there is one", self._url, event.reason)
+            self._said_away = True
+
+    def _on_published(self, event: client.Published) -> None:
+        if not self._outbox.on_published(event):
+            self._desk.on_published(event.mid)
+
+    def _on_received(self, event: client.Received) -> None:
+        try:
+            self._desk.receive(event)
+        finally:
+            self._connection.settle(event)
+
+    def _on_stop(self, _event: Stop) -> None:
+        again = self._stop_by is not None
+        self._worker.drain()
+        self._stop_by = time.monotonic() + (0 if again else self._config.drain_s)
+        log.info("stopping; %d requests under way", len(self._desk))
+
+    # -- what the board says of itself ---------------------------------------------------------------------------
+
+    def _status(self, word: str) -> wire.Packet:
+        properties = wire.Properties(is_text=True, user=(("boot_id", self._boot_id),))
+        return wire.Packet(self._topics.status, word.encode(), qos=1, retain=True, properties=properties)
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "protocol": wire.PROTOCOL,
+            "version": __version__,
+            "board": self._config.board,
+            "boot_id": self._boot_id,
+            "durable": False,
+            "mqtt": self._protocol,
+            "models": [{"name": self._model.name, "digest": self._model.digest, **self._model.details}],
+            "limits": {
+                "payload_bytes": wire.MAX_PAYLOAD_BYTES,
+                "queue": self._config.queue,
+                "max_batch": self._config.max_batch,
+                "timeout_s": self._config.max_timeout_s,
+            },
+        }
+
+    def _tell_state(self) -> None:
+        stats = self._worker.stats()
+        self._state, self._state_at = (stats.queued, stats.active), time.monotonic()
+        body = {
+            "queue": stats.queued,
+            "active": stats.active,
+            "completed": stats.completed,
+            "tok_s": round(stats.tok_s, 2),
+            "rss_mb": health.rss_mb(),
+            "temp_c": health.temp_c(),
+            "throttled": health.is_throttled(),
+        }
+        self._connection.tell(wire.Packet(self._topics.state, wire.write_json(body), retain=True))
