@@ -31,22 +31,24 @@ class Rope:
     def frequencies(self, head_size: int) -> NDArray[np.float32]:
         """Radians a position, float32 [head_size / 2], computed in float32 as models were trained."""
         exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
-        frequencies = (1.0 / np.power(np.float32(self.theta), exponents)).astype(np.float32)
+        frequencies: NDArray[np.float32] = np.float32(1) / np.power(np.float32(self.theta), exponents)
         if self.kind == "linear":
-            return (frequencies / np.float32(self.factor)).astype(np.float32)
+            frequencies = frequencies / np.float32(self.factor)
         if self.kind == "llama3":
             wavelengths = 2 * math.pi / frequencies
             smooth = (self.original_context / wavelengths - self.low_freq_factor) / (
                 self.high_freq_factor - self.low_freq_factor
             )
             smooth = np.clip(smooth, 0.0, 1.0)
-            return ((1 - smooth) * frequencies / self.factor + smooth * frequencies).astype(np.float32)
+            frequencies = ((1 - smooth) * frequencies / self.factor + smooth * frequencies).astype(np.float32)
         return frequencies
 
     def tables(self, context: int, head_size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Cosines and sines, float32 [context, head_size / 2] each."""
-        angles = np.outer(np.arange(context, dtype=np.float32), self.frequencies(head_size)).astype(np.float32)
-        return np.cos(angles), np.sin(angles)
+        angles: NDArray[np.float32] = np.arange(context, dtype=np.float32)[:, None] * self.frequencies(head_size)
+        cosines: NDArray[np.float32] = np.cos(angles)
+        sines: NDArray[np.float32] = np.sin(angles)
+        return cosines, sines
 
 
 @dataclass(frozen=True, slots=True)
