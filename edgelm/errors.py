@@ -20,6 +20,10 @@ class CheckpointError(EdgelmError):
     """A checkpoint cannot be exported: a file, tensor, shape or architecture is not what it should be."""
 
 
+class UsageError(EdgelmError):
+    """A command was called with options that do not go together; exit code 2."""
+
+
 class ConfigError(EdgelmError):
     """A setting is unknown, of the wrong type, or out of range."""
 

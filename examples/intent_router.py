@@ -1,4 +1,4 @@
-"""Turn sentences from standard input into calls: echo "what is the weather in Oslo" | python examples/intent_router.py."""
+"""Turn sentences into calls: echo "what is the weather in Oslo" | python examples/intent_router.py."""
 
 import sys
 

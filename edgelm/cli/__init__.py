@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Final
 
 from edgelm._version import __version__
-from edgelm.errors import EdgelmError
+from edgelm.errors import EdgelmError, UsageError
 
 COMMANDS: Final[dict[str, str]] = {
     "demo": "start a broker, serve the built-in model, ask it three things, stop",
@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         return int(args.run(args))
+    except UsageError as error:
+        print(f"edgelm {args.command}: {error} (edgelm {args.command} --help)", file=sys.stderr)
+        return 2
     except EdgelmError as error:
         if args.debug:
             traceback.print_exc()

@@ -10,7 +10,7 @@ from typing import Any
 
 import edgelm
 from edgelm.cli.progress import Progress
-from edgelm.errors import EdgelmError
+from edgelm.errors import EdgelmError, UsageError
 from edgelm.evaluation import evaluate_text, split_documents
 from edgelm.model import Model
 from edgelm.tasks import read_tasks, score_tasks
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure what was asked for."""
     if not args.text and not args.task:
-        raise EdgelmError("nothing to measure: give --text FILE, --task FILE or both")
+        raise UsageError("nothing to measure: give --text FILE, --task FILE or both")
     text = _read(args.text) if args.text else None
     tasks = read_tasks(Path(args.task)) if args.task else None
     result: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 import edgelm
 from edgelm.cli.flags import add_sampling_flags, sampling_from
-from edgelm.errors import RequestError
+from edgelm.errors import UsageError
 from edgelm.messages import Completion
 from edgelm.model import Model
 
@@ -44,12 +44,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
     if (args.prompt is None) == (args.tokens is None):
-        raise RequestError("bad_request", "give either a PROMPT or --tokens")
+        raise UsageError("give either a PROMPT or --tokens")
     if args.tokens is not None:
         try:
             return {"tokens": [int(word) for word in args.tokens.split(",")]}
         except ValueError:
-            raise RequestError("bad_request", f"--tokens takes ids such as 1,2,3; got {args.tokens!r}") from None
+            raise UsageError(f"--tokens takes ids such as 1,2,3; got {args.tokens!r}") from None
     return {"prompt": sys.stdin.read() if args.prompt == "-" else args.prompt}
 
 
