@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from edgelm_devices.profile import Profile, load_profiles
+from .profile import Profile, load_profiles
 
 ROOT: Final = Path("/")
 
@@ -110,9 +110,7 @@ def read_throttling(root: Path = ROOT) -> Throttling | None:
     files = sorted((root / "sys/devices/platform").glob("soc*/*firmware/get_throttled"))
     text = next(filter(None, map(_read, files)), None)
     if text is None and root == ROOT and (tool := shutil.which("vcgencmd")):
-        done = subprocess.run(
-            [tool, "get_throttled"], capture_output=True, text=True, timeout=10, check=False
-        )
+        done = subprocess.run([tool, "get_throttled"], capture_output=True, text=True, timeout=10, check=False)
         text = done.stdout.strip().removeprefix("throttled=")
     try:
         bits = int(text or "", 16)

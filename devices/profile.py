@@ -100,9 +100,7 @@ def load_profile(name: str) -> Profile:
         return read_profile(Path(name))
     profiles = load_profiles()
     if name not in profiles:
-        raise DeviceError(
-            f"no board is called {name!r}; known: {', '.join(profiles)}, or the path of a .toml file"
-        )
+        raise DeviceError(f"no board is called {name!r}; known: {', '.join(profiles)}, or the path of a .toml file")
     return profiles[name]
 
 
@@ -125,11 +123,8 @@ def _build(kind: type[T], table: Mapping[str, Any], where: str) -> T:
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(table) - set(hints)):
         raise DeviceError(f"{where}unknown key {', '.join(unknown)}; allowed: {', '.join(hints)}")
-    needed = [
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.default is dataclasses.MISSING  # type: ignore[arg-type]
-    ]
+    fields: Mapping[str, dataclasses.Field[Any]] = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    needed = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := [name for name in needed if name not in table]:
         raise DeviceError(f"{where}missing key {', '.join(missing)}")
     return kind(**{name: _value(hints[name], value, where + name) for name, value in table.items()})

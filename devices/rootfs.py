@@ -178,9 +178,7 @@ def _read_codename() -> str:
             f"container of it; found {release.get('PRETTY_NAME', platform.system())}"
         )
     if missing := [tool for tool in ("apt-get", "dpkg-deb") if not shutil.which(tool)]:
-        raise DeviceError(
-            f"the emulated board is made of Debian packages, and {' and '.join(missing)} is missing"
-        )
+        raise DeviceError(f"the emulated board is made of Debian packages, and {' and '.join(missing)} is missing")
     return release["VERSION_CODENAME"]
 
 

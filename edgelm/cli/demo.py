@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Final
 
 from edgelm.bundle import Bundle, open_bundle
@@ -15,7 +13,7 @@ from edgelm.cli.ask import ask_of
 from edgelm.config import BrokerConfig, BrokerUrl, ServeConfig
 from edgelm.errors import EdgelmError
 from edgelm.mqtt.asker import Asker, answer_to
-from edgelm.mqtt.board import open_board
+from edgelm.mqtt.board import serve_in_background
 from edgelm.mqtt.brokers import EmbeddedBroker, start_any
 from edgelm.mqtt.topics import BoardTopics
 from edgelm.mqtt.wire import Outcome
@@ -26,7 +24,6 @@ COMMANDS: Final = (
     "book a table for four at an italian restaurant in Boston tomorrow at noon",
     "will it rain in Berlin on friday",
 )
-START_WITHIN_S: Final = 60.0
 ANSWER_WITHIN_S: Final = 60.0
 
 NEXT: Final = """\
@@ -53,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         bundle = open_bundle("builtin")
         _show("model", _describe(bundle))
         config = ServeConfig(mqtt=broker.url, board=BOARD)
-        stack.enter_context(_served(config))
+        stack.enter_context(serve_in_background(config))
         _show("board", f"{BOARD!r} listens on {BoardTopics(BOARD).generate()}")
         asker = stack.enter_context(Asker(BrokerConfig(url=BrokerUrl.parse(broker.url)), BOARD))
         answered = sum(_ask(asker, number, command) for number, command in enumerate(COMMANDS, 1))
@@ -71,32 +68,6 @@ def _describe(bundle: Bundle) -> str:
     manifest = bundle.manifest
     millions, megabytes = manifest.parameters / 1e6, bundle.bytes / 1e6
     return f"the built-in one: {millions:.1f} M parameters, {manifest.quant}, {megabytes:.1f} MB on disk"
-
-
-@contextmanager
-def _served(config: ServeConfig) -> Iterator[None]:
-    """Serve on a thread of this process; return when the board is online."""
-    online = threading.Event()
-    failures: list[BaseException] = []
-    with open_board(config, online.set) as service:
-
-        def serve() -> None:
-            try:
-                service.run()
-            except BaseException as error:  # noqa: BLE001  told to the person below
-                failures.append(error)
-                online.set()
-
-        thread = threading.Thread(target=serve, name="edgelm-service", daemon=True)
-        thread.start()
-        try:
-            if not online.wait(START_WITHIN_S) or failures:
-                raise EdgelmError(f"the board did not come online: {failures[0] if failures else 'no connection'}")
-            yield
-        finally:
-            service.stop()
-            service.stop()  # whatever runs is not waited for
-            thread.join(START_WITHIN_S)
 
 
 def _ask(asker: Asker, number: int, command: str) -> bool:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from edgelm.bundle import BUILTIN, Bundle, open_bundle
 from edgelm.config import ServeConfig
 from edgelm.engine import Engine
+from edgelm.errors import EdgelmError
 from edgelm.mqtt.desk import ServedModel
 from edgelm.mqtt.service import Service
 from edgelm.worker import Worker
+
+START_WITHIN_S: Final = 60.0
 
 
 @contextmanager
@@ -32,6 +37,38 @@ def open_board(config: ServeConfig, on_online: Callable[[], None] | None = None)
         yield service
     finally:
         worker.close()
+
+
+@contextmanager
+def serve_in_background(config: ServeConfig) -> Iterator[None]:
+    """Serve on a thread of this process while the block runs, which begins when the board is online.
+
+    Raises
+    ------
+    EdgelmError
+        When the board does not come online; what was under way when the block ends is not waited for.
+    """
+    online = threading.Event()
+    failures: list[BaseException] = []
+    with open_board(config, online.set) as service:
+
+        def serve() -> None:
+            try:
+                service.run()
+            except BaseException as error:  # noqa: BLE001  told to whoever waits below
+                failures.append(error)
+                online.set()
+
+        thread = threading.Thread(target=serve, name="edgelm-service", daemon=True)
+        thread.start()
+        try:
+            if not online.wait(START_WITHIN_S) or failures:
+                raise EdgelmError(f"the board did not come online: {failures[0] if failures else 'no connection'}")
+            yield
+        finally:
+            service.stop()
+            service.stop()  # whatever runs is not waited for
+            thread.join(START_WITHIN_S)
 
 
 def describe(bundle: Bundle, path: str, context: int) -> ServedModel:

@@ -1,0 +1,65 @@
+"""A question and its answer over MQTT: the real service and the real client, through a broker."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import TYPE_CHECKING, Final
+
+from edgelm.config import BrokerConfig, BrokerUrl, ServeConfig
+from edgelm.errors import EdgelmError, MissingExtraError
+from edgelm.mqtt.asker import Asker, answer_to
+from edgelm.mqtt.asks import Ask
+from edgelm.mqtt.board import serve_in_background
+from edgelm.mqtt.brokers import start_any
+
+from .report import Check
+
+if TYPE_CHECKING:
+    from edgelm import Completion
+
+ANSWER_WITHIN_S: Final = 240.0
+"""Long, for an emulated processor."""
+
+
+def check_round_trip(bundle: str, threads: int | None, prompt: str, answer: Completion, broker: str | None) -> Check:
+    """Serve the bundle at a broker, ask it there, and compare with the answer it gave here.
+
+    Parameters
+    ----------
+    bundle, threads
+        What is served, and with how many threads.
+    prompt, answer
+        What is asked, and the greedy answer to it.
+    broker
+        The broker's URL; None starts mosquitto, else the embedded broker, else the check is skipped.
+    """
+    try:
+        if broker is not None:
+            return _check_at(broker, broker, bundle, threads, prompt, answer)
+        with start_any() as started:
+            return _check_at(started.url, started.name, bundle, threads, prompt, answer)
+    except MissingExtraError:
+        told = "no broker: apt-get install mosquitto, or pip install 'edgelm[broker]', or --broker URL"
+        return Check("mqtt", "skipped", told)
+    except EdgelmError as error:
+        return Check("mqtt", "failed", str(error))
+
+
+def _check_at(url: str, name: str, bundle: str, threads: int | None, prompt: str, answer: Completion) -> Check:
+    board = f"smoke-{uuid.uuid4().hex[:8]}"
+    config = ServeConfig(mqtt=url, board=board, model=bundle, threads=threads, max_batch=1)
+    sampling = {"max_tokens": max(1, len(answer.tokens)), "temperature": 0.0}
+    ask = Ask(uuid.uuid4().hex, prompt=prompt, sampling=sampling, stream=True, timeout_s=ANSWER_WITHIN_S)
+    with serve_in_background(config), Asker(BrokerConfig(url=BrokerUrl.parse(url)), board) as asker:
+        started = time.perf_counter()
+        pieces: list[str] = []
+        outcome = answer_to(asker, ask, pieces.append)
+        elapsed_ms = 1000 * (time.perf_counter() - started)
+    if outcome.error is not None:
+        return Check("mqtt", "failed", f"{outcome.error.code}: {outcome.error.message}")
+    if not outcome.completion.text == "".join(pieces) == answer.text:
+        return Check("mqtt", "failed", f"expected the answer {answer.text!r}, got {outcome.completion.text!r}")
+    inference_ms = outcome.completion.timing.total_ms
+    told = f"the same answer through {name} in {elapsed_ms:.0f} ms, of which inference {inference_ms:.0f} ms"
+    return Check("mqtt", "ok", told, {"elapsed_ms": elapsed_ms, "inference_ms": inference_ms})

@@ -1,0 +1,158 @@
+"""The smoke test that a person runs on a new board: real inference, a real answer over MQTT, and how the board is.
+
+Each check is one line. Speed, memory and temperature are told, not judged: a board is not wrong for being slow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+from importlib import metadata
+from typing import TYPE_CHECKING, Final
+
+import edgelm
+from edgelm.errors import EdgelmError
+from edgelm.measure import memory_mb
+
+from .board import Board, detect, read_temperature, read_throttling
+from .report import Check, Report
+from .round_trip import check_round_trip
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edgelm import Completion, Model
+
+PROMPT: Final = "play some jazz by Miles Davis on spotify"
+INTENT: Final = "PlayMusic"
+"""What the built-in model answers to `PROMPT`."""
+
+MAX_TOKENS: Final = 64
+PACKAGES: Final = ("edgelm", "onnxruntime", "numpy", "tokenizers", "paho-mqtt")
+
+
+def run_smoke(
+    bundle: str = "builtin",
+    *,
+    prompt: str | None = None,
+    threads: int | None = None,
+    broker: str | None = None,
+    on_check: Callable[[Check], None] | None = None,
+) -> Report:
+    """Check this board with a bundle.
+
+    Parameters
+    ----------
+    bundle
+        A bundle's directory, or "builtin".
+    prompt
+        What is asked, greedily; the default is `PROMPT`, whose answer is known for the built-in bundle.
+    threads
+        For inference; None is the runtime's default.
+    broker
+        URL of an MQTT broker for the round trip; None starts one.
+    on_check
+        Told of each check as soon as it is done.
+    """
+    board = detect()
+    checks: list[Check] = []
+
+    def note(check: Check) -> None:
+        checks.append(check)
+        if on_check is not None:
+            on_check(check)
+
+    note(_tell_board(board))
+    note(_tell_packages())
+    started = time.perf_counter()
+    try:
+        model = edgelm.load(bundle, threads=threads)
+    except EdgelmError as error:
+        note(Check("load", "failed", str(error)))
+        return Report(board, bundle, None, (), tuple(checks))
+    load_s = time.perf_counter() - started
+    with model:
+        quant = model.manifest.quant
+        note(Check("load", "ok", f"{bundle} ({quant}) in {load_s:.1f} s, hashes right", {"load_s": load_s}))
+        intent = INTENT if bundle == "builtin" and prompt is None else None
+        text = PROMPT if prompt is None else prompt
+        answer = model.generate(text, max_tokens=MAX_TOKENS, temperature=0.0)
+        note(_check_answer(answer, intent))
+        note(_check_stream(model, text, answer))
+    note(check_round_trip(bundle, threads, text, answer, broker))
+    for check in (_tell_speed(answer), _tell_memory(), _tell_temperature(), _check_throttling()):
+        note(check)
+    return Report(board, bundle, quant, answer.tokens, tuple(checks))
+
+
+def _tell_board(board: Board) -> Check:
+    title = board.model or (board.profile.title if board.profile else f"unknown {board.machine} board")
+    if board.profile and board.matched_by == "processor" and not board.model:
+        title = f"a board with the processor of a {board.profile.title}"
+    memory = f", {board.memory_bytes / 1e9:.1f} GB" if board.memory_bytes else ""
+    return Check("board", "info", f"{title}: {board.cores} x {board.processor or board.machine}{memory}")
+
+
+def _tell_packages() -> Check:
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    versions["edgelm"] = edgelm.__version__
+    return Check("software", "info", ", ".join(f"{name} {version}" for name, version in versions.items()), versions)
+
+
+def _check_answer(answer: Completion, intent: str | None) -> Check:
+    """Compare with the intent that is known; where none is, any answer will do."""
+    values = answer.to_dict()
+    if intent is None:
+        told = f"{len(answer.tokens)} tokens, {answer.finish_reason}: {answer.text!r}"
+        return Check("answer", "ok" if answer.tokens else "failed", told, values)
+    got = answer.json.get("intent") if isinstance(answer.json, dict) else None
+    told = answer.text if got == intent else f"expected the intent {intent}, got {answer.text!r}"
+    return Check("answer", "ok" if got == intent else "failed", told, values)
+
+
+def _check_stream(model: Model, text: str, answer: Completion) -> Check:
+    """Ask again: the tokens must be the same, and the streamed pieces make up the text."""
+    *pieces, last = model.stream(text, max_tokens=MAX_TOKENS, temperature=0.0)
+    streamed = "".join(chunk.delta for chunk in (*pieces, last))
+    again = last.completion
+    if again is None or again.tokens != answer.tokens:
+        return Check("again", "failed", "the same prompt gave other tokens the second time")
+    if streamed != answer.text:
+        return Check("again", "failed", f"the streamed pieces {streamed!r} are not the text {answer.text!r}")
+    return Check("again", "ok", f"the same {len(answer.tokens)} tokens, streamed in {len(pieces) + 1} chunks")
+
+
+def _tell_speed(answer: Completion) -> Check:
+    timing = answer.timing
+    told = f"first token after {timing.ttft_ms:.0f} ms, then {timing.tok_s:.0f} tokens/s"
+    return Check("speed", "info", told, {"ttft_ms": timing.ttft_ms, "tok_s": timing.tok_s})
+
+
+def _tell_memory() -> Check:
+    used, available = memory_mb(), detect().memory_available_bytes
+    told = f"{used['rss_peak_mb']:.0f} MB at most" if used else "this machine tells none"
+    if available:
+        told += f", {available / 1e6:.0f} MB still available"
+    return Check("memory", "info", told, {**used, "available_bytes": available})
+
+
+def _tell_temperature() -> Check:
+    celsius = read_temperature()
+    if celsius is None:
+        return Check("temperature", "skipped", "this machine tells none")
+    return Check("temperature", "info", f"{celsius:.1f} degrees Celsius", {"celsius": celsius})
+
+
+def _check_throttling() -> Check:
+    """Is the board held back right now? Then its power supply or cooling wants attention."""
+    found = read_throttling()
+    if found is None:
+        return Check("throttling", "skipped", "only a Raspberry Pi tells")
+    past = f" (since boot: {', '.join(found.since_boot)})" if found.since_boot else ""
+    if found.now:
+        return Check("throttling", "failed", f"{', '.join(found.now)} now{past}: mend the power supply or the cooling")
+    return Check("throttling", "ok", f"none{past}")

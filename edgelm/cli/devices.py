@@ -1,0 +1,139 @@
+"""`edgelm devices`: the boards that are known, this one, and whether edgelm works on it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelm.cli.extras import reach
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MARKS = {"ok": "ok     ", "failed": "FAILED ", "skipped": "skipped", "info": "       "}
+
+NOT_EMULATED = ("speed", "memory")
+"""Checks whose figures are QEMU's, not the board's."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        action = actions.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
+        )
+        action.set_defaults(act=run)
+        action.add_argument("--json", action="store_true", help="print one JSON object")
+        action.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return action
+
+    add("list", _list, "show the boards that are known")
+    add("detect", _detect, "show which board this is, and how it is")
+    smoke = add("smoke", _smoke, "check that edgelm works on this board: inference, MQTT, memory, temperature")
+    smoke.add_argument("--threads", type=int, metavar="N", help="threads for inference (default: the runtime's)")
+    smoke.add_argument(
+        "--broker", metavar="URL", help="broker for the round trip (default: one is started: mosquitto or amqtt)"
+    )
+    emulate = add("emulate", _emulate, "run the smoke test on an emulated arm64 processor, and compare the answers")
+    emulate.add_argument("board", metavar="BOARD", help="a board of `edgelm devices list`, or a profile's .toml file")
+    emulate.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keeps the emulated system, 200 MB (~/.cache/edgelm/emulate)"
+    )
+    for action in (smoke, emulate):
+        action.add_argument("--bundle", default="builtin", metavar="BUNDLE", help="what to run (default: builtin)")
+        action.add_argument("--prompt", metavar="TEXT", help="what to ask (default: a spoken command)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what was asked for; 1 where a check failed."""
+    return int(args.act(args))
+
+
+def _list(args: argparse.Namespace) -> int:
+    profiles = reach("edgelm_devices.profile", "edgelm devices").load_profiles().values()
+    if args.json:
+        print(json.dumps({"boards": [profile.to_dict() for profile in profiles]}))
+        return 0
+    for profile in profiles:
+        cpu, memory = profile.cpu, profile.memory
+        facts = f"{cpu.cores} x {cpu.core}, {cpu.max_mhz} MHz" if cpu else ""
+        if memory:
+            facts += f"; {'/'.join(map(str, memory.sizes_gb))} GB at {memory.bandwidth_gb_s:g} GB/s"
+        print(f"{profile.name:<10} {profile.title:<24} {facts}".rstrip())
+    return 0
+
+
+def _detect(args: argparse.Namespace) -> int:
+    board = reach("edgelm_devices.board", "edgelm devices").detect()
+    if args.json:
+        print(json.dumps(board.to_dict()))
+        return 0
+    profile = f"{board.profile.name}, by its {board.matched_by}" if board.profile else "none fits"
+    throttling = board.throttling
+    rows = {
+        "model": board.model or "not told",
+        "profile": profile,
+        "processor": f"{board.cores} x {board.processor or 'unknown'} ({board.machine})",
+        "features": " ".join(board.features) if len(board.features) < 40 else f"{len(board.features)} flags (--json)",
+        "memory": _size(board.memory_bytes),
+        "available": _size(board.memory_available_bytes),
+        "temperature": f"{board.temperature_c:.1f} C" if board.temperature_c is not None else "not told",
+        "throttling": "not told" if throttling is None else ", ".join(throttling.now) or "none",
+    }
+    for name, told in rows.items():
+        print(f"{name:<12} {told}")
+    return 0
+
+
+def _smoke(args: argparse.Namespace) -> int:
+    smoke = reach("edgelm_devices.smoke", "edgelm devices smoke")
+    report = smoke.run_smoke(
+        args.bundle,
+        prompt=args.prompt,
+        threads=args.threads,
+        broker=args.broker,
+        on_check=None if args.json else _show,
+    )
+    if args.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        print("this board works" if report.ok else "this board does NOT work as it should: see what failed above")
+    return 0 if report.ok else 1
+
+
+def _emulate(args: argparse.Namespace) -> int:
+    module = reach("edgelm_devices.emulate", "edgelm devices emulate")
+    profile = reach("edgelm_devices.profile", "edgelm devices").load_profile(args.board)
+    result = module.emulate(
+        profile,
+        args.bundle,
+        prompt=args.prompt,
+        cache=args.cache or module.default_cache(),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    if args.json:
+        print(json.dumps(result.to_dict()))
+        return 0 if result.ok else 1
+    for check in result.emulated["checks"]:
+        if check["name"] not in NOT_EMULATED:
+            _print_check(check["name"], check["status"], check["told"])
+    _print_check("tokens", *result.verdict)
+    print(f"an emulated {profile.title} {'works' if result.ok else 'does NOT work as it should'}")
+    return 0 if result.ok else 1
+
+
+def _show(check: Any) -> None:
+    _print_check(check.name, check.status, check.told)
+
+
+def _print_check(name: str, status: str, told: str) -> None:
+    print(f"{MARKS[status]}  {name:<12} {told}", flush=True)
+
+
+def _size(size: int | None) -> str:
+    return "not told" if size is None else f"{size / 1e9:.2f} GB"
