@@ -1,11 +1,8 @@
-"""The arithmetic of sampling over one row of logits, compiled by Numba.
+"""Draws a token from one row of logits. Compiled by Numba, allocation-free.
 
-Pure and allocation-free: scratch memory comes from the caller, randomness is one number in [0, 1).
-
-Every token has a rank (logit descending, id ascending) packed into one int64 key, so that top-k, top-p and min-p each
-keep a prefix of one strict order. Probabilities are 40-bit fixed-point weights: integer sums do not depend on their
-order, so the compiler may vectorize them, and compiled, interpreted, x86 and ARM runs agree bit for bit. That is why
-no fast-math flag is set: contraction and reassociation would break the agreement, nnan and ninf the -inf of masks.
+Scratch memory comes from the caller, randomness is one number in [0, 1). Probabilities are 40-bit fixed-point
+weights: integer sums do not depend on their order, so the compiler may vectorize them, and compiled and interpreted,
+x86 and ARM runs agree to the last bit.
 """
 
 from __future__ import annotations
@@ -14,243 +11,85 @@ import math
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from numba import njit
+
+from edgelm.sampling.ranking import BLOCK, best_rank, gather_top_k, jit, key_of, rank_of, sort, token_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Floats = NDArray[np.float32]
-    Bits = NDArray[np.int32]
-    Keys = NDArray[np.int64]
+    from edgelm.sampling.ranking import Bits, Keys
 
-ONE: Final = float(2**40)
+    Floats = NDArray[np.float32]
+
+ONE: Final = 2**40
 """The weight of the likeliest token."""
-BLOCK: Final = 64
-"""Tokens looked at together where most can be skipped at once."""
 BINS: Final = 2048
-"""Histogram bins of the top-p search: 32 to every halving of the probability, 62 halvings."""
+"""Histogram bins of the top-p search: 32 to every halving of the probability, over 62 halvings."""
 
 _LOG2_E: Final = 1.4426950408889634
 _LN_2: Final = 0.6931471805599453
 _LOWEST: Final = -62.0
-_NEVER: Final = np.iinfo(np.int32).min
-_RANK_OF_MINUS_INF: Final = -0x7F800000
+_ALL: Final = np.iinfo(np.int64).min
 
 
 def scratch_size(vocab_size: int) -> int:
-    """Return the int64 words that `sample_all` needs as `masses` for this vocabulary."""
-    return max(BINS, -(-vocab_size // BLOCK))
+    """Return how many int64 words `sample_all` needs as `scratch` for this vocabulary."""
+    return max(BINS + 2 * BLOCK, -(-vocab_size // BLOCK))
 
 
-@njit("void(float32[::1], uint32[::1])", cache=True, nogil=True)
-def mask_logits(logits: Floats, mask: NDArray[np.uint32]) -> None:
-    """Set the logits of tokens that the mask forbids to -inf.
-
-    Parameters
-    ----------
-    logits
-        float32 [V], changed in place.
-    mask
-        uint32 [ceil(V / 32)]: bit i % 32 of word i // 32 belongs to token i.
-    """
-    for word in range(mask.size):
-        bits = int(mask[word])
-        if bits == 0xFFFFFFFF:
-            continue
-        start = word * 32
-        for i in range(start, min(start + 32, logits.size)):
-            if (bits >> (i - start)) & 1 == 0:
-                logits[i] = -np.inf
-
-
-@njit("void(float32[::1], int32[::1], uint32[::1], float32)", cache=True, nogil=True)
-def penalize(logits: Floats, history: Bits, seen: NDArray[np.uint32], penalty: np.float32) -> None:
-    """Make tokens of the history less likely (CTRL, Keskar et al. 2019, section 4.1).
-
-    A positive logit is divided by the penalty and, our deviation and transformers', a negative one multiplied, as
-    division would make it likelier. Each distinct token is penalized once.
-
-    Parameters
-    ----------
-    logits
-        float32 [V], changed in place.
-    history
-        int32 [n]; ids outside [0, V) are ignored.
-    seen
-        uint32 [ceil(V / 32)], all zero; all zero again afterwards.
-    penalty
-        Above 0; 1 changes nothing.
-    """
-    for j in range(history.size):
-        token = int(history[j])
-        if token < 0 or token >= logits.size:
-            continue
-        bit = 1 << (token & 31)
-        if int(seen[token >> 5]) & bit:
-            continue
-        seen[token >> 5] = int(seen[token >> 5]) | bit
-        value = logits[token]
-        logits[token] = value * penalty if value < 0 else value / penalty
-    for j in range(history.size):
-        token = int(history[j])
-        if 0 <= token < logits.size:
-            seen[token >> 5] = 0
-
-
-@njit("float64(float32, float64, float64)", cache=True, nogil=True)
+@jit("float64(float32, float64, float64)")
 def halvings(logit: np.float32, top: float, inverse_temperature: float) -> float:
     """Return log2 of a token's probability over the likeliest one's, clamped to [-62, 0]."""
     y = (np.float64(logit) - top) * inverse_temperature * _LOG2_E
     return y if y > _LOWEST else _LOWEST
 
 
-@njit("int64(float64)", cache=True, nogil=True)
+@jit("int64(float64)")
 def weight(y: float) -> int:
-    """Return 2**y as a 40-bit fixed-point number, y in [-62, 0]; 0 below about 2**-41.
+    """Return 2**y in units of 2**-40, for y in [-62, 0]; 0 below about -41.
 
-    Only IEEE additions, multiplications and a shift, since the exp of libm differs between machines in the last bit.
-    The Taylor series of degree 9 errs by less than 1e-11, relatively.
+    Additions, multiplications and shifts alone, since the exp of libm differs between machines in its last bit. The
+    Taylor series ends at degree 9: the relative error stays below 2**-28, that of the 29-bit mantissa.
     """
-    n = int(0.5 - y)
+    n = np.int32(0.5 - y)
     t = (y + n) * _LN_2  # within [-0.35, 0.35]
-    series = 1.0 + t / 9.0
-    series = 1.0 + series * t * (1.0 / 8.0)
-    series = 1.0 + series * t * (1.0 / 7.0)
-    series = 1.0 + series * t * (1.0 / 6.0)
-    series = 1.0 + series * t * (1.0 / 5.0)
-    series = 1.0 + series * t * (1.0 / 4.0)
-    series = 1.0 + series * t * (1.0 / 3.0)
-    series = 1.0 + series * t * (1.0 / 2.0)
-    series = 1.0 + series * t
-    return int(series * ONE) >> n
+    series = t * (1.0 / 362880.0) + (1.0 / 40320.0)
+    series = series * t + (1.0 / 5040.0)
+    series = series * t + (1.0 / 720.0)
+    series = series * t + (1.0 / 120.0)
+    series = series * t + (1.0 / 24.0)
+    series = series * t + (1.0 / 6.0)
+    series = series * t + 0.5
+    series = series * t + 1.0
+    series = series * t + 1.0
+    return int((np.int64(np.int32(series * 2.0**29)) << np.int64(11)) >> np.int64(n))
 
 
-@njit("int64(int32)", cache=True, nogil=True)
-def rank_of(bits: np.int32) -> int:
-    """Map the bits of a float32 to an integer of the same order; -0.0 equals 0.0."""
-    wide = np.int64(bits)
-    return wide if wide >= 0 else -(wide & 0x7FFFFFFF)
+@jit("int64(float32, int32, int64, float64, float64, int64, int64)")
+def kept_weight(
+    logit: np.float32,
+    bits: np.int32,
+    token: int,
+    top: float,
+    inverse_temperature: float,
+    lowest: int,
+    least: int,
+) -> int:
+    """Return the weight of a token; 0 where its key is below `lowest` or its weight below `least`."""
+    share = weight(halvings(logit, top, inverse_temperature))
+    return share if (key_of(rank_of(bits), token) >= lowest and share >= least) else 0
 
 
-@njit("int64(int64, int64)", cache=True, nogil=True)
-def key_of(rank: int, token: int) -> int:
-    """Pack rank and id so that keys descend by logit, then ascend by id."""
-    return (rank << 32) | (0xFFFFFFFF - token)
-
-
-@njit("int64(int64)", cache=True, nogil=True)
-def token_of(key: int) -> int:
-    """Return the token id of a key."""
-    return 0xFFFFFFFF - (key & 0xFFFFFFFF)
-
-
-@njit("void(int64[::1], int64, int64)", cache=True, nogil=True)
-def sift(values: Keys, root: int, n: int) -> None:
-    """Move the root of a max-heap of n values down to its place."""
-    value = values[root]
-    while 2 * root + 1 < n:
-        child = 2 * root + 1
-        if child + 1 < n and values[child] < values[child + 1]:
-            child += 1
-        if values[child] <= value:
-            break
-        values[root] = values[child]
-        root = child
-    values[root] = value
-
-
-@njit("void(int64[::1], int64)", cache=True, nogil=True)
-def sort(values: Keys, n: int) -> None:
-    """Sort the first n values ascending, in place (heapsort: no memory, no worst case)."""
-    for first in range(n // 2 - 1, -1, -1):
-        sift(values, first, n)
-    for last in range(n - 1, 0, -1):
-        values[0], values[last] = values[last], values[0]
-        sift(values, 0, last)
-
-
-@njit("void(int64[::1], int64, int64)", cache=True, nogil=True)
-def partition_top(keys: Keys, n: int, k: int) -> None:
-    """Move the k largest of the first n distinct keys to the front, in any order (quickselect, Hoare 1961)."""
-    low, high = 0, n - 1
-    while low < high:
-        middle = (low + high) // 2
-        a, b, c = keys[low], keys[middle], keys[high]
-        pivot = max(min(a, b), min(max(a, b), c))
-        i, j = low, high
-        while i <= j:
-            while keys[i] > pivot:
-                i += 1
-            while keys[j] < pivot:
-                j -= 1
-            if i <= j:
-                keys[i], keys[j] = keys[j], keys[i]
-                i += 1
-                j -= 1
-        if k - 1 <= j:
-            high = j
-        elif k - 1 >= i:
-            low = i
-        else:
-            return
-
-
-@njit("int64(int32[::1], int64, int64[::1])", cache=True, nogil=True)
-def gather_top_k(bits: Bits, k: int, keys: Keys) -> int:
-    """Collect the keys of the k likeliest tokens into `keys`, in any order; return how many there are.
-
-    A block is looked at closely only where its best token beats the k-th best so far, which is rare: one vectorized
-    pass over the vocabulary. Tokens at -inf are never collected.
-
-    Parameters
-    ----------
-    bits
-        int32 [V]: the logits' bits.
-    k
-        In [1, V).
-    keys
-        int64 [min(2 k, V)], overwritten.
-    """
-    n = 0
-    floor = np.int64(_RANK_OF_MINUS_INF)
-    for start in range(0, bits.size, BLOCK):
-        stop = min(start + BLOCK, bits.size)
-        best = np.int64(_RANK_OF_MINUS_INF)
-        for i in range(start, stop):
-            best = max(best, rank_of(bits[i]))
-        if best <= floor:
-            continue
-        for i in range(start, stop):
-            rank = rank_of(bits[i])
-            if rank <= floor:
-                continue
-            keys[n] = key_of(rank, i)
-            n += 1
-            if n == keys.size:
-                partition_top(keys, n, k)
-                n = k
-                for j in range(k):
-                    rank = keys[j] >> 32
-                    floor = rank if j == 0 else min(floor, rank)
-    if n > k:
-        partition_top(keys, n, k)
-        n = k
-    return n
-
-
-@njit("int64(float64, int64)", cache=True, nogil=True)
+@jit("int64(float64, int64)")
 def mass_limit(top_p: float, total: int) -> int:
     """Return the mass at which the nucleus is full: a token belongs to it while the mass above it is less."""
     if top_p >= 1.0:
         return total
-    return min(max(int(math.ceil(top_p * np.float64(total))), 1), total)
+    limit = np.int64(math.ceil(top_p * np.float64(total)))
+    return int(min(max(limit, 1), total))
 
 
-@njit(
-    "int64(float32[::1], int32[::1], float64, float64, int64, float64, float64, float64, int64[::1])",
-    cache=True,
-    nogil=True,
-)
+@jit("int64(float32[::1], int32[::1], float64, float64, int64, float64, float64, float64, int64[::1])")
 def sample_top_k(
     logits: Floats,
     bits: Bits,
@@ -262,10 +101,12 @@ def sample_top_k(
     uniform: float,
     keys: Keys,
 ) -> int:
-    """Draw from the k likeliest tokens, narrowed by top-p (of their mass) and min-p. See `sample_all`.
+    """Draw from the k likeliest tokens, narrowed by top-p (of their mass) and min-p.
 
     Parameters
     ----------
+    logits, bits, top, inverse_temperature, top_p, min_p, uniform
+        As in `sample_all`.
     k
         In [1, V).
     keys
@@ -277,7 +118,7 @@ def sample_top_k(
     for i in range(n):
         total += weight(halvings(logits[token_of(keys[i])], top, inverse_temperature))
     limit = mass_limit(top_p, total)
-    least = int(math.ceil(min_p * ONE))
+    least = np.int64(math.ceil(min_p * ONE))
     first = n
     mass = 0
     while first > 0 and mass < limit:
@@ -288,65 +129,77 @@ def sample_top_k(
         first -= 1
     for i in range(first, n):
         keys[i - first] = token_of(keys[i])
-    sort(keys, n - first)
-    left = min(int(uniform * np.float64(mass)), mass - 1)
-    for i in range(n - first):
-        token = keys[i]
-        left -= weight(halvings(logits[token], top, inverse_temperature))
+    n -= first
+    sort(keys, n)
+    left = min(np.int64(uniform * np.float64(mass)), mass - 1)
+    for i in range(n - 1):
+        left -= weight(halvings(logits[keys[i]], top, inverse_temperature))
         if left < 0:
-            return token
-    return -1  # cannot be: the kept weights sum to mass
+            return int(keys[i])
+    return int(keys[n - 1])
 
 
-@njit(
-    "int64(float32[::1], int32[::1], float64, float64, float64, int64[::1], int64[::1])",
-    cache=True,
-    nogil=True,
-)
+@jit("int64(float32[::1], int32[::1], float64, float64, float64, int64[::1], int64[::1])")
 def nucleus_key(
-    logits: Floats, bits: Bits, top: float, inverse_temperature: float, top_p: float, keys: Keys, masses: Keys
+    logits: Floats,
+    bits: Bits,
+    top: float,
+    inverse_temperature: float,
+    top_p: float,
+    keys: Keys,
+    scratch: Keys,
 ) -> int:
-    """Return the lowest key inside the nucleus: the fewest likeliest tokens that hold `top_p` of the mass.
+    """Return the lowest key of the nucleus: the fewest likeliest tokens that hold `top_p` of the mass.
 
-    A histogram of the mass over log-probability finds the bin where the nucleus ends; only that bin is sorted.
+    A histogram of the mass over the halvings finds the bin where the nucleus ends; only that bin is sorted.
 
     Parameters
     ----------
     keys
         int64 [V], overwritten.
-    masses
-        int64 [at least BINS], overwritten.
+    scratch
+        int64 [scratch_size(V)], overwritten.
     """
-    masses[:BINS] = 0
+    masses = scratch[:BINS]
+    bins = scratch[BINS : BINS + BLOCK]
+    shares = scratch[BINS + BLOCK : BINS + 2 * BLOCK]
+    masses[:] = 0
     total = 0
-    for i in range(logits.size):
-        y = halvings(logits[i], top, inverse_temperature)
-        share = weight(y)
-        masses[int(y * -32.0)] += share
-        total += share
+    for start in range(0, logits.size, BLOCK):
+        block = logits[start : start + BLOCK]
+        for i in range(block.size):  # vectorized; the scatter below cannot be
+            y = halvings(block[i], top, inverse_temperature)
+            bins[i] = np.int64(np.int32(y * -32.0))
+            shares[i] = weight(y)
+            total += shares[i]
+        for i in range(block.size):
+            masses[bins[i]] += shares[i]
     limit = mass_limit(top_p, total)
     last = 0
-    mass = 0
+    mass = np.int64(0)
     while mass + masses[last] < limit:
         mass += masses[last]
         last += 1
     n = 0
-    for i in range(logits.size):
-        if int(halvings(logits[i], top, inverse_temperature) * -32.0) == last:
-            keys[n] = key_of(rank_of(bits[i]), i)
-            n += 1
+    for start in range(0, logits.size, BLOCK):
+        block = logits[start : start + BLOCK]
+        found = 0
+        for i in range(block.size):
+            found += np.int32(halvings(block[i], top, inverse_temperature) * -32.0) == last
+        if found == 0:
+            continue
+        for i in range(block.size):
+            if np.int32(halvings(block[i], top, inverse_temperature) * -32.0) == last:
+                keys[n] = key_of(rank_of(bits[start + i]), start + i)
+                n += 1
     sort(keys, n)
     while mass < limit:
         n -= 1
         mass += weight(halvings(logits[token_of(keys[n])], top, inverse_temperature))
-    return keys[n]
+    return int(keys[n])
 
 
-@njit(
-    "int64(float32[::1], int32[::1], float64, float64, float64, float64, float64, int64[::1], int64[::1])",
-    cache=True,
-    nogil=True,
-)
+@jit("int64(float32[::1], int32[::1], float64, float64, float64, float64, float64, int64[::1], int64[::1])")
 def sample_all(
     logits: Floats,
     bits: Bits,
@@ -356,51 +209,52 @@ def sample_all(
     min_p: float,
     uniform: float,
     keys: Keys,
-    masses: Keys,
+    scratch: Keys,
 ) -> int:
-    """Draw a token from the whole vocabulary, narrowed by top-p (Holtzman et al. 2020) and min-p (Nguyen et al. 2024).
+    """Draw from the whole vocabulary, narrowed by top-p (Holtzman et al. 2020) and min-p (Nguyen et al. 2024).
 
-    Kept tokens are lined up by id, each as long as its weight; the one at `uniform` of the whole length is drawn.
+    The kept tokens are lined up by id, each as long as its weight; the one at `uniform` of the whole length is drawn.
 
     Parameters
     ----------
     logits, bits
-        float32 [V], no NaN, and the same memory as int32 [V].
+        float32 [V] without NaN or +inf, and the same memory as int32 [V].
     top
         The largest logit, finite.
     inverse_temperature
         In (0, 1e30].
     top_p, min_p
-        In [0, 1]; 1 and 0 are off. At least the likeliest token is kept.
+        In [0, 1]; 1 and 0 are off. The likeliest token is always kept.
     uniform
         In [0, 1).
     keys
         int64 [V], overwritten.
-    masses
+    scratch
         int64 [scratch_size(V)], overwritten.
     """
-    lowest = key_of(np.int64(_NEVER), 0)
+    lowest = np.int64(_ALL)
     if top_p < 1.0:
-        lowest = nucleus_key(logits, bits, top, inverse_temperature, top_p, keys, masses)
-    least = int(math.ceil(min_p * ONE))
-    mass = 0
+        lowest = nucleus_key(logits, bits, top, inverse_temperature, top_p, keys, scratch)
+    least = np.int64(math.ceil(min_p * ONE))
     blocks = (logits.size + BLOCK - 1) // BLOCK
-    for block in range(blocks):
-        masses[block] = 0
-        for i in range(block * BLOCK, min((block + 1) * BLOCK, logits.size)):
-            if key_of(rank_of(bits[i]), i) >= lowest:
-                share = weight(halvings(logits[i], top, inverse_temperature))
-                masses[block] += share if share >= least else 0
-        mass += masses[block]
-    left = min(int(uniform * np.float64(mass)), mass - 1)
-    block = 0
-    while left >= masses[block]:
-        left -= masses[block]
-        block += 1
-    for i in range(block * BLOCK, logits.size):
-        if key_of(rank_of(bits[i]), i) >= lowest:
-            share = weight(halvings(logits[i], top, inverse_temperature))
-            left -= share if share >= least else 0
-            if left < 0:
-                return i
-    return -1  # cannot be: the blocks sum to mass
+    masses = scratch[:blocks]
+    mass = np.int64(0)
+    for j in range(blocks):
+        start = j * BLOCK
+        row, row_bits = logits[start : start + BLOCK], bits[start : start + BLOCK]
+        part = np.int64(0)
+        if top_p >= 1.0 or best_rank(row_bits) >= lowest >> 32:
+            for i in range(row.size):
+                part += kept_weight(row[i], row_bits[i], start + i, top, inverse_temperature, lowest, least)
+        masses[j] = part
+        mass += part
+    left = min(np.int64(uniform * np.float64(mass)), mass - 1)
+    j = 0
+    while left >= masses[j]:
+        left -= masses[j]
+        j += 1
+    token = j * BLOCK - 1
+    while left >= 0:
+        token += 1
+        left -= kept_weight(logits[token], bits[token], token, top, inverse_temperature, lowest, least)
+    return token

@@ -5,6 +5,7 @@ Owns the scratch memory and the random state of one request. Knows nothing of mo
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any, Final
 
@@ -53,7 +54,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self._greedy = params.temperature == 0.0
         self._penalizes = params.repetition_penalty != 1.0
-        self._kernels: ModuleType | None = None
+        self._kernels: tuple[ModuleType, ModuleType] | None = None
         if self._greedy and not self._penalizes:
             return
         self._kernels = _kernels()
@@ -66,7 +67,7 @@ class Sampler:
         # A temperature of 1e-300 would overflow here; beyond 1e30 nothing but the maximum has any weight.
         self._inverse_temperature = min(1.0 / max(params.temperature, 1e-300), 1e30)
         self._keys = np.empty(min(2 * self._top_k, vocab_size) or vocab_size, dtype=np.int64)
-        self._masses = np.empty(self._kernels.scratch_size(vocab_size), dtype=np.int64)
+        self._scratch = np.empty(self._kernels[1].scratch_size(vocab_size), dtype=np.int64)
 
     def sample(
         self,
@@ -79,8 +80,7 @@ class Sampler:
         Parameters
         ----------
         logits
-            float32 [V], contiguous. Masked and penalized in place, except where `params.logprobs` is set: then it
-            is left as it is, so that `logprobs` can follow.
+            float32 [V], contiguous. May be changed in place: keep a copy for `logprobs`.
         mask
             uint32 [ceil(V / 32)]: bit i % 32 of word i // 32 says whether token i is allowed. None allows all.
         history
@@ -92,18 +92,17 @@ class Sampler:
         RequestError
             With code "internal" when the logits hold NaN or +inf, or when every token is masked.
         """
-        if self.params.logprobs and (mask is not None or self._penalizes):
-            logits = logits.copy()
         if self._kernels is None:
             return _pick_greedy(logits, mask)
+        penalties, kernels = self._kernels
         if mask is not None:
-            self._kernels.mask_logits(logits, mask)
+            penalties.mask_logits(logits, mask)
         if self._penalizes:
             past = _NO_HISTORY if history is None else np.ascontiguousarray(history, dtype=np.int32)
-            self._kernels.penalize(logits, past, self._seen, np.float32(self.params.repetition_penalty))
+            penalties.penalize(logits, past, self._seen, np.float32(self.params.repetition_penalty))
         if self._greedy:
             return _pick_greedy(logits, None)
-        return self._draw(self._kernels, logits)
+        return self._draw(kernels, logits)
 
     def logprobs(self, logits: NDArray[np.float32], token: int) -> TokenLogprob:
         """Return the log-probability of `token`, and the `params.logprobs` likeliest tokens, under raw logits.
@@ -116,15 +115,16 @@ class Sampler:
             In [0, V).
         """
         top = _check(float(logits.max()))
-        wide = logits.astype(np.float64)
-        logs = wide - (top + np.log(np.exp(wide - top).sum()))
-        count = min(self.params.logprobs, logits.size)
-        if count == 0:
-            return TokenLogprob(token, float(logs[token]))
-        floor = np.partition(logits, -count)[-count]
-        likely = np.flatnonzero(logits >= floor)  # ascending ids, so the stable sort ranks ties by id
-        likely = likely[np.argsort(-logits[likely], kind="stable")][:count]
-        return TokenLogprob(token, float(logs[token]), tuple((int(i), float(logs[i])) for i in likely))
+        norm = top + math.log(np.exp(logits - np.float32(top)).sum(dtype=np.float64))
+        left = logits.copy()
+        likeliest = []
+        for _ in range(min(self.params.logprobs, left.size)):
+            best = int(left.argmax())
+            if left[best] == -np.inf:  # fewer tokens are possible than were asked for
+                break
+            likeliest.append((best, float(logits[best]) - norm))
+            left[best] = -np.inf
+        return TokenLogprob(token, float(logits[token]) - norm, tuple(likeliest))
 
     def _draw(self, kernels: ModuleType, logits: NDArray[np.float32]) -> int:
         top = _check(float(logits.max()))
@@ -133,7 +133,7 @@ class Sampler:
         filters = (self.params.top_p, self.params.min_p, uniform, self._keys)
         if self._top_k:
             return int(kernels.sample_top_k(*arguments, self._top_k, *filters))
-        return int(kernels.sample_all(*arguments, *filters, self._masses))
+        return int(kernels.sample_all(*arguments, *filters, self._scratch))
 
 
 def warm_up() -> None:
@@ -144,32 +144,29 @@ def warm_up() -> None:
     _kernels()
 
 
-def _kernels() -> ModuleType:
-    from edgelm.sampling import kernels  # imports numba
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    from edgelm.sampling import kernels, penalties  # these import numba
 
-    return kernels
+    return penalties, kernels
 
 
 def _pick_greedy(logits: NDArray[np.float32], mask: NDArray[np.uint32] | None) -> int:
     """Return the token of the largest allowed logit, the lowest id among equals, with numpy alone."""
-    if mask is None:
-        token = int(logits.argmax())
-        _check(float(logits[token]))
-        return token
-    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), count=logits.size, bitorder="little"))
-    if allowed.size == 0:
-        _check(-np.inf)
-    token = int(allowed[logits[allowed].argmax()])
+    token = int(logits.argmax())
+    if mask is not None and not (int(mask[token >> 5]) >> (token & 31)) & 1:
+        bits = np.unpackbits(mask.view(np.uint8), count=logits.size, bitorder="little")
+        allowed = np.flatnonzero(bits.view(np.bool_))
+        if allowed.size == 0:
+            _check(-math.inf)
+        token = int(allowed[logits[allowed].argmax()])
     _check(float(logits[token]))
     return token
 
 
 def _check(top: float) -> float:
     """Return the largest logit, or say why there is nothing to choose."""
-    if np.isfinite(top):
+    if math.isfinite(top):
         return top
-    if top == -np.inf:
-        raise RequestError(
-            "internal", "no token can be chosen: the grammar or the model rules out all of them"
-        )
+    if top == -math.inf:
+        raise RequestError("internal", "no token can be chosen: the grammar or the model rules out all of them")
     raise RequestError("internal", f"the model's logits hold {top}: its weights or its graph are damaged")
