@@ -85,8 +85,7 @@ def mass_limit(top_p: float, total: int) -> int:
     """Return the mass at which the nucleus is full: a token belongs to it while the mass above it is less."""
     if top_p >= 1.0:
         return total
-    limit = np.int64(math.ceil(top_p * np.float64(total)))
-    return int(min(max(limit, 1), total))
+    return min(max(math.ceil(top_p * total), 1), total)
 
 
 @jit("int64(float32[::1], int32[::1], float64, float64, int64, float64, float64, float64, int64[::1])")
@@ -118,7 +117,7 @@ def sample_top_k(
     for i in range(n):
         total += weight(halvings(logits[token_of(keys[i])], top, inverse_temperature))
     limit = mass_limit(top_p, total)
-    least = np.int64(math.ceil(min_p * ONE))
+    least = math.ceil(min_p * ONE)
     first = n
     mass = 0
     while first > 0 and mass < limit:
@@ -131,7 +130,7 @@ def sample_top_k(
         keys[i - first] = token_of(keys[i])
     n -= first
     sort(keys, n)
-    left = min(np.int64(uniform * np.float64(mass)), mass - 1)
+    left = min(np.int64(uniform * mass), mass - 1)
     for i in range(n - 1):
         left -= weight(halvings(logits[keys[i]], top, inverse_temperature))
         if left < 0:
@@ -235,7 +234,7 @@ def sample_all(
     lowest = np.int64(_ALL)
     if top_p < 1.0:
         lowest = nucleus_key(logits, bits, top, inverse_temperature, top_p, keys, scratch)
-    least = np.int64(math.ceil(min_p * ONE))
+    least = math.ceil(min_p * ONE)
     blocks = (logits.size + BLOCK - 1) // BLOCK
     masses = scratch[:blocks]
     mass = np.int64(0)
@@ -248,7 +247,7 @@ def sample_all(
                 part += kept_weight(row[i], row_bits[i], start + i, top, inverse_temperature, lowest, least)
         masses[j] = part
         mass += part
-    left = min(np.int64(uniform * np.float64(mass)), mass - 1)
+    left = min(np.int64(uniform * mass), mass - 1)
     j = 0
     while left >= masses[j]:
         left -= masses[j]
