@@ -3,7 +3,12 @@ PYTHON ?= python3
 DEMO := .venv-demo
 TEST := .venv-test
 
-.PHONY: demo test check clean
+# A virtual environment, also where Debian has python3 without python3-venv: then virtualenv makes it.
+make_venv = $(PYTHON) -m venv $(1) 2>/dev/null || { rm -rf $(1) && \
+	$(PYTHON) -m pip install -q --target .venv-maker virtualenv && \
+	PYTHONPATH=.venv-maker $(PYTHON) -m virtualenv -q $(1); }
+
+.PHONY: demo test clean
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/edgelm demo
@@ -14,17 +19,15 @@ test: $(TEST)/ready
 	$(TEST)/bin/mypy
 	$(TEST)/bin/python -m pytest
 
-check: test
-
 $(DEMO)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(DEMO)
+	$(call make_venv,$(DEMO))
 	$(DEMO)/bin/python -m pip install -q -c constraints.txt -e '.[cpu,broker]'
 	touch $@
 
 $(TEST)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(TEST)
+	$(call make_venv,$(TEST))
 	$(TEST)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(DEMO) $(TEST) build dist *.egg-info
+	rm -rf $(DEMO) $(TEST) .venv-maker build dist *.egg-info
