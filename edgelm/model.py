@@ -147,6 +147,27 @@ class Model:
         ids = list(tokens)
         return self.worker.call(lambda engine: engine.score(ids))
 
+    def choose(self, prompt: str, choices: Sequence[str]) -> tuple[str, float]:
+        """Return the likeliest continuation of a prompt, and its probability among the choices.
+
+        A choice's probability is the product of its tokens', so a long one has more to lose. Raises `RequestError` for
+        fewer than one choice, an empty one, or one that does not fit the context.
+        """
+        if not choices or not all(choices):
+            raise RequestError("bad_request", "choices must be a list of non-empty strings")
+        tokenizer = self.worker.engine.tokenizer
+        asked = tokenizer.encode(prompt)
+        logprobs = []
+        for choice in choices:
+            together = tokenizer.encode(prompt + choice)
+            whole = together if together[: len(asked)] == asked else []  # a template may end the prompt
+            if len(whole) <= len(asked):
+                whole = [*asked, *tokenizer.encode(choice, add_special_tokens=False)]
+            logprobs.append(float(self.score_tokens(whole)[len(asked) - 1 :].sum()))
+        shares = np.exp(np.array(logprobs) - max(logprobs))
+        best = int(shares.argmax())
+        return choices[best], float(shares[best] / shares.sum())
+
     def document_tokens(self, text: str) -> list[int]:
         """Return a text's tokens as a document: the start token, where there is one, then the bare text."""
         bare = self.worker.engine.tokenizer.encode(text, add_special_tokens=False)
