@@ -57,6 +57,7 @@ class Engine:
         self._prefilling: Sequence | None = None
         self._cancelled: set[str] = set()
         self._grammar: Grammar | None = None
+        self._warm_up()
 
     # --- what the worker calls ---
 
@@ -114,6 +115,11 @@ class Engine:
         return result
 
     # --- the parts of a step ---
+
+    def _warm_up(self) -> None:
+        """Run the graph once, so that the first request does not pay for what onnxruntime allocates late."""
+        self.session.prefill(self.max_batch, np.zeros(1, np.int64), 0)
+        self.session.decode(np.zeros(1, np.int64), np.zeros(1, np.int32))
 
     def _drop_ended(self) -> list[Chunk]:
         """End what was cancelled or is past its deadline."""
