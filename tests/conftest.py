@@ -1,0 +1,125 @@
+"""Fixtures that every test may use: the shared data, checkpoints, and bundles exported from them once a run.
+
+Runtime tests take their bundle from `bundle`, so that they also run where nothing can be exported: it is the tiny
+exported one, or that of EDGELM_TEST_BUNDLE, or the built-in one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny import TinyLlama
+
+import edgelm
+from edgelm.bundle import MANIFEST
+
+REPO = Path(__file__).resolve().parents[1]
+EXPORT_MODULES = ("onnx", "safetensors", "ml_dtypes")
+
+
+def can_export() -> bool:
+    """Whether the extra that exports is installed."""
+    return all(importlib.util.find_spec(name) for name in EXPORT_MODULES)
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The repository's root."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data and models that the repository does not carry."""
+    path = Path(os.environ.get("EDGELM_SHARED") or REPO.parent / "shared")
+    if not (path / "models").is_dir():
+        pytest.skip(f"{path} is absent: set EDGELM_SHARED to the folder with models/ and data/")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories_checkpoint(shared: Path) -> Path:
+    """A real pretrained Llama of 260 thousand parameters."""
+    path = shared / "models" / "stories260K"
+    if not (path / "config.json").is_file():
+        pytest.skip(f"{path} is absent: set EDGELM_SHARED to a folder that has models/stories260K")
+    return path
+
+
+@pytest.fixture(scope="session")
+def export_to_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Export a checkpoint with options; the same call again gives the same bundle. Treat it as read-only."""
+    if not can_export():
+        pytest.skip("exporting needs pip install 'edgelm[export]'")
+    import edgelm_export
+
+    made: dict[tuple[object, ...], Path] = {}
+
+    def export(checkpoint: Path, **options: object) -> Path:
+        key = (checkpoint, *sorted(options.items()))
+        if key not in made:
+            out = tmp_path_factory.mktemp("bundle") / "out"
+            edgelm_export.export(checkpoint, out, **options)
+            made[key] = out
+        return made[key]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def stories_bundle(stories_checkpoint: Path, export_to_cache: Callable[..., Path]) -> Callable[[str], Path]:
+    """Precision -> the bundle of stories260K."""
+    return lambda quant: export_to_cache(stories_checkpoint, quant=quant)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Fields of `TinyLlama` -> a checkpoint of that shape with random weights. Treat it as read-only."""
+    if not can_export():
+        pytest.skip("writing checkpoints needs pip install 'edgelm[export]'")
+    made: dict[TinyLlama, Path] = {}
+
+    def write(**fields: object) -> Path:
+        shape = TinyLlama(**fields)  # type: ignore[arg-type]
+        if shape not in made:
+            made[shape] = shape.write(tmp_path_factory.mktemp("checkpoint") / "model")
+        return made[shape]
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """For references of tiny models, which more threads only slow down."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def bundle(request: pytest.FixtureRequest) -> Path:
+    """The bundle that runtime tests run, float32 where it was exported here."""
+    given = os.environ.get("EDGELM_TEST_BUNDLE")
+    if given:
+        return Path(given)
+    if can_export():
+        checkpoint = request.getfixturevalue("tiny_checkpoint")()
+        return request.getfixturevalue("export_to_cache")(checkpoint, quant="fp32")
+    builtin = Path(edgelm.__file__).parent / "builtin"
+    if not (builtin / MANIFEST).is_file():
+        pytest.skip("no bundle to run: pip install 'edgelm[export]', or name one in EDGELM_TEST_BUNDLE")
+    return builtin
+
+
+@pytest.fixture(scope="session")
+def model(bundle: Path) -> Iterator[edgelm.Model]:
+    """`bundle`, loaded; tests that stop or break it load their own."""
+    with edgelm.load(bundle, threads=1, max_batch=4) as loaded:
+        yield loaded
