@@ -1,0 +1,152 @@
+"""Sampling: its distribution, its stability across machines and compilers, and what it loads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import naive
+import numpy as np
+import pytest
+
+from edgelm.errors import RequestError
+from edgelm.messages import SamplingParams
+from edgelm.sampling import Sampler, warm_up
+
+CHAINS = (
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 40},
+    {"temperature": 1.3, "top_p": 0.9},
+    {"temperature": 1.0, "min_p": 0.05},
+    {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.2},
+    {"temperature": 0.0, "repetition_penalty": 1.5},
+)
+
+
+def make_logits(vocab_size: int, seed: int) -> np.ndarray:
+    """Return logits from integer arithmetic alone, so that every machine makes the same."""
+    raw = np.random.PCG64(seed).random_raw(vocab_size) >> np.uint64(40)
+    return (raw.astype(np.float64) / 2**24 * 12.0 - 6.0).astype(np.float32)
+
+
+def choose_many() -> list[list[int]]:
+    """Return the tokens that each chain chooses, with a mask and a history, on rows that are not full blocks."""
+    chosen = []
+    for chain in CHAINS:
+        sampler = Sampler(SamplingParams(seed=11, **chain), 333)
+        history = np.arange(0, 333, 3, dtype=np.int32)
+        mask = np.full(11, 0x7FFFFFFF, dtype=np.uint32)
+        chosen.append([sampler.sample(make_logits(333, row), mask, history) for row in range(8)])
+    return chosen
+
+
+EXPECTED = [
+    [49, 167, 180, 15, 32, 316, 14, 41],
+    [67, 169, 174, 15, 21, 321, 13, 27],
+    [49, 167, 181, 15, 32, 316, 18, 41],
+    [52, 167, 179, 15, 32, 316, 14, 41],
+    [67, 169, 174, 21, 27, 313, 13, 19],
+    [26, 169, 224, 260, 178, 296, 68, 295],
+]
+"""Made on x86-64 with Python 3.11; what it guards is that no machine, interpreter or compiler answers otherwise."""
+
+
+def test_the_same_seed_gives_these_tokens_everywhere() -> None:
+    assert choose_many() == EXPECTED
+
+
+def test_uncompiled_kernels_choose_the_same_tokens() -> None:
+    here = Path(__file__).parent
+    code = "import numba, test_sampling; assert numba.config.DISABLE_JIT; print(test_sampling.choose_many())"
+    environment = os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(choose_many())
+
+
+def test_greedy_loads_no_numba() -> None:
+    code = """
+import sys, numpy
+from edgelm.messages import SamplingParams
+from edgelm.sampling import Sampler, warm_up
+logits = numpy.arange(40, dtype=numpy.float32)
+sampler = Sampler(SamplingParams(logprobs=3), 40)
+assert sampler.sample(logits) == 39
+assert sampler.sample(logits, numpy.array([0x80000000, 0], dtype=numpy.uint32)) == 31
+sampler.logprobs(logits, 3)
+assert "numba" not in sys.modules
+warm_up()
+assert "numba" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("chain", [chain for chain in CHAINS if chain["temperature"]])
+def test_tokens_are_distributed_as_the_model_says(chain: dict[str, float]) -> None:
+    """Pearson's chi-square over 20,000 draws; the bound is 5 standard deviations above its mean."""
+    draws = 20_000
+    params = SamplingParams(seed=2024, **chain)
+    logits = make_logits(64, 99) / np.float32(2)
+    history = np.array([1, 5, 9], dtype=np.int32)
+    kept = naive.keep(naive.penalize(logits, history.tolist(), params.repetition_penalty), params)
+    sampler = Sampler(params, 64)
+    counts = np.zeros(64)
+    for _ in range(draws):
+        counts[sampler.sample(logits.copy(), None, history)] += 1
+    assert set(np.flatnonzero(counts)) <= set(kept.probabilities)
+    expected = {token: draws * probability for token, probability in kept.probabilities.items()}
+    assert min(expected.values()) > 5, "too rare a token for the test to be valid"
+    statistic = sum((counts[token] - mean) ** 2 / mean for token, mean in expected.items())
+    freedom = len(expected) - 1
+    assert freedom > 3
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_without_a_seed_two_requests_differ() -> None:
+    logits = np.zeros(1000, dtype=np.float32)
+    rows = [[Sampler(SamplingParams(temperature=1.0), 1000).sample(logits) for _ in range(8)] for _ in range(2)]
+    assert rows[0] != rows[1]
+
+
+def test_one_generator_gives_fresh_draws() -> None:
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=1), 1000)
+    assert len({sampler.sample(np.zeros(1000, dtype=np.float32)) for _ in range(20)}) > 15
+
+
+@pytest.mark.parametrize("vocab_size", [0, -1, 2**22 + 1])
+def test_vocabulary_size_is_checked(vocab_size: int) -> None:
+    with pytest.raises(RequestError, match=r"vocab_size must lie in \[1, 4194304\]"):
+        Sampler(SamplingParams(), vocab_size)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-5])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=1), 300)
+    for row in range(5):
+        logits = make_logits(300, row)
+        assert sampler.sample(logits.copy()) == int(logits.argmax())
+
+
+def test_equal_logits_over_a_large_vocabulary() -> None:
+    """All in one histogram bin: the nucleus is the lowest ids, and the draw stays inside."""
+    sampler = Sampler(SamplingParams(temperature=1.0, top_p=0.25, seed=3), 4000)
+    chosen = [sampler.sample(np.zeros(4000, dtype=np.float32)) for _ in range(300)]
+    assert max(chosen) < 1000
+    assert max(chosen) > 900
+
+
+def test_extreme_logits() -> None:
+    logits = np.array([3.4e38, -3.4e38, -np.inf, 3.4e38], dtype=np.float32)
+    for chain in CHAINS[:5]:
+        sampler = Sampler(SamplingParams(seed=1, **chain), 4)
+        assert sampler.sample(logits.copy()) in (0, 3)
+
+
+def test_warm_up_can_be_repeated() -> None:
+    warm_up()
+    warm_up()
