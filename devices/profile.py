@@ -112,38 +112,37 @@ def read_profile(path: Path) -> Profile:
         raise DeviceError(f"cannot read the board profile {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise DeviceError(f"{path} is not TOML: {error}") from error
-    return _build(Profile, table, f"{path.name}: ")
+    return _build(Profile, table, path.name)
 
 
 T = TypeVar("T")
 
 
-def _build(kind: type[T], table: Mapping[str, Any], where: str) -> T:
-    """Make a dataclass of a TOML table; `where` prefixes the names of its keys in errors."""
+def _build(kind: type[T], table: Mapping[str, Any], file: str, prefix: str = "") -> T:
+    """Make a dataclass of a TOML table; `prefix` comes before the names of its keys in errors."""
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(table) - set(hints)):
-        raise DeviceError(f"{where}unknown key {', '.join(unknown)}; allowed: {', '.join(hints)}")
+        raise DeviceError(f"{file}: unknown key {prefix}{unknown[0]}; allowed: {', '.join(hints)}")
     fields: Mapping[str, dataclasses.Field[Any]] = kind.__dataclass_fields__  # type: ignore[attr-defined]
     needed = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := [name for name in needed if name not in table]:
-        raise DeviceError(f"{where}missing key {', '.join(missing)}")
-    return kind(**{name: _value(hints[name], value, where + name) for name, value in table.items()})
+        raise DeviceError(f"{file}: missing key {prefix}{missing[0]}")
+    return kind(**{name: _value(hints[name], value, file, prefix + name) for name, value in table.items()})
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _value(hint: Any, value: Any, file: str, key: str) -> Any:
     """Check one TOML value against a field's type: a scalar, a tuple of scalars, or another dataclass."""
-    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind not in (type(None), Ellipsis)]
-    kind = kinds[0]
+    kind = next(kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None))
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
-            raise DeviceError(f"{where} must be a list")
-        return tuple(_value(kind, entry, where) for entry in value)
+            raise DeviceError(f"{file}: {key} must be a list, got {value!r}")
+        return tuple(_value(kind, entry, file, key) for entry in value)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise DeviceError(f"{where} must be a table")
-        return _build(kind, value, where + ".")  # type: ignore[arg-type]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            raise DeviceError(f"{file}: {key} must be a table, got {value!r}")
+        return _build(kind, value, file, key + ".")  # type: ignore[arg-type]
+    if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise DeviceError(f"{where} must be of type {kind.__name__}, got {value!r}")
+        raise DeviceError(f"{file}: {key} must be of type {kind.__name__}, got {value!r}")
     return value

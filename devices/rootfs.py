@@ -74,16 +74,29 @@ def prepare_rootfs(cache: Path, say: Say) -> Rootfs:
     DeviceError
         Not Debian, a tool is missing, no network, or no such package.
     """
-    codename = _read_codename()
-    pins = [f"{name}=={_version(name)}" for name in WHEELS]
-    digest = hashlib.sha256("\n".join([str(LAYOUT), *DEBS, *pins]).encode()).hexdigest()[:12]
-    folder = cache / f"debian-{codename}-arm64-{digest}"
+    folder, pins = rootfs_folder(cache), _pins()
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=cache) as scratch:
             _fill(Path(scratch), pins, say)
             _publish(Path(scratch) / "made", folder)
     return Rootfs(folder, _python_of(folder / "root"))
+
+
+def rootfs_folder(cache: Path) -> Path:
+    """Return where `prepare_rootfs` puts its root, or has put it: the name tells what is in it."""
+    digest = hashlib.sha256("\n".join([str(LAYOUT), *DEBS, *_pins()]).encode()).hexdigest()[:12]
+    return cache / f"debian-{_read_codename()}-arm64-{digest}"
+
+
+def _pins() -> list[str]:
+    """Return `WHEELS` in the versions installed here, so that both sides run the same."""
+    try:
+        return [f"{name}=={metadata.version(name)}" for name in WHEELS]
+    except metadata.PackageNotFoundError as error:
+        raise DeviceError(
+            f"emulation compares with this machine, which lacks {error.name}: pip install 'edgelm[cpu]'"
+        ) from error
 
 
 def _fill(scratch: Path, pins: Sequence[str], say: Say) -> None:
@@ -180,16 +193,6 @@ def _read_codename() -> str:
     if missing := [tool for tool in ("apt-get", "dpkg-deb") if not shutil.which(tool)]:
         raise DeviceError(f"the emulated board is made of Debian packages, and {' and '.join(missing)} is missing")
     return release["VERSION_CODENAME"]
-
-
-def _version(package: str) -> str:
-    """Return the installed version, so that both sides run the same."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError as error:
-        raise DeviceError(
-            f"emulation compares with this machine, which needs {package}: pip install 'edgelm[cpu]'"
-        ) from error
 
 
 def _python_of(root: Path) -> str:

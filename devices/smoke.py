@@ -78,7 +78,7 @@ def run_smoke(
         intent = INTENT if bundle == "builtin" and prompt is None else None
         text = PROMPT if prompt is None else prompt
         answer = model.generate(text, max_tokens=MAX_TOKENS, temperature=0.0)
-        note(_check_answer(answer, intent))
+        note(check_answer(answer, intent))
         note(_check_stream(model, text, answer))
     note(check_round_trip(bundle, threads, text, answer, broker))
     for check in (_tell_speed(answer), _tell_memory(), _tell_temperature(), _check_throttling()):
@@ -103,7 +103,7 @@ def _tell_packages() -> Check:
     return Check("software", "info", ", ".join(f"{name} {version}" for name, version in versions.items()), versions)
 
 
-def _check_answer(answer: Completion, intent: str | None) -> Check:
+def check_answer(answer: Completion, intent: str | None) -> Check:
     """Compare with the intent that is known; where none is, any answer will do."""
     values = answer.to_dict()
     if intent is None:
