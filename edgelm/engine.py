@@ -105,7 +105,7 @@ class Engine:
         if len(tokens) > self.context:
             raise RequestError("bad_request", f"the text has {len(tokens)} tokens, the context holds {self.context}")
         result = np.empty(max(len(tokens) - 1, 0), np.float64)
-        inputs = np.asarray(tokens, np.int64)
+        inputs = np.asarray(self._checked(tokens), np.int64)
         for start in range(0, len(result), SCORE_CHUNK):
             end = min(start + SCORE_CHUNK, len(result))
             logits = self.session.prefill(self.max_batch, inputs[start:end], start, every=True).astype(np.float64)
@@ -223,15 +223,20 @@ class Engine:
 
     def _prompt(self, request: Request) -> list[int]:
         if request.tokens is not None:
-            vocab_size = self.bundle.manifest.vocab_size
-            bad = next((token for token in request.tokens if not 0 <= token < vocab_size), None)
-            if bad is not None:
-                raise RequestError("bad_request", f"token {bad} lies outside the vocabulary [0, {vocab_size})")
-            return list(request.tokens)
-        if request.prompt is not None:
-            return self.tokenizer.encode(request.prompt)
-        rendered = self.tokenizer.render_chat(request.messages or ())
-        return self.tokenizer.encode(rendered, add_special_tokens=False)
+            tokens = list(request.tokens)
+        elif request.prompt is not None:
+            tokens = self.tokenizer.encode(request.prompt)
+        else:
+            rendered = self.tokenizer.render_chat(request.messages or ())
+            tokens = self.tokenizer.encode(rendered, add_special_tokens=False)
+        return self._checked(tokens)
+
+    def _checked(self, tokens: list[int]) -> list[int]:
+        vocab_size = self.bundle.manifest.vocab_size  # a tokenizer may have added tokens that the model lacks
+        bad = next((token for token in tokens if not 0 <= token < vocab_size), None)
+        if bad is not None:
+            raise RequestError("bad_request", f"token {bad} lies outside the vocabulary [0, {vocab_size})")
+        return tokens
 
     def _matcher(self, constraint: Constraint | None) -> Matcher | None:
         if constraint is None:

@@ -79,6 +79,11 @@ class Tokenizer:
         """How many tokens there are, added ones included. The model's logits may be wider."""
         return int(self._inner.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def base_vocab_size(self) -> int:
+        """How many tokens ordinary text can give."""
+        return int(self._inner.get_vocab_size(with_added_tokens=False))
+
     @cached_property
     def byte_tokens(self) -> Mapping[int, int]:
         """Token ids of `<0x00>` to `<0xFF>` and their bytes, of a byte-fallback vocabulary; else empty."""

@@ -108,7 +108,7 @@ def _read(file: Path, *, optional: bool = False) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is not a JSON object")

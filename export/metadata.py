@@ -7,8 +7,9 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from edgelm._version import __version__
-from edgelm.errors import CheckpointError, RequestError
+from edgelm.errors import BundleError, CheckpointError, RequestError
 from edgelm.messages import SamplingParams
+from edgelm.tokenizer import Tokenizer
 
 from .checkpoint import Checkpoint
 
@@ -30,6 +31,22 @@ def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
         if isinstance(token, str):
             found[name] = token
     return found
+
+
+def check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:
+    """Raise `CheckpointError` when tokenizer.json cannot be read, or gives tokens that the model does not have.
+
+    Added tokens past the vocabulary are let pass: text has them only where someone spells them out.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(checkpoint.tokenizer)
+    except BundleError as error:
+        raise CheckpointError(str(error)) from error
+    if tokenizer.base_vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.tokenizer} has {tokenizer.base_vocab_size} tokens, config.json a vocab_size of {vocab_size}:"
+            " they do not belong together"
+        )
 
 
 def bos_token(checkpoint: Checkpoint) -> int | None:

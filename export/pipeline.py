@@ -92,6 +92,7 @@ def _build(checkpoint: Checkpoint, stage: Path, plan: Plan, context: int | None,
     family = find_family(checkpoint.config)
     decoder = family.decoder(checkpoint.config)
     length = choose_context(context, decoder.context)
+    metadata.check_tokenizer(checkpoint, decoder.vocab_size)
     shutil.copyfile(checkpoint.tokenizer, stage / "tokenizer.json")
     with Initializers(stage / "model.onnx.data") as initializers:
         builder = GraphBuilder(Weights(checkpoint, decoder, family.names), plan, length, initializers, progress)

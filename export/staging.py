@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgelm.errors import EdgelmError
@@ -16,32 +16,44 @@ def staged(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) ->
     """Yield an empty directory that becomes `target` when the block ends well and vanishes when it does not.
 
     An existing target is refused unless it is an empty directory or `force` is given and `replaceable(target)` holds;
-    it is replaced only at the end. Raises `EdgelmError`.
+    it is replaced only at the end. Parents that had to be made go again with a failure. Raises `EdgelmError`.
     """
     target = target.absolute()
-    exists = target.exists() and not (target.is_dir() and not any(target.iterdir()))
-    if exists and not force:
-        raise EdgelmError(f"{target} exists; --force replaces it")
-    if exists and not replaceable(target):
-        raise EdgelmError(f"{target} exists and is not something this command wrote; remove it by hand")
+    stage: Path | None = None
+    missing: list[Path] = []
     try:
+        exists = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+        if exists and not force:
+            raise EdgelmError(f"{target} exists; --force replaces it")
+        if exists and not replaceable(target):
+            raise EdgelmError(f"{target} exists and is not something this command wrote; remove it by hand")
+        missing = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise EdgelmError(f"{target.parent} cannot be written: {error.strerror}") from error
-    try:
         stage.chmod(0o755)
         yield stage
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            target.rename(old / target.name)
-            stage.rename(target)
-            shutil.rmtree(old)
-        else:
-            stage.rename(target)
-    except OSError as error:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise EdgelmError(f"{target} cannot be written: {error.strerror or error}") from error
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
+        _put(stage, target)
+    except BaseException as error:
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
+        for parent in missing:  # the innermost first; one that someone else uses by now stays
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise EdgelmError(f"{target} cannot be written: {error.strerror or error}") from error
         raise
+
+
+def _put(stage: Path, target: Path) -> None:
+    """Rename the stage to the target; what stood there is removed after, or put back on failure."""
+    if not target.exists():
+        stage.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    try:
+        target.rename(old / target.name)
+        stage.rename(target)
+    finally:
+        if not target.exists():
+            (old / target.name).rename(target)
+        shutil.rmtree(old)

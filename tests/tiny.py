@@ -110,7 +110,8 @@ class TinyLlama:
         return path
 
 
-CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TURN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+CHAT_TEMPLATE = TURN + "{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -27,7 +27,7 @@ FAMILIES: Final[dict[str, Family]] = {
 def find_family(config: Mapping[str, Any]) -> Family:
     """Return the family of a config.json. Raises `CheckpointError` naming the model type and the supported ones."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"architecture {model_type!r} has no builder here; supported: {', '.join(sorted(FAMILIES))}."
             " Others can be tried with --via optimum"

@@ -30,6 +30,14 @@ def positive_number(config: Mapping[str, Any], name: str, default: float) -> flo
     return float(value)
 
 
+def flag(config: Mapping[str, Any], name: str) -> bool:
+    """Return a switch of the configuration; a missing or null one is off."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {name} must be true or false, got {value!r}")
+    return bool(value)
+
+
 def refuse_unless(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
     """Raise `CheckpointError` for an option that is present with a value we do not build."""
     for name, values in allowed.items():
@@ -45,6 +53,7 @@ def read_rope(config: Mapping[str, Any], context: int) -> Rope:
         if value is not None and not isinstance(value, dict):
             raise CheckpointError(f"config.json: {name} must be an object or null, got {value!r}")
     options = {**(old or {}), **(new or {})}
+    refuse_unless(options, {"partial_rotary_factor": (None, 1, 1.0)})
     theta = positive_number({**config, **options}, "rope_theta", 10000.0)
     kind = options.get("rope_type") or options.get("type") or "default"
     if kind == "default":
@@ -60,10 +69,10 @@ def read_rope(config: Mapping[str, Any], context: int) -> Rope:
             positive_number(options, "high_freq_factor", 4.0),
             positive_int(options, "original_max_position_embeddings", context),
         )
-    raise CheckpointError(f"config.json: rope type {kind!r} is not supported; supported: default, linear, llama3")
+    raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; supported: default, linear, llama3")
 
 
 def _factor(options: Mapping[str, Any]) -> float:
     if "factor" not in options:
-        raise CheckpointError("config.json: rope scaling has no factor")
+        raise CheckpointError("config.json: rope_scaling has no factor")
     return positive_number(options, "factor", 1.0)

@@ -8,7 +8,7 @@ from typing import Any, Final
 from edgelm.errors import CheckpointError
 
 from ..decoder import Decoder, Names
-from .fields import positive_int, positive_number, read_rope, refuse_unless
+from .fields import flag, positive_int, positive_number, read_rope, refuse_unless
 
 NAMES: Final = Names(
     embedding="model.embed_tokens.weight",
@@ -50,7 +50,7 @@ def decoder(config: Mapping[str, Any]) -> Decoder:
     if head_size % 2:
         raise CheckpointError(f"config.json: head_dim must be even for rotary embedding, got {head_size}")
     context = positive_int(config, "max_position_embeddings", 2048)
-    attention_bias = bool(config.get("attention_bias", False))
+    attention_bias = flag(config, "attention_bias")
     return Decoder(
         vocab_size=positive_int(config, "vocab_size"),
         hidden_size=hidden,
@@ -62,8 +62,8 @@ def decoder(config: Mapping[str, Any]) -> Decoder:
         context=context,
         norm_epsilon=positive_number(config, "rms_norm_eps", 1e-6),
         rope=read_rope(config, context),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=flag(config, "tie_word_embeddings"),
         qkv_bias=attention_bias,
         output_bias=attention_bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        mlp_bias=flag(config, "mlp_bias"),
     )

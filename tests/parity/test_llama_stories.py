@@ -42,7 +42,7 @@ def documents(shared):
 
 @pytest.fixture(scope="module")
 def reference_quality(network, tokenizer, documents):
-    """Perplexity, bits a byte and number of the tokens after the first of each document, cut at the context, with <s>."""
+    """Perplexity, bits a byte and number of the tokens after each document's <s>, documents cut at the context."""
     context = network.config.max_position_embeddings
     texts = split_documents(documents.read_text("utf-8"))
     rows = [[1, *tokenizer.encode(text, add_special_tokens=False)][:context] for text in texts]
