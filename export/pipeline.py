@@ -70,7 +70,7 @@ def export(
         if via == "optimum":
             from .optimum import convert  # heavy: torch, transformers
 
-            manifest = convert(checkpoint, stage, plan, context)
+            manifest = convert(checkpoint, stage, plan, context, progress)
         else:
             manifest = _build(open_checkpoint(checkpoint), stage, plan, context, progress)
         seal(stage, manifest)

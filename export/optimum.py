@@ -1,0 +1,216 @@
+"""The road for architectures without a file in `architectures/`: optimum's export, then our quantizer.
+
+Needs torch, transformers and optimum-onnx, and holds the whole model in float32. The graph keeps optimum's nodes and
+its growing cache, so it is larger and slower than one of our own.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from onnx import TensorProto
+
+from edgelm.bundle import Cache, Manifest
+from edgelm.errors import CheckpointError, EdgelmError, MissingExtraError
+
+from . import metadata
+from .checkpoint import Checkpoint, open_checkpoint
+from .initializers import Initializers
+from .onnx_graph import OnnxGraph, dims
+from .quantize.plan import Plan
+from .requantize import Requantizer
+
+TASK: Final = "text-generation-with-past"
+FED: Final = {"input_ids", "attention_mask", "position_ids"}
+"""Inputs, beside the cache, that the runtime's growing session knows how to feed."""
+
+SHAPES: Final = {
+    "hidden_size": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_size": "intermediate_size",
+}
+"""Names in a manifest, and the attributes of a transformers configuration they are read from."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Libraries:
+    torch: ModuleType
+    transformers: ModuleType
+    exporter: ModuleType
+    configs: ModuleType
+
+
+def convert(
+    source: str | Path, stage: Path, plan: Plan, context: int | None, progress: Progress | None = None
+) -> Manifest:
+    """Write model.onnx, its data and tokenizer.json into `stage`; return the manifest.
+
+    Raises `CheckpointError` for a checkpoint that optimum cannot export or the runtime could not feed, and
+    `MissingExtraError` where optimum-onnx, transformers or torch is not installed.
+    """
+    checkpoint = open_checkpoint(source)
+    with _quiet():
+        libraries = _import()
+        model = _load(checkpoint, libraries)
+    parameters, config = int(model.num_parameters()), model.config
+    length = _context(config, context)
+    with tempfile.TemporaryDirectory(prefix="optimum.", dir=stage) as traced:
+        with _quiet():
+            file = _trace(model, Path(traced), libraries)
+        del model
+        graph = OnnxGraph(file)
+        cache, vocab_size = _cache(graph), _vocab_size(graph)
+        with Initializers(stage / "model.onnx.data") as initializers:
+            quantizer = Requantizer(graph, plan, initializers, progress)
+            quantized = quantizer.build()
+    (stage / "model.onnx").write_bytes(quantized.SerializeToString(deterministic=True))
+    shutil.copyfile(checkpoint.tokenizer, stage / "tokenizer.json")
+    return Manifest(
+        architecture=str(checkpoint.config["model_type"]),
+        context=length,
+        vocab_size=vocab_size,
+        cache=cache,
+        quant=plan.quant,
+        matrices=tuple(quantizer.matrices),
+        bos_token=metadata.bos_token(checkpoint),
+        eos_tokens=metadata.eos_tokens(checkpoint),
+        parameters=parameters,
+        shapes=_shapes(config, cache),
+        sampling=metadata.sampling(checkpoint),
+        chat_template=metadata.chat_template(checkpoint),
+        special_tokens=metadata.special_tokens(checkpoint),
+        made_with={
+            **metadata.made_with(),
+            **{name: version(name) for name in ("optimum", "optimum-onnx", "torch", "transformers")},
+        },
+        via="optimum",
+    )
+
+
+def _import() -> _Libraries:
+    try:
+        names = ("torch", "transformers", "optimum.exporters.onnx", "optimum.exporters.onnx.model_configs")
+        return _Libraries(*map(import_module, names))
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("edgelm export --via optimum", "optimum", error.name or "optimum") from error
+    except ImportError as error:
+        raise EdgelmError(f"optimum cannot be imported: {_reason(error)}; pip install 'edgelm[optimum]'") from error
+
+
+def _load(checkpoint: Checkpoint, libraries: _Libraries) -> Any:
+    """Return the checkpoint as a model of transformers, in float32."""
+    kind = checkpoint.config.get("model_type")
+    supported = sorted(libraries.configs.TasksManager.get_supported_model_type_for_task(TASK, "onnx"))
+    if not isinstance(kind, str) or kind.replace("_", "-") not in {name.replace("_", "-") for name in supported}:
+        raise CheckpointError(
+            f"architecture {kind!r} is not one that optimum-onnx {version('optimum-onnx')} exports for text generation;"
+            f" it knows {', '.join(supported)}"
+        )
+    try:
+        model, loading = libraries.transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            dtype=libraries.torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # the libraries raise many unrelated types
+        raise CheckpointError(f"transformers cannot load {checkpoint.path}: {_reason(error)}") from error
+    for what, key in (("has no tensor", "missing_keys"), ("has another shape for", "mismatched_keys")):
+        if found := sorted(map(str, loading.get(key, ()))):  # transformers would go on with random weights
+            raise CheckpointError(f"{checkpoint.path} {what} {found[0]} ({len(found)} in all); is it complete?")
+    return model
+
+
+def _trace(model: Any, out: Path, libraries: _Libraries) -> Path:
+    """Export with optimum; return the ONNX file."""
+    kind = model.config.model_type
+    model.config.use_cache = True
+    try:
+        libraries.exporter.onnx_export_from_model(
+            model=model, output=out, task=TASK, do_validation=False, no_post_process=True
+        )
+    except Exception as error:  # as above
+        raise CheckpointError(f"optimum cannot export the {kind} model: {_reason(error)}") from error
+    file = out / "model.onnx"
+    if not file.is_file():
+        raise CheckpointError(f"optimum's export of the {kind} model is not one model.onnx")
+    return file
+
+
+def _cache(graph: OnnxGraph) -> Cache:
+    """Read the cache's shape off the graph. Raises `CheckpointError` for inputs that the runtime could not feed."""
+    past = [name for name in graph.inputs if name.startswith("past_key_values.")]
+    layers = len(past) // 2
+    expected = {f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")}
+    unknown = sorted((set(graph.inputs) - FED - expected) | (expected - set(graph.inputs)))
+    if unknown or "input_ids" not in graph.inputs or not layers:
+        raise CheckpointError(
+            f"the exported graph has inputs that edgelm cannot feed: {', '.join(unknown) or 'no cache'}"
+        )
+    shapes = {tuple(dims(graph.inputs[name])) for name in past}
+    kinds = {graph.inputs[name].type.tensor_type.elem_type for name in past}
+    shape = shapes.pop()
+    if shapes or kinds != {TensorProto.FLOAT} or len(shape) != 4 or shape[1] is None or shape[3] is None:
+        raise CheckpointError(
+            "the exported graph's cache is not float32 [batch, heads, positions, size] in every layer"
+        )
+    return Cache("growing", layers, shape[1], shape[3])
+
+
+def _vocab_size(graph: OnnxGraph) -> int:
+    size = dims(graph.outputs["logits"])[-1] if "logits" in graph.outputs else None
+    if size is None:
+        raise CheckpointError("the exported graph has no output logits of a known width")
+    return size
+
+
+def _context(config: Any, wanted: int | None) -> int:
+    """Return the bundle's context; positions past a sliding window would need a cache that drops the oldest."""
+    from .pipeline import CONTEXT, choose_context
+
+    limit = getattr(config, "max_position_embeddings", None) or CONTEXT
+    window = getattr(config, "sliding_window", None)
+    return choose_context(wanted, limit if not window else min(limit, window - 1))
+
+
+def _shapes(config: Any, cache: Cache) -> dict[str, int]:
+    values = {name: getattr(config, attribute, None) for name, attribute in SHAPES.items()}
+    known = {name: value for name, value in values.items() if isinstance(value, int)}
+    return {**known, "kv_heads": cache.kv_heads, "head_size": cache.head_size}
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first sentence of a library's message, as one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.split(r"(?<=[.:]) ", text)[0].rstrip(".:")[:200]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' log lines, warnings and progress bars off the terminal. Holds for the whole process."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(level)

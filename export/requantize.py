@@ -1,0 +1,292 @@
+"""Quantizes a finished ONNX graph: its matrices go through the same quantizer as those of a graph of our own.
+
+A MatMul or Gemm with a constant matrix becomes a MatMulNBits that takes the bias too; the table that token ids look
+up becomes a GatherBlockQuantized, on the same bytes as a tied head. Where nothing but elementwise nodes follows the
+head, it computes only the positions that the new input `rows` (int64 [R], into the flattened positions) asks for, and
+`logits` becomes [R, vocab]. Position tables, norms and everything else stay as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from edgelm.bundle import Matrix
+from edgelm.errors import CheckpointError
+
+from .graph import MICROSOFT
+from .initializers import Initializers
+from .onnx_graph import OnnxGraph, attributes, needed
+from .quantize.pack import quantize
+from .quantize.plan import ACCURACY_LEVEL, Plan
+
+ELEMENTWISE: Final = {"Add", "Mul", "Div", "Sub", "Tanh", "Cast", "Identity"}
+"""Operators between head and logits that do not mind which positions they see."""
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """value @ weight.T + bias -> output. weight: float32 [N, K]; bias: float32 [N] or None."""
+
+    name: str
+    value: str
+    weight: Array
+    bias: Array | None
+    output: str
+
+
+class Requantizer:
+    """Rewrites one graph. Call `build` once."""
+
+    def __init__(
+        self,
+        graph: OnnxGraph,
+        plan: Plan,
+        initializers: Initializers,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self._progress = progress or (lambda _what, _done, _of: None)
+        self._graph = graph
+        self._plan = plan
+        self._initializers = initializers
+        self._nodes: list[NodeProto] = []
+        self._stored: dict[bytes, str] = {}
+        self._tables: dict[bytes, str] = {}
+        self._absorbed: set[str] = set()
+        self._names: set[str] = set()
+        self.matrices: list[Matrix] = []
+
+    def build(self) -> ModelProto:
+        """Return the rewritten model; its large tensors are in the initializers' data file.
+
+        Raises `CheckpointError` for a matrix with NaN or infinity, and for a graph without any matrix.
+        """
+        head = self._find_head()
+        for i, node in enumerate(self._graph.nodes):
+            self._progress("node", i, len(self._graph.nodes))
+            if not self._absorbed.isdisjoint(node.output):
+                continue
+            if self._is_table(node):
+                self._look_up(node)
+            elif (linear := self._linear(node)) is not None:
+                self._multiply(node, linear, is_head=node is head)
+            else:
+                self._nodes.append(node)
+        if not self.matrices:
+            raise CheckpointError("the exported graph has no matrix that could be quantized")
+        return self._model(chosen=head is not None)
+
+    # --- finding ---
+
+    def _find_head(self) -> NodeProto | None:
+        """Return the product that gives the logits, if only elementwise nodes with small constants follow it."""
+        name = "logits"
+        while (node := self._graph.producer(name)) is not None:
+            if name != "logits" and self._graph.sole_use(name) is None:
+                return None
+            if node.op_type == "MatMul" and self._graph.matrix(node.input[1]) is not None:
+                return node
+            varying = [each for each in node.input if self._graph.constant(each) is None]
+            constants = [self._graph.constant(each) for each in node.input]
+            if node.op_type not in ELEMENTWISE or len(varying) != 1:
+                return None
+            if any(tensor is not None and len(tensor.dims) > 1 for tensor in constants):
+                return None
+            name = varying[0]
+        return None
+
+    def _is_table(self, node: NodeProto) -> bool:
+        return (
+            node.op_type == "Gather"
+            and attributes(node).get("axis", 0) == 0
+            and self._graph.matrix(node.input[0]) is not None
+            and self._graph.is_tokens(node.input[1])
+        )
+
+    def _linear(self, node: NodeProto) -> _Linear | None:
+        """Read a node as a product with a constant matrix, if it is one."""
+        if node.op_type not in ("MatMul", "Gemm"):
+            return None
+        tensor = self._graph.matrix(node.input[1])
+        given = attributes(node)
+        if tensor is None or self._graph.constant(node.input[0]) is not None or given.get("transA", 0):
+            return None
+        weight = self._read(tensor) * np.float32(given.get("alpha", 1.0))
+        if not given.get("transB", 0):
+            weight = weight.T
+        bias, output = None, node.output[0]
+        if len(node.input) > 2 and node.input[2]:
+            bias = self._bias(node.input[2], weight.shape[0])
+            if bias is None:
+                return None
+            bias = bias * np.float32(given.get("beta", 1.0))
+        elif node.op_type == "MatMul" and self._plan.bits < 32:
+            following = self._graph.sole_use(output)
+            if following is not None and following.op_type == "Add":
+                other = following.input[1] if following.input[0] == output else following.input[0]
+                bias = self._bias(other, weight.shape[0])
+                output = output if bias is None else following.output[0]
+        return _Linear(self._name(node), node.input[0], np.ascontiguousarray(weight), bias, output)
+
+    def _bias(self, name: str, rows: int) -> Array | None:
+        tensor = self._graph.constant(name)
+        if tensor is None or tensor.data_type != TensorProto.FLOAT or list(tensor.dims) != [rows]:
+            return None
+        bias: Array = self._graph.array(tensor)
+        return bias
+
+    def _read(self, tensor: TensorProto) -> Array:
+        values: Array = self._graph.array(tensor)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"the tensor {tensor.name} holds NaN or infinite values")
+        return values
+
+    def _name(self, node: NodeProto) -> str:
+        """Name a matrix after its place: `/transformer/h.0/attn/c_attn/Gemm` -> `transformer.h.0.attn.c_attn`."""
+        parts = [part for part in node.name.split("/") if part]
+        name = ".".join(parts[:-1])
+        if not name or name in self._names:
+            name = node.output[0]
+        self._names.add(name)
+        return name
+
+    # --- writing ---
+
+    def _look_up(self, node: NodeProto) -> None:
+        """Token ids -> rows of the table."""
+        tensor = self._graph.matrix(node.input[0])
+        if tensor is None:
+            raise AssertionError("a table is a matrix")
+        table, name = self._read(tensor), self._name(node)
+        rows, columns = table.shape
+        if self._plan.bits == 32:
+            self._tables[_digest(table)] = node.input[0]
+            self._record(name, table)
+            self._nodes.append(node)
+            return
+        stored = self._quantized(name, table)
+        blocks = -(-columns // self._plan.block_size)
+        width = blocks * self._plan.block_size
+        flat = f"{stored}.nbits.rows"
+        if flat not in self._initializers.tensors:
+            self._initializers.alias(flat, f"{stored}.nbits.codes", (rows, width * self._plan.bits // 8), keep=True)
+        looked_up = node.output[0] if width == columns else f"{name}.padded"
+        inputs = [flat, node.input[1], f"{stored}.nbits.scales"]
+        self._node(
+            "GatherBlockQuantized",
+            inputs,
+            looked_up,
+            domain=MICROSOFT,
+            bits=self._plan.bits,
+            block_size=self._plan.block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        if width != columns:
+            bounds = [
+                self._constant(f"{name}.{part}", [at]) for part, at in (("from", 0), ("to", columns), ("axis", -1))
+            ]
+            self._node("Slice", [looked_up, *bounds], node.output[0])
+
+    def _multiply(self, node: NodeProto, linear: _Linear, *, is_head: bool) -> None:
+        rows, columns = linear.weight.shape
+        value = self._choose(linear.value, columns) if is_head else linear.value
+        if self._plan.bits == 32:
+            table = self._tables.get(_digest(linear.weight)) if is_head else None
+            if table is not None:  # a tied head: the same tensor, read the other way
+                self._node("Gemm", [value, table], node.output[0], transB=1)
+                return
+            self._record(linear.name, linear.weight)
+            copied = NodeProto()
+            copied.CopyFrom(node)
+            copied.input[0] = value
+            self._nodes.append(copied)
+            return
+        stored = self._quantized(linear.name, linear.weight)
+        inputs = [value, f"{stored}.nbits.codes", f"{stored}.nbits.scales"]
+        if linear.bias is not None:
+            inputs += ["", "", self._initializers.add(f"{linear.name}.nbits.bias", linear.bias)]
+        if linear.output != node.output[0]:
+            self._absorbed.add(linear.output)
+        self._node(
+            "MatMulNBits",
+            inputs,
+            linear.output,
+            domain=MICROSOFT,
+            K=columns,
+            N=rows,
+            bits=self._plan.bits,
+            block_size=self._plan.block_size,
+            accuracy_level=ACCURACY_LEVEL,
+        )
+
+    def _choose(self, value: str, width: int) -> str:
+        """[B, S, width] -> the chosen rows [R, width]."""
+        shape = self._constant("head.shape", [-1, width])
+        flat = self._node("Reshape", [value, shape], "head.flat")
+        return self._node("Gather", [flat, "rows"], "head.chosen", axis=0)
+
+    def _quantized(self, name: str, weight: Array) -> str:
+        """Store a matrix's codes and scales, the same matrix once; return the name they are under."""
+        key = _digest(weight)
+        if key not in self._stored:
+            packed = quantize(weight, self._plan.bits, self._plan.block_size, self._plan.method)
+            self._initializers.add(f"{name}.nbits.codes", packed.data)
+            self._initializers.add(f"{name}.nbits.scales", packed.scales)
+            self._record(name, weight)
+            self._stored[key] = name
+        return self._stored[key]
+
+    def _record(self, name: str, weight: Array) -> None:
+        rows, columns = weight.shape
+        plan = self._plan
+        self.matrices.append(
+            Matrix(name, rows, columns, 32)
+            if plan.bits == 32
+            else Matrix(name, rows, columns, plan.bits, plan.block_size, True, ACCURACY_LEVEL, plan.method)
+        )
+
+    def _constant(self, name: str, values: list[int]) -> str:
+        return self._initializers.add(name, np.asarray(values, np.int64))
+
+    def _node(self, operator: str, inputs: list[str], output: str, *, domain: str = "", **given: Any) -> str:
+        self._nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **given))
+        return output
+
+    def _model(self, *, chosen: bool) -> ModelProto:
+        old = self._graph.model
+        outputs = list(self._graph.outputs.values())
+        inputs = list(self._graph.inputs.values())
+        if chosen:
+            vocab = outputs[0].type.tensor_type.shape.dim[-1].dim_value
+            inputs.append(helper.make_tensor_value_info("rows", TensorProto.INT64, ["rows"]))
+            outputs[0] = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", vocab])
+        nodes, names = needed(self._nodes, self._graph.outputs)
+        for name, tensor in self._graph.initializers(names):
+            self._initializers.add(name, self._graph.array(tensor))
+        for node in nodes:
+            node.ClearField("doc_string")
+            node.ClearField("metadata_props")
+        tensors = [tensor for name, tensor in self._initializers.tensors.items() if name in names]
+        model: ModelProto = helper.make_model(
+            helper.make_graph(nodes, "decoder", inputs, outputs, tensors),
+            opset_imports=[
+                *(entry for entry in old.opset_import if entry.domain != MICROSOFT),
+                helper.make_opsetid(MICROSOFT, 1),
+            ],
+            ir_version=old.ir_version,
+            producer_name="edgelm",
+        )
+        return model
+
+
+def _digest(weight: Array) -> bytes:
+    return hashlib.sha256(repr(weight.shape).encode() + np.ascontiguousarray(weight).tobytes()).digest()
