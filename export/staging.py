@@ -11,6 +11,15 @@ from pathlib import Path
 from edgelm.errors import EdgelmError
 
 
+def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
+    """Raise `EdgelmError` where `staged` would refuse `target`: to know before long work, not after it."""
+    exists = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    if exists and not force:
+        raise EdgelmError(f"{target} exists; --force replaces it")
+    if exists and not replaceable(target):
+        raise EdgelmError(f"{target} exists and is not something this command wrote; remove it by hand")
+
+
 @contextmanager
 def staged(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield an empty directory that becomes `target` when the block ends well and vanishes when it does not.

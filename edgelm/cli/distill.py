@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import time
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from edgelm.errors import ConfigError, MissingExtraError
+from edgelm.cli.extras import reach
+from edgelm.cli.progress import Progress
+from edgelm.errors import ConfigError, UsageError
 
 EPILOG = """\
 DATA holds one {"prompt", "target"} object a line; only targets are learned.
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--averaging", type=float, help="decay of the weights' moving average, 0 to 1 (0: off)")
     add("--vocab-size", type=int, default=2048, help="of a new student's own tokenizer (%(default)s)")
     add("--seed", type=int, help="of everything random (0)")
+    add("--muon", action="store_true", help="orthogonalize updates of matrices: fewer, dearer steps")
     add("--bf16", action="store_true", help="multiply in bfloat16: faster where the processor has it")
     add("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
     add("--threads", type=int, help="processor threads (all cores)")
@@ -57,30 +59,27 @@ SETTINGS = (
 def run(args: argparse.Namespace) -> int:
     """Train; print where the student is."""
     if args.loss == "kl" and args.teacher is None:
-        raise ConfigError("--loss kl needs --teacher")
+        raise UsageError("--loss kl needs --teacher")
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"--threads {args.threads} must be at least 1")
-    try:
-        pipeline = import_module("edgelm_export.distill.pipeline")
-        torch = import_module("torch")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("edgelm distill", "distill", error.name or "torch") from error
+    pipeline = reach("edgelm_export.distill.pipeline", "edgelm distill")
     if args.threads:
-        torch.set_num_threads(args.threads)
+        import_module("torch").set_num_threads(args.threads)
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    settings = import_module("edgelm_export.distill.trainer").Settings(bf16=args.bf16, **given)
-    progress = pipeline.distill(
-        args.student,
-        args.data,
-        args.out,
-        settings,
-        teacher=None if args.loss == "ce" else args.teacher,
-        vocab_size=args.vocab_size,
-        device=pipeline.choose_device(args.device),
-        resume=args.resume,
-        force=args.force,
-        report=ProgressLine(settings.epochs),
-    )
+    settings = import_module("edgelm_export.distill.settings").Settings(bf16=args.bf16, muon=args.muon, **given)
+    with Progress() as bar:
+        progress = pipeline.distill(
+            args.student,
+            args.data,
+            args.out,
+            settings,
+            teacher=None if args.loss == "ce" else args.teacher,
+            vocab_size=args.vocab_size,
+            device=pipeline.choose_device(args.device),
+            resume=args.resume,
+            force=args.force,
+            report=partial(show, bar),
+        )
     result = {
         "out": str(args.out),
         "epochs": progress.epoch + 1,
@@ -96,24 +95,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class ProgressLine:
-    """Shows where a run stands on one line of a terminal, twice a second; nothing where stderr is piped."""
-
-    def __init__(self, epochs: int) -> None:
-        self._epochs = epochs
-        self._shown = time.monotonic()
-
-    def __call__(self, progress: Any) -> None:
-        """Show `progress` (see `edgelm_export.distill.trainer.Progress`)."""
-        now = time.monotonic()
-        if not sys.stderr.isatty() or now - self._shown < 0.5:
-            return
-        self._shown = now
-        left = progress.elapsed_s * (1 - progress.share) / progress.share if progress.share else 0.0
-        print(
-            f"\r{progress.share:4.0%}  epoch {progress.epoch + 1}/{self._epochs}  loss {progress.loss:.3f}  "
-            f"{progress.tokens / progress.elapsed_s:.0f} tok/s  {left:.0f} s left \x1b[K",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
+def show(bar: Progress, progress: Any) -> None:
+    """Show a run's `edgelm_export.distill.settings.Progress` on the terminal."""
+    bar(f"epoch {progress.epoch + 1}, loss {progress.loss:.3f}", round(100 * progress.share), 100)

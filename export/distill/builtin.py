@@ -10,13 +10,15 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
 
-from edgelm.cli.distill import ProgressLine
+from edgelm.cli.distill import show
+from edgelm.cli.progress import Progress as Bar
 from edgelm.errors import EdgelmError
 
 from .data import Encoded, encode_tasks
@@ -46,8 +48,8 @@ class Recipe:
 BUILTIN: Final = Recipe(
     Shape(hidden=192, layers=6, heads=6, kv_heads=2, mlp=512),
     Settings(
-        epochs=32,
-        batch_tokens=4096,
+        epochs=30,
+        batch_tokens=2048,
         row_length=192,
         lr=2e-3,
         dropout=0.1,
@@ -123,10 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     recipe = replace(BUILTIN, settings=replace(BUILTIN.settings, epochs=args.epochs, seed=args.seed))
     try:
-        start, progress = train_builtin(
-            args.data, args.out, recipe,
-            resume=args.resume, force=args.force, report=ProgressLine(args.epochs),
-        )  # fmt: skip
+        with Bar() as bar:
+            start, progress = train_builtin(
+                args.data, args.out, recipe, resume=args.resume, force=args.force, report=partial(show, bar)
+            )
         result: dict[str, object] = {"steps": progress.step, "loss": progress.loss, "elapsed_s": progress.elapsed_s}
         if args.dev:
             tasks = [utterance.to_task() for utterance in read_utterances(args.dev)]

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from edgelm.errors import CheckpointError, ConfigError
 from edgelm.tasks import read_tasks
 
+from ..staging import check_target, staged
 from .data import encode_tasks
 from .settings import Progress, Settings
 from .shape import Shape, parse_shape
@@ -138,14 +139,9 @@ def train_into(
     except KeyboardInterrupt:
         trainer.save()
         raise
-    result = partial / "result"
-    shutil.rmtree(result, ignore_errors=True)
-    result.mkdir()
-    save_student(start.model, result, start.eos)
-    start.write_tokenizer(result)
-    if out.exists():
-        shutil.rmtree(out)
-    result.replace(out)
+    with staged(out, force=True, replaceable=_is_checkpoint) as stage:  # claimed before
+        save_student(start.model, stage, start.eos)
+        start.write_tokenizer(stage)
     shutil.rmtree(partial)
     return trainer.progress
 
@@ -160,18 +156,19 @@ def claim(out: Path, *, resume: bool, force: bool) -> None:
 
     Raises
     ------
-    ConfigError
+    EdgelmError
         There is something that neither `resume` nor `force` covers.
     """
+    check_target(out, force=force, replaceable=_is_checkpoint)
     partial = partial_of(out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is not a directory")
-    if out.exists() and not force:
-        raise ConfigError(f"{out} exists: choose another directory, or --force to replace it")
     if partial.exists() and not resume:
         if not force:
             raise ConfigError(f"{partial} holds an unfinished run: --resume goes on with it, --force discards it")
         shutil.rmtree(partial)
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    return (directory / "config.json").is_file()
 
 
 def fingerprint(*parts: str | bytes) -> str:

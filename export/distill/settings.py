@@ -20,6 +20,8 @@ class Settings:
         Tokens in a batch and in each of its rows.
     lr, warmup, weight_decay, clip
         Peak learning rate, share of the run spent warming up (0 to 1), AdamW's decay, largest gradient norm.
+    muon
+        Orthogonalize the updates of the layers' matrices: fewer steps to the same loss, each somewhat dearer.
     dropout, smoothing
         0 to 1: of what each attention and MLP adds to the residual; of the labels, over the vocabulary.
     averaging
@@ -43,6 +45,7 @@ class Settings:
     warmup: float = 0.05
     weight_decay: float = 0.1
     clip: float = 1.0
+    muon: bool = False
     dropout: float = 0.0
     smoothing: float = 0.0
     averaging: float = 0.0

@@ -63,6 +63,30 @@ def target_logits(model: Any, batch: Batch, device: str) -> tuple[Tensor, Tensor
     return model.get_output_embeddings()(hidden[learned]), labels[learned]
 
 
+def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Return AdamW for all weights, or Muon (Jordan et al. 2024) for the layers' matrices and AdamW for the rest.
+
+    Muon's step is scaled as in Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2, so that one
+    learning rate and decay serve both.
+    """
+    weights = dict(model.named_parameters())
+    inner = {name for name, weight in weights.items() if settings.muon and weight.ndim == 2 and ".layers." in name}
+    groups: list[dict[str, Any]] = [
+        {"params": [weight for name, weight in weights.items() if weight.ndim >= 2 and name not in inner]},
+        {"params": [weight for weight in weights.values() if weight.ndim < 2], "weight_decay": 0.0},
+    ]
+    decay = settings.weight_decay
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+    ]
+    if inner:
+        matrices = [weights[name] for name in sorted(inner)]
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
+
+
 class Trainer:
     """One run: model, optimizer, average and position. `run` trains to the end from wherever it stands.
 
@@ -108,13 +132,7 @@ class Trainer:
         self._identity = identity
         self._clock = clock
         self._batch_of_epoch = 0
-        matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
-        vectors = [weight for weight in model.parameters() if weight.ndim < 2]
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW(
-            groups,
-            lr=settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=True,
-        )  # fmt: skip
+        self._optimizers = make_optimizers(model, settings)
         self._average = [weight.detach().clone() for weight in model.parameters()] if settings.averaging else []
         torch.manual_seed(settings.seed)
 
@@ -163,15 +181,17 @@ class Trainer:
 
     def _step(self, batch: Batch, share: float) -> float:
         settings = self.settings
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(share, settings)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(share, settings)
         loss = self._loss(batch)
         if not math.isfinite(loss.item()):
             raise ConfigError(f"the loss became {loss.item()} at step {self.progress.step}: lower the learning rate")
-        self._optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         if self._average:
             # Early on the average follows closely: it would otherwise hold on to the random start.
             decay = min(settings.averaging, (1 + self.progress.step) / (10 + self.progress.step))
@@ -198,7 +218,7 @@ class Trainer:
         state = {
             "identity": self._identity,
             "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "average": self._average,
             "torch_rng": torch.get_rng_state(),
             "progress": [getattr(self.progress, name) for name in Progress.__slots__],
@@ -228,7 +248,8 @@ class Trainer:
                 "start again with --force, or repeat that run's options"
             )
         self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self._average = state["average"]
         torch.set_rng_state(state["torch_rng"].cpu())
         self.progress = Progress(*state["progress"])
