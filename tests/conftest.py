@@ -12,10 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tiny import TinyLlama
 
 import edgelm
 from edgelm.bundle import MANIFEST
+
+# Machines are shared and slow at times, so nothing is timed; a failing example is printed, not stored.
+settings.register_profile("edgelm", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("edgelm")
 
 REPO = Path(__file__).resolve().parents[1]
 EXPORT_MODULES = ("onnx", "safetensors", "ml_dtypes")

@@ -14,15 +14,19 @@ CANDIDATES = 24
 """Scales tried a block by the clip search, besides the plain one."""
 
 
+SMALLEST = 2.0**-126
+"""A scale below this, the least normal float32, becomes 1: its block is as good as zero, and kernels may flush it."""
+
+
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _error(block: NDArray[np.float32], scale: float, zero: int) -> float:
     """Sum of squared errors of a block under a scale."""
     inverse = 1.0 / scale
     total = 0.0
     for k in range(block.shape[0]):
-        code = np.rint(block[k] * inverse)
-        code = min(max(code, -zero), zero - 1)
-        difference = block[k] - code * scale
+        value = float(block[k])
+        code = min(max(np.rint(value * inverse), -zero), zero - 1)
+        difference = value - code * scale
         total += difference * difference
     return total
 
@@ -33,7 +37,7 @@ def _extreme(block: NDArray[np.float32]) -> float:
     extreme = 0.0
     for k in range(block.shape[0]):
         if abs(block[k]) > abs(extreme):
-            extreme = block[k]
+            extreme = float(block[k])
     return extreme
 
 
@@ -60,28 +64,30 @@ def round_blocks(
         for b in range(scales.shape[1]):
             block = weight[n, b * block_size : min((b + 1) * block_size, columns)]
             scale = _extreme(block) / -zero
-            if scale == 0.0:
-                scale = 1.0
-            best, least = scale, _error(block, scale, zero) if candidates > 0 else 0.0
-            for c in range(candidates):
+            tried = candidates
+            if abs(scale) < SMALLEST:
+                scale, tried = 1.0, 0
+            best, least = scale, _error(block, scale, zero) if tried > 0 else 0.0
+            for c in range(tried):
                 size = 0.70 + 0.50 * (c // 2) / max(candidates // 2 - 1, 1)
                 trial = scale * size * (1.0 if c % 2 == 0 else -1.0)
                 error = _error(block, trial, zero)
                 if error < least:
                     best, least = trial, error
-            if candidates > 0:
+            if tried > 0:
                 dot, square = 0.0, 0.0
                 for k in range(block.shape[0]):
-                    code = min(max(np.rint(block[k] / best), -zero), zero - 1)
-                    dot += code * block[k]
+                    value = float(block[k])
+                    code = min(max(np.rint(value / best), -zero), zero - 1)
+                    dot += code * value
                     square += code * code
                 if square > 0.0 and dot != 0.0 and _error(block, dot / square, zero) < least:
                     best = dot / square
-            stored = np.float32(best)
-            scales[n, b] = stored
+            scales[n, b] = best
+            stored = float(scales[n, b])
             for k in range(block_size):
                 column = b * block_size + k
                 code = 0.0
                 if column < columns:
-                    code = min(max(np.rint(weight[n, column] / stored), -zero), zero - 1)
+                    code = min(max(np.rint(float(weight[n, column]) / stored), -zero), zero - 1)
                 codes[n, column] = np.uint8(code + zero)
