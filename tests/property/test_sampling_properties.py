@@ -7,7 +7,7 @@ import math
 import naive
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from edgelm.errors import RequestError
@@ -15,12 +15,13 @@ from edgelm.messages import SamplingParams
 from edgelm.sampling import Sampler, kernels, penalties, ranking
 
 SEED = 5
-FINITE = st.floats(-50, 50, width=32)
+FINITE = st.floats(-8, 8, width=32)
 LEVELS = st.sampled_from([-3.0, -1.0, -0.0, 0.0, 0.5, 2.0, 2.0, 7.0])  # many ties
 LOGIT = st.one_of(FINITE, LEVELS, st.just(-math.inf))
 LOGITS = st.one_of(st.lists(LOGIT, min_size=1, max_size=200), st.lists(LEVELS, min_size=1, max_size=200)).map(
     lambda values: np.array(values, dtype=np.float32)
 )
+HISTORY = st.one_of(st.lists(st.integers(0, 7), max_size=30), st.lists(st.integers(-3, 250), max_size=30))
 TEMPERATURE = st.one_of(st.sampled_from([1e-3, 0.7, 1.0, 1.0]), st.floats(0.05, 20))
 
 
@@ -52,7 +53,8 @@ def uniform_of(seed: int) -> float:
     return (np.random.PCG64(seed).random_raw() >> 11) * 2.0**-53
 
 
-@given(masked(), params(), st.lists(st.integers(-3, 250), max_size=30))
+@settings(max_examples=400)
+@given(masked(), params(), HISTORY)
 def test_sample_is_what_the_naive_chain_draws(
     row: tuple[np.ndarray, np.ndarray], params: SamplingParams, history: list[int]
 ) -> None:
@@ -120,7 +122,7 @@ def test_logprobs_are_the_log_softmax(logits: np.ndarray, count: int, at: int) -
     assert [logprob for _, logprob in result.top] == pytest.approx([expected[t] for t in ranked], abs=1e-5)
 
 
-@given(LOGITS, st.lists(st.integers(-3, 250), max_size=50), st.floats(0.01, 100))
+@given(LOGITS, HISTORY, st.floats(0.01, 100))
 def test_penalty_is_naive_and_leaves_its_scratch_clean(logits: np.ndarray, history: list[int], penalty: float) -> None:
     seen = np.zeros(-(-logits.size // 32), dtype=np.uint32)
     expected = naive.penalize(logits, history, penalty)

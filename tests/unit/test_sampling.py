@@ -140,6 +140,35 @@ def test_equal_logits_over_a_large_vocabulary() -> None:
     assert max(chosen) > 900
 
 
+@pytest.mark.parametrize(
+    ("narrow", "expected"),
+    [
+        ({"top_p": 0.5}, {0, 1, 2, 3}),
+        ({"top_p": 0.5 + 1e-9}, {0, 1, 2, 3, 4}),
+        ({"top_k": 4, "top_p": 0.5}, {0, 1}),
+        ({"top_k": 4, "top_p": 0.5 + 1e-9}, {0, 1, 2}),
+        ({"top_k": 3}, {0, 1, 2}),
+        ({"min_p": 1.0}, set(range(8))),
+        ({"top_k": 7, "min_p": 1.0}, set(range(7))),
+    ],
+)
+def test_equal_logits_are_cut_exactly(narrow: dict[str, float], expected: set[int]) -> None:
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=5, **narrow), 8)
+    assert {sampler.sample(np.ones(8, dtype=np.float32)) for _ in range(200)} == expected
+
+
+@pytest.mark.parametrize(("penalty", "history", "expected"), [(2.0, [0, 0, 0], 0), (2.0, [0, 1], 0), (4.0, [0], 1)])
+def test_a_repeated_token_is_penalized_once(penalty: float, history: list[int], expected: int) -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=penalty), 3)
+    logits = np.array([3.0, 1.0, -1.0], dtype=np.float32)
+    assert sampler.sample(logits, None, np.array(history, dtype=np.int32)) == expected
+
+
+def test_a_penalty_below_one_favours_the_history() -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=0.5), 3)
+    assert sampler.sample(np.array([3.0, 2.0, 1.0], dtype=np.float32), None, np.array([1], dtype=np.int32)) == 1
+
+
 def test_extreme_logits() -> None:
     logits = np.array([3.4e38, -3.4e38, -np.inf, 3.4e38], dtype=np.float32)
     for chain in CHAINS[:5]:
