@@ -135,6 +135,11 @@ def test_a_board_is_known_by_its_device_tree(machine, model: str, name: str):
     assert (board.profile.name, board.matched_by, board.model) == (name, "device tree", model)
 
 
+def test_a_longer_number_is_another_board(machine):
+    board = detect(machine(**{"proc/device-tree/model": "Raspberry Pi 51 Model B\0"}), machine="aarch64")
+    assert (board.profile, board.model) == (None, "Raspberry Pi 51 Model B")
+
+
 def test_an_unknown_board_is_matched_by_processor_and_says_so(machine):
     root = machine(**{"proc/device-tree/model": "Some Other Board\0", "proc/cpuinfo": PI5})
     board = detect(root, machine="aarch64")
@@ -179,6 +184,11 @@ def test_the_hottest_processor_sensor_counts(machine):
         files |= {f"{zone}/type": f"{kind}\n", f"{zone}/temp": f"{reading}\n"}
     root = machine(**files)
     assert read_temperature(root) == 53.0
+
+
+def test_a_sensor_that_is_off_tells_nothing(machine):
+    zone = "sys/class/thermal/thermal_zone0"
+    assert read_temperature(machine(**{f"{zone}/type": "gpu-thermal\n", f"{zone}/temp": "-256000\n"})) is None
 
 
 def test_other_sensors_stand_in(machine):
