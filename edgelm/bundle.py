@@ -12,7 +12,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from types import UnionType
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from edgelm.errors import BundleError, RequestError
 from edgelm.messages import SamplingParams
@@ -167,33 +168,71 @@ def from_json(text: str, where: str) -> Manifest:
     """Read a manifest; `where` names it in errors. Raises `BundleError`."""
     try:
         raw = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{where} is not JSON: {error}") from error
     schema = raw.get("schema") if isinstance(raw, dict) else None
-    if not isinstance(schema, int) or isinstance(schema, bool):
+    if type(schema) is not int or schema < 1:
         raise BundleError(f"{where} is not a manifest of edgelm: it has no schema number")
     if schema > SCHEMA:
         raise BundleError(f"{where} has schema {schema}, this edgelm reads up to {SCHEMA}: upgrade edgelm")
     try:
         sampling = dict(raw["sampling"])
-        return Manifest(
+        manifest = Manifest(
             **{
                 **raw,
                 "cache": Cache(**raw["cache"]),
-                "matrices": tuple(Matrix(**matrix) for matrix in raw["matrices"]),
-                "eos_tokens": tuple(raw["eos_tokens"]),
-                "sampling": SamplingParams(**{**sampling, "stop": tuple(sampling["stop"])}),
+                "matrices": tuple(Matrix(**matrix) for matrix in _entries(raw["matrices"])),
+                "eos_tokens": tuple(_entries(raw["eos_tokens"])),
+                "sampling": SamplingParams(**{**sampling, "stop": tuple(_entries(sampling["stop"]))}),
                 "files": {_plain_name(name): File(**file) for name, file in raw["files"].items()},
                 "graph": _plain_name(raw["graph"]),
             }
         )
+        _check(manifest, Manifest, "the manifest")
     except (KeyError, TypeError, ValueError, AttributeError, RequestError) as error:
         raise BundleError(f"{where} is damaged: {type(error).__name__}: {error}") from error
+    cache = manifest.cache
+    if min(manifest.context, manifest.vocab_size, cache.layers, cache.kv_heads, cache.head_size) < 1:
+        raise BundleError(f"{where} is damaged: a size is not positive")
+    return manifest
+
+
+def _check(value: object, hint: Any, name: str) -> None:
+    """Raise TypeError unless a value is of the type that its field declares, all the way down."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        fits = isinstance(value, hint)
+        for field_name, inner in get_type_hints(hint).items() if fits else ():
+            _check(getattr(value, field_name), inner, field_name)
+    elif origin in (Union, UnionType):
+        fits = True
+        if value is not None:  # a union is always "X | None" here
+            _check(value, arguments[0], name)
+    elif origin is tuple and isinstance(value, tuple):
+        fits = True
+        for item in value:
+            _check(item, arguments[0], f"an entry of {name}")
+    elif origin is Mapping and isinstance(value, dict):
+        fits = True
+        for item in value.values():
+            _check(item, arguments[1], f"an entry of {name}")
+    elif origin is Literal:
+        fits = value in arguments
+    else:
+        fits = hint is Any or type(value) is hint or (hint is float and type(value) is int)
+    if not fits:
+        raise TypeError(f"{name} cannot be {value!r:.80}")
+
+
+def _entries(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r:.80} is not a list")
+    return value
 
 
 def _plain_name(name: str) -> str:
     """Refuse a name that would lead out of the bundle."""
-    if not name or Path(name).name != name:
+    if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
         raise ValueError(f"{name!r} is not a plain file name")
     return name
 

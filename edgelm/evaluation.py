@@ -51,8 +51,8 @@ def evaluate_text(
 
     Every document starts with the bundle's start token, where it has one, and every token after the first counts.
     A document longer than the context is cut there (`truncate`), or scored to its end in windows that overlap by half,
-    so that each further token is predicted from at least half a context (`window`). Raises `EdgelmError` for text without
-    a single token to score.
+    so that each further token is predicted from at least half a context (`window`). Raises `EdgelmError` for text
+    without a single token to score.
     """
     context = model.worker.engine.context
     nats, tokens, size, truncated, skipped = 0.0, 0, 0, 0, 0

@@ -1,0 +1,247 @@
+"""The bundle's manifest comes back as it was written, and whatever is wrong with a bundle is one clear error."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from edgelm.bundle import MANIFEST, SCHEMA, Cache, Manifest, Matrix, from_json, open_bundle, seal, to_json
+from edgelm.errors import BundleError
+from edgelm.messages import RANGES, SamplingParams
+
+counts = st.integers(1, 2**40)
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+names = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=12)
+
+
+@st.composite
+def samplings(draw):
+    given = {}
+    for name, (low, high) in RANGES.items():
+        if name == "seed":
+            given[name] = draw(st.none() | st.integers(int(low), int(high)))
+        elif isinstance(low, int):
+            given[name] = draw(st.integers(low, int(high)))
+        else:
+            given[name] = draw(st.floats(low, high))
+    stop = tuple(draw(st.lists(words.filter(bool), max_size=16)))
+    return SamplingParams(**given, stop=stop, ignore_eos=draw(st.booleans()))
+
+
+matrices = st.builds(
+    Matrix,
+    name=names,
+    rows=counts,
+    columns=counts,
+    bits=st.sampled_from([4, 8, 32]),
+    block_size=st.none() | st.sampled_from([32, 64, 128]),
+    symmetric=st.booleans(),
+    accuracy_level=st.none() | st.integers(0, 4),
+    method=st.none() | words,
+)
+manifests = st.builds(
+    Manifest,
+    architecture=words,
+    context=counts,
+    vocab_size=counts,
+    cache=st.builds(
+        Cache, kind=st.sampled_from(["shared", "growing"]), layers=counts, kv_heads=counts, head_size=counts
+    ),
+    quant=words,
+    matrices=st.lists(matrices, max_size=4).map(tuple),
+    bos_token=st.none() | counts,
+    eos_tokens=st.lists(counts, max_size=4).map(tuple),
+    parameters=counts,
+    shapes=st.dictionaries(names, counts, max_size=4),
+    sampling=samplings(),
+    chat_template=st.none() | words,
+    special_tokens=st.dictionaries(names, words, max_size=3),
+    made_with=st.dictionaries(names, words, max_size=3),
+    quality=st.none() | st.dictionaries(names, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
+    via=st.sampled_from(["native", "optimum"]),
+    graph=names,
+)
+EXAMPLE = Manifest("llama", 64, 100, Cache("shared", 2, 1, 16), "int4", (), 1, (2,), 1000, {"layers": 2})
+
+
+@given(manifest=manifests)
+def test_a_manifest_comes_back_as_it_was_written(manifest):
+    text = to_json(manifest)
+    assert from_json(text, "manifest.json") == manifest
+    assert to_json(from_json(text, "manifest.json")) == text
+    assert manifest.digest == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A sealed bundle whose graph is no graph: opening a bundle does not look into it."""
+    root = tmp_path / "bundle"
+    root.mkdir()
+    (root / "model.onnx").write_bytes(b"graph")
+    (root / "tokenizer.json").write_bytes(b"{}")
+    (root / "model.onnx.data").write_bytes(bytes(range(256)) * 20)
+    seal(root, EXAMPLE)
+    return root
+
+
+def refusal(root):
+    with pytest.raises(BundleError) as caught:
+        open_bundle(root)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def rewrite(root, **changes):
+    raw = json.loads((root / MANIFEST).read_text("utf-8"))
+    (root / MANIFEST).write_text(json.dumps({**raw, **changes}), encoding="utf-8")
+
+
+def test_a_sealed_bundle_opens(folder):
+    bundle = open_bundle(str(folder))
+    assert {**dataclasses.asdict(bundle.manifest), "files": {}} == dataclasses.asdict(EXAMPLE)
+    assert bundle.bytes == 5 + 2 + 256 * 20
+    assert (bundle.graph, bundle.tokenizer) == (folder / "model.onnx", folder / "tokenizer.json")
+    assert set(bundle.manifest.files) == {"model.onnx", "model.onnx.data", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json"])
+def test_a_missing_file_is_named(name, folder):
+    (folder / name).unlink()
+    assert f"{name} is missing" in refusal(folder)
+
+
+def test_any_flipped_bit_is_found(folder):
+    for name in ("model.onnx", "model.onnx.data", "tokenizer.json"):
+        content = (folder / name).read_bytes()
+        for at in {0, len(content) // 2, len(content) - 1}:
+            broken = bytearray(content)
+            broken[at] ^= 1
+            (folder / name).write_bytes(broken)
+            line = refusal(folder)
+            assert name in line
+            assert "SHA-256" in line
+        (folder / name).write_bytes(content[:-1])
+        assert f"it has {len(content) - 1} bytes" in refusal(folder)
+        (folder / name).write_bytes(content)
+    open_bundle(folder)
+
+
+def test_a_directory_in_the_place_of_a_file(folder):
+    (folder / "model.onnx.data").unlink()
+    (folder / "model.onnx.data").mkdir()
+    assert "model.onnx.data" in refusal(folder)
+
+
+def test_a_newer_schema_asks_for_an_upgrade(folder):
+    rewrite(folder, schema=SCHEMA + 1, news="unknown to us")
+    line = refusal(folder)
+    assert f"schema {SCHEMA + 1}" in line
+    assert "upgrade" in line
+
+
+@pytest.mark.parametrize("schema", [None, "1", True, 1.0, 0, -1])
+def test_a_schema_that_is_no_version(schema, folder):
+    rewrite(folder, schema=schema)
+    assert "schema" in refusal(folder)
+
+
+def test_an_unknown_key_of_our_schema_is_named(folder):
+    rewrite(folder, surprise=1)
+    assert "surprise" in refusal(folder)
+
+
+@pytest.mark.parametrize("key", ["architecture", "context", "cache", "files", "graph", "sampling", "eos_tokens"])
+def test_a_missing_key_is_named(key, folder):
+    raw = json.loads((folder / MANIFEST).read_text("utf-8"))
+    del raw[key]
+    (folder / MANIFEST).write_text(json.dumps(raw))
+    assert key in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "a/b", "..", ".", "", "sub/../model.onnx", "a\0b", "x\\..\\y"]
+)
+def test_no_name_leads_out_of_the_bundle(name, folder):
+    (folder.parent / "secret").write_bytes(b"x")
+    raw = json.loads((folder / MANIFEST).read_text("utf-8"))
+    entry = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    rewrite(folder, files={**raw["files"], name: entry})
+    assert "damaged" in refusal(folder)
+    rewrite(folder, files={**raw["files"], name: entry}, graph=name)
+    assert "damaged" in refusal(folder)
+
+
+def test_the_graph_must_be_among_the_files(folder):
+    rewrite(folder, graph="other.onnx")
+    assert "does not list other.onnx" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b"[" * 100_000, b'{"schema": 1}', b'{"name": "a package"}'],
+)
+def test_a_manifest_of_something_else(content, folder):
+    (folder / MANIFEST).write_bytes(content)
+    assert MANIFEST in refusal(folder)
+
+
+def test_places_that_are_no_bundle(folder, tmp_path):
+    assert "is not a directory" in refusal(tmp_path / "nowhere")
+    assert "is not a directory" in refusal(folder / MANIFEST)
+    (tmp_path / "photos").mkdir()
+    assert "it is not a bundle" in refusal(tmp_path / "photos")
+    shutil.rmtree(folder)
+    assert "is not a directory" in refusal(folder)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False) | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = [field.name for field in dataclasses.fields(Manifest)]
+NULLABLE = {"bos_token", "chat_template", "quality"}
+
+
+@given(key=st.sampled_from(KEYS), value=json_values)
+def test_a_value_of_the_wrong_type_is_refused(key, value):
+    raw = json.loads(to_json(EXAMPLE))
+    text = json.dumps({**raw, key: value})
+    right = type(getattr(EXAMPLE, key))
+    if isinstance(value, list if right is tuple else right) or (value is None and key in NULLABLE):
+        assume(isinstance(value, (str, type(None))) and key != "graph" and key != "via")
+        assert getattr(from_json(text, MANIFEST), key) == value
+        return
+    assume(key not in NULLABLE)
+    with pytest.raises(BundleError, match=r"damaged|no schema"):
+        from_json(text, MANIFEST)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context": 0},
+        {"vocab_size": -1},
+        {"cache": {"kind": "shared", "layers": 0, "kv_heads": 1, "head_size": 16}},
+        {"cache": {"kind": "paged", "layers": 1, "kv_heads": 1, "head_size": 16}},
+        {"cache": {"kind": "shared", "layers": 1.5, "kv_heads": 1, "head_size": 16}},
+        {"matrices": [{"name": "head", "rows": "1", "columns": 2, "bits": 4}]},
+        {"eos_tokens": [1, None]},
+        {"chat_template": 5},
+        {"bos_token": True},
+        {"special_tokens": {"bos_token": 1}},
+        {"files": {"model.onnx": {"bytes": "5", "sha256": "0"}}},
+        {"sampling": {"temperature": -1.0, "stop": []}},
+        {"via": "magic"},
+    ],
+    ids=str,
+)
+def test_a_value_of_the_wrong_kind_inside_is_refused(changes, folder):
+    rewrite(folder, **changes)
+    assert "damaged" in refusal(folder)
