@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from edgelm.errors import BundleError, RequestError
+from edgelm.errors import RequestError
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -29,8 +29,8 @@ class ChatTemplate:
 
     Raises
     ------
-    BundleError
-        When the template is no valid Jinja, or several have no default.
+    RequestError
+        With code "internal" when the template is no valid Jinja, or several have no default.
     """
 
     def __init__(self, source: str | Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> None:
@@ -76,16 +76,27 @@ def _choose(source: str | Sequence[Mapping[str, str]]) -> str:
         return named["default"]
     if len(named) == 1:
         return next(iter(named.values()))
-    raise BundleError(f"several chat templates and none named 'default': {', '.join(sorted(named)) or 'none'}")
+    names = ", ".join(sorted(named)) or "none"
+    raise RequestError("internal", f"the model has several chat templates and no default: {names}")
 
 
 def _compile(source: str) -> Template:
     """Compile as transformers does, so that templates written for it work unchanged."""
     import jinja2
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    class Generation(Extension):
+        """Allows `{% generation %}`, which marks what is trained on; here its body counts as it stands."""
+
+        tags = {"generation"}  # noqa: RUF012  so jinja2 declares it
+
+        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
@@ -93,7 +104,7 @@ def _compile(source: str) -> Template:
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
-        raise BundleError(f"the chat template is not valid: {error}") from error
+        raise RequestError("internal", f"the model's chat template is not valid: {error}") from error
 
 
 def _to_json(
@@ -112,4 +123,4 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(form: str) -> str:
-    return datetime.now().astimezone().strftime(form)
+    return datetime.now().strftime(form)

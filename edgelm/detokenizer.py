@@ -65,6 +65,10 @@ class StreamDecoder:
         self._utf8 = getincrementaldecoder("utf-8")("replace")
         self._prompt_left = False
         self._stop = StopFilter(stop)
+        self._context: list[int] = []
+        self._context_text = ""
+        self._pending: list[int] = []
+        self._given = 0  # characters of the pending tokens' text that were returned already
         tail = list(prompt_tail[-TAIL:])
         self._set_context(tail)
         for token in tail:
@@ -99,7 +103,8 @@ class StreamDecoder:
         """Return the text that this token makes certain."""
         byte = self._byte_tokens.get(token)
         if byte is None:
-            return self._end_bytes() + self._text_in_context(token)
+            text = self._text_in_context(token)
+            return self._end_bytes() + text if text else ""  # a special token has none and ends nothing
         # Bytes are decoded here: the library turns the whole of a run that is not yet valid into U+FFFD.
         if self._decode([*self._context, token]):
             self._set_context([token])
@@ -137,8 +142,8 @@ class StreamDecoder:
     def _set_context(self, tokens: list[int]) -> None:
         self._context = tokens
         self._context_text = self._decode(tokens)
-        self._pending: list[int] = []
-        self._given = 0  # characters of the pending tokens' text that were returned already
+        self._pending = []
+        self._given = 0
 
     def _slide(self, fresh: str, held: int) -> None:
         """Forget the oldest pending tokens; the last `held` characters of their text are not returned yet."""

@@ -125,9 +125,8 @@ class Tokenizer:
         Raises
         ------
         RequestError
-            With code "bad_request" when the model has no chat template, or the template refuses the messages.
-        BundleError
-            When the template itself is broken.
+            With code "bad_request" when the model has no chat template, or the template refuses the messages;
+            "internal" when the template itself is broken.
         """
         if self._chat_template is None:
             raise RequestError("bad_request", "this model has no chat template: send a prompt instead of messages")
