@@ -33,8 +33,8 @@ RESERVED_NAMES: Final = frozenset({"pool", "client"})
 DEFAULT_PORTS: Final[dict[str, int]] = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443, "unix": 0}
 
 ENVIRONMENT_PREFIX: Final = "EDGELM_"
-OTHER_VARIABLES: Final = frozenset({"EDGELM_SHARED"})
-"""Variables with our prefix that are no setting of the service."""
+OTHER_VARIABLES: Final = ("EDGELM_SHARED", "EDGELM_TEST_")
+"""Beginnings of variables with our prefix that are no setting of the service: the tests read them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +276,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     given = {
         name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
         for name, value in environment.items()
-        if name.startswith(ENVIRONMENT_PREFIX) and name not in OTHER_VARIABLES
+        if name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(OTHER_VARIABLES)
     }
     _refuse_unknown(given, set(SETTINGS), "environment EDGELM_*")
     return {name: _convert(name, value) for name, value in given.items()}

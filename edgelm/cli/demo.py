@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         _show("broker", f"{broker.name}, {broker.url}")
         bundle = open_bundle("builtin")
         _show("model", _describe(bundle))
-        config = ServeConfig(mqtt=broker.url, board=BOARD)
+        config = ServeConfig(mqtt=broker.url, board=BOARD, embedded_broker=isinstance(broker, EmbeddedBroker))
         stack.enter_context(serve_in_background(config))
         _show("board", f"{BOARD!r} listens on {BoardTopics(BOARD).generate()}")
         asker = stack.enter_context(Asker(BrokerConfig(url=BrokerUrl.parse(broker.url)), BOARD))

@@ -10,12 +10,15 @@ import subprocess
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 from edgelm.errors import EdgelmError, MissingExtraError
+
+log = logging.getLogger(__name__)
 
 LOOPBACK: Final = "127.0.0.1"
 START_WITHIN_S: Final = 10.0
@@ -34,7 +37,7 @@ def find_mosquitto() -> str | None:
     return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin")
 
 
-class LocalBroker:
+class LocalBroker(ABC):
     """A broker on the loopback interface for as long as the `with` block runs; anyone on this machine may use it."""
 
     name: str
@@ -54,13 +57,13 @@ class LocalBroker:
     ) -> None:
         self.stop()
 
+    @abstractmethod
     def start(self) -> None:
         """Start, and return when it accepts connections."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self) -> None:
         """End it, and return when it is gone."""
-        raise NotImplementedError
 
 
 class Mosquitto(LocalBroker):
@@ -82,9 +85,13 @@ class Mosquitto(LocalBroker):
             "utf-8",
         )
         log_file = Path(self._folder.name) / "log"
-        with log_file.open("wb") as log:
+        with log_file.open("wb") as output:
             self._process = subprocess.Popen(
-                [self._program, "-c", str(config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [self._program, "-c", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C is for us; we end it when the goodbyes are said
             )
         try:
             _wait_for_port(LOOPBACK, self.port, lambda: self._process is None or self._process.poll() is not None)
@@ -159,6 +166,7 @@ class EmbeddedBroker(LocalBroker):
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(_note)  # amqtt stumbles over clients that leave early
         self._stopping = asyncio.Event()
         config = {
             "listeners": {"default": {"type": "tcp", "bind": f"{self._host}:{self.port}"}},
@@ -169,6 +177,10 @@ class EmbeddedBroker(LocalBroker):
         self._ready.set()
         await self._stopping.wait()
         await broker.shutdown()
+
+
+def _note(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    log.debug("the embedded broker: %s %r", context.get("message"), context.get("exception"))
 
 
 def start_any() -> LocalBroker:

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 KEEPALIVE_S: Final = 20
 CONNECT_TIMEOUT_S: Final = 5.0
+CONNACK_WITHIN_S: Final = 5.0
+"""A broker that knows only 3.1.1 may misread MQTT 5's greeting and wait for more of it."""
 RECONNECT_S: Final = (1, 30)
 RECEIVE_MAXIMUM: Final = 64
 """Requests of QoS 1 that the broker may have under way to us."""
@@ -178,8 +180,9 @@ class Connection:
         self._connected = False
         self._was_announced = False
         self._is_new = True
-        self._awaits_connack = False
-        self._wants_fallback = False
+        self._greeted_at: float | None = None
+        self._has_met = False
+        self._wants_change = False
         self._revivals = 0
         self._epoch = 0
         self._epoch_lock = threading.Lock()  # never held around publish: paho calls back with its own locks held
@@ -206,9 +209,9 @@ class Connection:
         properties = None
         if self.is_mqtt5:
             properties = _paho_properties(PacketTypes.CONNECT)
-            properties.ReceiveMaximum = RECEIVE_MAXIMUM
             if self._session_expiry_s:
                 properties.SessionExpiryInterval = self._session_expiry_s
+                properties.ReceiveMaximum = RECEIVE_MAXIMUM
             if self._packet_bytes:
                 properties.MaximumPacketSize = self._packet_bytes
         self._client.connect_async(
@@ -221,23 +224,26 @@ class Connection:
         self._client.loop_start()
 
     def tend(self) -> None:
-        """Do what a callback cannot: fall back to 3.1.1, and replace a loop thread that died.
+        """Do what a callback cannot: change the version, and replace a loop thread that died. Call it now and then.
 
         Raises
         ------
         EdgelmError
             When the loop thread dies again and again.
         """
+        greeted_at = self._greeted_at
+        if greeted_at is not None and time.monotonic() - greeted_at > CONNACK_WITHIN_S:
+            self._change_version("it gave no answer to the greeting")
         thread = self._loop_thread
-        died = thread is not None and not thread.is_alive() and not self._wants_fallback
+        died = thread is not None and not thread.is_alive() and not self._wants_change
         if died:
             self._revivals += 1
             log.error("the MQTT loop thread died; starting another (%d of %d)", self._revivals, MAX_REVIVALS)
             if self._revivals > MAX_REVIVALS:
                 raise EdgelmError("the MQTT loop thread keeps dying; see the log")
-        if died or self._wants_fallback:
+        if died or self._wants_change:
             self.stop()
-            self._wants_fallback = False
+            self._wants_change = False
             self._is_new = True
             self._client = self._make_client()
             self.start()
@@ -336,7 +342,7 @@ class Connection:
 
     @_guarded
     def _on_socket_open(self, _client: paho.Client, _data: Any, sock: Any) -> None:
-        self._awaits_connack = True
+        self._greeted_at = time.monotonic()
         plain = getattr(sock, "_socket", sock)  # paho's wrapper of a web socket hides the real one
         with suppress(OSError, AttributeError):  # a Unix socket has no such option
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -349,9 +355,10 @@ class Connection:
 
     @_guarded
     def _on_connect(self, _c: paho.Client, _d: Any, _flags: Any, reason: Any, properties: Any) -> None:
-        self._awaits_connack = False
+        self._greeted_at = None
         if reason.value == _UNSUPPORTED_VERSION and self.is_mqtt5:
-            self._fall_back("the broker does not speak MQTT 5")
+            self._has_met = False
+            self._change_version("it refused that version")
             return
         if reason.is_failure:
             self._post(ConnectFailed(f"the broker refused: {reason}", reason.value not in _TRANSIENT))
@@ -360,7 +367,7 @@ class Connection:
             packet_bytes=getattr(properties, "MaximumPacketSize", None),
             in_flight=min(20, getattr(properties, "ReceiveMaximum", 20)),
         )
-        self._connected = self._was_announced = True
+        self._connected = self._was_announced = self._has_met = True
         is_new, self._is_new = self._is_new, False
         self._post(Connected("5" if self.is_mqtt5 else "3.1.1", self._limits, is_new))
 
@@ -372,16 +379,21 @@ class Connection:
     @_guarded
     def _on_disconnect(self, _c: paho.Client, _d: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         was_announced, self._was_announced = self._was_announced, False
-        if self._awaits_connack and self.is_mqtt5:
-            self._awaits_connack = False
-            self._fall_back("the broker closed the connection at MQTT 5's greeting")
+        greeted_at, self._greeted_at = self._greeted_at, None
+        if greeted_at is not None:
+            self._change_version("it closed the connection at the greeting")
         elif was_announced:
             self._post(Disconnected(str(reason), is_taken_over=reason.value == 0x8E))
 
-    def _fall_back(self, why: str) -> None:
-        log.info("%s; trying 3.1.1", why)
-        self._version = MQTTProtocolVersion.MQTTv311
-        self._wants_fallback = True
+    def _change_version(self, why: str) -> None:
+        """Try the other version of MQTT, unless the broker is known to speak this one."""
+        self._greeted_at = None
+        if self._has_met or self._wants_change:
+            return
+        old, new = ("5", "3.1.1") if self.is_mqtt5 else ("3.1.1", "5")
+        log.info("greeted the broker with MQTT %s: %s; trying %s", old, why, new)
+        self._version = MQTTProtocolVersion.MQTTv311 if self.is_mqtt5 else MQTTProtocolVersion.MQTTv5
+        self._wants_change = True
         self._client.disconnect()
         self._post(NeedsCare())
 

@@ -33,6 +33,9 @@ STATE_EVERY_S: Final = 10.0
 STATE_CHANGED_S: Final = 1.0
 """How soon a change of the queue is told."""
 TICK_S: Final = 1.0
+QUICK_LOSS_S: Final = 5.0
+QUICK_LOSSES: Final = 3
+"""So many connections in a row that lived no longer: two boards of one name take them from each other."""
 CANCELLED_WITHIN_S: Final = 2.0
 LEAVE_WITHIN_S: Final = 3.0
 
@@ -77,6 +80,7 @@ class Service:
             will_delay_s=WILL_DELAY_S,
             session_expiry_s=SESSION_EXPIRY_S,
             packet_bytes=4 * wire.MAX_PAYLOAD_BYTES,
+            protocol="3.1.1" if config.embedded_broker else "5",  # amqtt may never answer a greeting of 5
         )
         self._outbox = Outbox(self._connection)
         self._desk = Desk(
@@ -87,6 +91,8 @@ class Service:
         self._is_interrupted = False
         self._was_connected = False
         self._said_away = False
+        self._connected_at = 0.0
+        self._quick_losses = 0
         self._protocol = ""
         self._state_at = float("-inf")
         self._state: tuple[int, int] = (0, 0)
@@ -109,7 +115,7 @@ class Service:
         Raises
         ------
         EdgelmError
-            When the broker will not have us, another client has our name, or the engine died.
+            When the broker will not have us, or the engine died.
         """
         self._connection.start()
         try:
@@ -186,6 +192,7 @@ class Service:
         log.info("connected to %s (MQTT %s)", self._url, event.protocol)
         self._was_connected = True
         self._said_away = False
+        self._connected_at = time.monotonic()
         self._protocol = event.protocol
         self._connection.subscribe(self._topics.subscriptions)
         self._desk.on_connected()
@@ -208,16 +215,14 @@ class Service:
             self._on_online()
 
     def _on_disconnected(self, event: client.Disconnected) -> None:
-        if event.is_taken_over:
-            self._fail(
-                EdgelmError(
-                    f"another client came to {self._url} as board {self._config.board!r}: "
-                    "each board needs a name of its own (--board NAME)"
-                )
-            )
-            return
         log.warning("lost the broker %s (%s); trying again until it is back", self._url, event.reason)
         self._said_away = True
+        is_quick = time.monotonic() - self._connected_at < QUICK_LOSS_S
+        self._quick_losses = self._quick_losses + 1 if is_quick else 0
+        if event.is_taken_over or self._quick_losses == QUICK_LOSSES:  # not every broker says so itself
+            log.error(
+                "does another board call itself %r? Each needs a name of its own: --board NAME", self._config.board
+            )
 
     def _on_connect_failed(self, event: client.ConnectFailed) -> None:
         if event.is_final and not self._was_connected:

@@ -1,0 +1,215 @@
+"""Messages survive the wire: every field, both versions of MQTT; and no bytes whatever escape as another error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgelm.errors import STATUS_OF_CODE, RequestError
+from edgelm.messages import RANGES, Completion, Constraint, Timing, TokenLogprob, Usage
+from edgelm.mqtt.asks import MAX_CHUNK_MS, MAX_ID_LENGTH, MAX_TIMEOUT_S, Ask, open_envelope, parse_ask, write_ask
+from edgelm.mqtt.topics import MAX_REPLY_BYTES, check_reply_topic, matches
+from edgelm.mqtt.wire import (
+    Delta,
+    Outcome,
+    Properties,
+    WireError,
+    answer_properties,
+    parse_answer,
+    write_delta,
+    write_outcome,
+)
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+SOME_TEXT = TEXT.filter(bool)
+IDS = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=MAX_ID_LENGTH)
+COUNTS = st.integers(0, 10**6)
+
+
+def _number(name: str) -> st.SearchStrategy[float]:
+    low, high = RANGES[name]
+    return st.integers(int(low), int(high)) if isinstance(low, int) else st.floats(low, high)
+
+
+SAMPLING = st.fixed_dictionaries(
+    {},
+    optional={
+        **{name: _number(name) for name in RANGES},
+        "stop": st.lists(SOME_TEXT, max_size=16).map(tuple),
+        "ignore_eos": st.booleans(),
+    },
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+)
+CONSTRAINTS = st.one_of(
+    st.none(),
+    st.dictionaries(TEXT, JSON, max_size=4).map(
+        lambda schema: Constraint("json_schema", json.dumps(schema, ensure_ascii=False))
+    ),
+    SOME_TEXT.map(lambda pattern: Constraint("regex", pattern)),
+    st.lists(SOME_TEXT, min_size=1).map(lambda words: Constraint("choices", tuple(words))),
+)
+TALKS = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), min_size=1, max_size=4).map(tuple)
+
+
+@st.composite
+def asks(draw: st.DrawFn) -> Ask:
+    talks = draw(st.booleans())
+    return Ask(
+        id=draw(IDS),
+        prompt=None if talks else draw(SOME_TEXT),
+        messages=draw(TALKS) if talks else None,
+        model=draw(st.none() | TEXT),
+        sampling=draw(SAMPLING),
+        constraint=draw(CONSTRAINTS),
+        stream=draw(st.booleans()),
+        chunk_ms=draw(st.integers(0, MAX_CHUNK_MS)),
+        timeout_s=draw(st.none() | st.floats(0.001, MAX_TIMEOUT_S)),
+    )
+
+
+@given(asks(), st.booleans(), st.none() | SOME_TEXT)
+def test_a_request_comes_back_as_it_was(ask: Ask, with_properties: bool, reply: str | None) -> None:
+    payload, properties = write_ask(ask, reply, with_properties=with_properties)
+    envelope = open_envelope(payload, properties, "new")
+    assert parse_ask(envelope) == ask
+    assert envelope.response_topic == reply
+    assert (properties == Properties()) == (not with_properties)
+
+
+ERRORS = st.builds(
+    RequestError, st.sampled_from(sorted(STATUS_OF_CODE)), TEXT, retry_after_s=st.none() | st.floats(0, 1000)
+)
+MILLISECONDS = st.floats(0, 1e7).map(lambda value: round(value, 3))
+
+
+@st.composite
+def outcomes(draw: st.DrawFn) -> Outcome:
+    reason = draw(st.sampled_from(["stop", "length", "cancelled", "deadline", "error"]))
+    alternatives = st.lists(st.tuples(COUNTS, st.floats(-100, 0)), max_size=3).map(tuple)
+    logprobs = st.lists(st.builds(TokenLogprob, COUNTS, st.floats(-100, 0), alternatives), max_size=3).map(tuple)
+    completion = Completion(
+        id=draw(IDS),
+        text=draw(TEXT | st.sampled_from(["1e999", "[[1, NaN]]", '{"a": 1}', "[" * 3000])),
+        tokens=tuple(draw(st.lists(COUNTS, max_size=5))),
+        finish_reason=reason,
+        usage=draw(st.builds(Usage, COUNTS, COUNTS, COUNTS, COUNTS)),
+        timing=draw(st.builds(Timing, MILLISECONDS, MILLISECONDS, MILLISECONDS, MILLISECONDS)),
+        logprobs=draw(st.none() | logprobs),
+        error=draw(ERRORS) if reason == "error" else None,
+    )
+    return Outcome(completion, draw(COUNTS), draw(TEXT), draw(TEXT), draw(TEXT), draw(COUNTS))
+
+
+def _fields(outcome: Outcome) -> dict[str, object]:
+    """All there is, errors by their value."""
+    completion = {name: getattr(outcome.completion, name) for name in Completion.__dataclass_fields__}
+    error = completion.pop("error")
+    rest = {name: getattr(outcome, name) for name in Outcome.__dataclass_fields__ if name != "completion"}
+    return {**completion, **rest, "error": error and error.to_dict()}
+
+
+@given(outcomes())
+def test_a_final_comes_back_as_it_was(outcome: Outcome) -> None:
+    payload = write_outcome(outcome)
+    back = parse_answer(payload)
+    assert isinstance(back, Outcome)
+    expected = _fields(outcome)
+    if outcome.completion.text == "1e999":  # JSON has no number so large: the parsed form and logprobs give way
+        expected["logprobs"] = None
+    assert _fields(back) == expected
+    assert (json.loads(payload)["error"] is None) == (outcome.completion.finish_reason in {"stop", "length"})
+
+
+@given(IDS, COUNTS, TEXT)
+def test_a_chunk_comes_back_as_it_was(request_id: str, seq: int, text: str) -> None:
+    assert parse_answer(write_delta(Delta(request_id, seq, text))) == Delta(request_id, seq, text)
+
+
+WORDS = """v id prompt messages model stream chunk_ms timeout_s response_topic session priority json_schema regex choices
+max_tokens seed stop temperature logprobs"""
+KEYS = st.sampled_from(WORDS.split())
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(), inner, max_size=4),
+)
+PAYLOADS = st.one_of(
+    st.binary(),
+    ANY_JSON.map(lambda value: json.dumps(value).encode()),
+    st.dictionaries(KEYS, ANY_JSON, max_size=5).map(lambda value: json.dumps(value).encode()),
+)
+
+
+@given(PAYLOADS, st.none() | st.binary(max_size=300))
+def test_any_bytes_are_a_request_or_a_bad_request(payload: bytes, correlation: bytes | None) -> None:
+    envelope = open_envelope(payload, Properties(correlation=correlation), "new")
+    assert 0 < len(envelope.id) <= MAX_ID_LENGTH
+    assert envelope.id.isprintable()
+    assert envelope.correlation == correlation
+    error = None
+    try:
+        ask = parse_ask(envelope)
+    except RequestError as refusal:
+        error = refusal
+    if error is not None:
+        assert error.code == "bad_request"
+        assert error.message
+        return
+    assert ask.id == envelope.id
+    payload_again, properties = write_ask(ask, None, with_properties=False)
+    assert parse_ask(open_envelope(payload_again, properties, "other")) == ask
+
+
+@given(PAYLOADS)
+def test_any_bytes_are_an_answer_or_none(payload: bytes) -> None:
+    with contextlib.suppress(WireError):
+        parse_answer(payload)
+
+
+@given(st.floats(-10, 1e6), st.none() | st.binary(), st.none() | ERRORS)
+def test_an_answer_tells_its_status_and_does_not_expire_at_once(
+    left_s: float, correlation: bytes | None, error: RequestError | None
+) -> None:
+    properties = answer_properties(correlation, left_s, error)
+    assert properties.correlation == correlation
+    assert properties.expiry_s is not None
+    assert properties.expiry_s >= max(1, left_s)
+    assert properties.user == (("status", "200" if error is None else str(STATUS_OF_CODE[error.code])),)
+
+
+LEVELS = st.text("ab+#$/éx\x00\x01\x7f\ufffe", max_size=12)
+
+
+@given(LEVELS | st.text())
+def test_what_passes_as_a_reply_topic_can_be_published(topic: str) -> None:
+    try:
+        check_reply_topic(topic)
+    except RequestError:
+        return
+    assert 0 < len(topic.encode()) <= MAX_REPLY_BYTES
+    assert not set(topic) & {"+", "#", "\0", "\x01", "\x7f", "\ufffe"}
+    assert not topic.startswith("$")
+
+
+@given(st.lists(st.text("ab", max_size=3), min_size=1, max_size=4), st.data())
+def test_a_filter_made_from_a_topic_matches_it(levels: list[str], data: st.DataObject) -> None:
+    topic = "/".join(levels)
+    chosen = [data.draw(st.sampled_from([level, "+"])) for level in levels]
+    assert matches("/".join(chosen), topic)
+    kept = chosen[: data.draw(st.integers(0, len(levels)))]
+    assert matches("/".join([*kept, "#"]), topic)
+    assert not matches("/".join([*chosen, "x"]), topic)
+
+
+@pytest.mark.parametrize("key", ["prompt", "messages", "seed", "stop", "stream", "chunk_ms", "timeout_s", "regex"])
+def test_the_message_names_the_key(key: str) -> None:
+    body = {"prompt": "hi", key: {"not": "this"}}
+    with pytest.raises(RequestError, match=key) as caught:
+        parse_ask(open_envelope(json.dumps(body).encode(), Properties(), "new"))
+    assert caught.value.code == "bad_request"

@@ -1,0 +1,48 @@
+"""One mosquitto for all tests that leave it alone, and a board on the stories bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from broker import Broker
+from mqtt_client import Client
+from served_board import serving
+
+from edgelm.config import ServeConfig
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    running = Broker(tmp_path_factory.mktemp("broker")).start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def served_bundle(stories_bundle: Callable[[str], Path]) -> str:
+    """The bundle that boards serve: stories260K, int8."""
+    return str(stories_bundle("int8"))
+
+
+@pytest.fixture
+def config(broker: Broker, served_bundle: str, request: pytest.FixtureRequest) -> ServeConfig:
+    """Settings of a board whose name no other test uses."""
+    board = "".join(letter if letter.isalnum() else "-" for letter in request.node.name.lower())[-30:].strip("-")
+    return ServeConfig(mqtt=broker.url, model=served_bundle, board=board, threads=1)
+
+
+@pytest.fixture(scope="module")
+def common(broker: Broker, served_bundle: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a board that a module's tests share."""
+    name = request.module.__name__.removeprefix("test_").replace("_", "-")
+    with serving(ServeConfig(mqtt=broker.url, model=served_bundle, board=name, threads=1)):
+        yield name
+
+
+@pytest.fixture
+def client(broker: Broker, common: str) -> Iterator[Client]:
+    """A client that hears the answers to `reply` and all that the common board says."""
+    with Client(broker.port, "reply/#", f"edgelm/{common}/+", "edgelm/client/+/response") as connected:
+        yield connected

@@ -1,0 +1,162 @@
+"""Settings: which source wins, what is refused, and that secrets stay secret."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgelm.config import NAME, RESERVED_NAMES, SETTINGS, BrokerUrl, ServeConfig, check_name, default_board, load_config
+from edgelm.errors import ConfigError
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text('board = "from-file"\nqueue = 1\nmax_batch = 2\nreply_topics = ["a/#", "b"]\n')
+    environment = {"EDGELM_QUEUE": "3", "EDGELM_MAX_BATCH": "5", "EDGELM_EMBEDDED_BROKER": "yes", "PATH": "/bin"}
+    config = load_config(file, environment, {"max_batch": 7, "queue": None})
+    assert config.board == "from-file"
+    assert (config.queue, config.max_batch, config.embedded_broker) == (3, 7, True)
+    assert config.reply_topics == ("a/#", "b")
+    assert config.mqtt == "mqtt://localhost:1883"
+    assert load_config(None, {}, {}) == ServeConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("quue = 1", "quue"),
+        ("queue = '1'", "queue"),
+        ("queue = true", "queue"),
+        ("queue = 0", "queue"),
+        ("board = 'Pi 5'", "board"),
+        ("board = 'pool'", "board"),
+        ("log_format = 'xml'", "log_format"),
+        ("mqtt = 'http://x'", "http"),
+        ("reply_topics = []", "reply_topics"),
+        ("password = 'hunter2'", "password_file"),
+        ("queue 1", "TOML"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, names: str) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=names) as caught:
+        load_config(file, {}, {})
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("EDGELM_QUUE", "1"),
+        ("EDGELM_QUEUE", "many"),
+        ("EDGELM_EMBEDDED_BROKER", "maybe"),
+        ("EDGELM_MAX_TIMEOUT_S", "-1"),
+    ],
+)
+def test_a_bad_variable_is_refused_by_name(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?i){name.removeprefix('EDGELM_')}"):
+        load_config(None, {name: value}, {})
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "none.toml", {}, {})
+
+
+@given(
+    st.sampled_from(sorted(set(SETTINGS) - {"password"})), st.binary(max_size=3) | st.none() | st.lists(st.integers())
+)
+def test_a_value_of_the_wrong_type_is_refused_or_is_the_default(name: str, value: object) -> None:
+    if value is None and SETTINGS[name].default is None:
+        return
+    with pytest.raises(ConfigError, match=name):
+        ServeConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("mqtt://pi", BrokerUrl("mqtt", "pi", 1883)),
+        ("mqtts://pi", BrokerUrl("mqtts", "pi", 8883)),
+        ("mqtt://me@pi:1", BrokerUrl("mqtt", "pi", 1, username="me")),
+        ("ws://pi:8080/socket", BrokerUrl("ws", "pi", 8080, "/socket")),
+        ("mqtt://[::1]:1883", BrokerUrl("mqtt", "::1", 1883)),
+        ("unix:///run/m.sock", BrokerUrl("unix", "/run/m.sock", 0)),
+    ],
+)
+def test_urls(text: str, expected: BrokerUrl) -> None:
+    url = BrokerUrl.parse(text)
+    assert url == expected
+    if url.username is None:
+        assert BrokerUrl.parse(str(url)) == url
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "pi",
+        "mqtt://",
+        "mqtt://pi:0",
+        "mqtt://pi:99999",
+        "mqtt://pi/path",
+        "http://pi",
+        "unix://",
+        "mqtt://" + "a" * 64,
+    ],
+)
+def test_urls_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError):
+        BrokerUrl.parse(text)
+
+
+@given(st.text())
+def test_any_text_is_a_url_or_a_config_error(text: str) -> None:
+    for candidate in (text, f"mqtt://{text}"):
+        with contextlib.suppress(ConfigError):
+            assert BrokerUrl.parse(candidate).host
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
+    for url in ("mqtt://me:hunter2@pi", "http://me:hunter2@pi", "mqtt://me:hunter2@pi:99999"):
+        with pytest.raises(ConfigError) as caught:
+            BrokerUrl.parse(url)
+        assert "hunter2" not in str(caught.value)
+
+
+def test_the_password_is_read_from_a_private_file_only(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("hunter2\n")
+    file.chmod(0o644)
+    config = ServeConfig(username="me", password_file=str(file))
+    with pytest.raises(ConfigError, match="chmod 600"):
+        _ = config.broker
+    file.chmod(0o600)
+    assert config.broker.password == "hunter2"
+    assert "hunter2" not in repr(config) + str(config.broker)
+
+
+def test_the_password_of_the_environment_is_not_shown() -> None:
+    config = load_config(None, {"EDGELM_PASSWORD": "hunter2", "EDGELM_USERNAME": "me"}, {})
+    assert config.broker.password == "hunter2"
+    assert "hunter2" not in repr(config) + repr(config.broker)
+    with pytest.raises(ConfigError, match="user name"):
+        _ = load_config(None, {"EDGELM_PASSWORD": "hunter2"}, {}).broker
+
+
+def test_the_default_board_is_a_name() -> None:
+    check_name("board", default_board())
+
+
+@given(st.text("aZ09_-/+# ", max_size=40))
+def test_names_are_those_that_a_topic_level_can_be(name: str) -> None:
+    if NAME.fullmatch(name) and name not in RESERVED_NAMES:
+        check_name("board", name)
+    else:
+        with pytest.raises(ConfigError, match="board"):
+            check_name("board", name)

@@ -1,0 +1,141 @@
+"""The corners of the protocol that are a decision rather than a law."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from edgelm.errors import RequestError
+from edgelm.mqtt.asks import Ask, open_envelope, parse_ask
+from edgelm.mqtt.topics import Address, BoardTopics, check_reply_topic
+from edgelm.mqtt.wire import Properties
+
+
+def _ask(payload: bytes | dict[str, object], properties: Properties | None = None) -> Ask:
+    data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+    return parse_ask(open_envelope(data, properties or Properties(), "new"))
+
+
+@pytest.mark.parametrize(
+    "payload", [b"play jazz", b" [1, 2]", b"17", b'"quoted"', b'{"prompt": "cut of', "größer".encode()]
+)
+def test_what_is_no_json_object_is_the_prompt(payload: bytes) -> None:
+    assert _ask(payload).prompt == payload.decode()
+
+
+@pytest.mark.parametrize(
+    ("payload", "names"),
+    [
+        (b"\xff\xfe", "UTF-8"),
+        (b"", "prompt"),
+        (b"{}", "prompt"),
+        (b'{"prompt": "a", "temperature": NaN}', "number"),
+        (b'{"prompt": "a", "temperature": 1e999}', "number"),
+        (b'{"prompt": "\\ud800"}', "surrogate"),
+        (b'{"prompt": ' + b"[" * 20000 + b"]" * 20000 + b"}", "nested"),
+        (b'{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', "prompt"),
+        (b'{"messages": [{"role": "user"}]}', "messages"),
+        (b'{"prompt": "a", "colour": 1}', "'colour'"),
+        (b'{"prompt": "a", "session": "s"}', "session"),
+        (b'{"prompt": "a", "priority": 1}', "priority"),
+        (b'{"prompt": "a", "priority": false}', "priority"),
+        (b'{"prompt": "a", "v": 2}', "v:"),
+        (b'{"prompt": "a", "v": true}', "v:"),
+        (b'{"prompt": "a", "id": ""}', "id"),
+        (b'{"prompt": "a", "max_tokens": 0}', "max_tokens"),
+        (b'{"prompt": "a", "max_tokens": 1.0}', "max_tokens"),
+        (b'{"prompt": "a", "seed": null}', "seed"),
+        (b'{"prompt": "a", "stop": "x"}', "stop"),
+        (b'{"prompt": "a", "timeout_s": 0}', "timeout_s"),
+        (b'{"prompt": "a", "timeout_s": 1e6}', "timeout_s"),
+        (b'{"prompt": "a", "regex": "b", "choices": ["c"]}', "choices"),
+        (b'{"prompt": "a", "json_schema": []}', None),
+        (b'{"prompt": "a", "json_schema": true}', "json_schema"),
+    ],
+)
+def test_refusals_say_what_was_wrong(payload: bytes, names: str | None) -> None:
+    if names is None:
+        assert _ask(payload).constraint is None
+        return
+    with pytest.raises(RequestError) as caught:
+        _ask(payload)
+    assert caught.value.code == "bad_request"
+    assert names in caught.value.message
+
+
+def test_everything_of_the_protocols_example_is_known() -> None:
+    ask = _ask(
+        {"v": 1, "id": "a", "prompt": "p", "messages": [], "model": "m", "max_tokens": 256, "temperature": 0.7}
+        | {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1, "stop": [], "logprobs": 0, "regex": "", "choices": []}
+        | {"stream": False, "chunk_ms": 50, "timeout_s": 60, "priority": 0, "response_topic": "r"}
+    )
+    assert (ask.id, ask.prompt, ask.messages, ask.constraint, ask.timeout_s) == ("a", "p", None, None, 60.0)
+    assert set(ask.sampling) == {"max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs"}
+
+
+@pytest.mark.parametrize(
+    ("correlation", "expected"),
+    [(b"job-7", "job-7"), (b"\x00\xff", "00ff"), (b"\xff" * 65, None), (b"", "json"), (None, "json")],
+)
+def test_the_id_is_the_correlation_data_before_the_json(correlation: bytes | None, expected: str | None) -> None:
+    envelope = open_envelope(b'{"id": "json", "prompt": "a"}', Properties(correlation=correlation), "new")
+    assert envelope.correlation == correlation
+    assert envelope.id == expected if expected else len(envelope.id) == 64
+
+
+def test_the_property_decides_where_the_answer_goes() -> None:
+    body = b'{"prompt": "a", "response_topic": "json"}'
+    assert open_envelope(body, Properties(response_topic="property"), "new").response_topic == "property"
+    assert open_envelope(body, Properties(), "new").response_topic == "json"
+
+
+@pytest.mark.parametrize(
+    ("topic", "code"),
+    [
+        ("", "bad_request"),
+        ("a/+/b", "bad_request"),
+        ("a/#", "bad_request"),
+        ("a\0b", "bad_request"),
+        ("a\nb", "bad_request"),
+        ("a\ufffe", "bad_request"),
+        ("\ud800", "bad_request"),
+        ("x" * 257, "bad_request"),
+        ("é" * 129, "bad_request"),
+        ("$SYS/broker", "forbidden"),
+        ("edgelm/pi5/generate", "forbidden"),
+        ("edgelm/other/generate/me", "forbidden"),
+        ("edgelm/pi5/cancel", "forbidden"),
+        ("edgelm/pi5/set/model", "forbidden"),
+        ("edgelm/pi5/status", "forbidden"),
+        ("edgelm/pool/p/generate", "forbidden"),
+        ("homeassistant/device/x/config", "forbidden"),
+    ],
+)
+def test_where_no_answer_goes(topic: str, code: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        check_reply_topic(topic)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    "topic",
+    ["some/reply", "edgelm/client/me/response", "edgelm/client/me/response/7", "edgelm/pi5/response", "/", "x" * 256],
+)
+def test_where_answers_go(topic: str) -> None:
+    check_reply_topic(topic)
+    with pytest.raises(RequestError) as caught:
+        check_reply_topic(topic, ("nowhere/#", "only/here"))
+    assert caught.value.code == "forbidden"
+
+
+def test_topics_name_their_client() -> None:
+    topics = BoardTopics("pi5")
+    assert topics.parse("edgelm/pi5/generate") == Address("generate", None)
+    assert topics.parse("edgelm/pi5/generate/kitchen") == Address("generate", "kitchen")
+    assert topics.parse("edgelm/pi5/cancel/kitchen") == Address("cancel", "kitchen")
+    assert topics.response() == "edgelm/pi5/response"
+    assert topics.response("kitchen") == "edgelm/client/kitchen/response"
+    for name in ("", "Kitchen", "a/b", "pool", "x" * 33):
+        with pytest.raises(RequestError):
+            topics.parse(f"edgelm/pi5/generate/{name}")
