@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle import Bundle
-from edgelm.errors import RequestError
+from edgelm.errors import EdgelmError, RequestError
 from edgelm.messages import Chunk, Constraint, FinishReason, Request
 from edgelm.sequence import Sequence, refused
 from edgelm.session import PREFILL_CHUNK, Session, open_session
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 SCORE_CHUNK: Final = 64
 """Positions scored in one pass: bounds the logits held at once."""
+
+MOST_ROWS: Final = 1024
+"""Most requests decoded together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,8 @@ class Engine:
     def __init__(
         self, bundle: Bundle, *, threads: int | None = None, context: int | None = None, max_batch: int = 8
     ) -> None:
+        if not 1 <= max_batch <= MOST_ROWS:
+            raise EdgelmError(f"max_batch must lie in [1, {MOST_ROWS}], got {max_batch}")
         manifest = bundle.manifest
         self.bundle = bundle
         self.max_batch = max_batch
@@ -56,6 +61,8 @@ class Engine:
         self._running: list[Sequence] = []
         self._prefilling: Sequence | None = None
         self._cancelled: set[str] = set()
+        self._ready: list[Chunk] = []
+        """What the step so far has for clients: kept here so that a failure later in the step does not lose it."""
         self._grammar: Grammar | None = None
         self._warm_up()
 
@@ -81,21 +88,21 @@ class Engine:
 
     def step(self) -> list[Chunk]:
         """Do one round of work; return what clients are to see, in order."""
-        chunks = self._drop_ended()
-        chunks += self._admit()
-        chunks += self._prefill()
-        chunks += self._decode()
-        return chunks
+        self._drop_ended()
+        self._admit()
+        self._prefill()
+        self._decode()
+        return self._take_ready()
 
     def fail_all(self, error: RequestError) -> list[Chunk]:
-        """End every request, waiting or running, with an error."""
-        held = [*self._running, *([self._prefilling] if self._prefilling is not None else [])]
-        chunks = [sequence.finish("error", error) for sequence in held]
-        chunks += [refused(entry.request, "error", entry.submitted, error) for entry in self._waiting]
+        """End every request, waiting or running, with an error; return that after what a failed step had ready."""
+        for sequence in self._held():
+            self._ready.append(sequence.fail(error))
+        self._ready += [refused(entry.request, "error", entry.submitted, error) for entry in self._waiting]
         self._running, self._prefilling = [], None
         self._waiting.clear()
         self._cancelled.clear()
-        return chunks
+        return self._take_ready()
 
     def score(self, tokens: list[int]) -> NDArray[np.float64]:
         """Return the natural-log probability of each token after the first, float64 [n - 1].
@@ -121,27 +128,34 @@ class Engine:
         self.session.prefill(self.max_batch, np.zeros(1, np.int64), 0)
         self.session.decode(np.zeros(1, np.int64), np.zeros(1, np.int32))
 
-    def _drop_ended(self) -> list[Chunk]:
+    def _held(self) -> list[Sequence]:
+        """Return every request that holds a row."""
+        return [*self._running, *([self._prefilling] if self._prefilling is not None else [])]
+
+    def _take_ready(self) -> list[Chunk]:
+        ready, self._ready = self._ready, []
+        return ready
+
+    def _drop_ended(self) -> None:
         """End what was cancelled or is past its deadline."""
         now = time.monotonic()
-        chunks: list[Chunk] = []
         for entry in [entry for entry in self._waiting if self._end_of(entry.request, now)]:
             self._waiting.remove(entry)
-            chunks.append(refused(entry.request, self._end_of(entry.request, now) or "cancelled", entry.submitted))
-        for sequence in [*self._running, *([self._prefilling] if self._prefilling is not None else [])]:
-            reason = self._end_of(sequence.request, now)
-            if reason:
-                chunks.append(sequence.finish(reason))
+            reason = self._end_of(entry.request, now) or "cancelled"
+            self._ready.append(refused(entry.request, reason, entry.submitted))
+        for sequence in self._held():
+            ended = self._end_of(sequence.request, now)
+            if ended:
+                self._ready.append(sequence.finish(ended))
                 self._release(sequence)
         self._cancelled.clear()
-        return chunks
 
     def _end_of(self, request: Request, now: float) -> FinishReason | None:
         if request.id in self._cancelled:
             return "cancelled"
         return "deadline" if request.deadline is not None and now >= request.deadline else None
 
-    def _admit(self) -> list[Chunk]:
+    def _admit(self) -> None:
         """Give the oldest waiting request a row, when one is free and none is being prefilled."""
         while self._waiting and self._prefilling is None and len(self._running) < self.max_batch:
             entry = self._waiting.popleft()
@@ -149,47 +163,44 @@ class Engine:
                 self._prefilling = self._open(entry)
                 self._prefilling.row = len(self._running)
             except RequestError as error:
-                return [refused(entry.request, "error", entry.submitted, error)]
-        return []
+                self._ready.append(refused(entry.request, "error", entry.submitted, error))
 
-    def _prefill(self) -> list[Chunk]:
+    def _prefill(self) -> None:
         """Compute the next chunk of the prompt that is being read; after its end, sample the first token."""
         sequence = self._prefilling
         if sequence is None:
-            return []
+            return
         start = sequence.computed
         end = min(start + PREFILL_CHUNK, sequence.prompt_tokens)
         logits = self.session.prefill(sequence.row, sequence.history[start:end].astype(np.int64), start)
         sequence.computed = end
         if not sequence.is_prefilled():
-            return []
+            return
         self._prefilling = None
         self._running.append(sequence)
-        return self._advance(sequence, logits[0])
+        self._advance(sequence, logits[0])
 
-    def _decode(self) -> list[Chunk]:
+    def _decode(self) -> None:
         """Compute one token of every running sequence and sample the next."""
         batch = list(self._running)
         if not batch:
-            return []
+            return
         tokens = np.array([sequence.last_token for sequence in batch], np.int64)
         lengths = np.array([sequence.computed for sequence in batch], np.int32)
         logits = self.session.decode(tokens, lengths)
-        chunks: list[Chunk] = []
         for sequence in batch:  # all of them before any row moves
             sequence.computed += 1
         for row, sequence in enumerate(batch):
-            chunks += self._advance(sequence, logits[row])
-        return chunks
+            self._advance(sequence, logits[row])
 
-    def _advance(self, sequence: Sequence, logits: NDArray[np.float32]) -> list[Chunk]:
+    def _advance(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
         try:
             chunks = sequence.advance(logits)
         except RequestError as error:
-            chunks = [sequence.finish("error", error)]
+            chunks = [sequence.fail(error)]
+        self._ready += chunks
         if chunks[-1].done:
             self._release(sequence)
-        return chunks
 
     def _release(self, sequence: Sequence) -> None:
         """Free a row, and close the gap with the last ones."""

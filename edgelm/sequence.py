@@ -100,15 +100,22 @@ class Sequence:
         self.length += 1
         if raw is not None:
             self._logprobs.append(self._sampler.logprobs(raw, token))
-        delta = self._decoder.push(token)
-        chunks = [self._chunk(delta, token)]
         if self._matcher is not None:
             self._matcher.accept(token)
+        chunks = [self._chunk(self._decoder.push(token), token)]
         if self._decoder.stopped or (self._matcher is not None and self._matcher.is_finished):
             chunks.append(self.finish("stop"))
         elif self.length - self.prompt_tokens >= self._limit:
             chunks.append(self.finish("length"))
         return chunks
+
+    def fail(self, error: RequestError) -> Chunk:
+        """Return the last chunk of a request that could not be answered to its end, whatever state it is in."""
+        try:
+            return self.finish("error", error)
+        except Exception:  # noqa: BLE001  the failure may lie in the text itself
+            done = Completion(self.id, self._decoder.text, self.answer, "error", error=error)
+            return self._chunk("", None, done)
 
     def finish(self, reason: FinishReason, error: RequestError | None = None) -> Chunk:
         """Return the last chunk, with the whole answer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -15,12 +16,14 @@ from edgelm.errors import EdgelmError, RequestError
 from edgelm.messages import Chunk, Completion, Request
 
 Sink = Callable[[Chunk], None]
-"""Receives a request's chunks on the worker's thread. It must not block."""
+"""Receives a request's chunks on the worker's thread. It must not block, and loses the rest when it raises."""
 
 Result = TypeVar("Result")
 
 FIRST_GUESS_S: Final = 1.0
 """Duration of a request assumed before one has finished, for `retry_after_s`."""
+
+LOG: Final = logging.getLogger(__name__)
 
 SMOOTHING: Final = 0.2
 """Weight of the newest request in the running means."""
@@ -180,8 +183,19 @@ class Worker:
                 sink = self._sinks.pop(chunk.id, None) if chunk.done else self._sinks.get(chunk.id)
                 if chunk.completion is not None:
                     self._count(chunk.completion)
+                    self._cancels = [known for known in self._cancels if known != chunk.id]  # not for the id's next use
             if sink is not None:
-                sink(chunk)
+                self._hand_over(chunk, sink)
+
+    def _hand_over(self, chunk: Chunk, sink: Sink) -> None:
+        try:
+            sink(chunk)
+        except Exception:  # a bug of one client must not cost the others their answers
+            LOG.exception("the receiver of request %r failed; its answer is dropped", chunk.id)
+            with self._changed:
+                if chunk.id in self._sinks:  # the id stays taken until the engine has let go of it
+                    self._sinks[chunk.id] = _ignore
+                    self._cancels.append(chunk.id)
 
     def _count(self, completion: Completion) -> None:
         self._completed += 1
@@ -201,3 +215,7 @@ class Worker:
         self._deliver(self.engine.fail_all(reason))
         for _, future in calls:
             future.set_exception(EdgelmError("the model is closed"))
+
+
+def _ignore(_chunk: Chunk) -> None:
+    """Stand in for a receiver that failed."""

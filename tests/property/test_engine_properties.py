@@ -1,0 +1,178 @@
+"""Requests that join and leave a batch at any time get the answers that each would get alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgelm.bundle import open_bundle
+from edgelm.engine import Engine
+from edgelm.messages import Request, SamplingParams
+from edgelm.session import PREFILL_CHUNK
+
+MAX_BATCH = 3
+LONGEST = 16
+LENGTHS = [1, 2, 3, 5, 8, 17, 40, 63, 64, 65, 120, PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1, 300]
+GAP = 0.02
+"""Least difference of the two best log-probabilities: below it, rounding could decide in a batch of another size."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A prompt with the answer that it gets alone."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    reason: str
+    text: str
+
+
+@pytest.fixture(scope="module")
+def opened(bundle):
+    return open_bundle(bundle)
+
+
+@pytest.fixture(scope="module")
+def engine(opened):
+    return Engine(opened, threads=1, max_batch=MAX_BATCH)
+
+
+@pytest.fixture(scope="module")
+def known(opened):
+    """Prompts of many lengths whose greedy answers do not hang by a thread."""
+    alone = Engine(opened, threads=1, max_batch=1)
+    generator = np.random.default_rng(3)
+    found = []
+    for length in LENGTHS * 4:
+        if length + 8 > alone.context:
+            continue
+        prompt = tuple(generator.integers(2, min(300, opened.manifest.vocab_size), length).tolist())
+        request = Request("alone", SamplingParams(max_tokens=LONGEST, logprobs=2), tokens=prompt)
+        completion = run_alone(alone, request)
+        gaps = [entry.top[0][1] - entry.top[1][1] for entry in completion.logprobs]
+        if min(gaps, default=1.0) > GAP:
+            found.append(Known(prompt, completion.tokens, completion.finish_reason, completion.text))
+    assert len(found) >= 12
+    assert {len(entry.prompt) > PREFILL_CHUNK for entry in found} == {True, False}
+    return found
+
+
+def run_alone(engine, request):
+    engine.add(request, time.monotonic())
+    while True:
+        for chunk in engine.step():
+            if chunk.done:
+                assert engine.active == engine.queued == 0
+                return chunk.completion
+
+
+@dataclass
+class Planned:
+    """A request of a schedule: it comes before step `start`, and is cancelled before step `cancel`."""
+
+    which: int
+    max_tokens: int
+    start: int
+    cancel: int | None
+    late: bool
+
+
+plans = st.lists(
+    st.builds(
+        Planned,
+        which=st.integers(0, 999),
+        max_tokens=st.integers(1, LONGEST),
+        start=st.integers(0, 25),
+        cancel=st.none() | st.none() | st.integers(0, 40),
+        late=st.sampled_from([False] * 9 + [True]),
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+def check_rows(engine):
+    assert [sequence.row for sequence in engine._running] == list(range(len(engine._running)))
+    if engine._prefilling is not None:
+        assert engine._prefilling.row == len(engine._running)
+    assert engine.active <= MAX_BATCH
+
+
+@settings(max_examples=60)
+@given(plan=plans)
+def test_a_batch_answers_as_each_alone(plan, engine, known):
+    chosen = {str(i): known[planned.which % len(known)] for i, planned in enumerate(plan)}
+    chunks = {name: [] for name in chosen}
+    step = 0
+    while step <= max(planned.start for planned in plan) or engine.queued or engine.active:
+        for i, planned in enumerate(plan):
+            if planned.start == step:
+                sampling = SamplingParams(max_tokens=planned.max_tokens)
+                deadline = time.monotonic() if planned.late else None
+                request = Request(str(i), sampling, tokens=chosen[str(i)].prompt, deadline=deadline)
+                engine.add(request, time.monotonic())
+            if planned.cancel == step:
+                engine.cancel(str(i))
+        for chunk in engine.step():
+            chunks[chunk.id].append(chunk)
+        check_rows(engine)
+        step += 1
+        assert step < 1000
+    for i, planned in enumerate(plan):
+        expected, given_out = chosen[str(i)], chunks[str(i)]
+        check_answer(planned, expected, given_out)
+
+
+def check_answer(planned, expected, chunks):
+    assert [chunk.seq for chunk in chunks] == list(range(len(chunks)))
+    assert [chunk.done for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    done = chunks[-1].completion
+    assert "".join(chunk.delta for chunk in chunks) == done.text
+    assert tuple(chunk.token for chunk in chunks[:-1]) == done.tokens
+    assert done.usage.completion_tokens == len(done.tokens)
+    if planned.late:
+        assert (done.finish_reason, done.tokens) == ("deadline", ())
+        return
+    assert done.tokens == expected.answer[: len(done.tokens)]
+    if done.finish_reason == "cancelled":
+        assert planned.cancel is not None
+        return
+    whole = min(planned.max_tokens, len(expected.answer))
+    assert len(done.tokens) == whole
+    if whole == len(expected.answer):
+        assert done.text == expected.text
+    assert done.finish_reason == ("length" if planned.max_tokens <= len(expected.answer) else expected.reason)
+
+
+@settings(max_examples=15)
+@given(which=st.lists(st.integers(0, 999), min_size=1, max_size=5), seed=st.integers(0, 2**63 - 1))
+def test_a_seed_gives_the_same_answer_in_any_company(which, seed, engine, known):
+    sampling = SamplingParams(max_tokens=6, temperature=0.7, top_k=5, seed=seed)
+    prompts = [known[i % len(known)].prompt for i in which]
+    alone = [run_alone(engine, Request("one", sampling, tokens=prompt)).tokens for prompt in prompts]
+    for i, prompt in enumerate(prompts):
+        engine.add(Request(str(i), sampling, tokens=prompt), time.monotonic())
+    together = {}
+    while engine.queued or engine.active:
+        together |= {chunk.id: chunk.completion.tokens for chunk in engine.step() if chunk.done}
+    assert [together[str(i)] for i in range(len(prompts))] == alone
+
+
+@settings(max_examples=10)
+@given(which=st.integers(0, 999), length=st.integers(2, 200))
+def test_scores_do_not_disturb_what_runs(which, length, engine, known):
+    entry = known[which % len(known)]
+    engine.add(Request("one", SamplingParams(max_tokens=LONGEST), tokens=entry.prompt), time.monotonic())
+    scores, chunks = [], []
+    tokens = list(range(2, length + 2))
+    while engine.queued or engine.active:
+        chunks += engine.step()
+        scores.append(engine.score(tokens))
+    assert chunks[-1].completion.tokens == entry.answer
+    assert all(np.array_equal(score, scores[0]) for score in scores)
+    assert len(scores[0]) == length - 1
