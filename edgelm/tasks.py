@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from edgelm.errors import DataError
@@ -16,10 +16,11 @@ from edgelm.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One prompt and the answer that is wanted, both non-empty text."""
+    """One prompt and the answer that is wanted, both non-empty text; `line` is where it stood in its file."""
 
     prompt: str
     target: str
+    line: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +66,14 @@ def read_tasks(path: Path) -> list[Task]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read tasks from {path}: {error}") from error
-    tasks = [_parse(line, f"{path} line {at}") for at, line in enumerate(lines, 1) if line.strip()]
+    tasks = [_parse(line, path, at) for at, line in enumerate(lines, 1) if line.strip()]
     if not tasks:
         raise DataError(f'{path} holds no task: one {{"prompt", "target"}} object a line is expected')
     return tasks
 
 
-def _parse(line: str, where: str) -> Task:
+def _parse(line: str, path: Path, at: int) -> Task:
+    where = f"{path} line {at}"
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -81,7 +83,7 @@ def _parse(line: str, where: str) -> Task:
     for key in ("prompt", "target"):
         if not isinstance(row.get(key), str) or not row[key]:
             raise DataError(f"{where}: {key!r} must be a non-empty string")
-    return Task(row["prompt"], row["target"])
+    return Task(row["prompt"], row["target"], at)
 
 
 def score_tasks(tasks: Sequence[Task], outputs: Sequence[str]) -> TaskScore:

@@ -88,20 +88,18 @@ def encode_tasks(encoder: Encoder, tasks: Sequence[Task], end_token: int, length
     Raises
     ------
     DataError
-        A task needs more than `length` tokens, or its prompt gives none; the task is counted from 1.
+        A task needs more than `length` tokens, or its prompt gives none; its line is named.
     """
     prompts = encoder.encode_batch([task.prompt for task in tasks], add_special_tokens=True)
     targets = encoder.encode_batch([task.target for task in tasks], add_special_tokens=False)
     encoded = []
-    for at, (prompt, target) in enumerate(zip(prompts, targets, strict=True), 1):
+    for at, (task, prompt, target) in enumerate(zip(tasks, prompts, targets, strict=True), 1):
+        where = f"line {task.line}" if task.line else f"example {at}"
         tokens = np.array([*prompt.ids, *target.ids, end_token], np.int32)
         if len(tokens) > length:
-            raise DataError(
-                f"example {at} needs {len(tokens)} tokens, a row holds {length}: "
-                "raise the row length or shorten the example"
-            )
+            raise DataError(f"{where} takes {len(tokens)} tokens, a row holds {length}: shorten it or lengthen the row")
         if not prompt.ids:
-            raise DataError(f"example {at}: the prompt gives no token")
+            raise DataError(f"{where}: the prompt gives no token")
         encoded.append(Encoded(tokens, len(prompt.ids)))
     return encoded
 

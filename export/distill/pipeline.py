@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from tokenizers import Tokenizer
 
-from edgelm.errors import CheckpointError, ConfigError
+from edgelm.errors import CheckpointError, ConfigError, EdgelmError
 from edgelm.tasks import read_tasks
 
 from ..staging import check_target, staged
@@ -127,18 +127,17 @@ def train_into(
 ) -> Progress:
     """Train `start` and write `out`; call `claim` first. See `distill` and `Trainer` for the parameters."""
     partial = partial_of(out)
-    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EdgelmError(f"{partial} cannot be written: {error.strerror}") from error
     checkpoint = partial / "state.pt"
     trainer = Trainer(
         start.model, dataset, settings, teacher=teacher, checkpoint=checkpoint, device=device, identity=identity
     )
     if resume and checkpoint.exists():
         trainer.resume()
-    try:
-        trainer.run(report)
-    except KeyboardInterrupt:
-        trainer.save()
-        raise
+    trainer.run(report)
     with staged(out, force=True, replaceable=_is_checkpoint) as stage:  # claimed before
         save_student(start.model, stage, start.eos)
         start.write_tokenizer(stage)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgelm.errors import CheckpointError, ConfigError
+from edgelm.errors import CheckpointError, ConfigError, EdgelmError
 
 from .data import IGNORED, Batch, Encoded, make_batches
 from .losses import cross_entropy, forward_kl
@@ -212,7 +212,13 @@ class Trainer:
         return (1 - settings.kl_weight) * loss + settings.kl_weight * kl
 
     def save(self) -> None:
-        """Write the checkpoint; an earlier one stays whole until the new one is complete."""
+        """Write the checkpoint; an earlier one stays whole until the new one is complete.
+
+        Raises
+        ------
+        EdgelmError
+            The file cannot be written.
+        """
         if self._checkpoint is None:
             return
         state = {
@@ -225,8 +231,11 @@ class Trainer:
             "batch_of_epoch": self._batch_of_epoch,
         }
         partial = self._checkpoint.with_suffix(".tmp")
-        torch.save(state, partial)
-        partial.replace(self._checkpoint)
+        try:
+            torch.save(state, partial)
+            partial.replace(self._checkpoint)
+        except (OSError, RuntimeError) as error:  # torch raises the latter for a full disk
+            raise EdgelmError(f"{self._checkpoint} cannot be written: {error}") from error
 
     def resume(self) -> None:
         """Continue from the checkpoint.

@@ -100,9 +100,9 @@ def test_a_task_is_prompt_target_end(tokenizer):
     assert encoded.tokens[-1] == 0
 
 
-def test_an_example_longer_than_a_row_is_named(tokenizer):
-    with pytest.raises(DataError, match=r"example 2 needs .* tokens, a row holds 8"):
-        encode_tasks(tokenizer, [Task("a", "b"), Task("a b c d e f", "g h i")], 0, 8)
+def test_an_example_longer_than_a_row_is_named_by_its_line(tokenizer):
+    with pytest.raises(DataError, match=r"line 7 takes .* tokens, a row holds 8"):
+        encode_tasks(tokenizer, [Task("a", "b"), Task("a b c d e f", "g h i", 7)], 0, 8)
 
 
 @pytest.mark.parametrize(
