@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from tiny import TinyLlama
 
 import edgelm
-from edgelm.bundle import MANIFEST
+from edgelm.bundle import MANIFEST, open_bundle
 
 # Machines are shared and slow at times, so nothing is timed; a failing example is printed, not stored.
 settings.register_profile("edgelm", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
@@ -115,12 +115,20 @@ def bundle(request: pytest.FixtureRequest) -> Path:
     if given:
         return Path(given)
     if can_export():
-        checkpoint = request.getfixturevalue("tiny_checkpoint")()
+        checkpoint = request.getfixturevalue("tiny_checkpoint")(tied=False)  # a tied one would repeat itself
         return request.getfixturevalue("export_to_cache")(checkpoint, quant="fp32")
     builtin = Path(edgelm.__file__).parent / "builtin"
     if not (builtin / MANIFEST).is_file():
         pytest.skip("no bundle to run: pip install 'edgelm[export]', or name one in EDGELM_TEST_BUNDLE")
     return builtin
+
+
+@pytest.fixture(scope="session")
+def float32_bundle(bundle: Path) -> Path:
+    """`bundle`, where its numbers are those of any batch size; quantized activations amplify rounding."""
+    if open_bundle(bundle).manifest.quant != "fp32":
+        pytest.skip("needs a float32 bundle: pip install 'edgelm[export]', or name one in EDGELM_TEST_BUNDLE")
+    return bundle
 
 
 @pytest.fixture(scope="session")

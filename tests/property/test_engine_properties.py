@@ -18,8 +18,9 @@ from edgelm.session import PREFILL_CHUNK
 MAX_BATCH = 3
 LONGEST = 16
 LENGTHS = [1, 2, 3, 5, 8, 17, 40, 63, 64, 65, 120, PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1, 300]
-GAP = 0.02
+GAPS = {"fp32": 0.02}
 """Least difference of the two best log-probabilities: below it, rounding could decide in a batch of another size."""
+QUANTIZED_GAP = 0.3
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,19 @@ def known(opened):
     """Prompts of many lengths whose greedy answers do not hang by a thread."""
     alone = Engine(opened, threads=1, max_batch=1)
     generator = np.random.default_rng(3)
+    least = GAPS.get(opened.manifest.quant, QUANTIZED_GAP)
     found = []
-    for length in LENGTHS * 4:
+    for length in LENGTHS * 6:
         if length + 8 > alone.context:
             continue
         prompt = tuple(generator.integers(2, min(300, opened.manifest.vocab_size), length).tolist())
         request = Request("alone", SamplingParams(max_tokens=LONGEST, logprobs=2), tokens=prompt)
         completion = run_alone(alone, request)
         gaps = [entry.top[0][1] - entry.top[1][1] for entry in completion.logprobs]
-        if min(gaps, default=1.0) > GAP:
+        if min(gaps, default=1.0) > least:
             found.append(Known(prompt, completion.tokens, completion.finish_reason, completion.text))
-    assert len(found) >= 12
-    assert {len(entry.prompt) > PREFILL_CHUNK for entry in found} == {True, False}
+    assert len(found) >= 8
+    assert any(len(entry.prompt) > PREFILL_CHUNK for entry in found) or alone.context <= PREFILL_CHUNK
     return found
 
 
@@ -103,7 +105,7 @@ def check_rows(engine):
     assert engine.active <= MAX_BATCH
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(plan=plans)
 def test_a_batch_answers_as_each_alone(plan, engine, known):
     chosen = {str(i): known[planned.which % len(known)] for i, planned in enumerate(plan)}
@@ -136,7 +138,8 @@ def check_answer(planned, expected, chunks):
     assert tuple(chunk.token for chunk in chunks[:-1]) == done.tokens
     assert done.usage.completion_tokens == len(done.tokens)
     if planned.late:
-        assert (done.finish_reason, done.tokens) == ("deadline", ())
+        ended = "cancelled" if planned.cancel == planned.start else "deadline"
+        assert (done.finish_reason, done.tokens) == (ended, ())
         return
     assert done.tokens == expected.answer[: len(done.tokens)]
     if done.finish_reason == "cancelled":
@@ -151,7 +154,7 @@ def check_answer(planned, expected, chunks):
 
 @settings(max_examples=15)
 @given(which=st.lists(st.integers(0, 999), min_size=1, max_size=5), seed=st.integers(0, 2**63 - 1))
-def test_a_seed_gives_the_same_answer_in_any_company(which, seed, engine, known):
+def test_a_seed_gives_the_same_answer_in_any_company(which, seed, engine, known, float32_bundle):
     sampling = SamplingParams(max_tokens=6, temperature=0.7, top_k=5, seed=seed)
     prompts = [known[i % len(known)].prompt for i in which]
     alone = [run_alone(engine, Request("one", sampling, tokens=prompt)).tokens for prompt in prompts]
