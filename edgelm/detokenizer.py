@@ -82,16 +82,11 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """End the answer; return what was held back."""
-        if self.stopped:
-            return ""
-        rest = self._fresh_text()[self._given :] + self._end_bytes()
+        piece = self._emit(self._fresh_text()[self._given :] + self._end_bytes())
+        held = self._stop.flush()
         self._set_context([])
-        piece = self._emit(rest)
-        if not self.stopped:
-            held = self._stop.flush()
-            self.text += held
-            piece += held
-        return piece
+        self.text += held
+        return piece + held
 
     def _emit(self, text: str) -> str:
         piece = self._stop.push(text)
@@ -106,10 +101,11 @@ class StreamDecoder:
             text = self._text_in_context(token)
             return self._end_bytes() + text if text else ""  # a special token has none and ends nothing
         # Bytes are decoded here: the library turns the whole of a run that is not yet valid into U+FFFD.
-        if self._decode([*self._context, token]):
-            self._set_context([token])
         text = self._utf8.decode(bytes((byte,)))
+        if not self._decode([*self._context, token]):
+            text = ""  # a space that the decoder drops at the start of a text
         self._prompt_left &= not text
+        self._set_context([token])
         return text
 
     def _end_bytes(self) -> str:

@@ -92,6 +92,18 @@ def test_any_tokens_give_the_text_of_their_bytes(tokenizer: Tokenizer, data: st.
     assert "".join(pieces) == b"".join(known[token] for token in tokens).decode("utf-8", "replace")
 
 
+@given(prompt=PLAIN, answer=PLAIN, data=st.data())
+def test_a_prompt_cut_inside_a_character_leaves_the_answer_whole(
+    tokenizer: Tokenizer, prompt: str, answer: str, data: st.DataObject
+) -> None:
+    tokens = tokenizer.encode("x" + prompt)
+    tail = tokens[: data.draw(st.integers(min(2, len(tokens)), len(tokens)))]
+    known = bytes_of(tokenizer)
+    answered = tokenizer.encode(answer, add_special_tokens=False)
+    pieces = stream(StreamDecoder(tokenizer, tail), answered)
+    assert "".join(pieces) == b"".join(known[token] for token in answered).decode()
+
+
 @given(text=TEXT, stop=st.lists(st.text("ab,漢😀 ", min_size=1, max_size=4), max_size=4), data=st.data())
 def test_stop_strings_cut_the_whole(tokenizer: Tokenizer, text: str, stop: list[str], data: st.DataObject) -> None:
     tokens = tokenizer.encode(text)

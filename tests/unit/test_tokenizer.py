@@ -85,6 +85,40 @@ def test_a_continued_word_keeps_its_space() -> None:
     assert "".join([decoder.push(token) for token in answer] + [decoder.finish()]) == " there was"
 
 
+@pytest.mark.parametrize("space", ["<0x20>", "▁"])
+def test_a_space_at_the_start_is_dropped_once_however_it_is_spelled(space: str) -> None:
+    tokenizer = byte_fallback()
+    ids = tokenizer._inner.get_vocab()
+    word = next(name for name in sorted(ids) if name.startswith("▁") and len(name) > 1)
+    spelled = [ids[name] for name in (space, space, word, space, word, "a")]
+    for count in range(len(spelled) + 1):
+        decoder = StreamDecoder(tokenizer)
+        shown = "".join([decoder.push(token) for token in spelled[:count]] + [decoder.finish()])
+        assert shown == tokenizer.decode(spelled[:count])
+
+
+def test_special_tokens_do_not_hide_that_a_space_is_due() -> None:
+    tokenizer = byte_fallback()
+    decoder = StreamDecoder(tokenizer, tokenizer.encode("Once"))
+    answer = [1] * 40 + tokenizer.encode("there", add_special_tokens=False)
+    assert "".join(decoder.push(token) for token in answer) == " there"
+
+
+def test_only_the_answer_s_own_broken_character_is_shown() -> None:
+    tokenizer = byte_fallback()
+    names = {byte: token for token, byte in tokenizer.byte_tokens.items()}
+    letter = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    prompt = [*tokenizer.encode("Once"), names[0xE2]]
+    for answer, text in (
+        (letter, "a"),
+        ([names[0x82], names[0xAC], *letter], "€a"),
+        ([names[0x82], names[0xAC], names[0xE2], *letter], "€\ufffda"),
+    ):
+        decoder = StreamDecoder(tokenizer, prompt)
+        shown = "".join([decoder.push(token) for token in answer] + [decoder.finish()])
+        assert shown.replace(" ", "") == text
+
+
 def test_a_stop_string_across_tokens_is_never_shown() -> None:
     tokenizer = byte_fallback()
     decoder = StreamDecoder(tokenizer, tokenizer.encode("Once"), stop=("\n\nUser", "!?"))
