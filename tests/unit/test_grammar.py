@@ -1,0 +1,240 @@
+"""Constraints: whatever is sampled under the mask satisfies them, and every step keeps the text a valid prefix."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from vocabularies import byte_fallback, byte_level
+
+from edgelm.errors import BundleError, RequestError
+from edgelm.grammar import Grammar, Matcher
+from edgelm.messages import Constraint, SamplingParams
+from edgelm.sampling import Sampler
+from edgelm.tokenizer import Tokenizer
+
+EOS = (1,)
+EXTRA = 45
+"""Logits wider than the vocabulary, as models pad them."""
+TOKENIZERS = {"byte level": byte_level, "byte fallback": byte_fallback}
+
+
+@pytest.fixture(scope="module", params=sorted(TOKENIZERS))
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return TOKENIZERS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def grammar(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Grammar:
+    path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.json"
+    tokenizer._inner.save(str(path))
+    return Grammar(path, tokenizer.vocab_size + EXTRA, EOS)
+
+
+def allowed(matcher: Matcher, vocab_size: int) -> list[int]:
+    bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")
+    assert not bits[vocab_size:].any(), "a token that the vocabulary does not have is allowed"
+    return np.flatnonzero(bits).tolist()
+
+
+def answer(grammar: Grammar, tokenizer: Tokenizer, constraint: Constraint, seed: int, limit: int = 150) -> str | None:
+    """Sample under the mask from logits that know nothing; None where the answer does not end in time."""
+    matcher = grammar.start(constraint)
+    width = tokenizer.vocab_size + EXTRA
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), width)
+    closing = [token for name, token in tokenizer._inner.get_vocab().items() if name[-1] in '"}],' or name.isdigit()]
+    tokens: list[int] = []
+    while not matcher.is_finished:
+        choices = allowed(matcher, tokenizer.vocab_size)
+        assert (EOS[0] in choices) == matcher.is_accepting
+        logits = np.zeros(width, dtype=np.float32)
+        logits[[*closing, *EOS]] = len(tokens) / 10  # more and more inclined to end
+        token = sampler.sample(logits, matcher.mask())
+        assert token in choices
+        matcher.accept(token)
+        if token in EOS:
+            assert matcher.is_finished
+            break
+        tokens.append(token)
+        if len(tokens) == limit:
+            return None
+    return tokenizer.decode([*tokenizer.encode("x"), *tokens])[1:]
+
+
+SCALARS: list[dict[str, Any]] = [
+    {"type": "integer", "minimum": -20, "maximum": 500},
+    {"type": "boolean"},
+    {"enum": ["on", "off", "dim ☀", 3, None]},
+    {"type": "string", "maxLength": 6},
+    {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+    {"const": {"a": [1, "é"]}},
+]
+NAMES = st.sampled_from(["intent", "slots", "é", 'q"', "a b", "漢字"])
+
+
+@st.composite
+def object_schemas(draw: st.DrawFn) -> dict[str, Any]:
+    properties = draw(st.dictionaries(NAMES, st.sampled_from(SCALARS), max_size=3))
+    required = draw(st.lists(st.sampled_from(sorted(properties)), unique=True)) if properties else []
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def conforms(value: Any, schema: dict[str, Any]) -> bool:
+    """Check the few keywords that the tests use, one by one."""
+    if "const" in schema:
+        return bool(value == schema["const"])
+    if "enum" in schema:
+        return value in schema["enum"]
+    kind = schema["type"]
+    if kind == "object":
+        names = set(value)
+        fits = all(conforms(value[name], schema["properties"][name]) for name in names & set(schema["properties"]))
+        return set(schema["required"]) <= names <= set(schema["properties"]) and fits
+    if kind == "array":
+        return len(value) <= schema["maxItems"] and all(conforms(item, schema["items"]) for item in value)
+    if kind == "integer":
+        return type(value) is int and schema["minimum"] <= value <= schema["maximum"]
+    return isinstance(value, bool) if kind == "boolean" else isinstance(value, str) and len(value) <= 6
+
+
+@settings(max_examples=40)
+@given(schema=object_schemas(), seed=st.integers(0, 2**32))
+def test_answers_satisfy_their_schema(
+    grammar: Grammar, tokenizer: Tokenizer, schema: dict[str, Any], seed: int
+) -> None:
+    text = answer(grammar, tokenizer, Constraint("json_schema", json.dumps(schema)), seed)
+    assume(text is not None)
+    assert conforms(json.loads(text), schema)
+
+
+@settings(max_examples=40)
+@given(
+    pattern=st.sampled_from(
+        [r"[a-c]{2,5}", r"(on|off) \d{1,3}%", r"\d+(\.\d+)?", r"é?(漢字|😀)+", r"[^x]{0,3}", r"a|ab|abc"]
+    ),
+    seed=st.integers(0, 2**32),
+)
+def test_answers_match_their_regex(grammar: Grammar, tokenizer: Tokenizer, pattern: str, seed: int) -> None:
+    text = answer(grammar, tokenizer, Constraint("regex", pattern), seed)
+    assume(text is not None)
+    assert re.fullmatch(pattern, text, re.DOTALL)
+
+
+@settings(max_examples=40)
+@given(
+    choices=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), min_size=1, max_size=5),
+    seed=st.integers(0, 2**32),
+)
+def test_answers_are_among_their_choices(grammar: Grammar, tokenizer: Tokenizer, choices: list[str], seed: int) -> None:
+    choices = [choice.replace("▁", "_") for choice in choices]
+    assert answer(grammar, tokenizer, Constraint("choices", tuple(choices)), seed) in choices
+
+
+def test_every_choice_can_be_chosen(grammar: Grammar, tokenizer: Tokenizer) -> None:
+    choices = ("yes", "yes please", "no", 'quo"te\n\\')
+    found = {answer(grammar, tokenizer, Constraint("choices", choices), seed) for seed in range(60)}
+    assert found == set(choices)
+
+
+def test_answers_follow_a_lark_grammar(grammar: Grammar, tokenizer: Tokenizer) -> None:
+    lark = 'start: sum\nsum: NUMBER ("+" NUMBER){0,3}\nNUMBER: /[1-9][0-9]{0,2}/'
+    texts = [answer(grammar, tokenizer, Constraint("lark", lark), seed) for seed in range(20)]
+    assert all(text and re.fullmatch(r"[1-9]\d{0,2}(\+[1-9]\d{0,2}){0,3}", text) for text in texts)
+    assert any("+" in text for text in texts if text)
+
+
+def test_whitespace_in_json_is_bounded(grammar: Grammar, tokenizer: Tokenizer) -> None:
+    matcher = grammar.start(Constraint("json_schema", '{"type": "object"}'))
+    (brace,) = tokenizer.encode("x{", add_special_tokens=False)[-1:]
+    newline = tokenizer.encode("x\n", add_special_tokens=False)[-1]
+    matcher.accept(brace)
+    count = 0
+    while newline in allowed(matcher, tokenizer.vocab_size):
+        matcher.accept(newline)
+        count += 1
+        assert count < 100
+    assert count == 32
+
+
+def test_forced_tokens_are_what_the_mask_leaves(grammar: Grammar, tokenizer: Tokenizer) -> None:
+    matcher = grammar.start(Constraint("regex", "(red|green) ball"))
+    assert matcher.forced_tokens() == []
+    (letter,) = tokenizer.encode("xr", add_special_tokens=False)[-1:]
+    matcher.accept(letter)
+    forced = matcher.forced_tokens()
+    assert forced
+    for token in forced:
+        assert token in allowed(matcher, tokenizer.vocab_size)
+        matcher.accept(token)
+    assert "ed ball".startswith(tokenizer.decode([*tokenizer.encode("x"), *forced])[1:])
+
+
+def test_two_answers_to_one_constraint_do_not_meet(grammar: Grammar, tokenizer: Tokenizer) -> None:
+    constraint = Constraint("choices", ("a", "b"))
+    first, second = grammar.start(constraint), grammar.start(constraint)
+    before = allowed(second, tokenizer.vocab_size)
+    first.accept(before[0])
+    assert first.is_finished
+    assert not second.is_finished
+    assert allowed(second, tokenizer.vocab_size) == before
+    assert allowed(first, tokenizer.vocab_size) == list(EOS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("regex", "[a-z", "unclosed character class"),
+        ("regex", "(?=a)b", "look-around"),
+        ("json_schema", "{", "Expecting property name"),
+        ("json_schema", "[1]", "object"),
+        ("json_schema", '{"type": "widget"}', "Invalid type: widget"),
+        ("json_schema", '{"not": {}}', 'Unimplemented keys: \\["not"\\]'),
+        ("json_schema", '{"type": "object", "allOf": [{"type": "string"}]}', "Unsatisfiable"),
+        ("json_schema", "[" * 100_000, "not valid"),
+        ("lark", "start: nothing", 'unknown name: "nothing"'),
+        ("lark", 'start: "a', "lexer error"),
+        ("regex", "a\ud800", "not valid"),
+    ],
+)
+def test_what_cannot_be_followed_is_one_clear_line(kind: Any, value: str, message: str, grammar: Grammar) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        grammar.start(Constraint(kind, value))
+    assert caught.value.code == "bad_request"
+    assert str(caught.value).startswith(f"{kind} is not valid: ")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_token_against_the_mask_is_an_internal_error(grammar: Grammar, tokenizer: Tokenizer) -> None:
+    matcher = grammar.start(Constraint("choices", ("a", "b")))
+    wrong = next(t for t in range(3, tokenizer.vocab_size) if t not in allowed(matcher, tokenizer.vocab_size))
+    with pytest.raises(RequestError, match="the constraint broke") as caught:
+        matcher.accept(wrong)
+    assert caught.value.code == "internal"
+    assert "\n" not in str(caught.value)
+
+
+def test_only_the_last_constraints_are_kept(grammar: Grammar) -> None:
+    constraints = [Constraint("regex", f"a{{{number}}}") for number in range(1, 60)]
+    for constraint in constraints:
+        grammar.start(constraint)
+        grammar.start(constraints[0])
+    assert list(grammar._compiled) == [*constraints[-15:], constraints[0]]
+
+
+def test_a_missing_or_wider_tokenizer_is_a_bundle_error(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="cannot be used"):
+        Grammar(tmp_path / "tokenizer.json", 100, EOS)
+    path = tmp_path / "tokenizer.json"
+    byte_level()._inner.save(str(path))
+    with pytest.raises(BundleError, match="vocab size too small"):
+        Grammar(path, 100, EOS)
+    path.write_text("{}")
+    with pytest.raises(BundleError, match="cannot be used"):
+        Grammar(path, 1000, EOS)
