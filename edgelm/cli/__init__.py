@@ -39,37 +39,43 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = _chosen(arguments)
     try:
-        args = _parse(arguments)
+        args = _parse(arguments, chosen)
+        return int(args.run(args))
     except SystemExit as stop:  # argparse has printed its message
         return stop.code if isinstance(stop.code, int) else 2
-    try:
-        return int(args.run(args))
-    except UsageError as error:
-        print(f"edgelm {args.command}: {error} (edgelm {args.command} --help)", file=sys.stderr)
-        return 2
-    except EdgelmError as error:
-        if args.debug:
-            traceback.print_exc()
-        print(f"edgelm {args.command}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"edgelm {args.command}: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:  # noqa: BLE001  a bug of ours: still one line, the trace with --debug
-        if args.debug:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  whatever it is: one line
+        if "--debug" in arguments:
             traceback.print_exc()
-        print(
-            f"edgelm {args.command}: internal error: {type(error).__name__}: {error} (--debug shows where)",
-            file=sys.stderr,
-        )
-        return 1
+        code, reason = _explain(error, f"edgelm {chosen}")
+        print(f"edgelm {chosen}: {' '.join(reason.split())}" if chosen else f"edgelm: {reason}", file=sys.stderr)
+        return code
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def _explain(error: BaseException, command: str) -> tuple[int, str]:
+    """Return an error's exit code and what to tell of it."""
+    if isinstance(error, ModuleNotFoundError):
+        from edgelm.cli.extras import explain
+
+        error = explain(error, command)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, UsageError):
+        return 2, f"{error} ({command} --help)"
+    if isinstance(error, EdgelmError):
+        return 1, str(error)
+    return 1, f"internal error: {type(error).__name__}: {error} (--debug shows where)"
+
+
+def _chosen(arguments: list[str]) -> str:
+    return next((word for word in arguments if not word.startswith("-")), "")
+
+
+def _parse(arguments: list[str], chosen: str) -> argparse.Namespace:
     """Import the chosen command alone, so that `edgelm --help` stays instant."""
     parser = argparse.ArgumentParser(
         prog="edgelm",
@@ -80,7 +86,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"edgelm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    chosen = next((word for word in arguments if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(
             name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False

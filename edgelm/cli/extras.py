@@ -18,11 +18,14 @@ def reach(module: str, feature: str) -> ModuleType:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        extra = extra_of(missing)
-        if extra is None:
-            raise
-        raise MissingExtraError(feature, extra, missing) from error
+        raise explain(error, feature) from error
+
+
+def explain(error: ModuleNotFoundError, feature: str) -> Exception:
+    """Return the error that names the extra to install, or the one given where no extra brings its module."""
+    missing = (error.name or "").partition(".")[0]
+    extra = extra_of(missing)
+    return error if extra is None else MissingExtraError(feature, extra, missing)
 
 
 def extra_of(module: str) -> str | None:
@@ -34,6 +37,6 @@ def extra_of(module: str) -> str | None:
     for line in lines:
         name = re.split(r"[^\w.-]", line, maxsplit=1)[0].replace("-", "_").lower()
         found = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", line)
-        if found and name in (module.lower(), f"{module.lower()}_onnx"):
+        if found and name != "edgelm" and name in (module.lower(), f"{module.lower()}_onnx"):
             return found.group(1)
     return None
