@@ -107,7 +107,6 @@ def benchmark(
         if value < 1:
             raise EdgelmError(f"{name} must be at least 1, got {value}")
     count = default_threads() if threads is None else threads
-    bandwidth = memory_bandwidth_gb_s(count)
     start = time.perf_counter()
     bundle = open_bundle(path)
     if prompt_tokens + new_tokens > bundle.manifest.context:
@@ -117,14 +116,16 @@ def benchmark(
         )
     session = open_session(bundle, rows=max(batches), threads=count, context=prompt_tokens + new_tokens)
     load_s = time.perf_counter() - start
-    runs = []
-    for number, batch in enumerate(batches):
-        rounds = [
+    rounds = {
+        batch: [
             _round(session, bundle, batch, prompt_tokens, new_tokens)
             for _ in _counted(repeat + 1, number, len(batches), progress)
         ][1:]
-        runs.append(_summary(bundle, batch, prompt_tokens, new_tokens, rounds, bandwidth))
-    memory = memory_mb()  # before numba joins in
+        for number, batch in enumerate(batches)
+    }
+    memory = memory_mb()  # before numba and the arrays of the bandwidth measurement join in
+    bandwidth = memory_bandwidth_gb_s(count)
+    runs = [_summary(bundle, batch, prompt_tokens, new_tokens, rounds[batch], bandwidth) for batch in batches]
     return Report(count, bandwidth, load_s, _sampler_us(bundle.manifest.vocab_size), memory, tuple(runs))
 
 

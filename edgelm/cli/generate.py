@@ -9,7 +9,7 @@ from typing import Any
 
 import edgelm
 from edgelm.cli.flags import add_sampling_flags, sampling_from
-from edgelm.errors import UsageError
+from edgelm.errors import EdgelmError, UsageError
 from edgelm.messages import Completion
 from edgelm.model import Model
 
@@ -50,7 +50,14 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
             return {"tokens": [int(word) for word in args.tokens.split(",")]}
         except ValueError:
             raise UsageError(f"--tokens takes ids such as 1,2,3; got {args.tokens!r}") from None
-    return {"prompt": sys.stdin.read() if args.prompt == "-" else args.prompt}
+    return {"prompt": _read_input() if args.prompt == "-" else args.prompt}
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise EdgelmError(f"standard input is not text in {error.encoding}: {error.reason}") from error
 
 
 def _stream(model: Model, options: dict[str, Any]) -> Completion:

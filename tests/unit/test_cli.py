@@ -1,0 +1,358 @@
+"""The commands that run a bundle: what they print where, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from edgelm.cli import COMMANDS, main
+
+PROMPT = "Once upon a time"
+USAGE = {"prompt_tokens", "cached_tokens", "completion_tokens", "forced_tokens"}
+TIMING = {"ttft_ms", "total_ms", "tok_s"}
+
+
+def edgelm(*arguments, stdin="", **options):
+    """Run the command line as a person does."""
+    command = [sys.executable, "-m", "edgelm", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process; return its code, output and errors."""
+
+    def call(*arguments):
+        code = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def answer(model):
+    return model.generate(PROMPT, max_tokens=12, temperature=0.0, ignore_eos=True)
+
+
+# --- all commands ---
+
+
+def test_help_names_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for command, summary in COMMANDS.items():
+        assert re.search(rf"^ +{command} +{summary.split()[0]} ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("arguments", [[], ["sing"], ["--verbose"], ["generate"], ["generate", "builtin", "a", "b"]])
+def test_wrong_usage_is_2(arguments, run):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert "usage: edgelm" in err
+
+
+@pytest.mark.parametrize("command", ["generate", "info", "bench", "eval", "chat", "export", "serve", "ask"])
+def test_an_unknown_option_is_refused_by_name(command, run):
+    positional = {"generate": ["b", "p"], "export": ["a", "b"], "serve": [], "ask": ["p"]}.get(command, ["b"])
+    code, out, err = run(command, *positional, "--no-such-option", "1")
+    assert code == 2
+    assert out == ""
+    assert "--no-such-option" in err
+    assert main([command, *positional, "--jso"]) == 2  # no abbreviations
+
+
+def test_the_version_is_printed(run):
+    code, out, _ = run("--version")
+    assert code == 0
+    assert re.fullmatch(r"edgelm \d+\.\d+\.\d+\S*\n", out)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["generate", "{}", "hi"], ["info", "{}"], ["bench", "{}"], ["eval", "{}", "--text", __file__], ["chat", "{}"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_bad_bundle_is_one_line(arguments, tmp_path, run):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "nowhere", tmp_path / "empty"):
+        code, out, err = run(*(argument.format(path) for argument in arguments))
+        assert code == 1
+        assert out == ""
+        assert err.startswith(f"edgelm {arguments[0]}: ")
+        assert err.count("\n") == 1
+        assert str(path) in err
+
+
+def test_a_traceback_is_for_those_who_ask(tmp_path, run):
+    assert "Traceback" not in run("info", tmp_path)[2]
+    assert "Traceback" in run("info", tmp_path, "--debug")[2]
+
+
+def test_a_graph_that_onnxruntime_refuses_is_one_line(bundle, tmp_path, run):
+    from edgelm.bundle import open_bundle, seal
+
+    for file in bundle.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    seal(tmp_path, open_bundle(bundle).manifest)
+    code, out, err = run("generate", tmp_path, PROMPT)
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "cannot load" in err
+
+
+# --- generate ---
+
+
+def test_generate_streams_to_stdout_and_says_the_rest_on_stderr(bundle, answer):
+    options = ["--max-tokens", "12", "--temperature", "0", "--ignore-eos"]
+    command = [sys.executable, "-m", "edgelm", "generate", str(bundle), PROMPT, *options]
+    done = subprocess.run(command, capture_output=True, timeout=300, check=False)  # in bytes: an answer may hold \r
+    assert (done.returncode, done.stdout.decode()) == (0, answer.text + "\n")
+    assert re.fullmatch(r"edgelm: stopped at 12 tokens .*\n", done.stderr.decode())
+
+
+def test_generate_prints_one_json_object(bundle, answer):
+    options = ["--max-tokens", 12, "--temperature", 0, "--ignore-eos", "--logprobs", 2, "--json"]
+    done = edgelm("generate", bundle, "-", *options, stdin=PROMPT)
+    assert (done.returncode, done.stderr) == (0, "")
+    printed = json.loads(done.stdout)
+    assert {"text", "tokens", "finish_reason", "usage", "timing", "logprobs", "json"} <= set(printed)
+    assert (printed["text"], printed["tokens"]) == (answer.text, list(answer.tokens))
+    assert printed["finish_reason"] == "length"
+    assert set(printed["usage"]) >= USAGE
+    assert printed["usage"]["completion_tokens"] == 12
+    assert set(printed["timing"]) >= TIMING
+    assert [entry["token"] for entry in printed["logprobs"]] == printed["tokens"]
+    for entry in printed["logprobs"]:
+        assert set(entry) == {"token", "logprob", "top"}
+        assert [set(other) for other in entry["top"]] == [{"token", "logprob"}] * 2
+    assert printed["json"] is None
+
+
+def test_generate_takes_tokens_and_every_sampling_flag(bundle, run):
+    flags = ["--temperature", 0.9, "--top-k", 9, "--top-p", 0.9, "--min-p", 0.01, "--repetition-penalty", 1.1]
+    flags += ["--seed", 3, "--stop", "zzzz", "--stop", "yyyy", "--max-tokens", 9, "--ignore-eos", "--json"]
+    first = run("generate", bundle, "--tokens", "5,6,7", *flags)
+    again = run("generate", bundle, "--tokens", "5,6,7", *flags)
+    assert first[0] == again[0] == 0
+    assert json.loads(first[1])["tokens"] == json.loads(again[1])["tokens"]
+    assert json.loads(first[1])["usage"]["prompt_tokens"] == 3
+
+
+def test_generate_keeps_to_constraints(bundle, run, tmp_path):
+    assert run("generate", bundle, PROMPT, "--choices", "yes,no", "--no-stream")[1].strip() in ("yes", "no")
+    assert re.fullmatch("[0-9]{4}\n", run("generate", bundle, PROMPT, "--regex", "[0-9]{4}")[1])
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": [{"on": true}, {"on": false}]}')
+    code, out, _ = run("generate", bundle, PROMPT, "--json-schema", schema, "--json", "--max-tokens", 200)
+    assert code == 0
+    assert json.loads(out)["json"] in ({"on": True}, {"on": False})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        ([], 2, "PROMPT or --tokens"),
+        (["p", "--tokens", "1"], 2, "PROMPT or --tokens"),
+        (["--tokens", "1,x"], 2, "--tokens"),
+        (["--tokens", "5,99999999"], 1, "99999999"),
+        (["p", "--temperature", "warm"], 2, "--temperature"),
+        (["p", "--temperature", "-1"], 1, "temperature"),
+        (["p", "--max-tokens", "0"], 1, "max_tokens"),
+        (["p", "--top-p", "nan"], 1, "top_p"),
+        (["p", "--seed", "-1"], 1, "seed"),
+        (["p", "--regex", "("], 1, "regex"),
+        (["p", "--regex", "a", "--choices", "b"], 2, "not allowed with"),
+        (["p", "--json-schema", "/no/such/file"], 1, "/no/such/file"),
+        (["p", "--context", "0"], 1, "context"),
+        (["p", "--threads", "0"], 1, "threads"),
+        (["\udcff"], 1, "Unicode"),
+    ],
+    ids=lambda value: "-".join(value).encode("ascii", "replace").decode() if isinstance(value, list) else None,
+)
+def test_generate_refuses_what_it_cannot_use(arguments, code, word, bundle, run):
+    ended, out, err = run("generate", bundle, *arguments)
+    assert (ended, out) == (code, "")
+    assert word in err
+    assert "internal error" not in err
+    assert code == 2 or err.count("\n") == 1
+
+
+def test_a_prompt_that_does_not_fit_states_both_lengths(bundle, run):
+    code, out, err = run("generate", bundle, "--tokens", ",".join(["5"] * 33), "--context", 32)
+    assert (code, out) == (1, "")
+    assert "33 tokens" in err
+    assert "32" in err
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_input_that_is_no_text_is_one_line(errors, bundle):
+    command = [sys.executable, "-m", "edgelm", "generate", str(bundle), "-"]
+    env = {**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"}
+    done = subprocess.run(command, input=b"\xff\xfe", capture_output=True, timeout=120, check=False, env=env)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.count(b"\n") == 1
+    assert b"internal error" not in done.stderr
+
+
+def test_an_interrupt_is_130(bundle):
+    command = [sys.executable, "-m", "edgelm", "generate", str(bundle), "-"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        end = time.monotonic() + 60
+        while "onnxruntime" not in _maps(process.pid):
+            assert time.monotonic() < end
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.5)  # it waits for the prompt now
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (130, "")
+    assert err == "edgelm generate: interrupted\n"
+
+
+def _maps(pid):
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        pytest.skip("needs /proc to see what the process has loaded")
+
+
+def test_a_reader_that_goes_away_is_not_our_error(bundle):
+    command = [sys.executable, "-m", "edgelm", "generate", str(bundle), PROMPT, "--max-tokens", "300", "--ignore-eos"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 1
+    assert err == b""
+    process.stderr.close()
+
+
+# --- info, eval, bench, chat ---
+
+
+def test_info_tells_what_a_bundle_is(bundle, run):
+    from edgelm.bundle import open_bundle
+
+    manifest = open_bundle(bundle).manifest
+    code, out, err = run("info", bundle)
+    assert (code, err) == (0, "")
+    for value in (manifest.architecture, manifest.quant, f"{manifest.context} tokens", manifest.digest):
+        assert value in out
+    code, out, err = run("info", bundle, "--json")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    printed = json.loads(out)
+    assert printed["context"] == manifest.context
+    assert printed["digest"] == manifest.digest
+    assert printed["bytes"] == sum(file.bytes for file in manifest.files.values())
+
+
+def test_eval_measures_text_and_tasks(bundle, tmp_path, model):
+    text, tasks = tmp_path / "text.txt", tmp_path / "tasks.jsonl"
+    text.write_text("Once upon a time.\n<|endoftext|>\nThe cat sat on the mat.\n", "utf-8")
+    said = model.generate(PROMPT, max_tokens=256, temperature=0.0).text
+    rows = [{"prompt": PROMPT, "target": said or "x"}, {"prompt": "The cat", "target": "not this"}]
+    tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = edgelm("eval", bundle, "--text", text, "--task", tasks, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    printed = json.loads(done.stdout)
+    assert {"perplexity", "bits_per_byte", "tokens", "task"} <= set(printed)
+    assert {"n", "exact", "intent", "frame", "slot_f1"} <= set(printed["task"])
+    assert (printed["task"]["n"], printed["task"]["exact"]) == (2, 0.5 if said else 0.0)
+    assert printed["perplexity"] > 1
+
+
+def test_eval_prints_a_table_and_says_what_was_cut(bundle, tmp_path, run):
+    text = tmp_path / "long.txt"
+    text.write_text("Once upon a time there was a cat. " * 60, "utf-8")
+    code, out, err = run("eval", bundle, "--text", text, "--context", 64)
+    assert code == 0
+    assert re.search(r"^perplexity +\d", out, re.MULTILINE)
+    assert re.search(r"^tokens +63$", out, re.MULTILINE)
+    assert "longer than the context of 64" in err
+    code, out, err = run("eval", bundle, "--text", text, "--context", 64, "--long-documents", "window", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["tokens"] > 63
+
+
+def test_eval_refuses_what_it_cannot_measure(bundle, tmp_path, run):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    assert run("eval", bundle)[0] == 2
+    for option, path in (("--text", "nowhere"), ("--text", "bytes"), ("--text", "empty.txt"), ("--task", "empty.txt")):
+        code, out, err = run("eval", bundle, option, tmp_path / path)
+        assert (code, out) == (1, "")
+        assert err.count("\n") == 1
+        assert "internal error" not in err
+
+
+def test_bench_reports_every_batch(bundle, run):
+    sizes = ["--prompt-tokens", 20, "--new-tokens", 5, "--repeat", 1, "--threads", 1]
+    code, out, err = run("bench", bundle, *sizes, "--batch", "1,3", "--json")
+    assert (code, err) == (0, "")
+    printed = json.loads(out)
+    top = {"threads", "memory_bandwidth_gb_s", "load_s", "rss_mb", "rss_private_mb", "sampler_us", "runs"}
+    assert top <= set(printed)
+    each = {"batch", "prompt_tokens", "new_tokens", "prefill_tok_s", "decode_tok_s", "ttft_ms", "bandwidth_share"}
+    assert [each <= set(run) for run in printed["runs"]] == [True, True]
+    assert [run["batch"] for run in printed["runs"]] == [1, 3]
+    assert all(run[name] > 0 for run in printed["runs"] for name in each)
+    code, out, err = run("bench", bundle, *sizes)
+    assert (code, err) == (0, "")
+    assert "decode tok/s" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [(["--batch", "1,x"], 2), (["--batch", "0"], 1), (["--new-tokens", "0"], 1), (["--prompt-tokens", "999999"], 1)],
+    ids=str,
+)
+def test_bench_refuses_sizes_that_make_no_sense(options, code, bundle, run):
+    ended, out, err = run("bench", bundle, *options)
+    assert (ended, out) == (code, "")
+    assert "internal error" not in err
+
+
+def test_chat_answers_line_by_line(bundle, model):
+    if model.manifest.chat_template is None:
+        pytest.skip("this bundle has no chat template")
+    said = "hello\n/clear\nhello\nhow are you\n/exit\nnot read\n"
+    done = edgelm("chat", bundle, "--temperature", 0, "--max-tokens", 6, "--regex", "[a-z]{6}", stdin=said)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert lines[0] == lines[1]
+    one = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": lines[1]}]
+    history = [*one, {"role": "user", "content": "how are you"}]
+    assert model.generate(messages=history, temperature=0.0, max_tokens=6, regex="[a-z]{6}").text == lines[2]
+
+
+def test_chat_without_a_template_says_what_to_do(bundle, tmp_path, run):
+    import dataclasses
+
+    from edgelm.bundle import open_bundle, seal
+
+    for file in bundle.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    seal(tmp_path, dataclasses.replace(open_bundle(bundle).manifest, chat_template=None))
+    code, out, err = run("chat", tmp_path)
+    assert (code, out) == (1, "")
+    assert "edgelm generate" in err
