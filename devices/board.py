@@ -1,6 +1,6 @@
 """The machine at hand: which board it is, its processor, memory, temperature and throttling, as Linux tells.
 
-Knows nothing of models. Every reader takes the root of the file system, and gives None for what is not told.
+Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -12,27 +12,11 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
+
+from edgelm.hardware import ROOT, Throttling, parse_throttling, read_temperature, read_text, read_throttling
 
 from .profile import Profile, load_profiles
-
-ROOT: Final = Path("/")
-
-THROTTLED_BITS: Final = {
-    0: "under-voltage",
-    1: "frequency capped",
-    2: "throttled",
-    3: "soft temperature limit",
-}
-"""What the Raspberry Pi's firmware reports: these bits for now, the same 16 higher for since boot."""
-
-
-@dataclass(frozen=True, slots=True)
-class Throttling:
-    """What holds a Raspberry Pi back now, and what did since boot; values of `THROTTLED_BITS`."""
-
-    now: tuple[str, ...]
-    since_boot: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +56,7 @@ def detect(root: Path = ROOT, machine: str | None = None) -> Board:
     machine = machine or platform.machine()
     blocks = _read_cpuinfo(root)
     first = blocks[0] if blocks else {}
-    model = _read(root / "proc/device-tree/model")
+    model = read_text(root / "proc/device-tree/model")
     implementer, part = first.get("CPU implementer"), first.get("CPU part")
     profile, matched_by = _match(model, machine, implementer, part)
     memory = _read_meminfo(root)
@@ -89,37 +73,8 @@ def detect(root: Path = ROOT, machine: str | None = None) -> Board:
         memory_bytes=memory.get("MemTotal"),
         memory_available_bytes=memory.get("MemAvailable"),
         temperature_c=read_temperature(root),
-        throttling=read_throttling(root),
+        throttling=read_throttling(root) or (_ask_firmware() if root == ROOT else None),
     )
-
-
-def read_temperature(root: Path = ROOT) -> float | None:
-    """Return the temperature of the processor in degrees Celsius: the hottest of its sensors, else of all."""
-    found: list[tuple[bool, float]] = []
-    for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
-        kind, text = _read(zone / "type") or "", _read(zone / "temp")
-        # A sensor that is switched off reads as absurdly cold, or cannot be read at all.
-        if text and re.fullmatch(r"-?\d+", text) and int(text) > -100_000:
-            found.append((any(word in kind.lower() for word in ("cpu", "pkg", "soc")), int(text) / 1000))
-    of_processor = [celsius for is_processor, celsius in found if is_processor]
-    return max(of_processor or [celsius for _, celsius in found], default=None)
-
-
-def read_throttling(root: Path = ROOT) -> Throttling | None:
-    """Return what a Raspberry Pi's firmware says of throttling; None on any other machine."""
-    files = sorted((root / "sys/devices/platform").glob("soc*/*firmware/get_throttled"))
-    text = next(filter(None, map(_read, files)), None)
-    if text is None and root == ROOT and (tool := shutil.which("vcgencmd")):
-        done = subprocess.run([tool, "get_throttled"], capture_output=True, text=True, timeout=10, check=False)
-        text = done.stdout.strip().removeprefix("throttled=")
-    try:
-        bits = int(text or "", 16)
-    except ValueError:
-        return None
-    now, since_boot = (
-        tuple(name for bit, name in THROTTLED_BITS.items() if bits >> (bit + shift) & 1) for shift in (0, 16)
-    )
-    return Throttling(now, since_boot)
 
 
 def _match(
@@ -145,7 +100,7 @@ def _match(
 def _read_cpuinfo(root: Path) -> list[dict[str, str]]:
     """Return one table for each processor of /proc/cpuinfo."""
     blocks = []
-    for block in re.split(r"\n\s*\n", _read(root / "proc/cpuinfo") or ""):
+    for block in re.split(r"\n\s*\n", read_text(root / "proc/cpuinfo") or ""):
         lines = (line.partition(":") for line in block.splitlines())
         table = {key.strip(): value.strip() for key, _, value in lines}
         if "processor" in table:
@@ -155,13 +110,17 @@ def _read_cpuinfo(root: Path) -> list[dict[str, str]]:
 
 def _read_meminfo(root: Path) -> dict[str, int]:
     """Return /proc/meminfo in bytes."""
-    text = _read(root / "proc/meminfo") or ""
+    text = read_text(root / "proc/meminfo") or ""
     return {key: int(kib) * 1024 for key, kib in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
 
 
-def _read(path: Path) -> str | None:
-    """Return a small text file, stripped; None where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n") or None
-    except OSError:
+def _ask_firmware() -> Throttling | None:
+    """Ask the Raspberry Pi's own tool, for kernels that do not tell."""
+    tool = shutil.which("vcgencmd")
+    if tool is None:
         return None
+    try:
+        done = subprocess.run([tool, "get_throttled"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return parse_throttling(done.stdout.strip().removeprefix("throttled="))

@@ -15,7 +15,7 @@ import edgelm
 from edgelm.errors import EdgelmError
 from edgelm.measure import memory_mb
 
-from .board import Board, detect, read_temperature, read_throttling
+from .board import Board, detect
 from .report import Check, Report
 from .round_trip import check_round_trip
 
@@ -81,7 +81,8 @@ def run_smoke(
         note(check_answer(answer, intent))
         note(_check_stream(model, text, answer))
     note(check_round_trip(bundle, threads, text, answer, broker))
-    for check in (_tell_speed(answer), _tell_memory(), _tell_temperature(), _check_throttling()):
+    after = detect()
+    for check in (_tell_speed(answer), _tell_memory(after), _tell_temperature(after), _check_throttling(after)):
         note(check)
     return Report(board, bundle, quant, answer.tokens, tuple(checks))
 
@@ -132,24 +133,24 @@ def _tell_speed(answer: Completion) -> Check:
     return Check("speed", "info", told, {"ttft_ms": timing.ttft_ms, "tok_s": timing.tok_s})
 
 
-def _tell_memory() -> Check:
-    used, available = memory_mb(), detect().memory_available_bytes
+def _tell_memory(board: Board) -> Check:
+    used, available = memory_mb(), board.memory_available_bytes
     told = f"{used['rss_peak_mb']:.0f} MB at most" if used else "this machine tells none"
     if available:
         told += f", {available / 1e6:.0f} MB still available"
     return Check("memory", "info", told, {**used, "available_bytes": available})
 
 
-def _tell_temperature() -> Check:
-    celsius = read_temperature()
+def _tell_temperature(board: Board) -> Check:
+    celsius = board.temperature_c
     if celsius is None:
         return Check("temperature", "skipped", "this machine tells none")
     return Check("temperature", "info", f"{celsius:.1f} degrees Celsius", {"celsius": celsius})
 
 
-def _check_throttling() -> Check:
-    """Is the board held back right now? Then its power supply or cooling wants attention."""
-    found = read_throttling()
+def _check_throttling(board: Board) -> Check:
+    """Fail a board that is held back right now: its power supply or cooling wants attention."""
+    found = board.throttling
     if found is None:
         return Check("throttling", "skipped", "only a Raspberry Pi tells")
     past = f" (since boot: {', '.join(found.since_boot)})" if found.since_boot else ""

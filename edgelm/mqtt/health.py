@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Final
 
-_THROTTLED: Final = Path("/sys/devices/platform/soc/soc:firmware/get_throttled")  # Raspberry Pi
-_ZONES: Final = Path("/sys/class/thermal")
+from edgelm.hardware import read_temperature, read_throttling
 
 
 def rss_mb() -> float | None:
@@ -20,19 +18,12 @@ def rss_mb() -> float | None:
 
 
 def temp_c() -> float | None:
-    """Return the hottest thermal zone's temperature in degrees Celsius."""
-    readings = []
-    for zone in _ZONES.glob("thermal_zone*/temp"):
-        try:
-            readings.append(int(zone.read_text("ascii")) / 1000)
-        except (OSError, ValueError):  # a zone whose sensor is off
-            continue
-    return round(max(readings), 1) if readings else None
+    """Return the processor's temperature in degrees Celsius."""
+    celsius = read_temperature()
+    return None if celsius is None else round(celsius, 1)
 
 
 def is_throttled() -> bool | None:
     """Whether a Raspberry Pi has slowed down now, for heat or weak power."""
-    try:
-        return int(_THROTTLED.read_text("ascii"), 16) & 0xF != 0
-    except (OSError, ValueError):
-        return None
+    throttling = read_throttling()
+    return None if throttling is None else bool(throttling.now)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from edgelm_devices.board import detect, read_temperature, read_throttling
+from edgelm_devices.board import detect
 from edgelm_devices.emulate import lay_over
 from edgelm_devices.profile import PROFILES, Profile, load_profile, load_profiles, read_profile
 from hypothesis import assume, given
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from edgelm.cli import main
 from edgelm.errors import DeviceError
+from edgelm.hardware import read_temperature, read_throttling
 
 EMULATED = [profile for profile in load_profiles().values() if profile.emulation]
 
@@ -197,10 +198,13 @@ def test_other_sensors_stand_in(machine):
     assert read_temperature(root) == 40.0
 
 
-@given(now=st.integers(0, 15), before=st.integers(0, 15))
-def test_throttling_bits_are_told_apart(tmp_path_factory, now: int, before: int):
-    root = tmp_path_factory.getbasetemp() / "pi"
-    path = root / "sys/devices/platform/soc/soc:firmware/get_throttled"
+NODES = st.sampled_from(["soc", "soc@107c000000"])  # up to the Pi 4, and on the Pi 5
+
+
+@given(now=st.integers(0, 15), before=st.integers(0, 15), node=NODES)
+def test_throttling_bits_are_told_apart(tmp_path_factory, now: int, before: int, node: str):
+    root = tmp_path_factory.getbasetemp() / node
+    path = root / "sys/devices/platform" / node / f"{node}:firmware" / "get_throttled"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{now | before << 16:x}\n")
     found = read_throttling(root)

@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parents[2]
 FLOORS = [
     {"_version", "errors"},
     {"messages"},
-    {"bundle", "config", "tasks", "measure"},
+    {"bundle", "config", "tasks", "measure", "hardware"},
     {"chat", "detokenizer", "grammar", "kv", "sampling"},
     {"tokenizer", "growing"},
     {"session"},
