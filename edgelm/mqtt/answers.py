@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edgelm.messages import Chunk, Completion
+from edgelm.mqtt.client import Sending
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,8 @@ class Answer:
     is_started: bool = False
     is_interrupted: bool = False
     """It was cancelled because the service stops."""
-    unwritten: int | None = None
-    """The mid of a chunk that is not on its way yet; until it is, text is merged."""
+    last: Sending | None = None
+    """The chunk before; until it is on its way, text is merged."""
     not_before: float = 0.0
     """When the next chunk may go out, in seconds of `time.monotonic`."""
     _deltas: deque[str] = field(default_factory=deque)
@@ -86,7 +87,7 @@ class Answer:
 
     def due_at(self) -> float:
         """When there is a chunk to send, in seconds of `time.monotonic`; infinite where there is none."""
-        return float("inf") if not self._deltas or self.unwritten is not None else self.not_before
+        return self.not_before if self._deltas else float("inf")
 
     def take(self) -> str:
         """Return all text not told yet."""

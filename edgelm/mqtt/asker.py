@@ -82,12 +82,12 @@ class Asker:
         """
         payload, properties = asks.write_ask(ask, self._reply_topic, with_properties=self._connection.is_mqtt5)
         topic = self._topics.generate(self.client)
-        mid = self._connection.publish(wire.Packet(topic, payload, qos=1, properties=properties))
-        if mid is None:
+        sending = self._connection.publish(wire.Packet(topic, payload, qos=1, properties=properties))
+        if sending is None:
             raise UnansweredError(f"the connection to {self._url} was lost")
         is_over = False
         try:
-            for answer in self._answers(ask, mid):
+            for answer in self._answers(ask, sending.mid):
                 is_over = isinstance(answer, wire.Outcome)
                 yield answer
         finally:

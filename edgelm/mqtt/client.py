@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 KEEPALIVE_S: Final = 20
 CONNECT_TIMEOUT_S: Final = 5.0
-CONNACK_WITHIN_S: Final = 5.0
+CONNACK_WITHIN_S: Final = 3.0
 """A broker that knows only 3.1.1 may misread MQTT 5's greeting and wait for more of it."""
 RECONNECT_S: Final = (1, 30)
 RECEIVE_MAXIMUM: Final = 64
@@ -87,7 +87,7 @@ class Subscribed:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A message of QoS 0 was written, or one of QoS 1 acknowledged with `reason`."""
+    """A message of QoS 1 was acknowledged with `reason`; or one of QoS 0 written, while some of QoS 1 are under way."""
 
     mid: int
     reason: int
@@ -110,6 +110,24 @@ class Received:
 @dataclass(frozen=True, slots=True)
 class NeedsCare:
     """Call `Connection.tend`."""
+
+
+class Sending:
+    """A packet handed to paho. `mid` is what its `Published` will carry."""
+
+    __slots__ = ("_info", "mid")
+
+    def __init__(self, info: paho.MQTTMessageInfo) -> None:
+        self._info = info
+        self.mid = info.mid
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was written (QoS 0) or acknowledged (QoS 1), or was lost with its connection."""
+        try:
+            return self._info.is_published()
+        except (RuntimeError, ValueError):  # how paho says that it is lost
+            return True
 
 
 Event = Connected | Disconnected | ConnectFailed | Subscribed | Published | Received | NeedsCare
@@ -176,6 +194,8 @@ class Connection:
         self._session_expiry_s = session_expiry_s
         self._packet_bytes = packet_bytes
         self._version = MQTTProtocolVersion.MQTTv5 if protocol == "5" else MQTTProtocolVersion.MQTTv311
+        self.tells_published = False
+        """Whether `Published` is posted; set by a publish of QoS 1, reset by the owner when none is under way."""
         self._limits = Limits()
         self._connected = False
         self._was_announced = False
@@ -262,8 +282,8 @@ class Connection:
         """Ask for topics; the answer is a `Subscribed`."""
         self._client.subscribe(list(filters))
 
-    def publish(self, packet: Packet) -> int | None:
-        """Send a packet; return the `mid` that its `Published` will carry, or None where it cannot go now.
+    def publish(self, packet: Packet) -> Sending | None:
+        """Send a packet; return None where it cannot go now. A `Published` follows one of QoS 1.
 
         Raises
         ------
@@ -279,10 +299,12 @@ class Connection:
             size = fixed + len(packet.payload) + (len(properties.pack()) if properties else 1)  # type: ignore[no-untyped-call]
             if size > limit:
                 raise PacketTooLargeError(f"a packet of {size} bytes exceeds the broker's limit of {limit}")
+        if packet.qos == 1:
+            self.tells_published = True
         info = self._client.publish(packet.topic, packet.payload, packet.qos, packet.retain, properties)
         if packet.qos == 0 and info.rc != paho.MQTT_ERR_SUCCESS:
             return None
-        return info.mid  # QoS 1 that met a dying connection: paho sends it on the next one
+        return Sending(info)  # QoS 1 that met a dying connection: paho sends it on the next one
 
     def tell(self, packet: Packet) -> None:
         """Send a packet of QoS 0 that nobody misses much."""
@@ -403,7 +425,8 @@ class Connection:
 
     @_guarded
     def _on_publish(self, _c: paho.Client, _d: Any, mid: int, reason: Any, _properties: Any) -> None:
-        self._post(Published(mid, reason.value))
+        if self.tells_published:  # paho calls this for QoS 0 too, and every event wakes the owner
+            self._post(Published(mid, reason.value))
 
     @_guarded
     def _on_message(self, _c: paho.Client, _d: Any, message: paho.MQTTMessage) -> None:
@@ -442,6 +465,7 @@ def _paho_properties(kind: int) -> PahoProperties:
     return PahoProperties(kind)  # type: ignore[no-untyped-call]
 
 
+@functools.lru_cache(maxsize=64)  # the chunks of a second share theirs, and paho is slow to make them
 def _to_paho(properties: Properties) -> PahoProperties:
     packed = _paho_properties(PacketTypes.PUBLISH)
     if properties.response_topic is not None:

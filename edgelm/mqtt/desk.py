@@ -28,8 +28,8 @@ from edgelm.worker import Worker
 
 log = logging.getLogger(__name__)
 
-RETRY_S: Final = 0.05
-"""When to try a chunk again that met a connection going away."""
+RETRY_S: Final = 0.01
+"""When to try a chunk again that met a connection going away, or whose forerunner is not written yet."""
 READ_LIMIT: Final = 4 * wire.MAX_PAYLOAD_BYTES
 """How much of a payload that is too large is still read, for its id and where it wants its refusal."""
 
@@ -83,7 +83,6 @@ class Desk:
         self._post = post
         self._keys = itertools.count()
         self._answers: dict[str, Answer] = {}
-        self._chunks: dict[int, Answer] = {}
 
     def __len__(self) -> int:
         """Return how many requests have no final yet."""
@@ -183,8 +182,10 @@ class Desk:
     # -- out --------------------------------------------------------------------------------------------------
 
     def on_grown(self, answer: Answer) -> None:
-        """Note that an answer began or grew; `send_due` sends what there is."""
-        if answer.begin():
+        """Note that an answer began or grew; send what there is, or leave it for `send_due`."""
+        is_first = answer.begin()
+        self.send_due()
+        if is_first:
             self._tell("started", answer.id, answer.client)
 
     def on_finished(self, answer: Answer, completion: Completion) -> None:
@@ -217,20 +218,12 @@ class Desk:
         """Send the chunks whose time has come."""
         now = time.monotonic()
         for answer in self._answers.values():
-            if answer.due_at() <= now and self._connection.is_connected:
-                self._send_chunk(answer)
-
-    def on_connected(self) -> None:
-        """Forget chunks that died with the former connection."""
-        self._chunks.clear()
-        for answer in self._answers.values():
-            answer.unwritten = None
-
-    def on_published(self, mid: int) -> None:
-        """Note that a chunk is on its way."""
-        answer = self._chunks.pop(mid, None)
-        if answer is not None and answer.unwritten == mid:
-            answer.unwritten = None
+            if answer.due_at() > now or not self._connection.is_connected:
+                continue
+            if answer.last is not None and not answer.last.is_over:
+                answer.not_before = now + RETRY_S
+                continue
+            self._send_chunk(answer)
 
     def interrupt(self) -> None:
         """Cancel all; their finals say `interrupted`."""
@@ -254,19 +247,18 @@ class Desk:
             properties=wire.answer_properties(answer.correlation, answer.deadline - now),
         )
         try:
-            mid = self._connection.publish(packet)
+            sending = self._connection.publish(packet)
         except PacketTooLargeError as error:
             log.warning("a chunk of %s is lost: %s", answer.id, error)
             answer.seq += 1  # a gap, so that the client sees it
             return
-        if mid is None:
+        if sending is None:
             answer.put_back(text)
             answer.not_before = now + RETRY_S
             return
         answer.seq += 1
-        answer.unwritten = mid
+        answer.last = sending
         answer.not_before = now + answer.chunk_ms / 1000
-        self._chunks[mid] = answer
 
     def _send_final(
         self, completion: Completion, seq: int, reply_topic: str, correlation: bytes | None, left_s: float

@@ -52,21 +52,22 @@ class Outbox:
             self._under_way.clear()
         self._pump()
 
-    def on_published(self, event: Published) -> bool:
-        """Note an acknowledgement; return whether it was one of ours."""
+    def on_published(self, event: Published) -> None:
+        """Note an acknowledgement."""
         entry = self._under_way.pop(event.mid, None)
-        if entry is None:
-            return False
+        if entry is None:  # a message of QoS 0
+            return
         if event.reason >= 0x80:
             log.warning("the broker refused a message on %s (reason %d)", entry.packet.topic, event.reason)
         self._pump()
-        return True
+        if not self._under_way:
+            self._connection.tells_published = False
 
     def _pump(self) -> None:
         while self._waiting and len(self._under_way) < self._window:
             entry = self._waiting[0]
             try:
-                mid = self._connection.publish(entry.packet)
+                sending = self._connection.publish(entry.packet)
             except PacketTooLargeError as error:
                 self._waiting.popleft()
                 log.warning("on %s: %s", entry.packet.topic, error)
@@ -74,7 +75,7 @@ class Outbox:
                 if substitute is not None:
                     self._waiting.appendleft(_Entry(substitute, None))
                 continue
-            if mid is None:
+            if sending is None:
                 return
             self._waiting.popleft()
-            self._under_way[mid] = entry
+            self._under_way[sending.mid] = entry

@@ -32,7 +32,9 @@ WILL_DELAY_S: Final = 3
 STATE_EVERY_S: Final = 10.0
 STATE_CHANGED_S: Final = 1.0
 """How soon a change of the queue is told."""
-TICK_S: Final = 1.0
+TICK_S: Final = 0.5
+CARE_EVERY_S: Final = 0.1
+"""What need not be looked at after every token."""
 QUICK_LOSS_S: Final = 5.0
 QUICK_LOSSES: Final = 3
 """So many connections in a row that lived no longer: two boards of one name take them from each other."""
@@ -94,14 +96,14 @@ class Service:
         self._connected_at = 0.0
         self._quick_losses = 0
         self._protocol = ""
-        self._state_at = float("-inf")
+        self._cared_at = self._state_at = float("-inf")
         self._state: tuple[int, int] = (0, 0)
         self._handlers: dict[type, Callable[[Any], None]] = {
             client.Connected: self._on_connected,
             client.Disconnected: self._on_disconnected,
             client.ConnectFailed: self._on_connect_failed,
             client.Subscribed: self._on_subscribed,
-            client.Published: self._on_published,
+            client.Published: self._outbox.on_published,
             client.Received: self._on_received,
             client.NeedsCare: lambda _: self._connection.tend(),
             Grown: lambda event: self._desk.on_grown(event.answer),
@@ -144,7 +146,8 @@ class Service:
             if event is not None:
                 self._handlers[type(event)](event)
             self._desk.send_due()
-            self._care()
+            if time.monotonic() - self._cared_at >= CARE_EVERY_S:
+                self._care()
         except EdgelmError as error:
             self._fail(error)
         except Exception:
@@ -152,7 +155,7 @@ class Service:
 
     def _care(self) -> None:
         """Do what is due now and then."""
-        now = time.monotonic()
+        now = self._cared_at = time.monotonic()
         self._connection.tend()
         if self._worker.failure is not None and self._failure is None:
             self._fail(EdgelmError(f"the engine died: {self._worker.failure!r}"))
@@ -195,7 +198,6 @@ class Service:
         self._connected_at = time.monotonic()
         self._protocol = event.protocol
         self._connection.subscribe(self._topics.subscriptions)
-        self._desk.on_connected()
         self._outbox.on_connected(event)
 
     def _on_subscribed(self, event: client.Subscribed) -> None:
@@ -230,10 +232,6 @@ class Service:
         elif not self._said_away:
             log.warning("no broker at %s (%s); trying again until there is one", self._url, event.reason)
             self._said_away = True
-
-    def _on_published(self, event: client.Published) -> None:
-        if not self._outbox.on_published(event):
-            self._desk.on_published(event.mid)
 
     def _on_received(self, event: client.Received) -> None:
         try:

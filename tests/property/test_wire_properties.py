@@ -132,8 +132,8 @@ def test_a_chunk_comes_back_as_it_was(request_id: str, seq: int, text: str) -> N
     assert parse_answer(write_delta(Delta(request_id, seq, text))) == Delta(request_id, seq, text)
 
 
-WORDS = """v id prompt messages model stream chunk_ms timeout_s response_topic session priority json_schema regex choices
-max_tokens seed stop temperature logprobs"""
+WORDS = """v id prompt messages model stream chunk_ms timeout_s response_topic session priority json_schema regex
+choices max_tokens seed stop temperature logprobs"""
 KEYS = st.sampled_from(WORDS.split())
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats() | st.text(),

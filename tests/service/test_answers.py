@@ -33,25 +33,40 @@ def asker(request: pytest.FixtureRequest, broker: Broker) -> Iterator[tuple[Clie
         yield connected, request.param
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(prompt=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60), seed=st.integers(0, 2**31))
-def test_streamed_text_equals_the_final_text(asker: tuple[Client, str], common: str, prompt: str, seed: int) -> None:
+PROMPTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(prompts=st.lists(PROMPTS, min_size=4, max_size=4), seed=st.integers(0, 2**31))
+def test_streamed_text_equals_the_final_text(
+    asker: tuple[Client, str], common: str, prompts: list[str], seed: int
+) -> None:
     client, version = asker
-    reply = f"stream/{version}/{next(NUMBERS)}"
-    body = {"prompt": prompt, "stream": True, "chunk_ms": seed % 3, "max_tokens": 12, "temperature": 1.2, "seed": seed}
-    if version == "5":
-        client.publish(f"edgelm/{common}/generate", body, reply=reply)
-    else:
-        client.publish(f"edgelm/{common}/generate", {**body, "response_topic": reply})
-    bodies = _bodies(client.wait(lambda heard: _is_whole(heard, reply), f"all of {reply}"), reply)
-    final = next(body for body in bodies if body["done"])
-    chunks = sorted((body for body in bodies if not body["done"]), key=lambda body: body["seq"])
-    assert [chunk["seq"] for chunk in chunks] == list(range(final["seq"]))
-    assert "".join(chunk["delta"] for chunk in chunks) == final["text"]
-    assert all(chunk["delta"] for chunk in chunks)
-    assert {body["id"] for body in bodies} == {final["id"]}
-    assert final["error"] is None
     client.heard.clear()
+    replies = [f"stream/{version}/{next(NUMBERS)}" for _ in prompts]
+    for reply, prompt in zip(replies, prompts, strict=True):
+        body = {
+            "prompt": prompt,
+            "stream": True,
+            "chunk_ms": seed % 3,
+            "max_tokens": 12,
+            "temperature": 1.2,
+            "seed": seed,
+        }
+        if version == "5":
+            client.publish(f"edgelm/{common}/generate", body, reply=reply)
+        else:
+            client.publish(f"edgelm/{common}/generate", {**body, "response_topic": reply})
+    heard = client.wait(lambda heard: all(_is_whole(heard, reply) for reply in replies), f"all of {replies}")
+    for reply in replies:
+        bodies = _bodies(heard, reply)
+        final = next(body for body in bodies if body["done"])
+        chunks = sorted((body for body in bodies if not body["done"]), key=lambda body: body["seq"])
+        assert [chunk["seq"] for chunk in chunks] == list(range(final["seq"]))
+        assert "".join(chunk["delta"] for chunk in chunks) == final["text"]
+        assert all(chunk["delta"] for chunk in chunks)
+        assert {body["id"] for body in bodies} == {final["id"]}
+        assert final["error"] is None
 
 
 def test_without_stream_there_is_exactly_one_message(client: Client, common: str) -> None:

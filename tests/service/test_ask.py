@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from broker import PATIENCE_S, Broker
@@ -15,6 +18,7 @@ from served_board import Process, serving
 
 import edgelm
 from edgelm.bundle import MANIFEST
+from edgelm.cli import main
 from edgelm.config import BrokerConfig, BrokerUrl, ServeConfig
 from edgelm.mqtt.asker import Asker, answer_to
 from edgelm.mqtt.asks import Ask
@@ -29,34 +33,53 @@ def _edgelm(*arguments: str, text: str | None = None) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, input=text, timeout=120, check=False)
 
 
-def _ask(broker: Broker, board: str, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    return _edgelm("ask", "--broker", broker.url, "--board", board, *arguments, text=text)
+class Told(NamedTuple):
+    code: int
+    out: str
+    err: str
 
 
-def test_ask_streams_prints_and_pipes(broker: Broker, common: str) -> None:
+@pytest.fixture
+def ask(capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
+    """`edgelm ask` in this process: broker, board, more arguments -> exit code and what it printed."""
+
+    def run(url: str, board: str, *arguments: str) -> Told:
+        capsys.readouterr()
+        code = main(["ask", PROMPT, "--broker", url, "--board", board, *arguments])
+        return Told(code, *capsys.readouterr())
+
+    return run
+
+
+def test_ask_streams_prints_and_pipes(broker: Broker, common: str, ask: Callable[..., Told]) -> None:
     options = ["--max-tokens", "12", "--temperature", "0"]
-    streamed = _ask(broker, common, PROMPT, *options)
-    whole = _ask(broker, common, PROMPT, *options, "--no-stream")
-    piped = _ask(broker, common, "-", *options, text=PROMPT)
-    told = _ask(broker, common, PROMPT, *options, "--json", "--logprobs", "1")
-    assert streamed.returncode == whole.returncode == piped.returncode == told.returncode == 0
-    assert streamed.stdout == whole.stdout == piped.stdout
-    final = json.loads(told.stdout)
-    assert final["text"] + "\n" == streamed.stdout
+    piped = _edgelm("ask", "-", "--broker", broker.url, "--board", common, *options, text=PROMPT)
+    assert piped.returncode == 0
+    assert piped.stdout.strip()
+    assert piped.stderr == ""
+    assert ask(broker.url, common, *options) == (0, piped.stdout, "")
+    assert ask(broker.url, common, *options, "--no-stream") == (0, piped.stdout, "")
+    told = ask(broker.url, common, *options, "--json", "--logprobs", "1")
+    final = json.loads(told.out)
+    assert final["text"] + "\n" == piped.stdout
     assert len(final["tokens"]) == len(final["logprobs"]) == 12
     assert set(final["timing"]) >= {"ttft_ms", "total_ms", "tok_s"}
-    assert streamed.stderr == told.stderr == ""
+    assert (told.code, told.err) == (0, "")
 
 
-def test_ask_takes_the_flags_of_generate(broker: Broker, common: str, tmp_path: Path) -> None:
+def test_ask_takes_the_flags_of_generate(broker: Broker, common: str, ask: Callable[..., Told], tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"enum": [1, 2]}')
-    assert _ask(broker, common, PROMPT, "--choices", "yes,no").stdout in {"yes\n", "no\n"}
-    assert _ask(broker, common, PROMPT, "--regex", "[ab]{4}").stdout.strip("ab") == "\n"
+    assert ask(broker.url, common, "--choices", "yes,no").out in {"yes\n", "no\n"}
+    assert ask(broker.url, common, "--regex", "[ab]{4}").out.strip("ab") == "\n"
     schema = ["--json-schema", str(tmp_path / "schema.json"), "--temperature", "1", "--seed", "3"]
-    assert json.loads(_ask(broker, common, PROMPT, *schema).stdout) in {1, 2}
-    stopped = _ask(broker, common, PROMPT, "--stop", "Lily", "--stop", "Tom", "--temperature", "0")
-    assert "Lily" not in stopped.stdout
-    long = json.loads(_ask(broker, common, PROMPT, "--max-tokens", "300", "--ignore-eos", "--json").stdout)
+    assert json.loads(ask(broker.url, common, *schema).out) in {1, 2}
+    free = ask(broker.url, common, "--temperature", "0").out
+    assert "Lily" in free
+    assert (
+        ask(broker.url, common, "--stop", "Lily", "--stop", "Tom", "--temperature", "0").out.strip("\n")
+        == (free.split("Lily")[0])
+    )
+    long = json.loads(ask(broker.url, common, "--max-tokens", "300", "--ignore-eos", "--json").out)
     assert long["usage"]["completion_tokens"] == 300
 
 
@@ -68,43 +91,44 @@ def test_ask_takes_the_flags_of_generate(broker: Broker, common: str, tmp_path: 
         (["--regex", "("], "regex"),
         (["--password-file", "/nowhere"], "nowhere"),
         (["--board", "No Name"], "board"),
+        (["--timeout", "0"], "timeout"),
     ],
 )
-def test_ask_fails_in_one_line(broker: Broker, common: str, arguments: list[str], names: str) -> None:
-    done = _ask(broker, common, PROMPT, *arguments)
-    assert done.returncode == 1
-    assert names in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_ask_fails_in_one_line(
+    broker: Broker, common: str, ask: Callable[..., Told], arguments: list[str], names: str
+) -> None:
+    told = ask(broker.url, common, *arguments)
+    assert told.code == 1
+    assert names in told.err
+    assert told.err.count("\n") == 1
 
 
-def test_ask_says_that_nobody_listens(broker: Broker, common: str) -> None:
-    done = _ask(broker, "nobody-here", PROMPT)
-    assert done.returncode == 1
-    assert "no board 'nobody-here'" in done.stderr
-    assert common in done.stderr  # the one that is online
-    done = _edgelm("ask", PROMPT, "--broker", f"mqtt://127.0.0.1:{free_port()}")
-    assert done.returncode == 1
-    assert "no broker" in done.stderr
+def test_ask_says_that_nobody_listens(broker: Broker, common: str, ask: Callable[..., Told]) -> None:
+    told = ask(broker.url, "nobody-here")
+    assert told.code == 1
+    assert "no board 'nobody-here'" in told.err
+    assert common in told.err  # the one that is online
+    told = ask(f"mqtt://127.0.0.1:{free_port()}", common)
+    assert told.code == 1
+    assert "no broker" in told.err
 
 
-def test_ask_says_that_the_board_is_offline(broker: Broker, served_bundle: str, tmp_path: Path) -> None:
-    flags = ["--mqtt", broker.url, "--model", served_bundle, "--board", "gone"]
-    with Process(tmp_path / "log", *flags) as board:
-        board.wait_for("serving")
-        board.end()
-    done = _ask(broker, "gone", PROMPT)
-    assert done.returncode == 1
-    assert "offline" in done.stderr
+def test_ask_says_that_the_board_is_offline(broker: Broker, config: ServeConfig, ask: Callable[..., Told]) -> None:
+    with serving(config):
+        pass
+    told = ask(broker.url, config.board)
+    assert told.code == 1
+    assert "offline" in told.err
 
 
 def test_ask_gives_up_at_its_timeout_and_shows_what_there_was(
-    broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, config: ServeConfig, ask: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(config, monkeypatch, step_s=0.05):
-        done = _ask(broker, config.board, PROMPT, "--timeout", "1.5", "--max-tokens", "400")
-    assert done.returncode == 1
-    assert "deadline" in done.stderr
-    assert done.stdout.strip()
+        told = ask(broker.url, config.board, "--timeout", "1.5", "--max-tokens", "400")
+    assert told.code == 1
+    assert "deadline" in told.err
+    assert told.out.strip()
 
 
 def test_leaving_the_answer_early_cancels_it(
@@ -135,17 +159,39 @@ def test_the_client_yields_the_text_in_order(broker: Broker, common: str, protoc
     assert [delta.seq for delta in deltas] == list(range(last.seq))
 
 
-def test_the_embedded_broker_is_served_on_and_asked_at(served_bundle: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["ws", "unix"])
+def test_web_sockets_and_unix_sockets(served_bundle: str, tmp_path: Path, scheme: str) -> None:
+    port = free_port()
+    lines = {"ws": [f"listener {port} 127.0.0.1", "protocol websockets"], "unix": [f"listener 0 {tmp_path}/socket"]}
+    url = {"ws": f"ws://127.0.0.1:{port}/mqtt", "unix": f"unix://{tmp_path}/socket"}[scheme]
+    special = Broker(tmp_path, *lines[scheme], "allow_anonymous true").start()
+    config = ServeConfig(mqtt=url, model=served_bundle, board="special", threads=1)
+    try:
+        with serving(config), Asker(BrokerConfig(url=BrokerUrl.parse(url)), "special") as asker:
+            assert answer_to(asker, Ask("a", PROMPT, sampling={"max_tokens": 3})).completion.text
+    finally:
+        special.stop()
+
+
+def test_nothing_waits_for_more_to_send(broker: Broker, common: str) -> None:
+    with Asker(BrokerConfig(url=BrokerUrl.parse(broker.url)), common) as asker:
+        connected = asker._connection._client.socket()
+        assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_the_embedded_broker_is_served_on_and_asked_at(
+    served_bundle: str, tmp_path: Path, ask: Callable[..., Told]
+) -> None:
+    pytest.importorskip("amqtt", reason="pip install 'edgelm[broker]'")
     url = f"mqtt://127.0.0.1:{free_port()}"
-    with Process(
-        tmp_path / "log", "--mqtt", url, "--embedded-broker", "--model", served_bundle, "--board", "solo"
-    ) as board:
+    flags = ["--mqtt", url, "--embedded-broker", "--model", served_bundle, "--board", "solo"]
+    with Process(tmp_path / "log", *flags) as board:
         board.wait_for("serving")
-        done = _edgelm("ask", PROMPT, "--broker", url, "--board", "solo", "--max-tokens", "9")
-        assert (done.returncode, bool(done.stdout.strip())) == (0, True), done.stderr
-        nobody = _edgelm("ask", PROMPT, "--broker", url, "--board", "nobody")
-        assert nobody.returncode == 1
-        assert "online: solo" in nobody.stderr
+        told = ask(url, "solo", "--max-tokens", "9")
+        assert (told.code, bool(told.out.strip())) == (0, True), told.err
+        nobody = ask(url, "nobody")
+        assert nobody.code == 1
+        assert "online: solo" in nobody.err
         assert board.end() == 0
         assert "Traceback" not in board.said
 

@@ -1,0 +1,143 @@
+"""What MQTT costs on top of the engine: `python tests/bench/mqtt_overhead.py [BUNDLE]`, by hand, on a quiet machine.
+
+A board in a process of its own, mosquitto and this client, all on loopback, TCP_NODELAY on every side. The engine
+is held to one step in PACE_S, so that every token is a chunk. Limits (p95): first token + 10 ms, chunk 5 ms, and
+1 ms of the board's processor time a chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import defaultdict
+from contextlib import suppress
+from itertools import accumulate
+from pathlib import Path
+
+import edgelm.mqtt.board
+from edgelm.cli import main
+from edgelm.config import BrokerConfig, BrokerUrl
+from edgelm.engine import Engine
+from edgelm.messages import Chunk
+from edgelm.mqtt.answers import Answer
+from edgelm.mqtt.asker import Asker
+from edgelm.mqtt.asks import Ask
+from edgelm.mqtt.brokers import Mosquitto, find_mosquitto
+from edgelm.mqtt.wire import Delta
+
+PACE_S = 0.01
+TOKENS = 100
+REQUESTS = 20
+BOARD = "bench"
+
+
+class PacedEngine(Engine):
+    """The real engine, one step in `PACE_S`."""
+
+    def step(self) -> list[Chunk]:
+        time.sleep(PACE_S)
+        return super().step()
+
+
+def serve(record: Path, url: str, bundle: str) -> int:
+    """Serve, noting when each piece of text left the worker, and the processor time at the ends of an answer."""
+    left: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    cpu: dict[str, list[float]] = defaultdict(list)
+    real = Answer.sink
+
+    def noted(answer: Answer, chunk: Chunk) -> None:
+        if chunk.delta:
+            left[answer.id].append((time.monotonic(), len(chunk.delta)))
+        if chunk.done or answer.id not in cpu:
+            cpu[answer.id].append(time.process_time())
+        real(answer, chunk)
+
+    Answer.sink = noted  # type: ignore[method-assign]
+    edgelm.mqtt.board.Engine = PacedEngine  # type: ignore[misc]
+    code = main(["serve", "--mqtt", url, "--model", bundle, "--board", BOARD, "--threads", "1"])
+    record.write_text(json.dumps({"left": left, "cpu": cpu}))
+    return code
+
+
+Pieces = list[tuple[float, int]]
+"""When each piece of text passed, in seconds of `time.monotonic`, and how many characters it had."""
+
+
+def measure(url: str) -> tuple[dict[str, Pieces], list[float], dict[bool, list[str]]]:
+    """Ask, and return when each chunk came, by request; the first tokens' overheads; and the ids by stream or not."""
+    came: dict[str, Pieces] = {}
+    first_ms: list[float] = []
+    ids: dict[bool, list[str]] = {True: [], False: []}
+    with Asker(BrokerConfig(url=BrokerUrl.parse(url)), BOARD) as asker:
+        for number in range(2 * REQUESTS + 2):
+            stream = number % 2 == 0
+            sampling = {"max_tokens": TOKENS, "ignore_eos": True}
+            ask = Ask(uuid.uuid4().hex, "Once upon a time", sampling=sampling, stream=stream, chunk_ms=0)
+            asked = time.monotonic()
+            pieces: Pieces = []
+            for answer in asker.stream(ask):
+                if isinstance(answer, Delta):
+                    pieces.append((time.monotonic(), len(answer.delta)))
+                elif number >= 2 and stream:  # the first two warm everything up
+                    came[ask.id] = pieces
+                    first_ms.append(1e3 * (pieces[0][0] - asked) - answer.completion.timing.ttft_ms)
+            if number >= 2:
+                ids[stream].append(ask.id)
+    return came, first_ms, ids
+
+
+def delays_ms(left: Pieces, came: Pieces) -> list[float]:
+    """Return how long each chunk after the first was on its way, from the oldest text in it."""
+    starts = dict(zip(accumulate((size for _, size in left), initial=0), (at for at, _ in left), strict=False))
+    ends = accumulate((size for _, size in came), initial=0)
+    return [1e3 * (at - starts[start]) for start, (at, _) in list(zip(ends, came, strict=False))[1:]]
+
+
+def report(what: str, values: list[float], limit: float) -> None:
+    """Print a row: p50, p95, largest, limit."""
+    p95 = statistics.quantiles(values, n=20)[-1]
+    verdict = "ok" if p95 <= limit else "OVER"
+    print(f"{what:24} n={len(values):5}  p50 {statistics.median(values):6.2f}  p95 {p95:6.2f}  max {max(values):6.2f}"
+          f"  limit {limit:g} ms  {verdict}")  # fmt: skip
+
+
+def run(bundle: str) -> int:
+    """Measure and report."""
+    program = find_mosquitto()
+    if program is None:
+        print("mosquitto is not installed", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder, Mosquitto(program) as broker:
+        record = Path(folder) / "record.json"
+        command = [sys.executable, __file__, "serve", str(record), broker.url, bundle]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as board:
+            assert board.stderr is not None
+            for line in board.stderr:
+                if "serving" in line:
+                    break
+            try:
+                came, first_ms, ids = measure(broker.url)
+            finally:
+                board.terminate()
+                with suppress(ValueError):
+                    board.communicate(timeout=60)
+        noted = json.loads(record.read_text())
+    chunk_ms = [delay for request_id in came for delay in delays_ms(noted["left"][request_id], came[request_id])]
+    cpu = {kind: statistics.median(noted["cpu"][i][-1] - noted["cpu"][i][0] for i in ids[kind]) for kind in ids}
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {REQUESTS} answers of {TOKENS} tokens")
+    report("first token, added", first_ms, 10)
+    report("chunk, from the worker", chunk_ms, 5)
+    print(f"processor time a chunk   {1e3 * (cpu[True] - cpu[False]) / TOKENS:.2f} ms  limit 1 ms")
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        sys.exit(serve(Path(sys.argv[2]), sys.argv[3], sys.argv[4]))
+    sys.exit(run(sys.argv[1] if len(sys.argv) > 1 else "builtin"))
