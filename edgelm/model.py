@@ -91,16 +91,9 @@ class Model:
         RequestError
             A value is out of range, the prompt does not fit the context, or the step failed.
         """
-        *_, last = self.stream(
-            prompt,
-            messages=messages,
-            tokens=tokens,
-            json_schema=json_schema,
-            regex=regex,
-            choices=choices,
-            timeout_s=timeout_s,
-            **sampling,
-        )
+        constraint = constraint_of(json_schema, regex, choices)
+        request = self._request(prompt, messages, tokens, constraint, timeout_s, sampling)
+        last = next(self._chunks(request, only_last=True))
         if last.completion is None:
             raise AssertionError("the last chunk carries the completion")
         return last.completion
@@ -122,16 +115,9 @@ class Model:
         Leaving the loop early cancels the request. Parameters and errors are those of `generate`; a bad argument raises
         at once, before the first chunk is asked for.
         """
-        request = Request(
-            id=f"local-{next(self._ids)}",
-            sampling=self._sampling(sampling),
-            prompt=prompt,
-            messages=None if messages is None else tuple(messages),
-            tokens=None if tokens is None else tuple(int(token) for token in tokens),
-            constraint=constraint_of(json_schema, regex, choices),
-            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
-        )
-        return self._stream(request)
+        constraint = constraint_of(json_schema, regex, choices)
+        request = self._request(prompt, messages, tokens, constraint, timeout_s, sampling)
+        return self._chunks(request)
 
     def score(self, text: str) -> NDArray[np.float64]:
         """Return the natural-log probability of each token of a text after its first, float64 [n - 1].
@@ -197,9 +183,34 @@ class Model:
             given = {**given, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
         return defaults.replace(**{name: value for name, value in given.items() if value is not None or name == "seed"})
 
-    def _stream(self, request: Request) -> Iterator[Chunk]:
+    def _request(
+        self,
+        prompt: str | None,
+        messages: Sequence[Mapping[str, Any]] | None,
+        tokens: Sequence[int] | None,
+        constraint: Constraint | None,
+        timeout_s: float | None,
+        sampling: Mapping[str, Any],
+    ) -> Request:
+        return Request(
+            id=f"local-{next(self._ids)}",
+            sampling=self._sampling(sampling),
+            prompt=prompt,
+            messages=None if messages is None else tuple(messages),
+            tokens=None if tokens is None else tuple(int(token) for token in tokens),
+            constraint=constraint,
+            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
+        )
+
+    def _chunks(self, request: Request, *, only_last: bool = False) -> Iterator[Chunk]:
+        """Submit a request and yield its chunks. With `only_last` this thread sleeps until the answer is whole."""
         arrived: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
-        self.worker.submit(request, arrived.put)
+
+        def sink(chunk: Chunk) -> None:
+            if chunk.done or not only_last:
+                arrived.put(chunk)
+
+        self.worker.submit(request, sink)
         done = False
         try:
             while not done:
