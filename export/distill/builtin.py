@@ -25,7 +25,7 @@ from .data import Encoded, encode_tasks
 from .evaluate import evaluate
 from .pipeline import Start, claim, fingerprint, train_into
 from .settings import Progress, Settings
-from .shape import Shape
+from .shape import Shape, parse_shape
 from .snips import Augmenter, Noise, Utterance, answer_pieces, read_utterances
 from .student import make_student
 from .tokenizer import BOS, EOS, save_tokenizer, train_tokenizer
@@ -45,14 +45,16 @@ class Recipe:
     noise: Noise = field(default_factory=Noise)
 
 
+SHAPE: Final = "hidden=192,layers=6,heads=6,kv-heads=2,mlp=512"
+
 BUILTIN: Final = Recipe(
-    Shape(hidden=192, layers=6, heads=6, kv_heads=2, mlp=512),
+    parse_shape(SHAPE),
     Settings(
-        epochs=30,
+        epochs=16,
         batch_tokens=2048,
         row_length=192,
         lr=2e-3,
-        dropout=0.1,
+        muon=True,
         smoothing=0.05,
         averaging=0.998,
         bf16=True,
@@ -115,16 +117,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="train.jsonl of the SNIPS data")
     parser.add_argument("--dev", type=Path, help="dev.jsonl, to score the result; never trained on")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to make")
-    parser.add_argument("--epochs", type=int, default=BUILTIN.settings.epochs)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shape", default=SHAPE, help="(%(default)s)")
+    parser.add_argument("--epochs", type=int, default=BUILTIN.settings.epochs, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=BUILTIN.settings.seed, help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="processor threads (all cores)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("--force", action="store_true", help="replace OUT")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    recipe = replace(BUILTIN, settings=replace(BUILTIN.settings, epochs=args.epochs, seed=args.seed))
     try:
+        recipe = Recipe(parse_shape(args.shape), replace(BUILTIN.settings, epochs=args.epochs, seed=args.seed))
         with Bar() as bar:
             start, progress = train_builtin(
                 args.data, args.out, recipe, resume=args.resume, force=args.force, report=partial(show, bar)

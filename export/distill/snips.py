@@ -1,12 +1,15 @@
 """The SNIPS data (Coucke et al. 2018, arXiv:1805.10190, CC0) as spoken commands and JSON answers.
 
 Owns the form of the answer, the tokens that spell it, and the augmentation. Knows nothing of training.
+`python -m edgelm_export.distill.snips dev.jsonl > tasks.jsonl` makes the tasks that `edgelm eval --task` reads.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import string
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,3 +232,21 @@ def _case(pieces: Pieces, rng: np.random.Generator) -> Pieces:
         return [(name, string.capwords(text, " ")) for name, text in pieces]
     name, first = pieces[0]
     return [(name, first[:1].upper() + first[1:]), *pieces[1:]]
+
+
+def main() -> int:
+    """Print the utterances of a file as tasks."""
+    parser = argparse.ArgumentParser(prog="python -m edgelm_export.distill.snips", description=main.__doc__)
+    parser.add_argument("file", type=Path, help="JSONL of SNIPS utterances")
+    try:
+        for utterance in read_utterances(parser.parse_args().file):
+            task = utterance.to_task()
+            sys.stdout.write(json.dumps({"prompt": task.prompt, "target": task.target}, ensure_ascii=False) + "\n")
+    except DataError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

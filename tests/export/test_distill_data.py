@@ -39,6 +39,10 @@ def test_every_example_is_packed_once_into_rows_that_hold_it(lengths):
     assert all(0 < sum(lengths[index] for index in row) <= 64 for row in rows)
 
 
+def test_later_examples_fill_earlier_rows():
+    assert pack([40, 40, 40, 24, 24, 24], 64) == [[0, 3], [1, 4], [2, 5]]
+
+
 @given(examples=examples)
 def test_packed_rows_give_back_every_example(examples):
     rows = [[examples[index] for index in row] for row in pack([len(e.tokens) for e in examples], 32)]

@@ -15,6 +15,7 @@ from hypothesis.extra.numpy import arrays
 torch = pytest.importorskip("torch", reason="pip install 'edgelm[distill]'")
 transformers = pytest.importorskip("transformers", reason="pip install 'edgelm[distill]'")
 
+from edgelm_export.distill import builtin  # noqa: E402
 from edgelm_export.distill.data import Encoded, collate  # noqa: E402
 from edgelm_export.distill.losses import cross_entropy, forward_kl  # noqa: E402
 from edgelm_export.distill.settings import Settings, learning_rate  # noqa: E402
@@ -297,3 +298,34 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path, sentences, student
     capsys.readouterr()
     options = ["--student", str(other), "--teacher", str(student), "--data", str(sentences)]
     assert "vocabulary" in refusal(capsys, *options, "--out", str(tmp_path / "out"), *quick)
+
+
+@pytest.fixture(scope="module")
+def utterances(tmp_path_factory):
+    """Commands in the form of the SNIPS data: two intents, three slots."""
+    rng = np.random.default_rng(1)
+    path = tmp_path_factory.mktemp("snips") / "train.jsonl"
+    rows = []
+    for at in range(60):
+        artist, city = rng.choice(["Ella", "Miles Davis", "Bach"]), rng.choice(["Rome", "Los Angeles"])
+        head, name, value = ("play ", "artist", str(artist)) if at % 2 else ("weather in ", "city", str(city))
+        slot = {"name": name, "value": value, "start": len(head), "end": len(head) + len(value)}
+        rows.append({"text": head + value, "intent": "Play" if at % 2 else "Weather", "slots": [slot]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_recipe_makes_a_model_that_spells_json_in_few_tokens(tmp_path, utterances, capsys):
+    out = tmp_path / "builtin"
+    command = ["--data", str(utterances), "--dev", str(utterances), "--out", str(out), "--threads", "1"]
+    assert builtin.main([*command, "--shape", "hidden=64,layers=2,heads=2,kv-heads=1,mlp=64", "--epochs", "2"]) == 0
+    dev = json.loads(capsys.readouterr().out)["dev"]
+    assert dev["n"] == 60
+    assert all(0 <= dev[name] <= 1 for name in ("exact", "frame", "intent", "slot_f1"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    answer = '{"intent": "Play", "slots": {"artist": "Ella"}}'
+    spelled = tokenizer.encode(answer, add_special_tokens=False)
+    assert tokenizer.decode(spelled, skip_special_tokens=True) == answer
+    assert len(spelled) < 3 + len("Ella") + 1  # opening, name, end: one token each
+    assert builtin.main([*command]) == 1
+    assert "exists" in capsys.readouterr().err
