@@ -63,7 +63,7 @@ class Grammar:
     def start(self, constraint: Constraint) -> Matcher:
         """Return a matcher at the beginning of an answer.
 
-        A regular expression is in the syntax of Rust's regex crate: no look-around, and `\\d` is any Unicode digit.
+        A regular expression is in the syntax of Rust's regex crate: no look-around, and its digits are Unicode's.
 
         Raises
         ------
