@@ -35,6 +35,24 @@ def byte_level() -> Tokenizer:
     return Tokenizer(inner)
 
 
+def straddling(character: str) -> tuple[Tokenizer, list[int], int]:
+    """Return a vocabulary with a token that ends one `character` and begins the next.
+
+    Also the tokens of the character's bytes, and the token of its last byte followed by all the others.
+    """
+    alphabet = _byte_level_alphabet()
+    spelled = [alphabet[byte] for byte in character.encode()]
+    across, name, merges = [spelled[-1], *spelled[:-1]], spelled[-1], []
+    vocabulary = {letter: byte for byte, letter in enumerate(alphabet)}
+    for letter in across[1:]:
+        merges.append((name, letter))
+        name += letter
+        vocabulary[name] = len(vocabulary)
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    inner.decoder = decoders.ByteLevel()
+    return Tokenizer(inner), [vocabulary[letter] for letter in spelled], vocabulary[name]
+
+
 @cache
 def byte_fallback() -> Tokenizer:
     """A BPE as of Llama 2: spaces are `▁`, one is put before the text, what it lacks is spelled in bytes."""
