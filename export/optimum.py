@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 import shutil
 import tempfile
 import warnings
@@ -36,6 +35,9 @@ from .requantize import Requantizer
 TASK: Final = "text-generation-with-past"
 FED: Final = {"input_ids", "attention_mask", "position_ids"}
 """Inputs, beside the cache, that the runtime's growing session knows how to feed."""
+
+LIMITS: Final = ("max_position_embeddings", "max_seq_len", "seq_length")
+"""Attributes of a configuration that say how many positions a model knows; the first that is there counts."""
 
 SHAPES: Final = {
     "hidden_size": "hidden_size",
@@ -79,6 +81,12 @@ def convert(
         with Initializers(stage / "model.onnx.data") as initializers:
             quantizer = Requantizer(graph, plan, initializers, progress)
             quantized = quantizer.build()
+    quantizable = sum(matrix.rows * matrix.columns for matrix in quantizer.matrices)
+    if plan.bits < 32 and 2 * quantizable < parameters:
+        raise CheckpointError(
+            f"only {quantizable} of the {parameters} weights of this {config.model_type} model are matrices that can be"
+            f" quantized; use --quant fp32"
+        )
     (stage / "model.onnx").write_bytes(quantized.SerializeToString(deterministic=True))
     shutil.copyfile(checkpoint.tokenizer, stage / "tokenizer.json")
     return Manifest(
@@ -186,7 +194,7 @@ def _context(config: Any, wanted: int | None) -> int:
     """Return the bundle's context; positions past a sliding window would need a cache that drops the oldest."""
     from .pipeline import CONTEXT, choose_context
 
-    limit = getattr(config, "max_position_embeddings", None) or CONTEXT
+    limit = next((value for name in LIMITS if isinstance(value := getattr(config, name, None), int)), CONTEXT)
     window = getattr(config, "sliding_window", None)
     return choose_context(wanted, limit if not window else min(limit, window - 1))
 
@@ -200,7 +208,7 @@ def _shapes(config: Any, cache: Cache) -> dict[str, int]:
 def _reason(error: BaseException) -> str:
     """Return the first sentence of a library's message, as one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return re.split(r"(?<=[.:]) ", text)[0].rstrip(".:")[:200]
+    return text.partition(". ")[0].rstrip(".")[:200]
 
 
 @contextmanager
