@@ -26,6 +26,9 @@ JSON_DEFAULTS: Final[dict[str, Any]] = {"whitespace_pattern": r"[ \t\r\n]{1,32}"
 CACHED: Final = 16
 """Compiled constraints kept for the next request that brings the same one."""
 
+LONGEST_MESSAGE: Final = 300
+"""Characters of an error that are shown: some repeat the whole constraint."""
+
 
 class Grammar:
     """Compiles constraints for one vocabulary.
@@ -94,7 +97,7 @@ class Grammar:
         matcher, value = self._library.LLMatcher, constraint.value
         if constraint.kind == "choices":
             choices = " | ".join(json.dumps(choice) for choice in value)
-            return str(matcher.grammar_from_lark(f"start: {choices}"))
+            return str(matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}"))  # one terminal: no row limit
         if constraint.kind == "json_schema":
             json.loads(str(value))
             return str(matcher.grammar_from_json_schema(value, defaults=JSON_DEFAULTS))
@@ -115,6 +118,11 @@ class Matcher:
 
         The array is overwritten by the next call. Tokens that the tokenizer does not have are never allowed. Where
         nothing can follow, only the end tokens are.
+
+        Raises
+        ------
+        RequestError
+            With code "bad_request" when the constraint turns out to be too complex.
         """
         self._inner.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         self._check()
@@ -126,8 +134,11 @@ class Matcher:
         Raises
         ------
         RequestError
-            With code "internal" when the mask does not allow the token.
+            With code "internal" when the mask does not allow the token; "bad_request" when the constraint turns out
+            to be too complex.
         """
+        if self._inner.validate_tokens([token]) != 1:
+            raise RequestError("internal", f"token {token} was chosen, which the constraint does not allow")
         self._inner.consume_token(token)
         self._check()
 
@@ -147,10 +158,12 @@ class Matcher:
 
     def _check(self) -> None:
         if self._inner.is_error():
-            raise RequestError("internal", f"the constraint broke: {_in_one_line(self._inner.get_error())}")
+            message = _in_one_line(self._inner.get_error())
+            raise RequestError("bad_request", f"the constraint cannot be followed further: {message}")
 
 
 def _in_one_line(message: object) -> str:
-    """Return llguidance's message without its state dump and its markers under the source."""
+    """Return llguidance's message without its state dump and its markers under the source, cut where it is long."""
     lines = str(message).split("<state>")[0].splitlines()
-    return " ".join(line.strip() for line in lines if line.strip(" ^"))
+    text = " ".join(line.strip() for line in lines if line.strip(" ^"))
+    return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "..."

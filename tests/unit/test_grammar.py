@@ -142,6 +142,11 @@ def test_every_choice_can_be_chosen(grammar: Grammar, tokenizer: Tokenizer) -> N
     assert found == set(choices)
 
 
+def test_thousands_of_choices(grammar: Grammar, tokenizer: Tokenizer) -> None:
+    choices = tuple(f"choice {number}" for number in range(5000))
+    assert answer(grammar, tokenizer, Constraint("choices", choices), 0) in choices
+
+
 def test_answers_follow_a_lark_grammar(grammar: Grammar, tokenizer: Tokenizer) -> None:
     lark = 'start: sum\nsum: NUMBER ("+" NUMBER){0,3}\nNUMBER: /[1-9][0-9]{0,2}/'
     texts = [answer(grammar, tokenizer, Constraint("lark", lark), seed) for seed in range(20)]
@@ -199,6 +204,7 @@ def test_two_answers_to_one_constraint_do_not_meet(grammar: Grammar, tokenizer: 
         ("json_schema", "[" * 100_000, "not valid"),
         ("lark", "start: nothing", 'unknown name: "nothing"'),
         ("lark", 'start: "a', "lexer error"),
+        ("lark", f"start: {'(' * 5000}", "nested"),
         ("regex", "a\ud800", "not valid"),
     ],
 )
@@ -214,9 +220,16 @@ def test_what_cannot_be_followed_is_one_clear_line(kind: Any, value: str, messag
 def test_a_token_against_the_mask_is_an_internal_error(grammar: Grammar, tokenizer: Tokenizer) -> None:
     matcher = grammar.start(Constraint("choices", ("a", "b")))
     wrong = next(t for t in range(3, tokenizer.vocab_size) if t not in allowed(matcher, tokenizer.vocab_size))
-    with pytest.raises(RequestError, match="the constraint broke") as caught:
+    with pytest.raises(RequestError, match=f"token {wrong} was chosen") as caught:
         matcher.accept(wrong)
     assert caught.value.code == "internal"
+
+
+def test_a_constraint_that_proves_too_complex_is_a_bad_request(grammar: Grammar, tokenizer: Tokenizer) -> None:
+    schema = {"type": "object", "properties": {f"k{number}": {} for number in range(3000)}}
+    with pytest.raises(RequestError, match=r"cannot be followed further: .* max is 2000") as caught:
+        answer(grammar, tokenizer, Constraint("json_schema", json.dumps(schema)), 0)
+    assert caught.value.code == "bad_request"
     assert "\n" not in str(caught.value)
 
 
