@@ -7,13 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from broker import PATIENCE_S, Broker
+from broker import Broker
+from mqtt_client import Client
 from served_board import Process, serving
 
 import edgelm
@@ -134,16 +134,13 @@ def test_ask_gives_up_at_its_timeout_and_shows_what_there_was(
 def test_leaving_the_answer_early_cancels_it(
     broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(config, monkeypatch, step_s=0.05) as service:
+    with serving(config, monkeypatch, step_s=0.05), Client(broker.port, f"edgelm/{config.board}/event") as listener:
         with Asker(BrokerConfig(url=BrokerUrl.parse(broker.url)), config.board) as asker:
             answers = asker.stream(Ask("early", PROMPT, sampling={"max_tokens": 400}, stream=True))
             assert isinstance(next(answers), Delta)
             answers.close()
-        until = time.monotonic() + PATIENCE_S
-        while service._worker.stats().completed == 0:
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        assert service._worker.stats().active == 0
+        listener.wait(lambda heard: heard[-1:] and heard[-1].body["event"] == "finished")
+    assert listener.heard[-1].body["finish_reason"] == "cancelled"
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
