@@ -21,12 +21,13 @@ from edgelm.cli.distill import show
 from edgelm.cli.progress import Progress as Bar
 from edgelm.errors import EdgelmError
 
+from .augment import Augmenter, Noise
 from .data import Encoded, encode_tasks
 from .evaluate import evaluate
 from .pipeline import Start, claim, fingerprint, train_into
 from .settings import Progress, Settings
 from .shape import Shape, parse_shape
-from .snips import Augmenter, Noise, Utterance, answer_pieces, read_utterances
+from .snips import Utterance, answer_pieces, read_utterances
 from .student import make_student
 from .tokenizer import BOS, EOS, save_tokenizer, train_tokenizer
 from .trainer import Dataset
@@ -50,7 +51,7 @@ SHAPE: Final = "hidden=192,layers=6,heads=6,kv-heads=2,mlp=512"
 BUILTIN: Final = Recipe(
     parse_shape(SHAPE),
     Settings(
-        epochs=16,
+        epochs=20,
         batch_tokens=2048,
         row_length=192,
         lr=2e-3,
