@@ -20,6 +20,7 @@ from edgelm.bundle import MANIFEST, open_bundle
 
 # Machines are shared and slow at times, so nothing is timed; a failing example is printed, not stored.
 settings.register_profile("edgelm", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("few", settings.get_profile("edgelm"), max_examples=20)
 settings.load_profile("edgelm")
 
 REPO = Path(__file__).resolve().parents[1]

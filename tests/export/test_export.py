@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -181,6 +183,26 @@ def test_progress_reaches_every_layer(tiny_checkpoint, tmp_path):
         tiny_checkpoint(layers=3), tmp_path / "out", progress=lambda what, done, of: told.append((what, done, of))
     )
     assert told == [("layer", i, 3) for i in range(3)]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_the_command_says_what_it_wrote(options, tiny_checkpoint, tmp_path):
+    command = [sys.executable, "-m", "edgelm", "export", str(tiny_checkpoint()), str(tmp_path / "out")]
+    command += ["--quant", "int8", "--block-size", "64", "--context", "100", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    bundle = open_bundle(tmp_path / "out")
+    assert (bundle.manifest.quant, bundle.manifest.context) == ("int8", 100)
+    assert {matrix.block_size for matrix in bundle.manifest.matrices} == {64}
+    assert done.stdout.count("\n") == 1
+    if options:
+        printed = json.loads(done.stdout)
+        assert done.stderr == ""
+        assert (printed["bundle"], printed["bytes"]) == (str(bundle.path), bundle.bytes)
+        assert printed["digest"] == bundle.manifest.digest
+    else:
+        assert str(bundle.path) in done.stdout
+        assert f"edgelm generate {bundle.path}" in done.stderr
 
 
 def test_info_prints_the_manifest(tiny_checkpoint, export_to_cache, capsys):

@@ -64,6 +64,17 @@ def test_no_directory(tmp_path, capsys):
     assert "does not exist" in refusal(tmp_path / "nowhere", capsys)
 
 
+def test_a_hub_id_that_cannot_be_fetched(tmp_path):
+    command = [sys.executable, "-m", "edgelm", "export", "nobody/nothing", str(tmp_path / "new" / "out")]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "nobody/nothing" in done.stderr
+    assert "internal error" not in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_missing_file_is_named(missing, checkpoint, capsys):
     (checkpoint / missing).unlink()

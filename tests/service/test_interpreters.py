@@ -1,0 +1,78 @@
+"""The runtime on the oldest and the newest Python that it supports, installed there as a person would, without extras.
+
+3.10 with onnxruntime 1.23.2 is what JetPack 6 gives a Jetson.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+PAIRS = {"3.10": "onnxruntime==1.23.2", "3.13": "onnxruntime"}
+NOT_COPIED = (".git", ".venv*", "build", "dist", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis")
+QUICK = ["tests/unit/test_model.py", "tests/unit/test_worker.py", "tests/property/test_engine_properties.py"]
+
+
+def run(*command, cwd, **env):
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    arguments = [str(part) for part in command]
+    done = subprocess.run(arguments, cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=900, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def find_python(version):
+    """Return an interpreter of that version: on the PATH, ours, or one of pyenv's."""
+    candidates = [sys.executable, shutil.which(f"python{version}")]
+    pyenv = shutil.which("pyenv")
+    if pyenv:
+        _, root = run(pyenv, "root", cwd=REPO)
+        candidates += sorted(Path(root.strip()).glob(f"versions/{version}.*/bin/python"), reverse=True)
+    asked = "import sys; print('.'.join(map(str, sys.version_info[:2])))"
+    for candidate in filter(None, candidates):
+        code, said = run(candidate, "-c", asked, cwd=REPO)  # a shim of pyenv may lead nowhere
+        if code == 0 and said.strip() == version:
+            return candidate
+    pytest.skip(f"no Python {version} here: install python{version} or `pyenv install {version}`")
+    return None
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy to build and test from, so that nothing is written into the repository."""
+    return shutil.copytree(
+        REPO, tmp_path_factory.mktemp("source") / "edgelm", ignore=shutil.ignore_patterns(*NOT_COPIED)
+    )
+
+
+@pytest.mark.parametrize("version", PAIRS)
+def test_the_runtime_works_on(version, source, tmp_path, tiny_checkpoint, export_to_cache):
+    python = find_python(version)
+    home = tmp_path / "venv"
+    code, said = run(python, "-m", "venv", home, cwd=tmp_path)
+    if code:
+        pytest.skip(f"{python} cannot make a virtual environment: {said.strip().splitlines()[-1]}")
+    pip = [home / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    code, said = run(*pip, "pytest>=8", "hypothesis>=6", cwd=tmp_path)
+    if code:
+        pytest.skip(f"pip cannot reach a package registry: {said.strip().splitlines()[-1]}")
+    code, said = run(*pip, PAIRS[version], source, cwd=tmp_path)
+    assert code == 0, said
+    checkpoint = tiny_checkpoint(tied=False)
+    # An installed package is tested, not the sources: pytest's own script puts no working directory on the path.
+    for quant, tests in (("fp32", ["tests/unit", "tests/property"]), ("int4", QUICK)):
+        given = {
+            "EDGELM_TEST_BUNDLE": str(export_to_cache(checkpoint, quant=quant)),
+            "EDGELM_SHARED": os.environ.get("EDGELM_SHARED") or str(REPO.parent / "shared"),
+        }
+        code, said = run(home / "bin" / "pytest", "-q", "--hypothesis-profile=few", *tests, cwd=source, **given)
+        assert code == 0, said[-5000:]
+        passed = re.search(r"(\d+) passed", said)
+        assert passed, said[-5000:]
+        assert int(passed[1]) >= (200 if quant == "fp32" else 40), said[-5000:]
