@@ -108,19 +108,6 @@ def test_what_exceeds_the_brokers_packets_is_refused_and_not_sent_forever(tmp_pa
         narrow.stop()
 
 
-def test_an_answer_waits_its_turn_at_a_broker_that_takes_few_at_a_time(tmp_path: Path, served_bundle: str) -> None:
-    few = Broker(tmp_path, "max_inflight_messages 1").start()
-    config = ServeConfig(mqtt=few.url, model=served_bundle, board="few", threads=1, queue=100)
-    try:
-        with serving(config), Client(few.port, "reply/#") as client:
-            for number in range(60):
-                body = {"prompt": PROMPT, "max_tokens": 1, "id": f"n{number}"}
-                client.publish("edgelm/few/generate", body, reply="reply/few")
-            assert all(client.final(f"n{number}")["text"] for number in range(60))
-    finally:
-        few.stop()
-
-
 def test_two_boards_of_one_name_are_told_so(
     broker: Broker, config: ServeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
