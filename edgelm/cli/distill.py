@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--loss", choices=("kl", "ce"), help="kl: follow the teacher (default with one); ce: the data's tokens alone")
     add("--kl-weight", type=float, help="share of the teacher in the loss, 0 to 1 (0.7)")
     add("--temperature", type=float, help="softening of both distributions, over 0 (2)")
+    add("--teacher-top-k", type=int, help="the teacher's best tokens to keep; 0: ask it for all at every step (32)")
     add("--epochs", type=int, help="passes over the data (10)")
     add("--max-seconds", dest="max_s", type=float, help="end the run after this long, whatever --epochs says")
     add("--batch-tokens", type=int, help="tokens in a batch (4096)")
@@ -52,8 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 SETTINGS = (
-    "kl_weight", "temperature", "epochs", "max_s", "batch_tokens", "row_length", "lr", "dropout", "averaging", "seed"
-)  # fmt: skip
+    "averaging",
+    "batch_tokens",
+    "dropout",
+    "epochs",
+    "kl_weight",
+    "lr",
+    "max_s",
+    "row_length",
+    "seed",
+    "teacher_top_k",
+    "temperature",
+)
+"""Options that are fields of `Settings`."""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -45,6 +45,22 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Soft:
+    """What a teacher expects at each target token: its k best tokens. What it gives to all others is the rest to 1.
+
+    Parameters
+    ----------
+    log_probs
+        float32 [n, k], softened by the temperature, best first.
+    tokens
+        int32 [n, k].
+    """
+
+    log_probs: NDArray[np.float32]
+    tokens: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """One example as tokens: prompt, then target, then the end token.
 
@@ -54,10 +70,13 @@ class Encoded:
         int32 [n].
     target_start
         Index of the target's first token; at least 1, since the first token has nothing that predicts it.
+    soft
+        For each target token, where a teacher was asked before training.
     """
 
     tokens: NDArray[np.int32]
     target_start: int
+    soft: Soft | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +93,15 @@ class Batch:
         Counted from 0 within each example.
     segments
         Which example of its row a position belongs to, from 0; `PADDING` where none.
+    soft
+        For each label in order of rows and positions, where every example has it.
     """
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
     positions: NDArray[np.int64]
     segments: NDArray[np.int64]
+    soft: Soft | None = None
 
 
 def encode_tasks(encoder: Encoder, tasks: Sequence[Task], end_token: int, length: int) -> list[Encoded]:
@@ -137,11 +159,15 @@ def collate(rows: Iterable[Sequence[Encoded]], length: int) -> Batch:
     """Lay examples side by side into rows of `length` positions; see `Batch`."""
     listed = list(rows)
     shape = (len(listed), length)
+    soft = [example.soft for examples in listed for example in examples if example.soft is not None]
     batch = Batch(
         tokens=np.zeros(shape, np.int64),
         labels=np.full(shape, IGNORED, np.int64),
         positions=np.zeros(shape, np.int64),
         segments=np.full(shape, PADDING, np.int64),
+        soft=Soft(np.concatenate([s.log_probs for s in soft]), np.concatenate([s.tokens for s in soft]))
+        if soft and len(soft) == sum(map(len, listed))
+        else None,
     )
     for row, examples in enumerate(listed):
         start = 0

@@ -40,3 +40,25 @@ def forward_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     wanted = functional.log_softmax(teacher.detach().float() / temperature, dim=-1)
     given = functional.log_softmax(student.float() / temperature, dim=-1)
     return functional.kl_div(given, wanted, reduction="batchmean", log_target=True) * temperature**2
+
+
+def forward_kl_of_best(student: Tensor, log_probs: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Return `forward_kl` with all tokens but the teacher's k best taken as one: never more than the whole.
+
+    Parameters
+    ----------
+    student
+        float logits [n, vocabulary].
+    log_probs, tokens
+        float and int64 [n, k]: the teacher's best tokens, softened by the same temperature.
+    temperature
+        T, over 0.
+    """
+    given = functional.log_softmax(student.float() / temperature, dim=-1)
+    wanted = log_probs.float()
+    best = (wanted.exp() * (wanted - given.gather(1, tokens))).sum(-1)
+    if tokens.shape[1] == student.shape[1]:
+        return best.mean() * temperature**2
+    others = (1 - wanted.exp().sum(-1)).clamp(min=1e-6)
+    given_others = given.scatter(1, tokens, float("-inf")).logsumexp(-1)
+    return (best + others * (others.log() - given_others)).mean() * temperature**2

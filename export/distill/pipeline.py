@@ -24,6 +24,7 @@ from .data import encode_tasks
 from .settings import Progress, Settings
 from .shape import Shape, parse_shape
 from .student import make_student, open_model, save_student
+from .teacher import ask_teacher
 from .tokenizer import BOS, EOS, save_tokenizer, train_tokenizer
 from .trainer import Dataset, Trainer
 
@@ -102,8 +103,11 @@ def distill(
     teacher_model = open_model(teacher, "teacher") if teacher else None
     start = _start(student, [t for task in tasks for t in (task.prompt, task.target)], teacher, vocab_size, settings)
     if teacher is not None:
-        _check_same_vocabulary(start, teacher)
+        _check_same_vocabulary(start, teacher, teacher_model)
     examples = encode_tasks(start.tokenizer, tasks, start.eos[0], settings.row_length)
+    if teacher_model is not None and settings.teacher_top_k:
+        examples = ask_teacher(teacher_model, examples, settings, device)
+        teacher_model = None
     identity = fingerprint(
         data.read_bytes(), student, str(teacher), str(vocab_size), json.dumps(asdict(settings), sort_keys=True)
     )
@@ -233,8 +237,9 @@ def open_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def _check_same_vocabulary(start: Start, teacher: Path) -> None:
-    if start.tokenizer.get_vocab() != open_tokenizer(teacher).get_vocab():
+def _check_same_vocabulary(start: Start, teacher: Path, model: Any) -> None:
+    same_tokens = start.tokenizer.get_vocab() == open_tokenizer(teacher).get_vocab()
+    if not same_tokens or start.model.config.vocab_size != model.config.vocab_size:
         raise CheckpointError(
             f"the student's vocabulary is not that of the teacher {teacher}: logits cannot be compared"
         )

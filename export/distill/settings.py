@@ -28,6 +28,9 @@ class Settings:
         Decay of the exponential moving average of the weights, 0 to 1; the average is the result. 0: off.
     kl_weight, temperature
         With a teacher: loss = (1 - kl_weight) * cross-entropy + kl_weight * T^2 KL at temperature T.
+    teacher_top_k
+        How many of the teacher's best tokens are kept for each target token, where it is asked once before
+        training, as `distill` does for data that stays the same. 0: it is asked at every step, for all tokens.
     seed
         Start of everything random.
     bf16
@@ -51,6 +54,7 @@ class Settings:
     averaging: float = 0.0
     kl_weight: float = 0.7
     temperature: float = 2.0
+    teacher_top_k: int = 32
     seed: int = 0
     bf16: bool = False
     max_s: float | None = None
@@ -62,6 +66,7 @@ class Settings:
             ("batch_tokens", self.batch_tokens >= self.row_length >= 2, "at least the row length"),
             ("lr", 0 < self.lr < math.inf, "over 0"),
             ("temperature", 0 < self.temperature < math.inf, "over 0"),
+            ("teacher_top_k", self.teacher_top_k >= 0, "at least 0"),
             ("kl_weight", 0 <= self.kl_weight <= 1, "0 to 1"),
             ("warmup", 0 <= self.warmup < 1, "0 to under 1"),
             ("dropout", 0 <= self.dropout < 1, "0 to under 1"),

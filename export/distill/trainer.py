@@ -21,7 +21,7 @@ from torch.nn import functional
 from edgelm.errors import CheckpointError, ConfigError, EdgelmError
 
 from .data import IGNORED, Batch, Encoded, make_batches
-from .losses import cross_entropy, forward_kl
+from .losses import cross_entropy, forward_kl, forward_kl_of_best
 from .settings import Progress, Settings, learning_rate
 
 Dataset = Callable[[int], Sequence[Encoded]]
@@ -99,7 +99,8 @@ class Trainer:
     settings
         See `Settings`.
     teacher
-        A model with the same vocabulary, or None.
+        A model with the same vocabulary that is asked at every step; None where there is none or the examples
+        hold what it said.
     checkpoint
         The file that `run` saves to and `resume` reads; None: neither.
     device
@@ -206,9 +207,14 @@ class Trainer:
                 with torch.no_grad():
                     wanted, _ = target_logits(self.teacher, batch, self._device)
         loss = cross_entropy(logits, labels, settings.smoothing)
-        if self.teacher is None:
+        if self.teacher is not None:
+            kl = forward_kl(logits, wanted, settings.temperature)
+        elif batch.soft is not None:
+            log_probs = torch.from_numpy(batch.soft.log_probs).to(self._device)
+            tokens = torch.from_numpy(batch.soft.tokens).to(self._device, torch.int64)
+            kl = forward_kl_of_best(logits, log_probs, tokens, settings.temperature)
+        else:
             return loss
-        kl = forward_kl(logits, wanted, settings.temperature)
         return (1 - settings.kl_weight) * loss + settings.kl_weight * kl
 
     def save(self) -> None:

@@ -17,10 +17,11 @@ transformers = pytest.importorskip("transformers", reason="pip install 'edgelm[d
 
 from edgelm_export.distill import builtin  # noqa: E402
 from edgelm_export.distill.data import Encoded, collate  # noqa: E402
-from edgelm_export.distill.losses import cross_entropy, forward_kl  # noqa: E402
+from edgelm_export.distill.losses import cross_entropy, forward_kl, forward_kl_of_best  # noqa: E402
 from edgelm_export.distill.settings import Settings, learning_rate  # noqa: E402
 from edgelm_export.distill.shape import Shape  # noqa: E402
 from edgelm_export.distill.student import make_student  # noqa: E402
+from edgelm_export.distill.teacher import ask_teacher  # noqa: E402
 from edgelm_export.distill.trainer import Trainer, target_logits  # noqa: E402
 
 from edgelm.cli import main  # noqa: E402
@@ -68,6 +69,21 @@ def test_kl_meets_a_plain_loop_and_is_never_negative(student, teacher, temperatu
 def test_kl_of_equal_distributions_is_zero(student, shift, temperature):
     same = torch.from_numpy(student)
     assert forward_kl(same, same + shift, temperature).item() == pytest.approx(0, abs=1e-4)
+
+
+@given(student=logits, teacher=logits, temperature=st.floats(0.5, 8), k=st.integers(1, 7))
+def test_kl_of_the_best_tokens_takes_the_others_as_one(student, teacher, temperature, k):
+    soft = torch.log_softmax(torch.from_numpy(teacher) / temperature, -1)
+    log_probs, tokens = soft.topk(k, -1)
+    plain = 0.0
+    for given_row, wanted_row, best in zip(student, teacher, tokens.tolist(), strict=True):
+        given_log, wanted_log = log_softmax(given_row / temperature), log_softmax(wanted_row / temperature)
+        groups = [[token] for token in best] + [[token for token in range(7) if token not in best]]
+        for group in filter(None, groups):
+            wanted, given_ = (sum(math.exp(log[token]) for token in group) for log in (wanted_log, given_log))
+            plain += wanted * (math.log(wanted) - math.log(given_)) if wanted > 1e-5 else 0.0
+    measured = forward_kl_of_best(torch.from_numpy(student), log_probs, tokens, temperature).item()
+    assert measured == pytest.approx(temperature**2 * plain / 5, rel=2e-2, abs=temperature**2 * 2e-3)
 
 
 def random_examples(count: int, seed: int = 0) -> list[Encoded]:
@@ -169,6 +185,21 @@ def test_a_student_comes_closer_to_its_teacher():
     assert distance(student) < 0.5 * before
 
 
+def test_a_teacher_asked_once_says_what_it_says_at_every_step():
+    examples = random_examples(30)
+    every = replace(SETTINGS, dropout=0.0, kl_weight=1.0, smoothing=0.0, teacher_top_k=0)
+    at_every_step = Trainer(tiny_model(), lambda _: examples, every, teacher=tiny_model(7))
+    at_every_step.run()
+    kept = replace(every, teacher_top_k=VOCABULARY)
+    asked = ask_teacher(tiny_model(7), examples, kept)
+    assert all(example.soft is not None for example in asked)
+    once = Trainer(tiny_model(), lambda _: asked, kept)
+    once.run()
+    assert once.progress.loss == pytest.approx(at_every_step.progress.loss, abs=1e-4)
+    for name, weight in weights_of(once).items():
+        torch.testing.assert_close(weight, weights_of(at_every_step)[name], atol=1e-3, rtol=0)
+
+
 def test_a_time_limit_ends_the_run_with_the_rate_run_down():
     ticks = iter(range(10_000))
     settings = Settings(epochs=1000, batch_tokens=64, row_length=32, max_s=40, warmup=0.1)
@@ -245,6 +276,7 @@ def test_a_student_is_distilled_from_a_teacher_with_its_tokenizer(tmp_path, sent
     assert main([*command, *QUICK, "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["steps"] > 0
+    assert main([*command, *QUICK, "--force", "--teacher-top-k", "0"]) == 0
     assert printed.err == ""
     assert (out / "tokenizer.json").read_bytes() == (student / "tokenizer.json").read_bytes()
 
