@@ -23,15 +23,11 @@ def main() -> None:
         )
         runs = []
         for prompt in prompts:
-            done = model.generate(
-                tokens=prompt.tolist(), max_tokens=new_tokens, temperature=0.0, ignore_eos=True
-            )
+            done = model.generate(tokens=prompt.tolist(), max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
             assert (done.usage.completion_tokens, done.usage.cached_tokens) == (new_tokens, 0)
             prefill = prompt_tokens / (done.timing.ttft_ms / 1000)
             runs.append({"prefill_tok_s": prefill, "decode_tok_s": done.timing.tok_s})
-    print(
-        json.dumps({"version": edgelm.__version__, "load_s": load_s, "runs": runs[1:]})
-    )  # the first warmed up
+    print(json.dumps({"version": edgelm.__version__, "load_s": load_s, "runs": runs[1:]}))  # the first warmed up
 
 
 if __name__ == "__main__":

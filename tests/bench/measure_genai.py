@@ -21,9 +21,7 @@ def main() -> None:
     started = time.perf_counter()
     model = og.Model(config)
     load_s = time.perf_counter() - started
-    prompts = np.random.default_rng(0).integers(
-        3, decoder["vocab_size"], [repeats + 1, prompt_tokens], dtype=np.int32
-    )
+    prompts = np.random.default_rng(0).integers(3, decoder["vocab_size"], [repeats + 1, prompt_tokens], dtype=np.int32)
     length = prompt_tokens + new_tokens
     runs = []
     for prompt in prompts:

@@ -153,15 +153,11 @@ def show(report: dict[str, Any]) -> None:
 
 def main() -> int:
     """Compare; exit 1 when edgelm is slower than its targets: decode 1.0 times, prefill 1.5 times genai."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.peers", description=__doc__, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.peers", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--genai-python", metavar="PYTHON", help="an interpreter with onnxruntime-genai; else one is made"
     )
-    parser.add_argument(
-        "--work", type=Path, metavar="DIR", help="keep checkpoint, exports and environment here"
-    )
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep checkpoint, exports and environment here")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeat", type=int, default=3, help="runs in a process, of which the median counts")
     parser.add_argument("--threads", type=int, default=2)
