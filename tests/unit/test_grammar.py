@@ -231,6 +231,7 @@ def test_a_constraint_that_proves_too_complex_is_a_bad_request(grammar: Grammar,
         answer(grammar, tokenizer, Constraint("json_schema", json.dumps(schema)), 0)
     assert caught.value.code == "bad_request"
     assert "\n" not in str(caught.value)
+    assert "<state>" not in str(caught.value)
 
 
 def test_only_the_last_constraints_are_kept(grammar: Grammar) -> None:
