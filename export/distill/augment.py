@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -22,23 +21,9 @@ SHARED: Final = {
 """Slots whose values mean the same in every intent; the values of other slots stay within their intent."""
 
 TITLES: Final = frozenset(
-    {
-        "album",
-        "artist",
-        "city",
-        "entity_name",
-        "geographic_poi",
-        "movie_name",
-        "object_name",
-        "playlist",
-        "restaurant_name",
-        "track",
-    }
+    {"album", "artist", "entity_name", "movie_name", "object_name", "playlist", "restaurant_name", "track"}
 )
 """Slots that can hold any words, so that a blend of two values is as good as a value."""
-
-COMMON: Final = 10
-"""How often a phrase such as ` on <service>` must end utterances of an intent to be put after others of it."""
 
 PREFIXES: Final = ("please ", "hey ", "ok ", "hi, ", "Please ", "Hey, ")
 SUFFIXES: Final = (" please", " thanks", ", please", " thank you")
@@ -58,8 +43,6 @@ class Noise:
         Of the sentence's case: lower mostly, else upper, capitalized, or every word capitalized.
     mark
         Of the closing mark: taken away, or one put there.
-    graft
-        Of one more slot at the end, by a phrase that is common there: ` by <artist>`, ` on <service>`.
     polite
         Of a word of courtesy put before or after.
     """
@@ -68,7 +51,6 @@ class Noise:
     blend: float = 0.15
     case: float = 0.35
     mark: float = 0.25
-    graft: float = 0.12
     polite: float = 0.06
 
 
@@ -84,15 +66,6 @@ class Augmenter:
         for utterance in utterances:
             for name, value in utterance.slots:
                 self._seen.setdefault(self._pool(utterance.intent, name), []).append(value)
-        tails = Counter(
-            (utterance.intent, utterance.pieces[-2][1], utterance.pieces[-1][0])
-            for utterance in utterances
-            if len(utterance.pieces) > 2 and utterance.pieces[-2][0] is None and utterance.pieces[-1][0]
-        )
-        self._tails: dict[str, list[tuple[str, str]]] = {}
-        for (intent, joint, name), count in sorted(tails.items(), key=str):
-            if count >= COMMON and name and joint.startswith(" ") and joint.strip():
-                self._tails.setdefault(intent, []).extend([(joint, name)] * count)
         self._distinct = {pool: sorted(set(values)) for pool, values in self._seen.items()}
 
     @staticmethod
@@ -105,8 +78,6 @@ class Augmenter:
             (name, self._swap(utterance.intent, name, text, rng)) if name else (None, text)
             for name, text in utterance.pieces
         ]
-        if rng.random() < self.noise.graft:
-            pieces = self._graft(utterance.intent, pieces, rng)
         if rng.random() < self.noise.polite:
             pieces = _polite(pieces, rng)
         if rng.random() < self.noise.mark:
@@ -116,9 +87,8 @@ class Augmenter:
         return Utterance(utterance.intent, tuple(piece for piece in pieces if piece[1]))
 
     def _swap(self, intent: str, name: str, value: str, rng: np.random.Generator) -> str:
-        return value if rng.random() >= self.noise.swap else self._draw(intent, name, rng)
-
-    def _draw(self, intent: str, name: str, rng: np.random.Generator) -> str:
+        if rng.random() >= self.noise.swap:
+            return value
         pool = self._pool(intent, name)
         # As often as seen half of the time, each distinct value alike the other half: a common value stays
         # common, a rare one is met.
@@ -130,17 +100,6 @@ class Augmenter:
             cut = rng.integers(1, len(words) + 1)
             chosen = " ".join([*words[:cut], *other[rng.integers(len(other)) :]]).strip()
         return chosen
-
-    def _graft(self, intent: str, pieces: Pieces, rng: np.random.Generator) -> Pieces:
-        tails = self._tails.get(intent)
-        if tails is None:
-            return pieces
-        joint, name = tails[rng.integers(len(tails))]
-        last_name, last = pieces[-1]
-        body = pieces if last_name else [*pieces[:-1], (None, last.rstrip(".?! "))]
-        if name in {present for present, _ in pieces} or (body[-1][0] is None and body[-1][1]):
-            return pieces  # only after a slot: "play some jazz" may go on, "what is on at the moment" may not
-        return [*body, (None, joint), (name, self._draw(intent, name, rng))]
 
 
 def _polite(pieces: Pieces, rng: np.random.Generator) -> Pieces:

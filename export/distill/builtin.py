@@ -51,7 +51,7 @@ SHAPE: Final = "hidden=192,layers=6,heads=6,kv-heads=2,mlp=512"
 BUILTIN: Final = Recipe(
     parse_shape(SHAPE),
     Settings(
-        epochs=20,
+        epochs=16,
         batch_tokens=2048,
         row_length=192,
         lr=2e-3,

@@ -167,6 +167,19 @@ def test_training_lowers_the_loss_and_averaging_gives_other_weights():
     assert not torch.equal(plain.model.model.norm.weight, averaged.model.model.norm.weight)
 
 
+def test_dropout_ends_with_the_training_and_clipping_bounds_a_step():
+    settings = Settings(epochs=1, batch_tokens=64, row_length=32, dropout=0.5, clip=1e-12, weight_decay=0.0)
+    trainer = Trainer(tiny_model(), lambda _: random_examples(20), settings)
+    before = weights_of(trainer)
+    trainer.run()
+    after = weights_of(trainer)
+    assert all((after[name] - weight).abs().max() < 1e-3 for name, weight in before.items())
+    trainer.model.train()
+    tokens = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(trainer.model(tokens).logits, trainer.model(tokens).logits)
+
+
 def test_a_student_comes_closer_to_its_teacher():
     examples = random_examples(40)
     teacher = tiny_model(7)
