@@ -11,11 +11,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Final, Literal
+from typing import Final
 
 from edgelm.config import BrokerConfig
 from edgelm.errors import EdgelmError
-from edgelm.mqtt import asks, client, wire
+from edgelm.mqtt import asks, events, wire
+from edgelm.mqtt.client import Connection
+from edgelm.mqtt.greeting import Version
 from edgelm.mqtt.topics import BASE, BoardTopics, is_name
 
 CONNECT_WITHIN_S: Final = 15.0
@@ -44,22 +46,22 @@ class Asker:
         "5", which falls back to 3.1.1 where the broker knows no other, or "3.1.1".
     """
 
-    def __init__(self, broker: BrokerConfig, board: str, *, protocol: Literal["5", "3.1.1"] = "5") -> None:
+    def __init__(self, broker: BrokerConfig, board: str, *, protocol: Version = "5") -> None:
         run = uuid.uuid4().hex[:12]
         user = broker.user or ""
         self.client = user if is_name(user) else f"ask-{run}"
         self._topics = BoardTopics(board)
         self._reply_topic = f"{self._topics.response(self.client)}/{run}"
         self._url = broker.url
-        self._events: SimpleQueue[client.Event] = SimpleQueue()
-        self._connection = client.Connection(broker, f"edgelm-ask-{run}", self._events.put, protocol=protocol)
+        self._events: SimpleQueue[events.Event] = SimpleQueue()
+        self._connection = Connection(broker, f"edgelm-ask-{run}", self._events.put, protocol=protocol)
         self._boards: dict[str, bool] = {}
         """Every board heard of, and whether it is online."""
 
     def __enter__(self) -> Asker:
         self._connection.start()
         try:
-            self._wait_for(client.Subscribed, CONNECT_WITHIN_S)
+            self._wait_for(events.Subscribed, CONNECT_WITHIN_S)
         except BaseException:
             self._connection.stop()
             raise
@@ -105,7 +107,7 @@ class Asker:
                 raise UnansweredError(f"board {self._topics.board!r} gave no answer within {patience_s:.0f} s")
             event = self._next(min(1.0, patience_s - waited_s))
             self._check_board(waited_s)
-            if isinstance(event, client.Published) and event.mid == mid:
+            if isinstance(event, events.Published) and event.mid == mid:
                 self._check_sent(event.reason)
             answer = self._answer_in(event, ask.id)
             if isinstance(answer, wire.Outcome):
@@ -117,8 +119,8 @@ class Asker:
                 yield early.pop(seq)
                 seq += 1
 
-    def _answer_in(self, event: client.Event | None, request_id: str) -> wire.Delta | wire.Outcome | None:
-        if not isinstance(event, client.Received) or event.topic != self._reply_topic:
+    def _answer_in(self, event: events.Event | None, request_id: str) -> wire.Delta | wire.Outcome | None:
+        if not isinstance(event, events.Received) or event.topic != self._reply_topic:
             return None
         try:
             answer = wire.parse_answer(event.payload)
@@ -157,31 +159,31 @@ class Asker:
         until = time.monotonic() + within_s
         while time.monotonic() < until:
             event = self._next(until - time.monotonic())
-            if isinstance(event, client.ConnectFailed):
+            if isinstance(event, events.ConnectFailed):
                 raise UnansweredError(f"no broker at {self._url}: {event.reason}")
             if isinstance(event, kind):
                 return
         raise UnansweredError(f"no broker at {self._url}: it gave no answer within {within_s:.0f} s")
 
-    def _next(self, wait_s: float) -> client.Event | None:
+    def _next(self, wait_s: float) -> events.Event | None:
         """Return the next event, having done what the connection needs."""
         try:
             event = self._events.get(timeout=max(0.0, wait_s))
         except Empty:
             self._connection.tend()
             return None
-        if isinstance(event, client.Received):
+        if isinstance(event, events.Received):
             self._connection.settle(event)
             self._note_status(event)
-        elif isinstance(event, client.Connected):
+        elif isinstance(event, events.Connected):
             self._connection.subscribe(((self._reply_topic, 1), (f"{BASE}/+/status", 1)))
-        elif isinstance(event, client.NeedsCare):
+        elif isinstance(event, events.NeedsCare):
             self._connection.tend()
-        elif isinstance(event, client.Subscribed) and event.reasons[0] >= 0x80:
+        elif isinstance(event, events.Subscribed) and event.reasons[0] >= 0x80:
             raise UnansweredError(f"the broker {self._url} does not let us subscribe to {self._reply_topic}")
         return event
 
-    def _note_status(self, event: client.Received) -> None:
+    def _note_status(self, event: events.Received) -> None:
         levels = event.topic.split("/")
         if len(levels) == 3 and levels[0] == BASE and levels[2] == "status":
             self._boards[levels[1]] = event.payload == b"online"

@@ -9,14 +9,12 @@ from __future__ import annotations
 import functools
 import logging
 import socket
-import ssl
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -25,14 +23,26 @@ from paho.mqtt.properties import Properties as PahoProperties
 
 from edgelm.config import BrokerConfig
 from edgelm.errors import EdgelmError
+from edgelm.mqtt.events import (
+    Connected,
+    ConnectFailed,
+    Disconnected,
+    Event,
+    Limits,
+    NeedsCare,
+    PacketTooLargeError,
+    Published,
+    Received,
+    Subscribed,
+)
+from edgelm.mqtt.greeting import Greeting, Version
+from edgelm.mqtt.transport import reason_of, tls_context
 from edgelm.mqtt.wire import Packet, Properties
 
 log = logging.getLogger(__name__)
 
 KEEPALIVE_S: Final = 20
 CONNECT_TIMEOUT_S: Final = 5.0
-CONNACK_WITHIN_S: Final = 3.0
-"""A broker that knows only 3.1.1 may misread MQTT 5's greeting and wait for more of it."""
 RECONNECT_S: Final = (1, 30)
 RECEIVE_MAXIMUM: Final = 64
 """Requests of QoS 1 that the broker may have under way to us."""
@@ -43,73 +53,6 @@ MAX_REVIVALS: Final = 5
 _UNSUPPORTED_VERSION: Final = 0x84
 _TRANSIENT: Final = frozenset({0x80, 0x83, 0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F})
 """CONNACK reasons that waiting may cure."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the broker allows on this connection."""
-
-    packet_bytes: int | None = None
-    in_flight: int = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Connected:
-    """The broker accepted us. `is_new`: nothing sent before is under way any more."""
-
-    protocol: str
-    limits: Limits
-    is_new: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Disconnected:
-    """The connection is gone; paho tries again. `is_taken_over`: another client came with our id."""
-
-    reason: str
-    is_taken_over: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectFailed:
-    """A connection did not come about. `is_final`: waiting will not help."""
-
-    reason: str
-    is_final: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Subscribed:
-    """The broker's answer to a subscription: one reason a filter, 0x80 and above is a refusal."""
-
-    reasons: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """A message of QoS 1 was acknowledged with `reason`; or one of QoS 0 written, while some of QoS 1 are under way."""
-
-    mid: int
-    reason: int
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A message came in, at `at` of `time.monotonic`. Hand it to `Connection.settle` when it is dealt with."""
-
-    topic: str
-    payload: bytes
-    qos: int
-    retain: bool
-    properties: Properties
-    at: float
-    mid: int
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class NeedsCare:
-    """Call `Connection.tend`."""
 
 
 class Sending:
@@ -128,13 +71,6 @@ class Sending:
             return self._info.is_published()
         except (RuntimeError, ValueError):  # how paho says that it is lost
             return True
-
-
-Event = Connected | Disconnected | ConnectFailed | Subscribed | Published | Received | NeedsCare
-
-
-class PacketTooLargeError(EdgelmError):
-    """A packet exceeds what the broker takes; sending it would end the connection, over and over."""
 
 
 _Callback = TypeVar("_Callback", bound=Callable[..., None])
@@ -184,7 +120,7 @@ class Connection:
         will_delay_s: int = 0,
         session_expiry_s: int = 0,
         packet_bytes: int | None = None,
-        protocol: Literal["5", "3.1.1"] = "5",
+        protocol: Version = "5",
     ) -> None:
         self._broker = broker
         self._client_id = client_id
@@ -193,16 +129,13 @@ class Connection:
         self._will_delay_s = will_delay_s
         self._session_expiry_s = session_expiry_s
         self._packet_bytes = packet_bytes
-        self._version = MQTTProtocolVersion.MQTTv5 if protocol == "5" else MQTTProtocolVersion.MQTTv311
+        self._greeting = Greeting(protocol)
         self.tells_published = False
         """Whether `Published` is posted; set by a publish of QoS 1, reset by the owner when none is under way."""
         self._limits = Limits()
         self._connected = False
         self._was_announced = False
         self._is_new = True
-        self._greeted_at: float | None = None
-        self._has_met = False
-        self._wants_change = False
         self._revivals = 0
         self._epoch = 0
         self._epoch_lock = threading.Lock()  # never held around publish: paho calls back with its own locks held
@@ -221,7 +154,7 @@ class Connection:
     @property
     def is_mqtt5(self) -> bool:
         """Whether messages carry properties."""
-        return self._version == MQTTProtocolVersion.MQTTv5
+        return self._greeting.version == "5"
 
     def start(self) -> None:
         """Begin to connect, and go on until `stop`."""
@@ -251,19 +184,17 @@ class Connection:
         EdgelmError
             When the loop thread dies again and again.
         """
-        greeted_at = self._greeted_at
-        if greeted_at is not None and time.monotonic() - greeted_at > CONNACK_WITHIN_S:
-            self._change_version("it gave no answer to the greeting")
+        self._greeting.check_time()
         thread = self._loop_thread
-        died = thread is not None and not thread.is_alive() and not self._wants_change
+        died = thread is not None and not thread.is_alive() and not self._greeting.wants_change
         if died:
             self._revivals += 1
             log.error("the MQTT loop thread died; starting another (%d of %d)", self._revivals, MAX_REVIVALS)
             if self._revivals > MAX_REVIVALS:
                 raise EdgelmError("the MQTT loop thread keeps dying; see the log")
-        if died or self._wants_change:
+        if died or self._greeting.wants_change:
             self.stop()
-            self._wants_change = False
+            self._greeting.wants_change = False
             self._is_new = True
             self._client = self._make_client()
             self.start()
@@ -329,7 +260,7 @@ class Connection:
             CallbackAPIVersion.VERSION2,
             client_id=self._client_id,
             clean_session=self._session_expiry_s == 0 if old else None,
-            protocol=self._version,
+            protocol=MQTTProtocolVersion.MQTTv311 if old else MQTTProtocolVersion.MQTTv5,
             transport={"ws": "websockets", "wss": "websockets", "unix": "unix"}.get(url.scheme, "tcp"),  # type: ignore[arg-type]
             manual_ack=True,
         )
@@ -341,7 +272,7 @@ class Connection:
         if self._broker.user:
             client.username_pw_set(self._broker.user, self._broker.password)
         if url.is_encrypted:
-            client.tls_set_context(_tls_context(self._broker))
+            client.tls_set_context(tls_context(self._broker))
         if self._will is not None:
             properties = None
             if self.is_mqtt5:
@@ -364,7 +295,7 @@ class Connection:
 
     @_guarded
     def _on_socket_open(self, _client: paho.Client, _data: Any, sock: Any) -> None:
-        self._greeted_at = time.monotonic()
+        self._greeting.send()
         plain = getattr(sock, "_socket", sock)  # paho's wrapper of a web socket hides the real one
         with suppress(OSError, AttributeError):  # a Unix socket has no such option
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -377,46 +308,36 @@ class Connection:
 
     @_guarded
     def _on_connect(self, _c: paho.Client, _d: Any, _flags: Any, reason: Any, properties: Any) -> None:
-        self._greeted_at = None
-        if reason.value == _UNSUPPORTED_VERSION and self.is_mqtt5:
-            self._has_met = False
-            self._change_version("it refused that version")
-            return
         if reason.is_failure:
-            self._post(ConnectFailed(f"the broker refused: {reason}", reason.value not in _TRANSIENT))
+            if self._greeting.refuse(for_version=reason.value == _UNSUPPORTED_VERSION):
+                self._ask_for_care()
+            else:
+                self._post(ConnectFailed(f"the broker refused: {reason}", reason.value not in _TRANSIENT))
             return
+        self._greeting.accept()
         self._limits = Limits(
             packet_bytes=getattr(properties, "MaximumPacketSize", None),
             in_flight=min(20, getattr(properties, "ReceiveMaximum", 20)),
         )
-        self._connected = self._was_announced = self._has_met = True
+        self._connected = self._was_announced = True
         is_new, self._is_new = self._is_new, False
-        self._post(Connected("5" if self.is_mqtt5 else "3.1.1", self._limits, is_new))
+        self._post(Connected(self._greeting.version, self._limits, is_new))
 
     @_guarded
     def _on_connect_fail(self, *_: Any) -> None:
         error = sys.exc_info()[1]  # paho calls this while it handles the OSError
-        self._post(ConnectFailed(_plain(error), is_final=False))
+        self._post(ConnectFailed(reason_of(error), is_final=False))
 
     @_guarded
     def _on_disconnect(self, _c: paho.Client, _d: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         was_announced, self._was_announced = self._was_announced, False
-        greeted_at, self._greeted_at = self._greeted_at, None
-        if greeted_at is not None:
-            self._change_version("it closed the connection at the greeting")
+        if self._greeting.close():
+            self._ask_for_care()
         elif was_announced:
             self._post(Disconnected(str(reason), is_taken_over=reason.value == 0x8E))
 
-    def _change_version(self, why: str) -> None:
-        """Try the other version of MQTT, unless the broker is known to speak this one."""
-        self._greeted_at = None
-        if self._has_met or self._wants_change:
-            return
-        old, new = ("5", "3.1.1") if self.is_mqtt5 else ("3.1.1", "5")
-        log.info("greeted the broker with MQTT %s: %s; trying %s", old, why, new)
-        self._version = MQTTProtocolVersion.MQTTv311 if self.is_mqtt5 else MQTTProtocolVersion.MQTTv5
-        self._wants_change = True
-        self._client.disconnect()
+    def _ask_for_care(self) -> None:
+        self._client.disconnect()  # else paho would go on with the former version
         self._post(NeedsCare())
 
     @_guarded
@@ -440,25 +361,6 @@ class Connection:
             topic, payload, message.qos, message.retain, properties, time.monotonic(), message.mid, self._epoch
         )
         self._post(received)
-
-
-def _tls_context(broker: BrokerConfig) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=broker.cafile)
-        if broker.certfile:
-            context.load_cert_chain(broker.certfile, broker.keyfile)
-    except OSError as error:  # ssl.SSLError is one
-        raise EdgelmError(f"cafile, certfile, keyfile: not a usable certificate or key: {error}") from error
-    return context
-
-
-def _plain(error: BaseException | None) -> str:
-    """Return why a connection failed, in words."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message}"
-    if isinstance(error, OSError):
-        return error.strerror or str(error) or type(error).__name__
-    return "unknown reason"
 
 
 def _paho_properties(kind: int) -> PahoProperties:

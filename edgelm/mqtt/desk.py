@@ -21,7 +21,8 @@ from edgelm.errors import RequestError
 from edgelm.messages import Completion, Request, SamplingParams
 from edgelm.mqtt import asks, wire
 from edgelm.mqtt.answers import Answer, Finished, Grown
-from edgelm.mqtt.client import Connection, PacketTooLargeError, Received
+from edgelm.mqtt.client import Connection
+from edgelm.mqtt.events import PacketTooLargeError, Received
 from edgelm.mqtt.outbox import Outbox
 from edgelm.mqtt.topics import BoardTopics, check_reply_topic
 from edgelm.worker import Worker

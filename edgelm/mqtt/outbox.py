@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgelm.mqtt.client import Connected, Connection, PacketTooLargeError, Published
+from edgelm.mqtt.client import Connection
+from edgelm.mqtt.events import Connected, PacketTooLargeError, Published
 from edgelm.mqtt.wire import Packet
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,9 @@ from typing import Any, Final
 from edgelm._version import __version__
 from edgelm.config import ServeConfig
 from edgelm.errors import EdgelmError, RequestError
-from edgelm.mqtt import client, health, wire
+from edgelm.mqtt import events, health, wire
 from edgelm.mqtt.answers import Finished, Grown
+from edgelm.mqtt.client import Connection
 from edgelm.mqtt.desk import Desk, ServedModel
 from edgelm.mqtt.outbox import Outbox
 from edgelm.mqtt.topics import BoardTopics
@@ -74,7 +75,7 @@ class Service:
         self._events: SimpleQueue[Any] = SimpleQueue()
         broker = config.broker
         self._url = broker.url
-        self._connection = client.Connection(
+        self._connection = Connection(
             broker,
             f"edgelm-{config.board}",
             self._events.put,
@@ -99,13 +100,13 @@ class Service:
         self._cared_at = self._state_at = float("-inf")
         self._state: tuple[int, int] = (0, 0)
         self._handlers: dict[type, Callable[[Any], None]] = {
-            client.Connected: self._on_connected,
-            client.Disconnected: self._on_disconnected,
-            client.ConnectFailed: self._on_connect_failed,
-            client.Subscribed: self._on_subscribed,
-            client.Published: self._outbox.on_published,
-            client.Received: self._on_received,
-            client.NeedsCare: lambda _: self._connection.tend(),
+            events.Connected: self._on_connected,
+            events.Disconnected: self._on_disconnected,
+            events.ConnectFailed: self._on_connect_failed,
+            events.Subscribed: self._on_subscribed,
+            events.Published: self._outbox.on_published,
+            events.Received: self._on_received,
+            events.NeedsCare: lambda _: self._connection.tend(),
             Grown: lambda event: self._desk.on_grown(event.answer),
             Finished: lambda event: self._desk.on_finished(event.answer, event.completion),
             Stop: self._on_stop,
@@ -191,7 +192,7 @@ class Service:
 
     # -- events -----------------------------------------------------------------------------------------------
 
-    def _on_connected(self, event: client.Connected) -> None:
+    def _on_connected(self, event: events.Connected) -> None:
         log.info("connected to %s (MQTT %s)", self._url, event.protocol)
         self._was_connected = True
         self._said_away = False
@@ -200,7 +201,7 @@ class Service:
         self._connection.subscribe(self._topics.subscriptions)
         self._outbox.on_connected(event)
 
-    def _on_subscribed(self, event: client.Subscribed) -> None:
+    def _on_subscribed(self, event: events.Subscribed) -> None:
         if any(reason >= 0x80 for reason in event.reasons):
             names = ", ".join(name for name, _ in self._topics.subscriptions)
             self._fail(EdgelmError(f"the broker {self._url} does not let us subscribe to {names}: check its ACL"))
@@ -216,7 +217,7 @@ class Service:
         if self._on_online is not None:
             self._on_online()
 
-    def _on_disconnected(self, event: client.Disconnected) -> None:
+    def _on_disconnected(self, event: events.Disconnected) -> None:
         log.warning("lost the broker %s (%s); trying again until it is back", self._url, event.reason)
         self._said_away = True
         is_quick = time.monotonic() - self._connected_at < QUICK_LOSS_S
@@ -226,14 +227,14 @@ class Service:
                 "does another board call itself %r? Each needs a name of its own: --board NAME", self._config.board
             )
 
-    def _on_connect_failed(self, event: client.ConnectFailed) -> None:
+    def _on_connect_failed(self, event: events.ConnectFailed) -> None:
         if event.is_final and not self._was_connected:
             self._fail(EdgelmError(f"broker {self._url}: {event.reason}"))
         elif not self._said_away:
             log.warning("no broker at %s (%s); trying again until there is one", self._url, event.reason)
             self._said_away = True
 
-    def _on_received(self, event: client.Received) -> None:
+    def _on_received(self, event: events.Received) -> None:
         try:
             self._desk.receive(event)
         finally:

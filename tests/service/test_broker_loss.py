@@ -16,6 +16,8 @@ from edgelm.config import ServeConfig
 from edgelm.errors import EdgelmError
 from edgelm.mqtt import client as mqtt
 from edgelm.mqtt.board import open_board
+from edgelm.mqtt.events import Received, Subscribed
+from edgelm.mqtt.wire import Properties
 
 PROMPT = "Once upon a time"
 
@@ -158,7 +160,7 @@ def test_a_message_of_a_former_connection_is_not_acknowledged(
         monkeypatch.setattr(service._connection._client, "ack", lambda mid, qos: acknowledged.append(mid))
         epoch = service._connection._epoch
         for stale in (0, 1):
-            message = mqtt.Received("t", b"", 1, False, mqtt.Properties(), 0.0, 7 + stale, epoch - stale)
+            message = Received("t", b"", 1, False, Properties(), 0.0, 7 + stale, epoch - stale)
             service._connection.settle(message)
     assert acknowledged == [7]
 
@@ -181,7 +183,7 @@ def test_a_dead_engine_ends_the_service_with_its_reason(
 def test_a_refused_subscription_ends_the_service_with_its_reason(config: ServeConfig) -> None:
     def serve_refused() -> None:
         with serving(config) as service:
-            service._events.put(mqtt.Subscribed((1, 0x87)))  # mosquitto's ACL file never refuses a subscription
+            service._events.put(Subscribed((1, 0x87)))  # mosquitto's ACL file never refuses a subscription
             until = time.monotonic() + 40
             while service._failure is None:
                 assert time.monotonic() < until

@@ -12,7 +12,8 @@ from broker import Broker
 from mqtt_client import Client
 
 from edgelm.config import BrokerConfig, BrokerUrl
-from edgelm.mqtt.client import Connected, Connection, Event, NeedsCare, PacketTooLargeError, Published
+from edgelm.mqtt.client import Connection
+from edgelm.mqtt.events import Connected, Event, NeedsCare, PacketTooLargeError, Published
 from edgelm.mqtt.outbox import Outbox
 from edgelm.mqtt.wire import Packet
 
