@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 
@@ -174,19 +175,35 @@ def test_seeds(model):
     assert sample() != sample()
 
 
-def test_leaving_a_stream_early_frees_its_row(model):
+@pytest.mark.parametrize("close", [True, False], ids=["closed", "forgotten"])
+def test_leaving_a_stream_early_ends_its_request(close, model, monkeypatch):
+    steps, left = [], threading.Event()
+    real = model.worker.engine.step
+
+    def step():
+        steps.append(1)
+        assert len(steps) < 3 or left.wait(60)  # the third step waits until the stream has been left
+        return real()
+
+    monkeypatch.setattr(model.worker.engine, "step", step)
     completed = model.worker.stats().completed
-    stream = model.stream(PROMPT, max_tokens=400, ignore_eos=True)
+    stream = model.stream(PROMPT, max_tokens=100, ignore_eos=True)
     next(stream)
-    stream.close()
+    if close:
+        stream.close()
+    del stream
+    gc.collect()
+    left.set()
     wait_until(lambda: model.worker.stats().completed > completed)
+    assert len(steps) <= 4
     assert model.worker.stats().active == 0
-    for _ in model.stream(PROMPT, max_tokens=400, ignore_eos=True):
-        break
-    wait_until(lambda: model.worker.stats().active == 0)
-    unread = model.stream(PROMPT)  # never asked for a chunk: never submitted
-    assert model.worker.stats().active == 0
-    unread.close()
+
+
+def test_a_stream_that_is_not_read_asks_for_nothing(model):
+    completed = model.worker.stats().completed
+    model.stream(PROMPT).close()
+    model.generate(PROMPT, max_tokens=1)
+    assert model.worker.stats().completed == completed + 1
 
 
 def test_a_bad_argument_raises_at_once(model):
