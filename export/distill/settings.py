@@ -27,7 +27,9 @@ class Settings:
     averaging
         Decay of the exponential moving average of the weights, 0 to 1; the average is the result. 0: off.
     kl_weight, temperature
-        With a teacher: loss = (1 - kl_weight) * cross-entropy + kl_weight * T^2 KL at temperature T.
+        With a teacher: loss = (1 - kl_weight) * cross-entropy + kl_weight * T^2 KL at temperature T. A teacher that
+        was trained with smoothing is best followed at 1: what it spreads over the vocabulary grows with T until it
+        outweighs what it knows.
     teacher_top_k
         How many of the teacher's best tokens are kept for each target token, where it is asked once before
         training, as `distill` does for data that stays the same. 0: it is asked at every step, for all tokens.
