@@ -72,6 +72,8 @@ def convert(
         model = _load(checkpoint, libraries)
     parameters, config = int(model.num_parameters()), model.config
     length = _context(config, context)
+    if progress is not None:
+        progress("tracing", 0, 1)  # the longest part, and optimum does not say how far it is
     with tempfile.TemporaryDirectory(prefix="optimum.", dir=stage) as traced:
         with _quiet():
             file = _trace(model, Path(traced), libraries)
@@ -130,6 +132,8 @@ def _load(checkpoint: Checkpoint, libraries: _Libraries) -> Any:
             f"architecture {kind!r} is not one that optimum-onnx {version('optimum-onnx')} exports for text generation;"
             f" it knows {', '.join(supported)}"
         )
+    if checkpoint.config.get("quantization_config") is not None:
+        raise CheckpointError(f"{checkpoint.path} is already quantized; export the checkpoint that it was made from")
     try:
         model, loading = libraries.transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.path,

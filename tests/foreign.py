@@ -40,6 +40,15 @@ SHAPES = {
         "word_embed_proj_dim": 64,
         "pad_token_id": 1,
     },
+    "mistral": {  # untied, grouped queries, and a window that the context must stay within
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "max_position_embeddings": CONTEXT,
+        "sliding_window": 64,
+    },
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4, "seq_length": CONTEXT},  # places by attention mask alone
 }
 

@@ -58,12 +58,21 @@ def test_a_tensor_of_another_shape(checkpoint, tmp_path):
     refuse(source, tmp_path, CheckpointError, "transformers cannot load|another shape for transformer.wpe.weight")
 
 
+@pytest.mark.parametrize(
+    "bad", [("h.1.mlp.c_proj.weight", "inf"), ("h.0.ln_2.weight", "nan")], ids=lambda each: each[1]
+)
 @pytest.mark.parametrize("quant", ["fp32", "int4"])
-def test_weights_that_are_no_numbers(quant, tmp_path):
+def test_weights_that_are_no_numbers(bad, quant, tmp_path):
     model = deepcopy(model_of("gpt2"))
+    name, number = bad
     with torch.no_grad():
-        model.transformer.h[1].mlp.c_proj.weight[3, 4] = float("nan")
+        model.transformer.get_parameter(name).view(-1)[5] = float(number)
     refuse(write(model, tmp_path / "model"), tmp_path, CheckpointError, "NaN", quant=quant)
+
+
+def test_a_quantized_checkpoint(checkpoint, tmp_path):
+    source = edited(checkpoint, tmp_path / "model", quantization_config={"quant_method": "gptq", "bits": 4})
+    refuse(source, tmp_path, CheckpointError, "already quantized")
 
 
 def test_a_context_past_the_positions(checkpoint, tmp_path):
