@@ -86,10 +86,13 @@ def test_a_tied_embedding_is_stored_once(tiny_checkpoint, export_to_cache):
 
 
 @pytest.mark.parametrize("quant", ["int4", "int8", "fp32"])
-def test_the_graph_holds_no_float64_and_one_data_file(quant, tiny_checkpoint, export_to_cache):
+def test_the_graph_holds_nothing_unused_no_float64_and_one_data_file(quant, tiny_checkpoint, export_to_cache):
     path = export_to_cache(tiny_checkpoint(tied=False), quant=quant)
     graph = onnx.load(path / "model.onnx", load_external_data=False)
     assert all(tensor.data_type != onnx.TensorProto.DOUBLE for tensor in graph.graph.initializer)
+    assert {tensor.name for tensor in graph.graph.initializer} <= {
+        name for node in graph.graph.node for name in node.input
+    }
     stored = {entry.value for t in graph.graph.initializer for entry in t.external_data if entry.key == "location"}
     assert stored == {"model.onnx.data"}
 

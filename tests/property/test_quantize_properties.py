@@ -76,6 +76,17 @@ def test_the_search_never_does_worse_than_rounding(weight, bits, block_size):
     assert (error("clip") <= rounded * (1 + 1e-5) + 1e-12 * (blocks_of(weight, block_size) ** 2).sum(axis=2)).all()
 
 
+@pytest.mark.parametrize("method", ["rtn", "clip"])
+@pytest.mark.parametrize("size", [1e-45, 4e-44, 1e-40, 1e-38, 3e38])
+def test_blocks_of_extreme_size_stay_finite_and_close(size, method):
+    weight = np.linspace(-1, 1, 64, dtype=np.float64).reshape(2, 32)
+    weight = (weight * size).astype(np.float32)
+    packed = quantize(weight, 8, 32, method)
+    assert np.isfinite(packed.scales).all()
+    assert (np.abs(packed.scales) >= 2.0**-127).all()  # a step below what kernels may flush to zero
+    assert np.abs(dequantize(packed).astype(np.float64) - weight).max() <= max(size / 100, 2.0**-118)
+
+
 def test_the_search_helps_where_weights_are_normal():
     weight = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
     errors = [((dequantize(quantize(weight, 4, 32, method)) - weight) ** 2).sum() for method in ("rtn", "clip")]
