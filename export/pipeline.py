@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from .decoder import Decoder
 from .graph import GraphBuilder
 from .initializers import Initializers
 from .quantize.pack import METHODS, Method
-from .quantize.plan import BITS, BLOCK_SIZES, Plan, Quant
+from .quantize.plan import BITS, BLOCK_SIZES, Plan, Quant, default_block_size
 from .staging import staged
 from .weights import Weights
 
@@ -33,7 +34,7 @@ def export(
     out: str | Path,
     *,
     quant: Quant = "int4",
-    block_size: int = 32,
+    block_size: int | None = None,
     method: Literal["auto", "rtn", "clip"] = "auto",
     context: int | None = None,
     via: Literal["native", "optimum"] = "native",
@@ -49,8 +50,9 @@ def export(
     out
         The bundle's directory. An existing one is refused unless `force`; a failed export leaves nothing behind.
     quant, block_size, method
-        Precision of the matrices, weights per scale (32, 64 or 128), and how scales are chosen: `rtn` rounds to
-        nearest, `clip` searches the scale of least squared error; `auto` is `clip` for int4 and `rtn` for int8.
+        Precision of the matrices, weights per scale (32, 64 or 128; by default 64 from a width of 512 on, else 32, and
+        32 via optimum), and how scales are chosen: `rtn` rounds to nearest, `clip` searches the scale of least squared
+        error; `auto` is `clip` for int4 and `rtn` for int8.
     context
         Positions of the longest conversation; the default is the checkpoint's, at most 4096.
     via
@@ -65,14 +67,18 @@ def export(
     EdgelmError
         The target exists, cannot be written, or an option is out of range.
     """
-    plan = _plan(quant, block_size, method)
+    plan = _plan(quant, 32 if block_size is None else block_size, method)
     with staged(Path(out), force=force, replaceable=lambda path: (path / MANIFEST).is_file()) as stage:
         if via == "optimum":
             from .optimum import convert  # heavy: torch, transformers
 
             manifest = convert(checkpoint, stage, plan, context, progress)
         else:
-            manifest = _build(open_checkpoint(checkpoint), stage, plan, context, progress)
+            source = open_checkpoint(checkpoint)
+            if block_size is None:
+                width = find_family(source.config).decoder(source.config).hidden_size
+                plan = dataclasses.replace(plan, block_size=default_block_size(width))
+            manifest = _build(source, stage, plan, context, progress)
         seal(stage, manifest)
     return open_bundle(out)
 

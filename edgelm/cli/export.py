@@ -30,9 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block-size",
         type=int,
         choices=[32, 64, 128],
-        default=32,
         metavar="N",
-        help="weights a scale: 32, 64, 128 (32)",
+        help="weights a scale: 32, 64, 128 (64 from a width of 512 on, else 32)",
     )
     parser.add_argument(
         "--method",
