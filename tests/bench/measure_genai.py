@@ -1,6 +1,7 @@
 """One side of peers.py, run by an interpreter that has onnxruntime-genai: measures a folder it built.
 
-Usage: python measure_genai.py MODEL THREADS PROMPT_TOKENS NEW_TOKENS REPEATS. Prints one JSON object.
+Usage: python measure_genai.py MODEL THREADS PROMPT_TOKENS NEW_TOKENS REPEATS. THREADS 0 leaves the choice
+to genai. Prints one JSON object.
 """
 
 import json
@@ -17,7 +18,8 @@ def main() -> None:
     decoder = json.loads((Path(model_path) / "genai_config.json").read_text())["model"]
     options = decoder["decoder"]["session_options"] | {"intra_op_num_threads": threads}
     config = og.Config(model_path)
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    if threads:
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
     started = time.perf_counter()
     model = og.Model(config)
     load_s = time.perf_counter() - started
