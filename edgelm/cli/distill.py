@@ -26,7 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     add = parser.add_argument
-    add("--student", required=True, metavar="DIR|SHAPE", help="checkpoint to go on from, or a new student's shape")
+    add(
+        "--student",
+        required=True,
+        metavar="DIR|SHAPE",
+        help="checkpoint to go on from, or a new student's shape; one that differs from the teacher's in the number of"
+        " layers alone begins with layers of the teacher",
+    )
     add("--data", required=True, type=Path, metavar="FILE", help="JSONL of prompts and targets")
     add("--out", required=True, type=Path, metavar="DIR", help="Hugging Face directory to make")
     add("--teacher", type=Path, metavar="DIR", help="checkpoint whose logits to follow (default: none)")

@@ -23,7 +23,7 @@ from ..staging import check_target, staged
 from .data import encode_tasks
 from .settings import Progress, Settings
 from .shape import Shape, parse_shape
-from .student import make_student, open_model, save_student
+from .student import inherit_layers, make_student, open_model, save_student
 from .teacher import ask_teacher
 from .tokenizer import BOS, EOS, save_tokenizer, train_tokenizer
 from .trainer import Dataset, Trainer
@@ -79,7 +79,8 @@ def distill(
     ----------
     student
         A checkpoint directory to go on from, or a shape (see `parse_shape`) to start from random weights. A new
-        student shares the teacher's tokenizer, or gets its own, trained on the data, where there is no teacher.
+        student shares the teacher's tokenizer, and its weights where it differs in the number of layers alone (see
+        `inherit_layers`); without a teacher it gets a tokenizer of its own, trained on the data.
     data
         JSONL of `{"prompt", "target"}`; see `edgelm.tasks.read_tasks`.
     out
@@ -196,6 +197,7 @@ def _start(student: str, texts: list[str], teacher: Path | None, vocab_size: int
         guide = open_model(teacher, "teacher")
         context = guide.config.max_position_embeddings
         model = _make(shape, guide.config.vocab_size, context, guide.config.bos_token_id or 0, 0, settings)
+        inherit_layers(model, guide)
         return _from_directory(model, teacher, guide)
     tokenizer = train_tokenizer(texts, vocab_size)
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,27 @@ def make_student(shape: Shape, vocab_size: int, context: int, bos: int, eos: int
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             nn.init.normal_(weight, std=config.initializer_range * depth)
     return model
+
+
+def inherit_layers(student: Any, teacher: Any) -> bool:
+    """Begin with the teacher's weights where the student differs from it in the number of layers alone.
+
+    The student's layers take the teacher's at even distances, the first and the last among them, as in DistilBERT
+    (Sanh et al. 2019, arXiv:1910.01108, section 3, which takes one layer out of two). Return whether the shapes allow
+    it; where they do not, the student is left as it was.
+    """
+    deep, few = teacher.config.num_hidden_layers, student.config.num_hidden_layers
+    if few > deep:
+        return False
+    taken = [round(i * (deep - 1) / max(few - 1, 1)) for i in range(few)]
+    theirs, inherited = teacher.state_dict(), {}
+    for name, weight in student.state_dict().items():
+        source = re.sub(r"(?<=\.layers\.)\d+", lambda found: str(taken[int(found[0])]), name)
+        if source not in theirs or theirs[source].shape != weight.shape:
+            return False
+        inherited[name] = theirs[source].clone()
+    student.load_state_dict(inherited)
+    return True
 
 
 def open_model(directory: Path, what: str) -> Any:

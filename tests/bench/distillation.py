@@ -25,7 +25,7 @@ from edgelm_export.distill.evaluate import evaluate
 from edgelm_export.distill.pipeline import open_tokenizer
 from edgelm_export.distill.shape import parse_shape
 from edgelm_export.distill.snips import read_utterances
-from edgelm_export.distill.student import make_student, open_model
+from edgelm_export.distill.student import inherit_layers, make_student, open_model
 from edgelm_export.distill.teacher import ask_teacher
 from edgelm_export.distill.trainer import Trainer
 
@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--dev", type=Path, required=True)
     parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--student", default="hidden=96,layers=3,heads=3,kv-heads=1,mlp=256")
+    parser.add_argument("--student", default="hidden=192,layers=3,heads=6,kv-heads=2,mlp=512")
     parser.add_argument("--seconds", type=float, default=300, help="CPU time of each arm, the teacher's included")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--threads", type=int, default=1)
@@ -90,6 +90,8 @@ def run(name: str, seed: int, args: argparse.Namespace) -> Arm:
         examples = ask_teacher(open_model(args.teacher, "teacher"), examples, settings)
     asking = time.process_time() - start
     student = make_student(parse_shape(args.student), tokenizer.get_vocab_size(), 256, 1, 0, seed)
+    if name == "with teacher":
+        inherit_layers(student, open_model(args.teacher, "teacher"))
     limited = replace(settings, max_s=args.seconds - asking)
     trainer = Trainer(student, lambda _: examples, limited, clock=time.process_time)
     trainer.run()

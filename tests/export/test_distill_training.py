@@ -20,7 +20,7 @@ from edgelm_export.distill.data import Encoded, collate  # noqa: E402
 from edgelm_export.distill.losses import cross_entropy, forward_kl, forward_kl_of_best  # noqa: E402
 from edgelm_export.distill.settings import Settings, learning_rate  # noqa: E402
 from edgelm_export.distill.shape import Shape  # noqa: E402
-from edgelm_export.distill.student import make_student  # noqa: E402
+from edgelm_export.distill.student import inherit_layers, make_student  # noqa: E402
 from edgelm_export.distill.teacher import ask_teacher  # noqa: E402
 from edgelm_export.distill.trainer import Trainer, target_logits  # noqa: E402
 
@@ -196,6 +196,26 @@ def test_a_student_comes_closer_to_its_teacher():
     settings = Settings(epochs=10, batch_tokens=128, row_length=32, kl_weight=1.0)
     Trainer(student, lambda _: examples, settings, teacher=teacher).run()
     assert distance(student) < 0.5 * before
+
+
+def test_a_student_of_fewer_layers_begins_with_every_other_layer_of_its_teacher():
+    teacher = make_student(replace(TINY, layers=5), VOCABULARY, 32, 1, 0, seed=1)
+    student = make_student(replace(TINY, layers=3), VOCABULARY, 32, 1, 0, seed=2)
+    assert inherit_layers(student, teacher)
+    theirs, ours = teacher.state_dict(), student.state_dict()
+    for mine, source in ((0, 0), (1, 2), (2, 4)):
+        name = "model.layers.{}.mlp.down_proj.weight"
+        assert torch.equal(ours[name.format(mine)], theirs[name.format(source)])
+    assert torch.equal(ours["model.embed_tokens.weight"], theirs["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("shape", [replace(TINY, layers=3), replace(TINY, mlp=64), replace(TINY, hidden=64)])
+def test_a_student_of_another_shape_is_left_as_it_was(shape):
+    teacher = make_student(TINY, VOCABULARY, 32, 1, 0, seed=1)
+    student = make_student(shape, VOCABULARY, 32, 1, 0, seed=2)
+    before = {name: weight.clone() for name, weight in student.state_dict().items()}
+    assert not inherit_layers(student, teacher)
+    assert all(torch.equal(weight, before[name]) for name, weight in student.state_dict().items())
 
 
 def test_a_teacher_asked_once_says_what_it_says_at_every_step():
