@@ -14,6 +14,7 @@ from edgelm.engine import Engine
 from edgelm.errors import EdgelmError
 from edgelm.mqtt.desk import ServedModel
 from edgelm.mqtt.service import Service
+from edgelm.sampling import warm_up
 from edgelm.worker import Worker
 
 START_WITHIN_S: Final = 60.0
@@ -32,6 +33,8 @@ def open_board(config: ServeConfig, on_online: Callable[[], None] | None = None)
     engine = Engine(bundle, threads=config.threads, context=config.context, max_batch=config.max_batch)
     worker = Worker(engine, queue_size=config.queue)
     service = Service(config, worker, describe(bundle, config.model, engine.context), on_online)
+    if bundle.manifest.sampling.temperature > 0:
+        warm_up()  # compiling takes seconds, which the first request would wait for
     worker.start()
     try:
         yield service
