@@ -1,0 +1,72 @@
+"""README, commands and Makefile agree: what it prints can be typed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgelm.cli import _parse
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands(program: str) -> list[str]:
+    lines = [line for block in code_blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line.split(" ", 1)[0] == program]
+
+
+@pytest.mark.parametrize("line", commands("edgelm"))
+def test_every_command_parses(line: str) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    args = _parse(words, words[0])
+    assert callable(args.run)
+
+
+def test_a_command_that_does_not_exist_would_be_noticed() -> None:
+    with pytest.raises(SystemExit):
+        _parse(["serve", "--no-such-flag"], "serve")
+
+
+@pytest.mark.parametrize("line", commands("make"))
+def test_every_target_exists(line: str) -> None:
+    target = shlex.split(line, comments=True)[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_every_extra_exists() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {name for line in commands("pip") for name in re.search(r"\[(.*)\]", line)[1].split(",")}
+    table = set(re.findall(r"^\| `(\w+)`", README, re.MULTILINE)) | set(
+        re.findall(r"^\| `\w+`, `(\w+)`", README, re.MULTILINE)
+    )
+    assert named <= set(project["optional-dependencies"])
+    assert table == set(project["optional-dependencies"])
+
+
+def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = code_blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    assert '"intent"' in capsys.readouterr().out
+
+
+def test_every_linked_file_exists() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_no_figure_was_forgotten() -> None:
+    assert "@@" not in README
