@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,6 +18,10 @@ from tiny import TinyLlama
 
 import edgelm
 from edgelm.bundle import MANIFEST, open_bundle
+from edgelm.cli import main
+
+if TYPE_CHECKING:
+    from edgelm.worker import Worker
 
 # Machines are shared and slow at times, so nothing is timed; a failing example is printed, not stored.
 settings.register_profile("edgelm", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
@@ -137,3 +142,35 @@ def model(bundle: Path) -> Iterator[edgelm.Model]:
     """`bundle`, loaded; tests that stop or break it load their own."""
     with edgelm.load(bundle, threads=1, max_batch=4) as loaded:
         yield loaded
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process; return its code, output and errors."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def start_worker(bundle: Path) -> Iterator[Callable[..., Worker]]:
+    """Start a worker of a fresh engine; closed after the test."""
+    from edgelm.engine import Engine
+    from edgelm.worker import Worker
+
+    workers: list[Worker] = []
+
+    def begin(max_batch: int = 1, queue_size: int = 8) -> Worker:
+        worker = Worker(Engine(open_bundle(bundle), threads=1, max_batch=max_batch), queue_size)
+        worker.start()
+        workers.append(worker)
+        return worker
+
+    yield begin
+    for worker in workers:
+        worker.close(60)
+        assert not worker._thread.is_alive()

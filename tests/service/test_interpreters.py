@@ -18,7 +18,8 @@ REPO = Path(__file__).resolve().parents[2]
 PAIRS = {"3.10": "onnxruntime==1.23.2", "3.13": "onnxruntime"}
 NOT_COPIED = (".git", ".venv*", "build", "dist", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis")
 ALL = ["tests/unit", "tests/property", "--ignore=tests/unit/test_readme.py"]
-QUICK = ["tests/unit/test_model.py", "tests/unit/test_worker.py", "tests/property/test_engine_properties.py"]
+QUICK = ["tests/unit/test_model.py", "tests/unit/test_worker.py", "tests/unit/test_worker_failures.py"]
+QUICK += ["tests/property/test_engine_properties.py"]
 
 
 def run(*command, cwd, **env):

@@ -1,4 +1,4 @@
-"""The worker's thread: bounded, cancellable, honest about failure, and over when it is told to be."""
+"""The worker's thread: bounded, cancellable, and over when it is told to be."""
 
 from __future__ import annotations
 
@@ -6,74 +6,16 @@ import threading
 import time
 
 import pytest
+from clients import PATIENCE_S, Client, ask, occupy
 
 from edgelm.bundle import open_bundle
 from edgelm.engine import Engine
 from edgelm.errors import EdgelmError, RequestError
-from edgelm.messages import Constraint, Request, SamplingParams
-from edgelm.worker import Worker
-
-PATIENCE_S = 60.0
-PROMPT = (5, 6, 7, 8)
+from edgelm.messages import Constraint
 
 
-class Client:
-    """Collects the chunks of one request. With `gate` the worker waits in the first chunk until it is opened."""
-
-    def __init__(self, gate=False):
-        self.chunks = []
-        self.done = threading.Event()
-        self.first = threading.Event()
-        self.gate = threading.Event()
-        if not gate:
-            self.gate.set()
-
-    def __call__(self, chunk):
-        self.chunks.append(chunk)
-        self.first.set()
-        if chunk.done:
-            self.done.set()
-        assert self.gate.wait(PATIENCE_S)
-
-    def completion(self):
-        assert self.done.wait(PATIENCE_S)
-        assert [chunk.done for chunk in self.chunks] == [False] * (len(self.chunks) - 1) + [True]
-        return self.chunks[-1].completion
-
-
-@pytest.fixture
-def start(bundle):
-    """Start a worker of a fresh engine; closed after the test."""
-    workers = []
-
-    def begin(max_batch=1, queue_size=8):
-        worker = Worker(Engine(open_bundle(bundle), threads=1, max_batch=max_batch), queue_size)
-        worker.start()
-        workers.append(worker)
-        return worker
-
-    yield begin
-    for worker in workers:
-        worker.close(PATIENCE_S)
-        assert not worker._thread.is_alive()
-
-
-def ask(worker, name, *, client=None, max_tokens=5, deadline=None, prompt=PROMPT, constraint=None):
-    client = client or Client()
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    worker.submit(Request(name, sampling, tokens=prompt, deadline=deadline, constraint=constraint), client)
-    return client
-
-
-def occupy(worker, name="busy"):
-    """Submit a long request, and return once the worker waits in its first chunk."""
-    client = ask(worker, name, client=Client(gate=True), max_tokens=400)
-    assert client.first.wait(PATIENCE_S)
-    return client
-
-
-def test_answers_come_in_pieces_and_are_counted(start):
-    worker = start(max_batch=2)
+def test_answers_come_in_pieces_and_are_counted(start_worker):
+    worker = start_worker(max_batch=2)
     clients = [ask(worker, f"r{i}", max_tokens=3 + i) for i in range(4)]
     for i, client in enumerate(clients):
         done = client.completion()
@@ -87,8 +29,8 @@ def test_answers_come_in_pieces_and_are_counted(start):
     assert worker.failure is None
 
 
-def test_a_full_queue_is_busy_and_says_when_to_come_back(start):
-    worker = start(max_batch=1, queue_size=2)
+def test_a_full_queue_is_busy_and_says_when_to_come_back(start_worker):
+    worker = start_worker(max_batch=1, queue_size=2)
     running = occupy(worker)
     waiting = [ask(worker, f"w{i}") for i in range(2)]
     with pytest.raises(RequestError) as caught:
@@ -102,8 +44,8 @@ def test_a_full_queue_is_busy_and_says_when_to_come_back(start):
     assert ask(worker, "one too many").completion().finish_reason == "length"
 
 
-def test_a_request_id_is_taken_until_its_answer_is_complete(start):
-    worker = start()
+def test_a_request_id_is_taken_until_its_answer_is_complete(start_worker):
+    worker = start_worker()
     running = occupy(worker, "same")
     with pytest.raises(RequestError) as caught:
         ask(worker, "same")
@@ -114,8 +56,8 @@ def test_a_request_id_is_taken_until_its_answer_is_complete(start):
     assert ask(worker, "same").completion().finish_reason == "length"
 
 
-def test_cancelling_ends_a_running_and_a_waiting_request(start):
-    worker = start(max_batch=1)
+def test_cancelling_ends_a_running_and_a_waiting_request(start_worker):
+    worker = start_worker(max_batch=1)
     running = occupy(worker)
     waiting, spared = ask(worker, "waiting"), ask(worker, "spared")
     assert worker.cancel("busy")
@@ -130,8 +72,8 @@ def test_cancelling_ends_a_running_and_a_waiting_request(start):
     assert not worker.cancel("busy")
 
 
-def test_a_late_cancel_does_not_meet_the_next_request_of_that_id(start):
-    worker = start()
+def test_a_late_cancel_does_not_meet_the_next_request_of_that_id(start_worker):
+    worker = start_worker()
     second = Client()
 
     def first(chunk):
@@ -145,8 +87,8 @@ def test_a_late_cancel_does_not_meet_the_next_request_of_that_id(start):
     assert (done.finish_reason, len(done.tokens)) == ("length", 7)
 
 
-def test_a_deadline_ends_a_running_request_with_what_it_has(start):
-    worker = start()
+def test_a_deadline_ends_a_running_request_with_what_it_has(start_worker):
+    worker = start_worker()
     client = Client(gate=True)
     ask(worker, "late", client=client, max_tokens=400, deadline=time.monotonic() + 1)
     assert client.first.wait(PATIENCE_S)
@@ -158,8 +100,8 @@ def test_a_deadline_ends_a_running_request_with_what_it_has(start):
     assert done.error is None
 
 
-def test_a_deadline_passes_in_the_queue_too(start):
-    worker = start(max_batch=1)
+def test_a_deadline_passes_in_the_queue_too(start_worker):
+    worker = start_worker(max_batch=1)
     running = occupy(worker)
     waiting = ask(worker, "late", deadline=time.monotonic() + 0.05)
     time.sleep(0.1)
@@ -169,105 +111,8 @@ def test_a_deadline_passes_in_the_queue_too(start):
     assert running.completion().finish_reason == "cancelled"
 
 
-@pytest.mark.parametrize("part", ["prefill", "decode"])
-def test_a_failing_step_ends_in_errors_and_the_next_request_works(part, start):
-    worker = start(max_batch=2)
-
-    def break_once(engine):
-        real = getattr(engine.session, part)
-
-        def fail(*given, **options):
-            setattr(engine.session, part, real)
-            raise OSError("the memory is on fire")
-
-        setattr(engine.session, part, fail)
-
-    expected = ask(worker, "before").completion().tokens
-    running = occupy(worker)
-    waiting = [ask(worker, f"w{i}") for i in range(3)]
-    caller = threading.Thread(target=worker.call, args=(break_once,))
-    caller.start()
-    while not worker._calls:
-        time.sleep(0.001)
-    running.gate.set()
-    for client in (running, *waiting):
-        done = client.completion()
-        assert (done.finish_reason, done.error.code) == ("error", "internal")
-        assert "on fire" in done.error.message
-    caller.join()
-    assert worker.failure is None
-    assert worker.stats().active == worker.stats().queued == 0
-    assert ask(worker, "after").completion().tokens == expected
-
-
-def test_a_failing_step_does_not_lose_the_last_chunk_of_another(start):
-    worker = start(max_batch=2)
-    running = occupy(worker)
-    other = ask(worker, "other", max_tokens=300)
-
-    def break_decode(engine):
-        real = engine.session.decode
-
-        def fail(*given):
-            engine.session.decode = real
-            raise OSError("the memory is on fire")
-
-        engine.session.decode = fail
-
-    caller = threading.Thread(target=worker.call, args=(break_decode,))
-    caller.start()
-    while not worker._calls:
-        time.sleep(0.001)
-    worker.cancel("busy")  # ended in the step that fails
-    running.gate.set()
-    assert running.completion().finish_reason == "cancelled"
-    assert other.completion().error.code == "internal"
-    caller.join()
-
-
-def test_a_text_that_cannot_be_decoded_still_ends_everyone(start):
-    worker = start(max_batch=2)
-    running = occupy(worker)
-    other = ask(worker, "other", max_tokens=300)
-
-    def fail(*given):
-        raise ValueError("not a text")
-
-    def break_decoder(engine):
-        (sequence,) = engine._running
-        sequence._decoder.push = sequence._decoder.finish = fail
-
-    caller = threading.Thread(target=worker.call, args=(break_decoder,))
-    caller.start()
-    while not worker._calls:
-        time.sleep(0.001)
-    running.gate.set()
-    for client in (running, other):
-        assert client.completion().error.code == "internal"
-    caller.join()
-    assert ask(worker, "after").completion().finish_reason == "length"
-
-
-def test_a_receiver_that_fails_costs_nobody_else(start, caplog):
-    worker = start(max_batch=2)
-    running = occupy(worker)
-
-    def broken(chunk):
-        raise LookupError("no one home")
-
-    ask(worker, "broken", client=broken, max_tokens=400)
-    neighbour = ask(worker, "neighbour")
-    worker.cancel("busy")
-    running.gate.set()
-    assert neighbour.completion().finish_reason == "length"
-    assert running.completion().finish_reason == "cancelled"
-    assert "no one home" in caplog.text
-    assert worker.failure is None
-    assert ask(worker, "after").completion().finish_reason == "length"
-
-
-def test_a_prompt_that_does_not_fit_states_both_lengths(start):
-    worker = start()
+def test_a_prompt_that_does_not_fit_states_both_lengths(start_worker):
+    worker = start_worker()
     context = worker.engine.context
     done = ask(worker, "long", prompt=tuple([5] * (context + 3))).completion()
     assert (done.finish_reason, done.error.code) == ("error", "bad_request")
@@ -278,20 +123,20 @@ def test_a_prompt_that_does_not_fit_states_both_lengths(start):
 
 
 @pytest.mark.parametrize("prompt", [(), (-1,), (10**9,)])
-def test_a_prompt_of_no_or_unknown_tokens_is_refused(prompt, start):
-    done = ask(start(), "odd", prompt=prompt).completion()
+def test_a_prompt_of_no_or_unknown_tokens_is_refused(prompt, start_worker):
+    done = ask(start_worker(), "odd", prompt=prompt).completion()
     assert (done.finish_reason, done.error.code) == ("error", "bad_request")
 
 
-def test_a_bad_constraint_is_the_requests_own_error(start):
-    worker = start()
+def test_a_bad_constraint_is_the_requests_own_error(start_worker):
+    worker = start_worker()
     done = ask(worker, "bad", constraint=Constraint("regex", "(")).completion()
     assert done.error.code == "bad_request"
     assert ask(worker, "after").completion().finish_reason == "length"
 
 
-def test_draining_finishes_what_there_is_and_takes_no_more(start):
-    worker = start()
+def test_draining_finishes_what_there_is_and_takes_no_more(start_worker):
+    worker = start_worker()
     running = occupy(worker)
     waiting = ask(worker, "waiting")
     worker.drain()
@@ -303,8 +148,8 @@ def test_draining_finishes_what_there_is_and_takes_no_more(start):
     assert waiting.completion().finish_reason == "length"
 
 
-def test_closing_tells_everyone(start):
-    worker = start(max_batch=1)
+def test_closing_tells_everyone(start_worker):
+    worker = start_worker(max_batch=1)
     running = occupy(worker)
     waiting = [ask(worker, f"w{i}") for i in range(3)]
     errors = []
@@ -336,8 +181,8 @@ def test_closing_tells_everyone(start):
     worker.close()  # twice is fine
 
 
-def test_a_call_runs_on_the_worker_and_brings_back_what_came_of_it(start):
-    worker = start()
+def test_a_call_runs_on_the_worker_and_brings_back_what_came_of_it(start_worker):
+    worker = start_worker()
     assert worker.call(lambda engine: (engine, threading.current_thread().name)) == (worker.engine, "edgelm-worker")
     with pytest.raises(ZeroDivisionError):
         worker.call(lambda engine: 1 // 0)

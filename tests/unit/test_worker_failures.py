@@ -1,0 +1,106 @@
+"""What fails inside a step, a text or a receiver ends in errors for those concerned, and in nothing worse."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from clients import ask, occupy
+
+
+@pytest.mark.parametrize("part", ["prefill", "decode"])
+def test_a_failing_step_ends_in_errors_and_the_next_request_works(part, start_worker):
+    worker = start_worker(max_batch=2)
+
+    def break_once(engine):
+        real = getattr(engine.session, part)
+
+        def fail(*given, **options):
+            setattr(engine.session, part, real)
+            raise OSError("the memory is on fire")
+
+        setattr(engine.session, part, fail)
+
+    expected = ask(worker, "before").completion().tokens
+    running = occupy(worker)
+    waiting = [ask(worker, f"w{i}") for i in range(3)]
+    caller = threading.Thread(target=worker.call, args=(break_once,))
+    caller.start()
+    while not worker._calls:
+        time.sleep(0.001)
+    running.gate.set()
+    for client in (running, *waiting):
+        done = client.completion()
+        assert (done.finish_reason, done.error.code) == ("error", "internal")
+        assert "on fire" in done.error.message
+    caller.join()
+    assert worker.failure is None
+    assert worker.stats().active == worker.stats().queued == 0
+    assert ask(worker, "after").completion().tokens == expected
+
+
+def test_a_failing_step_does_not_lose_the_last_chunk_of_another(start_worker):
+    worker = start_worker(max_batch=2)
+    running = occupy(worker)
+    other = ask(worker, "other", max_tokens=300)
+
+    def break_decode(engine):
+        real = engine.session.decode
+
+        def fail(*given):
+            engine.session.decode = real
+            raise OSError("the memory is on fire")
+
+        engine.session.decode = fail
+
+    caller = threading.Thread(target=worker.call, args=(break_decode,))
+    caller.start()
+    while not worker._calls:
+        time.sleep(0.001)
+    worker.cancel("busy")  # ended in the step that fails
+    running.gate.set()
+    assert running.completion().finish_reason == "cancelled"
+    assert other.completion().error.code == "internal"
+    caller.join()
+
+
+def test_a_text_that_cannot_be_decoded_still_ends_everyone(start_worker):
+    worker = start_worker(max_batch=2)
+    running = occupy(worker)
+    other = ask(worker, "other", max_tokens=300)
+
+    def fail(*given):
+        raise ValueError("not a text")
+
+    def break_decoder(engine):
+        (sequence,) = engine._running
+        sequence._decoder.push = sequence._decoder.finish = fail
+
+    caller = threading.Thread(target=worker.call, args=(break_decoder,))
+    caller.start()
+    while not worker._calls:
+        time.sleep(0.001)
+    running.gate.set()
+    for client in (running, other):
+        assert client.completion().error.code == "internal"
+    caller.join()
+    assert ask(worker, "after").completion().finish_reason == "length"
+
+
+def test_a_receiver_that_fails_costs_nobody_else(start_worker, caplog):
+    worker = start_worker(max_batch=2)
+    running = occupy(worker)
+
+    def broken(chunk):
+        raise LookupError("no one home")
+
+    ask(worker, "broken", client=broken, max_tokens=400)
+    neighbour = ask(worker, "neighbour")
+    worker.cancel("busy")
+    running.gate.set()
+    assert neighbour.completion().finish_reason == "length"
+    assert running.completion().finish_reason == "cancelled"
+    assert "no one home" in caplog.text
+    assert worker.failure is None
+    assert ask(worker, "after").completion().finish_reason == "length"
