@@ -54,7 +54,7 @@ def test_generate_prints_one_json_object(bundle, answer):
     for entry in printed["logprobs"]:
         assert set(entry) == {"token", "logprob", "top"}
         assert [set(other) for other in entry["top"]] == [{"token", "logprob"}] * 2
-    assert printed["json"] is None
+    assert printed["json"] == answer.json
 
 
 def test_generate_takes_tokens_and_every_sampling_flag(bundle, run):
