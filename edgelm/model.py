@@ -137,12 +137,14 @@ class Model:
         """Return the likeliest continuation of a prompt, and its probability among the choices.
 
         A choice's probability is the product of its tokens', so a long one has more to lose. Raises `RequestError` for
-        fewer than one choice, an empty one, or one that does not fit the context.
+        an empty prompt, no choice, an empty one, or one that does not fit the context.
         """
         if not choices or not all(choices):
             raise RequestError("bad_request", "choices must be a list of non-empty strings")
         tokenizer = self.worker.engine.tokenizer
         asked = tokenizer.encode(prompt)
+        if not asked:
+            raise RequestError("bad_request", "the prompt is empty: there is nothing to continue")
         logprobs = []
         for choice in choices:
             together = tokenizer.encode(prompt + choice)

@@ -166,6 +166,12 @@ def test_choosing_agrees_with_scoring(model):
             model.choose(PROMPT, bad)
 
 
+def test_choosing_needs_something_to_continue(model, monkeypatch):
+    monkeypatch.setattr(model.worker.engine.tokenizer, "encode", lambda _text, **_: [])  # no text, no start token
+    with pytest.raises(RequestError, match="prompt is empty"):
+        model.choose("", ["yes", "no"])
+
+
 def test_seeds(model):
     def sample(**options):
         return model.generate(PROMPT, max_tokens=30, temperature=1.5, ignore_eos=True, **options).tokens
