@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 settings.register_profile("edgelm", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("few", settings.get_profile("edgelm"), max_examples=20)
 settings.load_profile("edgelm")
+
+# A shell's background job is started deaf to Ctrl-C, and so would be every program that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parents[1]
 EXPORT_MODULES = ("onnx", "safetensors", "ml_dtypes")
