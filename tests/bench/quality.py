@@ -67,7 +67,7 @@ COLUMNS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Bits:
-    """Of the matrices per weight that is stored, padding too, and per weight of the model; of all files per parameter."""
+    """Of the matrices per weight stored, padding too, and per weight of the model; of all files per parameter."""
 
     stored: float
     weight: float
