@@ -52,14 +52,15 @@ class Matrix:
     symmetric: bool = True
     accuracy_level: int | None = None
     method: str | None = None
+    scale_bits: int = 32
 
     def bytes(self) -> int:
-        """Bytes of weights, scales (float32, one a block) and zero points."""
+        """Bytes of weights, scales (one a block) and zero points, as they lie on disk."""
         if self.block_size is None:
             return self.rows * self.columns * self.bits // 8
         blocks = -(-self.columns // self.block_size)
         zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
-        return self.rows * (blocks * self.block_size * self.bits // 8 + blocks * 4 + zero_points)
+        return self.rows * (blocks * self.block_size * self.bits // 8 + blocks * self.scale_bits // 8 + zero_points)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ class Manifest:
     made_with: Mapping[str, str] = field(default_factory=dict)
     quality: Mapping[str, Any] | None = None
     via: Literal["native", "optimum"] = "native"
+    long_from: int | None = None
+    """A sequence longer than this looks up the second half of the rotary tables (LongRoPE)."""
     graph: str = "model.onnx"
     files: Mapping[str, File] = field(default_factory=dict)
     schema: int = SCHEMA

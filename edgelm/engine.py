@@ -115,7 +115,10 @@ class Engine:
         inputs = np.asarray(self._checked(tokens), np.int64)
         for start in range(0, len(result), SCORE_CHUNK):
             end = min(start + SCORE_CHUNK, len(result))
-            logits = self.session.prefill(self.max_batch, inputs[start:end], start, every=True).astype(np.float64)
+            part = self.session.prefill(
+                self.max_batch, inputs[start:end], start, every=True, total=len(tokens)
+            )
+            logits = part.astype(np.float64)
             logits -= logits.max(axis=1, keepdims=True)
             chosen = logits[np.arange(end - start), inputs[start + 1 : end + 1]]
             result[start:end] = chosen - np.log(np.exp(logits).sum(axis=1))
@@ -172,7 +175,8 @@ class Engine:
             return
         start = sequence.computed
         end = min(start + PREFILL_CHUNK, sequence.prompt_tokens)
-        logits = self.session.prefill(sequence.row, sequence.history[start:end].astype(np.int64), start)
+        tokens = sequence.history[start:end].astype(np.int64)
+        logits = self.session.prefill(sequence.row, tokens, start, total=sequence.prompt_tokens)
         sequence.computed = end
         if not sequence.is_prefilled():
             return
@@ -185,6 +189,9 @@ class Engine:
         batch = list(self._running)
         if not batch:
             return
+        for sequence in batch:
+            if sequence.computed == self.session.long_from:
+                self._compute_again(sequence)
         tokens = np.array([sequence.last_token for sequence in batch], np.int64)
         lengths = np.array([sequence.computed for sequence in batch], np.int32)
         logits = self.session.decode(tokens, lengths)
@@ -192,6 +199,13 @@ class Engine:
             sequence.computed += 1
         for row, sequence in enumerate(batch):
             self._advance(sequence, logits[row])
+
+    def _compute_again(self, sequence: Sequence) -> None:
+        """Recompute all positions of a sequence that outgrows what its rotary embedding was made for."""
+        tokens = sequence.history[: sequence.computed].astype(np.int64)
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            part = tokens[start : start + PREFILL_CHUNK]
+            self.session.prefill(sequence.row, part, start, total=sequence.computed + 1)
 
     def _advance(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
         try:

@@ -78,6 +78,7 @@ class GrowingSession:
 
     def __init__(self, graph: Graph, manifest: Manifest, rows: int, context: int) -> None:
         self.context = context
+        self.long_from: int | None = None
         cache = manifest.cache
         self._graph = graph
         self._inputs = {argument.name for argument in graph.get_inputs()}
@@ -86,8 +87,11 @@ class GrowingSession:
         self._rows = [self._blank() for _ in range(rows)]
         self._logits = np.zeros((rows, manifest.vocab_size), np.float32)
 
-    def prefill(self, row: int, tokens: NDArray[np.int64], start: int, *, every: bool = False) -> NDArray[np.float32]:
-        """See `Session`."""
+    def prefill(
+        self, row: int, tokens: NDArray[np.int64], start: int, *, every: bool = False, total: int | None = None
+    ) -> NDArray[np.float32]:
+        """See `Session`. Positions do not depend on `total` here."""
+        del total
         logits = self._run(row, tokens, start, every=every)
         if every:
             return logits

@@ -6,7 +6,7 @@ A session computes logits for rows of key/value memory. It knows tokens and leng
 from __future__ import annotations
 
 import os
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -27,12 +27,17 @@ class Session(Protocol):
     """What the engine needs of a graph. `rows` of memory are numbered from 0."""
 
     context: int
+    long_from: int | None
+    """A row that grows longer than this must be computed again from its start: its positions are embedded anew."""
 
-    def prefill(self, row: int, tokens: Tokens, start: int, *, every: bool = False) -> Logits:
+    def prefill(
+        self, row: int, tokens: Tokens, start: int, *, every: bool = False, total: int | None = None
+    ) -> Logits:
         """Compute prompt tokens at positions [start, start + n) of a row.
 
-        tokens: int64 [n]. Returns float32 [1, V], the logits after the last one, or [n, V] with `every`.
-        The array is reused by the next call.
+        tokens: int64 [n]. `total` is how long the row is to become with further calls, where that is more than
+        start + n. Returns float32 [1, V], the logits after the last one, or [n, V] with `every`. The array is reused by
+        the next call.
         """
 
     def decode(self, tokens: Tokens, lengths: NDArray[np.int32]) -> Logits:
@@ -105,11 +110,15 @@ class SharedSession:
         self.context = context
         self._graph = graph
         self._vocab_size = bundle.manifest.vocab_size
+        self._positions = _Positions(graph, bundle)
+        self.long_from = self._positions.long_from
         self._kv = KvBuffers(bundle.manifest.cache, rows, context)
         self._steps: dict[int, _Step] = {}
         self._last = np.zeros((1, self._vocab_size), np.float32)
 
-    def prefill(self, row: int, tokens: Tokens, start: int, *, every: bool = False) -> Logits:
+    def prefill(
+        self, row: int, tokens: Tokens, start: int, *, every: bool = False, total: int | None = None
+    ) -> Logits:
         """See `Session`."""
         count = len(tokens)
         logits = np.zeros((count, self._vocab_size), np.float32) if every else self._last
@@ -120,6 +129,9 @@ class SharedSession:
             "total_sequence_length": np.array([start + count], np.int32),
             "rows": np.arange(count, dtype=np.int64) if every else np.array([count - 1], np.int64),
         }
+        if self._positions.wanted:
+            first = start + self._positions.offset(np.int64(max(start + count, total or 0)))
+            inputs["positions"] = np.arange(first, first + count, dtype=np.int64).reshape(1, count)
         kept = [ort.OrtValue.ortvalue_from_numpy(array) for array in (*inputs.values(), logits)]
         for name, value in zip(inputs, kept, strict=False):
             binding.bind_ortvalue_input(name, value)
@@ -132,7 +144,9 @@ class SharedSession:
         batch = len(tokens)
         step = self._steps.get(batch)
         if step is None:
-            step = self._steps[batch] = _Step(self._bind(0, batch), batch, self._vocab_size)
+            step = self._steps[batch] = _Step(self._bind(0, batch), batch, self._vocab_size, self._positions.wanted)
+        if self._positions.wanted:
+            step.positions[:, 0] = lengths + self._positions.offset(lengths + 1)
         step.tokens[:, 0] = tokens
         step.seqlens[:] = lengths
         step.total[0] = lengths.max() + 1
@@ -153,17 +167,40 @@ class SharedSession:
         return binding
 
 
+class _Positions:
+    """Rows of the rotary tables, for graphs that want to be told them."""
+
+    def __init__(self, graph: ort.InferenceSession, bundle: Bundle) -> None:
+        self.wanted = any(entry.name == "positions" for entry in graph.get_inputs())
+        self.long_from = bundle.manifest.long_from
+        self._rows = bundle.manifest.context
+
+    def offset(self, lengths: np.integer[Any] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Return where the tables start for sequences of these lengths."""
+        if self.long_from is None:
+            return np.zeros_like(lengths, np.int64)
+        return np.where(lengths > self.long_from, np.int64(self._rows), np.int64(0))
+
+
 class _Step:
     """Inputs and outputs of a decoding step of one batch size, allocated and bound once."""
 
-    def __init__(self, binding: ort.IOBinding, batch: int, vocab_size: int) -> None:
+    def __init__(self, binding: ort.IOBinding, batch: int, vocab_size: int, positions: bool) -> None:
         self.binding = binding
         self.tokens = np.zeros((batch, 1), np.int64)
         self.seqlens = np.zeros(batch, np.int32)
         self.total = np.zeros(1, np.int32)
         self.logits = np.zeros((batch, vocab_size), np.float32)
+        self.positions = np.zeros((batch, 1), np.int64)
         self._rows = np.arange(batch, dtype=np.int64)
-        inputs = (("input_ids", self.tokens), ("seqlens_k", self.seqlens), ("total_sequence_length", self.total))
-        for name, array in (*inputs, ("rows", self._rows)):
+        inputs = {
+            "input_ids": self.tokens,
+            "seqlens_k": self.seqlens,
+            "total_sequence_length": self.total,
+            "rows": self._rows,
+        }
+        if positions:
+            inputs["positions"] = self.positions
+        for name, array in inputs.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors then returns
 import numpy as np
@@ -21,6 +21,13 @@ from edgelm.errors import CheckpointError
 
 HUB_FILES: Final = ["*.json", "*.safetensors", "*.jinja"]
 FLOATS: Final = {"F32", "F16", "BF16", "F64"}
+
+
+class Source(Protocol):
+    """Where a model's weights come from."""
+
+    def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
+        """See `Checkpoint.tensor`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +45,8 @@ class Checkpoint:
         """The checkpoint's tokenizer.json."""
         return self.path / "tokenizer.json"
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Return one tensor as float32 [*shape].
+    def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
+        """Return one tensor as float32 [*shape], or some of its rows (of the first dimension; step 1).
 
         Raises `CheckpointError` when it is missing, of another shape, not floating point, or holds NaN or infinity.
         """
@@ -54,7 +61,8 @@ class Checkpoint:
                     raise CheckpointError(f"{name} in {file} has shape {list(found)}, expected {list(shape)}")
                 if kind not in FLOATS:
                     raise CheckpointError(f"{name} in {file} is {kind}; expected one of {', '.join(sorted(FLOATS))}")
-                values: NDArray[np.float32] = np.asarray(stored.get_tensor(name)).astype(np.float32)
+                part = stored.get_tensor(name) if rows is None else view[rows.start : rows.stop]
+                values: NDArray[np.float32] = np.asarray(part).astype(np.float32)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
         if not np.isfinite(values).all():

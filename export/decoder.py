@@ -5,93 +5,107 @@ Knows neither Hugging Face names nor ONNX.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+from .rope import Rope
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+ROTARY_UNIT: Final = 16
+"""The attention kernel rotates by itself where what rotates is a multiple of this."""
+
+HEAD_UNIT: Final = 8
+"""The attention kernel wants head sizes that are a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, section 3.2.2) and its stretching.
+class Layer:
+    """What may differ between layers: `window` positions are seen, a token's own included; None rotates nothing."""
 
-    `linear` divides positions by `factor` (Chen et al. 2023, arXiv:2306.15595); `llama3` divides the low frequencies
-    only and interpolates between (Llama 3.1's own rule, with wavelengths relative to `original_context`).
-    """
-
-    theta: float
-    kind: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
-
-    def frequencies(self, head_size: int) -> NDArray[np.float32]:
-        """Radians a position, float32 [head_size / 2], computed in float32 as models were trained."""
-        exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
-        frequencies: NDArray[np.float32] = np.float32(1) / np.power(np.float32(self.theta), exponents)
-        if self.kind == "linear":
-            frequencies = frequencies / np.float32(self.factor)
-        if self.kind == "llama3":
-            wavelengths = 2 * math.pi / frequencies
-            smooth = (self.original_context / wavelengths - self.low_freq_factor) / (
-                self.high_freq_factor - self.low_freq_factor
-            )
-            smooth = np.clip(smooth, 0.0, 1.0)
-            frequencies = ((1 - smooth) * frequencies / self.factor + smooth * frequencies).astype(np.float32)
-        return frequencies
-
-    def tables(self, context: int, head_size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Cosines and sines, float32 [context, head_size / 2] each."""
-        angles: NDArray[np.float32] = np.arange(context, dtype=np.float32)[:, None] * self.frequencies(head_size)
-        cosines: NDArray[np.float32] = np.cos(angles)
-        sines: NDArray[np.float32] = np.sin(angles)
-        return cosines, sines
+    rope: Rope | None
+    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """Shapes and options of a pre-norm, gated, grouped-query decoder.
+    """Shapes and options of a gated, grouped-query decoder.
 
-    Widths count elements; `context` counts positions.
+    Widths count elements; `context` counts positions. A branch (attention, MLP) reads the residual stream through a
+    norm (`pre_norm`), and its result may be normed before it is added (`post_norm`). Norms are RMS norms (Zhang &
+    Sennrich 2019, arXiv:1910.07467) times `norm_offset` + the stored weight. `qk_norm` norms queries and keys before
+    rotation, each head by itself or the whole projection. Soft caps bound a score x to cap * tanh(x / cap). Scales
+    multiply embeddings, each branch, and the logits.
     """
 
     vocab_size: int
     hidden_size: int
-    layers: int
+    layers: tuple[Layer, ...]
     heads: int
     kv_heads: int
     head_size: int
     mlp_size: int
     context: int
     norm_epsilon: float
-    rope: Rope
     tied: bool
+    attention_scale: float
+    rotary_size: int
+    activation: Activation = "silu"
+    pre_norm: bool = True
+    post_norm: bool = False
+    norm_offset: float = 0.0
+    qk_norm: Literal["head", "projection"] | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    branch_scale: float = 1.0
+    logit_scale: float = 1.0
 
     @property
     def padded_head_size(self) -> int:
-        """Head size in the graph: the CPU attention kernel's rotary needs a multiple of 16."""
-        return -(-self.head_size // 16) * 16
+        """Head size in the graph, a multiple of what the attention kernel takes."""
+        return -(-self.head_size // HEAD_UNIT) * HEAD_UNIT
+
+    @property
+    def rotates_inside(self) -> bool:
+        """Whether the attention kernel can rotate; if not, a node before it does."""
+        return self.rotary_size % ROTARY_UNIT == 0 and self.padded_head_size % ROTARY_UNIT == 0
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotary embeddings of the layers, in order of first use."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
+
+    def long_from(self, context: int) -> int | None:
+        """Return the length past which sequences need long factors, where a rope of this context has them."""
+        return next((switch for rope in self.ropes if (switch := rope.switch(context)) is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Where a checkpoint keeps each tensor; `{i}` stands for the layer. A bias is its weight's name with `.bias`."""
+    """Where a checkpoint keeps each tensor; `{i}` stands for the layer. A bias is its weight's name with `.bias`.
 
-    embedding: str
-    head: str
-    final_norm: str
-    attention_norm: str
-    query: str
-    key: str
-    value: str
-    output: str
-    mlp_norm: str
-    gate: str
-    up: str
-    down: str
+    Empty names are tensors that the family does not have. `qkv` and `gate_up` name projections stored as one.
+    """
+
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    final_norm: str = "model.norm.weight"
+    attention_norm: str = "model.layers.{i}.input_layernorm.weight"
+    attention_post_norm: str = ""
+    query: str = "model.layers.{i}.self_attn.q_proj.weight"
+    key: str = "model.layers.{i}.self_attn.k_proj.weight"
+    value: str = "model.layers.{i}.self_attn.v_proj.weight"
+    qkv: str = ""
+    query_norm: str = "model.layers.{i}.self_attn.q_norm.weight"
+    key_norm: str = "model.layers.{i}.self_attn.k_norm.weight"
+    output: str = "model.layers.{i}.self_attn.o_proj.weight"
+    mlp_norm: str = "model.layers.{i}.post_attention_layernorm.weight"
+    mlp_post_norm: str = ""
+    gate: str = "model.layers.{i}.mlp.gate_proj.weight"
+    up: str = "model.layers.{i}.mlp.up_proj.weight"
+    gate_up: str = ""
+    down: str = "model.layers.{i}.mlp.down_proj.weight"

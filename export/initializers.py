@@ -46,15 +46,13 @@ class Initializers:
         self.tensors[name] = self._external(name, array.dtype, array.shape, offset, array.nbytes)
         return name
 
-    def alias(self, name: str, of: str, shape: tuple[int, ...], *, keep: bool) -> str:
-        """Name the bytes of another tensor under another shape: stored once, mapped once. Without `keep` a rename."""
+    def alias(self, name: str, of: str, shape: tuple[int, ...]) -> str:
+        """Name the bytes of another tensor under another shape: stored once, mapped once."""
         tensor = TensorProto()
         tensor.CopyFrom(self.tensors[of])
         tensor.name = name
         tensor.dims[:] = shape
         self.tensors[name] = tensor
-        if not keep:
-            del self.tensors[of]
         return name
 
     def _external(
@@ -65,3 +63,15 @@ class Initializers:
         for key, value in (("location", self._path.name), ("offset", str(offset)), ("length", str(length))):
             tensor.external_data.append(StringStringEntryProto(key=key, value=value))
         return tensor
+
+
+class InlineConstants:
+    """Constants of a graph that stays in memory."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, TensorProto] = {}
+
+    def add(self, name: str, array: NDArray[Any]) -> str:
+        """Store an array under a new name and return the name."""
+        self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        return name

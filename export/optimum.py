@@ -29,7 +29,7 @@ from . import metadata
 from .checkpoint import Checkpoint, open_checkpoint
 from .initializers import Initializers
 from .onnx_graph import OnnxGraph, dims
-from .quantize.plan import Plan
+from .quantize.plan import Plan, Quant
 from .requantize import Requantizer
 
 TASK: Final = "text-generation-with-past"
@@ -59,7 +59,7 @@ class _Libraries:
 
 
 def convert(
-    source: str | Path, stage: Path, plan: Plan, context: int | None, progress: Progress | None = None
+    source: str | Path, stage: Path, plan: Plan, quant: Quant, context: int | None, progress: Progress | None = None
 ) -> Manifest:
     """Write model.onnx, its data and tokenizer.json into `stage`; return the manifest.
 
@@ -84,7 +84,7 @@ def convert(
             quantizer = Requantizer(graph, plan, initializers, progress)
             quantized = quantizer.build()
     quantizable = sum(matrix.rows * matrix.columns for matrix in quantizer.matrices)
-    if plan.bits < 32 and 2 * quantizable < parameters:
+    if plan.default is not None and 2 * quantizable < parameters:
         raise CheckpointError(
             f"only {quantizable} of the {parameters} weights of this {config.model_type} model are matrices that can be"
             f" quantized; use --quant fp32"
@@ -96,7 +96,7 @@ def convert(
         context=length,
         vocab_size=vocab_size,
         cache=cache,
-        quant=plan.quant,
+        quant=quant,
         matrices=tuple(quantizer.matrices),
         bos_token=metadata.bos_token(checkpoint),
         eos_tokens=metadata.eos_tokens(checkpoint),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,13 @@ from . import metadata
 from .architectures import find_family
 from .checkpoint import Checkpoint, open_checkpoint
 from .decoder import Decoder
-from .graph import GraphBuilder
+from .graph import DecoderGraph
 from .initializers import Initializers
-from .quantize.pack import METHODS, Method
+from .nodes import Nodes
 from .quantize.plan import BITS, BLOCK_SIZES, Plan, Quant, default_block_size
+from .quantize.spec import METHODS, Method, Spec
 from .staging import staged
+from .storing import store_matrices
 from .weights import Weights
 
 CONTEXT = 4096
@@ -72,13 +73,13 @@ def export(
         if via == "optimum":
             from .optimum import convert  # heavy: torch, transformers
 
-            manifest = convert(checkpoint, stage, plan, context, progress)
+            manifest = convert(checkpoint, stage, plan, quant, context, progress)
         else:
             source = open_checkpoint(checkpoint)
             if block_size is None:
                 width = find_family(source.config).decoder(source.config).hidden_size
-                plan = dataclasses.replace(plan, block_size=default_block_size(width))
-            manifest = _build(source, stage, plan, context, progress)
+                plan = _plan(quant, default_block_size(width), method)
+            manifest = _build(source, stage, plan, quant, context, progress)
         seal(stage, manifest)
     return open_bundle(out)
 
@@ -91,32 +92,33 @@ def _plan(quant: Quant, block_size: int, method: Literal["auto"] | Method) -> Pl
     if method != "auto" and method not in METHODS:
         raise EdgelmError(f"method must be one of auto, {', '.join(METHODS)}, got {method!r}")
     chosen: Method = method if method != "auto" else "clip" if quant == "int4" else "rtn"
-    return Plan(quant, block_size, chosen)
+    return Plan(None if quant == "fp32" else Spec(BITS[quant], block_size, True, chosen))
 
 
-def _build(checkpoint: Checkpoint, stage: Path, plan: Plan, context: int | None, progress: Progress | None) -> Manifest:
+def _build(checkpoint: Checkpoint, stage: Path, plan: Plan, quant: Quant, context: int | None, progress: Progress | None) -> Manifest:
     family = find_family(checkpoint.config)
     decoder = family.decoder(checkpoint.config)
     length = choose_context(context, decoder.context)
     metadata.check_tokenizer(checkpoint, decoder.vocab_size)
     shutil.copyfile(checkpoint.tokenizer, stage / "tokenizer.json")
+    weights = Weights(checkpoint, decoder, family.names)
     with Initializers(stage / "model.onnx.data") as initializers:
-        builder = GraphBuilder(Weights(checkpoint, decoder, family.names), plan, length, initializers, progress)
-        model = builder.build()
+        matrices = store_matrices(weights, plan, initializers, progress or (lambda _what, _done, _of: None))
+        model = DecoderGraph(weights, matrices, length, Nodes(initializers)).build()
     (stage / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
     return Manifest(
-        architecture=str(checkpoint.config["model_type"]),
+        architecture=family.model_type,
         context=length,
         vocab_size=decoder.vocab_size,
-        cache=Cache("shared", decoder.layers, decoder.kv_heads, decoder.padded_head_size),
-        quant=plan.quant,
-        matrices=tuple(builder.matrices),
+        cache=Cache("shared", len(decoder.layers), decoder.kv_heads, decoder.padded_head_size),
+        quant=quant,
+        matrices=tuple(matrices.values()),
         bos_token=metadata.bos_token(checkpoint),
         eos_tokens=metadata.eos_tokens(checkpoint),
         parameters=count_parameters(decoder),
         shapes={
             "hidden_size": decoder.hidden_size,
-            "layers": decoder.layers,
+            "layers": len(decoder.layers),
             "heads": decoder.heads,
             "kv_heads": decoder.kv_heads,
             "head_size": decoder.head_size,
@@ -126,6 +128,7 @@ def _build(checkpoint: Checkpoint, stage: Path, plan: Plan, context: int | None,
         chat_template=metadata.chat_template(checkpoint),
         special_tokens=metadata.special_tokens(checkpoint),
         made_with=metadata.made_with(),
+        long_from=decoder.long_from(length),
     )
 
 
@@ -141,6 +144,8 @@ def choose_context(wanted: int | None, limit: int) -> int:
 def count_parameters(d: Decoder) -> int:
     """Return the number of weights of the checkpoint, padding not counted, a tied head once."""
     heads = (d.heads + 2 * d.kv_heads) * d.head_size
-    layer = d.hidden_size * (heads + d.heads * d.head_size + 3 * d.mlp_size + 2)
+    layer = d.hidden_size * (heads + d.heads * d.head_size + 3 * d.mlp_size)
+    layer += d.hidden_size * 2 * (d.pre_norm + d.post_norm)
+    layer += {None: 0, "head": 2, "projection": d.heads + d.kv_heads}[d.qk_norm] * d.head_size
     layer += d.qkv_bias * heads + d.output_bias * d.hidden_size + d.mlp_bias * (2 * d.mlp_size + d.hidden_size)
-    return d.vocab_size * d.hidden_size * (1 if d.tied else 2) + d.layers * layer + d.hidden_size
+    return d.vocab_size * d.hidden_size * (1 if d.tied else 2) + len(d.layers) * layer + d.hidden_size

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,12 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from edgelm.bundle import Matrix
 from edgelm.errors import CheckpointError
 
-from .graph import MICROSOFT
 from .initializers import Initializers
+from .matrices import look_up, multiply, store_packed
+from .nodes import MICROSOFT, Nodes
 from .onnx_graph import OnnxGraph, attributes, needed
-from .quantize.pack import quantize
-from .quantize.plan import ACCURACY_LEVEL, Plan
+from .quantize.plan import Plan
+from .quantize.quantizer import Quantizer
 
 ELEMENTWISE: Final = {"Add", "Mul", "Div", "Sub", "Tanh", "Cast", "Identity"}
 """Operators between head and logits that do not mind which positions they see."""
@@ -57,8 +58,8 @@ class Requantizer:
         self._graph = graph
         self._plan = plan
         self._initializers = initializers
-        self._nodes: list[NodeProto] = []
-        self._stored: dict[bytes, str] = {}
+        self._nodes = Nodes(initializers)
+        self._stored: dict[bytes, Matrix] = {}
         self._tables: dict[bytes, str] = {}
         self._absorbed: set[str] = set()
         self._names: set[str] = set()
@@ -79,7 +80,7 @@ class Requantizer:
             elif (linear := self._linear(node)) is not None:
                 self._multiply(node, linear, is_head=node is head)
             else:
-                self._nodes.append(node)
+                self._nodes.nodes.append(node)
         if not self.matrices:
             raise CheckpointError("the exported graph has no matrix that could be quantized")
         return self._model(chosen=head is not None)
@@ -128,7 +129,7 @@ class Requantizer:
             if bias is None:
                 return None
             bias = bias * np.float32(given.get("beta", 1.0))
-        elif node.op_type == "MatMul" and self._plan.bits < 32:
+        elif node.op_type == "MatMul" and self._plan.default is not None:
             following = self._graph.sole_use(output)
             if following is not None and following.op_type == "Add":
                 other = following.input[1] if following.input[0] == output else following.input[0]
@@ -166,100 +167,48 @@ class Requantizer:
         if tensor is None:
             raise AssertionError("a table is a matrix")
         table, name = self._read(tensor), self._name(node)
-        rows, columns = table.shape
-        if self._plan.bits == 32:
+        stored = self._store(name, table)
+        if stored.bits == 32:
             self._tables[_digest(table)] = node.input[0]
-            self._record(name, table)
-            self._nodes.append(node)
-            return
-        stored = self._quantized(name, table)
-        blocks = -(-columns // self._plan.block_size)
-        width = blocks * self._plan.block_size
-        flat = f"{stored}.nbits.rows"
-        if flat not in self._initializers.tensors:
-            self._initializers.alias(flat, f"{stored}.nbits.codes", (rows, width * self._plan.bits // 8), keep=True)
-        looked_up = node.output[0] if width == columns else f"{name}.padded"
-        inputs = [flat, node.input[1], f"{stored}.nbits.scales"]
-        self._node(
-            "GatherBlockQuantized",
-            inputs,
-            looked_up,
-            domain=MICROSOFT,
-            bits=self._plan.bits,
-            block_size=self._plan.block_size,
-            gather_axis=0,
-            quantize_axis=1,
-        )
-        if width != columns:
-            bounds = [
-                self._constant(f"{name}.{part}", [at]) for part, at in (("from", 0), ("to", columns), ("axis", -1))
-            ]
-            self._node("Slice", [looked_up, *bounds], node.output[0])
+            self._nodes.nodes.append(node)
+        else:
+            look_up(self._nodes, stored, node.input[1], node.output[0])
 
     def _multiply(self, node: NodeProto, linear: _Linear, *, is_head: bool) -> None:
-        rows, columns = linear.weight.shape
-        value = self._choose(linear.value, columns) if is_head else linear.value
-        if self._plan.bits == 32:
-            table = self._tables.get(_digest(linear.weight)) if is_head else None
-            if table is not None:  # a tied head: the same tensor, read the other way
-                self._node("Gemm", [value, table], node.output[0], transB=1)
-                return
-            self._record(linear.name, linear.weight)
+        value = self._choose(linear.value, linear.weight.shape[1]) if is_head else linear.value
+        table = self._tables.get(_digest(linear.weight)) if is_head else None
+        if table is not None:  # a tied head in float32: the same tensor, read the other way
+            self._nodes.add("Gemm", [value, table], node.output[0], transB=1)
+            return
+        stored = self._store(linear.name, linear.weight)
+        if stored.bits == 32:
             copied = NodeProto()
             copied.CopyFrom(node)
             copied.input[0] = value
-            self._nodes.append(copied)
+            self._nodes.nodes.append(copied)
             return
-        stored = self._quantized(linear.name, linear.weight)
-        inputs = [value, f"{stored}.nbits.codes", f"{stored}.nbits.scales"]
-        if linear.bias is not None:
-            inputs += ["", "", self._initializers.add(f"{linear.name}.nbits.bias", linear.bias)]
+        bias = None if linear.bias is None else self._initializers.add(f"{linear.name}.bias.row", linear.bias)
         if linear.output != node.output[0]:
             self._absorbed.add(linear.output)
-        self._node(
-            "MatMulNBits",
-            inputs,
-            linear.output,
-            domain=MICROSOFT,
-            K=columns,
-            N=rows,
-            bits=self._plan.bits,
-            block_size=self._plan.block_size,
-            accuracy_level=ACCURACY_LEVEL,
-        )
+        multiply(self._nodes, stored, value, bias, linear.output)
 
     def _choose(self, value: str, width: int) -> str:
         """[B, S, width] -> the chosen rows [R, width]."""
-        shape = self._constant("head.shape", [-1, width])
-        flat = self._node("Reshape", [value, shape], "head.flat")
-        return self._node("Gather", [flat, "rows"], "head.chosen", axis=0)
+        flat = self._nodes.add("Reshape", [value, self._nodes.integers("head.shape", [-1, width])], "head.flat")
+        return self._nodes.add("Gather", [flat, "rows"], "head.chosen", axis=0)
 
-    def _quantized(self, name: str, weight: Array) -> str:
-        """Store a matrix's codes and scales, the same matrix once; return the name they are under."""
+    def _store(self, name: str, weight: Array) -> Matrix:
+        """Store a quantized matrix, the same one once; one in float32 stays where the graph has it."""
         key = _digest(weight)
         if key not in self._stored:
-            packed = quantize(weight, self._plan.bits, self._plan.block_size, self._plan.method)
-            self._initializers.add(f"{name}.nbits.codes", packed.data)
-            self._initializers.add(f"{name}.nbits.scales", packed.scales)
-            self._record(name, weight)
-            self._stored[key] = name
+            spec = self._plan.spec(name)
+            self._stored[key] = (
+                Matrix(name, *weight.shape, 32)
+                if spec is None
+                else store_packed(self._initializers, name, Quantizer(spec).quantize(weight), spec)
+            )
+            self.matrices.append(self._stored[key])
         return self._stored[key]
-
-    def _record(self, name: str, weight: Array) -> None:
-        rows, columns = weight.shape
-        plan = self._plan
-        self.matrices.append(
-            Matrix(name, rows, columns, 32)
-            if plan.bits == 32
-            else Matrix(name, rows, columns, plan.bits, plan.block_size, True, ACCURACY_LEVEL, plan.method)
-        )
-
-    def _constant(self, name: str, values: list[int]) -> str:
-        return self._initializers.add(name, np.asarray(values, np.int64))
-
-    def _node(self, operator: str, inputs: list[str], output: str, *, domain: str = "", **given: Any) -> str:
-        self._nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **given))
-        return output
 
     def _model(self, *, chosen: bool) -> ModelProto:
         old = self._graph.model
@@ -269,7 +218,7 @@ class Requantizer:
             vocab = outputs[0].type.tensor_type.shape.dim[-1].dim_value
             inputs.append(helper.make_tensor_value_info("rows", TensorProto.INT64, ["rows"]))
             outputs[0] = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", vocab])
-        nodes, names = needed(self._nodes, self._graph.outputs)
+        nodes, names = needed(self._nodes.nodes, self._graph.outputs)
         for name, tensor in self._graph.initializers(names):
             self._initializers.add(name, self._graph.array(tensor))
         for node in nodes:

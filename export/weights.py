@@ -1,104 +1,167 @@
-"""The decoder's weights in the order and shape that the graph wants: projections packed, heads padded.
+"""The decoder's weights in the order and shape that the graph wants: projections packed, heads padded, scales folded in.
 
-A head whose size is no multiple of 16 is padded with zeros, each rotary half by itself, so that the attention kernel
-can rotate it and the result stays exact. One layer's tensors are in memory at a time.
+A head whose size the attention kernel does not take is padded with zeros at its end, which changes no result. One
+layer's tensors are in memory at a time; embedding and head are read in pieces.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .checkpoint import Checkpoint
+from .checkpoint import Source
 from .decoder import Decoder, Names
+from .rows import Rows
 
 Array = NDArray[np.float32]
+
+LAYER_PARTS: Final = ("qkv", "output", "gate_up", "down")
+"""Matrices of a layer, in the order they are computed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Reads a checkpoint's tensors for a decoder. Every method raises `CheckpointError` for a bad tensor."""
 
-    checkpoint: Checkpoint
+    source: Source
     decoder: Decoder
     names: Names
 
-    def embedding(self) -> Array:
+    def matrices(self) -> Iterator[tuple[str, Rows]]:
+        """Yield every matrix of the graph by name: the embedding, each layer's four, and an untied head."""
+        yield "embedding", self.embedding()
+        for i in range(len(self.decoder.layers)):
+            for part in LAYER_PARTS:
+                yield f"layer.{i}.{part}", Rows.of(self.layer(i, part))
+        if not self.decoder.tied:
+            yield "head", self.head()
+
+    def embedding(self) -> Rows:
         """[vocab, hidden]."""
-        return self._read(self.names.embedding, self.decoder.vocab_size, self.decoder.hidden_size)
+        return self._table(self.names.embedding)
 
-    def head(self) -> Array:
+    def head(self) -> Rows:
         """[vocab, hidden]."""
-        return self._read(self.names.head, self.decoder.vocab_size, self.decoder.hidden_size)
+        return self._table(self.names.head)
 
-    def norm(self, name: str, layer: int = 0) -> Array:
-        """[hidden]."""
-        return self._read(name.format(i=layer), self.decoder.hidden_size)
+    def layer(self, i: int, part: str) -> Array:
+        """Return a layer's matrix: `qkv` [(heads + 2 kv_heads) * size, hidden] with size the padded head size.
 
-    def query_key_value(self, layer: int) -> tuple[Array, Array | None]:
-        """Packed rows [(heads + 2 kv_heads) * padded head size, hidden], and the bias."""
+        `output` [hidden, heads * size], `gate_up` [2 * mlp, hidden] and `down` [hidden, mlp].
+        """
+        readers: dict[str, Callable[[int], Array]] = {
+            "qkv": self._qkv,
+            "output": self._output,
+            "gate_up": self._gate_up,
+            "down": self._down,
+        }
+        return readers[part](i)
+
+    def bias(self, i: int, part: str) -> Array | None:
+        """Return the bias of a layer's matrix, one number a row, where the decoder has one."""
+        d, n = self.decoder, self.names
+        if part == "qkv" and d.qkv_bias:
+            if n.qkv:
+                parts = np.split(self._read(_bias(n.qkv), i, self._qkv_rows()), self._qkv_bounds())
+            else:
+                rows = (d.heads, d.kv_heads, d.kv_heads)
+                names = (n.query, n.key, n.value)
+                parts = [self._read(_bias(name), i, r * d.head_size) for name, r in zip(names, rows, strict=True)]
+            return np.concatenate([self._pad(part) for part in parts])
+        if part == "output" and d.output_bias:
+            return self._read(_bias(n.output), i, d.hidden_size) * np.float32(d.branch_scale)
+        if part == "gate_up" and d.mlp_bias:
+            if n.gate_up:
+                return self._read(_bias(n.gate_up), i, 2 * d.mlp_size)
+            return np.concatenate([self._read(_bias(name), i, d.mlp_size) for name in (n.gate, n.up)])
+        if part == "down" and d.mlp_bias:
+            return self._read(_bias(n.down), i, d.hidden_size) * np.float32(d.branch_scale)
+        return None
+
+    def norm(self, name: str, i: int = 0) -> Array:
+        """Return a norm's factors, [hidden]."""
+        return self._read(name, i, self.decoder.hidden_size) + np.float32(self.decoder.norm_offset)
+
+    def final_norm(self) -> Array:
+        """Return the last norm's factors [hidden], with what scales the logits, and 1 / soft cap where there is one."""
         d = self.decoder
-        query, key, value = (name.format(i=layer) for name in (self.names.query, self.names.key, self.names.value))
-        q = self._read(query, d.heads * d.head_size, d.hidden_size)
-        k = self._read(key, d.kv_heads * d.head_size, d.hidden_size)
-        v = self._read(value, d.kv_heads * d.head_size, d.hidden_size)
-        packed = np.concatenate([self._pad_rotary(q), self._pad_rotary(k), self._pad_rows(v)])
-        if not d.qkv_bias:
-            return packed, None
-        q_bias = self._read(_bias(query), d.heads * d.head_size)
-        k_bias = self._read(_bias(key), d.kv_heads * d.head_size)
-        v_bias = self._read(_bias(value), d.kv_heads * d.head_size)
-        return packed, np.concatenate([self._pad_rotary(q_bias), self._pad_rotary(k_bias), self._pad_rows(v_bias)])
+        return self.norm(self.names.final_norm) * np.float32(d.logit_scale / (d.logit_softcap or 1.0))
 
-    def output(self, layer: int) -> tuple[Array, Array | None]:
-        """[hidden, heads * padded head size], and the bias."""
-        d, name = self.decoder, self.names.output.format(i=layer)
-        weight = self._read(name, d.hidden_size, d.heads * d.head_size)
-        padded = np.ascontiguousarray(self._pad_rows(np.ascontiguousarray(weight.T)).T)
-        return padded, self._read(_bias(name), d.hidden_size) if d.output_bias else None
+    def head_norm(self, name: str, i: int, heads: int) -> Array:
+        """Return the factors that norm queries or keys: [size] for each head alike, or [heads * size].
 
-    def gate_up(self, layer: int) -> tuple[Array, Array | None]:
-        """Gate rows, then up rows: [2 * mlp, hidden], and the bias."""
+        Padding makes the mean square smaller by head size / padded size; these factors make up for it, if epsilon is
+        scaled by the same (`norm_epsilon`).
+        """
         d = self.decoder
-        names = [self.names.gate.format(i=layer), self.names.up.format(i=layer)]
-        weight = np.concatenate([self._read(name, d.mlp_size, d.hidden_size) for name in names])
-        bias = np.concatenate([self._read(_bias(name), d.mlp_size) for name in names]) if d.mlp_bias else None
-        return weight, bias
+        count = heads if d.qk_norm == "projection" else 1
+        factors = self._read(name, i, count * d.head_size) + np.float32(d.norm_offset)
+        return self._pad(factors) * np.float32((d.head_size / d.padded_head_size) ** 0.5)
 
-    def down(self, layer: int) -> tuple[Array, Array | None]:
-        """[hidden, mlp], and the bias."""
-        d, name = self.decoder, self.names.down.format(i=layer)
-        weight = self._read(name, d.hidden_size, d.mlp_size)
-        return weight, self._read(_bias(name), d.hidden_size) if d.mlp_bias else None
+    @property
+    def head_norm_epsilon(self) -> float:
+        """Epsilon of the norms of queries and keys, in the graph."""
+        return self.decoder.norm_epsilon * self.decoder.head_size / self.decoder.padded_head_size
 
-    def rotary_tables(self, context: int) -> tuple[Array, Array]:
-        """Cosines and sines [context, padded head size / 2]; the padding's angles are zero."""
+    # --- matrices of a layer ---
+
+    def _qkv(self, i: int) -> Array:
+        d, n = self.decoder, self.names
+        if n.qkv:
+            parts = np.split(self._read(n.qkv, i, self._qkv_rows(), d.hidden_size), self._qkv_bounds())
+        else:
+            rows = (d.heads, d.kv_heads, d.kv_heads)
+            names = (n.query, n.key, n.value)
+            parts = [
+                self._read(name, i, r * d.head_size, d.hidden_size) for name, r in zip(names, rows, strict=True)
+            ]
+        return np.concatenate([self._pad(part) for part in parts])
+
+    def _qkv_rows(self) -> int:
+        return (self.decoder.heads + 2 * self.decoder.kv_heads) * self.decoder.head_size
+
+    def _qkv_bounds(self) -> list[int]:
+        """Where the keys and the values start."""
         d = self.decoder
-        extra = ((0, 0), (0, (d.padded_head_size - d.head_size) // 2))
-        cosines, sines = d.rope.tables(context, d.head_size)
-        return np.pad(cosines, extra, constant_values=1.0), np.pad(sines, extra)
+        return [d.heads * d.head_size, (d.heads + d.kv_heads) * d.head_size]
 
-    def _read(self, name: str, *shape: int) -> Array:
-        return self.checkpoint.tensor(name, shape)
-
-    def _pad_rotary(self, rows: Array) -> Array:
-        """Pad both rotary halves of every head: [heads * size, ...] -> [heads * padded, ...]."""
+    def _output(self, i: int) -> Array:
         d = self.decoder
-        halves = rows.reshape(-1, d.head_size // 2, *rows.shape[1:])
-        return self._pad(halves, (d.padded_head_size - d.head_size) // 2)
+        weight = self._read(self.names.output, i, d.hidden_size, d.heads * d.head_size) * np.float32(d.branch_scale)
+        return np.ascontiguousarray(self._pad(np.ascontiguousarray(weight.T)).T)
 
-    def _pad_rows(self, rows: Array) -> Array:
-        """Pad every head at its end: [heads * size, ...] -> [heads * padded, ...]."""
+    def _gate_up(self, i: int) -> Array:
+        d, n = self.decoder, self.names
+        if n.gate_up:
+            return self._read(n.gate_up, i, 2 * d.mlp_size, d.hidden_size)
+        return np.concatenate([self._read(name, i, d.mlp_size, d.hidden_size) for name in (n.gate, n.up)])
+
+    def _down(self, i: int) -> Array:
         d = self.decoder
+        return self._read(self.names.down, i, d.hidden_size, d.mlp_size) * np.float32(d.branch_scale)
+
+    # --- reading ---
+
+    def _table(self, name: str) -> Rows:
+        shape = (self.decoder.vocab_size, self.decoder.hidden_size)
+        return Rows(shape, lambda start, stop: self.source.tensor(name, shape, slice(start, stop)))
+
+    def _read(self, name: str, i: int, *shape: int) -> Array:
+        return self.source.tensor(name.format(i=i), shape)
+
+    def _pad(self, rows: Array) -> Array:
+        """Pad every head with zeros at its end: [heads * size, ...] -> [heads * padded, ...]."""
+        d = self.decoder
+        extra = d.padded_head_size - d.head_size
+        if not extra:
+            return rows
         heads = rows.reshape(-1, d.head_size, *rows.shape[1:])
-        return self._pad(heads, d.padded_head_size - d.head_size)
-
-    @staticmethod
-    def _pad(groups: Array, extra: int) -> Array:
-        padded = np.pad(groups, [(0, 0), (0, extra)] + [(0, 0)] * (groups.ndim - 2))
-        return padded.reshape(-1, *groups.shape[2:])
+        padded = np.pad(heads, [(0, 0), (0, extra)] + [(0, 0)] * (heads.ndim - 2))
+        return padded.reshape(-1, *rows.shape[1:])
 
 
 def _bias(weight_name: str) -> str:

@@ -1,35 +1,36 @@
-"""Model families: how each one's configuration and weight names map onto the decoder. One file a family."""
+"""Model families: how each one's configuration and weight names map onto the decoder.
+
+One file a family: a module here with a `FAMILY` is found by itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
 
 from edgelm.errors import CheckpointError
 
-from ..decoder import Decoder, Names
-from . import llama
+from .common import Family
 
 
-class Family(NamedTuple):
-    """One model family: reads a config.json, and says where the checkpoint keeps each tensor."""
-
-    decoder: Callable[[Mapping[str, Any]], Decoder]
-    names: Names
-
-
-FAMILIES: Final[dict[str, Family]] = {
-    "llama": Family(llama.decoder, llama.NAMES),
-}
-"""By `model_type` of config.json."""
+@cache
+def families() -> dict[str, Family]:
+    """Return every family by its `model_type`."""
+    modules = (import_module(f"{__name__}.{entry.name}") for entry in iter_modules(__path__))
+    found = (module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+    return {family.model_type: family for family in found}
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
     """Return the family of a config.json. Raises `CheckpointError` naming the model type and the supported ones."""
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    known = families()
+    if not isinstance(model_type, str) or model_type not in known:
         raise CheckpointError(
-            f"architecture {model_type!r} has no builder here; supported: {', '.join(sorted(FAMILIES))}."
+            f"architecture {model_type!r} has no builder here; supported: {', '.join(sorted(known))}."
             " Others can be tried with --via optimum"
         )
-    return FAMILIES[model_type]
+    return known[model_type]

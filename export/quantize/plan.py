@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from .pack import Method
+from .spec import Spec
 
 Quant = Literal["fp32", "int8", "int4"]
 BITS: Final[dict[Quant, int]] = {"fp32": 32, "int8": 8, "int4": 4}
-BLOCK_SIZES: Final = (32, 64, 128)
+BLOCK_SIZES: Final = (16, 32, 64, 128)
 
 WIDE: Final = 512
 """From this width on, 64 weights share a scale by default: 4.5 bits a weight instead of 5, and faster kernels. In
 narrower models a row has too few scales for that: at width 64, +15 % perplexity instead of +11 %."""
-
-ACCURACY_LEVEL: Final = 4
-"""MatMulNBits: activations rounded to int8 a block, the fast path of the CPU kernels."""
 
 
 def default_block_size(width: int) -> int:
@@ -26,13 +24,11 @@ def default_block_size(width: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One precision for every matrix."""
+    """How matrices are stored, by name: those in `exceptions` as said there, all others alike. None is float32."""
 
-    quant: Quant
-    block_size: int
-    method: Method
+    default: Spec | None
+    exceptions: Mapping[str, Spec | None] = field(default_factory=dict)
 
-    @property
-    def bits(self) -> int:
-        """Bits a weight, scales not counted."""
-        return BITS[self.quant]
+    def spec(self, name: str) -> Spec | None:
+        """Return how a matrix is stored."""
+        return self.exceptions.get(name, self.default)

@@ -1,0 +1,128 @@
+"""What the families' configurations share: one reader of shapes, with each family's own options on top."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from edgelm.errors import CheckpointError
+
+from ..decoder import Decoder, Layer, Names
+from ..rope import Rope
+from .fields import FULL, SLIDING, activation, flag, layer_list, positive_int, positive_number, refuse_unless
+from .positions import partial_rotary_factor, read_rope
+
+
+class Family(NamedTuple):
+    """One model family: its `model_type`, what reads its config.json, and where its checkpoints keep each tensor."""
+
+    model_type: str
+    decoder: Callable[[Mapping[str, Any]], Decoder]
+    names: Names
+
+
+class Shape(NamedTuple):
+    """What a config.json says of sizes; `context` is the checkpoint's own limit."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    rotary_size: int
+    context: int
+
+
+def read_shape(config: Mapping[str, Any], *, kv_heads: int | None = None, head_size: int | None = None) -> Shape:
+    """Read the sizes; `kv_heads` and `head_size` are the family's defaults. Raises `CheckpointError`."""
+    hidden = positive_int(config, "hidden_size")
+    heads = positive_int(config, "num_attention_heads")
+    if "num_key_value_heads" in config:
+        kv_heads = None  # null there means one for each head
+    groups = positive_int(config, "num_key_value_heads", heads if kv_heads is None else kv_heads)
+    if "head_dim" in config and config["head_dim"] is None:
+        head_size = None
+    if config.get("head_dim") is None and head_size is None and hidden % heads:
+        raise CheckpointError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    if heads % groups:
+        raise CheckpointError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
+    size = positive_int(config, "head_dim", hidden // heads if head_size is None else head_size)
+    rotary = int(size * partial_rotary_factor(config))
+    if rotary % 2 or not rotary:
+        raise CheckpointError(f"config.json: head_dim must be even for rotary embedding, got {rotary} that rotate")
+    context = positive_int(config, "max_position_embeddings", 2048)
+    return Shape(hidden, positive_int(config, "num_hidden_layers"), heads, groups, size, rotary, context)
+
+
+def read_decoder(
+    config: Mapping[str, Any],
+    *,
+    shape: Shape | None = None,
+    layers: Sequence[Layer] | None = None,
+    theta: float = 10000.0,
+    norm_epsilon: float = 1e-6,
+    tied: bool = False,
+    attention_scale: float | None = None,
+    **options: Any,
+) -> Decoder:
+    """Read a config.json into a decoder.
+
+    `layers` are all alike, with the configured rope and no window, unless given; `theta`, `norm_epsilon` and `tied` are
+    what the family takes where the configuration says nothing; `options` are fields of `Decoder`. Raises
+    `CheckpointError` for a bad value or an option that is not built.
+    """
+    refuse_unless(config, {"quantization_config": (None,)})
+    shape = read_shape(config) if shape is None else shape
+    if layers is None:
+        layers = [Layer(rope_of(config, shape, theta))] * shape.layers
+    return Decoder(
+        vocab_size=positive_int(config, "vocab_size"),
+        hidden_size=shape.hidden,
+        layers=tuple(layers),
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_size=shape.head_size,
+        mlp_size=positive_int(config, "intermediate_size"),
+        context=shape.context,
+        norm_epsilon=positive_number(config, "rms_norm_eps", norm_epsilon),
+        tied=flag(config, "tie_word_embeddings", tied),
+        attention_scale=shape.head_size**-0.5 if attention_scale is None else attention_scale,
+        rotary_size=shape.rotary_size,
+        **{"activation": activation(config, "hidden_act"), **options},
+    )
+
+
+def rope_of(config: Mapping[str, Any], shape: Shape, theta: float = 10000.0) -> Rope:
+    """Read the rope that all layers of a checkpoint share."""
+    return read_rope(config, shape.context, shape.rotary_size, theta=theta)
+
+
+def sliding_layers(config: Mapping[str, Any], layers: int, default: Sequence[bool]) -> list[bool]:
+    """Tell which layers see only a window: those that `layer_types` says, else `default`."""
+    kinds = layer_list(config, "layer_types", layers, (FULL, SLIDING))
+    return list(default) if kinds is None else [kind == SLIDING for kind in kinds]
+
+
+def windows(config: Mapping[str, Any], sliding: Sequence[bool], default: int | None = None) -> list[int | None]:
+    """Return each layer's window of `sliding_window` positions, None where it sees everything.
+
+    Raises `CheckpointError` when layers slide and no window is given.
+    """
+    if not any(sliding):
+        return [None] * len(sliding)
+    if config.get("sliding_window", default) is None:
+        raise CheckpointError("config.json: layer_types has sliding_attention, but sliding_window is not set")
+    window = positive_int(config, "sliding_window", default)
+    return [window if slides else None for slides in sliding]
+
+
+def optional_windows(config: Mapping[str, Any], shape: Shape, max_window_layers: int) -> list[int | None]:
+    """Return the windows of families that slide only with `use_sliding_window`, from a layer on (Qwen)."""
+    slides = flag(config, "use_sliding_window") and config.get("sliding_window", 4096) is not None
+    first = config.get("max_window_layers", max_window_layers)
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise CheckpointError(f"config.json: max_window_layers must be a number of layers, got {first!r}")
+    sliding = sliding_layers(config, shape.layers, [slides and i >= first for i in range(shape.layers)])
+    if any(sliding) and not slides:
+        raise CheckpointError("config.json: layer_types has sliding_attention, but use_sliding_window is off")
+    return windows(config, sliding, 4096)

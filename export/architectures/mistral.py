@@ -1,0 +1,26 @@
+"""Mistral: a Llama whose layers may all see only a window of positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ..decoder import Decoder, Layer, Names
+from .common import Family, read_decoder, read_shape, rope_of, windows
+from .fields import refuse_unless
+
+WINDOW: Final = 4096
+"""Where config.json does not say; null there means none."""
+
+
+def decoder(config: Mapping[str, Any]) -> Decoder:
+    """Read a Mistral config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
+    refuse_unless(config, {"layer_types": (None,)})
+    shape = read_shape(config, kv_heads=8)
+    rope = rope_of(config, shape)
+    slides = config.get("sliding_window", WINDOW) is not None
+    layers = [Layer(rope, window) for window in windows(config, [slides] * shape.layers, WINDOW)]
+    return read_decoder(config, shape=shape, layers=layers)
+
+
+FAMILY: Final = Family("mistral", decoder, Names())

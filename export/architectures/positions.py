@@ -1,0 +1,137 @@
+"""Reading how a config.json stretches rotary positions: rope_scaling (transformers 4) or rope_parameters (5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from edgelm.errors import CheckpointError
+
+from ..rope import KINDS, Rope, longrope_attention_factor, yarn_attention_factor
+from .fields import flag, optional_number, positive_int, positive_number
+
+KNOWN: Final[dict[str, frozenset[str]]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "dynamic": frozenset({"factor", "original_max_position_embeddings"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset(
+        {
+            "factor",
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        }
+    ),
+    "longrope": frozenset(
+        {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}
+    ),
+}
+"""Options that each kind reads; another one beside them is refused."""
+
+COMMON: Final = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+
+
+def rope_options(config: Mapping[str, Any], kind_of_layer: str | None = None) -> dict[str, Any]:
+    """Return the options of rope_scaling and rope_parameters as one; those of a kind of layer where they differ."""
+    merged: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        options = config.get(name)
+        if options is not None and not isinstance(options, dict):
+            raise CheckpointError(f"config.json: {name} must be an object or null, got {options!r}")
+        if options and kind_of_layer is not None and isinstance(options.get(kind_of_layer), dict):
+            options = options[kind_of_layer]
+        merged.update(options or {})
+    return merged
+
+
+def partial_rotary_factor(config: Mapping[str, Any]) -> float:
+    """Return the share of each head that rotates, in (0, 1]."""
+    share = positive_number({**config, **rope_options(config)}, "partial_rotary_factor", 1.0)
+    if share > 1:
+        raise CheckpointError(f"config.json: partial_rotary_factor must be at most 1, got {share}")
+    return share
+
+
+def read_rope(
+    config: Mapping[str, Any],
+    context: int,
+    size: int,
+    *,
+    theta: float = 10000.0,
+    options: Mapping[str, Any] | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> Rope:
+    """Read how positions rotate; `size` is how much of a head does, `aliases` are a family's old names of kinds.
+
+    Raises `CheckpointError` for a kind or an option that is not built.
+    """
+    given = rope_options(config) if options is None else dict(options)
+    base = positive_number({**config, **given}, "rope_theta", theta)
+    kind = given.get("rope_type") or given.get("type") or "default"
+    kind = (aliases or {}).get(kind, kind)
+    if kind not in KINDS:
+        raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(KINDS)}")
+    unknown = sorted(set(given) - KNOWN[kind] - COMMON)
+    if unknown and kind != "default":
+        raise CheckpointError(f"config.json: {unknown[0]} of rope_type {kind!r} is not supported")
+    if kind in ("linear", "dynamic", "llama3", "yarn") and "factor" not in given:
+        raise CheckpointError("config.json: rope_scaling has no factor")
+    factor = positive_number(given, "factor", 1.0)
+    original = positive_int(given, "original_max_position_embeddings", context)
+    if kind == "llama3":
+        low = positive_number(given, "low_freq_factor", 1.0)
+        high = positive_number(given, "high_freq_factor", 4.0)
+        if high <= low:
+            raise CheckpointError(f"config.json: high_freq_factor must exceed low_freq_factor {low}, got {high}")
+        return Rope(base, "llama3", factor, original, low, high)
+    if kind == "yarn":
+        scale = optional_number(given, "attention_factor")
+        if scale is None:
+            scale = yarn_attention_factor(
+                factor, optional_number(given, "mscale"), optional_number(given, "mscale_all_dim")
+            )
+        return Rope(
+            base,
+            "yarn",
+            factor,
+            original,
+            beta_fast=positive_number(given, "beta_fast", 32.0),
+            beta_slow=positive_number(given, "beta_slow", 1.0),
+            truncate=flag(given, "truncate", True),
+            attention_factor=scale,
+        )
+    if kind == "longrope":
+        return _longrope(config, given, base, context, size)
+    return Rope(base, kind, factor)
+
+
+def _longrope(
+    config: Mapping[str, Any], given: Mapping[str, Any], base: float, context: int, size: int
+) -> Rope:
+    merged = {**given, **{k: v for k, v in config.items() if k == "original_max_position_embeddings" and v is not None}}
+    original = positive_int(merged, "original_max_position_embeddings", context)
+    stretched = "original_max_position_embeddings" in merged
+    factor = context / original if stretched else positive_number(given, "factor", 1.0)
+    scale = optional_number(given, "attention_factor")
+    factors = {}
+    for name in ("short_factor", "long_factor"):
+        values = given.get(name)
+        if not isinstance(values, list) or len(values) != size // 2:
+            raise CheckpointError(f"config.json: {name} must have {size // 2} numbers, one for each rotating pair")
+        factors[name] = tuple(positive_number({name: value}, name, 1.0) for value in values)
+    return Rope(
+        base,
+        "longrope",
+        factor,
+        original,
+        attention_factor=longrope_attention_factor(factor, original) if scale is None else scale,
+        short_factors=factors["short_factor"],
+        long_factors=factors["long_factor"],
+    )
+
+

@@ -1,0 +1,39 @@
+"""A matrix read a few rows at a time, so that the largest ones never stand in memory as float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK_BYTES: Final = 32 << 20
+"""Most bytes of float32 that one piece of a matrix takes."""
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A matrix float32 [N, K]; `read(start, stop)` returns some of its rows."""
+
+    shape: tuple[int, int]
+    read: Callable[[int, int], Array]
+
+    @classmethod
+    def of(cls, array: Array) -> Rows:
+        """Wrap a matrix that is in memory."""
+        return cls((array.shape[0], array.shape[1]), lambda start, stop: array[start:stop])
+
+    def whole(self) -> Array:
+        """Return all rows."""
+        return self.read(0, self.shape[0])
+
+    def chunks(self) -> Iterator[Array]:
+        """Yield the rows in order, in pieces of at most `CHUNK_BYTES`."""
+        rows, columns = self.shape
+        step = max(1, CHUNK_BYTES // (4 * columns))
+        for start in range(0, rows, step):
+            yield self.read(start, min(start + step, rows))
