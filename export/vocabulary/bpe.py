@@ -1,0 +1,80 @@
+"""Byte-pair encoding, seen from its merges: which tokens a token is made of on the way, and what remains without some.
+
+Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", section 3.2: the encoder joins
+the adjacent pair of lowest rank until none is left. What happens inside a finished token never looked outside it, so
+its own text alone gives the tokens it passed through. With all of those kept, and with merges only taken away, a text
+whose tokens are all kept is encoded as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+
+class Bpe:
+    """The model of a tokenizer.json in the library's own form. Ids are those of that file.
+
+    Parameters
+    ----------
+    model
+        Its "model" object: vocab, merges as pairs.
+    atoms
+        Tokens that are joined by no merge and made of nothing, such as the bytes of a byte fallback.
+    """
+
+    def __init__(self, model: Mapping[str, Any], atoms: Iterable[int] = ()) -> None:
+        self._model = model
+        self._vocab: dict[str, int] = model["vocab"]
+        self._names = {token: name for name, token in self._vocab.items()}
+        self._ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
+        self._parts: dict[int, tuple[int, ...]] = dict.fromkeys(atoms, ())
+
+    def parts(self, token: int) -> tuple[int, ...]:
+        """Return the tokens that its encoding passes through, as often as it does, itself not among them.
+
+        Empty for a single symbol and for a token that no merges reach: that one is found whole or not at all.
+        """
+        if token not in self._parts:
+            name = self._names.get(token, "")
+            steps = self._derive(name) if all(symbol in self._vocab for symbol in name) else []
+            reached = bool(steps) and steps[-1] == name
+            self._parts[token] = tuple(self._vocab[step] for step in steps[:-1]) if reached else ()
+        return self._parts[token]
+
+    def length(self, token: int) -> int:
+        """Return the symbols in a token; every part of it has fewer."""
+        return len(self._names.get(token, ""))
+
+    def by_age(self) -> list[int]:
+        """Return every token of the model, the earliest merged first, those that no merge makes last."""
+        made: dict[str, int] = {}
+        for (left, right), rank in self._ranks.items():
+            made.setdefault(left + right, rank)
+        never = len(self._ranks)
+        return sorted(self._names, key=lambda token: (made.get(self._names[token], never), token))
+
+    def pruned(self, new: Mapping[int, int]) -> dict[str, Any]:
+        """Return the "model" object of the kept tokens alone; `new` maps their ids, ascending, to the new ones."""
+        vocab = {self._names[old]: token for old, token in new.items() if old in self._names}
+        merges = [
+            [left, right] for left, right in self._ranks if left in vocab and right in vocab and left + right in vocab
+        ]
+        return {**self._model, "vocab": vocab, "merges": merges}
+
+    def _derive(self, name: str) -> list[str]:
+        """Encode a text alone; return its symbols, then every token made, in order."""
+        symbols = list(name)
+        steps = list(symbols)
+        never = len(self._ranks)
+        ranks = [self._ranks.get(pair, never) for pair in pairwise(symbols)]
+        while ranks and (best := min(ranks)) < never:
+            i = ranks.index(best)
+            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+            steps.append(symbols[i])
+            del ranks[i]
+            for j in (i - 1, i):
+                if 0 <= j < len(ranks):
+                    ranks[j] = self._ranks.get((symbols[j], symbols[j + 1]), never)
+        return steps if len(symbols) == 1 else []

@@ -1,0 +1,159 @@
+"""A pruned tokenizer loses no text, and what it kept it says as before: every kind, any size, any text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from prunable import KINDS, tokenizer_json
+from vocabularies import TEXTS
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+from edgelm_export.vocabulary import PrunedVocabulary, prune
+
+from edgelm.errors import EdgelmError
+
+DOMAIN = "\n".join([TEXTS[1], TEXTS[2]] * 3)
+WORDS = sorted({word for text in TEXTS for word in text.split(" ")})
+PIECES = st.sampled_from(
+    [*WORDS, " the", " ", "  ", "\n", "\n\n", "é", "漢字", "😀", "kitchen light", "<s>", "<0x41>", "e"]
+)
+TEXT = st.one_of(
+    st.lists(PIECES, max_size=12).map(" ".join),
+    st.lists(PIECES, max_size=12).map("".join),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+)
+SHARES = st.sampled_from([0.0, 0.02, 0.2, 0.5, 0.9, 1.0])
+Original = tuple[Path, tokenizers.Tokenizer]
+
+
+@pytest.fixture(scope="module", params=[*KINDS, "stories260K"])
+def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Original:
+    """A tokenizer.json and the tokenizer that it is, neither truncating nor padding."""
+    if request.param == "stories260K":
+        path = request.getfixturevalue("stories_checkpoint") / "tokenizer.json"
+    else:
+        path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+        path.write_text(tokenizer_json(request.param), encoding="utf-8")
+    return path, plain(tokenizers.Tokenizer.from_file(str(path)))
+
+
+def plain(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def total(tokenizer: tokenizers.Tokenizer) -> int:
+    return tokenizer.get_vocab_size(with_added_tokens=True)
+
+
+def least(path: Path, rows: int, required: Collection[int] = ()) -> int:
+    """The least size that is not refused, as the refusal of a smaller one names it."""
+    with pytest.raises(EdgelmError, match=r"choose at least \d+$") as refusal:
+        prune(path, DOMAIN, 0, model_vocab_size=rows, required=required)
+    size = int(str(refusal.value).split()[-1])
+    with pytest.raises(EdgelmError, match=f"choose at least {size}$"):
+        prune(path, DOMAIN, size - 1, model_vocab_size=rows, required=required)
+    return size
+
+
+@cache
+def pruned(path: Path, share: float) -> tuple[PrunedVocabulary, tokenizers.Tokenizer]:
+    """Prune to a share of the way from the least size to all."""
+    rows = total(tokenizers.Tokenizer.from_file(str(path)))
+    low = least(path, rows)
+    result = prune(path, DOMAIN, low + round(share * (rows - low)), model_vocab_size=rows + 7)
+    return result, plain(tokenizers.Tokenizer.from_str(result.tokenizer))
+
+
+@given(text=TEXT, share=SHARES, special=st.booleans())
+def test_every_text_survives(original: Original, text: str, share: float, special: bool) -> None:
+    path, before = original
+    result, after = pruned(path, share)
+    ids = after.encode(text, add_special_tokens=special).ids
+    assert all(0 <= token < result.size for token in ids)
+    old = before.encode(text, add_special_tokens=special).ids
+    for skip in (True, False):
+        assert after.decode(ids, skip_special_tokens=skip) == before.decode(old, skip_special_tokens=skip)
+
+
+@given(text=TEXT, share=SHARES, special=st.booleans())
+def test_a_text_of_kept_tokens_is_encoded_as_before(original: Original, text: str, share: float, special: bool) -> None:
+    path, before = original
+    result, after = pruned(path, share)
+    ids = after.encode(text, add_special_tokens=special).ids
+    old = before.encode(text, add_special_tokens=special).ids
+    if set(old) <= set(result.kept.tolist()):
+        assert result.kept[ids].tolist() == old
+    else:
+        assert len(ids) >= len(old)
+
+
+@given(share=SHARES, data=st.data())
+def test_parts_of_the_text_that_are_kept_stay(original: Original, share: float, data: st.DataObject) -> None:
+    """A sentence made of kept tokens alone, drawn rather than hoped for."""
+    path, before = original
+    result, after = pruned(path, share)
+    kept = set(result.kept.tolist())
+    words = [word for word in WORDS if set(before.encode(word, add_special_tokens=False).ids) <= kept]
+    text = " ".join(data.draw(st.lists(st.sampled_from(words), min_size=1, max_size=8))) if words else ""
+    old = before.encode(text, add_special_tokens=False).ids
+    if set(old) <= kept:
+        assert result.kept[after.encode(text, add_special_tokens=False).ids].tolist() == old
+
+
+@given(share=SHARES)
+def test_the_size_is_met_and_names_stay(original: Original, share: float) -> None:
+    path, before = original
+    result, after = pruned(path, share)
+    assert total(after) == result.size == len(set(result.kept.tolist()))
+    assert result.kept.tolist() == sorted(result.kept.tolist())
+    for new, old in enumerate(result.kept.tolist()):
+        assert after.id_to_token(new) == before.id_to_token(old)
+        assert result.new_id(old) == new
+    dropped = set(range(total(before))) - set(result.kept.tolist())
+    assert all(result.new_id(old) is None for old in dropped)
+
+
+@given(share=SHARES)
+def test_added_tokens_map_to_themselves(original: Original, share: float) -> None:
+    path, before = original
+    result, after = pruned(path, share)
+    added = before.get_added_tokens_decoder()
+    assert added
+    found = after.get_added_tokens_decoder()
+    for old, token in added.items():
+        new = result.new_id(old)
+        assert after.encode(token.content, add_special_tokens=False).ids[-1:] == [new]
+        assert found[new] == token
+        assert found[new].special == token.special
+        assert (found[new].lstrip, found[new].rstrip) == (token.lstrip, token.rstrip)
+        assert (found[new].single_word, found[new].normalized) == (token.single_word, token.normalized)
+
+
+@given(required=st.sets(st.integers(0, 330), max_size=20))
+def test_what_is_required_stays(original: Original, required: set[int]) -> None:
+    path, before = original
+    rows = total(before)
+    wanted = {token for token in required if token < rows}
+    size = least(path, rows, wanted)
+    result = prune(path, DOMAIN, size, model_vocab_size=rows, required=wanted)
+    assert result.size == size
+    assert wanted <= set(result.kept.tolist())
+
+
+@given(share=SHARES)
+def test_the_domain_comes_first(original: Original, share: float) -> None:
+    """More room never makes the domain's text longer, and what was kept with less is not needed less."""
+    path, _ = original
+    sizes = [pruned(path, other)[0] for other in (0.0, share, 1.0)]
+    lengths = [result.tokens_after for result in sizes]
+    assert lengths == sorted(lengths, reverse=True)
+    assert sizes[-1].tokens_after == sizes[-1].tokens_before == sizes[0].tokens_before
