@@ -30,7 +30,7 @@ class Document:
     """A tokenizer that can be pruned.
 
     `content` is the file in the library's own form, `model` its model, `ids` every token's id by name, added tokens
-    included, and `basis` the ids without which some text could not be spelled.
+    included, `base` the ids of the model's own, and `basis` those without which some text could not be spelled.
     """
 
     path: Path
@@ -38,17 +38,13 @@ class Document:
     content: Mapping[str, Any]
     model: Bpe | Unigram
     ids: Mapping[str, int]
+    base: frozenset[int]
     basis: frozenset[int]
 
     @property
     def added(self) -> list[int]:
-        """Ids of the added tokens, special or not, in ascending order."""
+        """Ids of the added tokens, special or not, in ascending order. Those not in `base` follow the model's own."""
         return sorted(token["id"] for token in self.content["added_tokens"])
-
-    @property
-    def base_size(self) -> int:
-        """How many tokens the model itself has; added ones may follow."""
-        return int(self.inner.get_vocab_size(with_added_tokens=False))
 
     def named(self) -> set[int]:
         """Return the ids that padding and post-processor write."""
@@ -99,7 +95,8 @@ def read(path: str | Path) -> Document:
         raise CheckpointError(f"{path}: the vocabulary cannot be pruned: {error}") from error
     if lost:
         raise CheckpointError(f"{path}: its post-processor or padding names the id {min(lost)}, which is no token's")
-    return Document(Path(path), inner, content, model, ids, frozenset(basis))
+    base = frozenset(inner.get_vocab(with_added_tokens=False).values())
+    return Document(Path(path), inner, content, model, ids, base, frozenset(basis))
 
 
 def _obstacle(content: Mapping[str, Any], ids: Mapping[str, int]) -> str | None:

@@ -86,22 +86,27 @@ def prune(
     CheckpointError
         When the tokenizer cannot be read or pruned, or does not belong to the model.
     DataError
-        When the text is too short.
+        When the text is too short, or holds lone surrogates.
     EdgelmError
         When `size` is too small for what must stay, or above the tokenizer's own.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the vocabulary's text is not valid Unicode: {error.reason}") from error
     document = read(tokenizer_json)
     stay = _must_stay(document, model_vocab_size, required)
-    extra = [token for token in document.added if token >= document.base_size and token in stay]
+    extra = [token for token in document.added if token in stay and token not in document.base]
     counts = _count(document.inner, text)
     if sum(counts.values()) < MIN_TOKENS:
         raise DataError(
             f"the vocabulary's text has {sum(counts.values())} tokens; give at least {MIN_TOKENS}, better a megabyte"
         )
-    if size > document.base_size + len(extra):
+    limit = len(document.base) + len(extra)
+    if size > limit:
         raise EdgelmError(
-            f"a vocabulary of {size} was asked for, but {document.path} has only {document.base_size + len(extra)}"
-            " tokens: choose fewer, or leave the vocabulary as it is"
+            f"a vocabulary of {size} was asked for, but {document.path} has only {limit} tokens:"
+            " choose fewer, or leave the vocabulary as it is"
         )
     chosen = _choose(document, counts, stay, size)
     kept = [*sorted(chosen - set(extra)), *extra]
@@ -121,10 +126,9 @@ def prune(
 def _must_stay(document: Document, rows: int, required: Collection[int]) -> set[int]:
     """Return the bytes, the added tokens that the model has rows for, and what is named or required."""
     tokens = set(document.ids.values())
-    if any(token >= rows for token in tokens - set(document.added)):
+    if max(document.base) >= rows:
         raise CheckpointError(
-            f"{document.path} has tokens up to {max(tokens - set(document.added))}, the model {rows} rows:"
-            " they do not belong together"
+            f"{document.path} has tokens up to {max(document.base)}, the model {rows} rows: they do not belong together"
         )
     needed = {*document.basis, *document.named(), *required}
     for token in sorted(needed):
@@ -171,9 +175,6 @@ def _count(inner: tokenizers.Tokenizer, text: str) -> Counter[int]:
     start = 0
     while start < len(text):
         end = text.find("\n", start + CHUNK) + 1 or len(text)
-        try:
-            counts.update(inner.encode(text[start:end], add_special_tokens=False).ids)
-        except UnicodeEncodeError as error:
-            raise DataError(f"the vocabulary's text is not valid Unicode: {error.reason}") from error
+        counts.update(inner.encode(text[start:end], add_special_tokens=False).ids)
         start = end
     return counts
