@@ -1,0 +1,351 @@
+"""What an adapter adds, against plain sums and against peft's own merge; what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import TinyLlama, save_tensors, write_json
+
+pytest.importorskip("safetensors", reason="needs pip install 'edgelm[export]'")
+
+from edgelm_export.adapter import Adapted, Adapter, open_adapter
+from edgelm_export.checkpoint import Checkpoint, open_checkpoint
+
+from edgelm.errors import CheckpointError
+
+BASE = TinyLlama(layers=1, tied=False)
+NAMES = set(BASE.tensors())
+QUERY = "model.layers.0.self_attn.q_proj"
+DOWN = "model.layers.0.mlp.down_proj"
+EMBEDDING = "model.embed_tokens"
+OPTIONS = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "bias": "none", "task_type": "CAUSAL_LM"}
+
+
+def factors(module: str, rank: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Both factors of a module of `BASE`, named as peft names them."""
+    rows, columns = BASE.tensors()[f"{module}.weight"].shape
+    generator = np.random.default_rng(seed)
+    names, sizes = ("lora_A.weight", "lora_B.weight"), ((rank, columns), (rows, rank))
+    if module == EMBEDDING:
+        names, sizes = ("lora_embedding_A", "lora_embedding_B"), ((rank, rows), (columns, rank))
+    return {
+        f"base_model.model.{module}.{name}": generator.normal(size=size).astype(np.float32)
+        for name, size in zip(names, sizes, strict=True)
+    }
+
+
+def save(path: Path, tensors: Mapping[str, np.ndarray], dtype: str = "float32", **options: Any) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "adapter_config.json", {**OPTIONS, **options})
+    save_tensors(path, dict(tensors), dtype)
+    (path / "model.safetensors").replace(path / "adapter_model.safetensors")
+    return path
+
+
+def opened(path: Path, tied: bool | None = False) -> Adapter:
+    return open_adapter(path, {} if tied is None else {"tie_word_embeddings": tied})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(BASE.write(tmp_path_factory.mktemp("base") / "model"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each example overwrites it."""
+    return tmp_path_factory.mktemp("adapter")
+
+
+@given(
+    module=st.sampled_from([QUERY, DOWN, EMBEDDING, "lm_head"]),
+    rank=st.integers(1, 9),
+    alpha=st.one_of(st.integers(1, 64), st.floats(0.1, 8)),
+    stabilized=st.booleans(),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    data=st.data(),
+)
+def test_the_sum_is_the_plain_one(
+    base: Checkpoint,
+    folder: Path,
+    module: str,
+    rank: int,
+    alpha: float,
+    stabilized: bool,
+    dtype: str,
+    data: st.DataObject,
+) -> None:
+    stored = factors(module, rank)
+    adapter = opened(save(folder, stored, dtype, r=rank, lora_alpha=alpha, use_rslora=stabilized))
+    adapter.check(NAMES)
+    name = f"{module}.weight"
+    weight = BASE.tensors()[name]
+    before = weight.copy()
+    found = adapter.apply(name, weight)
+    assert found.dtype == np.float32
+    a, b = (adapter.weights.tensor(key, value.shape).astype(np.float64) for key, value in stored.items())
+    scale = alpha / np.sqrt(rank) if stabilized else alpha / rank
+    for i, j in data.draw(st.lists(st.tuples(*(st.integers(0, n - 1) for n in weight.shape)), min_size=1, max_size=9)):
+        if module == EMBEDDING:
+            change = sum(b[j, k] * a[k, i] for k in range(rank))
+        else:
+            change = sum(b[i, k] * a[k, j] for k in range(rank))
+        assert found[i, j] == pytest.approx(weight[i, j] + scale * change, rel=1e-5, abs=1e-4)
+    assert np.array_equal(weight, before)
+
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(weight))] * 2)))
+    rows = slice(start, stop)
+    np.testing.assert_allclose(adapter.apply(name, weight[rows], rows), found[rows], rtol=1e-6, atol=1e-5)
+    adapted = Adapted(base, adapter)
+    np.testing.assert_allclose(adapted.tensor(name, weight.shape, rows), found[rows], rtol=1e-6, atol=1e-5)
+    np.testing.assert_array_equal(adapted.tensor(name, weight.shape), found)
+
+
+def test_other_tensors_are_as_they_were(base: Checkpoint, folder: Path) -> None:
+    adapter = opened(save(folder, factors(QUERY, 4)))
+    assert adapter.changed == [f"{QUERY}.weight"]
+    for name, weight in BASE.tensors().items():
+        if name != f"{QUERY}.weight":
+            assert adapter.apply(name, weight) is weight
+            np.testing.assert_array_equal(Adapted(base, adapter).tensor(name, weight.shape), weight)
+
+
+def test_patterns_give_a_module_its_own_rank_and_alpha(folder: Path) -> None:
+    """A pattern is a name's end or an expression for it; the first that fits counts."""
+    stored = {**factors(QUERY, 2), **factors(DOWN, 4)}
+    options = {
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {r"proj": 99, r"layers\.\d+\.mlp\..*": 12, "down_proj": 1},
+    }
+    adapter = opened(save(folder, stored, **options))
+    for module, scale in ((QUERY, 6 / 2), (DOWN, 12 / 4)):
+        weight = BASE.tensors()[f"{module}.weight"]
+        a, b = (stored[f"base_model.model.{module}.lora_{half}.weight"] for half in "AB")
+        np.testing.assert_allclose(adapter.apply(f"{module}.weight", weight), weight + scale * (b @ a), atol=1e-4)
+
+
+def test_a_module_saved_whole_takes_the_place_of_the_bases(folder: Path) -> None:
+    head, norm = (BASE.tensors()[name] * 3 for name in ("lm_head.weight", "model.norm.weight"))
+    stored = {"base_model.model.lm_head.weight": head, "base_model.model.model.norm.weight": norm, **factors(QUERY, 4)}
+    adapter = opened(save(folder, stored, modules_to_save=["lm_head", "norm"]))
+    adapter.check(NAMES)
+    np.testing.assert_array_equal(adapter.apply("lm_head.weight", head / 3), head)
+    np.testing.assert_array_equal(adapter.apply("lm_head.weight", head[7:9], slice(7, 9)), head[7:9])
+    np.testing.assert_array_equal(adapter.apply("model.norm.weight", norm / 3), norm)
+
+
+def test_an_embedding_saved_with_its_factors_is_both(folder: Path) -> None:
+    """So peft saves an embedding that is adapted, base included."""
+    moved = BASE.tensors()[f"{EMBEDDING}.weight"] + 1
+    stored = {f"base_model.model.{EMBEDDING}.base_layer.weight": moved, **factors(EMBEDDING, 4)}
+    found = opened(save(folder, stored)).apply(f"{EMBEDDING}.weight", moved - 1)
+    a, b = (stored[f"base_model.model.{EMBEDDING}.lora_embedding_{half}"] for half in "AB")
+    np.testing.assert_allclose(found, moved + 1.5 * (b @ a).T, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, None])
+def test_a_tied_matrix_is_changed_only_as_both(folder: Path, tied: bool | None) -> None:
+    names = NAMES - {"lm_head.weight"}
+    weight = BASE.tensors()[f"{EMBEDDING}.weight"]
+    both = {f"base_model.model.{module}.weight": weight for module in (EMBEDDING, "lm_head")}
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    opened(save(folder, both, **saved), tied).check(names)
+    opened(save(folder, factors(EMBEDDING, 4), ensure_weight_tying=True), tied).check(names)
+    opened(save(folder, factors(QUERY, 4)), tied).check(names)
+    other = {**both, "base_model.model.lm_head.weight": weight + 1}
+    for stored, options in (
+        (other, saved),
+        ({**both, **factors(EMBEDDING, 4)}, saved),
+        (factors(EMBEDDING, 4), {}),
+        (factors("lm_head", 4), {}),
+        (factors("lm_head", 4), {"ensure_weight_tying": True}),
+    ):
+        adapter = opened(save(folder, stored, **options), tied)
+        with pytest.raises(CheckpointError, match="keeps embedding and head as one matrix"):
+            adapter.check(names)
+
+
+# --- refusals: one line that says what was wrong ---
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(CheckpointError) as refusal:
+        opened(path).check(NAMES)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        {"layer_replication": [[0, 1], [0, 1]]},
+        {"trainable_token_indices": [1, 2]},
+        {"fan_in_fan_out": True},
+        {"lora_bias": True},
+        {"alora_invocation_tokens": [1]},
+        {"use_qalora": True},
+        {"use_mora": True},
+        {"kasa_config": {"beta": 0.1}},
+        {"an_option_of_tomorrow": 1},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_that_change_the_arithmetic_are_named(folder: Path, option: dict[str, Any]) -> None:
+    text = refused(save(folder, factors(QUERY, 4), **option))
+    assert f"{next(iter(option))} is not supported; only plain LoRA" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is IA3; only LORA can be merged"),
+        ({"peft_type": None}, "peft_type is None; only LORA can be merged"),
+        ({"bias": "lora_only"}, "bias 'lora_only' is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' has changed the base"),
+        ({"r": 0}, "r must be a positive number, got 0"),
+        ({"r": 4.0}, "r must be a positive number, got 4.0"),
+        ({"r": True}, "r must be a positive number, got True"),
+        ({"r": 8}, "but adapter_config.json says rank 8"),
+        ({"lora_alpha": None}, "lora_alpha must be a positive number, got None"),
+        ({"lora_alpha": float("inf")}, "lora_alpha must be a positive number, got inf"),
+        ({"rank_pattern": {"q_proj": 5}}, "but adapter_config.json says rank 5"),
+        ({"rank_pattern": {"q_proj": "5"}}, "rank_pattern must map names to positive numbers"),
+        ({"rank_pattern": [1]}, "rank_pattern must map names to positive numbers"),
+        ({"alpha_pattern": {"(": 5}}, "the pattern '(' cannot be read"),
+        ({"modules_to_save": ["lm_head"]}, "has no tensor of lm_head, which modules_to_save names"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(folder: Path, options: dict[str, Any], reason: str) -> None:
+    assert reason in refused(save(folder, factors(QUERY, 4), **options))
+
+
+def test_options_left_at_their_defaults_are_no_obstacle(folder: Path) -> None:
+    options = {
+        "use_dora": False,
+        "target_parameters": None,
+        "layer_replication": None,
+        "rank_pattern": {},
+        "loftq_config": {},
+        "fan_in_fan_out": False,
+        "megatron_core": "megatron.core",
+        "qalora_group_size": 16,
+        "init_lora_weights": "gaussian",
+        "lora_dropout": 0.1,
+        "target_modules": ["q_proj"],
+    }
+    opened(save(folder, factors(QUERY, 4), **options)).check(NAMES)
+
+
+def test_an_adapter_for_another_base_is_refused(base: Checkpoint, folder: Path) -> None:
+    stored = {key.replace("layers.0", "layers.7"): value for key, value in factors(QUERY, 4).items()}
+    text = refused(save(folder, {**stored, **factors(DOWN, 4)}))
+    assert "is an adapter for another base: it changes model.layers.7.self_attn.q_proj.weight" in text
+    assert "(1 of 2 tensors are missing)" in text
+
+    wide = {key: np.tile(value, (1, 2) if "lora_A" in key else 1) for key, value in factors(QUERY, 4).items()}
+    adapter = opened(save(folder, wide))
+    adapter.check(NAMES)
+    name, shape = f"{QUERY}.weight", (64, 64)
+    reason = r"it changes model.layers.0.self_attn.q_proj.weight as \[64, 128\], the checkpoint has \[64, 64\]"
+    for rows in (None, slice(0, 64)):
+        with pytest.raises(CheckpointError, match=reason):
+            adapter.apply(name, BASE.tensors()[name], rows)
+        with pytest.raises(CheckpointError, match=reason):
+            Adapted(base, adapter).tensor(name, shape, rows)
+    tall = {f"base_model.model.{EMBEDDING}.weight": np.ones((340, 64), np.float32)}
+    with pytest.raises(CheckpointError, match=r"as \[340, 64\], the checkpoint has \[331, 64\]"):
+        Adapted(base, opened(save(folder, tall))).tensor(f"{EMBEDDING}.weight", (331, 64), slice(0, 10))
+    with pytest.raises(CheckpointError, match=r"as \[340, 64\], the checkpoint has \[331, 64\]"):
+        opened(folder).apply(f"{EMBEDDING}.weight", BASE.tensors()[f"{EMBEDDING}.weight"])
+
+
+def test_half_an_adapter_is_refused(folder: Path) -> None:
+    for half in ("A", "B"):
+        only = {key: value for key, value in factors(QUERY, 4).items() if f"lora_{half}" in key}
+        assert f"{QUERY} needs both LoRA factors, A and B; found {half}" in refused(save(folder, only))
+
+
+def test_values_that_are_no_numbers_are_refused(folder: Path) -> None:
+    for value in (np.nan, np.inf):
+        stored = factors(QUERY, 4)
+        next(iter(stored.values()))[1, 2] = value
+        adapter = opened(save(folder, stored))
+        with pytest.raises(CheckpointError, match=r"lora_A\.weight in .* holds NaN or infinite values"):
+            adapter.apply(f"{QUERY}.weight", BASE.tensors()[f"{QUERY}.weight"])
+
+
+def test_tensors_of_something_else_are_refused(folder: Path) -> None:
+    vector = {f"base_model.model.{QUERY}.lora_magnitude_vector": np.ones(64, np.float32)}
+    text = refused(save(folder, {**factors(QUERY, 4), **vector}))
+    assert "lora_magnitude_vector is no factor of LoRA, nor one of modules_to_save" in text
+    assert "the adapter is empty" in refused(save(folder, {}))
+
+
+def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        opened(tmp_path / "nowhere")
+    assert "has no adapter_config.json: it is not an adapter" in refused(tmp_path)
+    write_json(tmp_path / "adapter_config.json", OPTIONS)
+    assert refused(tmp_path).endswith("has no adapter_model.safetensors")
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    assert "pickled weights are not read, save it again with peft" in refused(tmp_path)
+    whole = (save(tmp_path, factors(QUERY, 4)) / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(whole[:-9])
+    assert "cannot be read, it may be truncated" in refused(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{")
+    assert "adapter_config.json cannot be read" in refused(tmp_path)
+
+
+# --- beside peft itself ---
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "lora_alpha": 8},
+        {"target_modules": "all-linear", "r": 3, "lora_alpha": 5, "use_rslora": True},
+        {
+            "target_modules": ["q_proj", "k_proj", "gate_proj"],
+            "rank_pattern": {"layers.1.self_attn.q_proj": 7, "k_proj": 2},
+            "alpha_pattern": {r"layers\.\d.mlp.gate_proj": 32, "proj": 9, "q_proj": 11},
+        },
+        {"target_modules": ["embed_tokens", "lm_head", "o_proj"], "r": 4},
+        {"target_modules": ["up_proj"], "modules_to_save": ["lm_head", "embed_tokens", "norm"]},
+    ],
+    ids=["plain", "all-linear", "patterns", "embedding", "whole"],
+)
+def test_the_sum_is_that_of_peft(tmp_path: Path, options: dict[str, Any], one_torch_thread: None) -> None:
+    peft = pytest.importorskip("peft", reason="needs pip install peft")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    shape = TinyLlama(layers=2, tied=False)
+    base = open_checkpoint(shape.write(tmp_path / "base"))
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name:
+                parameter += torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    expected = adapted.merge_and_unload().state_dict()
+    adapter = open_adapter(tmp_path / "adapter", base.config)
+    adapter.check(base.files)
+    source = Adapted(base, adapter)
+    changed = 0
+    for name, weight in shape.tensors().items():
+        found = source.tensor(name, weight.shape)
+        np.testing.assert_allclose(found, expected[name].numpy(), rtol=0, atol=2e-6)
+        changed += not np.array_equal(found, weight)
+    assert changed == len(adapter.changed) > 0
