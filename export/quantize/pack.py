@@ -2,69 +2,101 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .rounding import CANDIDATES, round_blocks
+from .spec import METHODS, Method
 
-Method = Literal["rtn", "clip"]
-METHODS: Final[tuple[Method, ...]] = ("rtn", "clip")
+__all__ = ["METHODS", "Method", "Packed", "dequantize", "pack", "quantize", "unpack_codes", "unpack_zeros"]
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
     """A quantized matrix [N, K].
 
-    data: uint8 [N, blocks, block_size * bits / 8], two 4-bit codes a byte, the first in the low half.
-    scales: float32 [N, blocks]. The zero point is 2^(bits-1), the operators' default for unsigned codes.
+    data: uint8 [N, blocks, block_size * bits / 8], two 4-bit codes a byte, the first in the low half. scales: float16
+    or float32 [N, blocks], never zero; a float16 one is to be cast to float32 for the operators. zero_points: uint8
+    [N, ceil(blocks * bits / 8)], packed like codes, the last half byte 0 where blocks are odd; None: 2^(bits-1), the
+    operators' default for unsigned codes. Codes past column K are those of zero.
     """
 
     data: NDArray[np.uint8]
-    scales: NDArray[np.float32]
+    scales: NDArray[np.float16] | NDArray[np.float32]
+    zero_points: NDArray[np.uint8] | None
     bits: int
     block_size: int
     columns: int
 
+    @property
+    def size(self) -> int:
+        """Bytes that the tensors take."""
+        return self.data.nbytes + self.scales.nbytes + (0 if self.zero_points is None else self.zero_points.nbytes)
 
-def quantize(weight: NDArray[np.float32], bits: int, block_size: int, method: Method) -> Packed:
-    """Quantize float32 [N, K] to 4 or 8 bits in blocks along K; the last block may be short."""
-    rows, columns = weight.shape
-    blocks = -(-columns // block_size)
-    codes = np.empty((rows, blocks * block_size), np.uint8)
-    scales = np.empty((rows, blocks), np.float32)
-    candidates = CANDIDATES if method == "clip" else 0
-    workers = os.cpu_count() or 1
-    step = max(1, -(-rows // (4 * workers)))
-    with ThreadPoolExecutor(workers) as pool:
-        tasks = [
-            pool.submit(
-                round_blocks,
-                weight[i : i + step],
-                block_size,
-                bits,
-                candidates,
-                codes[i : i + step],
-                scales[i : i + step],
-            )
-            for i in range(0, rows, step)
-        ]
-        for task in tasks:
-            task.result()
-    if bits == 4:
-        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
-    return Packed(codes.reshape(rows, blocks, block_size * bits // 8), scales, bits, block_size, columns)
+    def rows(self, start: int, stop: int) -> Packed:
+        """Return rows [start, stop) as a matrix of their own."""
+        points = None if self.zero_points is None else self.zero_points[start:stop]
+        return replace(self, data=self.data[start:stop], scales=self.scales[start:stop], zero_points=points)
+
+    @classmethod
+    def join(cls, parts: Sequence[Packed]) -> Packed:
+        """Return the matrix whose rows are those of the parts, which are stored alike."""
+        points = [part.zero_points for part in parts if part.zero_points is not None]
+        return replace(
+            parts[0],
+            data=np.concatenate([part.data for part in parts]),
+            scales=np.concatenate([part.scales for part in parts]),
+            zero_points=np.concatenate(points) if points else None,
+        )
+
+
+def pack(codes: NDArray[np.uint8], scales: NDArray[Any], zeros: NDArray[Any] | None, bits: int, columns: int) -> Packed:
+    """Pack codes uint8 [N, blocks * block_size] with scales and zero points [N, blocks]."""
+    rows, blocks = scales.shape
+    block_size = codes.shape[1] // blocks
+    points = None if zeros is None else _halves(zeros.astype(np.uint8), bits)
+    return Packed(_halves(codes, bits).reshape(rows, blocks, -1), scales, points, bits, block_size, columns)
+
+
+def unpack_codes(packed: Packed) -> NDArray[np.uint8]:
+    """Return uint8 [N, blocks, block_size]."""
+    rows, blocks, _ = packed.data.shape
+    return _whole(packed.data.reshape(rows, -1), packed.bits).reshape(rows, blocks, packed.block_size)
+
+
+def unpack_zeros(packed: Packed) -> NDArray[np.uint8]:
+    """Return the zero points, stored or not, as uint8 [N, blocks]."""
+    if packed.zero_points is None:
+        return np.full(packed.scales.shape, 1 << (packed.bits - 1), np.uint8)
+    return _whole(packed.zero_points, packed.bits)[:, : packed.scales.shape[1]]
 
 
 def dequantize(packed: Packed) -> NDArray[np.float32]:
     """Return the float32 [N, K] that the operators compute with."""
-    rows, blocks, _ = packed.data.shape
-    flat = packed.data.reshape(rows, -1)
-    codes = np.stack([flat & 0xF, flat >> 4], axis=-1) if packed.bits == 4 else flat
-    centred = codes.reshape(rows, blocks, packed.block_size).astype(np.float32) - (1 << (packed.bits - 1))
-    values = centred * packed.scales[:, :, None]
-    return values.reshape(rows, -1)[:, : packed.columns]
+    centred = unpack_codes(packed).astype(np.float32) - unpack_zeros(packed)[:, :, None]
+    values = centred * packed.scales.astype(np.float32)[:, :, None]
+    return values.reshape(len(values), -1)[:, : packed.columns]
+
+
+def quantize(weight: NDArray[np.float32], bits: int, block_size: int, method: Method) -> Packed:
+    """Quantize float32 [N, K] symmetrically, with float32 scales."""
+    from .quantizer import Quantizer
+    from .spec import Spec
+
+    return Quantizer(Spec(bits, block_size, True, method), scale_dtype=np.float32).quantize(weight)
+
+
+def _halves(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """[N, n] -> two 4-bit values a byte, the first in the low half; 8-bit ones as they are."""
+    if bits == 8:
+        return values
+    if values.shape[1] % 2:
+        values = np.pad(values, ((0, 0), (0, 1)))
+    return np.ascontiguousarray(values[:, 0::2] | (values[:, 1::2] << 4))
+
+
+def _whole(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    return values if bits == 8 else np.stack([values & 0xF, values >> 4], axis=-1).reshape(len(values), -1)

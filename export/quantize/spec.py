@@ -1,4 +1,4 @@
-"""How one matrix is stored."""
+"""How one matrix is to be stored: bits, block size, zero points, the method that chooses codes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from typing import Final, Literal
 
 Method = Literal["rtn", "clip", "hqq", "gptq"]
 METHODS: Final[tuple[Method, ...]] = ("rtn", "clip", "hqq", "gptq")
+"""Round to nearest; search of scales (data-free); HQQ (data-free); GPTQ, which needs calibration text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """How one matrix is stored."""
+    """How one matrix is stored and by which method its codes are chosen.
+
+    bits: 4 or 8; 32 says not quantized, and never reaches the quantizer. block_size: weights a scale along a row, 16,
+    32, 64 or 128. symmetric: the zero point is 2^(bits-1), else one is stored for every block. accuracy_level: that of
+    MatMulNBits (4: activations rounded to int8).
+    """
 
     bits: int
     block_size: int

@@ -1,0 +1,124 @@
+"""GPTQ and the descent after it: codes chosen one column after the other, as compiled loops.
+
+Frantar et al. 2022 (arXiv:2210.17323, section 3.3): columns are rounded in turn and what each leaves is spread over the
+columns to come, by the Cholesky factor of the inverse of H, the inputs' second moments; columns of large moments first
+("act-order"), on grids fixed beforehand ("static groups"). Then, as in QuantEase (Behdin et al. 2023, arXiv:2309.01885,
+section 3), every code is set to its best value given all others, and every scale too (our addition), in a few sweeps.
+
+With H = V^T V for a lower triangular V and the upper U = V^-T, so that H^-1 = U^T U, a column's scaled error e = (x_k -
+q_k) / U_kk changes the columns to come by -e U_k and the residual (w - q) H of those done by +e V_k. Both go into one
+matrix of factors, so one pass over a row yields the codes and the residual that the descent starts from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from .grids import nearest, to_stored
+
+TILE = 8
+"""Rows that pass over the factors together, so that these come from memory once for all of them."""
+
+Array = NDArray[np.float32]
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _add(factor: float, vector: Array, to: Array) -> None:
+    """Add a multiple of a vector to another, in place."""
+    for j in range(to.shape[0]):
+        to[j] += factor * vector[j]
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def round_columns(
+    rows: Array, factors: Array, scales: Array, zeros: Array, groups: Any, top: float, codes: Any
+) -> None:
+    """Choose codes column by column.
+
+    rows: float32 [n, K], changed in place: weights before, the residual (w - q) H after. factors: float32 [K, K], V on
+    and below the diagonal and -U above it. scales, zeros: float32 [n, blocks]. groups: int64 [K], a column's block.
+    codes: uint8 [n, K], written.
+    """
+    n, columns = rows.shape
+    for k in range(columns):
+        g = groups[k]
+        for i in range(n):
+            value, scale, zero = float(rows[i, k]), float(scales[i, g]), float(zeros[i, g])
+            code = nearest(value, scale, zero, top)
+            codes[i, k] = np.uint8(code)
+            error = np.float32((value - (code - zero) * scale) * factors[k, k])
+            rows[i, k] = np.float32(0.0)
+            _add(error, factors[k], rows[i])
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def improve_codes(
+    residual: Array, second: Array, scales: Array, zeros: Array, groups: Any, top: float, codes: Any
+) -> int:
+    """Set every code in turn to its best value given the others; return how many changed.
+
+    residual: float32 [n, K], (w - q) H, changed in place like codes. second: float32 [K, K], H.
+    """
+    n, columns = residual.shape
+    changed = 0
+    for k in range(columns):
+        g = groups[k]
+        for i in range(n):
+            old, scale, zero = float(codes[i, k]), float(scales[i, g]), float(zeros[i, g])
+            wanted = (old - zero) * scale + float(residual[i, k]) / float(second[k, k])
+            code = nearest(wanted, scale, zero, top)
+            if code != old:
+                codes[i, k] = np.uint8(code)
+                move = np.float32((code - old) * scale)
+                _add(-move, second[k], residual[i])
+                changed += 1
+    return changed
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def improve_scales(
+    residual: Array, second: Array, scales: Array, zeros: Array, members: Any, half: bool, codes: Any
+) -> int:
+    """Set every scale in turn to its best stored value given the codes and the others; return how many changed.
+
+    members: int64 [blocks, block_size], the columns of a block, then -1s where it is short. residual and scales
+    are changed in place.
+    """
+    n = residual.shape[0]
+    changed = 0
+    moves = np.zeros(n, np.float64)
+    for b in range(members.shape[0]):
+        size = 0
+        while size < members.shape[1] and members[b, size] >= 0:
+            size += 1
+        for i in range(n):
+            dot, square, zero = 0.0, 0.0, float(zeros[i, b])
+            for m in range(size):
+                k = members[b, m]
+                code = float(codes[i, k]) - zero
+                dot += code * float(residual[i, k])
+                product = 0.0
+                for o in range(m):
+                    j = members[b, o]
+                    product += float(second[k, j]) * (float(codes[i, j]) - zero)
+                square += code * (2.0 * product + float(second[k, k]) * code)
+            moves[i] = 0.0
+            if square > 0.0:
+                old = float(scales[i, b])
+                stored = to_stored(old + dot / square, half)
+                move = stored - old
+                if 2.0 * move * dot > move * move * square:
+                    moves[i] = move
+                    scales[i, b] = stored
+                    changed += 1
+        for m in range(size):
+            k = members[b, m]
+            for i in range(n):
+                move = np.float32(moves[i] * (float(codes[i, k]) - float(zeros[i, b])))
+                if move != 0.0:
+                    _add(-move, second[k], residual[i])
+    return changed

@@ -1,0 +1,70 @@
+"""Half-quadratic quantization of a block (Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/), compiled loops.
+
+The sum of |w - w^|^p with p < 1 forgives the few large errors of outliers and so places the grid for the many other
+weights. As in section "Half-Quadratic Solver" of the paper an auxiliary error e is alternated with the grid: e is the
+proximal step of the lp norm, the grid the least-squares fit to w - e. Our deviations: errors are counted in steps of
+the scale, so that beta has one meaning for every block; the zero point ends as a whole number, since the kernels store
+it in the bits of a code; the scale is fitted too, and is all that is fitted where the grid is symmetric.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from .grids import Vector, fitted_scale, nearest, plain_grid, to_stored
+
+ITERATIONS = 20
+NORM = 0.7
+"""p of the lp norm, the paper's."""
+
+BETA = 10.0
+"""Weight of the quadratic term at the start, and by how much it grows an iteration: the paper's."""
+GROWTH = 1.01
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def lp_error(block: Vector, importance: Vector, scale: float, zero: float, top: float) -> float:
+    """Weighted sum of |error|^p of a block on a grid, in units of the weights."""
+    total = 0.0
+    for k in range(block.shape[0]):
+        total += importance[k] * abs(block[k] - (nearest(block[k], scale, zero, top) - zero) * scale) ** NORM
+    return total
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def hqq_grid(block: Vector, importance: Vector, bits: int, symmetric: bool, half: bool) -> tuple[float, float]:
+    """Return the (scale, zero) of least lp error that the alternation passes; stops when a step does not help."""
+    top = float((1 << bits) - 1)
+    best, best_zero = plain_grid(block, bits, symmetric, half)
+    least = lp_error(block, importance, best, best_zero, top)
+    scale, zero, beta = best, best_zero, BETA
+    for _ in range(ITERATIONS):
+        dot, square, offset, total = 0.0, 0.0, 0.0, 0.0
+        for k in range(block.shape[0]):
+            steps = block[k] / scale
+            code = nearest(block[k], scale, zero, top) - zero
+            error = steps - code
+            if error != 0.0:
+                kept = max(abs(error) - abs(error) ** (NORM - 1.0) / beta, 0.0)
+                steps -= math.copysign(kept, error)
+            dot += importance[k] * code * steps
+            square += importance[k] * code * code
+            offset += importance[k] * (code - steps)
+            total += importance[k]
+        if symmetric:
+            if square <= 0.0 or dot <= 0.0:
+                break
+            scale = to_stored(scale * dot / square, half)
+        else:
+            zero = min(max(zero + offset / total, 0.0), top)
+        beta *= GROWTH
+        whole = zero if symmetric else float(np.rint(zero))
+        fitted = to_stored(fitted_scale(block, importance, scale, whole, top), half)
+        error = lp_error(block, importance, fitted, whole, top)
+        if error >= least:
+            break
+        best, best_zero, least = fitted, whole, error
+    return best, best_zero

@@ -1,0 +1,141 @@
+"""Quantizer: prepares once for a matrix, then turns its rows, all or some at a time, into packed codes."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import EdgelmError
+
+from . import gptq, rounding
+from .grids import CANDIDATES
+from .moments import DAMPING, Moments, factors
+from .pack import Packed, pack
+from .spec import Spec
+
+SWEEPS: Final = 6
+"""At most so many times are all codes and scales improved after GPTQ; most rows need fewer."""
+
+WAYS: Final = {"rtn": rounding.PLAIN, "clip": rounding.SEARCHED, "hqq": rounding.HQQ, "gptq": rounding.SEARCHED}
+
+Array = NDArray[np.float32]
+
+
+def choose_scale_dtype(largest: float, bits: int) -> type[np.float16] | type[np.float32]:
+    """Return float16 where it holds the scales of a matrix whose largest weight has this magnitude, else float32.
+
+    Below 2^-14 float16 scales lose digits, so the largest one may be no smaller than 2^-12; above 65504 they end.
+    """
+    scale = largest / (1 << (bits - 1))
+    return np.float16 if 2.0**-12 <= scale <= 2.0**15 else np.float32
+
+
+class Quantizer:
+    """Quantizes the rows of one matrix [N, K]. The same rows give the same codes in any company and order.
+
+    Parameters
+    ----------
+    spec
+        How it is stored; `spec.bits` is 4 or 8.
+    importance
+        float32 [K], what a squared error in a column costs, for example the inputs' second moments: clip and hqq weigh
+        by it. None: the diagonal of `moments`, or 1 everywhere.
+    moments
+        What calibration text says of the inputs; gptq needs it.
+    scale_dtype
+        float16 or float32, see `choose_scale_dtype`: the same for all rows of a matrix.
+
+    Raises
+    ------
+    EdgelmError
+        gptq without moments, or with moments that are not positive definite.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        importance: Array | None = None,
+        moments: Moments | None = None,
+        scale_dtype: type[np.float16] | type[np.float32] = np.float16,
+    ) -> None:
+        if spec.method == "gptq" and moments is None:
+            raise EdgelmError("the method gptq needs calibration text: name some, or choose clip or hqq")
+        self._spec = spec
+        self._dtype = scale_dtype
+        if importance is None and moments is not None:
+            importance = np.diag(moments.second)
+        self._importance = None if importance is None else _normalized(importance)
+        if spec.method == "gptq" and moments is not None:
+            second = moments.damped(DAMPING)
+            self._order = np.argsort(-np.diag(second), kind="stable")
+            self._second = np.ascontiguousarray(second[np.ix_(self._order, self._order)])
+            self._factors = factors(self._second)
+            self._groups = self._order // spec.block_size
+
+    def quantize(self, rows: Array) -> Packed:
+        """Quantize float32 [n, K], unchanged, on all CPUs; the last block of a row may be short."""
+        spec = self._spec
+        n, columns = rows.shape
+        blocks = -(-columns // spec.block_size)
+        codes = np.empty((n, blocks * spec.block_size), np.uint8)
+        scales = np.empty((n, blocks), np.float32)
+        zeros = np.empty((n, blocks), np.float32)
+        importance = np.ones(columns, np.float32) if self._importance is None else self._importance
+
+        def some(first: int, last: int) -> None:
+            part = slice(first, last)
+            rounding.choose_grids(
+                rows[part],
+                importance,
+                spec.block_size,
+                spec.bits,
+                spec.symmetric,
+                WAYS[spec.method],
+                self._dtype is np.float16,
+                CANDIDATES,
+                scales[part],
+                zeros[part],
+            )
+            top = float((1 << spec.bits) - 1)
+            rounding.round_blocks(rows[part], scales[part], zeros[part], spec.block_size, top, codes[part])
+            if spec.method == "gptq":
+                self._improve(rows[part], scales[part], zeros[part], codes[part])
+
+        workers = os.cpu_count() or 1
+        step = min(256, -(-n // (4 * workers)))
+        step = -(-step // gptq.TILE) * gptq.TILE
+        with ThreadPoolExecutor(workers) as pool:
+            for task in [pool.submit(some, i, min(i + step, n)) for i in range(0, n, step)]:
+                task.result()
+        return pack(codes, scales.astype(self._dtype), None if spec.symmetric else zeros, spec.bits, columns)
+
+    def _improve(self, rows: Array, scales: Array, zeros: Array, codes: NDArray[np.uint8]) -> None:
+        """Replace the codes of columns below K, and the scales, by GPTQ's."""
+        columns = rows.shape[1]
+        members = np.full((scales.shape[1], self._spec.block_size), -1, np.int64)
+        members.reshape(-1)[self._order] = np.arange(columns)
+        half, top = self._dtype is np.float16, np.float32((1 << self._spec.bits) - 1)
+        for i in range(0, len(rows), gptq.TILE):
+            part = slice(i, i + gptq.TILE)
+            residual = np.take(rows[part], self._order, axis=1)  # a fancy index would not be contiguous
+            chosen = np.empty(residual.shape, np.uint8)
+            grids = scales[part], zeros[part]
+            gptq.round_columns(residual, self._factors, *grids, self._groups, top, chosen)
+            for _ in range(SWEEPS):
+                changed = gptq.improve_codes(residual, self._second, *grids, self._groups, top, chosen)
+                changed += gptq.improve_scales(residual, self._second, *grids, members, half, chosen)
+                if not changed:
+                    break
+            codes[part, self._order] = chosen
+
+
+def _normalized(importance: NDArray[Any]) -> Array:
+    """Mean 1, and nothing so small that its column would not be rounded to nearest."""
+    values = np.asarray(importance, np.float64)
+    mean = float(values.mean())
+    return np.maximum(values / mean, 1e-6).astype(np.float32) if mean > 0 else np.ones(len(values), np.float32)
