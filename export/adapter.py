@@ -133,7 +133,10 @@ class Adapter:
         return self.weights.tensor(key, self.shapes[key], rows)
 
     def _check_tied(self) -> None:
-        """See that a matrix that is both embedding and head is changed as both, alike."""
+        """See that a matrix that is both embedding and head is changed as both, alike; it is then changed once.
+
+        peft 0.21 merges the change of either into the one matrix, and both of `ensure_weight_tying` twice.
+        """
         embedding = next((name for name in self.changed if name.endswith(EMBEDDING)), None)
         if embedding is None and HEAD not in self.changed:
             return
@@ -145,7 +148,7 @@ class Adapter:
                 return
         raise CheckpointError(
             f"{self.weights.path} changes {embedding or HEAD}, but the base keeps embedding and head as one matrix:"
-            " merge it with peft into an untied checkpoint, then export that"
+            " save the base untied, with a lm_head.weight of its own and tie_word_embeddings false, and export that"
         )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +308,30 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
 # --- beside peft itself ---
 
 
+@pytest.fixture
+def train(tmp_path: Path, one_torch_thread: None) -> Callable[..., tuple[Any, Checkpoint, Adapter]]:
+    """Write a base and an adapter of peft's own making; return its model, not merged, and both as opened here."""
+    peft = pytest.importorskip("peft", reason="needs pip install peft")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    def make(shape: TinyLlama, **options: Any) -> tuple[Any, Checkpoint, Adapter]:
+        base = open_checkpoint(shape.write(tmp_path / "base"))
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **options))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "modules_to_save" in name:
+                    parameter += torch.randn_like(parameter)
+        adapted.save_pretrained(tmp_path / "adapter")
+        adapter = open_adapter(tmp_path / "adapter", base.config)
+        adapter.check(base.files)
+        return adapted, base, adapter
+
+    return make
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -324,28 +347,29 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     ],
     ids=["plain", "all-linear", "patterns", "embedding", "whole"],
 )
-def test_the_sum_is_that_of_peft(tmp_path: Path, options: dict[str, Any], one_torch_thread: None) -> None:
-    peft = pytest.importorskip("peft", reason="needs pip install peft")
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+def test_the_sum_is_that_of_peft(train: Callable[..., Any], options: dict[str, Any]) -> None:
     shape = TinyLlama(layers=2, tied=False)
-    base = open_checkpoint(shape.write(tmp_path / "base"))
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **options))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "modules_to_save" in name:
-                parameter += torch.randn_like(parameter)
-    adapted.save_pretrained(tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    expected = adapted.merge_and_unload().state_dict()
-    adapter = open_adapter(tmp_path / "adapter", base.config)
-    adapter.check(base.files)
-    source = Adapted(base, adapter)
+    model, base, adapter = train(shape, **options)
+    expected = model.merge_and_unload().state_dict()
     changed = 0
     for name, weight in shape.tensors().items():
-        found = source.tensor(name, weight.shape)
-        np.testing.assert_allclose(found, expected[name].numpy(), rtol=0, atol=2e-6)
+        found = Adapted(base, adapter).tensor(name, weight.shape)
+        np.testing.assert_allclose(found, expected[name].numpy(), rtol=1e-6, atol=1e-6)
         changed += not np.array_equal(found, weight)
     assert changed == len(adapter.changed) > 0
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["embed_tokens", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
+def test_a_tied_matrix_is_changed_once(train: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Against what peft computes before it merges; merged, it would have added the change twice."""
+    import torch
+
+    shape = TinyLlama(layers=1)
+    model, base, adapter = train(shape, **{"target_modules": ["q_proj"], "ensure_weight_tying": True, **options})
+    tokens = torch.arange(30)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        plain = type(model.get_base_model()).from_pretrained(base.path, dtype=torch.float32)
+        for name, weight in shape.tensors().items():
+            plain.get_parameter(name).copy_(torch.from_numpy(Adapted(base, adapter).tensor(name, weight.shape)))
+        np.testing.assert_allclose(plain(tokens).logits, expected, rtol=1e-4, atol=1e-3)
