@@ -90,6 +90,11 @@ class Manifest:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     made_with: Mapping[str, str] = field(default_factory=dict)
     quality: Mapping[str, Any] | None = None
+    """What the export measured beside the unquantized checkpoint; see `edgelm.divergence.Agreement`."""
+    vocabulary: Mapping[str, Any] | None = None
+    """What pruning the vocabulary did; the file `vocabulary.json` lists the kept tokens' old ids."""
+    adapter: str | None = None
+    """Name of the LoRA adapter that was merged."""
     via: Literal["native", "optimum"] = "native"
     long_from: int | None = None
     """A sequence longer than this looks up the second half of the rotary tables (LongRoPE)."""

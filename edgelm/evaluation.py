@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 from edgelm.errors import EdgelmError
 from edgelm.model import Model
-
-SEPARATOR: Final = "<|endoftext|>"
-"""A line of its own that divides documents."""
 
 LongDocuments = Literal["truncate", "window"]
 
@@ -26,18 +23,6 @@ class TextQuality:
     documents: int
     truncated: int
     skipped: int
-
-
-def split_documents(text: str) -> list[str]:
-    """Split at lines that hold only the separator; outer newlines and empty documents are dropped."""
-    documents: list[list[str]] = [[]]
-    for line in text.split("\n"):
-        if line.strip() == SEPARATOR:
-            documents.append([])
-        else:
-            documents[-1].append(line)
-    joined = ("\n".join(lines).strip("\n") for lines in documents)
-    return [document for document in joined if document.strip()]
 
 
 def evaluate_text(

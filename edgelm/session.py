@@ -89,15 +89,27 @@ def default_threads() -> int:
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def _load(bundle: Bundle, threads: int) -> ort.InferenceSession:
+def load_graph(model: str | bytes, threads: int, *, spin: bool = True) -> ort.InferenceSession:
+    """Load an ONNX model, from a file or from its bytes, on the CPU.
+
+    `spin` lets idle threads wait actively: quicker for one graph, ruinous for several that take turns. Raises `EdgelmError` when `threads` is out of range, and whatever onnxruntime raises for the model.
+    """
     if not 1 <= threads <= 256:
         raise EdgelmError(f"threads must lie in [1, 256], got {threads}")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _load(bundle: Bundle, threads: int) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(str(bundle.graph), options, providers=["CPUExecutionProvider"])
+        return load_graph(str(bundle.graph), threads)
+    except EdgelmError:
+        raise
     except Exception as error:  # onnxruntime raises types of its own, unrelated to each other
         reason = str(error).strip().splitlines()[0]
         raise BundleError(f"onnxruntime {ort.__version__} cannot load {bundle.graph}: {reason}") from error

@@ -1,5 +1,5 @@
 """From a Hugging Face checkpoint to a bundle: `edgelm_export.export(...)`."""
 
-from .pipeline import export
+from .pipeline import export, outline
 
-__all__ = ["export"]
+__all__ = ["export", "outline"]

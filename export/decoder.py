@@ -79,6 +79,18 @@ class Decoder:
         """The different rotary embeddings of the layers, in order of first use."""
         return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
 
+    @property
+    def parameters(self) -> int:
+        """Number of weights of the checkpoint, padding not counted, a tied head once."""
+        heads = (self.heads + 2 * self.kv_heads) * self.head_size
+        layer = self.hidden_size * (heads + self.heads * self.head_size + 3 * self.mlp_size)
+        layer += self.hidden_size * 2 * (self.pre_norm + self.post_norm)
+        layer += {None: 0, "head": 2, "projection": self.heads + self.kv_heads}[self.qk_norm] * self.head_size
+        layer += self.qkv_bias * heads + self.output_bias * self.hidden_size
+        layer += self.mlp_bias * (2 * self.mlp_size + self.hidden_size)
+        tables = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        return tables + len(self.layers) * layer + self.hidden_size
+
     def long_from(self, context: int) -> int | None:
         """Return the length past which sequences need long factors, where a rope of this context has them."""
         return next((switch for rope in self.ropes if (switch := rope.switch(context)) is not None), None)

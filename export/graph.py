@@ -35,7 +35,7 @@ ACTIVATIONS: Final[dict[Activation, tuple[str, str, dict[str, float]]]] = {
 
 
 class DecoderGraph:
-    """Writes the nodes of one decoder, whose matrices are stored already. Call `build` or `build_layer` once."""
+    """Writes the nodes of one decoder, whose matrices are stored already. Call `build` or `build_part` once."""
 
     def __init__(self, weights: Weights, matrices: Mapping[str, Matrix], context: int, nodes: Nodes) -> None:
         self._weights = weights
@@ -44,7 +44,6 @@ class DecoderGraph:
         self._nodes = nodes
         self._attention = Attention(weights, context, nodes)
         self._context = context
-        self._read_by: dict[str, str] = {}
 
     def build(self) -> ModelProto:
         """Return the whole model, from token ids to logits."""
@@ -56,7 +55,10 @@ class DecoderGraph:
         normed, _ = self._norm("final", residual, branch, factors)
         self._head(normed)
         outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", d.vocab_size])]
-        inputs = self._inputs(helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]))
+        inputs = [
+            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+            *self._lengths(),
+        ]
         inputs.append(helper.make_tensor_value_info("rows", TensorProto.INT64, ["rows"]))
         for i in range(len(d.layers)):
             past, present = self._attention.caches(i)
@@ -64,23 +66,46 @@ class DecoderGraph:
             outputs += present
         return self._nodes.model("decoder", inputs, outputs)
 
-    def build_layer(self, i: int) -> ModelProto:
-        """Return one layer by itself: `hidden` float32 [B, S, hidden] and the inputs above, without rows.
+    def build_part(self, i: int, part: str) -> ModelProto:
+        """Return a piece of layer `i`: from what one matrix multiplies to what the next one does.
 
-        Outputs: `after` [B, S, hidden]; what each matrix multiplies, [B, S, K], under the name of the matrix
-        (`layer.{i}.qkv` and so on); and the layer's present keys and values.
+        `start` reads `residual` [B, S, hidden], the others read `value` [B, S, K], what the matrix of that name
+        multiplies, and `output` and `down` also `residual`. They give `next`, what the following matrix multiplies, and
+        `output` and `down` also `after`, the residual stream; `down` only that. With `qkv` come the inputs above but
+        input_ids and rows, and the layer's past and present.
         """
-        d = self._decoder
+        d, names, layer = self._decoder, self._weights.names, f"layer.{i}"
+        after: str | None = None
+        following: str | None = None
+        if part == "start":
+            following, _ = self._read(f"{layer}.attention", "residual", "", names.attention_norm, i)
+        elif part == "qkv":
+            following = self._attention.add(i, self._linear(i, part, "value"))
+        elif part == "output":
+            branch = self._post_norm(
+                f"{layer}.attention.post", self._linear(i, part, "value"), names.attention_post_norm, i
+            )
+            following, after = self._read(f"{layer}.mlp", "residual", branch, names.mlp_norm, i)
+        elif part == "gate_up":
+            following = self._gated(i, "value")
+        else:
+            branch = self._post_norm(f"{layer}.mlp.post", self._linear(i, part, "value"), names.mlp_post_norm, i)
+            after = self._nodes.add("Add", ["residual", branch], "sum")
         value = helper.make_tensor_value_info
-        residual, branch = self._layer(i, "hidden", "", chosen=False)
-        self._nodes.add("Add", [residual, branch], "after")
-        outputs = [value("after", TensorProto.FLOAT, ["batch", "sequence", d.hidden_size])]
-        for name, read in self._read_by.items():
-            self._nodes.add("Identity", [read], name)
-            outputs.append(value(name, TensorProto.FLOAT, ["batch", "sequence", self._matrices[name].columns]))
-        past, present = self._attention.caches(i)
-        hidden = value("hidden", TensorProto.FLOAT, ["batch", "sequence", d.hidden_size])
-        return self._nodes.model("layer", [*self._inputs(hidden), *past], [*outputs, *present])
+        widths = {"qkv": d.hidden_size, "output": d.heads * d.padded_head_size, "gate_up": d.hidden_size}
+        inputs, outputs = [], []
+        if part != "start":
+            inputs.append(value("value", TensorProto.FLOAT, ["batch", "sequence", widths.get(part, d.mlp_size)]))
+        if part in ("start", "output", "down"):
+            inputs.append(value("residual", TensorProto.FLOAT, ["batch", "sequence", d.hidden_size]))
+        for name, made in (("next", following), ("after", after)):
+            if made is not None:
+                outputs.append(value(self._nodes.add("Identity", [made], name), TensorProto.FLOAT, None))
+        if part == "qkv":
+            past, present = self._attention.caches(i)
+            inputs += [*self._lengths(), *past]
+            outputs += present
+        return self._nodes.model(part, inputs, outputs)
 
     # --- parts of the decoder ---
 
@@ -89,7 +114,9 @@ class DecoderGraph:
         embedded = look_up(self._nodes, self._matrices["embedding"], "input_ids", "embedded")
         if not scaled:
             return embedded
-        return self._nodes.add("Mul", [embedded, self._nodes.number("embedding.scale", self._decoder.embedding_scale)], "hidden")
+        return self._nodes.add(
+            "Mul", [embedded, self._nodes.number("embedding.scale", self._decoder.embedding_scale)], "hidden"
+        )
 
     def _layer(self, i: int, residual: str, branch: str, *, chosen: bool) -> tuple[str, str]:
         """Add a layer to the residual stream; return the stream and a branch that is still to be added to it.
@@ -161,7 +188,6 @@ class DecoderGraph:
 
     def _linear(self, i: int, part: str, value: str) -> str:
         name = f"layer.{i}.{part}"
-        self._read_by[name] = value
         bias = self._weights.bias(i, part)
         bias_name = None if bias is None else self._nodes.constants.add(f"{name}.bias", bias)
         return multiply(self._nodes, self._matrices[name], value, bias_name, f"{name}.out")
@@ -171,10 +197,9 @@ class DecoderGraph:
         flat = self._nodes.add("Reshape", [value, self._nodes.integers(f"{name}.shape", [-1, width])], f"{name}.flat")
         return self._nodes.add("Gather", [flat, "rows"], f"{name}.chosen", axis=0)
 
-    def _inputs(self, first: ValueInfoProto) -> list[ValueInfoProto]:
+    def _lengths(self) -> list[ValueInfoProto]:
         value = helper.make_tensor_value_info
         inputs = [
-            first,
             value("seqlens_k", TensorProto.INT32, ["batch"]),
             value("total_sequence_length", TensorProto.INT32, [1]),
         ]

@@ -75,3 +75,27 @@ class InlineConstants:
         """Store an array under a new name and return the name."""
         self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
         return name
+
+    def alias(self, name: str, of: str, shape: tuple[int, ...]) -> str:
+        """Name another tensor's bytes under another shape: a graph in memory has no tables in few bits."""
+        raise AssertionError(f"{name} of {of} {shape} needs a data file")
+
+
+class SizedConstants:
+    """Constants that are only counted: `bytes` is what they would take in a bundle."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, TensorProto] = {}
+        self.bytes = 0
+
+    def add(self, name: str, array: NDArray[Any]) -> str:
+        """Count an array under a new name and return the name."""
+        self.bytes += array.nbytes if array.nbytes <= INLINE_BYTES else array.nbytes + ALIGNMENT
+        self.tensors[name] = TensorProto(name=name)
+        return name
+
+    def alias(self, name: str, of: str, shape: tuple[int, ...]) -> str:
+        """Name another tensor's bytes under another shape, which costs nothing."""
+        del of, shape
+        self.tensors[name] = TensorProto(name=name)
+        return name

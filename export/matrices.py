@@ -90,10 +90,7 @@ def look_up(nodes: Nodes, matrix: Matrix, indices: str, output: str) -> str:
     width = blocks * matrix.block_size
     table = f"{matrix.name}.rows"
     if table not in nodes.constants.tensors:
-        constants = nodes.constants
-        if not isinstance(constants, Initializers):
-            raise AssertionError("quantized tables need a data file")
-        constants.alias(table, _codes(matrix.name), (matrix.rows, width * matrix.bits // 8))
+        nodes.constants.alias(table, _codes(matrix.name), (matrix.rows, width * matrix.bits // 8))
     inputs = [table, indices, _read_scales(nodes, matrix)]
     if not matrix.symmetric:
         inputs.append(_zero_points(matrix.name))

@@ -60,6 +60,12 @@ def eos_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
     return _ids(checkpoint, "eos_token_id")
 
 
+def required_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Return the ids that a smaller vocabulary must keep: those that start, end and pad a text."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return tuple(token for name in names for token in _ids(checkpoint, name))
+
+
 def chat_template(checkpoint: Checkpoint) -> str | None:
     """Return the Jinja text that renders a conversation; of several named ones the one named `default`."""
     template = checkpoint.tokenizer_config.get("chat_template")

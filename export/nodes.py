@@ -23,6 +23,9 @@ class Constants(Protocol):
     def add(self, name: str, array: NDArray[Any]) -> str:
         """Store an array under a new name and return the name."""
 
+    def alias(self, name: str, of: str, shape: tuple[int, ...]) -> str:
+        """Name the bytes of another tensor under another shape."""
+
 
 class Nodes:
     """Collects nodes of one graph. A node is named after its first output."""

@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -22,15 +22,19 @@ from typing import Any, Final
 
 from onnx import TensorProto
 
-from edgelm.bundle import Cache, Manifest
+from edgelm.bundle import Bundle, Cache, Manifest, seal
 from edgelm.errors import CheckpointError, EdgelmError, MissingExtraError
+from edgelm.tokenizer import Tokenizer
 
 from . import metadata
 from .checkpoint import Checkpoint, open_checkpoint
+from .documents import measured_documents, read_text
 from .initializers import Initializers
 from .onnx_graph import OnnxGraph, dims
+from .options import Options
 from .quantize.plan import Plan, Quant
 from .requantize import Requantizer
+from .verify import BundleReference, check, measure, quality
 
 TASK: Final = "text-generation-with-past"
 FED: Final = {"input_ids", "attention_mask", "position_ids"}
@@ -58,8 +62,30 @@ class _Libraries:
     configs: ModuleType
 
 
+def export_optimum(source: str | Path, stage: Path, options: Options, progress: Progress) -> None:
+    """Write a whole bundle into `stage`, measured where the options say so. Raises as `edgelm_export.export` does."""
+    manifest = seal(stage, convert(source, stage, options.plan, options.quant, options.context, progress))
+    if options.verify is None:
+        return
+    bundle = Bundle(stage, manifest)
+    text = read_text(options.verify, "--verify")
+    documents = measured_documents(text, Tokenizer.from_file(bundle.tokenizer), manifest.bos_token, manifest.context)
+    with reference_bundle(source, stage, manifest.context, progress) as reference:
+        agreement = measure(bundle, BundleReference(reference), documents, progress)
+    check(agreement, options.max_kl, options.min_agreement)
+    seal(stage, replace(manifest, quality=quality(agreement, Path(options.verify).name)))
+
+
+@contextmanager
+def reference_bundle(source: str | Path, beside: Path, context: int, progress: Progress) -> Iterator[Bundle]:
+    """Yield the float32 bundle of a checkpoint, in a directory that goes again."""
+    with tempfile.TemporaryDirectory(prefix=".reference.", dir=beside) as folder:
+        path = Path(folder)
+        yield Bundle(path, seal(path, convert(source, path, Plan(None), "fp32", context, progress)))
+
+
 def convert(
-    source: str | Path, stage: Path, plan: Plan, quant: Quant, context: int | None, progress: Progress | None = None
+    source: str | Path, stage: Path, plan: Plan, quant: Quant, context: int | None, progress: Progress
 ) -> Manifest:
     """Write model.onnx, its data and tokenizer.json into `stage`; return the manifest.
 
@@ -72,8 +98,7 @@ def convert(
         model = _load(checkpoint, libraries)
     parameters, config = int(model.num_parameters()), model.config
     length = _context(config, context)
-    if progress is not None:
-        progress("tracing", 0, 1)  # the longest part, and optimum does not say how far it is
+    progress("tracing", 0, 1)  # the longest part, and optimum does not say how far it is
     with tempfile.TemporaryDirectory(prefix="optimum.", dir=stage) as traced:
         with _quiet():
             file = _trace(model, Path(traced), libraries)

@@ -2,35 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from edgelm.bundle import Matrix
 
+from .calibrate import calibrate
+from .documents import Document
 from .initializers import Initializers
+from .layers import Layers
 from .matrices import store_float, store_packed
+from .quantize.moments import Moments, follow
+from .quantize.pack import Packed, dequantize
 from .quantize.plan import Plan
+from .quantize.quantizer import Quantizer, choose_scale_dtype
+from .quantize.spec import Spec
 from .rows import Rows
 from .weights import Weights
 
 Progress = Callable[[str, int, int], None]
+TABLES = ("embedding", "head")
+
+
+def planned(name: str, rows: int, columns: int, spec: Spec | None) -> Matrix:
+    """Return how a matrix is going to be stored, if its scales fit float16."""
+    if spec is None:
+        return Matrix(name, rows, columns, 32)
+    return Matrix(name, rows, columns, spec.bits, spec.block_size, spec.symmetric, spec.accuracy_level, spec.method, 16)
+
+
+@dataclass(slots=True)
+class MatrixStore:
+    """Quantizes matrices by a plan and writes them; `matrices` says how each is stored, in the order they came.
+
+    With `measure` the relative root mean square error of each goes into `errors`.
+    """
+
+    plan: Plan
+    initializers: Initializers
+    progress: Progress
+    total: int
+    measure: bool = False
+    matrices: dict[str, Matrix] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    _done: int = 0
+
+    def __call__(self, name: str, rows: Rows, moments: Moments | None = None) -> Rows:
+        """Store a matrix; return it as it will be read. See `calibrate.Store`."""
+        self.progress("quantizing", self._done, self.total)
+        spec = self.plan.spec(name)
+        if spec is None:
+            self.matrices[name] = store_float(self.initializers, name, rows, table=name in TABLES)
+            read = rows
+        else:
+            if spec.method == "gptq" and moments is None:
+                spec = dataclasses.replace(spec, method="clip")  # a table that is only looked up has no inputs
+            packed = quantize_rows(rows, spec, moments)
+            self.matrices[name] = store_packed(self.initializers, name, packed, spec)
+            read = Rows(rows.shape, lambda start, stop: dequantize(packed.rows(start, stop)))
+        self._done += self.matrices[name].bytes()
+        if self.measure:
+            self.errors[name] = _relative_error(rows, read)
+        return read
 
 
 def store_matrices(
-    weights: Weights, plan: Plan, initializers: Initializers, progress: Progress
+    weights: Weights, store: MatrixStore, documents: Sequence[Document] | None = None
 ) -> dict[str, Matrix]:
-    """Quantize and write all matrices; return how each is stored, by name, in the order of the graph."""
-    total = 2 + 4 * len(weights.decoder.layers) - weights.decoder.tied
-    stored = {}
-    for number, (name, rows) in enumerate(weights.matrices()):
-        progress("matrix", number, total)
-        stored[name] = store(initializers, name, rows, plan)
-    return stored
+    """Quantize and write all matrices, calibrated where there are documents; return how each is stored, by name."""
+    if documents is None:
+        for name, rows in weights.matrices():
+            store(name, rows)
+    else:
+        layers = Layers(weights, max(len(document) for document in documents))
+        calibrate(layers, documents, store, store.progress)
+    return store.matrices
 
 
-def store(initializers: Initializers, name: str, rows: Rows, plan: Plan) -> Matrix:
-    """Write one matrix."""
-    spec = plan.spec(name)
-    if spec is None:
-        return store_float(initializers, name, rows, table=name in ("embedding", "head"))
-    from .quantize.quantizer import Quantizer
-    return store_packed(initializers, name, Quantizer(spec).quantize(rows.whole()), spec)
+def quantize_rows(rows: Rows, spec: Spec, moments: Moments | None = None) -> Packed:
+    """Quantize a matrix, a piece at a time where nothing but its own rows counts."""
+    if moments is not None:
+        moved = follow(rows.whole(), moments) if moments.cross is not None or moments.residual is not None else None
+        rows = rows if moved is None else Rows.of(moved)
+    largest = max(float(np.abs(chunk).max()) for chunk in rows.chunks())
+    quantizer = Quantizer(spec, moments=moments, scale_dtype=choose_scale_dtype(largest, spec.bits))
+    return Packed.join([quantizer.quantize(chunk) for chunk in rows.chunks()])
+
+
+def _relative_error(rows: Rows, read: Rows) -> float:
+    error = size = 0.0
+    for chunk, found in zip(rows.chunks(), read.chunks(), strict=True):
+        error += float(np.square(found - chunk, dtype=np.float64).sum())
+        size += float(np.square(chunk, dtype=np.float64).sum())
+    return (error / size) ** 0.5 if size else 0.0

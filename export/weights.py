@@ -40,6 +40,24 @@ class Weights:
         if not self.decoder.tied:
             yield "head", self.head()
 
+    def shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yield the name and shape of every matrix, in the same order, without reading any."""
+        d = self.decoder
+        heads = d.heads * d.padded_head_size
+        qkv = heads + 2 * d.kv_heads * d.padded_head_size
+        shapes = {
+            "qkv": (qkv, d.hidden_size),
+            "output": (d.hidden_size, heads),
+            "gate_up": (2 * d.mlp_size, d.hidden_size),
+            "down": (d.hidden_size, d.mlp_size),
+        }
+        yield "embedding", (d.vocab_size, d.hidden_size)
+        for i in range(len(d.layers)):
+            for part in LAYER_PARTS:
+                yield f"layer.{i}.{part}", shapes[part]
+        if not d.tied:
+            yield "head", (d.vocab_size, d.hidden_size)
+
     def embedding(self) -> Rows:
         """[vocab, hidden]."""
         return self._table(self.names.embedding)
@@ -116,9 +134,7 @@ class Weights:
         else:
             rows = (d.heads, d.kv_heads, d.kv_heads)
             names = (n.query, n.key, n.value)
-            parts = [
-                self._read(name, i, r * d.head_size, d.hidden_size) for name, r in zip(names, rows, strict=True)
-            ]
+            parts = [self._read(name, i, r * d.head_size, d.hidden_size) for name, r in zip(names, rows, strict=True)]
         return np.concatenate([self._pad(part) for part in parts])
 
     def _qkv_rows(self) -> int:

@@ -11,9 +11,10 @@ from typing import Any
 import edgelm
 from edgelm.cli.progress import Progress
 from edgelm.errors import EdgelmError, UsageError
-from edgelm.evaluation import evaluate_text, split_documents
+from edgelm.evaluation import evaluate_text
 from edgelm.model import Model
 from edgelm.tasks import read_tasks, score_tasks
+from edgelm.textfile import split_documents
 
 TASK_TOKENS = 256
 """Longest answer to a task."""

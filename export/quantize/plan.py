@@ -8,18 +8,16 @@ from typing import Final, Literal
 
 from .spec import Spec
 
-Quant = Literal["fp32", "int8", "int4"]
-BITS: Final[dict[Quant, int]] = {"fp32": 32, "int8": 8, "int4": 4}
+Quant = Literal["fp32", "int8", "int4", "mixed"]
+BITS: Final[dict[Quant, int]] = {"fp32": 32, "int8": 8, "int4": 4, "mixed": 4}
+"""Bits a weight, scales not counted; of `mixed` those that a matrix has before any is upgraded."""
+
 BLOCK_SIZES: Final = (16, 32, 64, 128)
+BLOCK_SIZE: Final = 32
+"""4.5 bits a weight, as llama.cpp's Q4_0; larger blocks are smaller and faster and lose more, unless calibrated."""
 
-WIDE: Final = 512
-"""From this width on, 64 weights share a scale by default: 4.5 bits a weight instead of 5, and faster kernels. In
-narrower models a row has too few scales for that: at width 64, +15 % perplexity instead of +11 %."""
-
-
-def default_block_size(width: int) -> int:
-    """Return the weights a scale for a model whose hidden states have `width` elements."""
-    return 64 if width >= WIDE else 32
+MIXED_BITS: Final = 5.5
+"""Bits a weight of `mixed` where nothing else is asked for, those of llama.cpp's Q5_0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +30,9 @@ class Plan:
     def spec(self, name: str) -> Spec | None:
         """Return how a matrix is stored."""
         return self.exceptions.get(name, self.default)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether any matrix needs to know what reaches it."""
+        specs = [self.default, *self.exceptions.values()]
+        return any(spec is not None and spec.method == "gptq" for spec in specs)

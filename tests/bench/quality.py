@@ -27,9 +27,9 @@ from safetensors import safe_open
 
 import edgelm
 from edgelm.bundle import Bundle
-from edgelm.evaluation import split_documents
 from edgelm.model import Model
 from edgelm.session import PREFILL_CHUNK
+from edgelm.textfile import split_documents
 from tests.bench.judge import Corpus, Logits, judge
 
 CALIBRATE: Final = "--calibrate"
@@ -115,7 +115,7 @@ def matrix_weights(checkpoint: Path) -> int:
 
 @dataclass
 class Comparison:
-    """What all are judged on and against, and the rows of the table so far. The first row is the reference."""
+    """What all are judged on and against, and the rows of the table so far."""
 
     checkpoint: Path
     corpus: Corpus
@@ -125,15 +125,17 @@ class Comparison:
     weights: int
     parameters: int
     reference: Logits
+    report: Path | None
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, runtime: str, name: str, bits: Bits | None, logits: Logits, **more: Any) -> None:
         """Judge logits and add a row; float32 must agree with the reference."""
-        quality = judge(self.reference, logits, self.corpus)
-        change = quality.perplexity / self.rows[0]["perplexity"] - 1 if self.rows else 0.0
-        row = {"runtime": runtime, "name": name, "change": change, **asdict(quality), **more}
+        agreement = judge(self.reference, logits, self.corpus)
+        change = agreement.perplexity / agreement.reference_perplexity - 1
+        row = {"runtime": runtime, "name": name, "change": change, **asdict(agreement), **more}
         self.rows.append(row | {"bits": asdict(bits) if bits else None})
-        print(f"{runtime} {name}: {quality}", file=sys.stderr, flush=True)
+        print(f"{runtime} {name}: {agreement}", file=sys.stderr, flush=True)
+        self.save()
         if name == FLOAT32 and abs(change) > TOLERANCE:
             sys.exit(f"{runtime} in float32 differs from the reference by {change:+.2%}: something is wrong")
 
@@ -141,7 +143,7 @@ class Comparison:
         """Count a bundle's bits; on disk are also the graph itself, norms, rotary tables and alignment."""
         manifest = bundle.manifest
         matrices = 8 * sum(matrix.bytes() for matrix in manifest.matrices)
-        files = 8 * sum(manifest.files[name].bytes for name in (manifest.graph, data_name(bundle)))
+        files = 8 * sum(manifest.files[name].bytes for name in (manifest.graph, f"{manifest.graph}.data"))
         return Bits(manifest.bits_per_weight, matrices / self.weights, files / self.parameters)
 
     def adopt(self, path: Path) -> None:
@@ -152,20 +154,26 @@ class Comparison:
                 sys.exit(f"{path} was measured on another {name}: {earlier['measured_on'][name]}, here {value}")
         self.rows += [row for row in earlier["rows"] if row["runtime"] == "llama.cpp"]
 
+    def save(self) -> None:
+        """Write every figure so far, so that a run that breaks off has them too."""
+        if self.report:
+            figures = {"measured_on": self.measured_on, "rows": self.rows}
+            self.report.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
     def markdown(self) -> str:
         """Return the rows as a Markdown table."""
         lines = [f"| {' | '.join(COLUMNS)} |", "|---|---" + "|---:" * (len(COLUMNS) - 2) + "|"]
         for row in self.rows:
             bits = [f"{value:.2f}" for value in row["bits"].values()] if row["bits"] else ["", "", ""]
-            figures = [f"{row['perplexity']:.4f}", f"{row['change']:+.2%}", f"{row['kl']:.4f}", f"{row['kl_p99']:.3f}"]
-            cells = [row["runtime"], row["name"], *bits, *figures, f"{row['agreement']:.1%}"]
+            figures = [
+                f"{row['perplexity']:.4f}",
+                f"{row['change']:+.2%}",
+                f"{row['kl_mean']:.5f}",
+                f"{row['kl_p99']:.4f}",
+            ]
+            cells = [row["runtime"], row["name"], *bits, *figures, f"{row['top1_agreement']:.1%}"]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
-
-
-def data_name(bundle: Bundle) -> str:
-    """Return the name of the file that holds a bundle's weights."""
-    return f"{bundle.manifest.graph}.data"
 
 
 def add_edgelm(comparison: Comparison, settings: Iterable[dict[str, Any]]) -> None:
@@ -212,12 +220,17 @@ def choose(
     settings: Iterable[dict[str, Any]], methods: list[str] | None, calibrate: Path | None
 ) -> list[dict[str, Any]]:
     """Return the settings of these methods, with the calibration file in its place."""
-    chosen = [setting for setting in settings if methods is None or setting["method"] in methods]
+    chosen = [setting for setting in settings if methods is None or setting.get("method", "auto") in methods]
     usable = [setting for setting in chosen if calibrate is not None or CALIBRATE not in setting.values()]
     for setting in chosen:
         if setting not in usable:
             print(f"left out for want of {CALIBRATE}: {label(setting)}", file=sys.stderr)
     return [{name: calibrate if value == CALIBRATE else value for name, value in s.items()} for s in usable]
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def compare(args: argparse.Namespace, work: Path) -> Comparison:
@@ -230,12 +243,14 @@ def compare(args: argparse.Namespace, work: Path) -> Comparison:
         corpus = Corpus(np.concatenate(documents), np.array([len(ids) for ids in documents]))
         reference = bundle_logits(model, corpus, work / "reference.npy")
     measured_on = {
-        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "graph_data_sha256": bundle.manifest.files[data_name(bundle)].sha256,
+        "text_sha256": sha256(args.text),
+        "weights_sha256": [sha256(file) for file in sorted(set(open_checkpoint(args.checkpoint).files.values()))],
         "tokens": len(corpus.scored()[0]),
     }
     weights, parameters = matrix_weights(args.checkpoint), bundle.manifest.parameters
-    comparison = Comparison(args.checkpoint, corpus, measured_on, work, args.threads, weights, parameters, reference)
+    comparison = Comparison(
+        args.checkpoint, corpus, measured_on, work, args.threads, weights, parameters, reference, args.json
+    )
     comparison.add("edgelm", FLOAT32, comparison.bundle_bits(bundle), reference)
     comparison.add("transformers", FLOAT32, None, transformers_logits(args.checkpoint, corpus, args.threads))
     if args.llama_json:
@@ -259,9 +274,6 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="edgelm-quality-") as scratch:
         comparison = compare(args, Path(scratch))
-        if args.json:
-            report = {"measured_on": comparison.measured_on, "rows": comparison.rows}
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(comparison.markdown())
     return 0
 

@@ -1,0 +1,75 @@
+"""How far one model's predictions are from another's, position by position, without keeping the logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import EdgelmError
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """A model beside its reference on the same text.
+
+    Perplexities are per token. KL is the Kullback-Leibler divergence of the model's next-token distribution from the
+    reference's, in nats, its mean and 99th percentile over positions; `top1_agreement` is the share of positions in
+    [0, 1] where both find the same token likeliest.
+    """
+
+    tokens: int
+    perplexity: float
+    reference_perplexity: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+
+
+class Divergence:
+    """Collects positions. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._kl: list[NDArray[np.float64]] = []
+        self._nats = [0.0, 0.0]
+        self._same = 0
+
+    def add(
+        self, reference: NDArray[np.float32], logits: NDArray[np.float32], following: NDArray[np.int64]
+    ) -> None:
+        """Add positions: logits float32 [n, V] of both, and the tokens int64 [n] that followed.
+
+        Raises `EdgelmError` when logits are not numbers.
+        """
+        if not (np.isfinite(reference).all() and np.isfinite(logits).all()):
+            raise EdgelmError("the model's logits are not numbers: it cannot be measured")
+        expected, found = _log_softmax(reference), _log_softmax(logits)
+        self._kl.append((np.exp(expected) * (expected - found)).sum(axis=1))
+        at = np.arange(len(following))
+        for i, logprobs in enumerate((expected, found)):
+            self._nats[i] -= float(logprobs[at, following].sum())
+        self._same += int((expected.argmax(axis=1) == found.argmax(axis=1)).sum())
+
+    def result(self) -> Agreement:
+        """Return what the positions amount to. Raises `EdgelmError` when there are none."""
+        kl = np.concatenate(self._kl) if self._kl else np.zeros(0)
+        if not len(kl):
+            raise EdgelmError("the text is too short: it has no token to predict")
+        reference, own = (math.exp(nats / len(kl)) for nats in self._nats)
+        return Agreement(
+            tokens=len(kl),
+            perplexity=own,
+            reference_perplexity=reference,
+            kl_mean=max(0.0, float(kl.mean())),
+            kl_p99=max(0.0, float(np.quantile(kl, 0.99))),
+            top1_agreement=self._same / len(kl),
+        )
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted

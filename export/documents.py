@@ -1,0 +1,78 @@
+"""Text to calibrate on and to measure with: documents, divided by lines that hold only `<|endoftext|>`, as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import EdgelmError
+from edgelm.textfile import split_documents
+from edgelm.tokenizer import Tokenizer
+
+CALIBRATION_LENGTH: Final = 512
+"""Tokens of one calibration sequence."""
+
+CALIBRATION_TOKENS: Final = 128 * CALIBRATION_LENGTH
+"""Calibration tokens put to use; GPTQ (arXiv:2210.17323, section 4) takes 128 segments too, of 2,048 each."""
+
+LEAST_CALIBRATION_TOKENS: Final = 512
+"""Fewer say too little of what a model sees."""
+
+Document = NDArray[np.int64]
+
+
+def read_text(file: str | Path, option: str) -> str:
+    """Return a text file. Raises `EdgelmError` naming the option when it cannot be read or is empty."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise EdgelmError(f"{option}: {file} cannot be read: {reason}") from error
+    if not text.strip():
+        raise EdgelmError(f"{option}: {file} is empty")
+    return text
+
+
+def calibration_documents(
+    text: str, tokenizer: Tokenizer, bos: int | None, context: int, option: str = "--calibrate"
+) -> list[Document]:
+    """Cut documents into sequences of at most 512 tokens, until there are `CALIBRATION_TOKENS`.
+
+    `option` names the text in errors. Raises `EdgelmError` for a text of fewer than `LEAST_CALIBRATION_TOKENS` tokens.
+    """
+    length = min(CALIBRATION_LENGTH, context)
+    found: list[Document] = []
+    total = 0
+    for ids in _tokens(split_documents(text), tokenizer, bos):
+        for start in range(0, len(ids), length):
+            if total >= CALIBRATION_TOKENS:
+                return found
+            found.append(ids[start : start + min(length, CALIBRATION_TOKENS - total)])
+            total += len(found[-1])
+    if total < LEAST_CALIBRATION_TOKENS:
+        raise EdgelmError(
+            f"{option}: the text has {total} tokens; at least {LEAST_CALIBRATION_TOKENS} are needed, and"
+            f" {CALIBRATION_TOKENS} are put to use"
+        )
+    return found
+
+
+def measured_documents(text: str, tokenizer: Tokenizer, bos: int | None, context: int) -> list[Document]:
+    """Return every document with a token to predict, cut at the context.
+
+    Raises `EdgelmError` when there is none.
+    """
+    found = [ids[:context] for ids in _tokens(split_documents(text), tokenizer, bos) if len(ids) > 1]
+    if not found:
+        raise EdgelmError("--verify: the text is too short: it has no token to predict")
+    return found
+
+
+def _tokens(documents: Sequence[str], tokenizer: Tokenizer, bos: int | None) -> Iterator[Document]:
+    for document in documents:
+        ids = tokenizer.encode(document, add_special_tokens=False)
+        yield np.array(ids if bos is None else [bos, *ids], np.int64)

@@ -1,0 +1,149 @@
+"""A checkpoint made ready for export: its adapter merged, its vocabulary pruned, both as the weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from edgelm.errors import CheckpointError
+from edgelm.tokenizer import Tokenizer
+
+from . import metadata
+from .adapter import Adapted, open_adapter
+from .architectures import find_family
+from .checkpoint import Checkpoint, Source, open_checkpoint
+from .decoder import Decoder
+from .documents import read_text
+from .vocabulary import PrunedVocabulary, prune
+from .weights import Weights
+
+SPAN: Final = 8192
+"""Rows of a table that are read at once to pick some."""
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What an export, a calibration and a comparison read. `kept` are the old ids of a pruned vocabulary's tokens."""
+
+    checkpoint: Checkpoint
+    weights: Weights
+    tokenizer_text: str
+    vocabulary: PrunedVocabulary | None = None
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder's shapes and options."""
+        return self.weights.decoder
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the bundle to be."""
+        return Tokenizer(tokenizers.Tokenizer.from_str(self.tokenizer_text))
+
+    @property
+    def bos_token(self) -> int | None:
+        """The id that starts a text, where the checkpoint has one."""
+        old = metadata.bos_token(self.checkpoint)
+        return None if old is None else self._new(old)
+
+    @property
+    def eos_tokens(self) -> tuple[int, ...]:
+        """The ids that end an answer."""
+        return tuple(self._new(old) for old in metadata.eos_tokens(self.checkpoint))
+
+    def _new(self, old: int) -> int:
+        if self.vocabulary is None:
+            return old
+        new = self.vocabulary.new_id(old)
+        if new is None:
+            raise AssertionError(f"pruning dropped the required token {old}")
+        return new
+
+
+def open_model(source: str | Path, adapter: str | Path | None = None) -> Opened:
+    """Open a checkpoint with its adapter. Raises `CheckpointError`."""
+    checkpoint = open_checkpoint(source)
+    family = find_family(checkpoint.config)
+    decoder = family.decoder(checkpoint.config)
+    metadata.check_tokenizer(checkpoint, decoder.vocab_size)
+    tensors: Source = checkpoint
+    if adapter is not None:
+        opened = open_adapter(adapter, {**checkpoint.config, "tie_word_embeddings": decoder.tied})
+        opened.check(checkpoint.files)
+        tensors = Adapted(checkpoint, opened)
+    weights = Weights(tensors, decoder, family.names)
+    return Opened(checkpoint, weights, checkpoint.tokenizer.read_text(encoding="utf-8"))
+
+
+def pruned(model: Opened, text_file: str | Path, size: int) -> Opened:
+    """Return the model with a vocabulary of `size` tokens for the domain of a text. Raises `EdgelmError`."""
+    vocabulary = prune(
+        model.checkpoint.tokenizer,
+        read_text(text_file, "--vocab"),
+        size,
+        model_vocab_size=model.decoder.vocab_size,
+        required=metadata.required_tokens(model.checkpoint),
+    )
+    return replace(with_rows(model, vocabulary.kept), tokenizer_text=vocabulary.tokenizer, vocabulary=vocabulary)
+
+
+def with_rows(model: Opened, kept: NDArray[np.int64]) -> Opened:
+    """Return the model with only some tokens' rows in its embedding and head. Raises `CheckpointError`."""
+    d, names = model.decoder, model.weights.names
+    if len(kept) and int(kept.max()) >= d.vocab_size:
+        raise CheckpointError(f"{model.checkpoint.path} has {d.vocab_size} tokens, and the bundle keeps {kept.max()}")
+    tensors = _Rows(model.weights.source, {names.embedding, names.head}, d.vocab_size, kept)
+    smaller = replace(d, vocab_size=len(kept))
+    return replace(model, weights=Weights(tensors, smaller, names))
+
+
+def vocabulary_facts(model: Opened, row_bytes: float) -> dict[str, Any] | None:
+    """Return what pruning did, for the manifest; `row_bytes` is what a token takes in the bundle's tables."""
+    if model.vocabulary is None:
+        return None
+    dropped = find_family(model.checkpoint.config).decoder(model.checkpoint.config).vocab_size - model.vocabulary.size
+    return {
+        "tokens_before": model.vocabulary.size + dropped,
+        "tokens": model.vocabulary.size,
+        "saved_bytes": round(dropped * row_bytes),
+        "text_tokens_before": model.vocabulary.tokens_before,
+        "text_tokens": model.vocabulary.tokens_after,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A source whose tables have only some rows of the original's."""
+
+    base: Source
+    tables: set[str]
+    old_size: int
+    kept: NDArray[np.int64]
+
+    def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Array:
+        if name not in self.tables:
+            return self.base.tensor(name, shape, rows)
+        wanted = self.kept if rows is None else self.kept[rows]
+        found = np.empty((len(wanted), *shape[1:]), np.float32)
+        for first, last in _spans(wanted):
+            here = (wanted >= first) & (wanted < last)
+            found[here] = self.base.tensor(name, (self.old_size, *shape[1:]), slice(first, last))[wanted[here] - first]
+        return found
+
+
+def _spans(wanted: Sequence[int] | NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows to read so that all the wanted ones are in them."""
+    ordered = np.unique(np.asarray(wanted))
+    start = 0
+    while start < len(ordered):
+        stop = int(np.searchsorted(ordered, ordered[start] + SPAN))
+        yield int(ordered[start]), int(ordered[stop - 1]) + 1
+        start = stop

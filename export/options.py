@@ -1,0 +1,112 @@
+"""What an export is asked to do, checked before any work."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from edgelm.errors import EdgelmError, MissingExtraError
+
+from .quantize.plan import BITS, BLOCK_SIZE, BLOCK_SIZES, Plan, Quant
+from .quantize.spec import METHODS, Method, Spec
+
+Via = Literal["native", "optimum"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """See `edgelm_export.export`. Raises `EdgelmError` for a value out of range or options that contradict."""
+
+    quant: Quant = "int4"
+    block_size: int | None = None
+    symmetric: bool = True
+    method: Literal["auto"] | Method = "auto"
+    calibrate: str | Path | None = None
+    context: int | None = None
+    adapter: str | Path | None = None
+    vocab: str | Path | None = None
+    vocab_size: int | None = None
+    verify: str | Path | None = None
+    max_kl: float | None = None
+    min_agreement: float | None = None
+    max_bytes: int | None = None
+    report: bool = False
+    via: Via = "native"
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        self._check_texts()
+        if self.via == "optimum":
+            self._check_optimum()
+        if self.report and importlib.util.find_spec("matplotlib") is None:
+            raise MissingExtraError("edgelm export --report", "report", "matplotlib")
+
+    @property
+    def plan(self) -> Plan:
+        """The plan before any budget is looked at."""
+        if self.quant == "fp32":
+            return Plan(None)
+        block_size = BLOCK_SIZE if self.block_size is None else self.block_size
+        return Plan(Spec(BITS[self.quant], block_size, self.symmetric, self.chosen_method))
+
+    @property
+    def chosen_method(self) -> Method:
+        """The method that `auto` stands for: gptq with calibration text, else clip; int8 rounds to nearest."""
+        if self.method != "auto":
+            return self.method
+        if self.quant == "int8":
+            return "rtn"
+        return "clip" if self.calibrate is None else "gptq"
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether each matrix's storage is to be chosen by its sensitivity."""
+        if self.via == "optimum":
+            return False
+        return self.quant == "mixed" or self.max_bytes is not None or (self.max_kl is not None and self.quant == "int4")
+
+    def _check_values(self) -> None:
+        for name, allowed in (("quant", tuple(BITS)), ("method", ("auto", *METHODS)), ("via", get_args(Via))):
+            if getattr(self, name) not in allowed:
+                raise EdgelmError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
+            allowed_sizes = ", ".join(map(str, BLOCK_SIZES))
+            raise EdgelmError(f"block size must be one of {allowed_sizes}, got {self.block_size}")
+        for name, most in (("max_kl", float("inf")), ("min_agreement", 1.0)):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= most:
+                raise EdgelmError(f"{name} must lie in (0, {most}], got {value}")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise EdgelmError(f"max_bytes must be positive, got {self.max_bytes}")
+
+    def _check_texts(self) -> None:
+        if (self.vocab is None) != (self.vocab_size is None):
+            raise EdgelmError("--vocab FILE and --vocab-size N go together: the text of the domain, and how many tokens")
+        if self.method == "gptq" and self.calibrate is None:
+            raise EdgelmError("--method gptq needs --calibrate FILE: text like that the model will see")
+        if (self.max_kl is not None or self.min_agreement is not None) and self.verify is None:
+            raise EdgelmError("--max-kl and --min-agreement need --verify FILE: the text to measure on")
+        if self.has_budget and self.calibrate is None and self.verify is None:
+            raise EdgelmError(
+                "choosing the precision of each matrix needs text to measure with: --calibrate FILE (or --verify FILE)"
+            )
+        if self.max_bytes is not None and self.quant == "fp32":
+            raise EdgelmError("--max-bytes does not go with --quant fp32: there is nothing to choose")
+        unused = self.quant == "fp32" or (not self.has_budget and self.chosen_method != "gptq")
+        if self.calibrate is not None and unused:
+            raise EdgelmError(f"--calibrate has no use with --quant {self.quant} and --method {self.chosen_method}")
+
+    def _check_optimum(self) -> None:
+        given: dict[str, Any] = {
+            "--calibrate": self.calibrate,
+            "--adapter": self.adapter,
+            "--vocab": self.vocab,
+            "--max-bytes": self.max_bytes,
+            "--quant mixed": self.quant == "mixed" or None,
+            "--report": self.report or None,
+        }
+        wrong = next((name for name, value in given.items() if value is not None), None)
+        if wrong is not None:
+            raise EdgelmError(f"{wrong} does not go with --via optimum: it needs a builder of our own")

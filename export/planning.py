@@ -1,0 +1,132 @@
+"""What an export is going to write, before it writes anything: the plan of every matrix, and what it adds up to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from edgelm.bundle import Matrix
+from edgelm.errors import EdgelmError
+
+from .documents import Document
+from .graph import DecoderGraph
+from .initializers import ALIGNMENT, SizedConstants
+from .layers import Layers
+from .nodes import Nodes
+from .opened import Opened
+from .options import Options
+from .quantize.budget import Option, choose
+from .quantize.plan import MIXED_BITS, Plan
+from .quantize.spec import Spec
+from .sensitivity import measure_sensitivity, relative_error
+from .storing import planned
+
+SENSITIVITY_TOKENS: Final = 1024
+"""Positions that sensitivity is measured on: every matrix has its own hidden states of all of them in memory."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What an export would write: `bytes` of all files, about; how each matrix is stored, in the graph's order.
+
+    `kl` is the divergence in nats that the matrices were measured to add up to, where a budget was given.
+    """
+
+    matrices: tuple[Matrix, ...]
+    bytes: int
+    kl: float | None
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of all matrices."""
+        return sum(matrix.bytes() for matrix in self.matrices)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight over all matrices, scales and zero points included."""
+        return 8 * self.matrix_bytes / sum(matrix.rows * matrix.columns for matrix in self.matrices)
+
+
+def make_plan(
+    model: Opened, options: Options, context: int, documents: Sequence[Document] | None, progress: Progress
+) -> tuple[Plan, Outline]:
+    """Return how each matrix is to be stored, and what that comes to.
+
+    `documents` are what sensitivity is measured on, where there is a budget. Raises `EdgelmError` for a budget that
+    cannot be met.
+    """
+    plan, kl = options.plan, None
+    if options.has_budget and documents is not None:
+        plan, kl = _within_budget(model, options, context, documents, progress)
+    matrices = _matrices(model, plan)
+    return plan, Outline(tuple(matrices), sum(matrix.bytes() for matrix in matrices) + _overhead(model, plan, context), kl)
+
+
+def _within_budget(
+    model: Opened, options: Options, context: int, documents: Sequence[Document], progress: Progress
+) -> tuple[Plan, float]:
+    base = options.plan
+    if base.default is None:
+        raise AssertionError("a budget without quantization")
+    layers = Layers(model.weights, max(len(document) for document in documents))
+    measured = measure_sensitivity(layers, _first(documents, SENSITIVITY_TOKENS), base, progress)
+    candidates = _candidates(base.default, options)
+    choices: dict[str, list[Option]] = {}
+    weights = 0
+    for name, rows in model.weights.matrices():
+        weights += rows.shape[0] * rows.shape[1]
+        probed = relative_error(rows, base.spec(name))
+        choices[name] = []
+        for spec in candidates:
+            kl = measured[name] * relative_error(rows, spec) / max(probed, 1e-30)
+            choices[name].append(Option(spec, planned(name, *rows.shape, spec).bytes(), kl))
+    limit = None
+    if options.max_bytes is not None:
+        limit = options.max_bytes - _overhead(model, base, context)
+        if limit < 1:
+            raise EdgelmError(
+                f"--max-bytes {options.max_bytes}: tokenizer, norms and tables take {options.max_bytes - limit} already"
+            )
+    elif options.max_kl is None:
+        limit = int(weights * MIXED_BITS / 8)
+    chosen = choose(choices, max_bytes=limit, max_kl=options.max_kl)
+    plan = Plan(base.default, {name: option.spec for name, option in chosen.items() if option.spec != base.default})
+    return plan, sum(option.kl for option in chosen.values())
+
+
+def _candidates(base: Spec, options: Options) -> list[Spec]:
+    """Return how a matrix may be stored under a budget: the method stays, bits and block size may change."""
+    sizes = [options.block_size] if options.block_size is not None else [16, 32, 64, 128]
+    fine = [dataclasses.replace(base, bits=8, block_size=max(size, 32), method="rtn") for size in sizes]
+    coarse = [] if options.quant == "int8" else [dataclasses.replace(base, bits=4, block_size=size) for size in sizes]
+    return list(dict.fromkeys([*coarse, *fine]))
+
+
+def _matrices(model: Opened, plan: Plan) -> list[Matrix]:
+    return [planned(name, *shape, plan.spec(name)) for name, shape in model.weights.shapes()]
+
+
+def _overhead(model: Opened, plan: Plan, context: int) -> int:
+    """Return the bytes of everything but the matrices, at most a little too many: tables, norms, graph, tokenizer."""
+    constants = SizedConstants()
+    matrices = {matrix.name: matrix for matrix in _matrices(model, plan)}
+    graph = DecoderGraph(model.weights, matrices, context, Nodes(constants)).build()
+    vocabulary = 8 * model.decoder.vocab_size if model.vocabulary is not None else 0
+    tokenizer = len(model.tokenizer_text.encode())
+    named = 512 * 3 * len(matrices)  # what model.onnx says of tensors in the data file
+    return constants.bytes + 3 * ALIGNMENT * len(matrices) + graph.ByteSize() + named + tokenizer + vocabulary
+
+
+def _first(documents: Sequence[Document], tokens: int) -> list[Document]:
+    """Return the first documents, the last one cut, that have so many tokens together."""
+    found: list[Document] = []
+    for document in documents:
+        left = tokens - sum(map(len, found))
+        if left < 2:
+            break
+        found.append(document[:left])
+    return found

@@ -1,0 +1,88 @@
+"""Choosing how each matrix is stored under a budget of bytes or of quality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from edgelm.errors import EdgelmError
+
+from .spec import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to store a matrix: what it takes, and the KL divergence it is expected to cost."""
+
+    spec: Spec | None
+    bytes: int
+    kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """An upgrade of one matrix."""
+
+    name: str
+    index: int
+    bytes: int
+    kl: float
+
+    @property
+    def worth(self) -> float:
+        return self.kl / self.bytes
+
+
+def choose(
+    options: Mapping[str, Sequence[Option]], *, max_bytes: int | None = None, max_kl: float | None = None
+) -> dict[str, Option]:
+    """Return an option for each matrix: the least divergence within `max_bytes`, or the fewest bytes for `max_kl`.
+
+    Divergences are taken to add up. Starting from the smallest options, upgrades are taken in the order of divergence
+    saved a byte, each matrix along the convex hull of its options, which is optimal but for the last step (the
+    Lagrangian argument of Shoham & Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers"). With
+    both limits the upgrades end when the divergence is met. Raises `EdgelmError` when the smallest options exceed
+    `max_bytes`.
+    """
+    hulls = {name: _hull(list(each)) for name, each in options.items()}
+    chosen = {name: 0 for name in hulls}
+    size = sum(hull[0].bytes for hull in hulls.values())
+    divergence = sum(hull[0].kl for hull in hulls.values())
+    if max_bytes is not None and size > max_bytes:
+        raise EdgelmError(f"--max-bytes: the matrices take at least {size} bytes, {max_bytes} are left for them")
+    blocked: set[str] = set()
+    for step in sorted(_steps(hulls), key=lambda step: (-step.worth, step.name)):
+        if max_kl is not None and divergence <= max_kl:
+            break
+        if step.name in blocked or (max_bytes is not None and size + step.bytes > max_bytes):
+            blocked.add(step.name)  # its later steps build on this one
+            continue
+        chosen[step.name] = step.index
+        size += step.bytes
+        divergence -= step.kl
+    return {name: hull[chosen[name]] for name, hull in hulls.items()}
+
+
+def _hull(options: list[Option]) -> list[Option]:
+    """Return the options worth taking, smallest first: each larger one saves less a byte than the one before it."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda each: (each.bytes, each.kl)):
+        if kept and option.kl >= kept[-1].kl:
+            continue
+        while len(kept) > 1 and _slope(kept[-2], option) >= _slope(kept[-2], kept[-1]):
+            kept.pop()
+        if len(kept) == 1 and option.bytes == kept[0].bytes:
+            kept.pop()
+        kept.append(option)
+    return kept
+
+
+def _slope(first: Option, second: Option) -> float:
+    return (first.kl - second.kl) / max(second.bytes - first.bytes, 1)
+
+
+def _steps(hulls: Mapping[str, Sequence[Option]]) -> Iterator[_Step]:
+    for name, hull in hulls.items():
+        for index in range(1, len(hull)):
+            before, after = hull[index - 1], hull[index]
+            yield _Step(name, index, after.bytes - before.bytes, before.kl - after.kl)
