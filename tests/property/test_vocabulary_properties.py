@@ -6,18 +6,21 @@ from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from prunable import KINDS, tokenizer_json
+from tiny import TinyLlama
 from vocabularies import TEXTS
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.vocabulary import PrunedVocabulary, prune
+from edgelm_export.checkpoint import Checkpoint, open_checkpoint
+from edgelm_export.vocabulary import KeptRows, PrunedVocabulary, prune
 
-from edgelm.errors import EdgelmError
+from edgelm.errors import CheckpointError, EdgelmError
 
 DOMAIN = "\n".join([TEXTS[1], TEXTS[2]] * 3)
 WORDS = sorted({word for text in TEXTS for word in text.split(" ")})
@@ -42,6 +45,11 @@ def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
         path.write_text(tokenizer_json(request.param), encoding="utf-8")
     return path, plain(tokenizers.Tokenizer.from_file(str(path)))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(TinyLlama(layers=1).write(tmp_path_factory.mktemp("checkpoint") / "model"))
 
 
 def plain(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -157,3 +165,24 @@ def test_the_domain_comes_first(original: Original, share: float) -> None:
     lengths = [result.tokens_after for result in sizes]
     assert lengths == sorted(lengths, reverse=True)
     assert sizes[-1].tokens_after == sizes[-1].tokens_before == sizes[0].tokens_before
+
+
+@given(data=st.data(), ordered=st.booleans(), chunk=st.sampled_from([1, 7, 1024]))
+def test_the_kept_rows_are_the_old_ones(checkpoint: Checkpoint, data: st.DataObject, ordered: bool, chunk: int) -> None:
+    name, norm = "model.embed_tokens.weight", "model.norm.weight"
+    whole = checkpoint.tensor(name, (331, 64))
+    chosen = data.draw(st.lists(st.integers(0, 330), min_size=1, max_size=60, unique=True))
+    kept = np.array(sorted(chosen) if ordered else chosen)
+    source = KeptRows(checkpoint, kept, 331, {name}, chunk)
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(kept))] * 2)))
+    np.testing.assert_array_equal(source.tensor(name, (len(kept), 64)), whole[kept])
+    found = source.tensor(name, (len(kept), 64), slice(start, stop))
+    np.testing.assert_array_equal(found, whole[kept[start:stop]])
+    np.testing.assert_array_equal(source.tensor(norm, (64,)), checkpoint.tensor(norm, (64,)))
+
+
+def test_kept_rows_of_another_shape_are_refused(checkpoint: Checkpoint) -> None:
+    name = "model.embed_tokens.weight"
+    for rows, columns in ((330, 64), (331, 63)):
+        with pytest.raises(CheckpointError, match=r"has shape \[331, 64\], expected"):
+            KeptRows(checkpoint, np.arange(9), rows, {name}).tensor(name, (9, columns))
