@@ -50,7 +50,7 @@ def round_columns(
             value, scale, zero = float(rows[i, k]), float(scales[i, g]), float(zeros[i, g])
             code = nearest(value, scale, zero, top)
             codes[i, k] = np.uint8(code)
-            error = np.float32((value - (code - zero) * scale) * factors[k, k])
+            error = np.float32((value - (code - zero) * scale) * float(factors[k, k]))
             rows[i, k] = np.float32(0.0)
             _add(error, factors[k], rows[i])
 

@@ -54,8 +54,9 @@ def block_error(block: Vector, importance: Vector, scale: float, zero: float, to
     for k in range(block.shape[0]):
         if total >= enough:
             break
-        difference = block[k] - (nearest(block[k], scale, zero, top) - zero) * scale
-        total += importance[k] * difference * difference
+        value = float(block[k])
+        difference = value - (nearest(value, scale, zero, top) - zero) * scale
+        total += float(importance[k]) * difference * difference
     return total
 
 
@@ -64,9 +65,10 @@ def fitted_scale(block: Vector, importance: Vector, scale: float, zero: float, t
     """Return the scale that fits a block's codes best, by weighted least squares; the same where none does."""
     dot, square = 0.0, 0.0
     for k in range(block.shape[0]):
-        code = nearest(block[k], scale, zero, top) - zero
-        dot += importance[k] * code * block[k]
-        square += importance[k] * code * code
+        value, weight = float(block[k]), float(importance[k])
+        code = nearest(value, scale, zero, top) - zero
+        dot += weight * code * value
+        square += weight * code * code
     return dot / square if square > 0.0 and dot != 0.0 else scale
 
 
@@ -78,7 +80,7 @@ def plain_grid(block: Vector, bits: int, symmetric: bool, half: bool) -> tuple[f
     """
     low, high = 0.0, 0.0
     for k in range(block.shape[0]):
-        low, high = min(low, block[k]), max(high, block[k])
+        low, high = min(low, float(block[k])), max(high, float(block[k]))
     if symmetric:
         zero = float(1 << (bits - 1))
         return to_stored((low if -low >= high else high) / -zero, half), zero
@@ -101,7 +103,7 @@ def searched_grid(
     scale, least = plain, block_error(block, importance, plain, zero, top, np.inf)
     low, high = 0.0, 0.0
     for k in range(block.shape[0]):
-        low, high = min(low, block[k]), max(high, block[k])
+        low, high = min(low, float(block[k])), max(high, float(block[k]))
     middle = low / 2 + high / 2
     sizes = candidates // 2 if symmetric else candidates
     for c in range(candidates):

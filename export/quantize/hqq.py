@@ -30,7 +30,8 @@ def lp_error(block: Vector, importance: Vector, scale: float, zero: float, top: 
     """Weighted sum of |error|^p of a block on a grid, in units of the weights."""
     total = 0.0
     for k in range(block.shape[0]):
-        total += importance[k] * abs(block[k] - (nearest(block[k], scale, zero, top) - zero) * scale) ** NORM
+        value = float(block[k])
+        total += float(importance[k]) * abs(value - (nearest(value, scale, zero, top) - zero) * scale) ** NORM
     return total
 
 
@@ -44,16 +45,16 @@ def hqq_grid(block: Vector, importance: Vector, bits: int, symmetric: bool, half
     for _ in range(ITERATIONS):
         dot, square, offset, total = 0.0, 0.0, 0.0, 0.0
         for k in range(block.shape[0]):
-            steps = block[k] / scale
-            code = nearest(block[k], scale, zero, top) - zero
+            steps, weight = float(block[k]) / scale, float(importance[k])
+            code = min(max(np.rint(steps + zero), 0.0), top) - zero  # here zero need not be a whole number
             error = steps - code
             if error != 0.0:
                 kept = max(abs(error) - abs(error) ** (NORM - 1.0) / beta, 0.0)
                 steps -= math.copysign(kept, error)
-            dot += importance[k] * code * steps
-            square += importance[k] * code * code
-            offset += importance[k] * (code - steps)
-            total += importance[k]
+            dot += weight * code * steps
+            square += weight * code * code
+            offset += weight * (code - steps)
+            total += weight
         if symmetric:
             if square <= 0.0 or dot <= 0.0:
                 break

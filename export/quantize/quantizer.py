@@ -68,7 +68,7 @@ class Quantizer:
         self._spec = spec
         self._dtype = scale_dtype
         if importance is None and moments is not None:
-            importance = np.diag(moments.second)
+            importance = np.diag(moments.damped(DAMPING))
         self._importance = None if importance is None else _normalized(importance)
         if spec.method == "gptq" and moments is not None:
             second = moments.damped(DAMPING)
@@ -119,7 +119,7 @@ class Quantizer:
         columns = rows.shape[1]
         members = np.full((scales.shape[1], self._spec.block_size), -1, np.int64)
         members.reshape(-1)[self._order] = np.arange(columns)
-        half, top = self._dtype is np.float16, np.float32((1 << self._spec.bits) - 1)
+        half, top = self._dtype is np.float16, float((1 << self._spec.bits) - 1)
         for i in range(0, len(rows), gptq.TILE):
             part = slice(i, i + gptq.TILE)
             residual = np.take(rows[part], self._order, axis=1)  # a fancy index would not be contiguous

@@ -58,4 +58,4 @@ def round_blocks(
     for n in range(rows.shape[0]):
         for k in range(codes.shape[1]):
             scale, zero = float(scales[n, k // block_size]), float(zeros[n, k // block_size])
-            codes[n, k] = np.uint8(nearest(rows[n, k], scale, zero, top) if k < columns else zero)
+            codes[n, k] = np.uint8(nearest(float(rows[n, k]), scale, zero, top) if k < columns else zero)

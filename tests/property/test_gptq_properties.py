@@ -1,0 +1,227 @@
+"""GPTQ, the descent after it, the correction before it: they lower what they say they lower, and equal their twins."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+import itertools
+
+import naive_quantize
+from edgelm_export.quantize import gptq, quantizer
+from edgelm_export.quantize.moments import DAMPING, Moments, factors, follow, with_lookup
+from edgelm_export.quantize.pack import Packed, dequantize
+from edgelm_export.quantize.quantizer import Quantizer
+from edgelm_export.quantize.spec import Spec
+
+from edgelm.errors import EdgelmError
+
+specs = st.builds(Spec, st.sampled_from([4, 8]), st.sampled_from([16, 32, 64]), st.booleans(), st.just("gptq"))
+
+
+@st.composite
+def layers(draw, most_columns=80):
+    """A matrix [N, K], inputs [T, K] that hang together, and the same drifted; some channels may be dead."""
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    rows, columns, count = draw(st.integers(1, 12)), draw(st.integers(1, most_columns)), draw(st.integers(1, 200))
+    mixed = generator.normal(size=(columns, columns)) * 10.0 ** generator.uniform(-2, 1, columns)
+    x = generator.normal(size=(count, columns)) @ mixed
+    if draw(st.booleans()):
+        x[:, generator.random(columns) < 0.3] = 0
+    weight = generator.normal(size=(rows, columns)).astype(np.float32) * np.float32(10.0 ** generator.uniform(-2, 2))
+    return weight, x, x + 0.1 * generator.normal(size=x.shape) @ mixed
+
+
+def moments_of(x):
+    return Moments(x.T @ x, count=len(x))
+
+
+def cost(weight, read, second):
+    """Of each row, the quadratic form of its error."""
+    error = read.astype(np.float64) - weight
+    return np.einsum("nk,kl,nl->n", error, second.astype(np.float64), error)
+
+
+@given(layer=layers())
+def test_the_factors_are_those_of_the_second_moments_and_their_inverse(layer):
+    _, x, _ = layer
+    second = moments_of(x).damped(DAMPING)
+    both = factors(second).astype(np.float64)
+    lower = np.tril(both)
+    upper = np.diag(1 / np.diag(both)) - np.triu(both, 1)
+    size = np.abs(second).max()
+    assert np.allclose(lower.T @ lower, second, rtol=0, atol=1e-4 * size)
+    assert np.allclose(upper @ lower.T, np.eye(len(second)), rtol=0, atol=1e-2)
+
+
+@given(layer=layers(), spec=specs)
+def test_the_descent_never_raises_the_cost_that_gptq_left(layer, spec):
+    weight, x, _ = layer
+    second = moments_of(x).damped(DAMPING)
+    costs = []
+    for sweeps in (0, 1, 2, quantizer.SWEEPS):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quantizer, "SWEEPS", sweeps)
+            read = dequantize(Quantizer(spec, moments=moments_of(x), scale_dtype=np.float32).quantize(weight))
+        costs.append(cost(weight, read, second))
+    slack = 1e-4 * costs[0] + 1e-7 * cost(weight, 0 * weight, second)
+    for before, after in itertools.pairwise(costs):
+        assert (after <= before + slack).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq_costs_much_less_than_rounding_where_inputs_hang_together(symmetric):
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(2000, 16)) @ generator.normal(size=(16, 128)) + 0.3 * generator.normal(size=(2000, 128))
+    weight = generator.normal(size=(64, 128)).astype(np.float32)
+    moments = moments_of(x)
+    costs = []
+    for method, sweeps in (("clip", 0), ("gptq", 0), ("gptq", quantizer.SWEEPS)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quantizer, "SWEEPS", sweeps)
+            read = dequantize(Quantizer(Spec(4, 32, symmetric, method), moments=moments).quantize(weight))
+        costs.append(cost(weight, read, moments.second).sum())
+    assert costs[1] < 0.5 * costs[0]
+    assert costs[2] < 0.9 * costs[1]
+
+
+@given(layer=layers(), spec=specs)
+def test_gptq_rounds_to_nearest_where_inputs_are_unrelated(layer, spec):
+    weight, _, _ = layer
+    moments = Moments(np.eye(weight.shape[1]))
+    by_gptq = Quantizer(spec, moments=moments).quantize(weight)
+    clip = Spec(spec.bits, spec.block_size, spec.symmetric, "clip")
+    by_clip = Quantizer(clip, moments=moments).quantize(weight)
+    squares = [((dequantize(packed) - weight.astype(np.float64)) ** 2).sum(axis=1) for packed in (by_gptq, by_clip)]
+    assert (squares[0] <= squares[1] * (1 + 1e-3) + 1e-12).all()  # the same, or a scale fitted further
+
+
+@given(layer=layers(), spec=specs, cut=st.integers(1, 20), cpus=st.integers(1, 9))
+def test_rows_are_quantized_alike_in_any_company(layer, spec, cut, cpus):
+    weight, x, _ = layer
+    one = Quantizer(spec, moments=moments_of(x))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantizer.os, "cpu_count", lambda: cpus)
+        whole = one.quantize(weight)
+    joined = Packed.join([one.quantize(weight[i : i + cut]) for i in range(0, len(weight), cut)])
+    for name in ("data", "scales", "zero_points"):
+        assert np.array_equal(getattr(joined, name), getattr(whole, name)), name
+
+
+def test_channels_that_no_text_used_are_rounded_to_nearest():
+    generator = np.random.default_rng(0)
+    x, weight = generator.normal(size=(100, 64)), generator.normal(size=(8, 64)).astype(np.float32)
+    x[:, ::2] = 0
+    read = dequantize(Quantizer(Spec(8, 32, method="gptq"), moments=moments_of(x)).quantize(weight))
+    assert np.abs(read - weight).max() < 0.1
+    nothing = dequantize(Quantizer(Spec(8, 32, method="gptq"), moments=moments_of(0 * x)).quantize(weight))
+    assert np.abs(nothing - weight).max() < 0.1
+
+
+def test_gptq_without_calibration_text_is_refused():
+    with pytest.raises(EdgelmError, match="calibration text"):
+        Quantizer(Spec(4, 32, method="gptq"))
+
+
+def test_moments_that_no_text_can_have_are_refused():
+    with pytest.raises(EdgelmError, match="positive definite"):
+        Quantizer(Spec(4, 32, method="gptq"), moments=Moments(np.ones((8, 8)) - 2 * np.eye(8) + 1e-3))
+
+
+# --- making up for the drift of the matrices before ---
+
+
+@given(layer=layers(most_columns=40), seed=st.integers(0, 99), parts=st.sampled_from(["cross", "residual", "both"]))
+def test_following_brings_outputs_closer_to_the_unquantized_model(layer, seed, parts):
+    weight, full, own = layer
+    drift = full - own if parts != "residual" else 0 * own
+    stream = np.random.default_rng(seed).normal(size=(len(own), len(weight))) if parts != "cross" else None
+    moments = Moments(
+        own.T @ own, drift.T @ own if parts != "residual" else None, None if stream is None else stream.T @ own
+    )
+    target = (own + drift) @ weight.T.astype(np.float64) + (0 if stream is None else stream)
+    missed = [((own @ w.T.astype(np.float64) - target) ** 2).sum() for w in (weight, follow(weight, moments))]
+    assert missed[1] <= missed[0] * (1 + 1e-4) + 1e-6 * (target**2).sum()
+
+
+def test_following_undoes_a_drift_that_weights_can_undo():
+    generator = np.random.default_rng(0)
+    full, weight = generator.normal(size=(500, 32)), generator.normal(size=(16, 32)).astype(np.float32)
+    own = full @ (np.eye(32) + 0.1 * generator.normal(size=(32, 32)))
+    moved = follow(weight, Moments(own.T @ own, (full - own).T @ own))
+    missed = [np.square(own @ w.T - full @ weight.T).sum() for w in (weight, moved)]
+    assert missed[1] < 0.05 * missed[0]
+
+
+def test_without_drift_weights_stay():
+    weight = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    assert np.array_equal(follow(weight, Moments(np.eye(8))), weight)
+    assert np.array_equal(follow(weight, Moments(np.eye(8), np.zeros((8, 8)), np.zeros((4, 8)))), weight)
+
+
+def test_a_lookup_adds_to_the_head_s_moments_in_every_direction():
+    head = Moments(np.diag([1.0, 3.0]), count=7)
+    assert np.allclose(with_lookup(head, 0.5).second, np.diag([2.0, 4.0]))
+    assert np.array_equal(head.second, np.diag([1.0, 3.0]))
+
+
+# --- the kernels and their twins ---
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+@settings(max_examples=20)
+@given(layer=layers(most_columns=24), spec=specs, half=st.booleans(), seed=st.integers(0, 99))
+def test_the_kernels_equal_their_plain_twins(compiled, layer, spec, half, seed):
+    weight, x, _ = layer
+    weight = weight[:3]
+    columns, top = weight.shape[1], 2.0**spec.bits - 1
+    generator = np.random.default_rng(seed)
+    second = moments_of(x).damped(DAMPING)
+    order = generator.permutation(columns)
+    groups = order // spec.block_size
+    blocks = -(-columns // spec.block_size)
+    members = np.full((blocks, spec.block_size), -1, np.int64)
+    members.reshape(-1)[order] = np.arange(columns)
+    largest = np.abs(weight).max() + np.float32(1e-3)
+    scales = (largest * generator.uniform(0.05, 0.2, (len(weight), blocks))).astype(np.float32)
+    zeros = generator.integers(0, top + 1, scales.shape).astype(np.float32)
+    kernels = [gptq.round_columns, gptq.improve_codes, gptq.improve_scales]
+    rounded, codes_better, scales_better = kernels if compiled else map(naive_quantize.as_python, kernels)
+
+    residual, codes = weight.copy(), np.full(weight.shape, 255, np.uint8)
+    table = factors(second)
+    rounded(residual, table, scales, zeros, groups, top, codes)
+    expected_codes, expected_residual = naive_quantize.round_columns(weight, table, scales, zeros, groups, top)
+    assert np.array_equal(codes, expected_codes)
+    assert np.array_equal(residual, expected_residual)
+    for _ in range(2):
+        expected = naive_quantize.improve_codes(residual, second, scales, zeros, groups, top, codes)
+        changed = codes_better(residual, second, scales, zeros, groups, top, codes)
+        assert np.array_equal(codes, expected[0])
+        assert np.array_equal(residual, expected[1])
+        assert changed == expected[2]
+        expected = naive_quantize.improve_scales(residual, second, scales, zeros, members, half, codes)
+        changed = scales_better(residual, second, scales, zeros, members, half, codes)
+        assert np.array_equal(scales, expected[0])
+        assert np.array_equal(residual, expected[1])
+        assert changed == expected[2]
+
+
+@given(layer=layers(most_columns=40), spec=specs)
+def test_the_residual_that_the_kernels_keep_is_that_of_the_codes(layer, spec):
+    weight, x, _ = layer
+    second = moments_of(x).damped(DAMPING)
+    groups = np.arange(weight.shape[1]) // spec.block_size
+    top = 2.0**spec.bits - 1
+    scales = np.full((len(weight), groups[-1] + 1), np.abs(weight).max() / 8 + 1e-3, np.float32)
+    zeros = np.full_like(scales, 2 ** (spec.bits - 1))
+    residual, codes = weight.copy(), np.zeros(weight.shape, np.uint8)
+    gptq.round_columns(residual, factors(second), scales, zeros, groups, top, codes)
+    gptq.improve_codes(residual, second, scales, zeros, groups, top, codes)
+    read = (codes.astype(np.float64) - zeros[:, groups]) * scales[:, groups]
+    expected = (weight - read) @ second.astype(np.float64)
+    assert np.allclose(residual, expected, rtol=0, atol=1e-3 * np.abs(weight).max() * np.abs(second).max())

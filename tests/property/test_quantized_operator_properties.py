@@ -1,0 +1,83 @@
+"""What onnxruntime's operators make of our layout: bits, blocks, zero points and float16 scales."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+onnx = pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+import onnxruntime as ort  # noqa: E402
+from edgelm_export.quantize.pack import dequantize  # noqa: E402
+from edgelm_export.quantize.quantizer import Quantizer  # noqa: E402
+from edgelm_export.quantize.spec import Spec  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 300))
+specs = st.builds(
+    Spec, st.sampled_from([4, 8]), st.sampled_from([16, 32, 64, 128]), st.booleans(), st.sampled_from(["rtn", "clip"])
+)
+dtypes = st.sampled_from([np.float16, np.float32])
+
+
+def run_node(packed, operator, inputs, **attributes):
+    """Run `operator` on (x, codes, scales, zero points), its scales cast where they are float16."""
+    tensors = {"codes": packed.data, "scales": packed.scales}
+    if operator == "GatherBlockQuantized":
+        tensors["codes"] = packed.data.reshape(len(packed.data), -1)
+    names = ["codes", "x"] if operator == "GatherBlockQuantized" else ["x", "codes"]
+    if packed.zero_points is not None:
+        tensors["zeros"] = packed.zero_points
+    nodes = [helper.make_node("Cast", ["scales"], ["wide"], to=TensorProto.FLOAT)]
+    names += ["wide", *(["zeros"] if "zeros" in tensors else [])]
+    nodes.append(
+        helper.make_node(
+            operator,
+            names,
+            ["out"],
+            domain="com.microsoft",
+            bits=packed.bits,
+            block_size=packed.block_size,
+            **attributes,
+        )
+    )
+    element = helper.np_dtype_to_tensor_dtype(inputs.dtype)
+    graph = helper.make_graph(
+        nodes,
+        "one",
+        [helper.make_tensor_value_info("x", element, inputs.shape)],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": inputs})[0]
+
+
+@settings(max_examples=50)
+@given(shape=shapes, spec=specs, dtype=dtypes, batch=st.integers(1, 5), seed=st.integers(0, 99))
+def test_onnxruntime_multiplies_by_what_we_dequantize(shape, spec, dtype, batch, seed):
+    generator = np.random.default_rng(seed)
+    weight = (generator.normal(size=shape) + generator.uniform(-1, 1)).astype(np.float32)
+    x = generator.normal(size=(batch, shape[1])).astype(np.float32)
+    packed = Quantizer(spec, scale_dtype=dtype).quantize(weight)
+    assert packed.scales.dtype == dtype
+    expected = x @ dequantize(packed).T
+    for level, tolerance in ((0, 1e-5), (4, 0.03)):  # level 4 rounds x to int8, a block at a time
+        out = run_node(packed, "MatMulNBits", x, K=shape[1], N=shape[0], accuracy_level=level)
+        size = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(dequantize(packed), axis=1)
+        assert (np.abs(out - expected) <= tolerance * size + 1e-6).all()
+
+
+@settings(max_examples=50)
+@given(shape=shapes, spec=specs, dtype=dtypes, seed=st.integers(0, 99))
+def test_onnxruntime_gathers_what_we_dequantize(shape, spec, dtype, seed):
+    generator = np.random.default_rng(seed)
+    weight = (generator.normal(size=shape) + generator.uniform(-1, 1)).astype(np.float32)
+    ids = generator.integers(0, shape[0], (2, 3))
+    packed = Quantizer(spec, scale_dtype=dtype).quantize(weight)
+    out = run_node(packed, "GatherBlockQuantized", ids, gather_axis=0, quantize_axis=1)
+    assert np.array_equal(out[..., : shape[1]], dequantize(packed)[ids])
