@@ -15,8 +15,8 @@ from edgelm.errors import EdgelmError
 
 Array = NDArray[np.float32]
 
-DAMPING: Final = 0.01
-"""Share of the mean second moment added to each, as in GPTQ's section 3.3, step 3."""
+DAMPINGS: Final = (0.01, 0.1, 1.0)
+"""Shares of the mean second moment to add to each, the first that works: GPTQ's section 3.3, step 3, has the first."""
 
 FOLLOW_DAMPING: Final = 0.1
 """The same for `follow`, which would otherwise trust directions that the text hardly used."""
@@ -41,7 +41,7 @@ class Moments:
     residual: NDArray[Any] | None = None
     count: int = 0
 
-    def damped(self, share: float) -> Array:
+    def damped(self, share: float = DAMPINGS[0]) -> Array:
         """Return float32 [K, K], the second moments with `share` of their mean added; dead channels get the mean."""
         second = np.array(self.second, np.float32)
         diagonal = np.arange(len(second))
@@ -81,20 +81,33 @@ def with_lookup(head: Moments, share: float = LOOKUP) -> Moments:
     return Moments(second, count=head.count)
 
 
+def prepare(moments: Moments) -> tuple[NDArray[np.int64], Array, Array]:
+    """Return (order, second, factors) for GPTQ: columns by falling moment, and the rest in that order.
+
+    second: float32 [K, K], damped. factors: see `factors`. More damping is tried where float32 does not do with the
+    usual. Raises EdgelmError where the moments are not positive definite, as those of no text are.
+    """
+    for share in DAMPINGS:
+        second = moments.damped(share)
+        order = np.argsort(-np.diag(second), kind="stable")
+        second = second[np.ix_(order, order)]
+        try:
+            return order, second, factors(second)
+        except np.linalg.LinAlgError:
+            continue
+    raise EdgelmError(
+        "gptq: the second moments are not positive definite: use other calibration text, or the method clip"
+    )
+
+
 def factors(second: Array) -> Array:
     """Return float32 [K, K] for `gptq.round_columns`: V on and below the diagonal and -V^-T above, second = V^T V.
 
-    second: float32 [K, K], damped, positive definite.
+    second: float32 [K, K], damped. Raises numpy's LinAlgError where it is not positive definite.
     """
-    try:
-        lower = np.ascontiguousarray(np.linalg.cholesky(second[::-1, ::-1])[::-1, ::-1].T)
-    except np.linalg.LinAlgError as error:
-        raise EdgelmError(
-            "the second moments of the calibration text are not positive definite: use more text, "
-            "or another method than gptq"
-        ) from error
-    inverse = np.ascontiguousarray(_inverse(lower).T)
-    return np.tril(lower) - np.triu(inverse, 1)
+    lower = np.ascontiguousarray(np.linalg.cholesky(second[::-1, ::-1])[::-1, ::-1].T)
+    lower -= np.triu(_inverse(lower).T, 1)
+    return lower
 
 
 def _inverse(lower: Array) -> Array:

@@ -13,12 +13,15 @@ from edgelm.errors import EdgelmError
 
 from . import gptq, rounding
 from .grids import CANDIDATES
-from .moments import DAMPING, Moments, factors
+from .moments import Moments, prepare
 from .pack import Packed, pack
 from .spec import Spec
 
-SWEEPS: Final = 6
-"""At most so many times are all codes and scales improved after GPTQ; most rows need fewer."""
+ROUNDS: Final = 2
+"""After GPTQ, so often are codes improved until they settle, and then scales, which takes as long as GPTQ itself."""
+
+SWEEPS: Final = 8
+"""At most so many times are codes improved in a round; few change after the first, so it costs little."""
 
 WAYS: Final = {"rtn": rounding.PLAIN, "clip": rounding.SEARCHED, "hqq": rounding.HQQ, "gptq": rounding.SEARCHED}
 
@@ -68,13 +71,10 @@ class Quantizer:
         self._spec = spec
         self._dtype = scale_dtype
         if importance is None and moments is not None:
-            importance = np.diag(moments.damped(DAMPING))
+            importance = np.diag(moments.damped())
         self._importance = None if importance is None else _normalized(importance)
         if spec.method == "gptq" and moments is not None:
-            second = moments.damped(DAMPING)
-            self._order = np.argsort(-np.diag(second), kind="stable")
-            self._second = np.ascontiguousarray(second[np.ix_(self._order, self._order)])
-            self._factors = factors(self._second)
+            self._order, self._second, self._factors = prepare(moments)
             self._groups = self._order // spec.block_size
 
     def quantize(self, rows: Array) -> Packed:
@@ -126,11 +126,12 @@ class Quantizer:
             chosen = np.empty(residual.shape, np.uint8)
             grids = scales[part], zeros[part]
             gptq.round_columns(residual, self._factors, *grids, self._groups, top, chosen)
-            for _ in range(SWEEPS):
-                changed = gptq.improve_codes(residual, self._second, *grids, self._groups, top, chosen)
-                changed += gptq.improve_scales(residual, self._second, *grids, members, half, chosen)
-                if not changed:
-                    break
+            for _ in range(ROUNDS):
+                for _ in range(SWEEPS):
+                    if not gptq.improve_codes(residual, self._second, *grids, self._groups, top, chosen):
+                        break
+                gptq.improve_scales(residual, self._second, *grids, members, half, chosen)
+            gptq.improve_codes(residual, self._second, *grids, self._groups, top, chosen)
             codes[part, self._order] = chosen
 
 

@@ -13,7 +13,7 @@ import itertools
 
 import naive_quantize
 from edgelm_export.quantize import gptq, quantizer
-from edgelm_export.quantize.moments import DAMPING, Moments, factors, follow, with_lookup
+from edgelm_export.quantize.moments import Moments, factors, follow, prepare, with_lookup
 from edgelm_export.quantize.pack import Packed, dequantize
 from edgelm_export.quantize.quantizer import Quantizer
 from edgelm_export.quantize.spec import Spec
@@ -49,7 +49,7 @@ def cost(weight, read, second):
 @given(layer=layers())
 def test_the_factors_are_those_of_the_second_moments_and_their_inverse(layer):
     _, x, _ = layer
-    second = moments_of(x).damped(DAMPING)
+    second = moments_of(x).damped()
     both = factors(second).astype(np.float64)
     lower = np.tril(both)
     upper = np.diag(1 / np.diag(both)) - np.triu(both, 1)
@@ -61,11 +61,11 @@ def test_the_factors_are_those_of_the_second_moments_and_their_inverse(layer):
 @given(layer=layers(), spec=specs)
 def test_the_descent_never_raises_the_cost_that_gptq_left(layer, spec):
     weight, x, _ = layer
-    second = moments_of(x).damped(DAMPING)
+    second = moments_of(x).damped()
     costs = []
-    for sweeps in (0, 1, 2, quantizer.SWEEPS):
+    for rounds in (0, 1, 2, 3):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantizer, "SWEEPS", sweeps)
+            patch.setattr(quantizer, "ROUNDS", rounds)
             read = dequantize(Quantizer(spec, moments=moments_of(x), scale_dtype=np.float32).quantize(weight))
         costs.append(cost(weight, read, second))
     slack = 1e-4 * costs[0] + 1e-7 * cost(weight, 0 * weight, second)
@@ -80,9 +80,9 @@ def test_gptq_costs_much_less_than_rounding_where_inputs_hang_together(symmetric
     weight = generator.normal(size=(64, 128)).astype(np.float32)
     moments = moments_of(x)
     costs = []
-    for method, sweeps in (("clip", 0), ("gptq", 0), ("gptq", quantizer.SWEEPS)):
+    for method, rounds in (("clip", 0), ("gptq", 0), ("gptq", quantizer.ROUNDS)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantizer, "SWEEPS", sweeps)
+            patch.setattr(quantizer, "ROUNDS", rounds)
             read = dequantize(Quantizer(Spec(4, 32, symmetric, method), moments=moments).quantize(weight))
         costs.append(cost(weight, read, moments.second).sum())
     assert costs[1] < 0.5 * costs[0]
@@ -127,9 +127,26 @@ def test_gptq_without_calibration_text_is_refused():
         Quantizer(Spec(4, 32, method="gptq"))
 
 
+def test_columns_are_ordered_by_their_moments():
+    x = np.random.default_rng(0).normal(size=(100, 3)) * [1, 100, 10]
+    order, second, _ = prepare(moments_of(x))
+    assert order.tolist() == [1, 2, 0]
+    assert np.array_equal(second, moments_of(x).damped()[np.ix_(order, order)])
+
+
+def test_moments_that_float32_can_only_just_tell_from_singular_ones_get_more_damping():
+    generator = np.random.default_rng(0)
+    x = np.repeat(generator.normal(size=(50, 1)), 400, axis=1) * 10.0 ** generator.uniform(-4, 4, 400)
+    _, second, table = prepare(moments_of(x))
+    assert np.isfinite(table).all()
+    assert np.diag(second).min() > 0
+    weight = generator.normal(size=(2, 400)).astype(np.float32)
+    assert np.isfinite(dequantize(Quantizer(Spec(4, 32, method="gptq"), moments=moments_of(x)).quantize(weight))).all()
+
+
 def test_moments_that_no_text_can_have_are_refused():
     with pytest.raises(EdgelmError, match="positive definite"):
-        Quantizer(Spec(4, 32, method="gptq"), moments=Moments(np.ones((8, 8)) - 2 * np.eye(8) + 1e-3))
+        Quantizer(Spec(4, 32, method="gptq"), moments=Moments(np.full((8, 8), 9.0) - 8 * np.eye(8)))
 
 
 # --- making up for the drift of the matrices before ---
@@ -180,7 +197,7 @@ def test_the_kernels_equal_their_plain_twins(compiled, layer, spec, half, seed):
     weight = weight[:3]
     columns, top = weight.shape[1], 2.0**spec.bits - 1
     generator = np.random.default_rng(seed)
-    second = moments_of(x).damped(DAMPING)
+    second = moments_of(x).damped()
     order = generator.permutation(columns)
     groups = order // spec.block_size
     blocks = -(-columns // spec.block_size)
@@ -214,7 +231,7 @@ def test_the_kernels_equal_their_plain_twins(compiled, layer, spec, half, seed):
 @given(layer=layers(most_columns=40), spec=specs)
 def test_the_residual_that_the_kernels_keep_is_that_of_the_codes(layer, spec):
     weight, x, _ = layer
-    second = moments_of(x).damped(DAMPING)
+    second = moments_of(x).damped()
     groups = np.arange(weight.shape[1]) // spec.block_size
     top = 2.0**spec.bits - 1
     scales = np.full((len(weight), groups[-1] + 1), np.abs(weight).max() / 8 + 1e-3, np.float32)
