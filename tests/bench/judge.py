@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edgelm.divergence import Agreement, Divergence
 
 CHUNK: Final = 1 << 22
 """Logits judged at a time."""
@@ -37,37 +38,12 @@ class Corpus:
         return positions, self.tokens[positions + 1]
 
 
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """Perplexity of the text; KL divergence of the reference from the judged in nats: mean and 99th percentile; and the
-    share of positions where both put the same token first.
-    """
-
-    perplexity: float
-    kl: float
-    kl_p99: float
-    agreement: float
-
-
-def judge(reference: Logits, logits: Logits, corpus: Corpus) -> Quality:
+def judge(reference: Logits, logits: Logits, corpus: Corpus) -> Agreement:
     """Compare logits float32 [tokens, vocabulary] with the reference's at every position that predicts a token."""
-    positions, targets = corpus.scored()
+    positions, following = corpus.scored()
     step = max(1, CHUNK // reference.shape[1])
-    kl, nats, agreed = [], 0.0, 0
+    divergence = Divergence()
     for at in range(0, len(positions), step):
         rows = positions[at : at + step]
-        ours, theirs = log_softmax(logits[rows]), log_softmax(reference[rows])
-        kl.append((np.exp(theirs) * (theirs - ours)).sum(axis=1))
-        nats -= float(ours[np.arange(len(rows)), targets[at : at + step]].sum())
-        agreed += int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
-    each = np.concatenate(kl)
-    perplexity = math.exp(nats / len(positions))
-    return Quality(perplexity, float(each.mean()), float(np.quantile(each, 0.99)), agreed / len(positions))
-
-
-def log_softmax(logits: Logits) -> NDArray[np.float64]:
-    """Return natural-log probabilities [n, vocabulary]."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted
+        divergence.add(reference[rows], logits[rows], following[at : at + step])
+    return divergence.result()

@@ -36,18 +36,19 @@ CALIBRATE: Final = "--calibrate"
 """Stands in a setting for the file of that option; without the option such a setting is left out."""
 
 SETTINGS: Final[list[dict[str, Any]]] = [
-    {"quant": "int8", "method": "rtn", "block_size": 32},
-    {"quant": "int8", "method": "rtn", "block_size": 64},
-    {"quant": "int8", "method": "rtn", "block_size": 128},
-    {"quant": "int8", "method": "clip", "block_size": 32},
-    {"quant": "int8", "method": "clip", "block_size": 64},
-    {"quant": "int8", "method": "clip", "block_size": 128},
-    {"quant": "int4", "method": "rtn", "block_size": 32},
-    {"quant": "int4", "method": "rtn", "block_size": 64},
-    {"quant": "int4", "method": "rtn", "block_size": 128},
-    {"quant": "int4", "method": "clip", "block_size": 32},
-    {"quant": "int4", "method": "clip", "block_size": 64},
-    {"quant": "int4", "method": "clip", "block_size": 128},
+    *({"quant": "int8", "method": m, "block_size": b} for m in ("rtn", "clip") for b in (32, 64, 128)),
+    *(
+        {"quant": "int4", "method": m, "block_size": b, "symmetric": s}
+        for m in ("rtn", "clip", "hqq")
+        for b in (16, 32, 64, 128)
+        for s in (True, False)
+    ),
+    *(
+        {"quant": "int4", "method": "gptq", "block_size": b, "symmetric": s, "calibrate": CALIBRATE}
+        for b in (16, 32, 64, 128)
+        for s in (True, False)
+    ),
+    {"quant": "mixed", "calibrate": CALIBRATE},
 ]
 """Keyword arguments of `edgelm_export.export`, one row of the table each."""
 
@@ -183,8 +184,7 @@ def add_edgelm(comparison: Comparison, settings: Iterable[dict[str, Any]]) -> No
             bundle = edgelm_export.export(comparison.checkpoint, Path(scratch) / "bundle", **setting)
             with edgelm.load(bundle.path, threads=comparison.threads, max_batch=1) as model:
                 logits = bundle_logits(model, comparison.corpus, Path(scratch) / "logits.npy")
-            kept = {name: value for name, value in setting.items() if name != "calibrate"}
-            comparison.add("edgelm", label(kept), comparison.bundle_bits(bundle), logits, setting=kept)
+            comparison.add("edgelm", label(setting), comparison.bundle_bits(bundle), logits)
 
 
 def add_llama_cpp(comparison: Comparison, python: str) -> None:
@@ -212,8 +212,15 @@ def ask(python: str, script: str, *arguments: object) -> dict[str, Any]:
 
 def label(setting: dict[str, Any]) -> str:
     """Name a setting: values that speak for themselves, others with their name."""
+    spoken = {
+        "symmetric": {True: "symmetric", False: "asymmetric"},
+        "calibrate": {setting.get("calibrate"): "calibrated"},
+    }
     plain = ("quant", "method", "block_size")
-    return " ".join(str(value) if name in plain else f"{name}={value}" for name, value in setting.items())
+    return " ".join(
+        str(value) if name in plain else spoken[name][value] if name in spoken else f"{name}={value}"
+        for name, value in setting.items()
+    )
 
 
 def choose(
