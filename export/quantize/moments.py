@@ -15,8 +15,8 @@ from edgelm.errors import EdgelmError
 
 Array = NDArray[np.float32]
 
-DAMPINGS: Final = (0.01, 0.1, 1.0)
-"""Shares of the mean second moment to add to each, the first that works: GPTQ's section 3.3, step 3, has the first."""
+DAMPING: Final = 0.01
+"""Share of the mean second moment added to each: GPTQ's section 3.3, step 3. Enough for a factorization in float32."""
 
 FOLLOW_DAMPING: Final = 0.1
 """The same for `follow`, which would otherwise trust directions that the text hardly used."""
@@ -41,7 +41,7 @@ class Moments:
     residual: NDArray[Any] | None = None
     count: int = 0
 
-    def damped(self, share: float = DAMPINGS[0]) -> Array:
+    def damped(self, share: float = DAMPING) -> Array:
         """Return float32 [K, K], the second moments with `share` of their mean added; dead channels get the mean."""
         second = np.array(self.second, np.float32)
         diagonal = np.arange(len(second))
@@ -84,20 +84,18 @@ def with_lookup(head: Moments, share: float = LOOKUP) -> Moments:
 def prepare(moments: Moments) -> tuple[NDArray[np.int64], Array, Array]:
     """Return (order, second, factors) for GPTQ: columns by falling moment, and the rest in that order.
 
-    second: float32 [K, K], damped. factors: see `factors`. More damping is tried where float32 does not do with the
-    usual. Raises EdgelmError where the moments are not positive definite, as those of no text are.
+    second: float32 [K, K], damped. factors: see `factors`. Raises EdgelmError where the moments are not positive
+    definite, as those of no text are.
     """
-    for share in DAMPINGS:
-        second = moments.damped(share)
-        order = np.argsort(-np.diag(second), kind="stable")
-        second = second[np.ix_(order, order)]
-        try:
-            return order, second, factors(second)
-        except np.linalg.LinAlgError:
-            continue
-    raise EdgelmError(
-        "gptq: the second moments are not positive definite: use other calibration text, or the method clip"
-    )
+    second = moments.damped()
+    order = np.argsort(-np.diag(second), kind="stable")
+    second = second[np.ix_(order, order)]
+    try:
+        return order, second, factors(second)
+    except np.linalg.LinAlgError as error:
+        raise EdgelmError(
+            "gptq: the second moments are not positive definite: use other calibration text, or the method clip"
+        ) from error
 
 
 def factors(second: Array) -> Array:

@@ -134,14 +134,12 @@ def test_columns_are_ordered_by_their_moments():
     assert np.array_equal(second, moments_of(x).damped()[np.ix_(order, order)])
 
 
-def test_moments_that_float32_can_only_just_tell_from_singular_ones_get_more_damping():
+def test_channels_that_say_the_same_at_very_different_sizes_do_not_break_the_factorization():
     generator = np.random.default_rng(0)
     x = np.repeat(generator.normal(size=(50, 1)), 400, axis=1) * 10.0 ** generator.uniform(-4, 4, 400)
-    _, second, table = prepare(moments_of(x))
-    assert np.isfinite(table).all()
-    assert np.diag(second).min() > 0
     weight = generator.normal(size=(2, 400)).astype(np.float32)
-    assert np.isfinite(dequantize(Quantizer(Spec(4, 32, method="gptq"), moments=moments_of(x)).quantize(weight))).all()
+    read = dequantize(Quantizer(Spec(8, 32, method="gptq"), moments=moments_of(x)).quantize(weight))
+    assert np.square(x @ (read - weight).T).sum() < 1e-2 * np.square(x @ weight.T).sum()
 
 
 def test_moments_that_no_text_can_have_are_refused():
