@@ -2,8 +2,10 @@
 
 A merge of byte-pair encoding saves one token wherever it is applied. Over the domain's text, no token is made more
 often than any that it is made of, so those made most often, up to the budget, need nothing outside themselves: the
-choice that shortens the text most is also a sound one. A budget above what the text uses is filled with the earliest
-merges.
+choice that shortens the text most is also a sound one. A character counts for several merges, since without it the
+model reads bytes that it has hardly seen. A budget above what the text uses is filled with the earliest merges.
+
+A model knows a text by the tokens that it was trained on: below `PrunedVocabulary.sufficient_size` quality falls fast.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from .document import Document, read
 
 MIN_TOKENS: Final = 100
 """Fewer tokens of text say nothing of a domain."""
+CHARACTER_WEIGHT: Final = 5
+"""Uses of a merge that one use of a character outweighs. stories260K with 400 to 460 of its 512 tokens, on TinyStories:
+4 to 9 % fewer bits a byte than at weight 1, alike from 3 to 10; 16 to 23 % more with all characters first."""
 CHUNK: Final = 1 << 16
 """Characters encoded at once, cut at the next end of a line."""
 
@@ -41,12 +46,18 @@ class PrunedVocabulary:
         tokens of its model.
     tokens_before, tokens_after
         How many tokens the domain's text takes with the old and with the new tokenizer.
+    tokens_lost
+        How many of the first were dropped from the vocabulary, so that their text is now spelled in other tokens.
+    sufficient_size
+        The least size at which none would be.
     """
 
     tokenizer: str
     kept: NDArray[np.int64]
     tokens_before: int
     tokens_after: int
+    tokens_lost: int
+    sufficient_size: int
 
     @property
     def size(self) -> int:
@@ -109,6 +120,8 @@ def prune(
             " choose fewer, or leave the vocabulary as it is"
         )
     chosen = _choose(document, counts, stay, size)
+    sufficient = len(_with_parts(document, stay | set(counts)))
+    lost = sum(count for token, count in counts.items() if token not in chosen)
     kept = [*sorted(chosen - set(extra)), *extra]
     new = {old: token for token, old in enumerate(kept)}
     pruned = document.pruned(new)
@@ -120,7 +133,7 @@ def prune(
             f"{document.path}: the tokenizers library numbers its tokens in a way that we do not know"
         )
     after = sum(_count(inner, text).values())
-    return PrunedVocabulary(pruned, np.array(kept, np.int64), sum(counts.values()), after)
+    return PrunedVocabulary(pruned, np.array(kept, np.int64), sum(counts.values()), after, lost, sufficient)
 
 
 def _must_stay(document: Document, rows: int, required: Collection[int]) -> set[int]:
@@ -142,7 +155,7 @@ def _must_stay(document: Document, rows: int, required: Collection[int]) -> set[
 def _choose(document: Document, counts: Counter[int], stay: set[int], size: int) -> set[int]:
     """Return `size` ids, with every token also those it is made of."""
     model = document.model
-    kept = {part for token in stay for part in (token, *model.parts(token))}
+    kept = _with_parts(document, stay)
     if len(kept) > size:
         raise EdgelmError(
             f"a vocabulary of {size} cannot hold the bytes, the special tokens and what they are made of:"
@@ -151,7 +164,7 @@ def _choose(document: Document, counts: Counter[int], stay: set[int], size: int)
     applied: Counter[int] = Counter()
     for token, count in counts.items():
         for part in (token, *model.parts(token)):
-            applied[part] += count
+            applied[part] += count * (CHARACTER_WEIGHT if model.length(part) == 1 else 1)
     used = sorted(applied, key=lambda token: (-applied[token], model.length(token), token))
     for token in _without_end(used, model.by_age()):
         if len(kept) == size:
@@ -160,6 +173,11 @@ def _choose(document: Document, counts: Counter[int], stay: set[int], size: int)
         if len(kept) + len(added) <= size:
             kept |= added
     return kept
+
+
+def _with_parts(document: Document, tokens: Collection[int]) -> set[int]:
+    """Return tokens and all that they are made of."""
+    return {part for token in tokens for part in (token, *document.model.parts(token))}
 
 
 def _without_end(used: Iterable[int], others: Collection[int]) -> Iterator[int]:

@@ -77,6 +77,16 @@ def test_the_earliest_merges_fill_what_the_text_leaves(write: Write) -> None:
     assert names(prune(path, "ab" * 200, 259, model_vocab_size=ALL)) - set(LETTERS) == {"ab", "qr", "qrs"}
 
 
+def test_a_character_outweighs_a_merge(write: Write) -> None:
+    """Bytes spell it as well, but not in tokens that the model knows."""
+    vocab = {name: token for token, name in enumerate([*BYTES, "t", "h", "e", "th", "the", "ñ"])}
+    made = tokenizers.Tokenizer(models.BPE(vocab, [("t", "h"), ("th", "e")], byte_fallback=True))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    result = prune(write(made), "the" * 200 + "ñ" * 60, 260, model_vocab_size=ALL)
+    assert names(result) - set(BYTES) == {"t", "h", "e", "ñ"}
+    assert (result.tokens_lost, result.sufficient_size) == (200, 262)
+
+
 def test_a_filler_comes_with_what_it_is_made_of(write: Write) -> None:
     """The list names `abc` before its part `bc`: alone it would be a row that no text reaches."""
     made = byte_level([("a", "bc"), ("x", "y"), ("b", "c")])
@@ -207,6 +217,11 @@ def test_stories_for_stories(stories_checkpoint: Path, shared: Path) -> None:
     result = prune(path, text, 400, model_vocab_size=512)
     assert result.size == 400
     assert result.tokens_before < result.tokens_after < 1.4 * result.tokens_before
+    assert 0 < result.tokens_lost < result.tokens_before
+    enough = prune(path, text, result.sufficient_size, model_vocab_size=512)
+    assert enough.tokens_lost == 0
+    assert enough.tokens_before == enough.tokens_after
+    assert prune(path, text, result.sufficient_size - 1, model_vocab_size=512).tokens_lost > 0
     assert {"▁the", "▁and", "▁to"} <= names(result)
 
 
