@@ -36,9 +36,7 @@ class Divergence:
         self._nats = [0.0, 0.0]
         self._same = 0
 
-    def add(
-        self, reference: NDArray[np.float32], logits: NDArray[np.float32], following: NDArray[np.int64]
-    ) -> None:
+    def add(self, reference: NDArray[np.float32], logits: NDArray[np.float32], following: NDArray[np.int64]) -> None:
         """Add positions: logits float32 [n, V] of both, and the tokens int64 [n] that followed.
 
         Raises `EdgelmError` when logits are not numbers.

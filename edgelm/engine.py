@@ -115,9 +115,7 @@ class Engine:
         inputs = np.asarray(self._checked(tokens), np.int64)
         for start in range(0, len(result), SCORE_CHUNK):
             end = min(start + SCORE_CHUNK, len(result))
-            part = self.session.prefill(
-                self.max_batch, inputs[start:end], start, every=True, total=len(tokens)
-            )
+            part = self.session.prefill(self.max_batch, inputs[start:end], start, every=True, total=len(tokens))
             logits = part.astype(np.float64)
             logits -= logits.max(axis=1, keepdims=True)
             chosen = logits[np.arange(end - start), inputs[start + 1 : end + 1]]

@@ -30,9 +30,7 @@ class Session(Protocol):
     long_from: int | None
     """A row that grows longer than this must be computed again from its start: its positions are embedded anew."""
 
-    def prefill(
-        self, row: int, tokens: Tokens, start: int, *, every: bool = False, total: int | None = None
-    ) -> Logits:
+    def prefill(self, row: int, tokens: Tokens, start: int, *, every: bool = False, total: int | None = None) -> Logits:
         """Compute prompt tokens at positions [start, start + n) of a row.
 
         tokens: int64 [n]. `total` is how long the row is to become with further calls, where that is more than
@@ -128,9 +126,7 @@ class SharedSession:
         self._steps: dict[int, _Step] = {}
         self._last = np.zeros((1, self._vocab_size), np.float32)
 
-    def prefill(
-        self, row: int, tokens: Tokens, start: int, *, every: bool = False, total: int | None = None
-    ) -> Logits:
+    def prefill(self, row: int, tokens: Tokens, start: int, *, every: bool = False, total: int | None = None) -> Logits:
         """See `Session`."""
         count = len(tokens)
         logits = np.zeros((count, self._vocab_size), np.float32) if every else self._last

@@ -141,7 +141,7 @@ class Layer:
         for residual in hidden:
             value: Array | None = None
             for part in self.parts:
-                value, residual = part.run(value, residual)  # noqa: PLW2901  the stream goes on
+                value, residual = part.run(value, residual)
             stepped.append(residual)
         return stepped
 

@@ -53,7 +53,7 @@ def store_packed(initializers: Initializers, name: str, packed: Packed, spec: Sp
 
 
 def multiply(nodes: Nodes, matrix: Matrix, value: str, bias: str | None, output: str) -> str:
-    """value [..., K] -> value @ matrix.T + bias, [..., N]; `bias` names a float32 [N]."""
+    """Value [..., K] -> value @ matrix.T + bias, [..., N]; `bias` names a float32 [N]."""
     if matrix.bits == 32:
         product = output if bias is None else f"{output}.product"
         nodes.add("MatMul", [value, _weight(matrix.name)], product)

@@ -12,6 +12,7 @@ from edgelm.bundle import MANIFEST, Bundle, Cache, Manifest, open_bundle, seal
 from edgelm.errors import EdgelmError
 
 from . import metadata
+from .compare import VOCABULARY
 from .decoder import Decoder
 from .documents import Document, calibration_documents, measured_documents, read_text
 from .graph import DecoderGraph
@@ -28,7 +29,6 @@ from .verify import CheckpointReference, check, measure, quality
 CONTEXT = 4096
 """Default limit of the context: a longer one costs memory for every request, and rotary tables on disk."""
 
-VOCABULARY = "vocabulary.json"
 REPORT = "report.svg"
 
 Progress = Callable[[str, int, int], None]

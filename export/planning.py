@@ -63,7 +63,9 @@ def make_plan(
     if options.has_budget and documents is not None:
         plan, kl = _within_budget(model, options, context, documents, progress)
     matrices = _matrices(model, plan)
-    return plan, Outline(tuple(matrices), sum(matrix.bytes() for matrix in matrices) + _overhead(model, plan, context), kl)
+    return plan, Outline(
+        tuple(matrices), sum(matrix.bytes() for matrix in matrices) + _overhead(model, plan, context), kl
+    )
 
 
 def _within_budget(

@@ -6,8 +6,8 @@ HAWQ (Dong et al. 2019, arXiv:1905.03696) argue for; here the network is small e
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-
 from typing import Final
 
 import numpy as np
@@ -72,13 +72,18 @@ def relative_error(rows: Rows, spec: Spec | None) -> float:
         return 0.0
     step = max(1, rows.shape[0] // SAMPLED_ROWS)
     weight = np.concatenate([chunk[::step] for chunk in rows.chunks()])
-    error = dequantize(Quantizer(spec).quantize(weight)).astype(np.float64) - weight
+    error = dequantize(Quantizer(uncalibrated(spec)).quantize(weight)).astype(np.float64) - weight
     return float(np.square(error).sum() / max(np.square(weight, dtype=np.float64).sum(), 1e-30))
+
+
+def uncalibrated(spec: Spec) -> Spec:
+    """Return the same storage by the clip search where gptq was asked for: it needs no inputs, and ranks alike."""
+    return dataclasses.replace(spec, method="clip") if spec.method == "gptq" else spec
 
 
 def _rounded(rows: Rows, spec: Spec | None) -> Rows:
     """A matrix as it is read back when stored so."""
     if spec is None:
         return rows
-    quantizer = Quantizer(spec)
+    quantizer = Quantizer(uncalibrated(spec))
     return Rows(rows.shape, lambda start, stop: dequantize(quantizer.quantize(rows.read(start, stop))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +20,7 @@ from .quantize.plan import Plan
 from .quantize.quantizer import Quantizer, choose_scale_dtype
 from .quantize.spec import Spec
 from .rows import Rows
+from .sensitivity import uncalibrated
 from .weights import Weights
 
 Progress = Callable[[str, int, int], None]
@@ -59,7 +59,7 @@ class MatrixStore:
             read = rows
         else:
             if spec.method == "gptq" and moments is None:
-                spec = dataclasses.replace(spec, method="clip")  # a table that is only looked up has no inputs
+                spec = uncalibrated(spec)  # a table that is only looked up has no inputs
             packed = quantize_rows(rows, spec, moments)
             self.matrices[name] = store_packed(self.initializers, name, packed, spec)
             read = Rows(rows.shape, lambda start, stop: dequantize(packed.rows(start, stop)))

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import edgelm
+from edgelm.cli.extras import reach
 from edgelm.cli.progress import Progress
+from edgelm.cli.tables import quality_table
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.evaluation import evaluate_text
 from edgelm.model import Model
@@ -31,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="truncate",
         help="text past the context: cut it, or score it in windows that overlap by half (truncate)",
     )
+    parser.add_argument(
+        "--reference",
+        metavar="CHECKPOINT",
+        help="the unquantized checkpoint: what the bundle lost beside it, on --text",
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="the LoRA adapter merged into both, with --reference")
     parser.add_argument("--context", type=int, metavar="N", help="tokens in one window (the bundle's)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -40,6 +48,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure what was asked for."""
     if not args.text and not args.task:
         raise UsageError("nothing to measure: give --text FILE, --task FILE or both")
+    if args.reference and not args.text:
+        raise UsageError("--reference needs --text FILE: what to measure both on")
+    if args.adapter and not args.reference:
+        raise UsageError("--adapter goes with --reference CHECKPOINT")
     text = _read(args.text) if args.text else None
     tasks = read_tasks(Path(args.task)) if args.task else None
     result: dict[str, Any] = {}
@@ -58,8 +70,24 @@ def run(args: argparse.Namespace) -> int:
             result["tokens"] = quality.tokens
         if tasks is not None:
             result["task"] = score_tasks(tasks, _answers(model, [task.prompt for task in tasks], progress)).to_dict()
-    print(json.dumps(result) if args.json else _table(result))
+    if args.reference:
+        result["reference"] = _compare(args)
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    print(_table({name: value for name, value in result.items() if name != "reference"}))
+    if args.reference:
+        print(quality_table(result["reference"]))
     return 0
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    package = reach("edgelm_export", "edgelm eval --reference")
+    with Progress() as progress:
+        measured: dict[str, Any] = package.compare(
+            args.bundle, args.reference, args.text, adapter=args.adapter, context=args.context, progress=progress
+        )
+    return measured
 
 
 def _read(file: str) -> str:

@@ -7,16 +7,49 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from types import FrameType
+from typing import Any
 
+from edgelm.bundle import Bundle
 from edgelm.cli.extras import reach
 from edgelm.cli.progress import Progress
+from edgelm.cli.tables import outline_table, quality_table
+from edgelm.errors import UsageError
 
 EXAMPLES = """\
 examples:
   edgelm export HuggingFaceTB/SmolLM2-135M-Instruct smollm2/
-  edgelm export my-checkpoint/ bundle/ --quant int8 --context 2048
+      int4 without any text: quick, 4.5 bits a weight
+  edgelm export my-checkpoint/ bundle/ --calibrate corpus.txt --verify held-out.txt
+      int4 that keeps more of the quality, and says how much
+  edgelm export my-checkpoint/ bundle/ --quant mixed --calibrate corpus.txt
+      the most sensitive matrices in int8: 5.5 bits a weight
+  edgelm export my-checkpoint/ bundle/ --vocab commands.txt --vocab-size 16000 --max-bytes 150M --calibrate corpus.txt
+      a model for one job, in so many bytes
+  edgelm export my-checkpoint/ --dry-run
+      what it would write
+
+text files hold documents divided by lines <|endoftext|>. The methods and what they cost: export/README.md
 """
+
+OPTIONS = (
+    "quant",
+    "block_size",
+    "method",
+    "calibrate",
+    "context",
+    "adapter",
+    "vocab",
+    "vocab_size",
+    "verify",
+    "max_kl",
+    "min_agreement",
+    "max_bytes",
+    "report",
+    "via",
+)
+"""Arguments that `edgelm_export.export` takes by the same name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,71 +57,143 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="Hugging Face directory or hub id (owner/name)")
-    parser.add_argument("out", metavar="OUT", help="directory of the bundle to write")
-    parser.add_argument("--quant", choices=["int4", "int8", "fp32"], default="int4", help="precision (default int4)")
-    parser.add_argument(
+    parser.add_argument("out", metavar="OUT", nargs="?", help="directory of the bundle to write")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written, matrix by matrix")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+    size = parser.add_argument_group("precision")
+    size.add_argument(
+        "--quant",
+        choices=["int4", "int8", "mixed", "fp32"],
+        default="int4",
+        help="int4 (the default); mixed: int4 and int8 by each matrix's sensitivity, 5.5 bits a weight",
+    )
+    size.add_argument(
         "--block-size",
         type=int,
-        choices=[32, 64, 128],
+        choices=[16, 32, 64, 128],
         metavar="N",
-        help="weights a scale: 32, 64, 128 (64 from a width of 512 on, else 32)",
+        help="weights a scale: 16, 32, 64, 128 (32); larger is smaller, faster and less exact",
     )
-    parser.add_argument(
+    size.add_argument("--asymmetric", action="store_true", help="a zero point for every block too")
+    size.add_argument(
         "--method",
-        choices=["auto", "rtn", "clip"],
+        choices=["auto", "rtn", "clip", "hqq", "gptq"],
         default="auto",
-        help="how scales are chosen: rtn rounds to nearest, clip searches the least squared error (auto)",
+        help="how codes are chosen (auto: gptq with --calibrate, else clip; rtn for int8)",
     )
-    parser.add_argument(
+    size.add_argument("--calibrate", metavar="FILE", help="text like that the model will see, for gptq and budgets")
+    size.add_argument("--max-bytes", type=byte_count, metavar="N", help="size of the bundle at most, such as 150M")
+
+    gate = parser.add_argument_group("quality, measured beside the unquantized checkpoint")
+    gate.add_argument("--verify", metavar="FILE", help="text to measure on, which the calibration has not seen")
+    gate.add_argument("--max-kl", type=float, metavar="X", help="mean KL divergence at most, in nats; else no bundle")
+    gate.add_argument("--min-agreement", type=float, metavar="X", help="share of equal likeliest tokens at least, 0-1")
+    gate.add_argument("--report", action="store_true", help="plot every matrix's error and size into report.svg")
+
+    model = parser.add_argument_group("the model")
+    model.add_argument(
         "--context", type=int, metavar="N", help="longest conversation in tokens (the checkpoint's, at most 4096)"
     )
-    parser.add_argument(
+    model.add_argument("--adapter", metavar="DIR", help="LoRA adapter of PEFT's format to merge, directory or hub id")
+    model.add_argument("--vocab", metavar="FILE", help="text of the domain: keep only the tokens it needs most")
+    model.add_argument("--vocab-size", type=int, metavar="N", help="how many")
+    model.add_argument(
         "--via",
         choices=["native", "optimum"],
         default="native",
         help="optimum: convert optimum's export, for architectures without a builder here",
     )
-    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def byte_count(text: str) -> int:
+    """Read a number of bytes, with K, M or G for thousands, millions and thousands of millions."""
+    units = {"K": 10**3, "M": 10**6, "G": 10**9}
+    digits, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
+    try:
+        value = float(digits) * unit
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < 1e15:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 150M")
+    return int(value)
 
 
 def run(args: argparse.Namespace) -> int:
     """Export and say what came of it."""
     package = reach("edgelm_export", "edgelm export")
+    options = {name: getattr(args, name) for name in OPTIONS}
+    options["symmetric"] = not args.asymmetric
     signal.signal(signal.SIGTERM, _interrupt)
+    if args.dry_run:
+        with Progress() as progress:
+            outline = package.outline(args.checkpoint, progress=progress, **options)
+        print(json.dumps(_outline_facts(outline)) if args.json else outline_table(outline))
+        return 0
+    if args.out is None:
+        raise UsageError("OUT is missing: the directory of the bundle to write (or --dry-run)")
     start = time.monotonic()
     with Progress() as progress:
-        bundle = package.export(
-            args.checkpoint,
-            args.out,
-            quant=args.quant,
-            block_size=args.block_size,
-            method=args.method,
-            context=args.context,
-            via=args.via,
-            force=args.force,
-            progress=progress,
-        )
+        bundle = package.export(args.checkpoint, args.out, force=args.force, progress=progress, **options)
     seconds = time.monotonic() - start
-    manifest = bundle.manifest
-    if args.json:
-        facts = {
-            "bundle": str(bundle.path),
-            "bytes": bundle.bytes,
-            "quant": manifest.quant,
-            "bits_per_weight": round(manifest.bits_per_weight, 3),
-            "context": manifest.context,
-            "digest": manifest.digest,
-            "seconds": round(seconds, 2),
-        }
-        print(json.dumps(facts))
-        return 0
-    print(
-        f"{bundle.path}: {manifest.architecture}, {manifest.parameters / 1e6:.1f} M parameters, {manifest.quant}"
-        f" ({manifest.bits_per_weight:.2f} bits a weight), {bundle.bytes / 1e6:.1f} MB, {seconds:.1f} s"
-    )
-    print(f'next: edgelm generate {bundle.path} "..."', file=sys.stderr)
+    print(json.dumps(_facts(bundle, seconds)) if args.json else _summary(bundle, seconds))
+    if not args.json:
+        print(f'next: edgelm generate {bundle.path} "..."', file=sys.stderr)
     return 0
+
+
+def _facts(bundle: Bundle, seconds: float) -> Mapping[str, Any]:
+    manifest = bundle.manifest
+    return {
+        "bundle": str(bundle.path),
+        "bytes": bundle.bytes,
+        "quant": manifest.quant,
+        "bits_per_weight": round(manifest.bits_per_weight, 3),
+        "context": manifest.context,
+        "vocabulary": manifest.vocabulary,
+        "quality": manifest.quality,
+        "digest": manifest.digest,
+        "seconds": round(seconds, 2),
+    }
+
+
+def _summary(bundle: Bundle, seconds: float) -> str:
+    m = bundle.manifest
+    lines = [
+        f"{bundle.path}: {m.architecture}, {m.parameters / 1e6:.1f} M parameters, {m.quant}"
+        f" ({m.bits_per_weight:.2f} bits a weight), {bundle.bytes / 1e6:.1f} MB, {seconds:.1f} s"
+    ]
+    if m.vocabulary is not None:
+        v = m.vocabulary
+        lines.append(
+            f"vocabulary: {v['tokens']} of {v['tokens_before']} tokens, {v['saved_bytes'] / 1e6:.1f} MB saved; the"
+            f" domain's text takes {v['text_tokens'] / v['text_tokens_before']:.2f} times as many"
+        )
+    if m.quality is not None:
+        lines.append(quality_table(m.quality))
+    return "\n".join(lines)
+
+
+def _outline_facts(outline: Any) -> Mapping[str, Any]:
+    return {
+        "bytes": outline.bytes,
+        "bits_per_weight": round(outline.bits_per_weight, 3),
+        "kl": outline.kl,
+        "matrices": [
+            {
+                "name": matrix.name,
+                "rows": matrix.rows,
+                "columns": matrix.columns,
+                "bits": matrix.bits,
+                "block_size": matrix.block_size,
+                "symmetric": matrix.symmetric,
+                "method": matrix.method,
+                "bytes": matrix.bytes(),
+            }
+            for matrix in outline.matrices
+        ],
+    }
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -7,7 +7,8 @@ import dataclasses
 import json
 from typing import Any
 
-from edgelm.bundle import Bundle, open_bundle
+from edgelm.bundle import Bundle, Manifest, open_bundle
+from edgelm.cli.tables import quality_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,24 @@ def _derived(bundle: Bundle) -> dict[str, Any]:
     }
 
 
+def _quality_rows(m: Manifest) -> list[tuple[str, str]]:
+    if m.quality is None:
+        return [("quality", "not measured at export")]
+    first, *others = quality_table(m.quality).splitlines()
+    return [("quality", first), *(("", line) for line in others)]
+
+
+def _extras(m: Manifest) -> list[tuple[str, str]]:
+    """What was done to the checkpoint beside quantizing it."""
+    rows = []
+    if m.vocabulary is not None:
+        v = m.vocabulary
+        rows.append(("pruned", f"{v['tokens']} of {v['tokens_before']} tokens, {v['saved_bytes'] / 1e6:.2f} MB saved"))
+    if m.adapter is not None:
+        rows.append(("adapter", m.adapter))
+    return rows
+
+
 def _rows(bundle: Bundle) -> list[tuple[str, str]]:
     m = bundle.manifest
     cache = m.cache.bytes_per_token()
@@ -51,6 +70,7 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
         ("parameters", f"{m.parameters / 1e6:.2f} M"),
         ("shapes", ", ".join(f"{name} {value}" for name, value in m.shapes.items())),
         ("vocabulary", f"{m.vocab_size}, start token {m.bos_token}, end tokens {list(m.eos_tokens)}"),
+        *_extras(m),
         ("context", f"{m.context} tokens"),
         ("precision", f"{m.quant}, {m.bits_per_weight:.2f} bits a weight with scales"),
         ("on disk", f"{bundle.bytes / 1e6:.2f} MB in {len(m.files)} files, hashes verified"),
@@ -58,7 +78,7 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
         ("", f"keys and values {cache} bytes a token, {cache * m.context / 1e6:.1f} MB a full request"),
         ("sampling", ", ".join(f"{name} {value}" for name, value in sampling.items()) or "greedy"),
         ("chat template", "yes" if m.chat_template else "no"),
-        ("quality", json.dumps(m.quality) if m.quality else "not measured at export"),
+        *_quality_rows(m),
         ("made with", ", ".join(f"{name} {version}" for name, version in m.made_with.items())),
         ("digest", m.digest),
     ]

@@ -10,26 +10,27 @@ from typing import Final
 DELAY_S: Final = 2.0
 EVERY_S: Final = 0.1
 WIDTH: Final = 30
+BYTES_FROM: Final = 100_000
+"""From this many steps on they are bytes, and shown as megabytes."""
 
 
 class Progress:
-    """Shows (what, done, of) as a bar with the time left, on standard error. Use as a context manager."""
+    """Shows (what, done, of) as a bar with the time left of that `what`, on standard error. A context manager."""
 
     def __init__(self) -> None:
-        self._start = time.monotonic()
+        self._what = ""
+        self._begun = self._start = time.monotonic()
         self._shown = 0.0
         self._visible = False
 
     def __call__(self, what: str, done: int, of: int) -> None:
-        """Show that `done` of `of` steps of `what` are done."""
+        """Show that `done` of `of` steps, or bytes, of `what` are done."""
         now = time.monotonic()
-        elapsed = now - self._start
-        if not sys.stderr.isatty() or elapsed < DELAY_S or now - self._shown < EVERY_S:
+        if what != self._what:
+            self._what, self._begun = what, now
+        if not sys.stderr.isatty() or now - self._start < DELAY_S or now - self._shown < EVERY_S:
             return
-        filled = WIDTH * done // max(of, 1)
-        left = f"{elapsed / done * (of - done):.0f} s left" if done else ""
-        bar = "#" * filled + "." * (WIDTH - filled)
-        print(f"\r\x1b[K{what} {done}/{of} [{bar}] {left}", end="", file=sys.stderr, flush=True)
+        print(f"\r\x1b[K{bar(what, done, of, now - self._begun)}", end="", file=sys.stderr, flush=True)
         self._shown, self._visible = now, True
 
     def __enter__(self) -> Progress:
@@ -40,3 +41,11 @@ class Progress:
     ) -> None:
         if self._visible:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def bar(what: str, done: int, of: int, elapsed_s: float) -> str:
+    """Return the line: what, how far, a bar, and the time left at the pace so far."""
+    filled = min(WIDTH, WIDTH * done // max(of, 1))
+    left = f"{elapsed_s / done * max(of - done, 0):.0f} s left" if done and elapsed_s > 0 else ""
+    steps = f"{done / 1e6:.1f}/{of / 1e6:.1f} MB" if of >= BYTES_FROM else f"{done}/{of}"
+    return f"{what} {steps} [{'#' * filled}{'.' * (WIDTH - filled)}] {left}".rstrip()

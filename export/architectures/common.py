@@ -45,7 +45,9 @@ def read_shape(config: Mapping[str, Any], *, kv_heads: int | None = None, head_s
     if config.get("head_dim") is None and head_size is None and hidden % heads:
         raise CheckpointError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     if heads % groups:
-        raise CheckpointError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
+        raise CheckpointError(
+            f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
+        )
     size = positive_int(config, "head_dim", hidden // heads if head_size is None else head_size)
     rotary = int(size * partial_rotary_factor(config))
     if rotary % 2 or not rotary:

@@ -71,7 +71,9 @@ def refuse_unless(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ..
     """Raise `CheckpointError` for an option that is present with a value we do not build."""
     for name, values in allowed.items():
         if name in config and config[name] not in values:
-            raise CheckpointError(f"config.json: {name} = {config[name]!r} is not supported (expected {_either(values)})")
+            raise CheckpointError(
+                f"config.json: {name} = {config[name]!r} is not supported (expected {_either(values)})"
+            )
 
 
 def layer_list(config: Mapping[str, Any], name: str, layers: int, allowed: tuple[Any, ...]) -> list[Any] | None:

@@ -42,9 +42,7 @@ def gemma(
         shape=shape,
         layers=layers,
         tied=True,
-        activation=activation(
-            {"hidden_activation": "gelu_pytorch_tanh", **config}, "hidden_activation", "hidden_act"
-        ),
+        activation=activation({"hidden_activation": "gelu_pytorch_tanh", **config}, "hidden_activation", "hidden_act"),
         attention_scale=positive_number(config, "query_pre_attn_scalar", 256.0) ** -0.5,
         attention_softcap=optional_number(caps, "attn_logit_softcapping"),
         logit_softcap=optional_number(caps, "final_logit_softcapping"),

@@ -42,9 +42,7 @@ def _ropes(config: Mapping[str, Any], shape: Shape) -> tuple[Rope, Rope]:
         local_theta = positive_number(config, "rope_local_base_freq", LOCAL_THETA)
         local_options = {"rope_theta": local_theta}
         everywhere_options = rope_options(config)
-    everywhere = read_rope(
-        config, shape.context, shape.rotary_size, theta=GLOBAL_THETA, options=everywhere_options
-    )
+    everywhere = read_rope(config, shape.context, shape.rotary_size, theta=GLOBAL_THETA, options=everywhere_options)
     bare = {name: value for name, value in config.items() if name != "rope_theta"}
     return everywhere, read_rope(bare, shape.context, shape.rotary_size, theta=LOCAL_THETA, options=local_options)
 

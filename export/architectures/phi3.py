@@ -22,7 +22,9 @@ def decoder(config: Mapping[str, Any]) -> Decoder:
     """Read a Phi 3 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     shape = read_shape(config)
     original = {"original_max_position_embeddings": positive_int(config, "original_max_position_embeddings", 4096)}
-    rope = read_rope({**config, **original}, shape.context, shape.rotary_size, options=rope_options(config), aliases=OLD_NAMES)
+    rope = read_rope(
+        {**config, **original}, shape.context, shape.rotary_size, options=rope_options(config), aliases=OLD_NAMES
+    )
     slides = config.get("sliding_window") is not None
     layers = [Layer(rope, window) for window in windows(config, [slides] * shape.layers)]
     return read_decoder(config, shape=shape, layers=layers, norm_epsilon=1e-5)

@@ -110,9 +110,7 @@ def read_rope(
     return Rope(base, kind, factor)
 
 
-def _longrope(
-    config: Mapping[str, Any], given: Mapping[str, Any], base: float, context: int, size: int
-) -> Rope:
+def _longrope(config: Mapping[str, Any], given: Mapping[str, Any], base: float, context: int, size: int) -> Rope:
     merged = {**given, **{k: v for k, v in config.items() if k == "original_max_position_embeddings" and v is not None}}
     original = positive_int(merged, "original_max_position_embeddings", context)
     stretched = "original_max_position_embeddings" in merged
@@ -133,5 +131,3 @@ def _longrope(
         short_factors=factors["short_factor"],
         long_factors=factors["long_factor"],
     )
-
-

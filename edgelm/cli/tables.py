@@ -1,0 +1,54 @@
+"""Small tables that more than one command prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any
+
+from edgelm.bundle import Matrix
+
+
+def quality_table(quality: Mapping[str, Any]) -> str:
+    """Return what a bundle lost beside its checkpoint, as the manifest has it."""
+    change = 100 * (quality["perplexity"] / quality["reference_perplexity"] - 1)
+    rows = [
+        (f"on {quality['text']}", "checkpoint", "bundle", ""),
+        ("perplexity", f"{quality['reference_perplexity']:.4f}", f"{quality['perplexity']:.4f}", f"{change:+.2f} %"),
+        ("KL divergence, mean", "", f"{quality['kl_mean']:.4f}", "nats"),
+        ("KL divergence, p99", "", f"{quality['kl_p99']:.4f}", "nats"),
+        ("same likeliest token", "", f"{100 * quality['top1_agreement']:.2f} %", f"of {quality['tokens']} positions"),
+    ]
+    return "\n".join(f"{a:<22} {b:>10} {c:>10}  {d}".rstrip() for a, b, c, d in rows)
+
+
+def outline_table(outline: Any) -> str:
+    """Return how each matrix would be stored; runs of layers that are alike share a line."""
+    lines = [f"{'matrix':<26} {'shape':>15} {'bits':>5} {'block':>6} {'zeros':>6} {'method':>7} {'MB':>9}"]
+    for _, group in groupby(_by_part(outline.matrices), key=lambda pair: (pair[0], _storage(pair[1]))):
+        alike = [matrix for _, matrix in group]
+        first = alike[0]
+        name = first.name if len(alike) == 1 else f"{first.name} .. {alike[-1].name.split('.')[1]}"
+        size = sum(matrix.bytes() for matrix in alike) / 1e6
+        zeros = "" if first.block_size is None else "no" if first.symmetric else "yes"
+        lines.append(
+            f"{name:<26} {f'{first.rows} x {first.columns}':>15} {first.bits:>5} {first.block_size or '':>6}"
+            f" {zeros:>6} {first.method or '':>7} {size:>9.2f}"
+        )
+    lines.append(
+        f"{outline.bits_per_weight:.2f} bits a weight; about {outline.bytes / 1e6:.1f} MB with tokenizer, tables and graph"
+    )
+    if outline.kl is not None:
+        lines.append(f"KL divergence expected from sensitivities: {outline.kl:.4f} nats")
+    return "\n".join(lines)
+
+
+def _by_part(matrices: tuple[Matrix, ...]) -> list[tuple[str, Matrix]]:
+    """Pair matrices with their part, all layers of a part together, in the order of the graph."""
+    parts = {matrix.name: matrix.name.rpartition(".")[2] for matrix in matrices}
+    order = list(dict.fromkeys(parts.values()))
+    return sorted(((parts[matrix.name], matrix) for matrix in matrices), key=lambda pair: order.index(pair[0]))
+
+
+def _storage(matrix: Matrix) -> tuple[object, ...]:
+    return (matrix.bits, matrix.block_size, matrix.symmetric, matrix.method)
