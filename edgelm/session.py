@@ -90,7 +90,8 @@ def default_threads() -> int:
 def load_graph(model: str | bytes, threads: int, *, spin: bool = True) -> ort.InferenceSession:
     """Load an ONNX model, from a file or from its bytes, on the CPU.
 
-    `spin` lets idle threads wait actively: quicker for one graph, ruinous for several that take turns. Raises `EdgelmError` when `threads` is out of range, and whatever onnxruntime raises for the model.
+    `spin` lets idle threads wait actively: quicker for one graph, ruinous for several that take turns. Raises
+    `EdgelmError` when `threads` is out of range, and whatever onnxruntime raises for the model.
     """
     if not 1 <= threads <= 256:
         raise EdgelmError(f"threads must lie in [1, 256], got {threads}")
@@ -138,7 +139,7 @@ class SharedSession:
             "rows": np.arange(count, dtype=np.int64) if every else np.array([count - 1], np.int64),
         }
         if self._positions.wanted:
-            first = start + self._positions.offset(np.int64(max(start + count, total or 0)))
+            first = start + int(self._positions.offset(np.int64(max(start + count, total or 0))))
             inputs["positions"] = np.arange(first, first + count, dtype=np.int64).reshape(1, count)
         kept = [ort.OrtValue.ortvalue_from_numpy(array) for array in (*inputs.values(), logits)]
         for name, value in zip(inputs, kept, strict=False):

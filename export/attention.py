@@ -68,7 +68,7 @@ class Attention:
     def caches(self, i: int) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:
         """Return what a layer reads as past and writes as present."""
         d = self._decoder
-        shape = ["batch", d.kv_heads, "capacity", d.padded_head_size]
+        shape: list[str | int | None] = ["batch", d.kv_heads, "capacity", d.padded_head_size]
         value = helper.make_tensor_value_info
         past, present = (
             [value(f"{when}.{i}.{part}", TensorProto.FLOAT, shape) for part in ("key", "value")]

@@ -91,7 +91,7 @@ class Part:
             weight = layers.weights.layer(i, part) if weight is None else weight
             name = f"layer.{i}.{part}"
             constants.add(f"{name}.weight", np.ascontiguousarray(weight.T))
-            matrices[name] = Matrix(name, *weight.shape, 32)
+            matrices[name] = Matrix(name, weight.shape[0], weight.shape[1], 32)
         model = DecoderGraph(layers.weights, matrices, layers.length, Nodes(constants)).build_part(i, part)
         constants.tensors.clear()
         self._graph = load_graph(model.SerializeToString(), layers.threads, spin=False)

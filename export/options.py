@@ -83,9 +83,7 @@ class Options:
 
     def _check_texts(self) -> None:
         if (self.vocab is None) != (self.vocab_size is None):
-            raise EdgelmError(
-                "--vocab FILE and --vocab-size N go together: the text of the domain, and how many tokens"
-            )
+            raise EdgelmError("--vocab FILE and --vocab-size N go together: the domain's text, and how many tokens")
         if self.method == "gptq" and self.calibrate is None:
             raise EdgelmError("--method gptq needs --calibrate FILE: text like that the model will see")
         if (self.max_kl is not None or self.min_agreement is not None) and self.verify is None:

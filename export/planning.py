@@ -120,7 +120,7 @@ def _overhead(model: Opened, plan: Plan, context: int) -> int:
     vocabulary = 8 * model.decoder.vocab_size if model.vocabulary is not None else 0
     tokenizer = len(model.tokenizer_text.encode())
     named = 512 * 3 * len(matrices)  # what model.onnx says of tensors in the data file
-    return constants.bytes + 3 * ALIGNMENT * len(matrices) + graph.ByteSize() + named + tokenizer + vocabulary
+    return constants.bytes + 3 * ALIGNMENT * len(matrices) + int(graph.ByteSize()) + named + tokenizer + vocabulary
 
 
 def _first(documents: Sequence[Document], tokens: int) -> list[Document]:

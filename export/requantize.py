@@ -203,7 +203,7 @@ class Requantizer:
         if key not in self._stored:
             spec = self._plan.spec(name)
             self._stored[key] = (
-                Matrix(name, *weight.shape, 32)
+                Matrix(name, weight.shape[0], weight.shape[1], 32)
                 if spec is None
                 else store_packed(self._initializers, name, Quantizer(spec).quantize(weight), spec)
             )

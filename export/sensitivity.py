@@ -82,7 +82,7 @@ def uncalibrated(spec: Spec) -> Spec:
 
 
 def _rounded(rows: Rows, spec: Spec | None) -> Rows:
-    """A matrix as it is read back when stored so."""
+    """Return a matrix as it is read back when stored so."""
     if spec is None:
         return rows
     quantizer = Quantizer(uncalibrated(spec))

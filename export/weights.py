@@ -1,4 +1,4 @@
-"""The decoder's weights in the order and shape that the graph wants: projections packed, heads padded, scales folded in.
+"""The decoder's weights as the graph wants them: projections packed, heads padded, scales folded in.
 
 A head whose size the attention kernel does not take is padded with zeros at its end, which changes no result. One
 layer's tensors are in memory at a time; embedding and head are read in pieces.

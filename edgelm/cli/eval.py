@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         metavar="CHECKPOINT",
-        help="the unquantized checkpoint: what the bundle lost beside it, on --text",
+        help="the unquantized checkpoint: what was lost beside it, on --text",
     )
     parser.add_argument("--adapter", metavar="DIR", help="the LoRA adapter merged into both, with --reference")
     parser.add_argument("--context", type=int, metavar="N", help="tokens in one window (the bundle's)")

@@ -46,7 +46,7 @@ def _quality_rows(m: Manifest) -> list[tuple[str, str]]:
 
 
 def _extras(m: Manifest) -> list[tuple[str, str]]:
-    """What was done to the checkpoint beside quantizing it."""
+    """Say what was done to the checkpoint beside quantizing it."""
     rows = []
     if m.vocabulary is not None:
         v = m.vocabulary
