@@ -83,7 +83,7 @@ def hqq_grid(block, importance, bits, symmetric, half):
     best = plain_grid(block, bits, symmetric, half)
     least = error(block, importance, *best, top, power=0.7)
     scale, zero = best
-    for _ in range(20):
+    for _ in range(10):
         dot, square, offset, total = 0.0, 0.0, 0.0, 0.0
         for value, weight in zip(block, importance, strict=True):
             target = value / scale
@@ -95,19 +95,17 @@ def hqq_grid(block, importance, bits, symmetric, half):
             square += weight * code * code
             offset += weight * (code - target)
             total += weight
-        if symmetric and (square <= 0 or dot <= 0):
+        if square <= 0 or dot <= 0:
             break
-        if symmetric:
-            scale = to_stored(scale * dot / square, half)
-        else:
+        scale = to_stored(scale * dot / square, half)
+        if not symmetric:
             zero = min(max(zero + offset / total, 0.0), top)
+        beta *= 1.01
         whole = round(zero)
         fitted = to_stored(fitted_scale(block, importance, scale, whole, top), half)
         found = error(block, importance, fitted, whole, top, power=0.7)
-        if found >= least:
-            break
-        best, least = (fitted, whole), found
-        beta *= 1.01
+        if found < least:
+            best, least = (fitted, whole), found
     return best
 
 

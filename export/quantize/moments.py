@@ -42,12 +42,11 @@ class Moments:
     count: int = 0
 
     def damped(self, share: float = DAMPING) -> Array:
-        """Return float32 [K, K], the second moments with `share` of their mean added; dead channels get the mean."""
+        """Return float32 [K, K], the second moments with `share` of their mean added, so that no channel is dead."""
         second = np.array(self.second, np.float32)
         diagonal = np.arange(len(second))
-        moments = second[diagonal, diagonal]
-        mean = float(moments.mean(dtype=np.float64)) or 1.0
-        second[diagonal, diagonal] = np.where(moments > 0, moments, np.float32(mean)) + np.float32(share * mean)
+        mean = float(second[diagonal, diagonal].mean(dtype=np.float64)) or 1.0
+        second[diagonal, diagonal] += np.float32(share * mean)
         return second
 
 
