@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from vocabularies import TEXTS, byte_fallback
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+DOMAIN = "\n".join([TEXTS[1], TEXTS[2]] * 3)
+"""A text for which to prune them."""
 KINDS = ("gpt2", "llama3", "llama2", "gemma", "unigram")
+
+
+def write(folder: Path, made: str | tokenizers.Tokenizer | dict[str, Any]) -> Path:
+    """Write a tokenizer.json: one of `KINDS`, or a tokenizer, or its parsed form."""
+    text = (
+        tokenizer_json(made) if isinstance(made, str) else json.dumps(made) if isinstance(made, dict) else made.to_str()
+    )
+    path = folder / "tokenizer.json"
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 @cache

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from prunable import KINDS, tokenizer_json
+from prunable import DOMAIN, KINDS, write
 from tiny import TinyLlama
 from vocabularies import TEXTS
 
@@ -22,7 +22,6 @@ from edgelm_export.vocabulary import KeptRows, PrunedVocabulary, prune
 
 from edgelm.errors import CheckpointError, EdgelmError
 
-DOMAIN = "\n".join([TEXTS[1], TEXTS[2]] * 3)
 WORDS = sorted({word for text in TEXTS for word in text.split(" ")})
 PIECES = st.sampled_from(
     [*WORDS, " the", " ", "  ", "\n", "\n\n", "é", "漢字", "😀", "kitchen light", "<s>", "<0x41>", "e"]
@@ -42,8 +41,7 @@ def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     if request.param == "stories260K":
         path = request.getfixturevalue("stories_checkpoint") / "tokenizer.json"
     else:
-        path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-        path.write_text(tokenizer_json(request.param), encoding="utf-8")
+        path = write(tmp_path_factory.mktemp("tokenizer"), request.param)
     return path, plain(tokenizers.Tokenizer.from_file(str(path)))
 
 
