@@ -16,7 +16,7 @@ from edgelm.errors import EdgelmError
 Array = NDArray[np.float32]
 
 DAMPING: Final = 0.01
-"""Share of the mean second moment added to each: GPTQ's section 3.3, step 3. Enough for a factorization in float32."""
+"""Share of the mean second moment added to each: GPTQ's section 3.3, step 3."""
 
 FOLLOW_DAMPING: Final = 0.1
 """The same for `follow`, which would otherwise trust directions that the text hardly used."""

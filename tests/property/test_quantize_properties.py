@@ -119,7 +119,8 @@ def test_blocks_of_extreme_size_stay_finite_and_close(size, method, symmetric):
 def test_the_scale_type_follows_the_largest_weight():
     assert choose_scale_dtype(0.1, 4) is np.float16
     assert choose_scale_dtype(0.1, 8) is np.float16
-    assert choose_scale_dtype(1e-5, 4) is np.float32
+    assert choose_scale_dtype(2e-3, 4) is np.float16
+    assert choose_scale_dtype(1e-3, 4) is np.float32
     assert choose_scale_dtype(1e7, 8) is np.float32
     assert choose_scale_dtype(0.0, 4) is np.float32
 
