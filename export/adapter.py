@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from edgelm.errors import CheckpointError
 
 from .adapter_options import CONFIG, AdapterOptions, read_options
-from .checkpoint import Checkpoint, Source, _locate
+from .checkpoint import Checkpoint, Source, locate
 
 Array = NDArray[np.float32]
 
@@ -180,7 +180,7 @@ def open_adapter(path: str | Path, config: Mapping[str, Any]) -> Adapter:
     CheckpointError
         When a file is missing or damaged, half of a pair is missing, or an option is not one that can be merged.
     """
-    folder = _locate(path)
+    folder = locate(path)
     options = read_options(folder)
     file = folder / WEIGHTS
     shapes = _shapes(file)

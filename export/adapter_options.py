@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from edgelm.errors import CheckpointError
 
-from .checkpoint import _read
+from .checkpoint import read_json
 
 CONFIG: Final = "adapter_config.json"
 
@@ -85,7 +85,7 @@ def read_options(folder: Path) -> AdapterOptions:
     file = folder / CONFIG
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}: it is not an adapter of PEFT's format")
-    options = _read(file)
+    options = read_json(file)
     _refuse_variants(file, options)
     for name, whole in (("r", True), ("lora_alpha", False)):
         if not _is_positive(options.get(name), whole):

@@ -75,7 +75,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
     Raises `CheckpointError` when there is no such directory or repository, a file is missing, or one is damaged.
     """
-    path = _locate(source)
+    path = locate(source)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json: it is not a Hugging Face checkpoint")
     if not (path / "tokenizer.json").is_file():
@@ -85,14 +85,15 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         )
     return Checkpoint(
         path=path,
-        config=_read(path / "config.json"),
-        generation=_read(path / "generation_config.json", optional=True),
+        config=read_json(path / "config.json"),
+        generation=read_json(path / "generation_config.json", optional=True),
         tokenizer_config=_tokenizer_config(path),
         files=_tensor_files(path),
     )
 
 
-def _locate(source: str | Path) -> Path:
+def locate(source: str | Path) -> Path:
+    """Return a directory, or where a hub id was downloaded to. Raises `CheckpointError`."""
     path = Path(source)
     if path.is_dir():
         return path
@@ -111,7 +112,8 @@ def _locate(source: str | Path) -> Path:
         ) from error
 
 
-def _read(file: Path, *, optional: bool = False) -> dict[str, Any]:
+def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
+    """Return the object in a file; an empty one where `optional` and missing. Raises `CheckpointError`."""
     if optional and not file.is_file():
         return {}
     try:
@@ -125,7 +127,7 @@ def _read(file: Path, *, optional: bool = False) -> dict[str, Any]:
 
 def _tokenizer_config(path: Path) -> dict[str, Any]:
     """Read tokenizer_config.json; a chat_template.jinja beside it takes precedence, as in transformers."""
-    config = _read(path / "tokenizer_config.json", optional=True)
+    config = read_json(path / "tokenizer_config.json", optional=True)
     template = path / "chat_template.jinja"
     if template.is_file():
         config["chat_template"] = template.read_text(encoding="utf-8")
@@ -136,7 +138,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     """Map each tensor to its file, from the index where there is one."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _read(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(f"{index} has no weight_map")
         names = sorted(set(weight_map.values()))

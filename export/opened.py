@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -20,13 +19,8 @@ from .architectures import find_family
 from .checkpoint import Checkpoint, Source, open_checkpoint
 from .decoder import Decoder
 from .documents import read_text
-from .vocabulary import PrunedVocabulary, prune
+from .vocabulary import KeptRows, PrunedVocabulary, prune
 from .weights import Weights
-
-SPAN: Final = 8192
-"""Rows of a table that are read at once to pick some."""
-
-Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +94,7 @@ def with_rows(model: Opened, kept: NDArray[np.int64]) -> Opened:
     d, names = model.decoder, model.weights.names
     if len(kept) and int(kept.max()) >= d.vocab_size:
         raise CheckpointError(f"{model.checkpoint.path} has {d.vocab_size} tokens, and the bundle keeps {kept.max()}")
-    tensors = _Rows(model.weights.source, {names.embedding, names.head}, d.vocab_size, kept)
+    tensors = KeptRows(model.weights.source, kept, d.vocab_size, (names.embedding, names.head))
     smaller = replace(d, vocab_size=len(kept))
     return replace(model, weights=Weights(tensors, smaller, names))
 
@@ -116,34 +110,6 @@ def vocabulary_facts(model: Opened, row_bytes: float) -> dict[str, Any] | None:
         "saved_bytes": round(dropped * row_bytes),
         "text_tokens_before": model.vocabulary.tokens_before,
         "text_tokens": model.vocabulary.tokens_after,
+        "text_tokens_lost": model.vocabulary.tokens_lost,
+        "sufficient_size": model.vocabulary.sufficient_size,
     }
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """A source whose tables have only some rows of the original's."""
-
-    base: Source
-    tables: set[str]
-    old_size: int
-    kept: NDArray[np.int64]
-
-    def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Array:
-        if name not in self.tables:
-            return self.base.tensor(name, shape, rows)
-        wanted = self.kept if rows is None else self.kept[rows]
-        found = np.empty((len(wanted), *shape[1:]), np.float32)
-        for first, last in _spans(wanted):
-            here = (wanted >= first) & (wanted < last)
-            found[here] = self.base.tensor(name, (self.old_size, *shape[1:]), slice(first, last))[wanted[here] - first]
-        return found
-
-
-def _spans(wanted: Sequence[int] | NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows to read so that all the wanted ones are in them."""
-    ordered = np.unique(np.asarray(wanted))
-    start = 0
-    while start < len(ordered):
-        stop = int(np.searchsorted(ordered, ordered[start] + SPAN))
-        yield int(ordered[start]), int(ordered[stop - 1]) + 1
-        start = stop

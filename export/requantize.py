@@ -25,7 +25,8 @@ from .matrices import look_up, multiply, store_packed
 from .nodes import MICROSOFT, Nodes
 from .onnx_graph import OnnxGraph, attributes, needed
 from .quantize.plan import Plan
-from .quantize.quantizer import Quantizer
+from .rows import Rows
+from .storing import quantize_rows
 
 ELEMENTWISE: Final = {"Add", "Mul", "Div", "Sub", "Tanh", "Cast", "Identity"}
 """Operators between head and logits that do not mind which positions they see."""
@@ -199,14 +200,14 @@ class Requantizer:
 
     def _store(self, name: str, weight: Array) -> Matrix:
         """Store a quantized matrix, the same one once; one in float32 stays where the graph has it."""
+        spec = self._plan.spec(name)
+        if spec is None:
+            self.matrices.append(Matrix(name, weight.shape[0], weight.shape[1], 32))
+            return self.matrices[-1]
         key = _digest(weight)
         if key not in self._stored:
-            spec = self._plan.spec(name)
-            self._stored[key] = (
-                Matrix(name, weight.shape[0], weight.shape[1], 32)
-                if spec is None
-                else store_packed(self._initializers, name, Quantizer(spec).quantize(weight), spec)
-            )
+            packed = quantize_rows(Rows.of(weight), spec)
+            self._stored[key] = store_packed(self._initializers, name, packed, spec)
             self.matrices.append(self._stored[key])
         return self._stored[key]
 

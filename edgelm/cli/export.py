@@ -170,6 +170,11 @@ def _summary(bundle: Bundle, seconds: float) -> str:
             f"vocabulary: {v['tokens']} of {v['tokens_before']} tokens, {v['saved_bytes'] / 1e6:.1f} MB saved; the"
             f" domain's text takes {v['text_tokens'] / v['text_tokens_before']:.2f} times as many"
         )
+        if v["text_tokens_lost"]:
+            lines.append(
+                f"careful: {v['text_tokens_lost']} of the text's {v['text_tokens_before']} tokens are now spelled in"
+                f" others, which the model knows less well; --vocab-size {v['sufficient_size']} keeps them all"
+            )
     if m.quality is not None:
         lines.append(quality_table(m.quality))
     return "\n".join(lines)

@@ -15,13 +15,16 @@ ort = pytest.importorskip("onnxruntime", reason="needs pip install 'edgelm[cpu]'
 
 from edgelm_export.initializers import Initializers  # noqa: E402
 from edgelm_export.onnx_graph import OnnxGraph  # noqa: E402
-from edgelm_export.quantize.pack import dequantize, quantize  # noqa: E402
+from edgelm_export.quantize.pack import dequantize  # noqa: E402
 from edgelm_export.quantize.plan import Plan  # noqa: E402
+from edgelm_export.quantize.spec import Spec  # noqa: E402
 from edgelm_export.requantize import Requantizer  # noqa: E402
+from edgelm_export.rows import Rows  # noqa: E402
+from edgelm_export.storing import quantize_rows  # noqa: E402
 
 FLOAT, INT = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 PLANS = st.sampled_from(
-    [Plan("fp32", 32, "rtn"), Plan("int8", 32, "rtn"), Plan("int4", 32, "rtn"), Plan("int4", 64, "rtn")]
+    [Plan(None), *(Plan(Spec(*each, "rtn")) for each in ((8, 32, True), (4, 32, True), (4, 64, True), (4, 16, False)))]
 )
 SIZES = st.integers(1, 70)
 
@@ -52,9 +55,11 @@ def rewrite(nodes, inputs, outputs, tensors, plan, feed):
 
 def seen_as(weight, plan):
     """The weight that a runtime computes with."""
-    if plan.bits == 32:
-        return weight
-    return dequantize(quantize(weight, plan.bits, plan.block_size, plan.method))
+    return weight if plan.default is None else dequantize(quantize_rows(Rows.of(weight), plan.default))
+
+
+def bits_of(plan):
+    return 32 if plan.default is None else plan.default.bits
 
 
 def signs(generator, *shape):
@@ -108,9 +113,9 @@ def test_a_product_computes_with_the_quantized_weight(product, plan, count, show
     if shown:
         np.testing.assert_allclose(got[1], want, rtol=0, atol=1e-3)
     np.testing.assert_allclose(got[0], want if bias is None else want + bias, rtol=0, atol=1e-3)
-    assert [(matrix.rows, matrix.columns, matrix.bits) for matrix in matrices] == [(rows, columns, plan.bits)]
+    assert [(matrix.rows, matrix.columns, matrix.bits) for matrix in matrices] == [(rows, columns, bits_of(plan))]
     operators = [each.op_type for each in graph.node]
-    if plan.bits < 32:
+    if plan.default is not None:
         assert operators.count("MatMulNBits") == 1
         assert ("Add" in operators) == (bias is not None and shown)
         assert "w" not in {tensor.name for tensor in graph.initializer}
@@ -146,7 +151,7 @@ def test_a_tied_head_shares_the_table_and_sees_chosen_rows(vocab, width, plan, t
     np.testing.assert_allclose(logits, want, rtol=0, atol=1e-5)
     assert [each.name for each in graph.input] == list(feed)
     equal = np.array_equal(table, head)
-    assert len(matrices) == (1 if equal and not (softened and plan.bits == 32) else 2)
+    assert len(matrices) == (1 if equal and not (softened and plan.default is None) else 2)
 
 
 def test_a_position_table_stays():
@@ -162,7 +167,7 @@ def test_a_position_table_stays():
     places = np.random.default_rng(1).normal(0, 1, (8, 16)).astype(np.float32)
     tensors = {"places": places, "table": table}
     outputs = [value("y", FLOAT, [None, 16])]
-    (got,), graph, matrices = rewrite(nodes, inputs, outputs, tensors, Plan("int8", 32, "rtn"), feed)
+    (got,), graph, matrices = rewrite(nodes, inputs, outputs, tensors, Plan(Spec(8, 32, True, "rtn")), feed)
     np.testing.assert_allclose(got, places[[3, 4]] + table[[1, 2]], rtol=0, atol=0.02)
     assert [matrix.name for matrix in matrices] == ["place.t"]
     assert "places" in {tensor.name for tensor in graph.initializer}

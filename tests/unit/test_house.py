@@ -15,9 +15,9 @@ from edgelm.cli.extras import extra_of
 
 REPO = Path(__file__).resolve().parents[2]
 FLOORS = [
-    {"_version", "errors"},
+    {"_version", "errors", "textfile"},
     {"messages"},
-    {"bundle", "config", "tasks", "measure", "hardware"},
+    {"bundle", "config", "tasks", "measure", "hardware", "divergence"},
     {"chat", "detokenizer", "grammar", "kv", "sampling"},
     {"tokenizer", "growing"},
     {"session"},
