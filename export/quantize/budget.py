@@ -45,7 +45,7 @@ def choose(
     `max_bytes`.
     """
     hulls = {name: _hull(list(each)) for name, each in options.items()}
-    chosen = {name: 0 for name in hulls}
+    chosen = dict.fromkeys(hulls, 0)
     size = sum(hull[0].bytes for hull in hulls.values())
     divergence = sum(hull[0].kl for hull in hulls.values())
     if max_bytes is not None and size > max_bytes:
