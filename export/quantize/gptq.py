@@ -1,9 +1,10 @@
 """GPTQ and the descent after it: codes chosen one column after the other, as compiled loops.
 
-Frantar et al. 2022 (arXiv:2210.17323, section 3.3): columns are rounded in turn and what each leaves is spread over the
-columns to come, by the Cholesky factor of the inverse of H, the inputs' second moments; columns of large moments first
-("act-order"), on grids fixed beforehand ("static groups"). Then, as in QuantEase (Behdin et al. 2023, arXiv:2309.01885,
-section 3), every code is set to its best value given all others, and every scale too (our addition), in a few sweeps.
+Frantar et al. 2022 (arXiv:2210.17323), "The GPTQ Algorithm", steps 1 and 3: columns are rounded in turn and what each
+leaves is spread over the columns to come, by the Cholesky factor of the inverse of H, the inputs' second moments. From
+its authors' program come the order, columns of large moments first ("act-order"), and grids fixed beforehand ("static
+groups"). Then, by the coordinate descent of QuantEase (Behdin et al. 2023, arXiv:2309.01885), every code is set to its
+best value given all others, and every scale too (our addition), in a few sweeps.
 
 With H = V^T V for a lower triangular V and the upper U = V^-T, so that H^-1 = U^T U, a column's scaled error e = (x_k -
 q_k) / U_kk changes the columns to come by -e U_k and the residual (w - q) H of those done by +e V_k. Both go into one

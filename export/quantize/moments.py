@@ -16,14 +16,13 @@ from edgelm.errors import EdgelmError
 Array = NDArray[np.float32]
 
 DAMPING: Final = 0.01
-"""Share of the mean second moment added to each: GPTQ's section 3.3, step 3."""
+"""Share of the mean second moment added to each: one per cent, as in GPTQ's step 3."""
 
 FOLLOW_DAMPING: Final = 0.1
 """The same for `follow`, which would otherwise trust directions that the text hardly used."""
 
-
 LOOKUP: Final = 0.3
-"""How much the lookup weighs in a tied embedding beside the head; 0.1 to 1 measured alike."""
+"""How much the lookup weighs in a tied embedding beside the head."""
 
 
 @dataclass(slots=True)
@@ -54,8 +53,9 @@ def follow(weight: Array, moments: Moments) -> Array:
     """Return float32 [N, K], the weights that on the quantized model's inputs come closest to the unquantized model.
 
     Minimizes |W' x - (W x_full + h_full - h)|^2 over the calibration positions, damped towards W: asymmetric
-    calibration as in GPTAQ (Li et al. 2025, arXiv:2504.02692, section 3), and with the drift of the residual stream
-    that the matrix adds to. weight: float32 [N, K], unchanged, all N rows.
+    calibration, the objective of GPTAQ (Li et al. 2025, arXiv:2504.02692), here solved before rounding instead of
+    column by column, and with the drift of the residual stream that the matrix adds to. weight: float32 [N, K],
+    unchanged, all N rows.
     """
     moved = np.zeros(weight.shape, np.float64)
     if moments.cross is not None:
