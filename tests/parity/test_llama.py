@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
+import families
 import pytest
 
-import edgelm
-from edgelm.session import PREFILL_CHUNK
-
-torch = pytest.importorskip("torch", reason="needs pip install 'edgelm[distill]'")
-transformers = pytest.importorskip("transformers", reason="needs pip install 'edgelm[distill]'")
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
-TOLERANCE = 1e-3
-STEPS = 20
 LLAMA3 = (
     ("rope_type", "llama3"),
     ("factor", 8.0),
@@ -52,51 +45,37 @@ SHAPES = {
 }
 
 
-def reference(checkpoint):
-    return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, torch_dtype=torch.float32).eval()
-
-
-def reference_logits(network, tokens):
-    with torch.no_grad():
-        return network(torch.tensor([tokens])).logits[0].numpy()
-
-
-def logits_of(model, tokens, pieces=PREFILL_CHUNK):
-    """Logits at every position, prefilled in pieces of that many tokens into the row that scoring uses."""
-
-    def run(engine):
-        parts = [
-            engine.session.prefill(engine.max_batch, np.array(tokens[at : at + pieces], np.int64), at, every=True)
-            for at in range(0, len(tokens), pieces)
-        ]
-        return np.concatenate(parts)
-
-    return model.worker.call(run)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+CASES = {
+    "head-96": {"head_dim": 96, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "head-128": {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "head-256": {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "gelu": {"hidden_act": "gelu"},
+    "gelu-new": {"hidden_act": "gelu_new"},
+    "gelu-pytorch-tanh": {"hidden_act": "gelu_pytorch_tanh"},
+    "relu": {"hidden_act": "relu"},
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}},
+    "yarn": {"rope_scaling": YARN},
+    "yarn-of-one-factor": {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    "yarn-few-turns-head-40": {"head_dim": 40, "rope_scaling": {**YARN, "beta_fast": 3, "beta_slow": 2.5}},
+}
 
 
 @pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES)
 def test_float32_logits_and_greedy_steps_match_transformers(fields, tiny_checkpoint, export_to_cache):
     checkpoint = tiny_checkpoint(**fields)
-    network = reference(checkpoint)
-    vocab = network.config.vocab_size
-    prompt = np.random.default_rng(1).integers(2, vocab, 150).tolist()
-    with edgelm.load(export_to_cache(checkpoint, quant="fp32"), threads=1, max_batch=1) as model:
-        expected = reference_logits(network, prompt)
-        assert expected.std() > 0.5  # neither flat nor dead
-        assert np.abs(logits_of(model, prompt) - expected).max() < TOLERANCE
-        answer = model.generate(tokens=prompt[:40], max_tokens=STEPS, temperature=0.0, ignore_eos=True, logprobs=1)
-        whole = prompt[:40] + list(answer.tokens)
-        steps = reference_logits(network, whole)[39:-1]
-        assert list(answer.tokens) == steps.argmax(axis=1).tolist()
-        chosen = torch.log_softmax(torch.tensor(steps), -1)[range(STEPS), list(answer.tokens)].numpy()
-        assert np.abs(chosen - [entry.logprob for entry in answer.logprobs]).max() < TOLERANCE
+    families.compare(families.reference(checkpoint), export_to_cache(checkpoint, quant="fp32"))
 
 
-def test_a_prompt_in_chunks_equals_one_pass_and_transformers(tiny_checkpoint, export_to_cache):
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_options_of_transformers(options, tmp_path, export_to_cache):
+    families.check("llama", options, tmp_path, export_to_cache)
+
+
+def test_a_prompt_in_chunks_equals_one_pass(tiny_checkpoint, export_to_cache):
     checkpoint = tiny_checkpoint(context=1024, scaling=LLAMA3, head_size=24)
-    prompt = np.random.default_rng(2).integers(2, 331, 2 * PREFILL_CHUNK + 37).tolist()
-    expected = reference_logits(reference(checkpoint), prompt)
-    with edgelm.load(export_to_cache(checkpoint, quant="fp32"), threads=1, max_batch=1) as model:
-        for pieces in (PREFILL_CHUNK, len(prompt), 100):
-            assert np.abs(logits_of(model, prompt, pieces) - expected).max() < TOLERANCE
-        assert model.generate(tokens=prompt, max_tokens=1, ignore_eos=True).tokens == (int(expected[-1].argmax()),)
+    families.compare_chunks(families.reference(checkpoint), export_to_cache(checkpoint, quant="fp32"))
+
+
+def test_answers_together_equal_answers_alone(tiny_checkpoint, export_to_cache):
+    families.compare_batch(export_to_cache(tiny_checkpoint(head_size=24), quant="fp32"))

@@ -1,0 +1,65 @@
+"""Phi 3 and 4 against transformers: projections stored as one, part of each head rotates, LongRoPE."""
+
+from __future__ import annotations
+
+import families
+import pytest
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+HEAD_64 = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def longrope(pairs, original=64):
+    """A context of four times the original."""
+    factors = {"short_factor": [1 + i / pairs for i in range(pairs)], "long_factor": [2 + 3 * i for i in range(pairs)]}
+    return {"original_max_position_embeddings": original, "rope_scaling": {"type": "longrope", **factors}}
+
+
+CASES = {
+    "plain": {},
+    "window": {"sliding_window": 30},
+    "window-1-tied": {"sliding_window": 1, "tie_word_embeddings": True},
+    "one-key-head": {"num_key_value_heads": 1, "vocab_size": 509},
+    "a-quarter-of-64": {**HEAD_64, "partial_rotary_factor": 0.25},
+    "half-of-64": {**HEAD_64, "partial_rotary_factor": 0.5},
+    "three-quarters-of-64": {**HEAD_64, "partial_rotary_factor": 0.75},
+    "three-quarters-of-32": {**HEAD_64, "hidden_size": 64, "partial_rotary_factor": 0.75},
+    "a-quarter-of-24": {**HEAD_64, "hidden_size": 48, "partial_rotary_factor": 0.25},
+    "half-of-12": {"hidden_size": 48, "partial_rotary_factor": 0.5, "sliding_window": 25},
+    "head-96": {**HEAD_64, "hidden_size": 192, "num_hidden_layers": 2},
+    "longrope": {**longrope(8)},
+    "longrope-window": {**longrope(8), "sliding_window": 20},
+    "longrope-half-of-64": {**longrope(16), **HEAD_64, "partial_rotary_factor": 0.5},
+    "longrope-three-quarters-of-32": {**longrope(12), **HEAD_64, "hidden_size": 64, "partial_rotary_factor": 0.75},
+    "longrope-head-12": {**longrope(6), "hidden_size": 48},
+    "longrope-not-exceeded": {**longrope(8), "original_max_position_embeddings": 256},
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_logits_and_greedy_steps_match_transformers(options, tmp_path, export_to_cache):
+    families.check("phi3", options, tmp_path, export_to_cache)
+
+
+@pytest.mark.parametrize("start", [45, 63, 64, 65])
+@pytest.mark.parametrize("options", [longrope(8), {**longrope(6), "hidden_size": 48, "sliding_window": 20}])
+def test_steps_across_the_original_context(options, start, tmp_path, export_to_cache):
+    families.check("phi3", options, tmp_path, export_to_cache, start=start)
+
+
+def test_bfloat16_in_shards(tmp_path, export_to_cache):
+    options = {**longrope(16), **HEAD_64, "partial_rotary_factor": 0.5}
+    families.check("phi3", options, tmp_path, export_to_cache, dtype="bfloat16", shards=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 300}])
+@pytest.mark.parametrize("original", [64, 300])
+def test_a_prompt_in_chunks_equals_one_pass(options, original, tmp_path, export_to_cache):
+    options = {**longrope(8, original), "max_position_embeddings": 640, **options}
+    families.compare_chunks(*families.make("phi3", options, tmp_path, export_to_cache))
+
+
+@pytest.mark.parametrize("options", [longrope(8), {**longrope(6), "hidden_size": 48}])
+def test_answers_together_equal_answers_alone(options, tmp_path, export_to_cache):
+    families.compare_batch(families.make("phi3", options, tmp_path, export_to_cache)[1])
