@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .documents import Document
 from .layers import Layers, Part
-from .quantize.moments import Moments
+from .quantize.moments import Moments, with_lookup
 from .rows import Rows
 from .states import States
 from .weights import LAYER_PARTS
@@ -23,8 +23,7 @@ HEAD_TOKENS: Final = 8192
 """Positions that tell the moments of a tied head, for which the unquantized model has to run once more."""
 
 WIDE: Final = 2048
-"""A matrix with more inputs than this takes its moments from `WIDE_TOKENS` positions: they cost inputs squared."""
-WIDE_TOKENS: Final = 16_384
+"""A matrix with more inputs than this takes its moments from twice as many positions: they cost inputs squared."""
 
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
@@ -63,7 +62,7 @@ class _Calibration:
             self._store("head", weights.head(), self._head_moments())
 
     def _tied_moments(self) -> Moments:
-        """Moments of what the head multiplies, and as much again in every direction for the lookup's sake."""
+        """Return the moments of what the head multiplies, widened for the lookup's sake."""
         layers, documents = self._layers, [self._documents[n] for n in self._sample(HEAD_TOKENS)]
         hidden, count = layers.embed(documents), len(self._decoder.layers)
         for i in range(count):
@@ -71,8 +70,7 @@ class _Calibration:
             hidden = layers.layer(i).step(hidden)
         final = [layers.final(states) for states in hidden]
         second = sum((x.T @ x for x in final), np.zeros((self._decoder.hidden_size,) * 2, np.float64))
-        second[np.diag_indices_from(second)] += np.diag(second).mean()
-        return Moments(second, count=sum(map(len, final)))
+        return with_lookup(Moments(second, count=sum(map(len, final))))
 
     def _head_moments(self) -> Moments:
         pairs = ((self._layers.final(self._full[n]), self._layers.final(self._own[n])) for n in self._every)
@@ -90,18 +88,25 @@ class _Calibration:
         self._full_values, self._own_values = (
             States(self._next(start, None, states[n]) for n in self._every) for states in (self._full, self._own)
         )
-        before: tuple[Part, Part] | None = None
+        stored: dict[str, Array] = {}
         for part in LAYER_PARTS:
+            # What the last matrix multiplies is wide: it is computed again from its narrow origin where it is needed.
+            before = self._pieces(i, "gate_up", stored) if part == "down" else None
             weight = self._layers.weights.layer(i, part)
             moments = self._moments(part, weight, before)
-            stored = self._store(f"layer.{i}.{part}", Rows.of(weight), moments).whole()
-            pieces = self._layers.part(i, part), self._layers.part(i, part, stored)
+            del before  # quantizing needs the memory
+            stored[part] = self._store(f"layer.{i}.{part}", Rows.of(weight), moments).whole()
+            del weight, moments
             if part == "gate_up":
-                before = pieces  # what comes after is wide: computed again where it is needed
                 continue
+            before = self._pieces(i, "gate_up", stored) if part == "down" else None
+            pieces = self._pieces(i, part, stored)
             for n in self._every:
                 self._advance(n, pieces, before)
-            before = None
+
+    def _pieces(self, i: int, part: str, stored: dict[str, Array]) -> tuple[Part, Part]:
+        """Load a piece of both models."""
+        return self._layers.part(i, part), self._layers.part(i, part, stored[part])
 
     def _advance(self, n: int, pieces: tuple[Part, Part], before: tuple[Part, Part] | None) -> None:
         """Run a document of both streams through a piece."""
@@ -130,7 +135,7 @@ class _Calibration:
         cross = np.zeros((columns, columns), np.float64) if columns <= rows else None
         residual = np.zeros((rows, columns), np.float64) if added or cross is None else None
         count = 0
-        for n in self._sample(WIDE_TOKENS) if wide else self._every:
+        for n in self._sample(2 * columns) if wide else self._every:
             full, own = self._inputs(n, before)
             second += own.T @ own
             count += len(own)

@@ -21,7 +21,6 @@ from .nodes import Nodes
 from .opened import Opened, open_model, pruned, vocabulary_facts
 from .options import Options
 from .planning import Outline, make_plan
-from .quantize.plan import Plan
 from .staging import staged
 from .storing import MatrixStore, store_matrices
 from .verify import CheckpointReference, check, measure, quality
@@ -140,15 +139,15 @@ def _export(checkpoint: str | Path, stage: Path, options: Options, progress: Pro
     if model.vocabulary is not None:
         (stage / VOCABULARY).write_text(json.dumps(model.vocabulary.kept.tolist()), encoding="utf-8")
     with Initializers(stage / "model.onnx.data") as initializers:
-        store = MatrixStore(plan, initializers, progress, outline.matrix_bytes, measure=options.report)
-        store_matrices(model.weights, store, documents if plan.is_calibrated else None)
+        store = MatrixStore(model.weights, plan, initializers, progress, outline.matrix_bytes, measure=options.report)
+        store_matrices(store, documents if plan.is_calibrated else None)
         graph = DecoderGraph(model.weights, store.matrices, length, Nodes(initializers)).build()
     (stage / "model.onnx").write_bytes(graph.SerializeToString(deterministic=True))
     if options.report:
         from .report import plot  # heavy: matplotlib
 
         plot(stage / REPORT, tuple(store.matrices.values()), store.errors)
-    manifest = seal(stage, _manifest(model, plan, options, length, store))
+    manifest = seal(stage, _manifest(model, options, length, store))
     if measured is not None and options.verify is not None:
         reference = CheckpointReference(model.weights, progress)
         agreement = measure(Bundle(stage, manifest), reference, measured, progress)
@@ -172,7 +171,7 @@ def _measured(model: Opened, options: Options, context: int) -> Sequence[Documen
     return measured_documents(read_text(options.verify, "--verify"), model.tokenizer, model.bos_token, context)
 
 
-def _manifest(model: Opened, plan: Plan, options: Options, context: int, store: MatrixStore) -> Manifest:
+def _manifest(model: Opened, options: Options, context: int, store: MatrixStore) -> Manifest:
     d, checkpoint = model.decoder, model.checkpoint
     matrices = tuple(store.matrices.values())
     tables = [matrix for matrix in matrices if matrix.name in ("embedding", "head")]
@@ -181,7 +180,7 @@ def _manifest(model: Opened, plan: Plan, options: Options, context: int, store: 
         context=context,
         vocab_size=d.vocab_size,
         cache=Cache("shared", len(d.layers), d.kv_heads, d.padded_head_size),
-        quant=options.quant if not plan.exceptions else "mixed",
+        quant=options.quant if len({matrix.bits for matrix in matrices}) == 1 else "mixed",
         matrices=matrices,
         bos_token=model.bos_token,
         eos_tokens=model.eos_tokens,

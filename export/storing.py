@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgelm.bundle import Matrix
 
@@ -41,6 +42,7 @@ class MatrixStore:
     With `measure` the relative root mean square error of each goes into `errors`.
     """
 
+    weights: Weights
     plan: Plan
     initializers: Initializers
     progress: Progress
@@ -60,7 +62,8 @@ class MatrixStore:
         else:
             if spec.method == "gptq" and moments is None:
                 spec = uncalibrated(spec)  # a table that is only looked up has no inputs
-            packed = quantize_rows(rows, spec, moments)
+            importance = None if moments is not None or spec.method == "rtn" else self.weights.importance(name)
+            packed = quantize_rows(rows, spec, moments, importance)
             self.matrices[name] = store_packed(self.initializers, name, packed, spec)
             read = Rows(rows.shape, lambda start, stop: dequantize(packed.rows(start, stop)))
         self._done += self.matrices[name].bytes()
@@ -69,26 +72,28 @@ class MatrixStore:
         return read
 
 
-def store_matrices(
-    weights: Weights, store: MatrixStore, documents: Sequence[Document] | None = None
-) -> dict[str, Matrix]:
+def store_matrices(store: MatrixStore, documents: Sequence[Document] | None = None) -> dict[str, Matrix]:
     """Quantize and write all matrices, calibrated where there are documents; return how each is stored, by name."""
     if documents is None:
-        for name, rows in weights.matrices():
+        for name, rows in store.weights.matrices():
             store(name, rows)
     else:
-        layers = Layers(weights, max(len(document) for document in documents))
+        layers = Layers(store.weights, max(len(document) for document in documents))
         calibrate(layers, documents, store, store.progress)
     return store.matrices
 
 
-def quantize_rows(rows: Rows, spec: Spec, moments: Moments | None = None) -> Packed:
-    """Quantize a matrix, a piece at a time where nothing but its own rows counts."""
+def quantize_rows(
+    rows: Rows, spec: Spec, moments: Moments | None = None, importance: NDArray[np.float32] | None = None
+) -> Packed:
+    """Quantize a matrix, a piece at a time where nothing but its own rows counts; see `Quantizer`."""
     if moments is not None:
         moved = follow(rows.whole(), moments) if moments.cross is not None or moments.residual is not None else None
         rows = rows if moved is None else Rows.of(moved)
     largest = max(float(np.abs(chunk).max()) for chunk in rows.chunks())
-    quantizer = Quantizer(spec, moments=moments, scale_dtype=choose_scale_dtype(largest, spec.bits))
+    quantizer = Quantizer(
+        spec, importance=importance, moments=moments, scale_dtype=choose_scale_dtype(largest, spec.bits)
+    )
     return Packed.join([quantizer.quantize(chunk) for chunk in rows.chunks()])
 
 

@@ -100,6 +100,24 @@ class Weights:
             return self._read(_bias(n.down), i, d.hidden_size) * np.float32(d.branch_scale)
         return None
 
+    def importance(self, name: str) -> Array | None:
+        """Return what an error in each column of a matrix costs, [columns], as far as the weights alone tell.
+
+        What a norm gives has the mean square of its factors, so those are the second moments of what the matrix
+        multiplies. A tied table is also looked up, where every column counts alike: halfway, the square root of it.
+        None where no norm comes before.
+        """
+        d, n = self.decoder, self.names
+        part = name.rpartition(".")[2]
+        if name == "head":
+            return np.square(self.norm(n.final_norm))
+        if name == "embedding":
+            return np.abs(self.norm(n.final_norm)) if d.tied else None
+        norms = {"qkv": n.attention_norm, "gate_up": n.mlp_norm}
+        if part not in norms or not d.pre_norm:
+            return None
+        return np.square(self.norm(norms[part], int(name.split(".")[1])))
+
     def norm(self, name: str, i: int = 0) -> Array:
         """Return a norm's factors, [hidden]."""
         return self._read(name, i, self.decoder.hidden_size) + np.float32(self.decoder.norm_offset)

@@ -1,0 +1,93 @@
+"""Choosing storage under a budget, against trying every combination."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from edgelm_export.quantize.budget import Option, choose
+from edgelm_export.quantize.spec import Spec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgelm.errors import EdgelmError
+
+OPTIONS = st.lists(
+    st.builds(
+        Option,
+        st.builds(Spec, st.sampled_from([4, 8]), st.sampled_from([32, 64])),
+        st.integers(1, 60),
+        st.integers(0, 1000).map(lambda each: each / 1000),
+    ),
+    min_size=1,
+    max_size=4,
+)
+MODELS = st.dictionaries(st.sampled_from("abcd"), OPTIONS, min_size=1)
+
+
+def total(chosen):
+    return sum(each.bytes for each in chosen), sum(each.kl for each in chosen)
+
+
+def combinations(options):
+    return [total(each) for each in itertools.product(*options.values())]
+
+
+@given(MODELS, st.floats(0, 3))
+def test_no_combination_of_as_few_bytes_is_better(options, max_kl):
+    size, kl = total(choose(options, max_kl=max_kl).values())
+    assert all(other_kl >= kl - 1e-9 for other_size, other_kl in combinations(options) if other_size <= size)
+    if kl > max_kl:  # even the best there is does not reach it
+        assert kl <= min(each for _, each in combinations(options)) + 1e-9
+
+
+@given(MODELS, st.integers(1, 300))
+def test_bytes_are_spent_within_the_limit_and_to_some_use(options, max_bytes):
+    least = min(size for size, _ in combinations(options))
+    if least > max_bytes:
+        with pytest.raises(EdgelmError, match=f"at least {least} bytes, {max_bytes} are left"):
+            choose(options, max_bytes=max_bytes)
+        return
+    chosen = choose(options, max_bytes=max_bytes)
+    assert chosen.keys() == options.keys()
+    assert all(chosen[name] in options[name] for name in options)
+    size, kl = total(chosen.values())
+    assert size <= max_bytes
+    # No single matrix could be stored better with what is left.
+    for name, option in chosen.items():
+        room = max_bytes - size + option.bytes
+        better = [each for each in options[name] if each.bytes <= room and each.kl < option.kl - 1e-9]
+        assert (
+            not better
+            or size + min(each.bytes for each in better) - option.bytes > max_bytes
+            or _off_hull(options[name], better)
+        )
+    smallest = min((s, k) for s, k in combinations(options))
+    assert kl <= smallest[1] + 1e-9
+
+
+def _off_hull(options, better):
+    """Whether what would fit lies above the line between two others, where the hull does not stop."""
+    return any(
+        first.bytes < each.bytes < last.bytes
+        and (each.kl - last.kl) * (last.bytes - first.bytes) >= (first.kl - last.kl) * (last.bytes - each.bytes) - 1e-9
+        for each in better
+        for first in options
+        for last in options
+    )
+
+
+@given(MODELS)
+def test_a_limit_already_met_takes_the_smallest(options):
+    size, _ = total(choose(options, max_kl=1e9).values())
+    assert size == min(each for each, _ in combinations(options))
+
+
+def test_the_sensitive_matrix_is_upgraded_first():
+    coarse, fine = Spec(4, 32), Spec(8, 32)
+    options = {
+        "dull": [Option(coarse, 10, 0.01), Option(fine, 20, 0.0)],
+        "touchy": [Option(coarse, 10, 0.5), Option(fine, 20, 0.0)],
+    }
+    chosen = choose(options, max_bytes=30)
+    assert (chosen["dull"].spec, chosen["touchy"].spec) == (coarse, fine)

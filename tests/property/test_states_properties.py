@@ -1,0 +1,36 @@
+"""Hidden states kept in half the memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+from edgelm_export.states import States  # noqa: E402
+
+ARRAYS = hnp.arrays(
+    np.float32, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=st.floats(-(2.0**60), 2.0**60, width=32)
+)
+
+
+@given(st.lists(ARRAYS, min_size=1, max_size=3))
+def test_eleven_bits_are_kept_beside_the_largest_of_a_position(arrays):
+    states = States(arrays)
+    assert len(states) == len(arrays)
+    for number, array in enumerate(arrays):
+        largest = np.abs(array).max(axis=1, keepdims=True)
+        allowed = np.maximum(np.abs(array) * 2.0**-10, largest * 2.0**-24) + 1e-30
+        assert (np.abs(states[number] - array) <= allowed).all()
+
+
+@given(ARRAYS, ARRAYS)
+def test_a_document_can_be_replaced(first, second):
+    states = States([first, first])
+    states[1] = second
+    again = States([first, second])
+    for number in range(2):
+        np.testing.assert_array_equal(states[number], again[number])
