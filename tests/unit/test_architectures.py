@@ -1,0 +1,269 @@
+"""What is read from each family's config.json: defaults, both spellings of rope options, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+from edgelm_export.architectures import families, find_family
+
+from edgelm.errors import CheckpointError
+
+SMALL = {
+    "vocab_size": 331,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+ALL = sorted(families())
+ROPE_SCALINGS = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 2.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+    "yarn": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 16,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
+        "truncate": False,
+    },
+    "longrope": {
+        "short_factor": [1.0 + i / 8 for i in range(8)],
+        "long_factor": [2.0 + i for i in range(8)],
+        "original_max_position_embeddings": 128,
+    },
+}
+SCALED = [(family, kind) for family in ALL for kind in ROPE_SCALINGS if (family, kind) != ("phi3", "yarn")]
+"""Early Phi 3 checkpoints call LongRoPE yarn."""
+
+
+def read(family, **options):
+    """A decoder of the small shape; an option that is ... is left out."""
+    config = {**SMALL, "model_type": family, **options}
+    return find_family(config).decoder({name: value for name, value in config.items() if value is not ...})
+
+
+def windows(decoder):
+    return [layer.window for layer in decoder.layers]
+
+
+# --- defaults ---
+
+EVERYTHING = [None] * 8
+DEFAULTS = {
+    "llama": ({}, 4, 16, False, 1e-6, 10_000.0, EVERYTHING),
+    "mistral": ({"num_attention_heads": 8}, 8, 8, False, 1e-6, 10_000.0, [4096] * 8),
+    "qwen2": ({"num_attention_heads": 32}, 32, 2, False, 1e-6, 10_000.0, EVERYTHING),
+    "qwen3": ({"num_attention_heads": 32}, 32, 128, False, 1e-6, 10_000.0, EVERYTHING),
+    "smollm3": ({}, 4, 16, True, 1e-6, 2_000_000.0, EVERYTHING),
+    "gemma2": ({}, 4, 256, True, 1e-6, 10_000.0, [4096, None] * 4),
+    "gemma3_text": ({}, 4, 256, True, 1e-6, 10_000.0, [4096] * 5 + [None] + [4096] * 2),
+    "phi3": ({}, 4, 16, False, 1e-5, 10_000.0, EVERYTHING),
+    "granite": ({}, 4, 16, False, 1e-6, 10_000.0, EVERYTHING),
+    "olmo2": ({}, 4, 16, False, 1e-5, 10_000.0, EVERYTHING),
+}
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_missing_keys_take_the_family_defaults(family):
+    options, kv_heads, head_size, tied, epsilon, theta, seen = DEFAULTS[family]
+    decoder = read(family, num_key_value_heads=..., **options)
+    assert (decoder.kv_heads, decoder.head_size, decoder.tied) == (kv_heads, head_size, tied)
+    assert decoder.norm_epsilon == epsilon
+    assert decoder.layers[0].rope.theta == theta
+    assert decoder.layers[0].rope.kind == "default"
+    assert windows(decoder) == seen
+    assert decoder.activation == ("gelu_tanh" if family.startswith("gemma") else "silu")
+    assert (decoder.vocab_size, decoder.hidden_size, decoder.mlp_size, decoder.context) == (331, 64, 96, 512)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_no_number_of_key_heads_means_one_for_each_head(family):
+    assert read(family, num_key_value_heads=None).kv_heads == 4
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])
+def test_sizes_have_no_default(family, name):
+    with pytest.raises(CheckpointError, match=rf"{name} must be a positive integer, got None"):
+        read(family, **{name: ...})
+
+
+def test_smollm3_rotates_all_but_every_fourth_layer():
+    assert [layer.rope is not None for layer in read("smollm3").layers] == [True, True, True, False] * 2
+    listed = read("smollm3", no_rope_layers=[0, 1] * 4, no_rope_layer_interval=3)
+    assert [layer.rope is not None for layer in listed.layers] == [False, True] * 4
+
+
+def test_gemma_defaults():
+    for family, caps in (("gemma2", (50.0, 30.0)), ("gemma3_text", (None, None))):
+        decoder = read(family)
+        assert (decoder.attention_softcap, decoder.logit_softcap) == caps
+        assert decoder.attention_scale == 256**-0.5
+        assert decoder.embedding_scale == 8.0
+        assert decoder.norm_offset == 1.0
+    assert read("gemma2", attn_logit_softcapping=None).attention_softcap is None
+    everywhere, local = read("gemma3_text").layers[5], read("gemma3_text").layers[0]
+    assert (everywhere.rope.theta, local.rope.theta) == (1_000_000.0, 10_000.0)
+
+
+def test_granite_defaults_multiply_by_one_and_scores_too():
+    decoder = read("granite")
+    assert (decoder.embedding_scale, decoder.branch_scale, decoder.logit_scale, decoder.attention_scale) == (1,) * 4
+    assert read("granite", logits_scaling=8).logit_scale == 0.125
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_qwen_slides_only_when_told_and_from_a_layer_on(family):
+    assert windows(read(family, sliding_window=5, max_window_layers=0)) == EVERYTHING
+    slides = {"use_sliding_window": True, "sliding_window": 5}
+    assert windows(read(family, **slides)) == EVERYTHING  # from the 28th on
+    assert windows(read(family, **slides, max_window_layers=6)) == [None] * 6 + [5, 5]
+    assert windows(read(family, **{**slides, "sliding_window": None}, max_window_layers=6)) == EVERYTHING
+    kinds = ["sliding_attention"] + ["full_attention"] * 7
+    assert windows(read(family, **slides, layer_types=kinds)) == [5] + [None] * 7
+
+
+# --- the two spellings ---
+
+
+@pytest.mark.parametrize(("family", "kind"), SCALED, ids=lambda value: value)
+def test_rope_parameters_say_what_rope_scaling_said(family, kind):
+    options = {"rope_type": kind, **ROPE_SCALINGS[kind]}
+    top = {"head_dim": 16, "original_max_position_embeddings": 128}
+    old = read(family, rope_theta=5e5, rope_scaling=options, **top)
+    new = {"rope_theta": 5e5, **options}
+    if family == "gemma3_text":
+        new = {"full_attention": new, "sliding_attention": {"rope_theta": 10_000.0, "rope_type": "default"}}
+    assert read(family, rope_parameters=new, **top) == old
+    assert read(family, rope_theta=5e5, rope_scaling={"type": kind, **ROPE_SCALINGS[kind]}, **top) == old
+    assert kind in {rope.kind for rope in old.ropes}
+    assert 5e5 in {rope.theta for rope in old.ropes}
+
+
+def test_gemma3_local_layers_have_options_of_their_own():
+    new = {
+        "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0},
+    }
+    decoder = read("gemma3_text", rope_parameters=new)
+    local, everywhere = decoder.layers[0].rope, decoder.layers[5].rope
+    assert (everywhere.theta, everywhere.factor, local.theta, local.factor) == (1e6, 8.0, 1e4, 2.0)
+
+
+def test_partial_rotation_is_read_in_either_place():
+    assert read("phi3", partial_rotary_factor=0.5).rotary_size == 8
+    assert read("phi3", rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}).rotary_size == 8
+    assert read("phi3").rotary_size == 16
+
+
+@pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
+def test_phi3_old_names_of_longrope(name):
+    options = {name: value for name, value in ROPE_SCALINGS["longrope"].items() if name.endswith("factor")}
+    decoder = read("phi3", original_max_position_embeddings=128, rope_scaling={"type": name, **options})
+    rope = decoder.layers[0].rope
+    assert (rope.kind, rope.original_context, rope.factor) == ("longrope", 128, 4.0)
+    assert rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(128)))
+    assert (decoder.long_from(512), decoder.long_from(128)) == (128, None)
+
+
+# --- refusals: the option is named ---
+
+YARN, LINEAR = {"rope_type": "yarn", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}
+REFUSED = [
+    *[(family, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config") for family in ALL],
+    *[(family, {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "'spiral'") for family in ALL],
+    *[(family, {"rope_scaling": {**LINEAR, "alpha": 8.0}}, "alpha") for family in ALL],
+    *[(family, {"rope_scaling": [LINEAR]}, "rope_scaling must be an object") for family in ALL],
+    *[(family, {"rope_theta": -1.0}, "rope_theta") for family in ALL],
+    *[(family, {"rms_norm_eps": "1e-6"}, "rms_norm_eps") for family in ALL],
+    *[(family, {"num_key_value_heads": 3}, "num_key_value_heads 3") for family in ALL],
+    *[(family, {"head_dim": 5}, "head_dim must be even") for family in ALL],
+    *[(family, {"head_dim": 2.0}, "head_dim") for family in ALL],
+    *[(family, {"tie_word_embeddings": "yes"}, "tie_word_embeddings") for family in ALL],
+    *[(family, {"max_position_embeddings": 0}, "max_position_embeddings") for family in ALL],
+    *[(family, {"num_hidden_layers": True}, "num_hidden_layers") for family in ALL],
+    *[(family, {"hidden_act": "swiglu7"}, "hidden_act = 'swiglu7'") for family in ALL if "gemma" not in family],
+    ("gemma2", {"hidden_activation": "swiglu7"}, "hidden_activation = 'swiglu7'"),
+    ("llama", {"sliding_window": 20}, "sliding_window"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor"),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor"),
+    ("llama", {"rope_scaling": {**YARN, "attention_factor": "big"}}, "attention_factor"),
+    ("llama", {"rope_scaling": {**YARN, "truncate": 1}}, "truncate"),
+    ("llama", {"rope_scaling": {**YARN, "original_max_position_embeddings": 0}}, "original_max_position_embeddings"),
+    (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}},
+        "high_freq_factor must exceed",
+    ),
+    ("mistral", {"layer_types": ["sliding_attention"] * 8}, "layer_types"),
+    ("mistral", {"sliding_window": 0}, "sliding_window"),
+    ("qwen2", {"max_window_layers": -1}, "max_window_layers"),
+    ("qwen3", {"layer_types": ["sliding_attention"] * 8}, "use_sliding_window is off"),
+    *[
+        (family, {"layer_types": ["full_attention"] * 7 + ["chunked_attention"]}, "layer_types must have 8 entries")
+        for family in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")
+    ],
+    ("qwen2", {"layer_types": ["full_attention"] * 7}, "layer_types must have 8 entries"),
+    ("qwen2", {"layer_types": "full_attention"}, "layer_types must have 8 entries"),
+    ("smollm3", {"no_rope_layers": [1, 2] * 4}, "no_rope_layers must have 8 entries"),
+    ("smollm3", {"no_rope_layers": [1] * 7}, "no_rope_layers must have 8 entries"),
+    ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+    ("gemma2", {"sliding_window": None}, "sliding_window is not set"),
+    ("gemma2", {"attn_logit_softcapping": -50.0}, "attn_logit_softcapping"),
+    ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma3_text", {"rope_parameters": {"full_attention": {}, "chunked_attention": {}}}, "'chunked_attention'"),
+    ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+    ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor"),
+    ("phi3", {"head_dim": 8, "partial_rotary_factor": 0.4}, "3 that rotate"),
+    ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0] * 8}}, "long_factor must have 8 numbers"),
+    (
+        "phi3",
+        {"rope_scaling": {"type": "su", "short_factor": [1.0] * 7, "long_factor": [1.0] * 8}},
+        "short_factor must have 8 numbers",
+    ),
+    (
+        "phi3",
+        {"rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [-1.0] * 8}},
+        "long_factor must be a positive number",
+    ),
+    ("granite", {"residual_multiplier": 0}, "residual_multiplier"),
+    ("granite", {"logits_scaling": [8.0]}, "logits_scaling"),
+]
+
+
+@pytest.mark.parametrize(("family", "options", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_is_not_built_is_named(family, options, message):
+    read(family)  # it is the option that is refused
+    with pytest.raises(CheckpointError) as raised:
+        read(family, **options)
+    assert str(raised.value).startswith("config.json: ")
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "", None, 5, ["llama"], {"llama": 1}])
+def test_an_unknown_architecture_is_named_beside_the_known(model_type):
+    with pytest.raises(CheckpointError, match=r"has no builder here; supported: gemma2, .*--via optimum") as raised:
+        find_family({"model_type": model_type})
+    assert repr(model_type) in str(raised.value)
+    assert all(family in str(raised.value) for family in ALL)
+
+
+def test_a_width_that_does_not_part_into_heads_is_refused():
+    with pytest.raises(CheckpointError, match="hidden_size 66 is no multiple of num_attention_heads 4"):
+        read("llama", hidden_size=66)
+    assert read("llama", hidden_size=66, head_dim=16).head_size == 16
