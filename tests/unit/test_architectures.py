@@ -241,6 +241,7 @@ REFUSED = [
         {"rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [-1.0] * 8}},
         "long_factor must be a positive number",
     ),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ("granite", {"residual_multiplier": 0}, "residual_multiplier"),
     ("granite", {"logits_scaling": [8.0]}, "logits_scaling"),
 ]
