@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from ..decoder import Decoder, Layer, Names
 from .common import Family, Shape, read_decoder, read_shape, rope_of, sliding_layers, windows
-from .fields import activation, flag, optional_number, positive_number
+from .fields import activation, flag, optional_number, positive_number, refuse_unless
 
 NAMES: Final = Names(
     attention_post_norm="model.layers.{i}.post_attention_layernorm.weight",
@@ -35,6 +35,7 @@ def gemma(
     **options: Any,
 ) -> Decoder:
     """Read what Gemma 2 and 3 share; the soft caps are defaults, null in config.json means none."""
+    refuse_unless(config, {"use_bidirectional_attention": (None, False)})
     caps = {"attn_logit_softcapping": attention_softcap, "final_logit_softcapping": logit_softcap, **config}
     bias = flag(config, "attention_bias")
     return read_decoder(

@@ -21,7 +21,7 @@ LOCAL_THETA: Final = 10_000.0
 def decoder(config: Mapping[str, Any]) -> Decoder:
     """Read a Gemma 3 text config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     # transformers reads a soft cap of the scores here but never applies it: what was trained is anyone's guess
-    refuse_unless(config, {"use_bidirectional_attention": (None, False), "attn_logit_softcapping": (None,)})
+    refuse_unless(config, {"attn_logit_softcapping": (None,)})
     shape = read_shape(config, kv_heads=4, head_size=256)
     pattern = positive_int(config, "sliding_window_pattern", 6)
     sliding = sliding_layers(config, shape.layers, [(i + 1) % pattern != 0 for i in range(shape.layers)])

@@ -242,6 +242,7 @@ REFUSED = [
         "long_factor must be a positive number",
     ),
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("granite", {"residual_multiplier": 0}, "residual_multiplier"),
     ("granite", {"logits_scaling": [8.0]}, "logits_scaling"),
 ]
