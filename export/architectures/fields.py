@@ -62,7 +62,7 @@ def activation(config: Mapping[str, Any], *names: str) -> Activation:
     if name is None:
         return "silu"
     value = config[name]
-    if value not in ACTIVATIONS:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         raise CheckpointError(f"config.json: {name} = {value!r} is not supported (expected {_either(ACTIVATIONS)})")
     return ACTIVATIONS[value]
 

@@ -73,7 +73,7 @@ def read_rope(
     given = rope_options(config) if options is None else dict(options)
     base = positive_number({**config, **given}, "rope_theta", theta)
     kind = given.get("rope_type") or given.get("type") or "default"
-    kind = (aliases or {}).get(kind, kind)
+    kind = (aliases or {}).get(kind, kind) if isinstance(kind, str) else kind
     if kind not in KINDS:
         raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(KINDS)}")
     unknown = sorted(set(given) - KNOWN[kind] - COMMON)

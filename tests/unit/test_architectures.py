@@ -243,6 +243,9 @@ REFUSED = [
     ),
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    *[(family, {"rope_scaling": {"rope_type": ["linear"]}}, "rope_type ['linear']") for family in ALL],
+    ("llama", {"hidden_act": ["silu"]}, "hidden_act = ['silu']"),
+    ("llama", {"hidden_act": {"name": "silu"}}, "hidden_act"),
     ("granite", {"residual_multiplier": 0}, "residual_multiplier"),
     ("granite", {"logits_scaling": [8.0]}, "logits_scaling"),
 ]
