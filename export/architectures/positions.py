@@ -79,7 +79,7 @@ def read_rope(
     unknown = sorted(set(given) - KNOWN[kind] - COMMON)
     if unknown and kind != "default":
         raise CheckpointError(f"config.json: {unknown[0]} of rope_type {kind!r} is not supported")
-    if kind in ("linear", "dynamic", "llama3", "yarn") and "factor" not in given:
+    if kind in ("linear", "dynamic", "llama3", "yarn") and given.get("factor") is None:
         raise CheckpointError("config.json: rope_scaling has no factor")
     factor = positive_number(given, "factor", 1.0)
     original = positive_int(given, "original_max_position_embeddings", context)
@@ -121,6 +121,8 @@ def _longrope(config: Mapping[str, Any], given: Mapping[str, Any], base: float, 
         values = given.get(name)
         if not isinstance(values, list) or len(values) != size // 2:
             raise CheckpointError(f"config.json: {name} must have {size // 2} numbers, one for each rotating pair")
+        if None in values:
+            raise CheckpointError(f"config.json: {name} must have numbers only, got null")
         factors[name] = tuple(positive_number({name: value}, name, 1.0) for value in values)
     return Rope(
         base,

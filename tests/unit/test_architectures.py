@@ -246,6 +246,12 @@ REFUSED = [
     *[(family, {"rope_scaling": {"rope_type": ["linear"]}}, "rope_type ['linear']") for family in ALL],
     ("llama", {"hidden_act": ["silu"]}, "hidden_act = ['silu']"),
     ("llama", {"hidden_act": {"name": "silu"}}, "hidden_act"),
+    *[("llama", {"rope_scaling": {"rope_type": kind, "factor": None}}, "no factor") for kind in ("linear", "yarn")],
+    (
+        "phi3",
+        {"rope_scaling": {"type": "su", "short_factor": [None] * 8, "long_factor": [1.0] * 8}},
+        "short_factor must have numbers",
+    ),
     ("granite", {"residual_multiplier": 0}, "residual_multiplier"),
     ("granite", {"logits_scaling": [8.0]}, "logits_scaling"),
 ]
