@@ -77,7 +77,9 @@ def read_rope(
     if kind not in KINDS:
         raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(KINDS)}")
     unknown = sorted(set(given) - KNOWN[kind] - COMMON)
-    if unknown and kind != "default":
+    if kind == "default" and ("rope_type" in given or "type" in given):
+        unknown = sorted(set(unknown).difference(*KNOWN.values()))  # what other kinds read is idle beside this one
+    if unknown:
         raise CheckpointError(f"config.json: {unknown[0]} of rope_type {kind!r} is not supported")
     if kind in ("linear", "dynamic", "llama3", "yarn") and given.get("factor") is None:
         raise CheckpointError("config.json: rope_scaling has no factor")
@@ -107,7 +109,7 @@ def read_rope(
         )
     if kind == "longrope":
         return _longrope(config, given, base, context, size)
-    return Rope(base, kind, factor)
+    return Rope(base) if kind == "default" else Rope(base, kind, factor)
 
 
 def _longrope(config: Mapping[str, Any], given: Mapping[str, Any], base: float, context: int, size: int) -> Rope:

@@ -252,6 +252,9 @@ REFUSED = [
         {"rope_scaling": {"type": "su", "short_factor": [None] * 8, "long_factor": [1.0] * 8}},
         "short_factor must have numbers",
     ),
+    *[(family, {"rope_scaling": {"rop_type": "linear", "factor": 2.0}}, "factor of rope_type") for family in ALL],
+    *[(family, {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 2]}}, "mrope_section") for family in ALL],
+    ("qwen3", {"rope_parameters": {"full_attention": YARN}}, "full_attention of rope_type"),
     ("granite", {"residual_multiplier": 0}, "residual_multiplier"),
     ("granite", {"logits_scaling": [8.0]}, "logits_scaling"),
 ]
@@ -264,6 +267,11 @@ def test_what_is_not_built_is_named(family, options, message):
         read(family, **options)
     assert str(raised.value).startswith("config.json: ")
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_options_of_other_kinds_are_idle_beside_the_default_kind(family):
+    assert read(family, rope_scaling={"rope_type": "default", "factor": 8.0}) == read(family)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "", None, 5, ["llama"], {"llama": 1}])
