@@ -32,20 +32,21 @@ def decoder(config: Mapping[str, Any]) -> Decoder:
 
 def _ropes(config: Mapping[str, Any], shape: Shape) -> tuple[Rope, Rope]:
     """Return the ropes of global and local layers; transformers 5 has one object of options for each."""
-    parameters = config.get("rope_parameters")
+    parameters, local_options = config.get("rope_parameters"), {}
     if isinstance(parameters, dict) and (FULL in parameters or SLIDING in parameters):
         unknown = sorted(set(parameters) - {FULL, SLIDING})
         if unknown:
             raise CheckpointError(f"config.json: rope_parameters has the unknown key {unknown[0]!r}")
-        local_options = rope_options({"rope_parameters": parameters}, SLIDING) if SLIDING in parameters else {}
-        everywhere_options = rope_options(config, FULL)
-    else:
-        local_theta = positive_number(config, "rope_local_base_freq", LOCAL_THETA)
-        local_options = {"rope_theta": local_theta}
-        everywhere_options = rope_options(config)
-    everywhere = read_rope(config, shape.context, shape.rotary_size, theta=GLOBAL_THETA, options=everywhere_options)
-    bare = {name: value for name, value in config.items() if name != "rope_theta"}
-    return everywhere, read_rope(bare, shape.context, shape.rotary_size, theta=LOCAL_THETA, options=local_options)
+        local_options = rope_options({"rope_parameters": parameters.get(SLIDING)})
+        config = {**config, "rope_parameters": parameters.get(FULL)}
+    options = rope_options(config)
+    for each in (options, local_options):
+        refuse_unless(each, {"partial_rotary_factor": (None, 1)})
+    local = {"rope_theta": positive_number(config, "rope_local_base_freq", LOCAL_THETA)}
+    return (
+        read_rope(config, shape.context, shape.rotary_size, theta=GLOBAL_THETA, options=options),
+        read_rope(local, shape.context, shape.rotary_size, options=local_options),
+    )
 
 
 FAMILY: Final = Family("gemma3_text", decoder, NAMES)

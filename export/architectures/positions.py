@@ -36,15 +36,13 @@ KNOWN: Final[dict[str, frozenset[str]]] = {
 COMMON: Final = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
 
-def rope_options(config: Mapping[str, Any], kind_of_layer: str | None = None) -> dict[str, Any]:
-    """Return the options of rope_scaling and rope_parameters as one; those of a kind of layer where they differ."""
+def rope_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of rope_scaling and rope_parameters as one."""
     merged: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         options = config.get(name)
         if options is not None and not isinstance(options, dict):
             raise CheckpointError(f"config.json: {name} must be an object or null, got {options!r}")
-        if options and kind_of_layer is not None and isinstance(options.get(kind_of_layer), dict):
-            options = options[kind_of_layer]
         merged.update(options or {})
     return merged
 

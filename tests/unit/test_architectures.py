@@ -163,6 +163,19 @@ def test_gemma3_local_layers_have_options_of_their_own():
     assert (everywhere.theta, everywhere.factor, local.theta, local.factor) == (1e6, 8.0, 1e4, 2.0)
 
 
+@pytest.mark.parametrize("name", ["full_attention", "sliding_attention"])
+@pytest.mark.parametrize("missing", [{}, {"rope_type": "default"}, None, ...])
+def test_gemma3_options_of_a_kind_of_layer_may_be_missing(name, missing):
+    """They are then as transformers 4 says: one base for all that see everything, one for the others."""
+    other = {"full_attention": "sliding_attention", "sliding_attention": "full_attention"}[name]
+    parameters = {other: {"rope_type": "linear", "factor": 3.0, "rope_theta": 7.0}, name: missing}
+    given = {key: value for key, value in parameters.items() if value is not ...}
+    decoder = read("gemma3_text", rope_parameters=given, rope_theta=5e5, rope_local_base_freq=500.0)
+    ropes = {"sliding_attention": decoder.layers[0].rope, "full_attention": decoder.layers[5].rope}
+    assert (ropes[other].kind, ropes[other].theta) == ("linear", 7.0)
+    assert (ropes[name].kind, ropes[name].theta) == ("default", {"full_attention": 5e5}.get(name, 500.0))
+
+
 def test_partial_rotation_is_read_in_either_place():
     assert read("phi3", partial_rotary_factor=0.5).rotary_size == 8
     assert read("phi3", rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}).rotary_size == 8
@@ -255,6 +268,9 @@ REFUSED = [
     *[(family, {"rope_scaling": {"rop_type": "linear", "factor": 2.0}}, "factor of rope_type") for family in ALL],
     *[(family, {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 2]}}, "mrope_section") for family in ALL],
     ("qwen3", {"rope_parameters": {"full_attention": YARN}}, "full_attention of rope_type"),
+    ("gemma3_text", {"rope_parameters": {"full_attention": [1]}}, "must be an object"),
+    ("gemma3_text", {"rope_parameters": {"sliding_attention": 5}}, "must be an object"),
+    ("gemma3_text", {"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}}, "partial_rotary_factor"),
     ("granite", {"residual_multiplier": 0}, "residual_multiplier"),
     ("granite", {"logits_scaling": [8.0]}, "logits_scaling"),
 ]
