@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from edgelm.errors import CheckpointError
+
 from ..decoder import Decoder, Layer, Names
 from .common import Family, read_decoder, read_shape, rope_of, sliding_layers, windows
 from .fields import flag, layer_list, positive_int
@@ -21,7 +23,9 @@ def decoder(config: Mapping[str, Any]) -> Decoder:
         interval = positive_int(config, "no_rope_layer_interval", 4)
         rotates = [int((i + 1) % interval != 0) for i in range(shape.layers)]
     slides = flag(config, "use_sliding_window") and config.get("sliding_window") is not None
-    sliding = [slides and wanted for wanted in sliding_layers(config, shape.layers, [not each for each in rotates])]
+    sliding = sliding_layers(config, shape.layers, [slides and not each for each in rotates])
+    if any(sliding) and not slides:
+        raise CheckpointError("config.json: layer_types has sliding_attention, but use_sliding_window is off")
     layers = [
         Layer(rope if each else None, window) for each, window in zip(rotates, windows(config, sliding), strict=True)
     ]

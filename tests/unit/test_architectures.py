@@ -271,6 +271,7 @@ REFUSED = [
     ("gemma3_text", {"rope_parameters": {"full_attention": [1]}}, "must be an object"),
     ("gemma3_text", {"rope_parameters": {"sliding_attention": 5}}, "must be an object"),
     ("gemma3_text", {"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}}, "partial_rotary_factor"),
+    ("smollm3", {"layer_types": ["sliding_attention"] * 8, "sliding_window": 5}, "use_sliding_window is off"),
     ("granite", {"residual_multiplier": 0}, "residual_multiplier"),
     ("granite", {"logits_scaling": [8.0]}, "logits_scaling"),
 ]
