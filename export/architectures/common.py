@@ -33,8 +33,13 @@ class Shape(NamedTuple):
     context: int
 
 
-def read_shape(config: Mapping[str, Any], *, kv_heads: int | None = None, head_size: int | None = None) -> Shape:
-    """Read the sizes; `kv_heads` and `head_size` are the family's defaults. Raises `CheckpointError`."""
+def read_shape(
+    config: Mapping[str, Any], *, kv_heads: int | None = None, head_size: int | None = None, partial: bool = False
+) -> Shape:
+    """Read the sizes; `kv_heads` and `head_size` are the family's defaults, `partial` means heads may rotate in part.
+
+    Raises `CheckpointError`.
+    """
     hidden = positive_int(config, "hidden_size")
     heads = positive_int(config, "num_attention_heads")
     if "num_key_value_heads" in config:
@@ -49,7 +54,7 @@ def read_shape(config: Mapping[str, Any], *, kv_heads: int | None = None, head_s
             f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
         )
     size = positive_int(config, "head_dim", hidden // heads if head_size is None else head_size)
-    rotary = int(size * partial_rotary_factor(config))
+    rotary = int(size * partial_rotary_factor(config, built=partial))
     if rotary % 2 or not rotary:
         raise CheckpointError(f"config.json: head_dim must be even for rotary embedding, got {rotary} that rotate")
     context = positive_int(config, "max_position_embeddings", 2048)

@@ -12,7 +12,7 @@ from ..rope import Rope
 from .common import Family, Shape, read_shape, sliding_layers, windows
 from .fields import FULL, SLIDING, positive_int, positive_number, refuse_unless
 from .gemma2 import NAMES, gemma
-from .positions import read_rope, rope_options
+from .positions import partial_rotary_factor, read_rope, rope_options
 
 GLOBAL_THETA: Final = 1_000_000.0
 LOCAL_THETA: Final = 10_000.0
@@ -41,7 +41,7 @@ def _ropes(config: Mapping[str, Any], shape: Shape) -> tuple[Rope, Rope]:
         config = {**config, "rope_parameters": parameters.get(FULL)}
     options = rope_options(config)
     for each in (options, local_options):
-        refuse_unless(each, {"partial_rotary_factor": (None, 1)})
+        partial_rotary_factor(each, built=False)
     local = {"rope_theta": positive_number(config, "rope_local_base_freq", LOCAL_THETA)}
     return (
         read_rope(config, shape.context, shape.rotary_size, theta=GLOBAL_THETA, options=options),

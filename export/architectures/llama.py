@@ -12,7 +12,7 @@ from .fields import flag, refuse_unless
 
 def decoder(config: Mapping[str, Any]) -> Decoder:
     """Read a Llama config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
-    refuse_unless(config, {"sliding_window": (None,), "partial_rotary_factor": (None, 1, 1.0)})
+    refuse_unless(config, {"sliding_window": (None,)})
     bias = flag(config, "attention_bias")
     return read_decoder(config, qkv_bias=bias, output_bias=bias, mlp_bias=flag(config, "mlp_bias"))
 

@@ -47,11 +47,12 @@ def rope_options(config: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def partial_rotary_factor(config: Mapping[str, Any]) -> float:
-    """Return the share of each head that rotates, in (0, 1]."""
+def partial_rotary_factor(config: Mapping[str, Any], *, built: bool) -> float:
+    """Return the share of each head that rotates, in (0, 1]; 1 where a family has no other `built`."""
     share = positive_number({**config, **rope_options(config)}, "partial_rotary_factor", 1.0)
-    if share > 1:
-        raise CheckpointError(f"config.json: partial_rotary_factor must be at most 1, got {share}")
+    if share > 1 or (share < 1 and not built):
+        limit = "at most 1" if built else "1 in this family"
+        raise CheckpointError(f"config.json: partial_rotary_factor must be {limit}, got {share}")
     return share
 
 

@@ -211,7 +211,12 @@ REFUSED = [
     *[(family, {"hidden_act": "swiglu7"}, "hidden_act = 'swiglu7'") for family in ALL if "gemma" not in family],
     ("gemma2", {"hidden_activation": "swiglu7"}, "hidden_activation = 'swiglu7'"),
     ("llama", {"sliding_window": 20}, "sliding_window"),
-    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    *[(family, {"partial_rotary_factor": 0.5}, "partial_rotary_factor") for family in ALL if family != "phi3"],
+    *[
+        (family, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor")
+        for family in ALL
+        if family != "phi3"
+    ],
     ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor"),
     ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor"),
     ("llama", {"rope_scaling": {**YARN, "attention_factor": "big"}}, "attention_factor"),
