@@ -34,9 +34,14 @@ class Shape(NamedTuple):
 
 
 def read_shape(
-    config: Mapping[str, Any], *, kv_heads: int | None = None, head_size: int | None = None, partial: bool = False
+    config: Mapping[str, Any],
+    *,
+    kv_heads: int | None = None,
+    head_size: int | None = None,
+    context: int = 2048,
+    partial: bool = False,
 ) -> Shape:
-    """Read the sizes; `kv_heads` and `head_size` are the family's defaults, `partial` means heads may rotate in part.
+    """Read the sizes; numbers are the family's defaults, `partial` means heads may rotate in part.
 
     Raises `CheckpointError`.
     """
@@ -57,8 +62,8 @@ def read_shape(
     rotary = int(size * partial_rotary_factor(config, built=partial))
     if rotary % 2 or not rotary:
         raise CheckpointError(f"config.json: head_dim must be even for rotary embedding, got {rotary} that rotate")
-    context = positive_int(config, "max_position_embeddings", 2048)
-    return Shape(hidden, positive_int(config, "num_hidden_layers"), heads, groups, size, rotary, context)
+    length = positive_int(config, "max_position_embeddings", context)
+    return Shape(hidden, positive_int(config, "num_hidden_layers"), heads, groups, size, rotary, length)
 
 
 def read_decoder(

@@ -18,7 +18,7 @@ NAMES: Final = Names(
 
 def decoder(config: Mapping[str, Any]) -> Decoder:
     """Read a Gemma 2 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
-    shape = read_shape(config, kv_heads=4, head_size=256)
+    shape = read_shape(config, kv_heads=4, head_size=256, context=8192)
     rope = rope_of(config, shape)
     sliding = sliding_layers(config, shape.layers, [i % 2 == 0 for i in range(shape.layers)])
     layers = [Layer(rope, window) for window in windows(config, sliding, 4096)]

@@ -22,7 +22,7 @@ def decoder(config: Mapping[str, Any]) -> Decoder:
     """Read a Gemma 3 text config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     # transformers reads a soft cap of the scores here but never applies it: what was trained is anyone's guess
     refuse_unless(config, {"attn_logit_softcapping": (None,)})
-    shape = read_shape(config, kv_heads=4, head_size=256)
+    shape = read_shape(config, kv_heads=4, head_size=256, context=131_072)
     pattern = positive_int(config, "sliding_window_pattern", 6)
     sliding = sliding_layers(config, shape.layers, [(i + 1) % pattern != 0 for i in range(shape.layers)])
     everywhere, local = _ropes(config, shape)

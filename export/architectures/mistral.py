@@ -16,7 +16,7 @@ WINDOW: Final = 4096
 def decoder(config: Mapping[str, Any]) -> Decoder:
     """Read a Mistral config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     refuse_unless(config, {"layer_types": (None,)})
-    shape = read_shape(config, kv_heads=8)
+    shape = read_shape(config, kv_heads=8, context=131_072)
     rope = rope_of(config, shape)
     slides = config.get("sliding_window", WINDOW) is not None
     layers = [Layer(rope, window) for window in windows(config, [slides] * shape.layers, WINDOW)]

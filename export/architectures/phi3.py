@@ -20,7 +20,7 @@ NAMES: Final = Names(
 
 def decoder(config: Mapping[str, Any]) -> Decoder:
     """Read a Phi 3 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
-    shape = read_shape(config, partial=True)
+    shape = read_shape(config, context=4096, partial=True)
     original = {"original_max_position_embeddings": positive_int(config, "original_max_position_embeddings", 4096)}
     rope = read_rope(
         {**config, **original}, shape.context, shape.rotary_size, options=rope_options(config), aliases=OLD_NAMES

@@ -11,7 +11,7 @@ from .common import Family, optional_windows, read_decoder, read_shape, rope_of
 
 def decoder(config: Mapping[str, Any]) -> Decoder:
     """Read a Qwen2 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
-    shape = read_shape(config, kv_heads=32)
+    shape = read_shape(config, kv_heads=32, context=32_768)
     rope = rope_of(config, shape)
     layers = [Layer(rope, window) for window in optional_windows(config, shape, 28)]
     return read_decoder(config, shape=shape, layers=layers, qkv_bias=True)

@@ -12,7 +12,7 @@ from .fields import flag
 
 def decoder(config: Mapping[str, Any]) -> Decoder:
     """Read a Qwen3 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
-    shape = read_shape(config, kv_heads=32, head_size=128)
+    shape = read_shape(config, kv_heads=32, head_size=128, context=32_768)
     rope = rope_of(config, shape)
     layers = [Layer(rope, window) for window in optional_windows(config, shape, 28)]
     bias = flag(config, "attention_bias")

@@ -16,7 +16,7 @@ THETA: Final = 2_000_000.0
 
 def decoder(config: Mapping[str, Any]) -> Decoder:
     """Read a SmolLM3 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
-    shape = read_shape(config, kv_heads=4)
+    shape = read_shape(config, kv_heads=4, context=32_768)
     rope = rope_of(config, shape, THETA)
     rotates = layer_list(config, "no_rope_layers", shape.layers, (0, 1))  # 1 means that it does rotate
     if rotates is None:

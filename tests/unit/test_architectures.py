@@ -94,6 +94,13 @@ def test_no_number_of_key_heads_means_one_for_each_head(family):
     assert read(family, num_key_value_heads=None).kv_heads == 4
 
 
+def test_a_missing_context_is_the_family_default():
+    contexts = dict.fromkeys(ALL, 2048)
+    contexts |= {"mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "smollm3": 32_768}
+    contexts |= {"gemma2": 8192, "gemma3_text": 131_072, "phi3": 4096}
+    assert {family: read(family, max_position_embeddings=...).context for family in ALL} == contexts
+
+
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])
 def test_sizes_have_no_default(family, name):
