@@ -114,8 +114,7 @@ def read_rope(
 def _longrope(config: Mapping[str, Any], given: Mapping[str, Any], base: float, context: int, size: int) -> Rope:
     merged = {**given, **{k: v for k, v in config.items() if k == "original_max_position_embeddings" and v is not None}}
     original = positive_int(merged, "original_max_position_embeddings", context)
-    stretched = "original_max_position_embeddings" in merged
-    factor = context / original if stretched else positive_number(given, "factor", 1.0)
+    factor = positive_number(given, "factor", context / original)
     scale = optional_number(given, "attention_factor")
     factors = {}
     for name in ("short_factor", "long_factor"):

@@ -189,6 +189,15 @@ def test_partial_rotation_is_read_in_either_place():
     assert read("phi3").rotary_size == 16
 
 
+def test_a_given_factor_of_longrope_is_not_derived():
+    options = {"rope_type": "longrope", **ROPE_SCALINGS["longrope"]}
+    for factor, expected in ((8.0, 8.0), (None, 4.0), (..., 4.0)):
+        given = {name: value for name, value in {**options, "factor": factor}.items() if value is not ...}
+        rope = read("llama", rope_scaling=given).layers[0].rope
+        assert (rope.factor, rope.original_context) == (expected, 128)
+        assert rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(expected) / math.log(128)))
+
+
 @pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
 def test_phi3_old_names_of_longrope(name):
     options = {name: value for name, value in ROPE_SCALINGS["longrope"].items() if name.endswith("factor")}
