@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -43,26 +44,13 @@ class Initializers:
         offset = -(-self._stream.tell() // ALIGNMENT) * ALIGNMENT
         self._stream.seek(offset)
         np.ascontiguousarray(array).tofile(self._stream)
-        self.tensors[name] = self._external(name, array.dtype, array.shape, offset, array.nbytes)
+        self.tensors[name] = external_tensor(name, array.dtype, array.shape, self._path.name, offset, array.nbytes)
         return name
 
     def alias(self, name: str, of: str, shape: tuple[int, ...]) -> str:
         """Name the bytes of another tensor under another shape: stored once, mapped once."""
-        tensor = TensorProto()
-        tensor.CopyFrom(self.tensors[of])
-        tensor.name = name
-        tensor.dims[:] = shape
-        self.tensors[name] = tensor
+        self.tensors[name] = renamed(self.tensors[of], name, shape)
         return name
-
-    def _external(
-        self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int, length: int
-    ) -> TensorProto:
-        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(dtype), dims=shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self._path.name), ("offset", str(offset)), ("length", str(length))):
-            tensor.external_data.append(StringStringEntryProto(key=key, value=value))
-        return tensor
 
 
 class InlineConstants:
@@ -82,20 +70,52 @@ class InlineConstants:
 
 
 class SizedConstants:
-    """Constants that are only counted: `bytes` is what they would take in a bundle."""
+    """Constants that are only counted: `bytes` is what they take beside the graph that names them."""
 
-    def __init__(self) -> None:
+    def __init__(self, location: str) -> None:
+        self._location = location
         self.tensors: dict[str, TensorProto] = {}
         self.bytes = 0
+        self._end = 0
 
     def add(self, name: str, array: NDArray[Any]) -> str:
         """Count an array under a new name and return the name."""
-        self.bytes += array.nbytes if array.nbytes <= INLINE_BYTES else array.nbytes + ALIGNMENT
-        self.tensors[name] = TensorProto(name=name)
+        return self.add_shape(name, array.dtype, array.shape)
+
+    def add_shape(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
+        """Count an array of a shape under a new name and return the name."""
+        length = dtype.itemsize * math.prod(shape)
+        if length <= INLINE_BYTES:
+            self.bytes += length + 4  # its own length comes before it
+            self.tensors[name] = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(dtype), dims=shape)
+            return name
+        offset = -(-self._end // ALIGNMENT) * ALIGNMENT
+        self.bytes += offset + length - self._end
+        self._end = offset + length
+        self.tensors[name] = external_tensor(name, dtype, shape, self._location, offset, length)
         return name
 
     def alias(self, name: str, of: str, shape: tuple[int, ...]) -> str:
-        """Name another tensor's bytes under another shape, which costs nothing."""
-        del of, shape
-        self.tensors[name] = TensorProto(name=name)
+        """Name another tensor's bytes under another shape, which costs only the name."""
+        self.tensors[name] = renamed(self.tensors[of], name, shape)
         return name
+
+
+def external_tensor(
+    name: str, dtype: np.dtype[Any], shape: tuple[int, ...], location: str, offset: int, length: int
+) -> TensorProto:
+    """Return a tensor whose bytes lie in another file."""
+    tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(dtype), dims=shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.append(StringStringEntryProto(key=key, value=value))
+    return tensor
+
+
+def renamed(tensor: TensorProto, name: str, shape: tuple[int, ...]) -> TensorProto:
+    """Return the same bytes under another name and shape."""
+    other = TensorProto()
+    other.CopyFrom(tensor)
+    other.name = name
+    other.dims[:] = shape
+    return other

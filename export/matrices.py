@@ -6,7 +6,8 @@ loaded: half the bytes on disk for the same kernels.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterator
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,21 @@ def store_packed(initializers: Initializers, name: str, packed: Packed, spec: Sp
         spec.method,
         16 if narrow else 32,
     )
+
+
+def tensors_of(matrix: Matrix) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
+    """Yield name, type and shape of the tensors that a matrix is stored in, in the order they are written."""
+    rows, columns = matrix.rows, matrix.columns
+    if matrix.block_size is None:
+        yield _weight(matrix.name), np.dtype(np.float32), (columns, rows)
+        return
+    blocks = -(-columns // matrix.block_size)
+    narrow = matrix.scale_bits == 16
+    yield _codes(matrix.name), np.dtype(np.uint8), (rows, blocks, matrix.block_size * matrix.bits // 8)
+    name = _stored_scales(matrix.name) if narrow else _scales(matrix.name)
+    yield name, np.dtype(np.float16 if narrow else np.float32), (rows, blocks)
+    if not matrix.symmetric:
+        yield _zero_points(matrix.name), np.dtype(np.uint8), (rows, -(-blocks * matrix.bits // 8))
 
 
 def multiply(nodes: Nodes, matrix: Matrix, value: str, bias: str | None, output: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -12,8 +13,9 @@ from edgelm.errors import EdgelmError
 
 from .documents import Document
 from .graph import DecoderGraph
-from .initializers import ALIGNMENT, SizedConstants
+from .initializers import SizedConstants
 from .layers import Layers
+from .matrices import tensors_of
 from .nodes import Nodes
 from .opened import Opened
 from .options import Options
@@ -23,6 +25,9 @@ from .quantize.spec import Spec
 from .sensitivity import measure_sensitivity, relative_error
 from .storing import planned
 
+SLACK: Final = 512
+"""Bytes of a bundle that are known only when it is written."""
+
 SENSITIVITY_TOKENS: Final = 1024
 """Positions that sensitivity is measured on: every matrix has its own hidden states of all of them in memory."""
 
@@ -31,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What an export would write: `bytes` of all files, about; how each matrix is stored, in the graph's order.
+    """What an export would write: `bytes` of all files, within a few; how each matrix is stored, in the graph's order.
 
     `kl` is the divergence in nats that the matrices were measured to add up to, where a budget was given.
     """
@@ -63,9 +68,7 @@ def make_plan(
     if options.has_budget and documents is not None:
         plan, kl = _within_budget(model, options, context, documents, progress)
     matrices = _matrices(model, plan)
-    return plan, Outline(
-        tuple(matrices), sum(matrix.bytes() for matrix in matrices) + _overhead(model, plan, context), kl
-    )
+    return plan, Outline(tuple(matrices), _size(model, plan, context), kl)
 
 
 def _fitted(model: Opened, options: Options) -> Plan:
@@ -100,17 +103,25 @@ def _within_budget(
             kl = measured[name] * relative_error(rows, spec) / max(probed, 1e-30)
             choices[name].append(Option(spec, planned(name, *rows.shape, spec).bytes(), kl))
     limit = None
-    if options.max_bytes is not None:
-        limit = options.max_bytes - _overhead(model, base, context)
-        if limit < 1:
-            raise EdgelmError(
-                f"--max-bytes {options.max_bytes}: tokenizer, norms and tables take {options.max_bytes - limit} already"
-            )
-    elif options.max_kl is None:
+    if options.max_bytes is None and options.max_kl is None:
         limit = int(weights * MIXED_BITS / 8)
-    chosen = choose(choices, max_bytes=limit, max_kl=options.max_kl)
-    plan = Plan(base.default, {name: option.spec for name, option in chosen.items()})
-    return plan, sum(option.kl for option in chosen.values())
+    if options.max_bytes is not None:
+        limit = _room(model, base, options.max_bytes, context)
+    while True:
+        chosen = choose(choices, max_bytes=limit, max_kl=options.max_kl)
+        plan = Plan(base.default, {name: option.spec for name, option in chosen.items()})
+        excess = 0 if options.max_bytes is None else _size(model, plan, context) + SLACK - options.max_bytes
+        if excess <= 0 or limit is None:
+            return plan, sum(option.kl for option in chosen.values())
+        limit -= excess  # page boundaries fall otherwise
+
+
+def _room(model: Opened, plan: Plan, max_bytes: int, context: int) -> int:
+    """Return the bytes that are left for matrices. Raises `EdgelmError` where there are none."""
+    others = _size(model, plan, context) - sum(matrix.bytes() for matrix in _matrices(model, plan)) + SLACK
+    if others >= max_bytes:
+        raise EdgelmError(f"--max-bytes {max_bytes}: tokenizer, norms, tables and graph take {others} already")
+    return max_bytes - others
 
 
 def _candidates(base: Spec, options: Options) -> list[Spec]:
@@ -125,15 +136,16 @@ def _matrices(model: Opened, plan: Plan) -> list[Matrix]:
     return [planned(name, *shape, plan.spec(name)) for name, shape in model.weights.shapes()]
 
 
-def _overhead(model: Opened, plan: Plan, context: int) -> int:
-    """Return the bytes of everything but the matrices, at most a little too many: tables, norms, graph, tokenizer."""
-    constants = SizedConstants()
+def _size(model: Opened, plan: Plan, context: int) -> int:
+    """Return the bytes of the files that a plan comes to, but for a few that depend on the weights."""
+    constants = SizedConstants("model.onnx.data")
     matrices = {matrix.name: matrix for matrix in _matrices(model, plan)}
+    for matrix in matrices.values():
+        for name, dtype, shape in tensors_of(matrix):
+            constants.add_shape(name, dtype, shape)
     graph = DecoderGraph(model.weights, matrices, context, Nodes(constants)).build()
-    vocabulary = 8 * model.decoder.vocab_size if model.vocabulary is not None else 0
-    tokenizer = len(model.tokenizer_text.encode())
-    named = 512 * 3 * len(matrices)  # what model.onnx says of tensors in the data file
-    return constants.bytes + 3 * ALIGNMENT * len(matrices) + int(graph.ByteSize()) + named + tokenizer + vocabulary
+    vocabulary = 0 if model.vocabulary is None else len(json.dumps(model.vocabulary.kept.tolist()))
+    return constants.bytes + int(graph.ByteSize()) + len(model.tokenizer_text.encode()) + vocabulary
 
 
 def _first(documents: Sequence[Document], tokens: int) -> list[Document]:

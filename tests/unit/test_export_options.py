@@ -1,0 +1,83 @@
+"""What an export may be asked for: values out of range and options that contradict are refused before any work."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+from edgelm_export.options import Options
+from edgelm_export.quantize.spec import Spec
+
+from edgelm.errors import EdgelmError
+
+FILE = "text.txt"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quant": "int3"}, "quant must be one of fp32, int8, int4, mixed, got 'int3'"),
+        ({"method": "awq"}, "method must be one of auto, rtn, clip, hqq, gptq"),
+        ({"via": "torch"}, "via must be one of native, optimum"),
+        ({"block_size": 48}, "block size must be one of 16, 32, 64, 128, got 48"),
+        ({"max_kl": 0.0, "verify": FILE}, "max_kl must lie in"),
+        ({"max_kl": float("nan"), "verify": FILE}, "max_kl must lie in"),
+        ({"min_agreement": 1.5, "verify": FILE}, "min_agreement must lie in"),
+        ({"max_bytes": 0}, "max_bytes must be positive"),
+        ({"vocab": FILE}, "--vocab-size"),
+        ({"vocab_size": 100}, "--vocab FILE"),
+        ({"method": "gptq"}, "--method gptq needs --calibrate FILE"),
+        ({"max_kl": 0.1}, "need --verify FILE"),
+        ({"min_agreement": 0.9}, "need --verify FILE"),
+        ({"quant": "mixed"}, "needs text to measure with"),
+        ({"max_bytes": 10**6}, "needs text to measure with"),
+        ({"quant": "fp32", "max_bytes": 10**6, "verify": FILE}, "--max-bytes does not go with --quant fp32"),
+        ({"quant": "fp32", "calibrate": FILE}, "--calibrate has no use with --quant fp32"),
+        ({"quant": "int8", "calibrate": FILE}, "--calibrate has no use with --quant int8"),
+        ({"method": "clip", "calibrate": FILE}, "--calibrate has no use with --quant int4 and --method clip"),
+        ({"via": "optimum", "calibrate": FILE}, "--calibrate does not go with --via optimum"),
+        ({"via": "optimum", "adapter": "lora/"}, "--adapter does not go with --via optimum"),
+        ({"via": "optimum", "vocab": FILE, "vocab_size": 9}, "--vocab does not go with --via optimum"),
+        ({"via": "optimum", "report": True}, "--report does not go with --via optimum"),
+    ],
+    ids=str,
+)
+def test_nonsense_is_refused(options, message):
+    with pytest.raises(EdgelmError) as caught:
+        Options(**options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "spec"),
+    [
+        ({}, Spec(4, 32, True, "clip")),
+        ({"calibrate": FILE}, Spec(4, 32, True, "gptq")),
+        ({"method": "hqq", "symmetric": False, "block_size": 64}, Spec(4, 64, False, "hqq")),
+        ({"quant": "int8"}, Spec(8, 32, True, "rtn")),
+        ({"quant": "int8", "method": "gptq", "calibrate": FILE, "block_size": 128}, Spec(8, 128, True, "gptq")),
+        ({"quant": "mixed", "calibrate": FILE}, Spec(4, 32, True, "gptq")),
+        ({"quant": "mixed", "verify": FILE}, Spec(4, 32, True, "clip")),
+        ({"quant": "fp32"}, None),
+    ],
+    ids=str,
+)
+def test_the_plan_before_any_budget(options, spec):
+    assert Options(**options).plan.default == spec
+
+
+@pytest.mark.parametrize(
+    ("options", "budget"),
+    [
+        ({}, False),
+        ({"quant": "mixed", "calibrate": FILE}, True),
+        ({"max_bytes": 10**6, "calibrate": FILE}, True),
+        ({"max_kl": 0.1, "verify": FILE}, True),
+        ({"quant": "int8", "max_kl": 0.1, "verify": FILE}, False),  # there only a gate
+        ({"via": "optimum", "max_kl": 0.1, "verify": FILE}, False),
+    ],
+    ids=str,
+)
+def test_when_matrices_are_chosen_one_by_one(options, budget):
+    assert Options(**options).has_budget is budget
