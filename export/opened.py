@@ -31,6 +31,7 @@ class Opened:
     weights: Weights
     tokenizer_text: str
     vocabulary: PrunedVocabulary | None = None
+    adapter: str | None = None
 
     @property
     def decoder(self) -> Decoder:
@@ -74,7 +75,8 @@ def open_model(source: str | Path, adapter: str | Path | None = None) -> Opened:
         opened.check(checkpoint.files)
         tensors = Adapted(checkpoint, opened)
     weights = Weights(tensors, decoder, family.names)
-    return Opened(checkpoint, weights, checkpoint.tokenizer.read_text(encoding="utf-8"))
+    name = None if adapter is None else Path(adapter).name
+    return Opened(checkpoint, weights, checkpoint.tokenizer.read_text(encoding="utf-8"), adapter=name)
 
 
 def pruned(model: Opened, text_file: str | Path, size: int) -> Opened:

@@ -1,34 +1,27 @@
-"""The road of a model: checkpoint -> plan -> stored matrices -> graph -> manifest -> measured -> renamed into place."""
+"""The road of a model: checkpoint -> plan -> matrices and graph -> manifest -> measured -> renamed into place."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgelm.bundle import MANIFEST, Bundle, Cache, Manifest, open_bundle, seal
+from edgelm.bundle import MANIFEST, Bundle, open_bundle, seal
 from edgelm.errors import EdgelmError
 
-from . import metadata
-from .compare import VOCABULARY
-from .decoder import Decoder
 from .documents import Document, calibration_documents, measured_documents, read_text
-from .graph import DecoderGraph
-from .initializers import Initializers
-from .nodes import Nodes
-from .opened import Opened, open_model, pruned, vocabulary_facts
+from .opened import Opened, open_model, pruned
 from .options import Options
 from .planning import Outline, make_plan
+from .sampled import SELF, sampled_documents
 from .staging import staged
-from .storing import MatrixStore, store_matrices
 from .verify import CheckpointReference, check, measure, quality
+from .writing import write_bundle
 
 CONTEXT = 4096
 """Default limit of the context: a longer one costs memory for every request, and rotary tables on disk."""
 
-REPORT = "report.svg"
 
 Progress = Callable[[str, int, int], None]
 """Told (what, done, of) as the export goes."""
@@ -62,7 +55,8 @@ def export(
         half-quadratic quantization, `gptq` is second-order and needs `calibrate`. `auto`: gptq with calibration text,
         else clip; rtn for int8.
     calibrate
-        A text file like what the model will see; up to 65,536 tokens of it are used.
+        A text file like what the model will see, of which up to 65,536 tokens are used; or `self`: 24,576 tokens that
+        the model makes up itself.
     context
         Positions of the longest conversation; the default is the checkpoint's, at most 4096.
     adapter
@@ -110,7 +104,7 @@ def outline(checkpoint: str | Path, *, progress: Progress | None = None, **optio
     model = _open(checkpoint, chosen)
     length = choose_context(chosen.context, model.decoder.context)
     told = progress or (lambda _what, _done, _of: None)
-    return make_plan(model, chosen, length, _calibration(model, chosen, length), told)[1]
+    return make_plan(model, chosen, length, _calibration(model, chosen, length, told), told)[1]
 
 
 def choose_context(wanted: int | None, limit: int) -> int:
@@ -132,22 +126,21 @@ def _open(checkpoint: str | Path, options: Options) -> Opened:
 def _export(checkpoint: str | Path, stage: Path, options: Options, progress: Progress) -> None:
     model = _open(checkpoint, options)
     length = choose_context(options.context, model.decoder.context)
-    documents = _calibration(model, options, length)
+    documents = _calibration(model, options, length, progress, stage)
     measured = _measured(model, options, length)
     plan, outline = make_plan(model, options, length, documents, progress)
-    (stage / "tokenizer.json").write_text(model.tokenizer_text, encoding="utf-8")
-    if model.vocabulary is not None:
-        (stage / VOCABULARY).write_text(json.dumps(model.vocabulary.kept.tolist()), encoding="utf-8")
-    with Initializers(stage / "model.onnx.data") as initializers:
-        store = MatrixStore(model.weights, plan, initializers, progress, outline.matrix_bytes, measure=options.report)
-        store_matrices(store, documents if plan.is_calibrated else None)
-        graph = DecoderGraph(model.weights, store.matrices, length, Nodes(initializers)).build()
-    (stage / "model.onnx").write_bytes(graph.SerializeToString(deterministic=True))
-    if options.report:
-        from .report import plot  # heavy: matplotlib
-
-        plot(stage / REPORT, tuple(store.matrices.values()), store.errors)
-    manifest = seal(stage, _manifest(model, options, length, store))
+    manifest = write_bundle(
+        stage,
+        model,
+        plan,
+        options.quant,
+        length,
+        progress,
+        total=outline.matrix_bytes,
+        documents=documents,
+        report=options.report,
+    )
+    manifest = seal(stage, manifest)
     if measured is not None and options.verify is not None:
         reference = CheckpointReference(model.weights, progress)
         agreement = measure(Bundle(stage, manifest), reference, measured, progress)
@@ -155,10 +148,14 @@ def _export(checkpoint: str | Path, stage: Path, options: Options, progress: Pro
         seal(stage, replace(manifest, quality=quality(agreement, Path(options.verify).name)))
 
 
-def _calibration(model: Opened, options: Options, context: int) -> Sequence[Document] | None:
+def _calibration(
+    model: Opened, options: Options, context: int, progress: Progress, beside: Path | None = None
+) -> Sequence[Document] | None:
     """Return the documents that calibration and sensitivity look at, where either is wanted."""
     if not options.has_budget and options.calibrate is None:
         return None
+    if options.calibrate == SELF:
+        return sampled_documents(model, context, progress, beside)
     file, flag = (options.calibrate, "--calibrate") if options.calibrate is not None else (options.verify, "--verify")
     if file is None:
         raise AssertionError("a budget without text")
@@ -169,39 +166,3 @@ def _measured(model: Opened, options: Options, context: int) -> Sequence[Documen
     if options.verify is None:
         return None
     return measured_documents(read_text(options.verify, "--verify"), model.tokenizer, model.bos_token, context)
-
-
-def _manifest(model: Opened, options: Options, context: int, store: MatrixStore) -> Manifest:
-    d, checkpoint = model.decoder, model.checkpoint
-    matrices = tuple(store.matrices.values())
-    tables = [matrix for matrix in matrices if matrix.name in ("embedding", "head")]
-    return Manifest(
-        architecture=str(checkpoint.config["model_type"]),
-        context=context,
-        vocab_size=d.vocab_size,
-        cache=Cache("shared", len(d.layers), d.kv_heads, d.padded_head_size),
-        quant=options.quant if len({matrix.bits for matrix in matrices}) == 1 else "mixed",
-        matrices=matrices,
-        bos_token=model.bos_token,
-        eos_tokens=model.eos_tokens,
-        parameters=d.parameters,
-        shapes=_shapes(d),
-        sampling=metadata.sampling(checkpoint),
-        chat_template=metadata.chat_template(checkpoint),
-        special_tokens=metadata.special_tokens(checkpoint),
-        made_with=metadata.made_with(),
-        vocabulary=vocabulary_facts(model, sum(matrix.bytes() for matrix in tables) / d.vocab_size),
-        adapter=None if options.adapter is None else Path(options.adapter).name,
-        long_from=d.long_from(context),
-    )
-
-
-def _shapes(d: Decoder) -> dict[str, int]:
-    return {
-        "hidden_size": d.hidden_size,
-        "layers": len(d.layers),
-        "heads": d.heads,
-        "kv_heads": d.kv_heads,
-        "head_size": d.head_size,
-        "mlp_size": d.mlp_size,
-    }

@@ -23,7 +23,7 @@ examples:
       int4 without any text: quick, 4.5 bits a weight
   edgelm export my-checkpoint/ bundle/ --calibrate corpus.txt --verify held-out.txt
       int4 that keeps more of the quality, and says how much
-  edgelm export my-checkpoint/ bundle/ --quant mixed --calibrate corpus.txt
+  edgelm export my-checkpoint/ bundle/ --quant mixed --calibrate self
       the most sensitive matrices in int8: 5.5 bits a weight
   edgelm export my-checkpoint/ bundle/ --vocab commands.txt --vocab-size 16000 --max-bytes 150M --calibrate corpus.txt
       a model for one job, in so many bytes
@@ -83,7 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="how codes are chosen (auto: gptq with --calibrate, else clip; rtn for int8)",
     )
-    size.add_argument("--calibrate", metavar="FILE", help="text like that the model will see, for gptq and budgets")
+    size.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="for gptq and budgets: text like that the model will see, or `self` for what the model makes up",
+    )
     size.add_argument("--max-bytes", type=byte_count, metavar="N", help="size of the bundle at most, such as 150M")
 
     gate = parser.add_argument_group("quality, measured beside the unquantized checkpoint")

@@ -1,0 +1,82 @@
+"""Calibration text that the model writes itself, for where there is none: `--calibrate self`.
+
+What a model says at temperature 1 has the distribution that it has learnt, which is nearer to what it will see than any
+text picked at random (data-free quantization-aware training of Liu et al. 2023, arXiv:2305.17888, section 3.1, does the
+same). An int8 bundle, which predicts almost as the checkpoint does, does the writing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.bundle import Bundle
+from edgelm.session import Session, open_session
+
+from .documents import Document
+from .opened import Opened
+from .quantize.plan import BLOCK_SIZE, Plan
+from .quantize.spec import Spec
+from .writing import write_bundle
+
+SELF: Final = "self"
+"""What `--calibrate` takes instead of a file."""
+
+DOCUMENTS: Final = 96
+TOKENS: Final = 256
+"""Length of each document: 24,576 tokens in all, a third of what is taken from text."""
+TOGETHER: Final = 16
+
+Progress = Callable[[str, int, int], None]
+
+
+def sampled_documents(model: Opened, context: int, progress: Progress, beside: Path | None) -> list[Document]:
+    """Return documents of at most `TOKENS` tokens that the model makes up; the same model makes up the same.
+
+    The int8 bundle lies in a directory `beside`, or among the system's temporary ones, while it is needed.
+    """
+    length = min(TOKENS, context)
+    with tempfile.TemporaryDirectory(prefix=".sampled.", dir=beside) as folder:
+        plan = Plan(Spec(8, BLOCK_SIZE, True, "rtn"))
+        manifest = write_bundle(Path(folder), model, plan, "int8", length, lambda _what, _done, _of: None)
+        session = open_session(Bundle(Path(folder), manifest), rows=TOGETHER)
+        generator = np.random.Generator(np.random.PCG64(0))
+        found: list[Document] = []
+        while len(found) < DOCUMENTS:
+            progress("sampling calibration text", len(found), DOCUMENTS)
+            found += _write(session, _first_tokens(model, generator), length, model.eos_tokens, generator)
+        del session  # before its files go
+    return found
+
+
+def _first_tokens(model: Opened, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Return the start token for every document, or where there is none, any of the tokenizer's."""
+    if model.bos_token is not None:
+        return np.full(TOGETHER, model.bos_token, np.int64)
+    limit = min(model.decoder.vocab_size, model.tokenizer.base_vocab_size)
+    return generator.integers(0, limit, TOGETHER, dtype=np.int64)
+
+
+def _write(
+    session: Session,
+    first: NDArray[np.int64],
+    length: int,
+    ends: tuple[int, ...],
+    generator: np.random.Generator,
+) -> list[Document]:
+    """Sample documents together, one token a step; none ends before its length."""
+    tokens = np.empty((len(first), length), np.int64)
+    tokens[:, 0] = first
+    for at in range(1, length):
+        lengths = np.full(len(first), at - 1, np.int32)
+        logits = session.decode(tokens[:, at - 1], lengths).astype(np.float64)
+        logits[:, list(ends)] = -np.inf
+        # The largest of logits with Gumbel noise is distributed as a softmax sample.
+        noise = generator.gumbel(size=logits.shape)
+        tokens[:, at] = (logits + noise).argmax(axis=1)
+    return list(tokens)
