@@ -36,11 +36,11 @@ CALIBRATE: Final = "--calibrate"
 """Stands in a setting for the file of that option; without the option such a setting is left out."""
 
 SETTINGS: Final[list[dict[str, Any]]] = [
-    *({"quant": "int8", "method": m, "block_size": b} for m in ("rtn", "clip") for b in (32, 64, 128)),
+    *({"quant": "int8", "method": m, "block_size": b} for m in ("rtn", "clip") for b in (32, 64)),
     *(
         {"quant": "int4", "method": m, "block_size": b, "symmetric": s}
         for m in ("rtn", "clip", "hqq")
-        for b in (16, 32, 64, 128)
+        for b in (16, 32, 64)
         for s in (True, False)
     ),
     *(
@@ -48,6 +48,10 @@ SETTINGS: Final[list[dict[str, Any]]] = [
         for b in (16, 32, 64, 128)
         for s in (True, False)
     ),
+    {"quant": "int4"},
+    {"quant": "int4", "calibrate": "self"},
+    {"quant": "int4", "calibrate": CALIBRATE},
+    {"quant": "mixed", "calibrate": "self"},
     {"quant": "mixed", "calibrate": CALIBRATE},
 ]
 """Keyword arguments of `edgelm_export.export`, one row of the table each."""
@@ -214,7 +218,7 @@ def label(setting: dict[str, Any]) -> str:
     """Name a setting: values that speak for themselves, others with their name."""
     spoken = {
         "symmetric": {True: "symmetric", False: "asymmetric"},
-        "calibrate": {setting.get("calibrate"): "calibrated"},
+        "calibrate": {setting.get("calibrate"): "calibrated", "self": "calibrated on itself"},
     }
     plain = ("quant", "method", "block_size")
     return " ".join(

@@ -13,6 +13,7 @@ onnx = pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 import edgelm_export  # noqa: E402
 from edgelm_export.layers import Layers  # noqa: E402
 from edgelm_export.opened import open_model  # noqa: E402
+from edgelm_export.sampled import sampled_documents  # noqa: E402
 from tiny import TEXT  # noqa: E402
 
 import edgelm  # noqa: E402
@@ -237,3 +238,25 @@ def test_a_reference_that_does_not_belong_is_refused(texts, tiny_checkpoint, exp
     bundle = export_to_cache(tiny_checkpoint(**SHAPE))
     with pytest.raises(EdgelmError, match="do not belong together"):
         edgelm_export.compare(bundle, tiny_checkpoint(vocab=400), texts / "verify.txt")
+
+
+def test_a_model_calibrates_on_what_it_makes_up(stories_checkpoint, stories_texts, tmp_path):
+    dev = stories_texts / "dev.txt"
+    plain = edgelm_export.export(stories_checkpoint, tmp_path / "clip", verify=dev)
+    made = [edgelm_export.export(stories_checkpoint, tmp_path / name, calibrate="self", verify=dev) for name in "ab"]
+    assert made[0].manifest.quality["kl_mean"] < 0.7 * plain.manifest.quality["kl_mean"]
+    assert contents(made[0].path) == contents(made[1].path)
+    assert sorted(path.name for path in made[0].path.iterdir()) == sorted([*made[0].manifest.files, "manifest.json"])
+
+
+def test_made_up_documents_start_well_and_do_not_end(tiny_checkpoint):
+    for bos in (True, False):
+        model = open_model(tiny_checkpoint(bos=bos, tied=False))
+        documents = sampled_documents(model, 40, lambda _what, _done, _of: None, None)
+        assert len(documents) == 96
+        assert {len(document) for document in documents} == {40}
+        assert len({tuple(document[1:]) for document in documents}) > 90
+        assert all(document.min() >= 0 and document.max() < 331 for document in documents)
+        assert not any(1 in document[1:] for document in documents)  # the end token
+        first = {int(document[0]) for document in documents}
+        assert first == {0} if bos else len(first) > 20

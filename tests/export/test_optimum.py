@@ -16,7 +16,7 @@ from foreign import CONTEXT, SHAPES, VOCAB, model_of, onnx, torch, write
 
 import edgelm
 from edgelm.bundle import open_bundle
-from edgelm.errors import RequestError
+from edgelm.errors import EdgelmError, RequestError
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -195,3 +195,23 @@ def test_the_command_is_quiet_and_repeatable(checkpoint, bundle_of, tmp_path):
 def test_the_context_stays_within_a_sliding_window(bundle_of):
     """A cache that dropped its oldest positions would no longer be as long as the runtime believes."""
     assert open_bundle(bundle_of("mistral", "fp32")).manifest.context == SHAPES["mistral"]["sliding_window"] - 1
+
+
+def test_the_gate_measures_against_optimums_own_float32_graph(checkpoint, tmp_path):
+    import edgelm_export
+
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little girl. " * 12, encoding="utf-8")
+    quality = {}
+    for quant in ("fp32", "int8", "int4"):
+        bundle = edgelm_export.export(checkpoint("gpt2"), tmp_path / quant, quant=quant, via="optimum", verify=text)
+        quality[quant] = bundle.manifest.quality
+        assert set(bundle.manifest.files) == {"model.onnx", "model.onnx.data", "tokenizer.json"}
+    assert quality["fp32"]["kl_mean"] < 1e-9 < quality["int8"]["kl_mean"] < quality["int4"]["kl_mean"]
+    measured = edgelm_export.compare(tmp_path / "int8", checkpoint("gpt2"), text)
+    assert measured == pytest.approx(quality["int8"])
+    with pytest.raises(EdgelmError, match="--max-kl allows"):
+        edgelm_export.export(
+            checkpoint("gpt2"), tmp_path / "none", quant="int4", via="optimum", verify=text, max_kl=1e-6
+        )
+    assert not (tmp_path / "none").exists()
