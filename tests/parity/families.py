@@ -79,7 +79,7 @@ def random_model(family: str, *, seed: int = 0, **options: Any) -> Any:
                 low = 0.6 if "norm" in name and not around_zero else -0.4
                 parameter.copy_(torch.rand_like(parameter) * 0.8 + low)
             else:
-                width = parameter.shape[1] ** -0.5 * (3 if "embed" in name or "lm_head" in name else 1)
+                width = parameter.shape[1] ** -0.5 * (3 if "lm_head" in name else 1)  # a large tied one repeats itself
                 parameter.copy_(torch.randn_like(parameter) * width)
     return network
 
