@@ -6,6 +6,7 @@ A session computes logits for rows of key/value memory. It knows tokens and leng
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -15,9 +16,13 @@ from numpy.typing import NDArray
 from edgelm.bundle import Bundle
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.kv import KvBuffers
+from edgelm.windows import has_windows, with_old_windows
 
 PREFILL_CHUNK: Final = 256
 """Most prompt tokens computed in one pass: what a running answer can be made to wait for."""
+
+OLD_WINDOWS: Final = tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24)
+"""Whether this onnxruntime sees one position more than a window says."""
 
 Tokens = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -101,6 +106,13 @@ def load_graph(model: str | bytes, threads: int, *, spin: bool = True) -> ort.In
     options.log_severity_level = 3
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if OLD_WINDOWS:
+        content = model if isinstance(model, bytes) else Path(model).read_bytes()
+        if has_windows(content):
+            if isinstance(model, str):
+                folder = "session.model_external_initializers_file_folder_path"
+                options.add_session_config_entry(folder, str(Path(model).parent))
+            model = with_old_windows(content)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parents[2]
 FLOORS = [
     {"_version", "errors", "textfile"},
     {"messages"},
-    {"bundle", "config", "tasks", "measure", "hardware", "divergence"},
+    {"bundle", "config", "tasks", "measure", "hardware", "divergence", "windows"},
     {"chat", "detokenizer", "grammar", "kv", "sampling"},
     {"tokenizer", "growing"},
     {"session"},
