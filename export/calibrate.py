@@ -6,8 +6,8 @@ at a time: the second gives a matrix's input moments, the difference of both say
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,11 @@ from .weights import LAYER_PARTS
 HEAD_TOKENS: Final = 8192
 """Positions that tell the moments of a tied head, for which the unquantized model has to run once more."""
 
+FOLLOWED_TOKENS: Final = 12_288
+"""Positions on which the unquantized model runs beside the quantized one, to tell what is to be made up for."""
+
 WIDE: Final = 2048
-"""A matrix with more inputs than this takes its moments from twice as many positions: they cost inputs squared."""
+"""A matrix with more inputs than this takes its moments from the followed positions too: they cost inputs squared."""
 
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
@@ -41,6 +44,31 @@ def calibrate(layers: Layers, documents: Sequence[Document], store: Store, progr
     _Calibration(layers, documents, store, progress).run()
 
 
+class _Stream:
+    """A model's hidden states of some documents, and what the matrix whose turn it is multiplies in each."""
+
+    def __init__(self, hidden: States) -> None:
+        self.hidden = hidden
+        self.values = States()
+
+    def start(self, piece: Part, documents: Iterable[int]) -> None:
+        """Begin a layer."""
+        self.values = States((n, _next(piece, None, self.hidden[n])) for n in documents)
+
+    def value(self, n: int, before: Part | None) -> Array:
+        """Return what the matrix multiplies; `before` is a piece to run first."""
+        value = self.values[n]
+        return value if before is None else _next(before, value, self.hidden[n])
+
+    def advance(self, n: int, piece: Part, before: Part | None) -> None:
+        """Run a document through a piece."""
+        following, residual = piece.run(self.value(n, before), self.hidden[n])
+        if piece.name != "qkv":
+            self.hidden[n] = residual
+        if following is not None:
+            self.values[n] = following
+
+
 class _Calibration:
     def __init__(self, layers: Layers, documents: Sequence[Document], store: Store, progress: Progress) -> None:
         self._layers = layers
@@ -49,13 +77,14 @@ class _Calibration:
         self._store = store
         self._progress = progress
         self._every = range(len(documents))
+        self._followed = self._sample(FOLLOWED_TOKENS)
 
     def run(self) -> None:
-        layers, weights = self._layers, self._layers.weights
-        tied = self._decoder.tied
+        layers, weights, tied = self._layers, self._layers.weights, self._decoder.tied
         table = self._store("embedding", weights.embedding(), self._tied_moments() if tied else None)
-        self._full = States(layers.embed(self._documents))
-        self._own = States(layers.embed(self._documents, table))
+        followed = layers.embed([self._documents[n] for n in self._followed])
+        self._full = _Stream(States(zip(self._followed, followed, strict=True)))
+        self._own = _Stream(States(enumerate(layers.embed(self._documents, table))))
         for i in range(len(self._decoder.layers)):
             self._layer(i)
         if not tied:
@@ -73,81 +102,51 @@ class _Calibration:
         return with_lookup(Moments(second, count=sum(map(len, final))))
 
     def _head_moments(self) -> Moments:
-        pairs = ((self._layers.final(self._full[n]), self._layers.final(self._own[n])) for n in self._every)
-        second = np.zeros((self._decoder.hidden_size,) * 2, np.float64)
-        cross = second.copy()
-        count = 0
-        for full, own in pairs:
-            second += own.T @ own
-            cross += (full - own).T @ own
-            count += len(own)
-        return Moments(second, cross, count=count)
+        sums = _Sums(self._decoder.vocab_size, self._decoder.hidden_size, wide=False)
+        for n in self._every:
+            own = self._layers.final(self._own.hidden[n])
+            full = self._layers.final(self._full.hidden[n]) if n in self._full.hidden else None
+            sums.add(own, full, None, None)
+        return sums.moments()
 
     def _layer(self, i: int) -> None:
         start = self._layers.part(i, "start")
-        self._full_values, self._own_values = (
-            States(self._next(start, None, states[n]) for n in self._every) for states in (self._full, self._own)
-        )
+        self._full.start(start, self._followed)
+        self._own.start(start, self._every)
         stored: dict[str, Array] = {}
         for part in LAYER_PARTS:
-            # What the last matrix multiplies is wide: it is computed again from its narrow origin where it is needed.
-            before = self._pieces(i, "gate_up", stored) if part == "down" else None
-            weight = self._layers.weights.layer(i, part)
-            moments = self._moments(part, weight, before)
-            del before  # quantizing needs the memory
-            stored[part] = self._store(f"layer.{i}.{part}", Rows.of(weight), moments).whole()
-            del weight, moments
+            stored[part] = self._quantize(i, part, stored)
             if part == "gate_up":
-                continue
-            before = self._pieces(i, "gate_up", stored) if part == "down" else None
-            pieces = self._pieces(i, part, stored)
+                continue  # what comes after is wide: it is computed again from its narrow origin where it is needed
+            wide = part == "down"
+            full, full_before = self._layers.part(i, part), self._layers.part(i, "gate_up") if wide else None
+            for n in self._followed:
+                self._full.advance(n, full, full_before)
+            del full, full_before
+            own, own_before = self._piece(i, part, stored), self._piece(i, "gate_up", stored) if wide else None
             for n in self._every:
-                self._advance(n, pieces, before)
+                self._own.advance(n, own, own_before)
 
-    def _pieces(self, i: int, part: str, stored: dict[str, Array]) -> tuple[Part, Part]:
-        """Load a piece of both models."""
-        return self._layers.part(i, part), self._layers.part(i, part, stored[part])
+    def _piece(self, i: int, part: str, stored: Mapping[str, Array]) -> Part:
+        """Load a piece of the quantized model."""
+        return self._layers.part(i, part, stored[part])
 
-    def _advance(self, n: int, pieces: tuple[Part, Part], before: tuple[Part, Part] | None) -> None:
-        """Run a document of both streams through a piece."""
-        values, streams = (self._full_values, self._own_values), (self._full, self._own)
-        inputs = self._inputs(n, before)
-        for piece, value, states, stream in zip(pieces, inputs, values, streams, strict=True):
-            following, residual = piece.run(value, stream[n])
-            if piece.name != "qkv":
-                stream[n] = residual
-            if following is not None:
-                states[n] = following
-
-    def _inputs(self, n: int, before: tuple[Part, Part] | None) -> tuple[Array, Array]:
-        """Return what a matrix multiplies, in the unquantized and in the quantized model."""
-        full, own = self._full_values[n], self._own_values[n]
-        if before is None:
-            return full, own
-        return self._next(before[0], full, self._full[n]), self._next(before[1], own, self._own[n])
-
-    def _moments(self, part: str, weight: Array, before: tuple[Part, Part] | None) -> Moments:
-        rows, columns = weight.shape
-        wide = columns > WIDE
+    def _quantize(self, i: int, part: str, stored: Mapping[str, Array]) -> Array:
+        """Store a matrix of a layer; return it as it will be read."""
+        weight = self._layers.weights.layer(i, part)
+        sums = _Sums(*weight.shape, wide=weight.shape[1] > WIDE)
         added = part in ("output", "down") and not self._decoder.post_norm
-        second = np.zeros((columns, columns), np.float32 if wide else np.float64)
-        # What the matrix is to make up for, in whichever form is smaller: of its inputs, or of its outputs.
-        cross = np.zeros((columns, columns), np.float64) if columns <= rows else None
-        residual = np.zeros((rows, columns), np.float64) if added or cross is None else None
-        count = 0
-        for n in self._sample(2 * columns) if wide else self._every:
-            full, own = self._inputs(n, before)
-            second += own.T @ own
-            count += len(own)
-            drift = full - own
-            if cross is not None:
-                cross += drift.T @ own
-            if residual is not None:
-                missing = np.zeros((len(own), rows), np.float32) if cross is not None else drift @ weight.T
-                if added:
-                    missing += self._full[n] - self._own[n]
-                residual += missing.T @ own
-        return Moments(second, cross, residual, count)
+        befores: tuple[Part | None, Part | None] = None, None
+        if part == "down":
+            befores = self._layers.part(i, "gate_up"), self._piece(i, "gate_up", stored)
+        for n in self._followed if sums.wide else self._every:
+            own, full, drift = self._own.value(n, befores[1]), None, None
+            if n in self._full.hidden:
+                full = self._full.value(n, befores[0])
+                drift = self._full.hidden[n] - self._own.hidden[n] if added else None
+            sums.add(own, full, drift, weight)
+        del befores  # quantizing needs the memory
+        return self._store(f"layer.{i}.{part}", Rows.of(weight), sums.moments()).whole()
 
     def _sample(self, tokens: int) -> list[int]:
         """Return documents evenly from the first to the last, of about so many tokens in all."""
@@ -155,9 +154,52 @@ class _Calibration:
         step = max(1, total // tokens)
         return list(self._every[::step])
 
-    @staticmethod
-    def _next(part: Part, value: Array | None, residual: Array) -> Array:
-        following, _ = part.run(value, residual)
-        if following is None:
-            raise AssertionError(f"the piece {part.name} has no next value")
-        return following
+
+class _Sums:
+    """Moments of a matrix [rows, columns] in the making.
+
+    What it is to make up for is summed in whichever form is smaller: of its inputs [columns, columns], or of its
+    outputs [rows, columns], where the drift of a residual stream that it adds to belongs in any case.
+    """
+
+    def __init__(self, rows: int, columns: int, *, wide: bool) -> None:
+        self.wide = wide
+        kind = np.dtype(np.float32 if wide else np.float64)
+        self._second: NDArray[Any] = np.zeros((columns, columns), kind)
+        self._cross: NDArray[Any] | None = np.zeros((columns, columns), kind) if columns <= rows else None
+        self._residual: NDArray[Any] = np.zeros((rows, columns), kind)
+        self._count = self._followed = 0
+
+    def add(self, own: Array, full: Array | None, drift: Array | None, weight: Array | None) -> None:
+        """Add a document: inputs [n, columns] in the quantized model and, where it is followed, in the other.
+
+        `drift` [n, rows] is how far apart the residual streams are that the matrix adds to; `weight` the matrix.
+        """
+        self._second += own.T @ own
+        self._count += len(own)
+        if full is None:
+            return
+        self._followed += len(own)
+        missing = drift
+        if self._cross is not None:
+            self._cross += (full - own).T @ own
+        elif weight is not None:
+            missed: Array = (full - own) @ weight.T
+            missing = missed if drift is None else missed + drift
+        if missing is not None:
+            self._residual += missing.T @ own
+
+    def moments(self) -> Moments:
+        """Return the sums, those over followed positions scaled to all."""
+        scale = self._count / max(self._followed, 1)
+        if self._cross is not None:
+            self._cross *= scale
+        self._residual *= scale
+        return Moments(self._second, self._cross, self._residual, self._count)
+
+
+def _next(part: Part, value: Array | None, residual: Array) -> Array:
+    following, _ = part.run(value, residual)
+    if following is None:
+        raise AssertionError(f"the piece {part.name} has no next value")
+    return following

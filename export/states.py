@@ -11,13 +11,16 @@ Array = NDArray[np.float32]
 
 
 class States:
-    """One float32 [n, width] for each document, kept to 11 significant bits; any size of value is held."""
+    """One float32 [n, width] for each numbered document, kept to 11 significant bits; any size of value is held."""
 
-    def __init__(self, arrays: Iterable[Array]) -> None:
-        self._stored = [_narrow(array) for array in arrays]
+    def __init__(self, arrays: Iterable[tuple[int, Array]] = ()) -> None:
+        self._stored = {document: _narrow(array) for document, array in arrays}
 
     def __len__(self) -> int:
         return len(self._stored)
+
+    def __contains__(self, document: int) -> bool:
+        return document in self._stored
 
     def __getitem__(self, document: int) -> Array:
         halves, scales = self._stored[document]

@@ -21,6 +21,9 @@ DAMPING: Final = 0.01
 FOLLOW_DAMPING: Final = 0.1
 """The same for `follow`, which would otherwise trust directions that the text hardly used."""
 
+PANEL: Final = 256
+"""Columns factored at once."""
+
 LOOKUP: Final = 0.3
 """How much the lookup weighs in a tied embedding beside the head."""
 
@@ -64,8 +67,10 @@ def follow(weight: Array, moments: Moments) -> Array:
         moved += moments.residual
     if not moved.any():
         return weight
-    solved = np.linalg.solve(moments.damped(FOLLOW_DAMPING), moved.T.astype(np.float32)).T
-    return np.ascontiguousarray(weight + solved.astype(np.float32))
+    lower = cholesky(moments.damped(FOLLOW_DAMPING))
+    inverse = _inverse(lower)  # of a lower triangle L with L L^T = the moments
+    followed: Array = weight + (moved.astype(np.float32) @ inverse.T) @ inverse
+    return followed
 
 
 def with_lookup(head: Moments, share: float = LOOKUP) -> Moments:
@@ -102,9 +107,31 @@ def factors(second: Array) -> Array:
 
     second: float32 [K, K], damped. Raises numpy's LinAlgError where it is not positive definite.
     """
-    lower = np.ascontiguousarray(np.linalg.cholesky(second[::-1, ::-1])[::-1, ::-1].T)
-    lower -= np.triu(_inverse(lower).T, 1)
+    lower = np.ascontiguousarray(cholesky(second[::-1, ::-1])[::-1, ::-1].T)
+    inverse = _inverse(lower)
+    for k in range(len(lower)):
+        lower[k, k + 1 :] = -inverse[k + 1 :, k]
     return lower
+
+
+def cholesky(second: Array) -> Array:
+    """Return the lower triangle L float32 [K, K] with L L^T = second, zeros above; numpy's own computes in float64.
+
+    Blocks of columns in turn: each is factored, and what it explains is taken off the rest. Raises numpy's LinAlgError
+    where `second` is not positive definite.
+    """
+    lower = np.tril(second)
+    size = len(lower)
+    for start in range(0, size, PANEL):
+        stop = min(start + PANEL, size)
+        corner = np.linalg.cholesky(lower[start:stop, start:stop].astype(np.float64)).astype(np.float32)
+        lower[start:stop, start:stop] = corner
+        below = lower[stop:, start:stop] @ _inverse(corner).T
+        lower[stop:, start:stop] = below
+        for first in range(stop, size, PANEL):  # the lower half of the rest, a few columns at a time
+            columns = slice(first, min(first + PANEL, size))
+            lower[first:, columns] -= below[first - stop :] @ below[first - stop : columns.stop - stop].T
+    return np.tril(lower)
 
 
 def _inverse(lower: Array) -> Array:

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.states import States  # noqa: E402
+from edgelm_export.states import States
 
 ARRAYS = hnp.arrays(
     np.float32, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=st.floats(-(2.0**60), 2.0**60, width=32)
@@ -19,7 +19,7 @@ ARRAYS = hnp.arrays(
 
 @given(st.lists(ARRAYS, min_size=1, max_size=3))
 def test_eleven_bits_are_kept_beside_the_largest_of_a_position(arrays):
-    states = States(arrays)
+    states = States(enumerate(arrays))
     assert len(states) == len(arrays)
     for number, array in enumerate(arrays):
         largest = np.abs(array).max(axis=1, keepdims=True)
@@ -29,8 +29,10 @@ def test_eleven_bits_are_kept_beside_the_largest_of_a_position(arrays):
 
 @given(ARRAYS, ARRAYS)
 def test_a_document_can_be_replaced(first, second):
-    states = States([first, first])
-    states[1] = second
-    again = States([first, second])
-    for number in range(2):
-        np.testing.assert_array_equal(states[number], again[number])
+    states = States([(7, first), (2, first)])
+    states[2] = second
+    again = States(enumerate([first, second]))
+    assert 7 in states
+    assert 0 not in states
+    for number, other in ((7, 0), (2, 1)):
+        np.testing.assert_array_equal(states[number], again[other])
