@@ -2,8 +2,8 @@
 
 Bundles say how many positions a query sees, its own included, as onnxruntime does from 1.24 on. Before (its pull
 request 25927, "Fix Local Attention off by 1 bug") one more was seen. The attribute is changed in the bytes of the
-model, an ONNX ModelProto, by walking protobuf's wire format (protobuf.dev/programming-guides/encoding), since the runtime does
-without the onnx package.
+model, an ONNX ModelProto, by walking protobuf's wire format (protobuf.dev/programming-guides/encoding): the runtime
+does without the onnx package.
 """
 
 from __future__ import annotations

@@ -184,8 +184,10 @@ class _Sums:
         if self._cross is not None:
             self._cross += (full - own).T @ own
         elif weight is not None:
-            missed: Array = (full - own) @ weight.T
-            missing = missed if drift is None else missed + drift
+            missed = np.matmul(full - own, weight.T, dtype=np.float32)
+            if drift is not None:
+                missed += drift
+            missing = missed
         if missing is not None:
             self._residual += missing.T @ own
 

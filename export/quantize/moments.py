@@ -69,7 +69,8 @@ def follow(weight: Array, moments: Moments) -> Array:
         return weight
     lower = cholesky(moments.damped(FOLLOW_DAMPING))
     inverse = _inverse(lower)  # of a lower triangle L with L L^T = the moments
-    followed: Array = weight + (moved.astype(np.float32) @ inverse.T) @ inverse
+    followed: Array = np.matmul(moved.astype(np.float32) @ inverse.T, inverse, dtype=np.float32)
+    followed += weight
     return followed
 
 
