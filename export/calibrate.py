@@ -22,11 +22,15 @@ from .weights import LAYER_PARTS
 HEAD_TOKENS: Final = 8192
 """Positions that tell the moments of a tied head, for which the unquantized model has to run once more."""
 
-FOLLOWED_TOKENS: Final = 12_288
-"""Positions on which the unquantized model runs beside the quantized one, to tell what is to be made up for."""
+FOLLOWED_TOKENS: Final = 8192
+"""Positions, at least, on which the unquantized model runs beside the quantized one, to tell how far they are apart."""
 
 WIDE: Final = 2048
-"""A matrix with more inputs than this takes its moments from the followed positions too: they cost inputs squared."""
+"""A matrix with more inputs than this takes its moments from the followed positions too: they cost inputs squared. There
+are at least twice as many of them as inputs."""
+
+COLUMNS: Final = 512
+"""Columns of a matrix of moments that are added to at once."""
 
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
@@ -62,7 +66,11 @@ class _Stream:
 
     def advance(self, n: int, piece: Part, before: Part | None) -> None:
         """Run a document through a piece."""
-        following, residual = piece.run(self.value(n, before), self.hidden[n])
+        self.move(n, piece, self.value(n, before))
+
+    def move(self, n: int, piece: Part, value: Array) -> None:
+        """Run a document through a piece whose matrix multiplies `value`."""
+        following, residual = piece.run(value, self.hidden[n])
         if piece.name != "qkv":
             self.hidden[n] = residual
         if following is not None:
@@ -77,7 +85,7 @@ class _Calibration:
         self._store = store
         self._progress = progress
         self._every = range(len(documents))
-        self._followed = self._sample(FOLLOWED_TOKENS)
+        self._followed = self._sample(max(FOLLOWED_TOKENS, 2 * self._decoder.mlp_size))
 
     def run(self) -> None:
         layers, weights, tied = self._layers, self._layers.weights, self._decoder.tied
@@ -85,6 +93,7 @@ class _Calibration:
         followed = layers.embed([self._documents[n] for n in self._followed])
         self._full = _Stream(States(zip(self._followed, followed, strict=True)))
         self._own = _Stream(States(enumerate(layers.embed(self._documents, table))))
+        del table, followed  # what is not needed any more is large
         for i in range(len(self._decoder.layers)):
             self._layer(i)
         if not tied:
@@ -115,27 +124,26 @@ class _Calibration:
         self._own.start(start, self._every)
         stored: dict[str, Array] = {}
         for part in LAYER_PARTS:
-            stored[part] = self._quantize(i, part, stored)
+            moments = self._moments(i, part, stored)
+            rows = Rows.of(self._layers.weights.layer(i, part))
+            stored[part] = self._store(f"layer.{i}.{part}", rows, moments).whole()
+            del moments, rows
             if part == "gate_up":
                 continue  # what comes after is wide: it is computed again from its narrow origin where it is needed
-            wide = part == "down"
-            full, full_before = self._layers.part(i, part), self._layers.part(i, "gate_up") if wide else None
-            for n in self._followed:
-                self._full.advance(n, full, full_before)
-            del full, full_before
-            own, own_before = self._piece(i, part, stored), self._piece(i, "gate_up", stored) if wide else None
+            own, before = self._piece(i, part, stored), self._piece(i, "gate_up", stored) if part == "down" else None
             for n in self._every:
-                self._own.advance(n, own, own_before)
+                self._own.advance(n, own, before)
 
     def _piece(self, i: int, part: str, stored: Mapping[str, Array]) -> Part:
         """Load a piece of the quantized model."""
         return self._layers.part(i, part, stored[part])
 
-    def _quantize(self, i: int, part: str, stored: Mapping[str, Array]) -> Array:
-        """Store a matrix of a layer; return it as it will be read."""
+    def _moments(self, i: int, part: str, stored: Mapping[str, Array]) -> Moments:
+        """Return a matrix's moments; the unquantized model goes on to the next matrix."""
         weight = self._layers.weights.layer(i, part)
         sums = _Sums(*weight.shape, wide=weight.shape[1] > WIDE)
         added = part in ("output", "down") and not self._decoder.post_norm
+        full_piece = None if part == "gate_up" else self._layers.part(i, part)
         befores: tuple[Part | None, Part | None] = None, None
         if part == "down":
             befores = self._layers.part(i, "gate_up"), self._piece(i, "gate_up", stored)
@@ -145,8 +153,9 @@ class _Calibration:
                 full = self._full.value(n, befores[0])
                 drift = self._full.hidden[n] - self._own.hidden[n] if added else None
             sums.add(own, full, drift, weight)
-        del befores  # quantizing needs the memory
-        return self._store(f"layer.{i}.{part}", Rows.of(weight), sums.moments()).whole()
+            if full is not None and full_piece is not None:
+                self._full.move(n, full_piece, full)
+        return sums.moments()
 
     def _sample(self, tokens: int) -> list[int]:
         """Return documents evenly from the first to the last, of about so many tokens in all."""
@@ -175,7 +184,8 @@ class _Sums:
 
         `drift` [n, rows] is how far apart the residual streams are that the matrix adds to; `weight` the matrix.
         """
-        self._second += own.T @ own
+        for start in range(0, self._second.shape[1], COLUMNS):  # the lower half, without a second whole matrix
+            self._second[start:, start : start + COLUMNS] += own[:, start:].T @ own[:, start : start + COLUMNS]
         self._count += len(own)
         if full is None:
             return
@@ -193,6 +203,9 @@ class _Sums:
 
     def moments(self) -> Moments:
         """Return the sums, those over followed positions scaled to all."""
+        for start in range(0, self._second.shape[1], COLUMNS):
+            stop = start + COLUMNS
+            self._second[start:stop, stop:] = self._second[stop:, start:stop].T
         scale = self._count / max(self._followed, 1)
         if self._cross is not None:
             self._cross *= scale

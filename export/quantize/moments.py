@@ -132,7 +132,8 @@ def cholesky(second: Array) -> Array:
         for first in range(stop, size, PANEL):  # the lower half of the rest, a few columns at a time
             columns = slice(first, min(first + PANEL, size))
             lower[first:, columns] -= below[first - stop :] @ below[first - stop : columns.stop - stop].T
-    return np.tril(lower)
+        lower[start:stop, stop:] = 0  # where the last line went past the diagonal
+    return lower
 
 
 def _inverse(lower: Array) -> Array:
