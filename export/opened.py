@@ -18,7 +18,7 @@ from .adapter import Adapted, open_adapter
 from .architectures import find_family
 from .checkpoint import Checkpoint, Source, open_checkpoint
 from .decoder import Decoder
-from .documents import read_text
+from .reference.documents import read_text
 from .vocabulary import KeptRows, PrunedVocabulary, prune
 from .weights import Weights
 

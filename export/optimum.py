@@ -28,13 +28,13 @@ from edgelm.tokenizer import Tokenizer
 
 from . import metadata
 from .checkpoint import Checkpoint, open_checkpoint
-from .documents import measured_documents, read_text
-from .initializers import Initializers
-from .onnx_graph import OnnxGraph, dims
+from .graph.initializers import Initializers
+from .graph.onnx_graph import OnnxGraph, dims
 from .options import Options
 from .quantize.plan import Plan, Quant
+from .reference.documents import measured_documents, read_text
+from .reference.verify import BundleReference, check, measure, quality
 from .requantize import Requantizer
-from .verify import BundleReference, check, measure, quality
 
 TASK: Final = "text-generation-with-past"
 FED: Final = {"input_ids", "attention_mask", "position_ids"}

@@ -10,13 +10,13 @@ from typing import Any
 from edgelm.bundle import MANIFEST, Bundle, open_bundle, seal
 from edgelm.errors import EdgelmError
 
-from .documents import Document, calibration_documents, measured_documents, read_text
 from .opened import Opened, open_model, pruned
 from .options import Options
 from .planning import Outline, make_plan
-from .sampled import SELF, sampled_documents
+from .reference.documents import Document, calibration_documents, measured_documents, read_text
+from .reference.sampled import SELF, sampled_documents
+from .reference.verify import CheckpointReference, check, measure, quality
 from .staging import staged
-from .verify import CheckpointReference, check, measure, quality
 from .writing import write_bundle
 
 CONTEXT = 4096

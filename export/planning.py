@@ -11,18 +11,18 @@ from typing import Final
 from edgelm.bundle import Matrix
 from edgelm.errors import EdgelmError
 
-from .documents import Document
-from .graph import DecoderGraph
-from .initializers import SizedConstants
-from .layers import Layers
-from .matrices import tensors_of
-from .nodes import Nodes
+from .graph.decoder import DecoderGraph
+from .graph.initializers import SizedConstants
+from .graph.matrices import tensors_of
+from .graph.nodes import Nodes
 from .opened import Opened
 from .options import Options
 from .quantize.budget import Option, choose
 from .quantize.plan import MIXED_BITS, Plan
 from .quantize.spec import Spec
-from .sensitivity import measure_sensitivity, relative_error
+from .reference.documents import Document
+from .reference.layers import Layers
+from .reference.sensitivity import measure_sensitivity, relative_error
 from .storing import planned
 
 SLACK: Final = 512

@@ -20,10 +20,10 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from edgelm.bundle import Matrix
 from edgelm.errors import CheckpointError
 
-from .initializers import Initializers
-from .matrices import look_up, multiply, store_packed
-from .nodes import MICROSOFT, Nodes
-from .onnx_graph import OnnxGraph, attributes, needed
+from .graph.initializers import Initializers
+from .graph.matrices import look_up, multiply, store_packed
+from .graph.nodes import MICROSOFT, Nodes
+from .graph.onnx_graph import OnnxGraph, attributes, needed
 from .quantize.plan import Plan
 from .rows import Rows
 from .storing import quantize_rows

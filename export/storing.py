@@ -10,18 +10,18 @@ from numpy.typing import NDArray
 
 from edgelm.bundle import Matrix
 
-from .calibrate import calibrate
-from .documents import Document
-from .initializers import Initializers
-from .layers import Layers
-from .matrices import store_float, store_packed
+from .graph.initializers import Initializers
+from .graph.matrices import store_float, store_packed
 from .quantize.moments import Moments, follow
 from .quantize.pack import Packed, dequantize
 from .quantize.plan import Plan
 from .quantize.quantizer import Quantizer, choose_scale_dtype
 from .quantize.spec import Spec
+from .reference.calibrate import calibrate
+from .reference.documents import Document
+from .reference.layers import Layers
+from .reference.sensitivity import uncalibrated
 from .rows import Rows
-from .sensitivity import uncalibrated
 from .weights import Weights
 
 Progress = Callable[[str, int, int], None]

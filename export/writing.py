@@ -9,14 +9,14 @@ from pathlib import Path
 from edgelm.bundle import Cache, Manifest
 
 from . import metadata
-from .compare import VOCABULARY
 from .decoder import Decoder
-from .documents import Document
-from .graph import DecoderGraph
-from .initializers import Initializers
-from .nodes import Nodes
+from .graph.decoder import DecoderGraph
+from .graph.initializers import Initializers
+from .graph.nodes import Nodes
 from .opened import Opened, vocabulary_facts
 from .quantize.plan import Plan, Quant
+from .reference.compare import VOCABULARY
+from .reference.documents import Document
 from .storing import MatrixStore, store_matrices
 
 REPORT = "report.svg"

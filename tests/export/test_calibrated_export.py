@@ -11,9 +11,9 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import edgelm_export  # noqa: E402
-from edgelm_export.layers import Layers  # noqa: E402
 from edgelm_export.opened import open_model  # noqa: E402
-from edgelm_export.sampled import sampled_documents  # noqa: E402
+from edgelm_export.reference.layers import Layers  # noqa: E402
+from edgelm_export.reference.sampled import sampled_documents  # noqa: E402
 from tiny import TEXT  # noqa: E402
 
 import edgelm  # noqa: E402

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 onnx = pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 ort = pytest.importorskip("onnxruntime", reason="needs pip install 'edgelm[cpu]'")
 
-from edgelm_export.initializers import Initializers  # noqa: E402
-from edgelm_export.onnx_graph import OnnxGraph  # noqa: E402
+from edgelm_export.graph.initializers import Initializers  # noqa: E402
+from edgelm_export.graph.onnx_graph import OnnxGraph  # noqa: E402
 from edgelm_export.quantize.pack import dequantize  # noqa: E402
 from edgelm_export.quantize.plan import Plan  # noqa: E402
 from edgelm_export.quantize.spec import Spec  # noqa: E402

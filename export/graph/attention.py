@@ -6,10 +6,10 @@ from typing import Any
 
 from onnx import TensorProto, ValueInfoProto, helper
 
-from .decoder import Decoder
+from ..decoder import Decoder
+from ..rope import Rope
+from ..weights import Weights
 from .nodes import MICROSOFT, Nodes
-from .rope import Rope
-from .weights import Weights
 
 
 def needs_positions(decoder: Decoder, context: int) -> bool:

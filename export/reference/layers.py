@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from edgelm.bundle import Matrix
 from edgelm.session import default_threads, load_graph
 
-from .attention import needs_positions
+from ..graph.attention import needs_positions
+from ..graph.decoder import DecoderGraph
+from ..graph.initializers import InlineConstants
+from ..graph.nodes import Nodes
+from ..rows import Rows
+from ..weights import LAYER_PARTS, Weights
 from .documents import Document
-from .graph import DecoderGraph
-from .initializers import InlineConstants
-from .nodes import Nodes
-from .rows import Rows
-from .weights import LAYER_PARTS, Weights
 
 Array = NDArray[np.float32]
 

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from edgelm.bundle import Bundle
 from edgelm.session import Session, open_session
 
+from ..opened import Opened
+from ..quantize.plan import BLOCK_SIZE, Plan
+from ..quantize.spec import Spec
+from ..writing import write_bundle
 from .documents import Document
-from .opened import Opened
-from .quantize.plan import BLOCK_SIZE, Plan
-from .quantize.spec import Spec
-from .writing import write_bundle
 
 SELF: Final = "self"
 """What `--calibrate` takes instead of a file."""

@@ -12,12 +12,12 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..quantize.moments import Moments, with_lookup
+from ..rows import Rows
+from ..weights import LAYER_PARTS
 from .documents import Document
 from .layers import Layers, Part
-from .quantize.moments import Moments, with_lookup
-from .rows import Rows
 from .states import States
-from .weights import LAYER_PARTS
 
 HEAD_TOKENS: Final = 8192
 """Positions that tell the moments of a tied head, for which the unquantized model has to run once more."""
@@ -26,8 +26,8 @@ FOLLOWED_TOKENS: Final = 8192
 """Positions, at least, on which the unquantized model runs beside the quantized one, to tell how far they are apart."""
 
 WIDE: Final = 2048
-"""A matrix with more inputs than this takes its moments from the followed positions too: they cost inputs squared. There
-are at least twice as many of them as inputs."""
+"""A matrix with more inputs than this takes its moments from the followed positions too: they cost inputs squared.
+There are at least twice as many of them as inputs."""
 
 COLUMNS: Final = 512
 """Columns of a matrix of moments that are added to at once."""

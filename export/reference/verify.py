@@ -13,9 +13,9 @@ from edgelm.divergence import Agreement, Divergence
 from edgelm.errors import EdgelmError
 from edgelm.session import open_session
 
+from ..weights import Weights
 from .documents import Document
 from .layers import Layers
-from .weights import Weights
 
 PIECE: Final = 64
 """Positions compared at once: bounds the logits in memory."""

@@ -14,15 +14,15 @@ import numpy as np
 
 from edgelm.divergence import Divergence
 
+from ..quantize.pack import dequantize
+from ..quantize.plan import Plan
+from ..quantize.quantizer import Quantizer
+from ..quantize.spec import Spec
+from ..rows import Rows
+from ..weights import LAYER_PARTS
 from .documents import Document
 from .layers import Layers
-from .quantize.pack import dequantize
-from .quantize.plan import Plan
-from .quantize.quantizer import Quantizer
-from .quantize.spec import Spec
-from .rows import Rows
 from .verify import pieces
-from .weights import LAYER_PARTS
 
 SAMPLED_ROWS: Final = 1024
 """Rows that an estimate of a matrix's error looks at, at least."""

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from edgelm.bundle import Matrix
 
+from ..quantize.pack import Packed
+from ..quantize.spec import Spec
+from ..rows import Rows
 from .initializers import Initializers
 from .nodes import MICROSOFT, Nodes
-from .quantize.pack import Packed
-from .quantize.spec import Spec
-from .rows import Rows
 
 FLOAT: Final = 1
 """TensorProto's number for float32."""

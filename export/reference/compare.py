@@ -14,8 +14,8 @@ from edgelm.bundle import Bundle, open_bundle
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.tokenizer import Tokenizer
 
+from ..opened import open_model, with_rows
 from .documents import measured_documents, read_text
-from .opened import open_model, with_rows
 from .verify import BundleReference, CheckpointReference, measure, quality
 
 VOCABULARY = "vocabulary.json"
@@ -48,7 +48,7 @@ def compare(
         read_text(text, "--text"), Tokenizer.from_file(opened.tokenizer), manifest.bos_token, length
     )
     if manifest.via == "optimum":
-        from .optimum import reference_bundle  # heavy: torch, transformers
+        from ..optimum import reference_bundle  # heavy: torch, transformers
 
         with tempfile.TemporaryDirectory() as folder, reference_bundle(checkpoint, Path(folder), length, told) as other:
             return quality(measure(opened, BundleReference(other), documents, told), Path(text).name)

@@ -19,11 +19,11 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from edgelm.bundle import Matrix
 
+from ..decoder import Activation
+from ..weights import Weights
 from .attention import Attention, needs_positions
-from .decoder import Activation
 from .matrices import look_up, multiply, multiply_table
 from .nodes import MICROSOFT, Nodes
-from .weights import Weights
 
 ACTIVATIONS: Final[dict[Activation, tuple[str, str, dict[str, float]]]] = {
     # QuickGelu with alpha 1 is x * sigmoid(x), SiLU, as one node.

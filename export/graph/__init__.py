@@ -1,0 +1,1 @@
+"""ONNX graphs: their nodes, constants and matrices, the decoder written as one, and others read."""
