@@ -11,7 +11,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -31,6 +31,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .graph.initializers import Initializers
 from .graph.onnx_graph import OnnxGraph, dims
 from .options import Options
+from .progress import Progress
 from .quantize.plan import Plan, Quant
 from .reference.documents import measured_documents, read_text
 from .reference.verify import BundleReference, check, measure, quality
@@ -50,8 +51,6 @@ SHAPES: Final = {
     "mlp_size": "intermediate_size",
 }
 """Names in a manifest, and the attributes of a transformers configuration they are read from."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

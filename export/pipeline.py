@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from edgelm.errors import EdgelmError
 from .opened import Opened, open_model, pruned
 from .options import Options
 from .planning import Outline, make_plan
+from .progress import Progress, silent
 from .reference.documents import Document, calibration_documents, measured_documents, read_text
 from .reference.sampled import SELF, sampled_documents
 from .reference.verify import CheckpointReference, check, measure, quality
@@ -21,10 +22,6 @@ from .writing import write_bundle
 
 CONTEXT = 4096
 """Default limit of the context: a longer one costs memory for every request, and rotary tables on disk."""
-
-
-Progress = Callable[[str, int, int], None]
-"""Told (what, done, of) as the export goes."""
 
 
 def export(
@@ -82,7 +79,7 @@ def export(
         The target exists, cannot be written, an option is out of range, or a limit is not met.
     """
     chosen = Options(**options)
-    told = progress or (lambda _what, _done, _of: None)
+    told = progress or silent
     with staged(Path(out), force=force, replaceable=lambda path: (path / MANIFEST).is_file()) as stage:
         if chosen.via == "optimum":
             from .optimum import export_optimum  # heavy: torch, transformers
@@ -103,7 +100,7 @@ def outline(checkpoint: str | Path, *, progress: Progress | None = None, **optio
         raise EdgelmError("--dry-run does not go with --via optimum: only optimum's export shows what it will be")
     model = _open(checkpoint, chosen)
     length = choose_context(chosen.context, model.decoder.context)
-    told = progress or (lambda _what, _done, _of: None)
+    told = progress or silent
     return make_plan(model, chosen, length, _calibration(model, chosen, length, told), told)[1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +17,7 @@ from .graph.matrices import tensors_of
 from .graph.nodes import Nodes
 from .opened import Opened
 from .options import Options
+from .progress import Progress
 from .quantize.budget import Option, choose
 from .quantize.plan import MIXED_BITS, Plan
 from .quantize.spec import Spec
@@ -30,8 +31,6 @@ SLACK: Final = 512
 
 SENSITIVITY_TOKENS: Final = 1024
 """Positions that sensitivity is measured on: every matrix has its own hidden states of all of them in memory."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

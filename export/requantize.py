@@ -9,7 +9,6 @@ head, it computes only the positions that the new input `rows` (int64 [R], into 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,6 +23,7 @@ from .graph.initializers import Initializers
 from .graph.matrices import look_up, multiply, store_packed
 from .graph.nodes import MICROSOFT, Nodes
 from .graph.onnx_graph import OnnxGraph, attributes, needed
+from .progress import Progress, silent
 from .quantize.plan import Plan
 from .rows import Rows
 from .storing import quantize_rows
@@ -53,9 +53,9 @@ class Requantizer:
         graph: OnnxGraph,
         plan: Plan,
         initializers: Initializers,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        self._progress = progress or (lambda _what, _done, _of: None)
+        self._progress = progress or silent
         self._graph = graph
         self._plan = plan
         self._initializers = initializers

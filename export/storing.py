@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,7 @@ from edgelm.bundle import Matrix
 
 from .graph.initializers import Initializers
 from .graph.matrices import store_float, store_packed
+from .progress import Progress
 from .quantize.moments import Moments, follow
 from .quantize.pack import Packed, dequantize
 from .quantize.plan import Plan
@@ -24,7 +25,6 @@ from .reference.sensitivity import uncalibrated
 from .rows import Rows
 from .weights import Weights
 
-Progress = Callable[[str, int, int], None]
 TABLES = ("embedding", "head")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgelm.bundle import Cache, Manifest
@@ -14,14 +14,13 @@ from .graph.decoder import DecoderGraph
 from .graph.initializers import Initializers
 from .graph.nodes import Nodes
 from .opened import Opened, vocabulary_facts
+from .progress import Progress
 from .quantize.plan import Plan, Quant
 from .reference.compare import VOCABULARY
 from .reference.documents import Document
 from .storing import MatrixStore, store_matrices
 
 REPORT = "report.svg"
-
-Progress = Callable[[str, int, int], None]
 
 
 def write_bundle(

@@ -6,12 +6,13 @@ at a time: the second gives a matrix's input moments, the difference of both say
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..progress import Progress
 from ..quantize.moments import Moments, with_lookup
 from ..rows import Rows
 from ..weights import LAYER_PARTS
@@ -33,7 +34,6 @@ COLUMNS: Final = 512
 """Columns of a matrix of moments that are added to at once."""
 
 Array = NDArray[np.float32]
-Progress = Callable[[str, int, int], None]
 
 
 class Store(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,12 @@ from edgelm.errors import BundleError, EdgelmError
 from edgelm.tokenizer import Tokenizer
 
 from ..opened import open_model, with_rows
+from ..progress import Progress, silent
 from .documents import measured_documents, read_text
 from .verify import BundleReference, CheckpointReference, measure, quality
 
 VOCABULARY = "vocabulary.json"
 """File of a bundle with a pruned vocabulary: the old id of each token, in order."""
-
-Progress = Callable[[str, int, int], None]
 
 
 def compare(
@@ -40,7 +38,7 @@ def compare(
     [0, 1]. Raises `EdgelmError` when the two do not belong together or a file cannot be read.
     """
     opened = open_bundle(bundle)
-    manifest, told = opened.manifest, progress or (lambda _what, _done, _of: None)
+    manifest, told = opened.manifest, progress or silent
     if manifest.adapter is not None and adapter is None:
         raise EdgelmError(f"{opened.path} has the adapter {manifest.adapter} merged: name it with --adapter")
     length = manifest.context if context is None else context

@@ -8,7 +8,6 @@ same). An int8 bundle, which predicts almost as the checkpoint does, does the wr
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +18,7 @@ from edgelm.bundle import Bundle
 from edgelm.session import Session, open_session
 
 from ..opened import Opened
+from ..progress import Progress, silent
 from ..quantize.plan import BLOCK_SIZE, Plan
 from ..quantize.spec import Spec
 from ..writing import write_bundle
@@ -32,8 +32,6 @@ TOKENS: Final = 256
 """Length of each document: 24,576 tokens in all, a third of what is taken from text."""
 TOGETHER: Final = 16
 
-Progress = Callable[[str, int, int], None]
-
 
 def sampled_documents(model: Opened, context: int, progress: Progress, beside: Path | None) -> list[Document]:
     """Return documents of at most `TOKENS` tokens that the model makes up; the same model makes up the same.
@@ -43,7 +41,7 @@ def sampled_documents(model: Opened, context: int, progress: Progress, beside: P
     length = min(TOKENS, context)
     with tempfile.TemporaryDirectory(prefix=".sampled.", dir=beside) as folder:
         plan = Plan(Spec(8, BLOCK_SIZE, True, "rtn"))
-        manifest = write_bundle(Path(folder), model, plan, "int8", length, lambda _what, _done, _of: None)
+        manifest = write_bundle(Path(folder), model, plan, "int8", length, silent)
         session = open_session(Bundle(Path(folder), manifest), rows=TOGETHER)
         generator = np.random.Generator(np.random.PCG64(0))
         found: list[Document] = []

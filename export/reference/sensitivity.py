@@ -7,13 +7,14 @@ HAWQ (Dong et al. 2019, arXiv:1905.03696) argue for; here the network is small e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from edgelm.divergence import Divergence
 
+from ..progress import Progress
 from ..quantize.pack import dequantize
 from ..quantize.plan import Plan
 from ..quantize.quantizer import Quantizer
@@ -26,8 +27,6 @@ from .verify import pieces
 
 SAMPLED_ROWS: Final = 1024
 """Rows that an estimate of a matrix's error looks at, at least."""
-
-Progress = Callable[[str, int, int], None]
 
 
 def measure_sensitivity(

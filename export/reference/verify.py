@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from edgelm.divergence import Agreement, Divergence
 from edgelm.errors import EdgelmError
 from edgelm.session import open_session
 
+from ..progress import Progress
 from ..weights import Weights
 from .documents import Document
 from .layers import Layers
@@ -21,7 +22,6 @@ PIECE: Final = 64
 """Positions compared at once: bounds the logits in memory."""
 
 Array = NDArray[np.float32]
-Progress = Callable[[str, int, int], None]
 
 
 class Reference(Protocol):
