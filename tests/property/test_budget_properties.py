@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from edgelm_export.quantize.budget import Option, choose
-from edgelm_export.quantize.spec import Spec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelm.errors import EdgelmError
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+from edgelm_export.quantize.budget import Option, choose
+from edgelm_export.quantize.spec import Spec
 
 OPTIONS = st.lists(
     st.builds(
