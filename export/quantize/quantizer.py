@@ -18,8 +18,8 @@ from .pack import Packed, pack
 from .spec import Spec
 
 ROUNDS: Final = 1
-"""After GPTQ, so often are codes improved until they settle, and then scales. A second round changes nothing that can be
-measured (stories260K: KL .0487 and .0486) and takes half as long as GPTQ itself."""
+"""After GPTQ, so often are codes improved until they settle, and then scales. A second round changes nothing that can
+be measured (stories260K: KL .0487 and .0486) and takes half as long as GPTQ itself."""
 
 SWEEPS: Final = 8
 """At most so many times are codes improved in a round; few change after the first, so it costs little."""
