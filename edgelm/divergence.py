@@ -48,7 +48,7 @@ class Divergence:
         at = np.arange(len(following))
         for i, logprobs in enumerate((expected, found)):
             self._nats[i] -= float(logprobs[at, following].sum())
-        self._same += int((expected.argmax(axis=1) == found.argmax(axis=1)).sum())
+        self._same += int((reference.argmax(axis=1) == logits.argmax(axis=1)).sum())
 
     def result(self) -> Agreement:
         """Return what the positions amount to. Raises `EdgelmError` when there are none."""
