@@ -11,6 +11,9 @@ from broker import Broker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mqtt_client import Client, Heard
+from served_board import serving
+
+from edgelm.config import ServeConfig
 
 PROMPT = "Once upon a time"
 NUMBERS = count()
@@ -78,14 +81,15 @@ def test_without_stream_there_is_exactly_one_message(client: Client, common: str
     assert client.on("reply/one")[0].body["seq"] == 0
 
 
-def test_chunks_are_merged_over_chunk_ms(client: Client, common: str) -> None:
+def test_chunks_are_merged_over_chunk_ms(broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {}
-    for chunk_ms in (0, 10_000):
-        reply = f"reply/{chunk_ms}"
-        body = {"prompt": PROMPT, "max_tokens": 40, "stream": True, "chunk_ms": chunk_ms}
-        client.publish(f"edgelm/{common}/generate", body, reply=reply)
-        bodies = _bodies(client.wait(lambda heard, reply=reply: _is_whole(heard, reply)), reply)
-        counts[chunk_ms] = len(bodies) - 1
+    with serving(config, monkeypatch, step_s=0.05), Client(broker.port, "reply/#") as client:
+        for chunk_ms in (0, 10_000):
+            reply = f"reply/{chunk_ms}"
+            body = {"prompt": PROMPT, "max_tokens": 40, "stream": True, "chunk_ms": chunk_ms}
+            client.publish(f"edgelm/{config.board}/generate", body, reply=reply)
+            bodies = _bodies(client.wait(lambda heard, reply=reply: _is_whole(heard, reply)), reply)
+            counts[chunk_ms] = len(bodies) - 1
     assert counts[10_000] == 2  # the first token at once, the rest with the final
     assert counts[0] > 2
 
