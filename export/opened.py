@@ -25,7 +25,11 @@ from .weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What an export, a calibration and a comparison read. `kept` are the old ids of a pruned vocabulary's tokens."""
+    """What an export, a calibration and a comparison read.
+
+    tokenizer_text: the bundle's tokenizer.json. vocabulary: what pruning kept, where it was asked for. adapter: the
+    name of the adapter merged into `weights`, where there is one.
+    """
 
     checkpoint: Checkpoint
     weights: Weights

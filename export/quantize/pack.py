@@ -9,10 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .spec import METHODS, Method
-
-__all__ = ["METHODS", "Method", "Packed", "dequantize", "pack", "quantize", "unpack_codes", "unpack_zeros"]
-
 
 @dataclass(frozen=True, slots=True)
 class Packed:
@@ -30,11 +26,6 @@ class Packed:
     bits: int
     block_size: int
     columns: int
-
-    @property
-    def size(self) -> int:
-        """Bytes that the tensors take."""
-        return self.data.nbytes + self.scales.nbytes + (0 if self.zero_points is None else self.zero_points.nbytes)
 
     def rows(self, start: int, stop: int) -> Packed:
         """Return rows [start, stop) as a matrix of their own."""
@@ -79,14 +70,6 @@ def dequantize(packed: Packed) -> NDArray[np.float32]:
     centred = unpack_codes(packed).astype(np.float32) - unpack_zeros(packed)[:, :, None]
     values = centred * packed.scales.astype(np.float32)[:, :, None]
     return values.reshape(len(values), -1)[:, : packed.columns]
-
-
-def quantize(weight: NDArray[np.float32], bits: int, block_size: int, method: Method) -> Packed:
-    """Quantize float32 [N, K] symmetrically, with float32 scales."""
-    from .quantizer import Quantizer
-    from .spec import Spec
-
-    return Quantizer(Spec(bits, block_size, True, method), scale_dtype=np.float32).quantize(weight)
 
 
 def _halves(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
