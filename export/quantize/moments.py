@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from edgelm.errors import EdgelmError
 
+from . import triangular
+
 Array = NDArray[np.float32]
 
 DAMPING: Final = 0.01
@@ -20,9 +22,6 @@ DAMPING: Final = 0.01
 
 FOLLOW_DAMPING: Final = 0.1
 """The same for `follow`, which would otherwise trust directions that the text hardly used."""
-
-PANEL: Final = 256
-"""Columns factored at once."""
 
 LOOKUP: Final = 0.3
 """How much the lookup weighs in a tied embedding beside the head."""
@@ -47,9 +46,15 @@ class Moments:
         """Return float32 [K, K], the second moments with `share` of their mean added, so that no channel is dead."""
         second = np.array(self.second, np.float32)
         diagonal = np.arange(len(second))
-        mean = float(second[diagonal, diagonal].mean(dtype=np.float64)) or 1.0
-        second[diagonal, diagonal] += np.float32(share * mean)
+        second[diagonal, diagonal] = self.damped_diagonal(share)
         return second
+
+    def damped_diagonal(self, share: float = DAMPING) -> Array:
+        """Return float32 [K], the diagonal of `damped`."""
+        diagonal = np.diag(self.second).astype(np.float32)
+        mean = float(diagonal.mean(dtype=np.float64)) or 1.0
+        damped: Array = diagonal + np.float32(share * mean)
+        return damped
 
 
 def follow(weight: Array, moments: Moments) -> Array:
@@ -67,8 +72,9 @@ def follow(weight: Array, moments: Moments) -> Array:
         moved += moments.residual
     if not moved.any():
         return weight
-    lower = cholesky(moments.damped(FOLLOW_DAMPING))
-    inverse = _inverse(lower)  # of a lower triangle L with L L^T = the moments
+    inverse = moments.damped(FOLLOW_DAMPING)
+    triangular.factor(inverse)
+    triangular.invert(inverse)  # of a lower triangle L with L L^T = the moments
     followed: Array = np.matmul(moved.astype(np.float32) @ inverse.T, inverse, dtype=np.float32)
     followed += weight
     return followed
@@ -92,9 +98,12 @@ def prepare(moments: Moments) -> tuple[NDArray[np.int64], Array, Array]:
     second: float32 [K, K], damped. factors: see `factors`. Raises EdgelmError where the moments are not positive
     definite, as those of no text are.
     """
-    second = moments.damped()
-    order = np.argsort(-np.diag(second), kind="stable")
-    second = second[np.ix_(order, order)]
+    diagonal = moments.damped_diagonal()
+    order = np.argsort(-diagonal, kind="stable")
+    second = np.empty(moments.second.shape, np.float32)
+    for row, k in zip(second, order, strict=True):
+        row[:] = moments.second[k, order]
+    second[np.arange(len(order)), np.arange(len(order))] = diagonal[order]
     try:
         return order, second, factors(second)
     except np.linalg.LinAlgError as error:
@@ -108,42 +117,8 @@ def factors(second: Array) -> Array:
 
     second: float32 [K, K], damped. Raises numpy's LinAlgError where it is not positive definite.
     """
-    lower = np.ascontiguousarray(cholesky(second[::-1, ::-1])[::-1, ::-1].T)
-    inverse = _inverse(lower)
-    for k in range(len(lower)):
-        lower[k, k + 1 :] = -inverse[k + 1 :, k]
-    return lower
-
-
-def cholesky(second: Array) -> Array:
-    """Return the lower triangle L float32 [K, K] with L L^T = second, zeros above; numpy's own computes in float64.
-
-    Blocks of columns in turn: each is factored, and what it explains is taken off the rest. Raises numpy's LinAlgError
-    where `second` is not positive definite.
-    """
-    lower = np.tril(second)
-    size = len(lower)
-    for start in range(0, size, PANEL):
-        stop = min(start + PANEL, size)
-        corner = np.linalg.cholesky(lower[start:stop, start:stop].astype(np.float64)).astype(np.float32)
-        lower[start:stop, start:stop] = corner
-        below = lower[stop:, start:stop] @ _inverse(corner).T
-        lower[stop:, start:stop] = below
-        for first in range(stop, size, PANEL):  # the lower half of the rest, a few columns at a time
-            columns = slice(first, min(first + PANEL, size))
-            lower[first:, columns] -= below[first - stop :] @ below[first - stop : columns.stop - stop].T
-        lower[start:stop, stop:] = 0  # where the last line went past the diagonal
-    return lower
-
-
-def _inverse(lower: Array) -> Array:
-    """Inverse of a lower triangular matrix, halves at a time."""
-    size = len(lower)
-    if size <= 64:
-        return np.tril(np.linalg.inv(lower)).astype(np.float32)
-    half = size // 2
-    inverse = np.zeros_like(lower)
-    inverse[:half, :half] = _inverse(lower[:half, :half])
-    inverse[half:, half:] = _inverse(lower[half:, half:])
-    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
-    return inverse
+    table = second[::-1, ::-1].copy()
+    triangular.factor(table)
+    triangular.flip(table)
+    triangular.fill_with_inverse(table)
+    return table

@@ -72,7 +72,7 @@ class Quantizer:
         self._spec = spec
         self._dtype = scale_dtype
         if importance is None and moments is not None:
-            importance = np.diag(moments.damped())
+            importance = moments.damped_diagonal()
         self._importance = None if importance is None else _normalized(importance)
         if spec.method == "gptq" and moments is not None:
             self._order, self._second, self._factors = prepare(moments)

@@ -7,11 +7,12 @@ at a time: the second gives a matrix's input moments, the difference of both say
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..memory import give_back
 from ..progress import Progress
 from ..quantize.moments import Moments, with_lookup
 from ..rows import Rows
@@ -19,9 +20,11 @@ from ..weights import LAYER_PARTS
 from .documents import Document
 from .layers import Layers, Part
 from .states import States
+from .sums import Sums
 
-HEAD_TOKENS: Final = 8192
-"""Positions that tell the moments of a tied head, for which the unquantized model has to run once more."""
+HEAD_TOKENS: Final = 4096
+"""Positions, at least, that tell the moments of a tied head, for which the unquantized model has to run once more; at
+least four times as many as the head has inputs."""
 
 FOLLOWED_TOKENS: Final = 8192
 """Positions, at least, on which the unquantized model runs beside the quantized one, to tell how far they are apart."""
@@ -29,9 +32,6 @@ FOLLOWED_TOKENS: Final = 8192
 WIDE: Final = 2048
 """A matrix with more inputs than this takes its moments from the followed positions too: they cost inputs squared.
 There are at least twice as many of them as inputs."""
-
-COLUMNS: Final = 512
-"""Columns of a matrix of moments that are added to at once."""
 
 Array = NDArray[np.float32]
 
@@ -94,6 +94,7 @@ class _Calibration:
         self._full = _Stream(States(zip(self._followed, followed, strict=True)))
         self._own = _Stream(States(enumerate(layers.embed(self._documents, table))))
         del table, followed  # what is not needed any more is large
+        give_back()
         for i in range(len(self._decoder.layers)):
             self._layer(i)
         if not tied:
@@ -101,21 +102,23 @@ class _Calibration:
 
     def _tied_moments(self) -> Moments:
         """Return the moments of what the head multiplies, widened for the lookup's sake."""
-        layers, documents = self._layers, [self._documents[n] for n in self._sample(HEAD_TOKENS)]
+        layers, width = self._layers, self._decoder.hidden_size
+        documents = [self._documents[n] for n in self._sample(max(HEAD_TOKENS, 4 * width))]
         hidden, count = layers.embed(documents), len(self._decoder.layers)
         for i in range(count):
             self._progress("calibrating the head", i, count)
             hidden = layers.layer(i).step(hidden)
-        final = [layers.final(states) for states in hidden]
-        second = sum((x.T @ x for x in final), np.zeros((self._decoder.hidden_size,) * 2, np.float64))
-        return with_lookup(Moments(second, count=sum(map(len, final))))
+        sums = Sums((self._decoder.vocab_size, width))
+        for states in hidden:
+            sums.add(layers.final(states))
+        return with_lookup(sums.moments())
 
     def _head_moments(self) -> Moments:
-        sums = _Sums(self._decoder.vocab_size, self._decoder.hidden_size, wide=False)
+        sums = Sums((self._decoder.vocab_size, self._decoder.hidden_size))
         for n in self._every:
             own = self._layers.final(self._own.hidden[n])
             full = self._layers.final(self._full.hidden[n]) if n in self._full.hidden else None
-            sums.add(own, full, None, None)
+            sums.add(own, full)
         return sums.moments()
 
     def _layer(self, i: int) -> None:
@@ -126,10 +129,14 @@ class _Calibration:
         for part in LAYER_PARTS:
             moments = self._moments(i, part, stored)
             rows = Rows.of(self._layers.weights.layer(i, part))
+            give_back()
             stored[part] = self._store(f"layer.{i}.{part}", rows, moments).whole()
             del moments, rows
+            give_back()
             if part == "gate_up":
                 continue  # what comes after is wide: it is computed again from its narrow origin where it is needed
+            if part == "down" and self._decoder.tied and i + 1 == len(self._decoder.layers):
+                continue  # nothing reads what comes out
             own, before = self._piece(i, part, stored), self._piece(i, "gate_up", stored) if part == "down" else None
             for n in self._every:
                 self._own.advance(n, own, before)
@@ -141,7 +148,7 @@ class _Calibration:
     def _moments(self, i: int, part: str, stored: Mapping[str, Array]) -> Moments:
         """Return a matrix's moments; the unquantized model goes on to the next matrix."""
         weight = self._layers.weights.layer(i, part)
-        sums = _Sums(*weight.shape, wide=weight.shape[1] > WIDE)
+        sums = Sums((weight.shape[0], weight.shape[1]), weight, wide=weight.shape[1] > WIDE)
         added = part in ("output", "down") and not self._decoder.post_norm
         full_piece = None if part == "gate_up" else self._layers.part(i, part)
         befores: tuple[Part | None, Part | None] = None, None
@@ -152,7 +159,7 @@ class _Calibration:
             if n in self._full.hidden:
                 full = self._full.value(n, befores[0])
                 drift = self._full.hidden[n] - self._own.hidden[n] if added else None
-            sums.add(own, full, drift, weight)
+            sums.add(own, full, drift)
             if full is not None and full_piece is not None:
                 self._full.move(n, full_piece, full)
         return sums.moments()
@@ -162,55 +169,6 @@ class _Calibration:
         total = sum(len(document) for document in self._documents)
         step = max(1, total // tokens)
         return list(self._every[::step])
-
-
-class _Sums:
-    """Moments of a matrix [rows, columns] in the making.
-
-    What it is to make up for is summed in whichever form is smaller: of its inputs [columns, columns], or of its
-    outputs [rows, columns], where the drift of a residual stream that it adds to belongs in any case.
-    """
-
-    def __init__(self, rows: int, columns: int, *, wide: bool) -> None:
-        self.wide = wide
-        kind = np.dtype(np.float32 if wide else np.float64)
-        self._second: NDArray[Any] = np.zeros((columns, columns), kind)
-        self._cross: NDArray[Any] | None = np.zeros((columns, columns), kind) if columns <= rows else None
-        self._residual: NDArray[Any] = np.zeros((rows, columns), kind)
-        self._count = self._followed = 0
-
-    def add(self, own: Array, full: Array | None, drift: Array | None, weight: Array | None) -> None:
-        """Add a document: inputs [n, columns] in the quantized model and, where it is followed, in the other.
-
-        `drift` [n, rows] is how far apart the residual streams are that the matrix adds to; `weight` the matrix.
-        """
-        for start in range(0, self._second.shape[1], COLUMNS):  # the lower half, without a second whole matrix
-            self._second[start:, start : start + COLUMNS] += own[:, start:].T @ own[:, start : start + COLUMNS]
-        self._count += len(own)
-        if full is None:
-            return
-        self._followed += len(own)
-        missing = drift
-        if self._cross is not None:
-            self._cross += (full - own).T @ own
-        elif weight is not None:
-            missed = np.matmul(full - own, weight.T, dtype=np.float32)
-            if drift is not None:
-                missed += drift
-            missing = missed
-        if missing is not None:
-            self._residual += missing.T @ own
-
-    def moments(self) -> Moments:
-        """Return the sums, those over followed positions scaled to all."""
-        for start in range(0, self._second.shape[1], COLUMNS):
-            stop = start + COLUMNS
-            self._second[start:stop, stop:] = self._second[stop:, start:stop].T
-        scale = self._count / max(self._followed, 1)
-        if self._cross is not None:
-            self._cross *= scale
-        self._residual *= scale
-        return Moments(self._second, self._cross, self._residual, self._count)
 
 
 def _next(part: Part, value: Array | None, residual: Array) -> Array:

@@ -1,0 +1,80 @@
+"""Triangular factors of large float32 matrices, in their own memory: numpy's own work in float64 and on copies."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+PANEL: Final = 256
+"""Columns worked on at once."""
+
+SMALL: Final = 64
+"""Up to this size a triangle is inverted by numpy."""
+
+Array = NDArray[np.float32]
+
+
+def factor(matrix: Array) -> None:
+    """Replace a symmetric matrix [n, n], of which the lower half is read, by the lower L with L L^T = it, zeros above.
+
+    Blocks of columns in turn: each is factored, and what it explains is taken off the rest. Raises numpy's LinAlgError
+    where the matrix is not positive definite.
+    """
+    size = len(matrix)
+    for start in range(0, size, PANEL):
+        stop = min(start + PANEL, size)
+        corner = np.linalg.cholesky(matrix[start:stop, start:stop].astype(np.float64)).astype(np.float32)
+        matrix[start:stop, start:stop] = corner
+        matrix[start:stop, stop:] = 0
+        invert(corner)
+        below = matrix[stop:, start:stop] @ corner.T
+        matrix[stop:, start:stop] = below
+        for first in range(stop, size, PANEL):  # the lower half of the rest, a few columns at a time
+            last = min(first + PANEL, size)
+            matrix[first:, first:last] -= below[first - stop :] @ below[first - stop : last - stop].T
+
+
+def invert(lower: Array) -> None:
+    """Replace a lower triangle [n, n] by its inverse, halves at a time."""
+    size = len(lower)
+    if size <= SMALL:
+        lower[:] = np.tril(np.linalg.inv(lower))
+        return
+    half = size // 2
+    invert(lower[:half, :half])
+    invert(lower[half:, half:])
+    lower[half:, :half] = -lower[half:, half:] @ (lower[half:, :half] @ lower[:half, :half])
+
+
+def fill_with_inverse(lower: Array) -> None:
+    """Write -L^-T above the diagonal of a lower triangle L [n, n], halves at a time."""
+    size = len(lower)
+    if size <= SMALL:
+        lower -= np.triu(np.linalg.inv(lower).T, 1)
+        return
+    half = size // 2
+    first, second, both = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    fill_with_inverse(first)
+    fill_with_inverse(second)
+    product = both @ _inverse_rows(first, 0, half)
+    for start in range(0, len(second), PANEL):
+        stop = start + PANEL
+        lower[:half, half + start : half + stop] = (_inverse_rows(second, start, stop) @ product).T
+
+
+def flip(matrix: Array) -> None:
+    """Mirror a matrix [n, n] along its other diagonal: the transposed, read backwards both ways."""
+    last = len(matrix) - 1
+    for k in range(last):
+        row, column = matrix[k, : last - k], matrix[k + 1 :, last - k][::-1]
+        row[:], column[:] = column.copy(), row.copy()
+
+
+def _inverse_rows(filled: Array, start: int, stop: int) -> Array:
+    """Return rows [start, stop) of L^-1 [n, n], out of an L with -L^-T above its diagonal."""
+    rows = -np.tril(filled[:, start:stop].T, start - 1)
+    diagonal = np.arange(start, start + len(rows))
+    rows[diagonal - start, diagonal] = 1 / filled[diagonal, diagonal]
+    return rows
