@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -97,8 +98,10 @@ def main() -> int:
     parser.add_argument("--calibrate", metavar="FILE", help="text of at least 65,536 bytes, for GPTQ")
     args = parser.parse_args()
     checkpoint = args.work / "checkpoint"
-    if not checkpoint.exists():
-        write_checkpoint(checkpoint)
+    if not checkpoint.exists():  # by another process: what starts later inherits the peak of this one
+        writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=(checkpoint,))
+        writer.start()
+        writer.join()
     print("clip", json.dumps(measure(checkpoint, args.work / "clip", [])), flush=True)
     if args.calibrate:
         print("gptq", json.dumps(measure(checkpoint, args.work / "gptq", ["--calibrate", args.calibrate])), flush=True)
