@@ -38,9 +38,7 @@ def test_sums_are_those_of_all_documents(given_passes, together, columns, wide, 
             found.add(own, full if known else None, drift.astype(np.float32) if known and drifts else None)
         moments = found.moments()
     every = np.concatenate([own for own, *_ in documents]).astype(np.float64)
-    own, full, drift = (
-        np.concatenate([each[i] for each in documents if each[3]]).astype(np.float64) for i in range(3)
-    )
+    own, full, drift = (np.concatenate([each[i] for each in documents if each[3]]).astype(np.float64) for i in range(3))
     scale = len(every) / len(own)
     missing = drift if drifts else np.zeros_like(drift)
     if weight.shape[1] > weight.shape[0]:

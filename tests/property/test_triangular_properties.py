@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from edgelm_export.quantize import triangular
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+from edgelm_export.quantize import triangular
 
 sizes = st.sampled_from([1, 2, 3, 63, 64, 65, 129, 256, 257, 520])
 seeds = st.integers(0, 2**32)
