@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edgelm.bundle import Bundle
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.messages import Chunk, Constraint, FinishReason, Request
+from edgelm.reuse import Reuse
 from edgelm.sequence import Sequence, refused
 from edgelm.session import PREFILL_CHUNK, Session, open_session
 from edgelm.tokenizer import Tokenizer
@@ -30,6 +31,9 @@ SCORE_CHUNK: Final = 64
 MOST_ROWS: Final = 1024
 """Most requests decoded together."""
 
+PREFIX_CACHE_MB: Final = 64
+"""Default size of the memory of earlier sequences, in 10^6 bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
@@ -41,10 +45,18 @@ class Engine:
     """Owns a bundle's session. Not thread-safe: one thread calls it."""
 
     def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, context: int | None = None, max_batch: int = 8
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        max_batch: int = 8,
+        prefix_cache_mb: int = PREFIX_CACHE_MB,
     ) -> None:
         if not 1 <= max_batch <= MOST_ROWS:
             raise EdgelmError(f"max_batch must lie in [1, {MOST_ROWS}], got {max_batch}")
+        if prefix_cache_mb < 0:
+            raise EdgelmError(f"prefix_cache_mb must be at least 0, got {prefix_cache_mb}")
         manifest = bundle.manifest
         self.bundle = bundle
         self.max_batch = max_batch
@@ -61,6 +73,7 @@ class Engine:
         self._running: list[Sequence] = []
         self._prefilling: Sequence | None = None
         self._cancelled: set[str] = set()
+        self._reuse = Reuse(self.session, manifest.cache, prefix_cache_mb * 1_000_000)
         self._ready: list[Chunk] = []
         """What the step so far has for clients: kept here so that a failure later in the step does not lose it."""
         self._grammar: Grammar | None = None
@@ -148,6 +161,7 @@ class Engine:
             ended = self._end_of(sequence.request, now)
             if ended:
                 self._ready.append(sequence.finish(ended))
+                self._reuse.keep(sequence)
                 self._release(sequence)
         self._cancelled.clear()
 
@@ -163,6 +177,7 @@ class Engine:
             try:
                 self._prefilling = self._open(entry)
                 self._prefilling.row = len(self._running)
+                self._reuse.begin(self._prefilling)
             except RequestError as error:
                 self._ready.append(refused(entry.request, "error", entry.submitted, error))
 
@@ -178,6 +193,7 @@ class Engine:
         sequence.computed = end
         if not sequence.is_prefilled():
             return
+        self._reuse.keep(sequence)
         self._prefilling = None
         self._running.append(sequence)
         self._advance(sequence, logits[0])
@@ -211,7 +227,10 @@ class Engine:
         except RequestError as error:
             chunks = [sequence.fail(error)]
         self._ready += chunks
-        if chunks[-1].done:
+        last = chunks[-1].completion
+        if last is not None:
+            if last.error is None:
+                self._reuse.keep(sequence)
             self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:

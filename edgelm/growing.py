@@ -109,6 +109,15 @@ class GrowingSession:
         """See `Session`. Nothing is copied: both rows name the same tensors until their next step."""
         self._rows[target] = self._cut(self._rows[source], length)
 
+    def read_row(self, row: int, start: int, stop: int) -> list[NDArray[np.float32]]:
+        """See `Session`."""
+        return [array[0, :, start:stop].copy() for array in _arrays(self._rows[row])]
+
+    def begin_row(self, row: int, pieces: Sequence[list[NDArray[np.float32]]]) -> None:
+        """See `Session`."""
+        whole = [np.concatenate(parts, axis=1)[None] for parts in zip(*pieces, strict=True)]
+        self._rows[row] = _Row(whole[0].shape[2], whole)
+
     def _run(self, row: int, tokens: NDArray[np.int64], start: int, *, every: bool) -> NDArray[np.float32]:
         """Compute tokens int64 [n] at positions [start, start + n); keep the row's new past; return [r, V]."""
         count = len(tokens)
@@ -146,5 +155,9 @@ class GrowingSession:
             return self._blank()
         if length > row.length:
             raise AssertionError(f"a row of {row.length} positions has no first {length}")
-        arrays = [value if isinstance(value, np.ndarray) else value.numpy() for value in row.values]
-        return _Row(length, [np.ascontiguousarray(array[:, :, :length]) for array in arrays])
+        return _Row(length, [np.ascontiguousarray(array[:, :, :length]) for array in _arrays(row)])
+
+
+def _arrays(row: _Row) -> list[NDArray[np.float32]]:
+    """Return keys and values of a row, [1, kv_heads, length, head_size] each."""
+    return [value if isinstance(value, np.ndarray) else value.numpy() for value in row.values]

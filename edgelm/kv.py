@@ -28,3 +28,12 @@ class KvBuffers:
         """Copy the first `length` positions of one row over another."""
         for array in self.arrays:
             array[target, :, :length] = array[source, :, :length]
+
+    def read(self, row: int, start: int, stop: int) -> list[NDArray[np.float32]]:
+        """Return copies of positions [start, stop) of a row, float32 [kv_heads, n, head_size] for each buffer."""
+        return [array[row, :, start:stop].copy() for array in self.arrays]
+
+    def write(self, row: int, start: int, piece: list[NDArray[np.float32]]) -> None:
+        """Put what `read` returned into a row, from `start` on."""
+        for array, values in zip(self.arrays, piece, strict=True):
+            array[row, :, start : start + values.shape[1]] = values

@@ -15,13 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle import Bundle, Manifest, open_bundle
-from edgelm.engine import Engine
+from edgelm.engine import PREFIX_CACHE_MB, Engine
 from edgelm.errors import RequestError
 from edgelm.messages import Chunk, Completion, Constraint, Request
 from edgelm.worker import Worker
 
 
-def load(path: str | Path, *, threads: int | None = None, context: int | None = None, max_batch: int = 8) -> Model:
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    max_batch: int = 8,
+    prefix_cache_mb: int = PREFIX_CACHE_MB,
+) -> Model:
     """Open a bundle for inference.
 
     Parameters
@@ -34,6 +41,9 @@ def load(path: str | Path, *, threads: int | None = None, context: int | None = 
         Tokens of prompt and answer together that one request may hold; the default and limit is the bundle's.
     max_batch
         Requests decoded together; more than that wait their turn.
+    prefix_cache_mb
+        Memory, in 10^6 bytes, for keys and values of earlier prompts and answers: what a prompt shares with one of them
+        from the start on is not computed again. 0 is none.
 
     Raises
     ------
@@ -43,7 +53,8 @@ def load(path: str | Path, *, threads: int | None = None, context: int | None = 
         An option is out of range.
     """
     bundle = open_bundle(path)
-    worker = Worker(Engine(bundle, threads=threads, context=context, max_batch=max_batch), queue_size=None)
+    engine = Engine(bundle, threads=threads, context=context, max_batch=max_batch, prefix_cache_mb=prefix_cache_mb)
+    worker = Worker(engine, queue_size=None)
     worker.start()
     return Model(bundle, worker)
 

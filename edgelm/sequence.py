@@ -49,6 +49,8 @@ class Sequence:
         self.prompt_tokens = len(prompt)
         self.computed = 0
         """Positions already in key/value memory."""
+        self.cached = 0
+        """Positions that an earlier sequence had computed."""
         self._limit = min(params.max_tokens, context - len(prompt))
         self.history: NDArray[np.int32] = np.zeros(len(prompt) + self._limit, np.int32)
         self.history[: len(prompt)] = prompt
@@ -128,7 +130,7 @@ class Sequence:
             text=self._decoder.text,
             tokens=self.answer,
             finish_reason=reason,
-            usage=Usage(prompt_tokens=self.prompt_tokens, completion_tokens=count),
+            usage=Usage(prompt_tokens=self.prompt_tokens, cached_tokens=self.cached, completion_tokens=count),
             timing=Timing(
                 queue_ms=1e3 * (self._started - self._submitted),
                 ttft_ms=1e3 * (first - self._submitted),

@@ -6,6 +6,7 @@ A session computes logits for rows of key/value memory. It knows tokens and leng
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -25,6 +26,7 @@ OLD_WINDOWS: Final = tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24)
 """Whether this onnxruntime sees one position more than a window says."""
 
 Tokens = NDArray[np.int64]
+Piece = list[NDArray[np.float32]]
 Logits = NDArray[np.float32]
 
 
@@ -52,6 +54,12 @@ class Session(Protocol):
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one row over another."""
+
+    def read_row(self, row: int, start: int, stop: int) -> Piece:
+        """Return copies of positions [start, stop) of a row, float32 [kv_heads, n, head_size] each."""
+
+    def begin_row(self, row: int, pieces: Sequence[Piece]) -> None:
+        """Begin a row with what `read_row` returned, one piece after the other."""
 
 
 def open_session(bundle: Bundle, *, rows: int, threads: int | None = None, context: int | None = None) -> Session:
@@ -177,6 +185,17 @@ class SharedSession:
     def copy_row(self, source: int, target: int, length: int) -> None:
         """See `Session`."""
         self._kv.copy(source, target, length)
+
+    def read_row(self, row: int, start: int, stop: int) -> Piece:
+        """See `Session`."""
+        return self._kv.read(row, start, stop)
+
+    def begin_row(self, row: int, pieces: Sequence[Piece]) -> None:
+        """See `Session`."""
+        start = 0
+        for piece in pieces:
+            self._kv.write(row, start, piece)
+            start += piece[0].shape[1]
 
     def _bind(self, row: int, count: int) -> ort.IOBinding:
         """Bind rows of the buffers as past and present alike."""

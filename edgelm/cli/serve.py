@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queue", type=int, metavar="N", help="requests that may wait (8)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together (the bundle's)")
+    parser.add_argument(
+        "--prefix-cache-mb", type=int, metavar="N", help="memory of earlier prompts and answers, 0 for none (64)"
+    )
     parser.add_argument("--log-format", choices=("text", "json"), help="how to log (text)")
     add_credential_flags(parser)
 

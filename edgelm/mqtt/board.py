@@ -30,7 +30,13 @@ def open_board(config: ServeConfig, on_online: Callable[[], None] | None = None)
         When the bundle, a certificate or the password file cannot be used.
     """
     bundle = open_bundle(config.model)
-    engine = Engine(bundle, threads=config.threads, context=config.context, max_batch=config.max_batch)
+    engine = Engine(
+        bundle,
+        threads=config.threads,
+        context=config.context,
+        max_batch=config.max_batch,
+        prefix_cache_mb=config.prefix_cache_mb,
+    )
     worker = Worker(engine, queue_size=config.queue)
     service = Service(config, worker, describe(bundle, config.model, engine.context), on_online)
     if bundle.manifest.sampling.temperature > 0:

@@ -86,6 +86,14 @@ def test_greedy_tokens_are_those_of_transformers(prompt, gpt2):
     assert list(done.tokens) == greedy(model_of("gpt2"), prompt, NEW)
 
 
+def test_a_longer_prompt_goes_on_from_a_shorter_one(gpt2):
+    prompt = PROMPTS[0]
+    gpt2.generate(tokens=prompt[:9], max_tokens=1)
+    done = gpt2.generate(tokens=prompt, max_tokens=NEW, temperature=0.0, ignore_eos=True)
+    assert list(done.tokens) == greedy(model_of("gpt2"), prompt, NEW)
+    assert done.usage.cached_tokens >= 9
+
+
 def test_scores_are_those_of_transformers(gpt2):
     tokens = PROMPTS[0] + PROMPTS[3] + PROMPTS[1]  # more than one pass of the engine
     logits = torch.tensor(true_logits(model_of("gpt2"), tokens)).double()

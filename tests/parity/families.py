@@ -168,6 +168,23 @@ def compare_batch(bundle: Path, lengths: Sequence[int] = (70, 3, 64, 31, 150, 63
         np.testing.assert_allclose(*worth, atol=1e-4)
 
 
+def compare_reuse(bundle: Path, lengths: Sequence[int] = (40, 63, 64, 66, 90, 50, 120, 70)) -> None:
+    """Answer prompts that begin alike, with and without a memory of the ones before: the same tokens and worth."""
+    prompt = random_prompt(open_bundle(bundle).manifest.vocab_size, max(lengths))
+    answers = []
+    for size in (0, 64):
+        with edgelm.load(bundle, threads=1, max_batch=1, prefix_cache_mb=size) as model:
+            answers.append(
+                [model.generate(tokens=prompt[:n], max_tokens=8, ignore_eos=True, logprobs=1) for n in lengths]
+            )
+    for anew, reused in zip(*answers, strict=True):
+        assert anew.tokens == reused.tokens
+        worth = [[entry.logprob for entry in answer.logprobs] for answer in (anew, reused)]
+        np.testing.assert_allclose(*worth, atol=1e-4)
+    assert not any(answer.usage.cached_tokens for answer in answers[0])
+    assert sum(answer.usage.cached_tokens for answer in answers[1]) > sum(lengths) // 2
+
+
 def step_logits(network: Any, tokens: Sequence[int], start: int) -> np.ndarray:
     """Logits that chose each token from `start` on, [n - start, V], as passes over all before it give them.
 

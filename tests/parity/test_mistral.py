@@ -37,3 +37,7 @@ def test_a_prompt_in_chunks_equals_one_pass(options, tmp_path, export_to_cache):
 
 def test_answers_together_equal_answers_alone(tmp_path, export_to_cache):
     families.compare_batch(families.make("mistral", {"sliding_window": 24}, tmp_path, export_to_cache)[1])
+
+
+def test_reused_prefixes_give_the_same_answers(tmp_path, export_to_cache):
+    families.compare_reuse(families.make("mistral", {"sliding_window": 24}, tmp_path, export_to_cache)[1])

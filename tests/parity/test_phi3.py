@@ -63,3 +63,8 @@ def test_a_prompt_in_chunks_equals_one_pass(options, original, tmp_path, export_
 @pytest.mark.parametrize("options", [longrope(8), {**longrope(6), "hidden_size": 48}])
 def test_answers_together_equal_answers_alone(options, tmp_path, export_to_cache):
     families.compare_batch(families.make("phi3", options, tmp_path, export_to_cache)[1])
+
+
+@pytest.mark.parametrize("options", [longrope(8), {**longrope(6), "hidden_size": 48, "sliding_window": 20}])
+def test_what_is_reused_was_embedded_for_the_same_context(options, tmp_path, export_to_cache):
+    families.compare_reuse(families.make("phi3", options, tmp_path, export_to_cache)[1])

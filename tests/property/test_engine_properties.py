@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgelm.bundle import open_bundle
 from edgelm.engine import Engine
 from edgelm.messages import Request, SamplingParams
-from edgelm.session import PREFILL_CHUNK
+from edgelm.session import PREFILL_CHUNK, open_session
 
 MAX_BATCH = 3
 LONGEST = 16
@@ -38,9 +38,10 @@ def opened(bundle):
     return open_bundle(bundle)
 
 
-@pytest.fixture(scope="module")
-def engine(opened):
-    return Engine(opened, threads=1, max_batch=MAX_BATCH)
+@pytest.fixture(scope="module", params=[0, 1], ids=["computed", "reused"])
+def engine(opened, request):
+    """Without a memory of earlier sequences, and with one too small for all of them."""
+    return Engine(opened, threads=1, max_batch=MAX_BATCH, prefix_cache_mb=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,67 @@ def test_a_seed_gives_the_same_answer_in_any_company(which, seed, engine, known,
     while engine.queued or engine.active:
         together |= {chunk.id: chunk.completion.tokens for chunk in engine.step() if chunk.done}
     assert [together[str(i)] for i in range(len(prompts))] == alone
+
+
+@settings(max_examples=20)
+@given(cuts=st.lists(st.tuples(st.integers(0, 999), st.integers(1, 300)), min_size=2, max_size=8), whole=st.booleans())
+def test_what_a_prompt_shares_with_an_earlier_one_is_not_computed_again(cuts, whole, opened, known):
+    engine = Engine(opened, threads=1, max_batch=MAX_BATCH)
+    prefill = engine.session.prefill
+    computed, earlier = [], []
+
+    def counting(row, tokens, *given_too, **more):
+        computed.append(len(tokens))
+        return prefill(row, tokens, *given_too, **more)
+
+    engine.session.prefill = counting
+    for which, cut in cuts:
+        entry = known[which % len(known)]
+        tokens = entry.prompt if whole else entry.prompt[: 1 + cut % len(entry.prompt)]
+        computed.clear()
+        done = run_alone(engine, Request("one", SamplingParams(max_tokens=4), tokens=tokens))
+        shared = max((common(tokens[:-1], other) for other in earlier), default=0)
+        assert done.usage.cached_tokens == shared
+        assert sum(computed) == len(tokens) - shared
+        if whole:
+            assert done.tokens == entry.answer[: len(done.tokens)]
+        earlier.append(tokens + (done.tokens if done.finish_reason == "stop" else done.tokens[:-1]))
+
+
+def common(one, other):
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def test_a_conversation_goes_on_where_it_ended(opened):
+    engine = Engine(opened, threads=1, max_batch=1)
+    tokens, known_tokens = tuple(range(5, 25)), 0
+    for turn in range(4):
+        done = run_alone(engine, Request(str(turn), SamplingParams(max_tokens=5, ignore_eos=True), tokens=tokens))
+        assert done.usage.cached_tokens == known_tokens
+        known_tokens = len(tokens) + len(done.tokens) - 1  # the last token was not looked at
+        tokens = (*tokens, *done.tokens, *range(30 + turn, 40 + turn))
+
+
+@settings(max_examples=20)
+@given(length=st.integers(1, 40), cuts=st.lists(st.integers(1, 40), max_size=5))
+def test_a_row_begins_with_what_was_read_from_another(length, cuts, opened):
+    session = open_session(opened, rows=2, threads=1)
+    tokens, following = np.arange(5, 5 + length), np.array([3])
+    session.prefill(0, tokens, 0)
+    ends = sorted({*(cut for cut in cuts if cut < length), length})
+    session.begin_row(1, [session.read_row(0, start, end) for start, end in zip([0, *ends], ends, strict=False)])
+    expected = session.prefill(0, following, length).copy()
+    assert np.array_equal(session.prefill(1, following, length), expected)
+
+
+def test_requests_that_arrive_together_share_what_the_first_computes(opened):
+    engine = Engine(opened, threads=1, max_batch=MAX_BATCH)
+    for i in range(MAX_BATCH):
+        engine.add(Request(str(i), SamplingParams(max_tokens=4), tokens=(*range(5, 65), 70 + i)), time.monotonic())
+    done = {}
+    while engine.queued or engine.active:
+        done |= {chunk.id: chunk.completion for chunk in engine.step() if chunk.done}
+    assert [done[str(i)].usage.cached_tokens for i in range(MAX_BATCH)] == [0, 60, 60]
 
 
 @settings(max_examples=10)

@@ -117,7 +117,7 @@ def test_rows_are_lists_of_tokens(session, data):
         prefill(session, held, row, data.draw(tokens_of(1, 4)), 0, every=False)
     for _ in range(data.draw(st.integers(1, 6))):
         row = data.draw(st.integers(0, ROWS - 1))
-        action = data.draw(st.sampled_from(["prefill", "decode", "copy"]))
+        action = data.draw(st.sampled_from(["prefill", "decode", "copy", "begin"]))
         if action == "prefill":
             start = data.draw(st.integers(0, len(held[row])))
             prefill(session, held, row, data.draw(tokens_of(1, 5)), start, data.draw(st.booleans()))
@@ -128,6 +128,13 @@ def test_rows_are_lists_of_tokens(session, data):
             for i, token in enumerate(batch):
                 held[i].append(token)
                 np.testing.assert_array_equal(logits[i], expected(held[i])[-1])
+        elif action == "begin":
+            target, ends = data.draw(st.integers(0, ROWS - 1)), data.draw(st.lists(st.integers(1, 5), max_size=4))
+            ends = sorted({min(end, len(held[row])) for end in ends} - {0})
+            if ends:
+                pieces = [session.read_row(row, start, end) for start, end in zip([0, *ends], ends, strict=False)]
+                session.begin_row(target, pieces)
+                held[target] = held[row][: ends[-1]]
         else:
             target, length = data.draw(st.integers(0, ROWS - 1)), data.draw(st.integers(0, len(held[row])))
             session.copy_row(row, target, length)

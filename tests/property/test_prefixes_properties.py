@@ -1,0 +1,105 @@
+"""The memory of earlier sequences against a plain list of them."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgelm.prefixes import Prefixes
+
+TOKEN_BYTES = 2 * 3 * 5 * 4
+"""Two arrays of 3 heads of 5 numbers."""
+
+sequences = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=20)
+
+
+def piece_of(tokens, start, stop):
+    """Arrays that say at every position which tokens came up to it."""
+    marks = [hash(tuple(tokens[: i + 1])) % 2**20 for i in range(start, stop)]
+    return [
+        np.broadcast_to(np.array(marks, np.float32)[None, :, None] + k, (3, stop - start, 5)).copy() for k in (0, 1)
+    ]
+
+
+def cache_of(positions):
+    return Prefixes(positions * (TOKEN_BYTES + 4), TOKEN_BYTES)
+
+
+def keep(prefixes, tokens):
+    asked = []
+
+    def read(start, stop):
+        asked.append((start, stop))
+        return piece_of(tokens, start, stop)
+
+    prefixes.keep(np.array(tokens, np.int32), read)
+    return asked
+
+
+def found(prefixes, tokens):
+    """The length found; its arrays are checked."""
+    pieces = prefixes.find(np.array(tokens, np.int32))
+    if not pieces:
+        return 0
+    joined = [np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True)]
+    length = joined[0].shape[1]
+    for array, expected in zip(joined, piece_of(tokens, 0, length), strict=True):
+        assert np.array_equal(array, expected)
+    return length
+
+
+def shared(one, other):
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+@given(kept=sequences, asked=sequences)
+def test_the_longest_known_prefix_is_found(kept, asked):
+    prefixes = cache_of(1000)
+    for i, tokens in enumerate(kept):
+        known = max((shared(tokens, other) for other in kept[:i]), default=0)
+        assert keep(prefixes, tokens) == ([(known, len(tokens))] if known < len(tokens) else [])
+    for tokens in asked:
+        assert found(prefixes, tokens) == max((shared(tokens, other) for other in kept), default=0)
+    assert prefixes.tokens == len({tuple(tokens[: i + 1]) for tokens in kept for i in range(len(tokens))})
+    assert prefixes.bytes == prefixes.tokens * (TOKEN_BYTES + 4)
+
+
+@given(kept=sequences, room=st.integers(0, 30))
+def test_it_never_outgrows_its_room_and_the_newest_is_there(kept, room):
+    prefixes = cache_of(room)
+    for tokens in kept:
+        keep(prefixes, tokens)
+        assert prefixes.bytes <= room * (TOKEN_BYTES + 4)
+        assert found(prefixes, tokens) == min(len(tokens), room)
+        for other in kept:
+            assert found(prefixes, other) <= len(other)
+
+
+def test_what_was_not_used_for_longest_goes_first():
+    prefixes = cache_of(9)
+    for tokens in ([0, 1, 2], [1, 1, 1], [2, 2, 2]):
+        keep(prefixes, tokens)
+    assert found(prefixes, [0, 1, 2]) == 3  # and so is used
+    keep(prefixes, [3])
+    assert [found(prefixes, tokens) for tokens in ([0, 1, 2], [1, 1, 1], [2, 2, 2], [3])] == [3, 0, 3, 1]
+
+
+def test_a_shared_beginning_outlives_its_ends():
+    prefixes = cache_of(8)
+    for end in range(3, 9):
+        keep(prefixes, [0, 1, 2, end, end])
+        assert found(prefixes, [0, 1, 2, 99]) == 3
+    assert found(prefixes, [0, 1, 2, 3, 3]) == 3
+    assert found(prefixes, [0, 1, 2, 7, 7]) == 5
+
+
+def test_what_it_returns_and_keeps_are_copies():
+    prefixes = cache_of(100)
+    rows = piece_of([1, 2, 3], 0, 3)
+    prefixes.keep(np.array([1, 2, 3], np.int32), lambda start, stop: [array[:, start:stop].copy() for array in rows])
+    tokens = np.array([1, 2, 4], np.int32)
+    prefixes.keep(tokens, lambda start, stop: piece_of([1, 2, 4], start, stop))
+    tokens[:] = 0
+    assert found(prefixes, [1, 2, 3]) == 3
+    assert found(prefixes, [1, 2, 4]) == 3
