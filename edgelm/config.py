@@ -178,6 +178,7 @@ class ServeConfig:
     threads: int | None = _setting(None, int, 1, 1024)
     context: int | None = _setting(None, int, 1, 10_000_000)
     prefix_cache_mb: int = _setting(64, int, 0, 1_000_000)
+    speculation: bool = _setting(True, bool)
     log_format: str = _setting("text", str)
     max_timeout_s: float = _setting(300.0, float, 0.1, 86_400)
     """The longest a request may take, waiting included; also what one gets that names no time."""

@@ -9,21 +9,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle import Bundle
+from edgelm.drafts import Drafter
 from edgelm.errors import EdgelmError, RequestError
-from edgelm.messages import Chunk, Constraint, FinishReason, Request
+from edgelm.intake import Intake
+from edgelm.messages import Chunk, FinishReason, Request
 from edgelm.reuse import Reuse
 from edgelm.sequence import Sequence, refused
 from edgelm.session import PREFILL_CHUNK, Session, open_session
-from edgelm.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from edgelm.grammar import Grammar, Matcher
 
 SCORE_CHUNK: Final = 64
 """Positions scored in one pass: bounds the logits held at once."""
@@ -52,31 +50,26 @@ class Engine:
         context: int | None = None,
         max_batch: int = 8,
         prefix_cache_mb: int = PREFIX_CACHE_MB,
+        speculation: bool = True,
     ) -> None:
         if not 1 <= max_batch <= MOST_ROWS:
             raise EdgelmError(f"max_batch must lie in [1, {MOST_ROWS}], got {max_batch}")
         if prefix_cache_mb < 0:
             raise EdgelmError(f"prefix_cache_mb must be at least 0, got {prefix_cache_mb}")
-        manifest = bundle.manifest
         self.bundle = bundle
         self.max_batch = max_batch
-        self.tokenizer = Tokenizer.from_file(
-            bundle.tokenizer,
-            chat_template=manifest.chat_template,
-            bos_token=manifest.special_tokens.get("bos_token"),
-            eos_token=manifest.special_tokens.get("eos_token"),
-        )
         self.session: Session = open_session(bundle, rows=max_batch + 1, threads=threads, context=context)
         self.context = self.session.context
-        self._eos = frozenset(manifest.eos_tokens)
+        self._intake = Intake(bundle, self.context)
+        self.tokenizer = self._intake.tokenizer
         self._waiting: deque[_Waiting] = deque()
         self._running: list[Sequence] = []
         self._prefilling: Sequence | None = None
         self._cancelled: set[str] = set()
-        self._reuse = Reuse(self.session, manifest.cache, prefix_cache_mb * 1_000_000)
+        self._reuse = Reuse(self.session, bundle.manifest.cache, prefix_cache_mb * 1_000_000)
+        self._drafter = Drafter() if speculation else None
         self._ready: list[Chunk] = []
         """What the step so far has for clients: kept here so that a failure later in the step does not lose it."""
-        self._grammar: Grammar | None = None
         self._warm_up()
 
     # --- what the worker calls ---
@@ -125,7 +118,7 @@ class Engine:
         if len(tokens) > self.context:
             raise RequestError("bad_request", f"the text has {len(tokens)} tokens, the context holds {self.context}")
         result = np.empty(max(len(tokens) - 1, 0), np.float64)
-        inputs = np.asarray(self._checked(tokens), np.int64)
+        inputs = np.asarray(self._intake.checked(tokens), np.int64)
         for start in range(0, len(result), SCORE_CHUNK):
             end = min(start + SCORE_CHUNK, len(result))
             part = self.session.prefill(self.max_batch, inputs[start:end], start, every=True, total=len(tokens))
@@ -175,11 +168,14 @@ class Engine:
         while self._waiting and self._prefilling is None and len(self._running) < self.max_batch:
             entry = self._waiting.popleft()
             try:
-                self._prefilling = self._open(entry)
-                self._prefilling.row = len(self._running)
-                self._reuse.begin(self._prefilling)
+                sequence = self._intake.open(entry.request, entry.submitted)
             except RequestError as error:
                 self._ready.append(refused(entry.request, "error", entry.submitted, error))
+                continue
+            sequence.row = len(self._running)
+            self._prefilling = sequence
+            if not self._show(sequence, sequence.start()):
+                self._reuse.begin(sequence)
 
     def _prefill(self) -> None:
         """Compute the next chunk of the prompt that is being read; after its end, sample the first token."""
@@ -187,9 +183,9 @@ class Engine:
         if sequence is None:
             return
         start = sequence.computed
-        end = min(start + PREFILL_CHUNK, sequence.prompt_tokens)
+        end = min(start + PREFILL_CHUNK, sequence.length)
         tokens = sequence.history[start:end].astype(np.int64)
-        logits = self.session.prefill(sequence.row, tokens, start, total=sequence.prompt_tokens)
+        logits = self.session.prefill(sequence.row, tokens, start, total=sequence.length)
         sequence.computed = end
         if not sequence.is_prefilled():
             return
@@ -199,14 +195,20 @@ class Engine:
         self._advance(sequence, logits[0])
 
     def _decode(self) -> None:
-        """Compute one token of every running sequence and sample the next."""
+        """Compute the newest token of every running sequence and sample the next; more of them where there is one."""
         batch = list(self._running)
+        for sequence in batch:
+            long_from = self.session.long_from
+            if long_from is not None and sequence.computed <= long_from < sequence.length:
+                self._compute_again(sequence)
+        if len(batch) == 1:
+            self._decode_alone(batch[0])
+            return
         if not batch:
             return
         for sequence in batch:
-            if sequence.computed == self.session.long_from:
-                self._compute_again(sequence)
-        tokens = np.array([sequence.last_token for sequence in batch], np.int64)
+            self._compute(sequence, sequence.length - 1)
+        tokens = np.array([sequence.pending[0] for sequence in batch], np.int64)
         lengths = np.array([sequence.computed for sequence in batch], np.int32)
         logits = self.session.decode(tokens, lengths)
         for sequence in batch:  # all of them before any row moves
@@ -214,24 +216,71 @@ class Engine:
         for row, sequence in enumerate(batch):
             self._advance(sequence, logits[row])
 
+    def _decode_alone(self, sequence: Sequence) -> None:
+        """Compute what is pending with guesses of what follows; sample for as long as these come true."""
+        self._compute(sequence, sequence.length - PREFILL_CHUNK)
+        guess = self._guess(sequence)
+        tokens = np.concatenate([sequence.pending, guess])
+        begun = time.perf_counter()
+        if len(tokens) == 1:
+            logits = self.session.decode(tokens, np.array([sequence.computed], np.int32))
+        else:
+            every, total = len(guess) > 0, sequence.length + len(guess)
+            logits = self.session.prefill(sequence.row, tokens, sequence.computed, every=every, total=total)
+        took = time.perf_counter() - begun
+        sequence.computed = sequence.length
+        right = 0
+        while self._advance(sequence, logits[right]) and right < len(guess):
+            if sequence.history[sequence.computed] != guess[right]:
+                break
+            right += 1
+            sequence.computed += 1
+            if sequence.length > sequence.computed:
+                break  # a constraint has forced more
+        if self._drafter is not None:
+            self._drafter.learn(sequence.drafting, len(tokens), took, len(guess), right)
+
+    def _guess(self, sequence: Sequence) -> NDArray[np.int64]:
+        """Return tokens that may follow, int64 [n]; none that would outgrow the context or its embedding."""
+        if self._drafter is None or len(sequence.pending) > 1:
+            return np.zeros(0, np.int64)
+        most, long_from = sequence.left - 1, self.session.long_from
+        if long_from is not None and sequence.length <= long_from:
+            most = min(most, long_from - sequence.length)
+        return self._drafter.propose(sequence.drafting, sequence.history[: sequence.length], most).astype(np.int64)
+
+    def _compute(self, sequence: Sequence, end: int) -> None:
+        """Compute a sequence's tokens up to position `end`, without their logits."""
+        for start in range(sequence.computed, end, PREFILL_CHUNK):
+            part = sequence.history[start : min(start + PREFILL_CHUNK, end)].astype(np.int64)
+            self.session.prefill(sequence.row, part, start, total=sequence.length)
+        sequence.computed = max(sequence.computed, end)
+
     def _compute_again(self, sequence: Sequence) -> None:
         """Recompute all positions of a sequence that outgrows what its rotary embedding was made for."""
-        tokens = sequence.history[: sequence.computed].astype(np.int64)
-        for start in range(0, len(tokens), PREFILL_CHUNK):
-            part = tokens[start : start + PREFILL_CHUNK]
-            self.session.prefill(sequence.row, part, start, total=sequence.computed + 1)
+        end, sequence.computed, sequence.is_long = sequence.computed, 0, True
+        self._compute(sequence, end)
 
-    def _advance(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
+    def _advance(self, sequence: Sequence, logits: NDArray[np.float32]) -> bool:
+        """Sample a sequence's next token; return whether it goes on."""
         try:
             chunks = sequence.advance(logits)
         except RequestError as error:
             chunks = [sequence.fail(error)]
+        return not self._show(sequence, chunks)
+
+    def _show(self, sequence: Sequence, chunks: list[Chunk]) -> bool:
+        """Take what a client is to see of a sequence; return whether it has ended."""
         self._ready += chunks
-        last = chunks[-1].completion
-        if last is not None:
-            if last.error is None:
-                self._reuse.keep(sequence)
-            self._release(sequence)
+        last = chunks[-1].completion if chunks else None
+        if last is None:
+            return False
+        if last.error is None:
+            self._reuse.keep(sequence)
+            if self._drafter is not None:
+                self._drafter.remember(sequence.history[: sequence.length])
+        self._release(sequence)
+        return True
 
     def _release(self, sequence: Sequence) -> None:
         """Free a row, and close the gap with the last ones."""
@@ -249,43 +298,3 @@ class Engine:
     def _move(self, sequence: Sequence, row: int) -> None:
         self.session.copy_row(sequence.row, row, sequence.computed)
         sequence.row = row
-
-    def _open(self, entry: _Waiting) -> Sequence:
-        request = entry.request
-        return Sequence(
-            request,
-            self._prompt(request),
-            tokenizer=self.tokenizer,
-            vocab_size=self.bundle.manifest.vocab_size,
-            context=self.context,
-            eos_tokens=self._eos,
-            matcher=self._matcher(request.constraint),
-            submitted=entry.submitted,
-        )
-
-    def _prompt(self, request: Request) -> list[int]:
-        if request.tokens is not None:
-            tokens = list(request.tokens)
-        elif request.prompt is not None:
-            tokens = self.tokenizer.encode(request.prompt)
-        else:
-            rendered = self.tokenizer.render_chat(request.messages or ())
-            tokens = self.tokenizer.encode(rendered, add_special_tokens=False)
-        return self._checked(tokens)
-
-    def _checked(self, tokens: list[int]) -> list[int]:
-        vocab_size = self.bundle.manifest.vocab_size  # a tokenizer may have added tokens that the model lacks
-        bad = next((token for token in tokens if not 0 <= token < vocab_size), None)
-        if bad is not None:
-            raise RequestError("bad_request", f"token {bad} lies outside the vocabulary [0, {vocab_size})")
-        return tokens
-
-    def _matcher(self, constraint: Constraint | None) -> Matcher | None:
-        if constraint is None:
-            return None
-        if self._grammar is None:
-            from edgelm.grammar import Grammar
-
-            manifest = self.bundle.manifest
-            self._grammar = Grammar(self.bundle.tokenizer, manifest.vocab_size, manifest.eos_tokens)
-        return self._grammar.start(constraint)

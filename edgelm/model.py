@@ -28,6 +28,7 @@ def load(
     context: int | None = None,
     max_batch: int = 8,
     prefix_cache_mb: int = PREFIX_CACHE_MB,
+    speculation: bool = True,
 ) -> Model:
     """Open a bundle for inference.
 
@@ -44,6 +45,9 @@ def load(
     prefix_cache_mb
         Memory, in 10^6 bytes, for keys and values of earlier prompts and answers: what a prompt shares with one of them
         from the start on is not computed again. 0 is none.
+    speculation
+        Whether to guess tokens from what was said before, as long as that saves time. What guesses are kept is decided
+        by the model, so answers are those without, but for rounding where two tokens are equally likely.
 
     Raises
     ------
@@ -53,7 +57,14 @@ def load(
         An option is out of range.
     """
     bundle = open_bundle(path)
-    engine = Engine(bundle, threads=threads, context=context, max_batch=max_batch, prefix_cache_mb=prefix_cache_mb)
+    engine = Engine(
+        bundle,
+        threads=threads,
+        context=context,
+        max_batch=max_batch,
+        prefix_cache_mb=prefix_cache_mb,
+        speculation=speculation,
+    )
     worker = Worker(engine, queue_size=None)
     worker.start()
     return Model(bundle, worker)

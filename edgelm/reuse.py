@@ -22,16 +22,15 @@ class Reuse:
 
     def begin(self, sequence: Sequence) -> None:
         """Begin a sequence's row with what is known of its prompt; the last token's logits are always computed."""
-        pieces = self._known(sequence).find(sequence.history[: sequence.prompt_tokens - 1])
+        long_from = self._session.long_from
+        sequence.is_long = long_from is not None and sequence.length > long_from
+        pieces = self._prefixes[sequence.is_long].find(sequence.history[: sequence.length - 1])
         if pieces:
             self._session.begin_row(sequence.row, pieces)
-            sequence.computed = sequence.cached = sum(piece[0].shape[1] for piece in pieces)
+            sequence.computed = sum(piece[0].shape[1] for piece in pieces)
+            sequence.cached = min(sequence.computed, sequence.prompt_tokens)
 
     def keep(self, sequence: Sequence) -> None:
         """Keep what a sequence has computed."""
         tokens, row = sequence.history[: sequence.computed], sequence.row
-        self._known(sequence).keep(tokens, lambda start, stop: self._session.read_row(row, start, stop))
-
-    def _known(self, sequence: Sequence) -> Prefixes:
-        long_from = self._session.long_from
-        return self._prefixes[long_from is not None and max(sequence.computed, sequence.prompt_tokens) > long_from]
+        self._prefixes[sequence.is_long].keep(tokens, lambda start, stop: self._session.read_row(row, start, stop))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.drafts import Drafting
 from edgelm.errors import RequestError
 from edgelm.messages import Chunk, Completion, FinishReason, Request, Timing, TokenLogprob, Usage
 from edgelm.sampling import Sampler
@@ -50,7 +51,10 @@ class Sequence:
         self.computed = 0
         """Positions already in key/value memory."""
         self.cached = 0
-        """Positions that an earlier sequence had computed."""
+        """Positions of the prompt that an earlier sequence had computed."""
+        self.is_long = False
+        """Whether what is in memory was embedded for LongRoPE's long context."""
+        self.drafting = Drafting()
         self._limit = min(params.max_tokens, context - len(prompt))
         self.history: NDArray[np.int32] = np.zeros(len(prompt) + self._limit, np.int32)
         self.history[: len(prompt)] = prompt
@@ -64,6 +68,7 @@ class Sequence:
         self._started = time.monotonic()
         self._first: float | None = None
         self._seq = 0
+        self._forced = 0
 
     @property
     def id(self) -> str:
@@ -71,9 +76,14 @@ class Sequence:
         return self.request.id
 
     @property
-    def last_token(self) -> int:
-        """The newest token, not yet computed."""
-        return int(self.history[self.length - 1])
+    def pending(self) -> NDArray[np.int64]:
+        """The newest tokens, int64 [n], not yet in key/value memory; at least one while it runs."""
+        return self.history[self.computed : self.length].astype(np.int64)
+
+    @property
+    def left(self) -> int:
+        """Tokens that the answer may still have."""
+        return self._limit - (self.length - self.prompt_tokens)
 
     @property
     def answer(self) -> tuple[int, ...]:
@@ -81,8 +91,12 @@ class Sequence:
         return tuple(int(token) for token in self.history[self.prompt_tokens : self.length])
 
     def is_prefilled(self) -> bool:
-        """Whether the whole prompt is in key/value memory."""
-        return self.computed >= self.prompt_tokens
+        """Whether the whole prompt, and what must follow it, is in key/value memory."""
+        return self.computed >= self.length
+
+    def start(self) -> list[Chunk]:
+        """Take the tokens that the answer must begin with; return what the client sees of them."""
+        return self._take_forced()
 
     def advance(self, logits: NDArray[np.float32]) -> list[Chunk]:
         """Sample the next token from float32 [V], changed in place; return what the client sees of it.
@@ -93,22 +107,45 @@ class Sequence:
         raw = logits.copy() if params.logprobs else None
         mask = self._matcher.mask() if self._matcher is not None else None
         token = self._sampler.sample(logits, mask, self.history[: self.length])
-        now = time.monotonic()
-        if self._first is None:
-            self._first = now
         if token in self._eos:
+            self._saw_first()
             return [self.finish("stop")]
-        self.history[self.length] = token
-        self.length += 1
         if raw is not None:
             self._logprobs.append(self._sampler.logprobs(raw, token))
+        chunks = self._take(token)
+        return chunks if chunks[-1].done else [*chunks, *self._take_forced()]
+
+    def _saw_first(self) -> None:
+        if self._first is None:
+            self._first = time.monotonic()
+
+    def _take(self, token: int) -> list[Chunk]:
+        """Put a token behind the others; return what the client sees of it."""
+        self._saw_first()
+        self.history[self.length] = token
+        self.length += 1
         if self._matcher is not None:
             self._matcher.accept(token)
         chunks = [self._chunk(self._decoder.push(token), token)]
         if self._decoder.stopped or (self._matcher is not None and self._matcher.is_finished):
             chunks.append(self.finish("stop"))
-        elif self.length - self.prompt_tokens >= self._limit:
+        elif self.left == 0:
             chunks.append(self.finish("length"))
+        return chunks
+
+    def _take_forced(self) -> list[Chunk]:
+        """Take the tokens that the constraint leaves no choice about: they need no logits."""
+        chunks: list[Chunk] = []
+        if self._matcher is None or self.request.sampling.logprobs:
+            return chunks
+        try:
+            for token in self._matcher.forced_tokens():
+                self._forced += 1
+                chunks += self._take(token)
+                if chunks[-1].done:
+                    break
+        except RequestError as error:
+            chunks.append(self.fail(error))
         return chunks
 
     def fail(self, error: RequestError) -> Chunk:
@@ -130,7 +167,7 @@ class Sequence:
             text=self._decoder.text,
             tokens=self.answer,
             finish_reason=reason,
-            usage=Usage(prompt_tokens=self.prompt_tokens, cached_tokens=self.cached, completion_tokens=count),
+            usage=Usage(self.prompt_tokens, self.cached, count, self._forced),
             timing=Timing(
                 queue_ms=1e3 * (self._started - self._submitted),
                 ttft_ms=1e3 * (first - self._submitted),

@@ -145,13 +145,17 @@ class SharedSession:
         self.long_from = self._positions.long_from
         self._kv = KvBuffers(bundle.manifest.cache, rows, context)
         self._steps: dict[int, _Step] = {}
+        self._rows: dict[int, ort.IOBinding] = {}
+        """Each row by itself, bound as past and present."""
         self._last = np.zeros((1, self._vocab_size), np.float32)
 
     def prefill(self, row: int, tokens: Tokens, start: int, *, every: bool = False, total: int | None = None) -> Logits:
         """See `Session`."""
         count = len(tokens)
-        logits = np.zeros((count, self._vocab_size), np.float32) if every else self._last
-        binding = self._bind(row, 1)
+        logits = np.empty((count, self._vocab_size), np.float32) if every else self._last
+        binding = self._rows.get(row)
+        if binding is None:
+            binding = self._rows[row] = self._bind(row, 1)
         inputs = {
             "input_ids": tokens.reshape(1, count),
             "seqlens_k": np.array([start + count - 1], np.int32),

@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefix-cache-mb", type=int, metavar="N", help="memory of earlier prompts and answers, 0 for none (64)"
     )
+    parser.add_argument(
+        "--no-speculation",
+        dest="speculation",
+        action="store_false",
+        default=None,
+        help="never guess tokens from earlier text; answers are the same either way",
+    )
     parser.add_argument("--log-format", choices=("text", "json"), help="how to log (text)")
     add_credential_flags(parser)
 

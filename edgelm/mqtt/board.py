@@ -36,6 +36,7 @@ def open_board(config: ServeConfig, on_online: Callable[[], None] | None = None)
         context=config.context,
         max_batch=config.max_batch,
         prefix_cache_mb=config.prefix_cache_mb,
+        speculation=config.speculation,
     )
     worker = Worker(engine, queue_size=config.queue)
     service = Service(config, worker, describe(bundle, config.model, engine.context), on_online)

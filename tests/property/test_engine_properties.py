@@ -172,7 +172,7 @@ def test_a_seed_gives_the_same_answer_in_any_company(which, seed, engine, known,
 @settings(max_examples=20)
 @given(cuts=st.lists(st.tuples(st.integers(0, 999), st.integers(1, 300)), min_size=2, max_size=8), whole=st.booleans())
 def test_what_a_prompt_shares_with_an_earlier_one_is_not_computed_again(cuts, whole, opened, known):
-    engine = Engine(opened, threads=1, max_batch=MAX_BATCH)
+    engine = Engine(opened, threads=1, max_batch=MAX_BATCH, speculation=False)
     prefill = engine.session.prefill
     computed, earlier = [], []
 

@@ -90,7 +90,7 @@ def test_an_end_token_ends_the_answer_and_is_not_in_it(model, answer):
     first_at = answer.tokens.index(fifth)
 
     def declare(engine):
-        before, engine._eos = engine._eos, frozenset([fifth])
+        before, engine._intake._eos = engine._intake._eos, frozenset([fifth])
         return before
 
     before = model.worker.call(declare)

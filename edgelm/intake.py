@@ -1,0 +1,72 @@
+"""Requests made ready to run: text to tokens, a constraint to its matcher, everything checked against the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgelm.bundle import Bundle
+from edgelm.errors import RequestError
+from edgelm.messages import Constraint, Request
+from edgelm.sequence import Sequence
+from edgelm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgelm.grammar import Grammar, Matcher
+
+
+class Intake:
+    """Opens requests for a bundle whose rows hold `context` tokens."""
+
+    def __init__(self, bundle: Bundle, context: int) -> None:
+        manifest = bundle.manifest
+        self._bundle = bundle
+        self._context = context
+        self._eos = frozenset(manifest.eos_tokens)
+        self._grammar: Grammar | None = None
+        self.tokenizer = Tokenizer.from_file(
+            bundle.tokenizer,
+            chat_template=manifest.chat_template,
+            bos_token=manifest.special_tokens.get("bos_token"),
+            eos_token=manifest.special_tokens.get("eos_token"),
+        )
+
+    def open(self, request: Request, submitted: float) -> Sequence:
+        """Return a request's sequence. Raises `RequestError` for a prompt or a constraint that cannot be used."""
+        return Sequence(
+            request,
+            self._prompt(request),
+            tokenizer=self.tokenizer,
+            vocab_size=self._bundle.manifest.vocab_size,
+            context=self._context,
+            eos_tokens=self._eos,
+            matcher=self._matcher(request.constraint),
+            submitted=submitted,
+        )
+
+    def checked(self, tokens: list[int]) -> list[int]:
+        """Return the tokens. Raises `RequestError` for one that the model does not have."""
+        vocab_size = self._bundle.manifest.vocab_size  # a tokenizer may have added tokens that the model lacks
+        bad = next((token for token in tokens if not 0 <= token < vocab_size), None)
+        if bad is not None:
+            raise RequestError("bad_request", f"token {bad} lies outside the vocabulary [0, {vocab_size})")
+        return tokens
+
+    def _prompt(self, request: Request) -> list[int]:
+        if request.tokens is not None:
+            tokens = list(request.tokens)
+        elif request.prompt is not None:
+            tokens = self.tokenizer.encode(request.prompt)
+        else:
+            rendered = self.tokenizer.render_chat(request.messages or ())
+            tokens = self.tokenizer.encode(rendered, add_special_tokens=False)
+        return self.checked(tokens)
+
+    def _matcher(self, constraint: Constraint | None) -> Matcher | None:
+        if constraint is None:
+            return None
+        if self._grammar is None:
+            from edgelm.grammar import Grammar
+
+            manifest = self._bundle.manifest
+            self._grammar = Grammar(self._bundle.tokenizer, manifest.vocab_size, manifest.eos_tokens)
+        return self._grammar.start(constraint)

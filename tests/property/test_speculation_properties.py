@@ -1,0 +1,244 @@
+"""Guesses and forced tokens save passes, and change nothing else."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgelm.bundle import open_bundle
+from edgelm.drafts import GRAM, LONGEST_PAUSE, SIZES, Drafter, Drafting
+from edgelm.engine import Engine
+from edgelm.messages import Constraint, Request, SamplingParams
+
+tokens_lists = st.lists(st.integers(0, 2), max_size=40)
+
+
+@pytest.fixture(scope="module")
+def engines(float32_bundle):
+    """Without guesses and with them."""
+    opened = open_bundle(float32_bundle)
+    return [Engine(opened, threads=1, max_batch=3, speculation=guesses) for guesses in (False, True)]
+
+
+def run(engine, *requests):
+    """Chunks of each request, all asked at once."""
+    chunks = {request.id: [] for request in requests}
+    for request in requests:
+        engine.add(request, time.monotonic())
+    while engine.queued or engine.active:
+        for chunk in engine.step():
+            chunks[chunk.id].append(chunk)
+    for request in requests:
+        done = chunks[request.id][-1].completion
+        assert "".join(chunk.delta for chunk in chunks[request.id]) == done.text
+        assert tuple(chunk.token for chunk in chunks[request.id][:-1]) == done.tokens
+        assert [chunk.seq for chunk in chunks[request.id]] == list(range(len(chunks[request.id])))
+    return [chunks[request.id][-1].completion for request in requests]
+
+
+def passes(engine, monkeypatch):
+    """A list that grows by the number of tokens of every pass."""
+    sizes = []
+    prefill, decode = engine.session.prefill, engine.session.decode
+
+    def counted(call, count):
+        def run_it(*args, **options):
+            sizes.append(count(*args))
+            return call(*args, **options)
+
+        return run_it
+
+    monkeypatch.setattr(engine.session, "prefill", counted(prefill, lambda row, tokens, *_: len(tokens)))
+    monkeypatch.setattr(engine.session, "decode", counted(decode, lambda tokens, *_: 1))
+    return sizes
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**32),
+    temperature=st.sampled_from([0.0, 0.7, 1.5]),
+    length=st.integers(1, 40),
+    most_tokens=st.integers(1, 24),
+    guesses=st.lists(st.tuples(st.integers(0, 7), st.none() | st.integers(0, 6)), min_size=1, max_size=24),
+)
+def test_no_guess_changes_an_answer(engines, seed, temperature, length, most_tokens, guesses):
+    """Guesses that are right up to a place, wherever it is."""
+    generator = np.random.default_rng(seed)
+    prompt = tuple(generator.integers(2, 300, length).tolist())
+    sampling = SamplingParams(max_tokens=most_tokens, temperature=temperature, top_p=0.9, seed=seed, logprobs=1)
+    request = Request("one", sampling, tokens=prompt)
+    plain, guessing = engines
+    expected = run(plain, request)[0]
+    asked = iter(guesses * most_tokens)
+
+    def propose(drafting, tokens, most):
+        size, wrong = next(asked)
+        answer = [*expected.tokens, *range(9)][len(tokens) - length :]
+        guess = np.array(answer[: min(size, most)], np.int32)
+        if wrong is not None and wrong < len(guess):
+            guess[wrong] = (guess[wrong] + 1) % 300
+        return guess
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guessing._drafter, "propose", propose)
+        found = run(guessing, request)[0]
+    assert (found.tokens, found.text, found.finish_reason) == (expected.tokens, expected.text, expected.finish_reason)
+    worth = [[entry.logprob for entry in each.logprobs] for each in (found, expected)]
+    np.testing.assert_allclose(*worth, atol=1e-4)
+
+
+def test_right_guesses_save_passes(engines, monkeypatch):
+    plain, guessing = engines
+    request = Request("one", SamplingParams(max_tokens=24, ignore_eos=True), tokens=(5, 6, 7))
+    expected = run(plain, request)[0]
+    following = np.array(expected.tokens, np.int32)
+    monkeypatch.setattr(
+        guessing._drafter, "propose", lambda drafting, tokens, most: following[len(tokens) - 3 :][: min(7, most)]
+    )
+    sizes = passes(guessing, monkeypatch)
+    assert run(guessing, request)[0].tokens == expected.tokens
+    assert sizes[-3:] == [8, 8, 7]  # after the first, 24 tokens take three passes instead of 23
+
+
+def test_an_answer_that_repeats_itself_is_guessed(engines, monkeypatch):
+    _, guessing = engines
+    request = Request("one", SamplingParams(max_tokens=100, ignore_eos=True), tokens=tuple([9, 8, 7, 6, 5] * 20))
+    monkeypatch.setattr(guessing.session, "prefill", repeating(guessing.session.prefill, [9, 8, 7, 6, 5]))
+    monkeypatch.setattr(guessing.session, "decode", repeating(guessing.session.decode, [9, 8, 7, 6, 5]))
+    sizes = passes(guessing, monkeypatch)
+    done = run(guessing, request)[0]
+    assert done.tokens == tuple([9, 8, 7, 6, 5] * 20)
+    assert len(sizes) < 60
+
+
+def repeating(call, cycle):
+    """The same call, whose logits say that each token is followed by the next of a cycle."""
+
+    def run_it(*args, **options):
+        tokens = args[0] if len(args) == 2 else args[1]
+        logits = call(*args, **options).copy()
+        for row, token in zip(logits, tokens[-len(logits) :], strict=True):
+            row[cycle[(cycle.index(token) + 1) % len(cycle)]] = 1e6
+        return logits
+
+    return run_it
+
+
+# --- what a constraint leaves no choice about ---
+
+
+def test_forced_tokens_take_no_pass_of_their_own(engines, monkeypatch):
+    _, engine = engines
+    constraint = Constraint("regex", r'\{"playful": "(park|kitchen)"\}')
+    sizes = passes(engine, monkeypatch)
+    request = Request("one", SamplingParams(max_tokens=80), prompt="Turn off", constraint=constraint)
+    done = run(engine, request)[0]
+    assert done.json in ({"playful": "park"}, {"playful": "kitchen"})
+    assert 0 < done.usage.forced_tokens < done.usage.completion_tokens
+    assert len(sizes) <= done.usage.completion_tokens - done.usage.forced_tokens + 1
+
+
+def test_the_only_choice_takes_no_pass_at_all(engines, monkeypatch):
+    _, engine = engines
+    sizes = passes(engine, monkeypatch)
+    constraint = Constraint("choices", ("the dog ran",))
+    done = run(engine, Request("one", SamplingParams(), prompt="x", constraint=constraint))[0]
+    assert (done.text, done.finish_reason, sizes) == ("the dog ran", "stop", [])
+    assert done.usage.forced_tokens == done.usage.completion_tokens > 0
+
+
+@settings(max_examples=20)
+@given(limit=st.integers(1, 12), stop=st.none() | st.sampled_from(["dog", "ran", "g r"]), company=st.integers(1, 3))
+def test_limits_and_stops_hold_within_forced_tokens(engines, limit, stop, company):
+    _, engine = engines
+    sampling = SamplingParams(max_tokens=limit, stop=() if stop is None else (stop,))
+    constraint = Constraint("regex", "the dog ran (home|away) and the dog ran (home|away)")
+    requests = [Request(str(i), sampling, prompt="x", constraint=constraint) for i in range(company)]
+    for done in run(engine, *requests):
+        assert done.usage.completion_tokens <= limit
+        assert stop is None or stop not in done.text
+        whole = [f"the dog ran {a} and the dog ran {b}" for a in ("home", "away") for b in ("home", "away")]
+        assert any(each.startswith(done.text) for each in whole)
+        if done.finish_reason == "length":
+            assert done.usage.completion_tokens == limit
+
+
+def test_answers_with_forced_tokens_are_the_same_in_company(engines):
+    _, engine = engines
+    patterns = [
+        "the dog (ran|sat) on the (mat|park)",
+        "(yes|no), the girl played with (her|the) dog",
+        "[0-9]{3} lights",
+    ]
+    requests = [
+        Request(str(i), SamplingParams(max_tokens=40), prompt="Once upon", constraint=Constraint("regex", pattern))
+        for i, pattern in enumerate(patterns)
+    ]
+    alone = [run(engine, request)[0] for request in requests]
+    together = run(engine, *requests)
+    assert [done.tokens for done in together] == [done.tokens for done in alone]
+    assert all(done.usage.forced_tokens for done in alone)
+
+
+# --- where guesses come from ---
+
+
+def after_last(tokens, gram, size):
+    """What followed the latest earlier occurrence of `gram` that `size` tokens followed; else the first one."""
+    places = [at for at in range(len(tokens) - len(gram)) if tokens[at : at + len(gram)] == gram]
+    followed = [at for at in places if at + len(gram) + size <= len(tokens)]
+    at = (followed[-1] if followed else places[0]) + len(gram) if places else len(tokens)
+    return tokens[at : at + size]
+
+
+@given(tokens=tokens_lists, earlier=st.lists(tokens_lists, max_size=4), most=st.integers(-1, 9))
+def test_a_guess_is_what_followed_the_last_time(tokens, earlier, most):
+    drafter = Drafter()
+    for each in earlier:
+        drafter.remember(np.array(each, np.int32))
+    found = drafter.propose(Drafting(), np.array(tokens, np.int32), most).tolist()
+    size = max([size for size in SIZES if size <= most], default=0)
+    expected = after_last(tokens, tokens[-GRAM:], size) if len(tokens) >= GRAM else []
+    if not expected and len(tokens) >= GRAM:
+        joined = [token for each in earlier for token in (-1, *each)]
+        expected = after_last(joined, tokens[-GRAM:], size)
+        expected = expected[: next((i for i, token in enumerate(expected) if token < 0), len(expected))]
+    assert found == expected
+
+
+@given(costs=st.lists(st.floats(1, 9), min_size=3, max_size=3), rate=st.floats(0.05, 0.95))
+def test_as_much_is_guessed_as_pays(costs, rate):
+    drafter, drafting = Drafter(), Drafting()
+    times = {1: 1.0} | {size + 1: cost for size, cost in zip(sorted(SIZES), sorted(costs), strict=True)}
+    drafter._seconds = dict(times)
+    drafting.rate = rate
+    found = len(drafter.propose(drafting, np.array([1, 2, 3] * 9, np.int32), 99))
+    best = max((sum(rate**i for i in range(size + 1)) / times[size + 1], -size) for size in (0, *SIZES))
+    assert found == -best[1]
+
+
+def test_wrong_guesses_cost_less_and_less():
+    drafter, drafting = Drafter(), Drafting()
+    drafter._seconds = {1: 1.0, 2: 1.2, 4: 2.0, 8: 3.0}
+    tokens, tried = np.array([1, 2, 3] * 9, np.int32), []
+    for _ in range(2000):
+        guess = drafter.propose(drafting, tokens, 99)
+        tried.append(len(guess) > 0)
+        if len(guess):
+            drafter.learn(drafting, len(guess) + 1, drafter._seconds[len(guess) + 1], len(guess), 0)
+    assert sum(tried) < 30
+    assert any(tried[-2 * LONGEST_PAUSE :])
+
+
+def test_a_pass_that_was_slow_once_is_tried_again():
+    drafter, drafting = Drafter(), Drafting()
+    drafter._seconds = {1: 1.0} | {size + 1: 50.0 for size in SIZES}
+    history = np.array([1, 2, 3] * 9, np.int32)
+    assert not len(drafter.propose(drafting, history, 99))
+    for _ in range(3000):
+        drafter.learn(drafting, 1, 1.0, 0, 0)
+    assert len(drafter.propose(drafting, history, 99))
