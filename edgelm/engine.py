@@ -242,7 +242,7 @@ class Engine:
 
     def _guess(self, sequence: Sequence) -> NDArray[np.int64]:
         """Return tokens that may follow, int64 [n]; none that would outgrow the context or its embedding."""
-        if self._drafter is None or len(sequence.pending) > 1:
+        if self._drafter is None or sequence.is_seeded or len(sequence.pending) > 1:
             return np.zeros(0, np.int64)
         most, long_from = sequence.left - 1, self.session.long_from
         if long_from is not None and sequence.length <= long_from:

@@ -21,9 +21,14 @@ class Reuse:
         self._prefixes = {is_long: Prefixes(each, cache.bytes_per_token()) for is_long in (False, True)}
 
     def begin(self, sequence: Sequence) -> None:
-        """Begin a sequence's row with what is known of its prompt; the last token's logits are always computed."""
+        """Begin a sequence's row with what is known of its prompt; the last token's logits are always computed.
+
+        A seeded sequence is computed from its start: passes of other lengths round otherwise.
+        """
         long_from = self._session.long_from
         sequence.is_long = long_from is not None and sequence.length > long_from
+        if sequence.is_seeded:
+            return
         pieces = self._prefixes[sequence.is_long].find(sequence.history[: sequence.length - 1])
         if pieces:
             self._session.begin_row(sequence.row, pieces)

@@ -90,6 +90,11 @@ class Sequence:
         """The tokens sampled so far, without an end token."""
         return tuple(int(token) for token in self.history[self.prompt_tokens : self.length])
 
+    @property
+    def is_seeded(self) -> bool:
+        """Whether its answer is to depend on nothing that was asked before, not even by rounding."""
+        return self.request.sampling.seed is not None
+
     def is_prefilled(self) -> bool:
         """Whether the whole prompt, and what must follow it, is in key/value memory."""
         return self.computed >= self.length

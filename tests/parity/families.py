@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -183,6 +183,31 @@ def compare_reuse(bundle: Path, lengths: Sequence[int] = (40, 63, 64, 66, 90, 50
         np.testing.assert_allclose(*worth, atol=1e-4)
     assert not any(answer.usage.cached_tokens for answer in answers[0])
     assert sum(answer.usage.cached_tokens for answer in answers[1]) > sum(lengths) // 2
+
+
+def compare_guesses(bundle: Path, lengths: Sequence[int] = (50, 58, 62, 63, 64, 65)) -> None:
+    """Answer with guesses that are all right, and without: the same tokens and worth."""
+    prompt = random_prompt(open_bundle(bundle).manifest.vocab_size, max(lengths))
+    answers: list[list[edgelm.Completion]] = []
+    for speculation in (False, True):
+        with edgelm.load(bundle, threads=1, max_batch=1, prefix_cache_mb=0, speculation=speculation) as model:
+            drafter = model.worker.engine._drafter
+            if drafter is not None:
+                known = {n: np.array([*prompt[:n], *answers[0][i].tokens]) for i, n in enumerate(lengths)}
+                drafter.propose = lambda drafting, tokens, most: following(known, tokens)[: max(min(7, most), 0)]
+            answers.append(
+                [model.generate(tokens=prompt[:n], max_tokens=24, ignore_eos=True, logprobs=1) for n in lengths]
+            )
+    for plain, guessed in zip(*answers, strict=True):
+        assert plain.tokens == guessed.tokens
+        worth = [[entry.logprob for entry in answer.logprobs] for answer in (plain, guessed)]
+        np.testing.assert_allclose(*worth, atol=1e-4)
+
+
+def following(known: Mapping[int, np.ndarray], tokens: np.ndarray) -> np.ndarray:
+    """What follows in the one of several sequences that begins so; it is longer than the prompt it is known by."""
+    fits = [each for n, each in known.items() if n < len(tokens) and np.array_equal(each[: len(tokens)], tokens)]
+    return fits[0][len(tokens) :] if fits else tokens[:0]
 
 
 def step_logits(network: Any, tokens: Sequence[int], start: int) -> np.ndarray:

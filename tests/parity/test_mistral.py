@@ -41,3 +41,7 @@ def test_answers_together_equal_answers_alone(tmp_path, export_to_cache):
 
 def test_reused_prefixes_give_the_same_answers(tmp_path, export_to_cache):
     families.compare_reuse(families.make("mistral", {"sliding_window": 24}, tmp_path, export_to_cache)[1])
+
+
+def test_guesses_give_the_same_answers(tmp_path, export_to_cache):
+    families.compare_guesses(families.make("mistral", {"sliding_window": 24}, tmp_path, export_to_cache)[1])

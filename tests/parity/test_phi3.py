@@ -68,3 +68,8 @@ def test_answers_together_equal_answers_alone(options, tmp_path, export_to_cache
 @pytest.mark.parametrize("options", [longrope(8), {**longrope(6), "hidden_size": 48, "sliding_window": 20}])
 def test_what_is_reused_was_embedded_for_the_same_context(options, tmp_path, export_to_cache):
     families.compare_reuse(families.make("phi3", options, tmp_path, export_to_cache)[1])
+
+
+@pytest.mark.parametrize("options", [longrope(8), {**longrope(6), "hidden_size": 48, "sliding_window": 20}])
+def test_guesses_across_the_original_context(options, tmp_path, export_to_cache):
+    families.compare_guesses(families.make("phi3", options, tmp_path, export_to_cache)[1])

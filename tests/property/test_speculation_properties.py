@@ -69,10 +69,13 @@ def test_no_guess_changes_an_answer(engines, seed, temperature, length, most_tok
     """Guesses that are right up to a place, wherever it is."""
     generator = np.random.default_rng(seed)
     prompt = tuple(generator.integers(2, 300, length).tolist())
-    sampling = SamplingParams(max_tokens=most_tokens, temperature=temperature, top_p=0.9, seed=seed, logprobs=1)
+    sampling = SamplingParams(max_tokens=most_tokens, temperature=temperature, top_p=0.9, logprobs=1)
     request = Request("one", sampling, tokens=prompt)
     plain, guessing = engines
-    expected = run(plain, request)[0]
+    entropy = generator.bytes(16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgelm.sampling.sampler.os.urandom", lambda size: entropy[:size])
+        expected = run(plain, request)[0]
     asked = iter(guesses * most_tokens)
 
     def propose(drafting, tokens, most):
@@ -84,6 +87,7 @@ def test_no_guess_changes_an_answer(engines, seed, temperature, length, most_tok
         return guess
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgelm.sampling.sampler.os.urandom", lambda size: entropy[:size])
         patch.setattr(guessing._drafter, "propose", propose)
         found = run(guessing, request)[0]
     assert (found.tokens, found.text, found.finish_reason) == (expected.tokens, expected.text, expected.finish_reason)
@@ -102,6 +106,18 @@ def test_right_guesses_save_passes(engines, monkeypatch):
     sizes = passes(guessing, monkeypatch)
     assert run(guessing, request)[0].tokens == expected.tokens
     assert sizes[-3:] == [8, 8, 7]  # after the first, 24 tokens take three passes instead of 23
+
+
+def test_a_seeded_answer_is_computed_step_by_step(engines, monkeypatch):
+    """Passes of other lengths round otherwise, and a quantized model can choose otherwise then."""
+    _, guessing = engines
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True, seed=1)
+    sizes = passes(guessing, monkeypatch)
+    monkeypatch.setattr(guessing._drafter, "propose", lambda drafting, tokens, most: tokens[:3])
+    for _ in range(2):
+        sizes.clear()
+        done = run(guessing, Request("one", sampling, tokens=tuple([5, 6, 7] * 9)))[0]
+        assert (sizes, done.usage.cached_tokens) == ([27, *[1] * 11], 0)
 
 
 def test_an_answer_that_repeats_itself_is_guessed(engines, monkeypatch):
@@ -197,10 +213,11 @@ def after_last(tokens, gram, size):
 
 @given(tokens=tokens_lists, earlier=st.lists(tokens_lists, max_size=4), most=st.integers(-1, 9))
 def test_a_guess_is_what_followed_the_last_time(tokens, earlier, most):
-    drafter = Drafter()
+    drafter, drafting = Drafter(), Drafting()
+    drafting.rate = 1.0  # the most that is allowed pays
     for each in earlier:
         drafter.remember(np.array(each, np.int32))
-    found = drafter.propose(Drafting(), np.array(tokens, np.int32), most).tolist()
+    found = drafter.propose(drafting, np.array(tokens, np.int32), most).tolist()
     size = max([size for size in SIZES if size <= most], default=0)
     expected = after_last(tokens, tokens[-GRAM:], size) if len(tokens) >= GRAM else []
     if not expected and len(tokens) >= GRAM:
