@@ -124,13 +124,14 @@ class Sequence:
         if self._first is None:
             self._first = time.monotonic()
 
-    def _take(self, token: int) -> list[Chunk]:
+    def _take(self, token: int, *, forced: bool = False) -> list[Chunk]:
         """Put a token behind the others; return what the client sees of it."""
+        if self._matcher is not None:
+            self._matcher.accept(token)
+        self._forced += forced
         self._saw_first()
         self.history[self.length] = token
         self.length += 1
-        if self._matcher is not None:
-            self._matcher.accept(token)
         chunks = [self._chunk(self._decoder.push(token), token)]
         if self._decoder.stopped or (self._matcher is not None and self._matcher.is_finished):
             chunks.append(self.finish("stop"))
@@ -145,8 +146,7 @@ class Sequence:
             return chunks
         try:
             for token in self._matcher.forced_tokens():
-                self._forced += 1
-                chunks += self._take(token)
+                chunks += self._take(token, forced=True)
                 if chunks[-1].done:
                     break
         except RequestError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -194,7 +195,7 @@ def compare_guesses(bundle: Path, lengths: Sequence[int] = (50, 58, 62, 63, 64, 
             drafter = model.worker.engine._drafter
             if drafter is not None:
                 known = {n: np.array([*prompt[:n], *answers[0][i].tokens]) for i, n in enumerate(lengths)}
-                drafter.propose = lambda drafting, tokens, most: following(known, tokens)[: max(min(7, most), 0)]
+                drafter.propose = partial(following, known)
             answers.append(
                 [model.generate(tokens=prompt[:n], max_tokens=24, ignore_eos=True, logprobs=1) for n in lengths]
             )
@@ -204,10 +205,10 @@ def compare_guesses(bundle: Path, lengths: Sequence[int] = (50, 58, 62, 63, 64, 
         np.testing.assert_allclose(*worth, atol=1e-4)
 
 
-def following(known: Mapping[int, np.ndarray], tokens: np.ndarray) -> np.ndarray:
-    """What follows in the one of several sequences that begins so; it is longer than the prompt it is known by."""
+def following(known: Mapping[int, np.ndarray], _: Any, tokens: np.ndarray, most: int) -> np.ndarray:
+    """Up to 7 tokens that follow in the one of several sequences that begins so; each is longer than its key."""
     fits = [each for n, each in known.items() if n < len(tokens) and np.array_equal(each[: len(tokens)], tokens)]
-    return fits[0][len(tokens) :] if fits else tokens[:0]
+    return fits[0][len(tokens) :][: max(min(7, most), 0)] if fits else tokens[:0]
 
 
 def step_logits(network: Any, tokens: Sequence[int], start: int) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import families
 import pytest
 
+import edgelm
+
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 HEAD_64 = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -73,3 +75,15 @@ def test_what_is_reused_was_embedded_for_the_same_context(options, tmp_path, exp
 @pytest.mark.parametrize("options", [longrope(8), {**longrope(6), "hidden_size": 48, "sliding_window": 20}])
 def test_guesses_across_the_original_context(options, tmp_path, export_to_cache):
     families.compare_guesses(families.make("phi3", options, tmp_path, export_to_cache)[1])
+
+
+def test_a_conversation_goes_on_beyond_the_original_context(tmp_path, export_to_cache):
+    bundle = families.make("phi3", longrope(8), tmp_path, export_to_cache)[1]
+    prompt = families.random_prompt(200, 60)
+    with edgelm.load(bundle, threads=1, max_batch=1) as model:
+        first = model.generate(tokens=prompt, max_tokens=8, ignore_eos=True)
+        longer = [*prompt, *first.tokens, *range(10)]
+        second = model.generate(tokens=longer, max_tokens=8, ignore_eos=True)
+    assert second.usage.cached_tokens == len(prompt) + 7  # computed anew when the answer outgrew 64 positions
+    with edgelm.load(bundle, threads=1, max_batch=1, prefix_cache_mb=0, speculation=False) as model:
+        assert model.generate(tokens=longer, max_tokens=8, ignore_eos=True).tokens == second.tokens

@@ -12,15 +12,22 @@ from hypothesis import strategies as st
 from edgelm.bundle import open_bundle
 from edgelm.drafts import GRAM, LONGEST_PAUSE, SIZES, Drafter, Drafting
 from edgelm.engine import Engine
+from edgelm.errors import RequestError
+from edgelm.grammar import Matcher
 from edgelm.messages import Constraint, Request, SamplingParams
+from edgelm.session import PREFILL_CHUNK
 
 tokens_lists = st.lists(st.integers(0, 2), max_size=40)
 
 
 @pytest.fixture(scope="module")
-def engines(float32_bundle):
+def opened(float32_bundle):
+    return open_bundle(float32_bundle)
+
+
+@pytest.fixture(scope="module")
+def engines(opened):
     """Without guesses and with them."""
-    opened = open_bundle(float32_bundle)
     return [Engine(opened, threads=1, max_batch=3, speculation=guesses) for guesses in (False, True)]
 
 
@@ -144,7 +151,49 @@ def repeating(call, cycle):
     return run_it
 
 
+def test_an_earlier_answer_is_guessed_from(opened, monkeypatch):
+    engine = Engine(opened, threads=1, max_batch=1, prefix_cache_mb=0)
+    request = Request("one", SamplingParams(max_tokens=24, ignore_eos=True), tokens=(5, 6, 7))
+    sizes = passes(engine, monkeypatch)
+    expected = run(engine, request)[0]
+    first = len(sizes)
+    assert run(engine, request)[0].tokens == expected.tokens
+    assert len(sizes) - first < first
+
+
 # --- what a constraint leaves no choice about ---
+
+
+def test_many_forced_tokens_are_computed_in_chunks(engines, monkeypatch):
+    _, engine = engines
+    sizes = passes(engine, monkeypatch)
+    constraint = Constraint("regex", "(yes|no)" + ", the dog" * 90 + " (home|away)")
+    done = run(engine, Request("one", SamplingParams(max_tokens=400), prompt="x", constraint=constraint))[0]
+    assert done.usage.forced_tokens > PREFILL_CHUNK
+    assert max(sizes, default=0) <= PREFILL_CHUNK
+
+
+def test_with_logprobs_every_token_is_sampled(engines):
+    constraint = Constraint("regex", "the dog ran (home|away)")
+    done = run(engines[1], Request("one", SamplingParams(logprobs=1), prompt="x", constraint=constraint))[0]
+    assert done.usage.forced_tokens == 0
+    assert [entry.token for entry in done.logprobs] == list(done.tokens)
+
+
+def test_a_constraint_that_fails_on_a_forced_token_loses_nothing(engines, monkeypatch):
+    accept, left = Matcher.accept, [3]
+
+    def failing(matcher, token):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RequestError("bad_request", "too complex")
+        accept(matcher, token)
+
+    monkeypatch.setattr(Matcher, "accept", failing)
+    constraint = Constraint("regex", "the dog ran home (and|or) away")
+    done = run(engines[1], Request("one", SamplingParams(), prompt="x", constraint=constraint))[0]
+    assert (done.finish_reason, done.error.message) == ("error", "too complex")
+    assert 0 < len(done.text) < len("the dog ran home")
 
 
 def test_forced_tokens_take_no_pass_of_their_own(engines, monkeypatch):
@@ -249,6 +298,17 @@ def test_wrong_guesses_cost_less_and_less():
             drafter.learn(drafting, len(guess) + 1, drafter._seconds[len(guess) + 1], len(guess), 0)
     assert sum(tried) < 30
     assert any(tried[-2 * LONGEST_PAUSE :])
+
+
+def test_the_first_pass_of_a_size_does_not_count():
+    drafter, drafting = Drafter(), Drafting()
+    history = np.array([1, 2, 3] * 9, np.int32)
+    guessed = []
+    for _ in range(3):
+        for size in (0, *SIZES):
+            drafter.learn(drafting, size + 1, 50.0 if size else 1.0, 0, 0)
+        guessed.append(len(drafter.propose(drafting, history, 99)) > 0)
+    assert guessed == [True, False, False]
 
 
 def test_a_pass_that_was_slow_once_is_tried_again():
