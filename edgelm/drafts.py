@@ -12,6 +12,7 @@ often guesses were right in this answer. Knows nothing of sessions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -26,10 +27,21 @@ GRAM: Final = 3
 """Tokens that must have occurred before."""
 
 REMEMBERED: Final = 4096
-"""Tokens of earlier prompts and answers that are searched."""
+"""Tokens of earlier prompts and answers that are searched, at least."""
+
+END: Final = -1
+"""Stands between earlier sequences; no token."""
+
+NOTHING: Final = np.zeros(0, np.int32)
 
 FADING: Final = 0.8
 """How much of the earlier estimate stays when a guess was checked."""
+
+SLOW_FADING: Final = 0.98
+"""The same for the estimate over all answers, with which the next one begins."""
+
+HOPEFUL: Final = 16
+"""Every so many answers one begins with hope instead."""
 
 FORGETTING: Final = 0.998
 """How much of a measured time stays with every pass, so that what was slow once is tried again."""
@@ -46,59 +58,107 @@ PAUSE: Final = 8
 LONGEST_PAUSE: Final = 256
 
 
-class Drafting:
-    """How guesses fare in one answer."""
+class Lookup:
+    """What followed three tokens the last time."""
 
-    __slots__ = ("pause", "rate", "wait")
+    __slots__ = ("_following", "tokens")
 
     def __init__(self) -> None:
-        self.rate = HOPE
+        self.tokens: list[int] = []
+        self._following: dict[tuple[int, ...], int] = {}
+
+    def add(self, tokens: Iterable[int]) -> None:
+        """Append tokens."""
+        known = self.tokens
+        for token in tokens:
+            self._following[tuple(known[-GRAM:])] = len(known)
+            known.append(token)
+
+    def find(self, last: Sequence[int]) -> int | None:
+        """Return where the token is that followed `last` the last time."""
+        return self._following.get(tuple(last)) if len(last) == GRAM else None
+
+
+class Drafting:
+    """How guesses fare in one answer; `rate` is the share of guessed tokens that is expected to be right."""
+
+    __slots__ = ("lookup", "pause", "rate", "wait")
+
+    def __init__(self) -> None:
+        self.lookup = Lookup()
+        self.rate: float | None = None
         self.pause = PAUSE
         self.wait = 0
-
-    def expected(self, size: int) -> float:
-        """Tokens that a pass with so many guesses is expected to yield, in [1, size + 1]."""
-        return float(sum(self.rate**i for i in range(size + 1)))
 
 
 class Drafter:
     """Looks guesses up and learns what they cost."""
 
     def __init__(self) -> None:
-        self._earlier: Tokens = np.zeros(0, np.int32)
+        self._earlier = Lookup()
         self._seconds: dict[int, float] = {}
         self._begun: set[int] = set()
+        self._rate = HOPE
+        self._answers = 0
 
     def remember(self, tokens: Tokens) -> None:
         """Add a whole sequence, int32 [n], to what is searched."""
-        separator = np.full(1, -1, np.int32)
-        self._earlier = np.concatenate([self._earlier, separator, tokens])[-REMEMBERED:]
+        if len(self._earlier.tokens) > 2 * REMEMBERED:
+            kept, self._earlier = self._earlier.tokens[-REMEMBERED:], Lookup()
+            self._earlier.add(kept)
+        self._earlier.add([END, *tokens[-REMEMBERED:].tolist()])
 
     def propose(self, drafting: Drafting, tokens: Tokens, most: int) -> Tokens:
         """Return the likely continuation of `tokens`, int32 [n]: at most `most` of them, none where it does not pay."""
+        if drafting.rate is None:
+            drafting.rate = self._first_rate()
         if drafting.wait > 0:
             drafting.wait -= 1
-            return tokens[:0]
-        size = self._size(drafting, most)
+            return NOTHING
+        size = self._size(drafting.rate, most)
         if size == 0:
-            return tokens[:0]
-        guess = _continuation(tokens, tokens[-GRAM:], size)
-        return guess if len(guess) else _continuation(self._earlier, tokens[-GRAM:], size)
+            return NOTHING
+        own = drafting.lookup
+        own.add(tokens[len(own.tokens) :].tolist())
+        return np.array(self._continuation(own, size), np.int32)
 
     def learn(self, drafting: Drafting, tokens: int, seconds: float, guessed: int, right: int) -> None:
         """Take note of how long a pass of so many tokens took, and how many of the guessed ones were right."""
         self._took(tokens, seconds)
         if not guessed:
             return
-        checked = min(right + 1, guessed)  # those after the first wrong one were not looked at
-        for i in range(checked):
-            drafting.rate = FADING * drafting.rate + (1 - FADING) * (i < right)
+        rate = self._first_rate() if drafting.rate is None else drafting.rate
+        for i in range(min(right + 1, guessed)):  # those after the first wrong one were not looked at
+            rate = FADING * rate + (1 - FADING) * (i < right)
+            self._rate = SLOW_FADING * self._rate + (1 - SLOW_FADING) * (i < right)
         if right:
             drafting.pause = PAUSE
-        if self._size(drafting, SIZES[0]) == 0:
+        if self._size(rate, SIZES[0]) == 0:
             drafting.wait = drafting.pause
             drafting.pause = min(2 * drafting.pause, LONGEST_PAUSE)
-            drafting.rate = max(drafting.rate, HOPE / 2)  # it is tried again some time
+            rate = max(rate, HOPE / 2)  # it is tried again some time
+        drafting.rate = rate
+
+    def _first_rate(self) -> float:
+        """Return what an answer begins with: as earlier ones fared, and now and then with hope."""
+        self._answers += 1
+        return HOPE if self._answers % HOPEFUL == 0 else self._rate
+
+    def _continuation(self, own: Lookup, size: int) -> list[int]:
+        """Return up to `size` tokens that followed in this sequence, else in an earlier one.
+
+        What is this sequence's end is repeated; an earlier one's end is an end.
+        """
+        last = own.tokens[-GRAM:]
+        at = own.find(last)
+        if at is not None:
+            found = own.tokens[at : at + size]
+            return [found[i % len(found)] for i in range(size)]
+        at = self._earlier.find(last)
+        if at is None:
+            return []
+        found = self._earlier.tokens[at : at + size]
+        return found[: found.index(END)] if END in found else found
 
     def _took(self, tokens: int, seconds: float) -> None:
         """Take note of how long a pass of so many tokens took; the first one also allocates, and does not count."""
@@ -110,12 +170,13 @@ class Drafter:
         known = self._seconds.get(tokens, seconds)
         self._seconds[tokens] = FADING * known + (1 - FADING) * seconds
 
-    def _size(self, drafting: Drafting, most: int) -> int:
+    def _size(self, rate: float, most: int) -> int:
         """Return how many tokens to guess: what yields most tokens a second."""
-        best, rate = 0, 1 / self._cost(1)
+        best, speed = 0, 1 / self._cost(1)
         for size in SIZES:
-            if size <= most and drafting.expected(size) / self._cost(size + 1) > rate:
-                best, rate = size, drafting.expected(size) / self._cost(size + 1)
+            found = expected(rate, size) / self._cost(size + 1)
+            if size <= most and found > speed:
+                best, speed = size, found
         return best
 
     def _cost(self, tokens: int) -> float:
@@ -123,22 +184,6 @@ class Drafter:
         return self._seconds.get(tokens, self._seconds.get(1, 1.0) * (1 + EAGERNESS * (tokens - 1)))
 
 
-def _continuation(tokens: Tokens, last: Tokens, size: int) -> Tokens:
-    """Return up to `size` tokens that followed an earlier occurrence of `last`, within one sequence.
-
-    The latest occurrence that so many tokens followed; where none did, the first.
-    """
-    starts = len(tokens) - len(last)
-    if len(last) < GRAM or starts < 1:
-        return tokens[:0]
-    alike = tokens[:starts] == last[0]
-    for i in range(1, len(last)):
-        alike &= tokens[i : starts + i] == last[i]
-    found = np.flatnonzero(alike)
-    if not len(found):
-        return tokens[:0]
-    followed = int(np.searchsorted(found, starts - size, side="right"))
-    at = int(found[max(followed - 1, 0)]) + len(last)
-    guess = tokens[at : at + size]
-    ends = np.flatnonzero(guess < 0)
-    return guess[: ends[0]] if len(ends) else guess
+def expected(rate: float, size: int) -> float:
+    """Return how many tokens a pass with `size` guesses yields, each right with probability `rate`: [1, size + 1]."""
+    return size + 1.0 if rate >= 1 else (1 - rate ** (size + 1)) / (1 - rate)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle import Bundle
-from edgelm.drafts import Drafter
+from edgelm.drafts import NOTHING, Drafter
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.intake import Intake
 from edgelm.messages import Chunk, FinishReason, Request
@@ -219,8 +219,9 @@ class Engine:
     def _decode_alone(self, sequence: Sequence) -> None:
         """Compute what is pending with guesses of what follows; sample for as long as these come true."""
         self._compute(sequence, sequence.length - PREFILL_CHUNK)
-        guess = self._guess(sequence)
-        tokens = np.concatenate([sequence.pending, guess])
+        pending = sequence.pending
+        guess = self._guess(sequence) if len(pending) == 1 else NOTHING
+        tokens = np.concatenate([pending, guess]) if len(guess) else pending
         begun = time.perf_counter()
         if len(tokens) == 1:
             logits = self.session.decode(tokens, np.array([sequence.computed], np.int32))
@@ -240,14 +241,14 @@ class Engine:
         if self._drafter is not None:
             self._drafter.learn(sequence.drafting, len(tokens), took, len(guess), right)
 
-    def _guess(self, sequence: Sequence) -> NDArray[np.int64]:
-        """Return tokens that may follow, int64 [n]; none that would outgrow the context or its embedding."""
-        if self._drafter is None or sequence.is_seeded or len(sequence.pending) > 1:
-            return np.zeros(0, np.int64)
+    def _guess(self, sequence: Sequence) -> NDArray[np.int32]:
+        """Return tokens that may follow, int32 [n]; none that would outgrow the context or its embedding."""
+        if self._drafter is None or sequence.is_seeded:
+            return NOTHING
         most, long_from = sequence.left - 1, self.session.long_from
         if long_from is not None and sequence.length <= long_from:
             most = min(most, long_from - sequence.length)
-        return self._drafter.propose(sequence.drafting, sequence.history[: sequence.length], most).astype(np.int64)
+        return self._drafter.propose(sequence.drafting, sequence.history[: sequence.length], most)
 
     def _compute(self, sequence: Sequence, end: int) -> None:
         """Compute a sequence's tokens up to position `end`, without their logits."""
