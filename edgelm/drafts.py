@@ -40,9 +40,6 @@ FADING: Final = 0.8
 SLOW_FADING: Final = 0.98
 """The same for the estimate over all answers, with which the next one begins."""
 
-HOPEFUL: Final = 16
-"""Every so many answers one begins with hope instead."""
-
 FORGETTING: Final = 0.998
 """How much of a measured time stays with every pass, so that what was slow once is tried again."""
 
@@ -99,7 +96,6 @@ class Drafter:
         self._seconds: dict[int, float] = {}
         self._begun: set[int] = set()
         self._rate = HOPE
-        self._answers = 0
 
     def remember(self, tokens: Tokens) -> None:
         """Add a whole sequence, int32 [n], to what is searched."""
@@ -111,7 +107,7 @@ class Drafter:
     def propose(self, drafting: Drafting, tokens: Tokens, most: int) -> Tokens:
         """Return the likely continuation of `tokens`, int32 [n]: at most `most` of them, none where it does not pay."""
         if drafting.rate is None:
-            drafting.rate = self._first_rate()
+            drafting.rate = self._rate
         if drafting.wait > 0:
             drafting.wait -= 1
             return NOTHING
@@ -127,7 +123,7 @@ class Drafter:
         self._took(tokens, seconds)
         if not guessed:
             return
-        rate = self._first_rate() if drafting.rate is None else drafting.rate
+        rate = self._rate if drafting.rate is None else drafting.rate
         for i in range(min(right + 1, guessed)):  # those after the first wrong one were not looked at
             rate = FADING * rate + (1 - FADING) * (i < right)
             self._rate = SLOW_FADING * self._rate + (1 - SLOW_FADING) * (i < right)
@@ -138,11 +134,6 @@ class Drafter:
             drafting.pause = min(2 * drafting.pause, LONGEST_PAUSE)
             rate = max(rate, HOPE / 2)  # it is tried again some time
         drafting.rate = rate
-
-    def _first_rate(self) -> float:
-        """Return what an answer begins with: as earlier ones fared, and now and then with hope."""
-        self._answers += 1
-        return HOPE if self._answers % HOPEFUL == 0 else self._rate
 
     def _continuation(self, own: Lookup, size: int) -> list[int]:
         """Return up to `size` tokens that followed in this sequence, else in an earlier one.

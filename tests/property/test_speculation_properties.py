@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgelm.bundle import open_bundle
-from edgelm.drafts import GRAM, LONGEST_PAUSE, SIZES, Drafter, Drafting
+from edgelm.drafts import GRAM, LONGEST_PAUSE, REMEMBERED, SIZES, Drafter, Drafting
 from edgelm.engine import Engine
 from edgelm.errors import RequestError
 from edgelm.grammar import Matcher
@@ -297,6 +297,35 @@ def test_wrong_guesses_cost_less_and_less():
             drafter.learn(drafting, len(guess) + 1, drafter._seconds[len(guess) + 1], len(guess), 0)
     assert sum(tried) < 30
     assert any(tried[-2 * LONGEST_PAUSE :])
+
+
+def test_what_was_said_long_ago_is_forgotten_and_no_more():
+    drafter = Drafter()
+    for i in range(3 * REMEMBERED // 100):
+        drafter.remember(np.arange(100 * i, 100 * i + 100, dtype=np.int32))
+        newest = 100 * i + 99
+        assert is_known(drafter, newest)
+        assert is_known(drafter, max(newest - REMEMBERED + 200, 50))
+        assert len(drafter._earlier.tokens) <= 2 * REMEMBERED + 101
+    assert not is_known(drafter, 50)
+
+
+def is_known(drafter, token):
+    gram = np.arange(token - GRAM, token, dtype=np.int32)
+    return drafter.propose(Drafting(), gram, 1).tolist() == [token]
+
+
+def test_an_answer_begins_as_earlier_ones_fared():
+    drafter, history = Drafter(), np.array([1, 2, 3] * 9, np.int32)
+    costs, begun = {1: 1.0, 2: 1.5, 4: 2.5, 8: 4.0}, []
+    drafter._seconds = dict(costs)
+    for _ in range(1000):
+        drafting = Drafting()
+        guessed = len(drafter.propose(drafting, history, 99))
+        drafter.learn(drafting, guessed + 1, costs[guessed + 1], guessed, 0)
+        begun.append(guessed > 0)
+    assert begun[0]
+    assert 0 < sum(begun[100:]) <= 90  # costs are forgotten, so it is tried again
 
 
 def test_the_first_pass_of_a_size_does_not_count():
