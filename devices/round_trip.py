@@ -49,7 +49,7 @@ def check_round_trip(bundle: str, threads: int | None, prompt: str, answer: Comp
 def _check_at(url: str, name: str, bundle: str, threads: int | None, prompt: str, answer: Completion) -> Check:
     board = f"smoke-{uuid.uuid4().hex[:8]}"
     config = ServeConfig(mqtt=url, board=board, model=bundle, threads=threads, max_batch=1)
-    sampling = {"max_tokens": max(1, len(answer.tokens)), "temperature": 0.0}
+    sampling = {"max_tokens": max(1, len(answer.tokens)), "temperature": 0.0, "seed": 0}
     ask = Ask(uuid.uuid4().hex, prompt=prompt, sampling=sampling, stream=True, timeout_s=ANSWER_WITHIN_S)
     with serve_in_background(config), Asker(BrokerConfig(url=BrokerUrl.parse(url)), board) as asker:
         started = time.perf_counter()
