@@ -48,7 +48,7 @@ def load(
     speculation
         Whether to guess tokens from what was said before, as long as that saves time. What guesses are kept is decided
         by the model, so answers are those without, but for rounding where two tokens are almost equally likely.
-        Requests with a seed make no use of guesses and of earlier prompts: the same seed gives the same answer.
+        Requests with a seed make no use of guesses and of earlier prompts, so that a seed gives the same answer again.
 
     Raises
     ------
