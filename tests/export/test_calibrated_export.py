@@ -8,16 +8,16 @@ import json
 import numpy as np
 import pytest
 
-onnx = pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-import edgelm_export  # noqa: E402
-from edgelm_export.opened import open_model  # noqa: E402
-from edgelm_export.reference.layers import Layers  # noqa: E402
-from edgelm_export.reference.sampled import sampled_documents  # noqa: E402
-from tiny import TEXT  # noqa: E402
+import edgelm_export
+from edgelm_export.opened import open_model
+from edgelm_export.reference.layers import Layers
+from edgelm_export.reference.sampled import sampled_documents
+from tiny import TEXT
 
-import edgelm  # noqa: E402
-from edgelm.errors import EdgelmError  # noqa: E402
+import edgelm
+from edgelm.errors import EdgelmError
 
 SHAPE = {"hidden": 64, "mlp": 112, "layers": 2, "vocab": 331}
 

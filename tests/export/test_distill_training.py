@@ -12,20 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-torch = pytest.importorskip("torch", reason="pip install 'edgelm[distill]'")
-transformers = pytest.importorskip("transformers", reason="pip install 'edgelm[distill]'")
+pytest.importorskip("torch", reason="pip install 'edgelm[distill]'")
+pytest.importorskip("transformers", reason="pip install 'edgelm[distill]'")
 
-from edgelm_export.distill import builtin  # noqa: E402
-from edgelm_export.distill.data import Encoded, collate  # noqa: E402
-from edgelm_export.distill.losses import cross_entropy, forward_kl, forward_kl_of_best  # noqa: E402
-from edgelm_export.distill.settings import Settings, learning_rate  # noqa: E402
-from edgelm_export.distill.shape import Shape  # noqa: E402
-from edgelm_export.distill.student import inherit_layers, make_student  # noqa: E402
-from edgelm_export.distill.teacher import ask_teacher  # noqa: E402
-from edgelm_export.distill.trainer import Trainer, target_logits  # noqa: E402
+import torch
+import transformers
+from edgelm_export.distill import builtin
+from edgelm_export.distill.data import Encoded, collate
+from edgelm_export.distill.losses import cross_entropy, forward_kl, forward_kl_of_best
+from edgelm_export.distill.settings import Settings, learning_rate
+from edgelm_export.distill.shape import Shape
+from edgelm_export.distill.student import inherit_layers, make_student
+from edgelm_export.distill.teacher import ask_teacher
+from edgelm_export.distill.trainer import Trainer, target_logits
 
-from edgelm.cli import main  # noqa: E402
-from edgelm.errors import CheckpointError, ConfigError  # noqa: E402
+from edgelm.cli import main
+from edgelm.errors import CheckpointError, ConfigError
 
 TINY = Shape(hidden=32, layers=2, heads=2, kv_heads=1, mlp=32)
 VOCABULARY = 24

@@ -10,14 +10,15 @@ import sys
 import numpy as np
 import pytest
 
-onnx = pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-import edgelm_export  # noqa: E402
-from tiny import TinyLlama, save_tensors, write_json  # noqa: E402
+import edgelm_export
+import onnx
+from tiny import TinyLlama, save_tensors, write_json
 
-import edgelm  # noqa: E402
-from edgelm.bundle import open_bundle  # noqa: E402
-from edgelm.errors import EdgelmError  # noqa: E402
+import edgelm
+from edgelm.bundle import open_bundle
+from edgelm.errors import EdgelmError
 
 
 def contents(path):

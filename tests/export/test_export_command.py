@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-onnx = pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from tiny import TEXT  # noqa: E402
+from tiny import TEXT
 
-from edgelm.cli.export import byte_count  # noqa: E402
-from edgelm.cli.progress import bar  # noqa: E402
+from edgelm.cli.export import byte_count
+from edgelm.cli.progress import bar
 
 
 @pytest.fixture

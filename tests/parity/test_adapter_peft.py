@@ -11,12 +11,15 @@ import pytest
 from tiny import TinyLlama
 
 pytest.importorskip("safetensors", reason="needs pip install 'edgelm[export]'")
-peft = pytest.importorskip("peft", reason="needs pip install peft")
-torch = pytest.importorskip("torch", reason="needs pip install 'edgelm[distill]'")
-transformers = pytest.importorskip("transformers", reason="needs pip install 'edgelm[distill]'")
+pytest.importorskip("peft", reason="needs pip install peft")
+pytest.importorskip("torch", reason="needs pip install 'edgelm[distill]'")
+pytest.importorskip("transformers", reason="needs pip install 'edgelm[distill]'")
 
-from edgelm_export.adapter import Adapted, Adapter, open_adapter  # noqa: E402
-from edgelm_export.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
+import peft
+import torch
+import transformers
+from edgelm_export.adapter import Adapted, Adapter, open_adapter
+from edgelm_export.checkpoint import Checkpoint, open_checkpoint
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-onnx = pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-import onnxruntime as ort  # noqa: E402
-from edgelm_export.quantize.pack import dequantize  # noqa: E402
-from edgelm_export.quantize.quantizer import Quantizer  # noqa: E402
-from edgelm_export.quantize.spec import Spec  # noqa: E402
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+import onnxruntime as ort
+from edgelm_export.quantize.pack import dequantize
+from edgelm_export.quantize.quantizer import Quantizer
+from edgelm_export.quantize.spec import Spec
+from onnx import TensorProto, helper, numpy_helper
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 300))
 specs = st.builds(

@@ -10,17 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-onnx = pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
-ort = pytest.importorskip("onnxruntime", reason="needs pip install 'edgelm[cpu]'")
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+pytest.importorskip("onnxruntime", reason="needs pip install 'edgelm[cpu]'")
 
-from edgelm_export.graph.initializers import Initializers  # noqa: E402
-from edgelm_export.graph.onnx_graph import OnnxGraph  # noqa: E402
-from edgelm_export.quantize.pack import dequantize  # noqa: E402
-from edgelm_export.quantize.plan import Plan  # noqa: E402
-from edgelm_export.quantize.spec import Spec  # noqa: E402
-from edgelm_export.requantize import Requantizer  # noqa: E402
-from edgelm_export.rows import Rows  # noqa: E402
-from edgelm_export.storing import quantize_rows  # noqa: E402
+import onnx
+import onnxruntime as ort
+from edgelm_export.graph.initializers import Initializers
+from edgelm_export.graph.onnx_graph import OnnxGraph
+from edgelm_export.quantize.pack import dequantize
+from edgelm_export.quantize.plan import Plan
+from edgelm_export.quantize.spec import Spec
+from edgelm_export.requantize import Requantizer
+from edgelm_export.rows import Rows
+from edgelm_export.storing import quantize_rows
 
 FLOAT, INT = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 PLANS = st.sampled_from(

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-onnx = pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm.windows import has_windows, with_old_windows  # noqa: E402
+import onnx
+
+from edgelm.windows import has_windows, with_old_windows
 
 WINDOWS = st.lists(st.one_of(st.none(), st.integers(1, 2**31)), max_size=4)
 
