@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle import Manifest
+from edgelm.prefixes import Piece
 
 CACHE: Final = ("key", "value")
 
@@ -109,11 +110,11 @@ class GrowingSession:
         """See `Session`. Nothing is copied: both rows name the same tensors until their next step."""
         self._rows[target] = self._cut(self._rows[source], length)
 
-    def read_row(self, row: int, start: int, stop: int) -> list[NDArray[np.float32]]:
+    def read_row(self, row: int, start: int, stop: int) -> Piece:
         """See `Session`."""
         return [array[0, :, start:stop].copy() for array in _arrays(self._rows[row])]
 
-    def begin_row(self, row: int, pieces: Sequence[list[NDArray[np.float32]]]) -> None:
+    def begin_row(self, row: int, pieces: Sequence[Piece]) -> None:
         """See `Session`."""
         whole = [np.concatenate(parts, axis=1)[None] for parts in zip(*pieces, strict=True)]
         self._rows[row] = _Row(whole[0].shape[2], whole)

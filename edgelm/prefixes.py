@@ -32,11 +32,6 @@ class _Node:
         self.used = 0
         self.children: dict[int, _Node] = {}
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of the arrays."""
-        return self.tokens.nbytes + sum(array.nbytes for array in self.piece)
-
 
 class Prefixes:
     """Pieces of key/value memory of at most `max_bytes` together, each position `token_bytes` large."""
@@ -47,11 +42,6 @@ class Prefixes:
         self._clock = 0
         self.tokens = 0
         """Positions that are kept."""
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that are kept."""
-        return sum(node.bytes for node in self._nodes())
 
     def find(self, tokens: Tokens) -> list[Piece]:
         """Return pieces that together are the longest known prefix of `tokens`, int32 [n]; none where none is known."""

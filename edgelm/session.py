@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edgelm.bundle import Bundle
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.kv import KvBuffers
+from edgelm.prefixes import Piece
 from edgelm.windows import has_windows, with_old_windows
 
 PREFILL_CHUNK: Final = 256
@@ -26,7 +27,6 @@ OLD_WINDOWS: Final = tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24)
 """Whether this onnxruntime sees one position more than a window says."""
 
 Tokens = NDArray[np.int64]
-Piece = list[NDArray[np.float32]]
 Logits = NDArray[np.float32]
 
 

@@ -163,10 +163,7 @@ def compare_batch(bundle: Path, lengths: Sequence[int] = (70, 3, 64, 31, 150, 63
         alone = [ask(length) for length in lengths]
         with ThreadPoolExecutor(len(lengths)) as threads:
             together = list(threads.map(ask, lengths))
-    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
-    for one, other in zip(together, alone, strict=True):
-        worth = [[entry.logprob for entry in answer.logprobs] for answer in (one, other)]
-        np.testing.assert_allclose(*worth, atol=1e-4)
+    check_alike(together, alone)
 
 
 def compare_reuse(bundle: Path, lengths: Sequence[int] = (40, 63, 64, 66, 90, 50, 120, 70)) -> None:
@@ -178,10 +175,7 @@ def compare_reuse(bundle: Path, lengths: Sequence[int] = (40, 63, 64, 66, 90, 50
             answers.append(
                 [model.generate(tokens=prompt[:n], max_tokens=8, ignore_eos=True, logprobs=1) for n in lengths]
             )
-    for anew, reused in zip(*answers, strict=True):
-        assert anew.tokens == reused.tokens
-        worth = [[entry.logprob for entry in answer.logprobs] for answer in (anew, reused)]
-        np.testing.assert_allclose(*worth, atol=1e-4)
+    check_alike(*answers)
     assert not any(answer.usage.cached_tokens for answer in answers[0])
     assert sum(answer.usage.cached_tokens for answer in answers[1]) > sum(lengths) // 2
 
@@ -199,9 +193,14 @@ def compare_guesses(bundle: Path, lengths: Sequence[int] = (50, 58, 62, 63, 64, 
             answers.append(
                 [model.generate(tokens=prompt[:n], max_tokens=24, ignore_eos=True, logprobs=1) for n in lengths]
             )
-    for plain, guessed in zip(*answers, strict=True):
-        assert plain.tokens == guessed.tokens
-        worth = [[entry.logprob for entry in answer.logprobs] for answer in (plain, guessed)]
+    check_alike(*answers)
+
+
+def check_alike(ones: Sequence[edgelm.Completion], others: Sequence[edgelm.Completion]) -> None:
+    """Compare answers with logprobs: the same tokens, worth the same."""
+    for one, other in zip(ones, others, strict=True):
+        assert one.tokens == other.tokens
+        worth = [[entry.logprob for entry in answer.logprobs or ()] for answer in (one, other)]
         np.testing.assert_allclose(*worth, atol=1e-4)
 
 
