@@ -1,4 +1,4 @@
-"""A Hugging Face Llama checkpoint as a float32 GGUF file, for quality.py: run by an interpreter that has llama.cpp.
+"""A Hugging Face Llama or Qwen2 checkpoint as a float32 GGUF file: run by an interpreter that has llama.cpp.
 
 Usage: python gguf_checkpoint.py CHECKPOINT OUT.gguf. Prints one JSON object. The file has no
 vocabulary, only its size: llama.cpp is fed token ids. It needs gguf, ml_dtypes, numpy and safetensors.
@@ -31,8 +31,12 @@ LAYER = {
 """llama.cpp's name of a layer's weight -> the checkpoint's."""
 
 
+BIASED = ("attn_q", "attn_k", "attn_v")
+"""Weights that have a bias in Qwen2."""
+
+
 def interleave(rows, heads):
-    """Order each head's rows by rotary pair, as llama.cpp rotates: (0, h, 1, h + 1, ...) for halves of h rows."""
+    """Order each head's rows by rotary pair, as llama.cpp rotates Llama: (0, h, 1, h + 1, ...) for halves of h rows."""
     halves = rows.reshape(heads, 2, -1, rows.shape[-1])  # [heads, 2, head size / 2, width]
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 
@@ -46,8 +50,9 @@ def pad_mlp(name, weight, extra):
 
 def check(config):
     """Refuse what this writer does not know."""
-    known = {"model_type": "llama", "rope_scaling": None, "attention_bias": False, "mlp_bias": False}
-    for name, value in known.items():
+    if config["model_type"] not in ("llama", "qwen2"):
+        sys.exit(f"model_type must be llama or qwen2, got {config['model_type']}")
+    for name, value in {"rope_scaling": None, "attention_bias": False, "mlp_bias": False}.items():
         if (config.get(name) or None) != (value or None):
             sys.exit(f"{name} must be {value}, got {config.get(name)}")
     heads, width = config["num_attention_heads"], config["hidden_size"]
@@ -61,6 +66,7 @@ def main():
     source, out = Path(sys.argv[1]), sys.argv[2]
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     size = check(config)
+    architecture = config["model_type"]
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     extra = -config["intermediate_size"] % BLOCK
     files = {}
@@ -71,7 +77,7 @@ def main():
     def tensor(name):
         return files[name].get_tensor(name).astype(np.float32)
 
-    writer = gguf.GGUFWriter(out, "llama")
+    writer = gguf.GGUFWriter(out, architecture)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -90,9 +96,11 @@ def main():
     for i in range(config["num_hidden_layers"]):
         for name, theirs in LAYER.items():
             weight = tensor(f"model.layers.{i}.{theirs}.weight")
-            if name in ("attn_q", "attn_k"):
+            if architecture == "llama" and name in ("attn_q", "attn_k"):
                 weight = interleave(weight, heads if name == "attn_q" else kv_heads)
             writer.add_tensor(f"blk.{i}.{name}.weight", pad_mlp(name, weight, extra))
+            if architecture == "qwen2" and name in BIASED:
+                writer.add_tensor(f"blk.{i}.{name}.bias", tensor(f"model.layers.{i}.{theirs}.bias"))
     writer.add_tensor("output_norm.weight", tensor("model.norm.weight"))
     if not config.get("tie_word_embeddings"):
         writer.add_tensor("output.weight", tensor("lm_head.weight"))
