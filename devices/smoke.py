@@ -77,7 +77,7 @@ def run_smoke(
     load_s = time.perf_counter() - started
     with model:
         quant = model.manifest.quant
-        note(Check("load", "ok", f"{bundle} ({quant}) in {load_s:.1f} s, hashes right", {"load_s": load_s}))
+        note(Check("load", "ok", f"{bundle} ({quant}) in {load_s:.1f} s, files right", {"load_s": load_s}))
         intent = INTENT if bundle == "builtin" and prompt is None else None
         text = PROMPT if prompt is None else prompt
         answer = model.generate(text, **GREEDY)

@@ -12,10 +12,11 @@ import numpy as np
 
 from edgelm.bundle import Bundle, open_bundle
 from edgelm.errors import EdgelmError
+from edgelm.graphs import default_threads
 from edgelm.measure import memory_bandwidth_gb_s, memory_mb
 from edgelm.messages import SamplingParams
 from edgelm.sampling import Sampler
-from edgelm.session import PREFILL_CHUNK, Session, default_threads, open_session
+from edgelm.session import PREFILL_CHUNK, Session, open_session
 
 SAMPLER_ROUNDS: Final = 50
 

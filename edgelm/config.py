@@ -33,8 +33,8 @@ RESERVED_NAMES: Final = frozenset({"pool", "client"})
 DEFAULT_PORTS: Final[dict[str, int]] = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443, "unix": 0}
 
 ENVIRONMENT_PREFIX: Final = "EDGELM_"
-OTHER_VARIABLES: Final = ("EDGELM_SHARED", "EDGELM_TEST_")
-"""Beginnings of variables with our prefix that are no setting of the service: the tests read them."""
+OTHER_VARIABLES: Final = ("EDGELM_CACHE_DIR", "EDGELM_SHARED", "EDGELM_TEST_")
+"""Beginnings of variables with our prefix that are no setting of the service: the cache and the tests read them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +179,9 @@ class ServeConfig:
     context: int | None = _setting(None, int, 1, 10_000_000)
     prefix_cache_mb: int = _setting(64, int, 0, 1_000_000)
     speculation: bool = _setting(True, bool)
+    cache: bool = _setting(True, bool)
+    """Whether weights packed for this board are kept between runs."""
+    memory_limit_mb: int | None = _setting(None, int, 1, 10_000_000)
     log_format: str = _setting("text", str)
     max_timeout_s: float = _setting(300.0, float, 0.1, 86_400)
     """The longest a request may take, waiting included; also what one gets that names no time."""

@@ -14,10 +14,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.boardcache import BoardCache
 from edgelm.bundle import Bundle
 from edgelm.drafts import NOTHING, Drafter
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.intake import Intake
+from edgelm.memory import check_memory, plan_memory
 from edgelm.messages import Chunk, FinishReason, Request
 from edgelm.reuse import Reuse
 from edgelm.sequence import Sequence, refused
@@ -51,6 +53,8 @@ class Engine:
         max_batch: int = 8,
         prefix_cache_mb: int = PREFIX_CACHE_MB,
         speculation: bool = True,
+        cache: BoardCache | None = None,
+        memory_limit_mb: int | None = None,
     ) -> None:
         if not 1 <= max_batch <= MOST_ROWS:
             raise EdgelmError(f"max_batch must lie in [1, {MOST_ROWS}], got {max_batch}")
@@ -58,7 +62,12 @@ class Engine:
             raise EdgelmError(f"prefix_cache_mb must be at least 0, got {prefix_cache_mb}")
         self.bundle = bundle
         self.max_batch = max_batch
-        self.session: Session = open_session(bundle, rows=max_batch + 1, threads=threads, context=context)
+        rows, most = max_batch + 1, bundle.manifest.context if context is None else context
+        prefix_bytes = prefix_cache_mb * 1_000_000
+        if memory_limit_mb is not None:
+            plan = plan_memory(bundle.manifest, rows=rows, context=most, prefix_bytes=prefix_bytes)
+            check_memory(plan, memory_limit_mb, rows=rows, context=most)
+        self.session: Session = open_session(bundle, rows=rows, threads=threads, context=context, cache=cache)
         self.context = self.session.context
         self._intake = Intake(bundle, self.context)
         self.tokenizer = self._intake.tokenizer
@@ -66,7 +75,7 @@ class Engine:
         self._running: list[Sequence] = []
         self._prefilling: Sequence | None = None
         self._cancelled: set[str] = set()
-        self._reuse = Reuse(self.session, bundle.manifest.cache, prefix_cache_mb * 1_000_000)
+        self._reuse = Reuse(self.session, bundle.manifest.cache, prefix_bytes)
         self._drafter = Drafter() if speculation else None
         self._ready: list[Chunk] = []
         """What the step so far has for clients: kept here so that a failure later in the step does not lose it."""

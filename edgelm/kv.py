@@ -6,10 +6,16 @@ used cost address space only. Knows nothing of onnxruntime.
 
 from __future__ import annotations
 
+import mmap
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle import Cache
+
+SMALL_PAGES: Final[int | None] = getattr(mmap, "MADV_NOHUGEPAGE", None)
+"""Advice to the system not to use huge pages; only Linux takes it."""
 
 
 class KvBuffers:
@@ -18,7 +24,7 @@ class KvBuffers:
     def __init__(self, cache: Cache, rows: int, capacity: int) -> None:
         shape = (rows, cache.kv_heads, capacity, cache.head_size)
         self.names = [f"{i}.{part}" for i in range(cache.layers) for part in ("key", "value")]
-        self.arrays: list[NDArray[np.float32]] = [np.zeros(shape, np.float32) for _ in self.names]
+        self.arrays: list[NDArray[np.float32]] = [_fresh(shape) for _ in self.names]
 
     def views(self, first: int, count: int) -> list[NDArray[np.float32]]:
         """Rows [first, first + count) of every buffer, as views."""
@@ -37,3 +43,13 @@ class KvBuffers:
         """Put what `read` returned into a row, from `start` on."""
         for array, values in zip(self.arrays, piece, strict=True):
             array[row, :, start : start + values.shape[1]] = values
+
+
+def _fresh(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return zeros that take memory page by page; NumPy's own would take it 2 MB at a time, most of it never used."""
+    if SMALL_PAGES is None:
+        return np.zeros(shape, np.float32)
+    size = int(np.prod(shape)) * np.dtype(np.float32).itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(SMALL_PAGES)
+    return np.frombuffer(memory, np.float32).reshape(shape)

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.bundle import Bundle, Manifest, open_bundle
+from edgelm.boardcache import BoardCache
+from edgelm.bundle import Bundle, Manifest
 from edgelm.engine import PREFIX_CACHE_MB, Engine
 from edgelm.errors import RequestError
+from edgelm.graphs import open_verified
 from edgelm.messages import Chunk, Completion, Constraint, Request
 from edgelm.worker import Worker
 
@@ -29,6 +31,8 @@ def load(
     max_batch: int = 8,
     prefix_cache_mb: int = PREFIX_CACHE_MB,
     speculation: bool = True,
+    cache: bool = True,
+    memory_limit_mb: int | None = None,
 ) -> Model:
     """Open a bundle for inference.
 
@@ -49,15 +53,23 @@ def load(
         Whether to guess tokens from what was said before, as long as that saves time. What guesses are kept is decided
         by the model, so answers are those without, but for rounding where two tokens are almost equally likely.
         Requests with a seed make no use of guesses and of earlier prompts, so that a seed gives the same answer again.
+    cache
+        Whether weights that were packed for this processor are kept between runs, in EDGELM_CACHE_DIR or
+        ~/.cache/edgelm, and mapped from there: quicker to load, and no private memory. It takes up to three times the
+        bundle's size on disk; bundles below 16 MB do without.
+    memory_limit_mb
+        Most memory, in 10^6 bytes, that the process may come to take: weights, keys and values of requests as long as
+        they may be, logits and the program itself are added up before anything is loaded (`edgelm.memory`).
 
     Raises
     ------
     BundleError
         The bundle is missing, damaged, of a newer schema, or refused by onnxruntime.
     EdgelmError
-        An option is out of range.
+        An option is out of range, or `memory_limit_mb` is too small; the message has the numbers.
     """
-    bundle = open_bundle(path)
+    board_cache = BoardCache.default() if cache else None
+    bundle = open_verified(path, board_cache)
     engine = Engine(
         bundle,
         threads=threads,
@@ -65,6 +77,8 @@ def load(
         max_batch=max_batch,
         prefix_cache_mb=prefix_cache_mb,
         speculation=speculation,
+        cache=board_cache,
+        memory_limit_mb=memory_limit_mb,
     )
     worker = Worker(engine, queue_size=None)
     worker.start()

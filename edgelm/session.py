@@ -1,30 +1,26 @@
-"""The only importer of onnxruntime: a bundle's graph, its threads, and its inputs and outputs bound once.
+"""A bundle's graph with its inputs and outputs bound once.
 
 A session computes logits for rows of key/value memory. It knows tokens and lengths, not requests or text.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edgelm.boardcache import BoardCache
 from edgelm.bundle import Bundle
-from edgelm.errors import BundleError, EdgelmError
+from edgelm.errors import EdgelmError
+from edgelm.graphs import default_threads, open_graph
 from edgelm.kv import KvBuffers
 from edgelm.prefixes import Piece
-from edgelm.windows import has_windows, with_old_windows
 
 PREFILL_CHUNK: Final = 256
 """Most prompt tokens computed in one pass: what a running answer can be made to wait for."""
-
-OLD_WINDOWS: Final = tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24)
-"""Whether this onnxruntime sees one position more than a window says."""
 
 Tokens = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -62,7 +58,14 @@ class Session(Protocol):
         """Begin a row with what `read_row` returned, one piece after the other."""
 
 
-def open_session(bundle: Bundle, *, rows: int, threads: int | None = None, context: int | None = None) -> Session:
+def open_session(
+    bundle: Bundle,
+    *,
+    rows: int,
+    threads: int | None = None,
+    context: int | None = None,
+    cache: BoardCache | None = None,
+) -> Session:
     """Load a bundle's graph on the CPU.
 
     Parameters
@@ -75,6 +78,8 @@ def open_session(bundle: Bundle, *, rows: int, threads: int | None = None, conte
         Threads of one operator; the default is `default_threads()`.
     context
         Positions a row can hold, at most the bundle's.
+    cache
+        Where weights packed for this board are kept; without it they are packed into private memory.
 
     Raises
     ------
@@ -87,51 +92,12 @@ def open_session(bundle: Bundle, *, rows: int, threads: int | None = None, conte
     length = limit if context is None else context
     if not 1 <= length <= limit:
         raise EdgelmError(f"context must lie in [1, {limit}], the bundle's own limit; got {length}")
-    graph = _load(bundle, default_threads() if threads is None else threads)
+    graph = open_graph(bundle, default_threads() if threads is None else threads, cache)
     if bundle.manifest.cache.kind == "growing":
         from edgelm.growing import GrowingSession
 
         return GrowingSession(graph, bundle.manifest, rows, length)
     return SharedSession(graph, bundle, rows, length)
-
-
-def default_threads() -> int:
-    """Return the number of cores this process may run on, at most 4: decoding is bound by memory, not by cores."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def load_graph(model: str | bytes, threads: int, *, spin: bool = True) -> ort.InferenceSession:
-    """Load an ONNX model, from a file or from its bytes, on the CPU.
-
-    `spin` lets idle threads wait actively: quicker for one graph, ruinous for several that take turns. Raises
-    `EdgelmError` when `threads` is out of range, and whatever onnxruntime raises for the model.
-    """
-    if not 1 <= threads <= 256:
-        raise EdgelmError(f"threads must lie in [1, 256], got {threads}")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    if not spin:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if OLD_WINDOWS:
-        content = model if isinstance(model, bytes) else Path(model).read_bytes()
-        if has_windows(content):
-            if isinstance(model, str):
-                folder = "session.model_external_initializers_file_folder_path"
-                options.add_session_config_entry(folder, str(Path(model).parent))
-            model = with_old_windows(content)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def _load(bundle: Bundle, threads: int) -> ort.InferenceSession:
-    try:
-        return load_graph(str(bundle.graph), threads)
-    except EdgelmError:
-        raise
-    except Exception as error:  # onnxruntime raises types of its own, unrelated to each other
-        reason = str(error).strip().splitlines()[0]
-        raise BundleError(f"onnxruntime {ort.__version__} cannot load {bundle.graph}: {reason}") from error
 
 
 class SharedSession:
@@ -145,6 +111,8 @@ class SharedSession:
         self.long_from = self._positions.long_from
         self._kv = KvBuffers(bundle.manifest.cache, rows, context)
         self._steps: dict[int, _Step] = {}
+        self._logits = np.zeros((rows, self._vocab_size), np.float32)
+        """Of a decoding step; every batch size has its first rows."""
         self._rows: dict[int, ort.IOBinding] = {}
         """Each row by itself, bound as past and present."""
         self._last = np.zeros((1, self._vocab_size), np.float32)
@@ -177,7 +145,7 @@ class SharedSession:
         batch = len(tokens)
         step = self._steps.get(batch)
         if step is None:
-            step = self._steps[batch] = _Step(self._bind(0, batch), batch, self._vocab_size, self._positions.wanted)
+            step = self._steps[batch] = _Step(self._bind(0, batch), self._logits[:batch], self._positions.wanted)
         if self._positions.wanted:
             step.positions[:, 0] = lengths + self._positions.offset(lengths + 1)
         step.tokens[:, 0] = tokens
@@ -229,12 +197,13 @@ class _Positions:
 class _Step:
     """Inputs and outputs of a decoding step of one batch size, allocated and bound once."""
 
-    def __init__(self, binding: ort.IOBinding, batch: int, vocab_size: int, positions: bool) -> None:
+    def __init__(self, binding: ort.IOBinding, logits: Logits, positions: bool) -> None:
+        batch = len(logits)
         self.binding = binding
+        self.logits = logits
         self.tokens = np.zeros((batch, 1), np.int64)
         self.seqlens = np.zeros(batch, np.int32)
         self.total = np.zeros(1, np.int32)
-        self.logits = np.zeros((batch, vocab_size), np.float32)
         self.positions = np.zeros((batch, 1), np.int64)
         self._rows = np.arange(batch, dtype=np.int64)
         inputs = {

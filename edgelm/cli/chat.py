@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import edgelm
-from edgelm.cli.flags import add_sampling_flags, sampling_from
+from edgelm.cli.flags import add_loading_flags, add_sampling_flags, loading_from, sampling_from
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.model import Model
 
@@ -18,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or builtin")
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     add_sampling_flags(parser)
-    parser.add_argument("--context", type=int, metavar="N", help="tokens of the whole conversation (the bundle's)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
+    add_loading_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     given = sampling_from(args)
     opening = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(opening)
-    with edgelm.load(args.bundle, threads=args.threads, context=args.context, max_batch=1) as model:
+    with edgelm.load(args.bundle, **loading_from(args), max_batch=1) as model:
         if model.manifest.chat_template is None:
             raise EdgelmError(f"{args.bundle} has no chat template; `edgelm generate` continues plain text")
         while True:

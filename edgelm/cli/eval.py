@@ -10,6 +10,7 @@ from typing import Any
 
 import edgelm
 from edgelm.cli.extras import reach
+from edgelm.cli.flags import add_loading_flags, loading_from
 from edgelm.cli.progress import Progress
 from edgelm.cli.tables import quality_table
 from edgelm.errors import EdgelmError, UsageError
@@ -39,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the unquantized checkpoint: what was lost beside it, on --text",
     )
     parser.add_argument("--adapter", metavar="DIR", help="the LoRA adapter merged into both, with --reference")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens in one window (the bundle's)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
+    add_loading_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     text = _read(args.text) if args.text else None
     tasks = read_tasks(Path(args.task)) if args.task else None
     result: dict[str, Any] = {}
-    with edgelm.load(args.bundle, threads=args.threads, context=args.context) as model, Progress() as progress:
+    with edgelm.load(args.bundle, **loading_from(args)) as model, Progress() as progress:
         if text is not None:
             quality = evaluate_text(model, split_documents(text), long_documents=args.long_documents, progress=progress)
             if quality.truncated:

@@ -57,6 +57,33 @@ def _schema(path: str) -> dict[str, Any]:
     return schema
 
 
+def add_loading_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare how a bundle is loaded: `loading_from` reads it."""
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together (the bundle's)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
+    parser.add_argument(
+        "--memory-limit-mb", type=int, metavar="N", help="refuse to load what would take more than N * 10^6 bytes"
+    )
+    add_cache_flag(parser)
+
+
+def add_cache_flag(parser: argparse.ArgumentParser) -> None:
+    """Declare the flag that does without the board cache."""
+    parser.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        default=None,
+        help="neither keep nor use weights packed for this board (EDGELM_CACHE_DIR, else ~/.cache/edgelm)",
+    )
+
+
+def loading_from(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `edgelm.load` that were given."""
+    given = {name: getattr(args, name) for name in ("context", "threads", "memory_limit_mb", "cache")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def add_credential_flags(parser: argparse.ArgumentParser) -> None:
     """Declare the flags by which a client proves who it is."""
     group = parser.add_argument_group("credentials", "the password comes from a file or from EDGELM_PASSWORD")

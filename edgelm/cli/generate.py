@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import edgelm
-from edgelm.cli.flags import add_sampling_flags, sampling_from
+from edgelm.cli.flags import add_loading_flags, add_sampling_flags, loading_from, sampling_from
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.messages import Completion
 from edgelm.model import Model
@@ -20,8 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; - reads it from standard input")
     parser.add_argument("--tokens", metavar="1,2,3", help="token ids instead of a prompt")
     add_sampling_flags(parser)
-    parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together (the bundle's)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
+    add_loading_flags(parser)
     parser.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, tokens, usage, timing")
 
@@ -30,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Answer the prompt."""
     asked = _asked(args)
     given = sampling_from(args)
-    with edgelm.load(args.bundle, threads=args.threads, context=args.context, max_batch=1) as model:
+    with edgelm.load(args.bundle, **loading_from(args), max_batch=1) as model:
         if args.json or args.no_stream:
             done = model.generate(**asked, **given)
             print(json.dumps(done.to_dict(), ensure_ascii=False) if args.json else done.text)

@@ -9,6 +9,8 @@ from typing import Any
 
 from edgelm.bundle import Bundle, Manifest, open_bundle
 from edgelm.cli.tables import quality_table
+from edgelm.engine import PREFIX_CACHE_MB
+from edgelm.memory import MemoryPlan, plan_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,7 @@ def _derived(bundle: Bundle) -> dict[str, Any]:
         "bytes": bundle.bytes,
         "bits_per_weight": round(manifest.bits_per_weight, 4),
         "kv_bytes_per_token": manifest.cache.bytes_per_token(),
+        "memory_bytes": _plan(manifest).total,
     }
 
 
@@ -56,6 +59,11 @@ def _extras(m: Manifest) -> list[tuple[str, str]]:
     return rows
 
 
+def _plan(m: Manifest) -> MemoryPlan:
+    """Return what the defaults of `edgelm generate` take at most."""
+    return plan_memory(m, rows=2, context=m.context, prefix_bytes=PREFIX_CACHE_MB * 1_000_000)
+
+
 def _rows(bundle: Bundle) -> list[tuple[str, str]]:
     m = bundle.manifest
     cache = m.cache.bytes_per_token()
@@ -74,7 +82,7 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
         ("context", f"{m.context} tokens"),
         ("precision", f"{m.quant}, {m.bits_per_weight:.2f} bits a weight with scales"),
         ("on disk", f"{bundle.bytes / 1e6:.2f} MB in {len(m.files)} files, hashes verified"),
-        ("memory", f"weights about {bundle.bytes / 1e6:.1f} MB mapped and once more repacked for the CPU"),
+        ("memory", f"one request of {m.context} tokens: {_plan(m)}"),
         ("", f"keys and values {cache} bytes a token, {cache * m.context / 1e6:.1f} MB a full request"),
         ("sampling", ", ".join(f"{name} {value}" for name, value in sampling.items()) or "greedy"),
         ("chat template", "yes" if m.chat_template else "no"),

@@ -11,7 +11,7 @@ import time
 from contextlib import ExitStack
 from typing import Any, Final
 
-from edgelm.cli.flags import add_credential_flags
+from edgelm.cli.flags import add_credential_flags, add_loading_flags
 from edgelm.config import SETTINGS, BrokerUrl, load_config
 from edgelm.mqtt.board import open_board
 from edgelm.mqtt.brokers import EmbeddedBroker
@@ -36,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-batch", type=int, metavar="N", help="requests decoded together (4)")
     parser.add_argument("--queue", type=int, metavar="N", help="requests that may wait (8)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together (the bundle's)")
+    add_loading_flags(parser)
     parser.add_argument(
         "--prefix-cache-mb", type=int, metavar="N", help="memory of earlier prompts and answers, 0 for none (64)"
     )

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from edgelm.bundle import BUILTIN, Bundle, open_bundle
+from edgelm.boardcache import BoardCache
+from edgelm.bundle import BUILTIN, Bundle
 from edgelm.config import ServeConfig
 from edgelm.engine import Engine
 from edgelm.errors import EdgelmError
+from edgelm.graphs import open_verified
 from edgelm.mqtt.desk import ServedModel
 from edgelm.mqtt.service import Service
 from edgelm.sampling import warm_up
@@ -29,7 +31,8 @@ def open_board(config: ServeConfig, on_online: Callable[[], None] | None = None)
     EdgelmError
         When the bundle, a certificate or the password file cannot be used.
     """
-    bundle = open_bundle(config.model)
+    cache = BoardCache.default() if config.cache else None
+    bundle = open_verified(config.model, cache)
     engine = Engine(
         bundle,
         threads=config.threads,
@@ -37,6 +40,8 @@ def open_board(config: ServeConfig, on_online: Callable[[], None] | None = None)
         max_batch=config.max_batch,
         prefix_cache_mb=config.prefix_cache_mb,
         speculation=config.speculation,
+        cache=cache,
+        memory_limit_mb=config.memory_limit_mb,
     )
     worker = Worker(engine, queue_size=config.queue)
     service = Service(config, worker, describe(bundle, config.model, engine.context), on_online)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle import Matrix
-from edgelm.session import default_threads, load_graph
+from edgelm.graphs import default_threads, load_graph
 
 from ..graph.attention import needs_positions
 from ..graph.decoder import DecoderGraph

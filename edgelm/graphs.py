@@ -1,0 +1,224 @@
+"""Loading graphs into onnxruntime: threads, old runtimes' windows, weights that were packed for this board before.
+
+onnxruntime's kernels copy every quantized matrix into a layout of their own when a graph is loaded. `open_graph` lets
+it save the result once (session.save_external_prepacked_constant_initializers) and maps it from then on: what was
+private memory becomes pages of a file, which processes share and the system may drop.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgelm.boardcache import BoardCache, Entry, Key, signature, this_cpu
+from edgelm.bundle import Bundle, open_bundle
+from edgelm.errors import BundleError, EdgelmError
+from edgelm.windows import has_windows, with_old_windows
+
+OLD_WINDOWS: Final = tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24)
+"""Whether this onnxruntime sees one position more than a window says."""
+
+WORTH_BYTES: Final = 16_000_000
+"""Bundles smaller than this are quicker loaded than looked up."""
+
+GROWTH: Final = 3
+"""Most bytes that are kept for each byte of a bundle: its weights, packed weights, scales in float32, a head's copy."""
+
+PACKED: Final = "model.onnx"
+
+UNUSABLE: Final = "unusable"
+"""Key of a note that says why a bundle's weights cannot be kept."""
+
+LOG: Final = logging.getLogger(__name__)
+
+
+def cores() -> int:
+    """Return the number of cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """Return the number of cores this process may run on, at most 4: decoding is bound by memory, not by cores."""
+    return min(4, cores())
+
+
+def cache_key(bundle: Bundle, kind: str) -> Key:
+    """Return what identifies something made from a bundle by this onnxruntime on this processor."""
+    return Key(kind, bundle.manifest.digest, ort.__version__, this_cpu())
+
+
+def open_verified(path: str | Path, cache: BoardCache | None) -> Bundle:
+    """Open a bundle and check its files, but for those that have not changed since they were packed for this board.
+
+    Raises `BundleError` as `open_bundle` does.
+    """
+    bundle = open_bundle(path, verify=False)
+    entry = cache.find(cache_key(bundle, "weights")) if cache is not None and _is_worth_it(bundle) else None
+    bundle.verify(_unchanged(bundle, entry) if entry is not None else ())
+    return bundle
+
+
+def open_graph(bundle: Bundle, threads: int, cache: BoardCache | None = None) -> ort.InferenceSession:
+    """Load a bundle's graph, through the cache where there is one.
+
+    Raises `BundleError` when onnxruntime refuses the graph, and `EdgelmError` when `threads` is out of range.
+    """
+    if threads > cores():
+        LOG.warning("%d threads on %d cores: more threads than cores make it slower", threads, cores())
+    if cache is not None and _is_worth_it(bundle):
+        graph = _packed(bundle, threads, cache)
+        if graph is not None:
+            return graph
+    return _checked(bundle, threads)
+
+
+def load_graph(
+    model: str | bytes, threads: int, *, spin: bool = True, save_to: Path | None = None
+) -> ort.InferenceSession:
+    """Load an ONNX model, from a file or from its bytes, on the CPU.
+
+    `spin` lets idle threads wait actively: quicker for one graph, ruinous for several that take turns. `save_to` is a
+    directory that gets the optimized graph with its packed weights. Raises `EdgelmError` when `threads` is out of
+    range, and whatever onnxruntime raises for the model.
+    """
+    options = _options(threads)
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if save_to is not None:
+        options.optimized_model_filepath = str(save_to / PACKED)
+        for name, value in (
+            ("session.save_external_prepacked_constant_initializers", "1"),
+            ("session.optimized_model_external_initializers_file_name", f"{PACKED}.data"),
+            ("session.optimized_model_external_initializers_min_size_in_bytes", "64"),
+        ):
+            options.add_session_config_entry(name, value)
+    if OLD_WINDOWS:
+        content = model if isinstance(model, bytes) else Path(model).read_bytes()
+        if has_windows(content):
+            if isinstance(model, str):
+                folder = "session.model_external_initializers_file_folder_path"
+                options.add_session_config_entry(folder, str(Path(model).parent))
+            model = with_old_windows(content)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    if not 1 <= threads <= 256:
+        raise EdgelmError(f"threads must lie in [1, 256], got {threads}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def _checked(bundle: Bundle, threads: int) -> ort.InferenceSession:
+    try:
+        return load_graph(str(bundle.graph), threads)
+    except EdgelmError:
+        raise
+    except Exception as error:  # onnxruntime raises types of its own, unrelated to each other
+        raise BundleError(f"onnxruntime {ort.__version__} cannot load {bundle.graph}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what an exception says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --- packed weights ---
+
+
+def _is_worth_it(bundle: Bundle) -> bool:
+    return bundle.bytes >= WORTH_BYTES and bundle.manifest.cache.kind == "shared"
+
+
+def _packed(bundle: Bundle, threads: int, cache: BoardCache) -> ort.InferenceSession | None:
+    """Load what was packed before, or pack it now; return None where the cache cannot keep it."""
+    key = cache_key(bundle, "weights")
+    entry = cache.find(key)
+    if entry is not None and UNUSABLE not in entry.note:
+        graph = _mapped(entry, threads)
+        if graph is not None:
+            return graph
+        cache.drop(key)
+        entry = None
+    if entry is None:
+        entry = cache.make(key, GROWTH * bundle.bytes, lambda folder: _pack(bundle, threads, folder))
+        if entry is not None and UNUSABLE in entry.note:
+            LOG.warning("the weights of %s stay in private memory: %s", bundle.path, entry.note[UNUSABLE])
+    return _mapped(entry, threads) if entry is not None and UNUSABLE not in entry.note else None
+
+
+def _pack(bundle: Bundle, threads: int, folder: Path) -> Mapping[str, Any]:
+    """Write a bundle's graph with packed weights into a folder; return the note that goes with them.
+
+    A copy that does not compute what the original does, to the last bit, is removed, and the note says so: onnxruntime
+    1.31 puts packed weights behind the original ones, where kernels that want them aligned to 64 bytes misread those
+    behind a matrix of another size. Raises `OSError` where onnxruntime cannot write or read the copy.
+    """
+    started = time.perf_counter()
+    try:
+        expected = _probe(load_graph(str(bundle.graph), threads, save_to=folder))
+        found = _probe(_load_packed(folder, threads))  # the first one is gone: two would take twice the memory
+    except Exception as error:  # a bundle that cannot be loaded will say so without a cache
+        raise OSError(f"onnxruntime cannot keep packed weights: {_reason(error)}") from error
+    note = {"bundle": str(bundle.path), "files": signature(_weights(bundle))}
+    if not np.array_equal(expected, found):
+        for file in folder.iterdir():
+            file.unlink()
+        return note | {UNUSABLE: f"onnxruntime {ort.__version__} does not read back what it packed"}
+    seconds = time.perf_counter() - started
+    LOG.info("packed the weights of %s for this board in %.1f s: %s", bundle.path, seconds, folder.parent)
+    return note
+
+
+def _mapped(entry: Entry, threads: int) -> ort.InferenceSession | None:
+    try:
+        return _load_packed(entry.path, threads)
+    except Exception as error:  # noqa: BLE001  whatever onnxruntime dislikes about it: the bundle itself is there
+        LOG.warning("%s in the board cache is not used: %s", entry.path, _reason(error))
+        return None
+
+
+def _load_packed(folder: Path, threads: int) -> ort.InferenceSession:
+    """Load a graph that is optimized already."""
+    options = _options(threads)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(str(folder / PACKED), options, providers=["CPUExecutionProvider"])
+
+
+def _probe(graph: ort.InferenceSession) -> NDArray[np.float32]:
+    """Compute the logits of token 0 alone, float32 [1, V]: every matrix takes part."""
+    types = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int8)": np.int8}
+    feeds = {
+        value.name: np.zeros([size if isinstance(size, int) else 1 for size in value.shape], types[value.type])
+        for value in graph.get_inputs()
+    }
+    feeds["total_sequence_length"][:] = 1
+    logits: NDArray[np.float32] = graph.run(["logits"], feeds)[0]
+    return logits
+
+
+def _weights(bundle: Bundle) -> dict[str, Path]:
+    """Return the files that the packed graph stands for."""
+    names = [name for name in bundle.manifest.files if name.startswith(bundle.manifest.graph)]
+    return {name: bundle.path / name for name in names}
+
+
+def _unchanged(bundle: Bundle, entry: Entry) -> list[str]:
+    """Return the names of files that were verified when the entry was made and look the same now."""
+    try:
+        now = signature(_weights(bundle))
+    except OSError:
+        return []
+    known = entry.note.get("files")
+    return [name for name, seen in now.items() if isinstance(known, dict) and known.get(name) == seen]

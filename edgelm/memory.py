@@ -1,0 +1,88 @@
+"""How much memory a bundle will take, told before anything is loaded.
+
+The parts are counted from the manifest's shapes; only `PROGRAM_BYTES` is a measured constant. What the operating system
+may drop at any time, the pages of mapped weights, counts like the rest: without them every token waits for the disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from edgelm.bundle import Manifest, Matrix
+from edgelm.errors import EdgelmError
+from edgelm.session import PREFILL_CHUNK
+
+PROGRAM_BYTES: Final = 75_000_000
+"""Resident size of Python, NumPy, onnxruntime and the tokenizer (measured; Linux, x86-64)."""
+
+FLOAT: Final = 4
+GUESSES: Final = 9
+"""Most positions whose logits one pass computes while an answer is decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of each part when every request is as long as it may be."""
+
+    program: int
+    weights: int
+    """As the kernels want them: codes, a scale and a sum in float32 for every block."""
+    keys_and_values: int
+    activations: int
+    logits: int
+    earlier_prompts: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(getattr(self, name) for name in self.__slots__)
+
+    def __str__(self) -> str:
+        parts = (f"{name.replace('_', ' ')} {getattr(self, name) / 1e6:.1f}" for name in self.__slots__)
+        return f"{' + '.join(parts)} = {self.total / 1e6:.1f} MB"
+
+
+def plan_memory(manifest: Manifest, *, rows: int, context: int, prefix_bytes: int) -> MemoryPlan:
+    """Return what a bundle takes with `rows` requests of `context` tokens and `prefix_bytes` of earlier prompts."""
+    chunk = min(PREFILL_CHUNK, context)
+    widest = max((matrix.rows for matrix in _projections(manifest)), default=0)
+    inputs = max((matrix.columns for matrix in _projections(manifest)), default=0)
+    return MemoryPlan(
+        program=PROGRAM_BYTES,
+        weights=sum(map(_packed_bytes, manifest.matrices)),
+        keys_and_values=rows * context * manifest.cache.bytes_per_token(),
+        # The widest output and its halves, what goes into the next matrix, the residuals.
+        activations=FLOAT * chunk * (2 * widest + 4 * inputs),
+        logits=FLOAT * manifest.vocab_size * (rows + GUESSES),
+        earlier_prompts=prefix_bytes,
+    )
+
+
+def check_memory(plan: MemoryPlan, limit_mb: int, *, rows: int, context: int) -> None:
+    """Raise `EdgelmError`, which gives the numbers, where a plan takes more than `limit_mb` * 10^6 bytes."""
+    limit = limit_mb * 1_000_000
+    if plan.total <= limit:
+        return
+    left = limit - (plan.total - plan.keys_and_values)
+    fits = left // max(plan.keys_and_values // (rows * context), 1)
+    if fits >= 2:  # one request needs a row to run in and one to be scored in
+        advice = f"{fits} tokens of keys and values would fit, here {rows} requests of {context}: lower one of the two"
+    elif left + plan.earlier_prompts > 0 and plan.earlier_prompts:
+        advice = "less memory of earlier prompts, fewer requests or a shorter context are where to save"
+    else:
+        advice = "the weights alone do not fit"
+    raise EdgelmError(f"a memory limit of {limit_mb} MB is too small: {plan}; {advice}")
+
+
+def _projections(manifest: Manifest) -> list[Matrix]:
+    """Return the matrices inside the layers: those of the vocabulary's size never see a whole chunk."""
+    return [matrix for matrix in manifest.matrices if matrix.rows != manifest.vocab_size]
+
+
+def _packed_bytes(matrix: Matrix) -> int:
+    """Return what a matrix takes once it is packed."""
+    if matrix.block_size is None:
+        return matrix.rows * matrix.columns * matrix.bits // 8
+    blocks = matrix.rows * -(-matrix.columns // matrix.block_size)
+    return blocks * (matrix.block_size * matrix.bits // 8 + 2 * FLOAT)

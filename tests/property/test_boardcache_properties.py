@@ -1,0 +1,226 @@
+"""The board cache gives back what was put in, whole, or nothing: whatever happens to its files, whoever writes too."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgelm.boardcache import ABANDONED_S, STAMP, UNUSED_S, VARIABLE, BoardCache, Key, this_cpu
+from edgelm.errors import EdgelmError
+
+KEY = Key("weights", "digest", "1.31.1", "x86_64 avx2")
+contents = st.dictionaries(st.sampled_from(["a", "b.data", "c"]), st.binary(min_size=1, max_size=50), min_size=1)
+
+
+def put(cache, key, files, note=None):
+    def fill(folder):
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        return note or {"who": "test"}
+
+    return cache.make(key, 1, fill)
+
+
+def read(entry):
+    return {file.name: file.read_bytes() for file in entry.path.iterdir() if file.name != STAMP}
+
+
+def leftovers(cache):
+    return [path for path in cache.folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return BoardCache(tmp_path / "cache")
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.WARNING, "edgelm")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+@given(files=contents)
+def test_what_was_put_in_comes_out(tmp_path_factory, files):
+    cache = BoardCache(tmp_path_factory.mktemp("cache"))
+    assert cache.find(KEY) is None
+    made = put(cache, KEY, files, {"n": 1})
+    found = cache.find(KEY)
+    assert made.path == found.path
+    assert read(found) == files
+    assert found.note == {"n": 1}
+    assert not leftovers(cache)
+    again = put(cache, KEY, files)  # as if another process had been quicker
+    assert again.path == made.path
+    assert read(again) == files
+    assert not leftovers(cache)
+
+
+@given(files=contents, data=st.data())
+def test_a_changed_file_is_never_given_out(tmp_path_factory, files, data):
+    cache = BoardCache(tmp_path_factory.mktemp("cache"))
+    entry = put(cache, KEY, files)
+    name = data.draw(st.sampled_from(sorted([*files, STAMP])))
+    file = entry.path / name
+    before = file.read_bytes()
+    kind = data.draw(st.sampled_from(["cut", "flipped", "gone"]))
+    at = data.draw(st.integers(0, len(before) - 1))
+    if kind == "gone":
+        file.unlink()
+    elif kind == "cut":
+        file.write_bytes(before[:at])
+    else:
+        file.write_bytes(before[:at] + bytes([before[at] ^ 0xFF]) + before[at + 1 :])
+        os.utime(file, ns=(1, 1))  # however coarse the clock of a file system is
+    found = cache.find(KEY)
+    assert found is None
+    assert not (cache.folder / KEY.name).exists()
+    assert not leftovers(cache)
+    assert read(put(cache, KEY, files)) == files
+
+
+def test_a_copied_entry_is_still_good(cache, tmp_path):
+    put(cache, KEY, {"a": b"1234"})
+    shutil.copytree(cache.folder, tmp_path / "copy", copy_function=shutil.copy)  # new times of change
+    assert read(BoardCache(tmp_path / "copy").find(KEY)) == {"a": b"1234"}
+
+
+@pytest.mark.parametrize("field", ["kind", "bundle", "runtime", "cpu"])
+def test_an_entry_is_good_for_its_key_alone(cache, said, field):
+    entry = put(cache, KEY, {"a": b"1234"})
+    other = Key(**{**{name: getattr(KEY, name) for name in KEY.__slots__}, field: "other"})
+    assert cache.find(other) is None
+    assert said() == []
+    entry.path.rename(cache.folder / other.name)
+    assert cache.find(other) is None
+    assert len(said()) == 1, said()
+    assert f"another {field}" in said()[0]
+    assert cache.find(other) is None
+    assert len(said()) == 1, "said once"
+
+
+def test_a_failure_leaves_nothing(cache):
+    def fill(folder):
+        (folder / "a").write_bytes(b"half")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        cache.make(KEY, 1, fill)
+    assert list(cache.folder.iterdir()) == []
+
+
+def _race(folder, number, barrier):
+    cache = BoardCache(Path(folder))
+    barrier.wait()
+    for _ in range(20):
+        entry = put(cache, KEY, {"a": b"x" * 10_000}, {"number": number})
+        assert read(entry) == {"a": b"x" * 10_000}
+        found = cache.find(KEY)
+        assert found is None or read(found) == {"a": b"x" * 10_000}
+
+
+def test_writers_do_not_disturb_each_other(cache):
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(3)
+    writers = [context.Process(target=_race, args=(str(cache.folder), number, barrier)) for number in (1, 2, 3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert not leftovers(cache)
+    assert read(cache.find(KEY)) == {"a": b"x" * 10_000}
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_done_without(tmp_path, said):
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    cache = BoardCache(file / "cache")
+    assert cache.find(KEY) is None
+    assert put(cache, KEY, {"a": b"1"}) is None
+    assert len(said()) == 1
+    assert str(cache.folder) in said()[0]
+    assert "runs without" in said()[0]
+    assert list(cache.entries()) == []
+    assert cache.clear() == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; run as a user")
+def test_a_read_only_folder_still_serves(cache, said):
+    put(cache, KEY, {"a": b"1234"})
+    cache.folder.chmod(0o500)
+    try:
+        assert read(cache.find(KEY)) == {"a": b"1234"}
+        assert put(cache, Key("weights", "other", "1", "c"), {"a": b"1"}) is None
+    finally:
+        cache.folder.chmod(0o700)
+    assert len(said()) == 1
+
+
+def test_a_full_disk_is_told_in_numbers(cache, said):
+    assert cache.make(KEY, 10**18, lambda _folder: pytest.fail("there is no room")) is None
+    assert "1000000000000 MB are needed" in said()[0]
+
+
+def test_old_things_go_and_foreign_ones_stay(cache):
+    old, young = (Key("weights", name, "1", "c") for name in ("old", "young"))
+    unused = put(cache, old, {"a": b"1"})
+    put(cache, young, {"a": b"2"})
+    (cache.folder / "mine").mkdir()
+    (cache.folder / "mine" / "letter").write_text("dear")
+    torn = cache.folder / ".making-torn"
+    torn.mkdir()
+    now = time.time()
+    os.utime(unused.path / STAMP, (now - UNUSED_S - 10, now - UNUSED_S - 10))
+    os.utime(torn, (now - ABANDONED_S - 10, now - ABANDONED_S - 10))
+    put(cache, KEY, {"a": b"3"})
+    assert {entry.path.name for entry in cache.entries()} == {young.name, KEY.name}
+    assert not leftovers(cache)
+    assert cache.clear() > 0
+    assert [path.name for path in cache.folder.iterdir()] == ["mine"]
+
+
+def test_use_keeps_an_entry(cache):
+    entry = put(cache, KEY, {"a": b"1"})
+    long_ago = time.time() - UNUSED_S - 10
+    os.utime(entry.path / STAMP, (long_ago, long_ago))
+    cache.find(KEY)
+    put(cache, Key("weights", "other", "1", "c"), {"a": b"1"})
+    assert cache.find(KEY) is not None
+
+
+def test_the_folder_comes_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    assert BoardCache.default().folder == tmp_path
+    monkeypatch.setenv(VARIABLE, "")
+    with pytest.raises(EdgelmError, match=VARIABLE):
+        BoardCache.default()
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert BoardCache.default().folder == tmp_path / "xdg" / "edgelm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert BoardCache.default().folder == tmp_path / ".cache" / "edgelm"
+
+
+def test_a_processor_is_known_by_what_it_can_do(tmp_path):
+    (tmp_path / "proc").mkdir()
+    info = tmp_path / "proc" / "cpuinfo"
+    seen = set()
+    for text in ("flags : avx2 vnni\ncpu MHz : 1\n", "flags : avx2\ncpu MHz : 1\n", "Features : asimddp\n"):
+        info.write_text(text)
+        seen.add(this_cpu(tmp_path))
+    info.write_text("flags : avx2\ncpu MHz : 2\nflags : avx2\ncpu MHz : 3\n")
+    assert this_cpu(tmp_path) in seen, "its clock does not matter"
+    assert len(seen) == 3
+    assert this_cpu(tmp_path / "nowhere")
+    assert json.dumps(this_cpu())

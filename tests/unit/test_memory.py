@@ -1,0 +1,94 @@
+"""The memory plan: parts that add up, a limit that is held, and numbers in what it says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import edgelm
+from edgelm import engine
+from edgelm.bundle import open_bundle
+from edgelm.errors import EdgelmError
+from edgelm.memory import check_memory, plan_memory
+
+MANIFEST = open_bundle("builtin").manifest
+rows = st.integers(1, 64)
+contexts = st.integers(1, 100_000)
+prefixes = st.integers(0, 10**9)
+
+
+@given(rows=rows, context=contexts, prefix=prefixes)
+def test_the_text_adds_up_to_what_is_compared(rows, context, prefix):
+    plan = plan_memory(MANIFEST, rows=rows, context=context, prefix_bytes=prefix)
+    *parts, total = (float(number) for number in re.findall(r"[\d.]+", str(plan)))
+    assert len(parts) == 6
+    assert sum(parts) == pytest.approx(total, abs=0.4)
+    assert total == pytest.approx(plan.total / 1e6, abs=0.06)
+    assert plan.keys_and_values == rows * context * MANIFEST.cache.bytes_per_token()
+
+
+@given(rows=rows, context=contexts, prefix=prefixes)
+def test_more_of_anything_never_takes_less(rows, context, prefix):
+    plan = plan_memory(MANIFEST, rows=rows, context=context, prefix_bytes=prefix)
+    more = [(rows + 1, context, prefix), (rows, context + 1, prefix), (rows, context, prefix + 1)]
+    for r, c, p in more:
+        assert plan_memory(MANIFEST, rows=r, context=c, prefix_bytes=p).total > plan.total
+
+
+@given(rows=rows, context=contexts, prefix=prefixes, limit=st.integers(1, 10**6))
+def test_a_limit_is_held_exactly(rows, context, prefix, limit):
+    plan = plan_memory(MANIFEST, rows=rows, context=context, prefix_bytes=prefix)
+    if plan.total <= limit * 1_000_000:
+        check_memory(plan, limit, rows=rows, context=context)
+        return
+    with pytest.raises(EdgelmError) as raised:
+        check_memory(plan, limit, rows=rows, context=context)
+    assert f"{limit} MB" in str(raised.value)
+    assert str(plan) in str(raised.value)
+    fits = re.search(r"(\d+) tokens of keys and values would fit", str(raised.value))
+    if fits:
+        smaller = plan_memory(MANIFEST, rows=1, context=int(fits[1]), prefix_bytes=prefix)
+        others = plan.total - plan.keys_and_values
+        assert others + smaller.keys_and_values <= limit * 1_000_000
+
+
+def test_nothing_is_loaded_past_the_limit(monkeypatch):
+    monkeypatch.setattr(engine, "open_session", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(EdgelmError, match="a memory limit of 90 MB is too small"):
+        edgelm.load("builtin", memory_limit_mb=90)
+
+
+USE = """
+import sys, threading, edgelm
+with edgelm.load("builtin", max_batch=4, prefix_cache_mb=4, memory_limit_mb=int(sys.argv[1])) as lm:
+    long = list(range(2, 2 + lm.worker.engine.context // 2))
+    def ask():
+        lm.generate(tokens=long, max_tokens=10_000, ignore_eos=True, temperature=0)
+    askers = [threading.Thread(target=ask) for _ in range(4)]
+    for asker in askers: asker.start()
+    for asker in askers: asker.join()
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's peak")
+def test_the_plan_covers_what_a_busy_process_takes():
+    plan = plan_memory(MANIFEST, rows=5, context=MANIFEST.context, prefix_bytes=4_000_000)
+    limit = -(-plan.total // 1_000_000)
+    done = subprocess.run([sys.executable, "-c", USE, str(limit)], capture_output=True, text=True, check=True)
+    peak = 1024 * int(done.stdout)
+    assert 0.6 * plan.total < peak <= 1.1 * plan.total
+
+
+def test_the_command_says_it_in_one_line(capsys):
+    from edgelm.cli import main
+
+    assert main(["generate", "builtin", "hello", "--memory-limit-mb", "80"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "a memory limit of 80 MB is too small" in said

@@ -1,0 +1,183 @@
+"""Weights that were packed for this board: the same logits, less private memory, and any damage noticed."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import edgelm
+from edgelm import graphs
+from edgelm.boardcache import BoardCache
+from edgelm.bundle import open_bundle
+from edgelm.errors import BundleError
+from edgelm.graphs import PACKED, open_graph, open_verified
+from edgelm.session import open_session
+
+SHAPE = {"vocab": 16000, "hidden": 512, "mlp": 2048, "heads": 8, "kv_heads": 4}
+"""Large enough to be kept without being asked to: 16 MB in int8."""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache that keeps small bundles too."""
+    monkeypatch.setattr(graphs, "WORTH_BYTES", 0)
+    return BoardCache(tmp_path / "cache")
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.WARNING, "edgelm")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+@pytest.fixture
+def own(bundle, tmp_path):
+    """A copy of the bundle that a test may damage."""
+    return shutil.copytree(bundle, tmp_path / "bundle")
+
+
+def logits_of(path, cache):
+    session = open_session(open_verified(path, cache), rows=2, threads=1, cache=cache)
+    first = session.prefill(0, np.arange(2, 9), 0).copy()
+    return np.concatenate([first, session.decode(np.array([3]), np.array([7], np.int32))])
+
+
+@pytest.mark.parametrize("quant", ["fp32", "int8", "int4"])
+def test_packed_weights_compute_the_same_to_the_last_bit(tiny_checkpoint, export_to_cache, cache, quant, said):
+    path = export_to_cache(tiny_checkpoint(vocab=384, hidden=128, mlp=256), quant=quant)
+    plain = logits_of(path, None)
+    for _ in range(2):  # packed, then found
+        np.testing.assert_array_equal(logits_of(path, cache), plain)
+    assert len(list(cache.entries())) == 1
+    assert said() == []
+
+
+def test_they_are_packed_once(bundle, cache, monkeypatch):
+    logits_of(bundle, cache)
+    monkeypatch.setattr(graphs, "_pack", lambda *_: pytest.fail("packed again"))
+    logits_of(bundle, cache)
+
+
+def test_small_bundles_do_without(bundle, tmp_path):
+    cache = BoardCache(tmp_path / "cache")
+    logits_of(bundle, cache)
+    assert not cache.folder.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no graph"])
+def test_damage_is_said_once_and_mended(bundle, cache, damage, said):
+    plain = logits_of(bundle, cache)
+    (entry,) = cache.entries()
+    file = entry.path / (PACKED if damage == "no graph" else f"{PACKED}.data")
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 0xFF
+    else:
+        content = bytearray(b"nonsense")
+    file.write_bytes(content)
+    for _ in range(2):
+        np.testing.assert_array_equal(logits_of(bundle, cache), plain)
+    assert len(said()) == 1, said()
+    assert "made again" in said()[0]
+
+
+def test_what_onnxruntime_refuses_is_packed_again(bundle, cache, said):
+    """An entry that fits its stamp, and still cannot be loaded."""
+    opened = open_bundle(bundle)
+
+    def nonsense(folder):
+        (folder / PACKED).write_bytes(b"nonsense")
+        return {}
+
+    cache.make(graphs.cache_key(opened, "weights"), 1, nonsense)
+    open_graph(opened, 1, cache)
+    assert len(said()) == 1, said()
+    open_graph(opened, 1, cache)
+    assert len(said()) == 1, "said once"
+
+
+def test_a_copy_that_computes_something_else_is_never_used(bundle, cache, monkeypatch, said):
+    plain = logits_of(bundle, None)
+    numbers = iter(range(100))
+    monkeypatch.setattr(graphs, "_probe", lambda _graph: np.array([next(numbers)]))
+    np.testing.assert_array_equal(logits_of(bundle, cache), plain)
+    assert len(said()) == 1
+    assert "does not read back" in said()[0]
+    (entry,) = cache.entries()
+    assert entry.bytes < 10_000
+    monkeypatch.setattr(graphs, "_pack", lambda *_: pytest.fail("tried again"))
+    np.testing.assert_array_equal(logits_of(bundle, cache), plain)
+    assert len(said()) == 1, "said once"
+
+
+@pytest.mark.parametrize("vocab", [331, 332, 333])
+def test_any_size_of_matrix_is_computed_right(tiny_checkpoint, export_to_cache, cache, vocab):
+    path = export_to_cache(tiny_checkpoint(vocab=vocab), quant="int4")
+    plain = logits_of(path, None)
+    for _ in range(2):
+        np.testing.assert_array_equal(logits_of(path, cache), plain)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json"])
+def test_a_damaged_bundle_is_found_although_its_weights_are_packed(own, cache, name):
+    logits_of(own, cache)
+    logits_of(own, cache)
+    file = own / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+    with pytest.raises(BundleError, match=name):
+        open_verified(own, cache)
+
+
+def test_a_bundle_elsewhere_shares_the_packed_weights(own, bundle, cache):
+    logits_of(bundle, cache)
+    logits_of(own, cache)
+    assert len(list(cache.entries())) == 1
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_a_line(bundle, tmp_path, monkeypatch, said):
+    monkeypatch.setattr(graphs, "WORTH_BYTES", 0)
+    (tmp_path / "file").write_text("not a folder")
+    plain = logits_of(bundle, None)
+    np.testing.assert_array_equal(logits_of(bundle, BoardCache(tmp_path / "file" / "cache")), plain)
+    assert len(said()) == 1
+
+
+def test_more_threads_than_cores_are_told(bundle, said):
+    open_graph(open_bundle(bundle), graphs.cores() + 1)
+    assert len(said()) == 1
+    assert f"{graphs.cores() + 1} threads on {graphs.cores()} cores" in said()[0]
+
+
+ANONYMOUS = """
+import sys, edgelm
+with edgelm.load(sys.argv[1], threads=1, max_batch=1, cache=sys.argv[2] == "cache") as lm:
+    lm.generate(tokens=[2, 3, 4], max_tokens=4)
+    text = open("/proc/self/smaps_rollup").read()
+    print(1024 * int(text.split("Anonymous:")[1].split()[0]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells private memory apart")
+def test_packed_weights_are_mapped_not_copied(tiny_checkpoint, export_to_cache, monkeypatch, tmp_path):
+    path = export_to_cache(tiny_checkpoint(**SHAPE), quant="int8")
+    monkeypatch.setenv("EDGELM_CACHE_DIR", str(tmp_path / "cache"))
+
+    def anonymous(how):
+        done = subprocess.run([sys.executable, "-c", ANONYMOUS, path, how], capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        return int(done.stdout)
+
+    without = anonymous("plain")
+    assert not (tmp_path / "cache").exists()
+    anonymous("cache")
+    weights = sum(matrix.bytes() for matrix in edgelm.open_bundle(path).manifest.matrices)
+    assert anonymous("cache") < without - 0.8 * weights
