@@ -14,9 +14,10 @@ from edgelm.bundle import Bundle, open_bundle
 from edgelm.errors import EdgelmError
 from edgelm.graphs import default_threads
 from edgelm.measure import memory_bandwidth_gb_s, memory_mb
+from edgelm.memory import PREFILL_CHUNK
 from edgelm.messages import SamplingParams
 from edgelm.sampling import Sampler
-from edgelm.session import PREFILL_CHUNK, Session, open_session
+from edgelm.session import Session, open_session
 
 SAMPLER_ROUNDS: Final = 50
 

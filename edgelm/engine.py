@@ -19,20 +19,17 @@ from edgelm.bundle import Bundle
 from edgelm.drafts import NOTHING, Drafter
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.intake import Intake
-from edgelm.memory import check_memory, plan_memory
+from edgelm.memory import PREFILL_CHUNK, PREFIX_CACHE_MB, check_memory, plan_memory
 from edgelm.messages import Chunk, FinishReason, Request
 from edgelm.reuse import Reuse
 from edgelm.sequence import Sequence, refused
-from edgelm.session import PREFILL_CHUNK, Session, open_session
+from edgelm.session import Session, open_session
 
 SCORE_CHUNK: Final = 64
 """Positions scored in one pass: bounds the logits held at once."""
 
 MOST_ROWS: Final = 1024
 """Most requests decoded together."""
-
-PREFIX_CACHE_MB: Final = 64
-"""Default size of the memory of earlier sequences, in 10^6 bytes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,12 @@ from typing import Final
 
 from edgelm.bundle import Manifest, Matrix
 from edgelm.errors import EdgelmError
-from edgelm.session import PREFILL_CHUNK
+
+PREFILL_CHUNK: Final = 256
+"""Most prompt tokens computed in one pass: what a running answer can be made to wait for."""
+
+PREFIX_CACHE_MB: Final = 64
+"""Default size of the memory of earlier sequences, in 10^6 bytes."""
 
 PROGRAM_BYTES: Final = 75_000_000
 """Resident size of Python, NumPy, onnxruntime and the tokenizer (measured; Linux, x86-64)."""

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import Bundle, Manifest
-from edgelm.engine import PREFIX_CACHE_MB, Engine
+from edgelm.engine import Engine
 from edgelm.errors import RequestError
 from edgelm.graphs import open_verified
+from edgelm.memory import PREFIX_CACHE_MB
 from edgelm.messages import Chunk, Completion, Constraint, Request
 from edgelm.worker import Worker
 

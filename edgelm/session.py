@@ -6,7 +6,7 @@ A session computes logits for rows of key/value memory. It knows tokens and leng
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -18,9 +18,6 @@ from edgelm.errors import EdgelmError
 from edgelm.graphs import default_threads, open_graph
 from edgelm.kv import KvBuffers
 from edgelm.prefixes import Piece
-
-PREFILL_CHUNK: Final = 256
-"""Most prompt tokens computed in one pass: what a running answer can be made to wait for."""
 
 Tokens = NDArray[np.int64]
 Logits = NDArray[np.float32]

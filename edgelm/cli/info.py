@@ -9,8 +9,7 @@ from typing import Any
 
 from edgelm.bundle import Bundle, Manifest, open_bundle
 from edgelm.cli.tables import quality_table
-from edgelm.engine import PREFIX_CACHE_MB
-from edgelm.memory import MemoryPlan, plan_memory
+from edgelm.memory import PREFIX_CACHE_MB, MemoryPlan, plan_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

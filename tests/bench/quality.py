@@ -27,8 +27,8 @@ from safetensors import safe_open
 
 import edgelm
 from edgelm.bundle import Bundle
+from edgelm.memory import PREFILL_CHUNK
 from edgelm.model import Model
-from edgelm.session import PREFILL_CHUNK
 from edgelm.textfile import split_documents
 from tests.bench.judge import Corpus, Logits, judge
 

@@ -14,7 +14,7 @@ from tiny import tokenizer_json
 
 import edgelm
 from edgelm.bundle import open_bundle
-from edgelm.session import PREFILL_CHUNK
+from edgelm.memory import PREFILL_CHUNK
 
 torch = pytest.importorskip("torch", reason="needs pip install 'edgelm[distill]'")
 transformers = pytest.importorskip("transformers", reason="needs pip install 'edgelm[distill]'")

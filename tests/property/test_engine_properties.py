@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from edgelm.bundle import open_bundle
 from edgelm.engine import Engine
+from edgelm.memory import PREFILL_CHUNK
 from edgelm.messages import Request, SamplingParams
-from edgelm.session import PREFILL_CHUNK, open_session
+from edgelm.session import open_session
 
 MAX_BATCH = 3
 LONGEST = 16

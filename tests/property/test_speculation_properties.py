@@ -14,8 +14,8 @@ from edgelm.drafts import GRAM, LONGEST_PAUSE, REMEMBERED, SIZES, Drafter, Draft
 from edgelm.engine import Engine
 from edgelm.errors import RequestError
 from edgelm.grammar import Matcher
+from edgelm.memory import PREFILL_CHUNK
 from edgelm.messages import Constraint, Request, SamplingParams
-from edgelm.session import PREFILL_CHUNK
 
 tokens_lists = st.lists(st.integers(0, 2), max_size=40)
 
