@@ -10,9 +10,10 @@ from typing import Final
 
 import numpy as np
 
-from edgelm.bundle import Bundle, open_bundle
+from edgelm.boardcache import BoardCache
+from edgelm.bundle import Bundle
 from edgelm.errors import EdgelmError
-from edgelm.graphs import default_threads
+from edgelm.graphs import best_tuning, open_verified
 from edgelm.measure import memory_bandwidth_gb_s, memory_mb
 from edgelm.memory import PREFILL_CHUNK
 from edgelm.messages import SamplingParams
@@ -94,9 +95,12 @@ def benchmark(
     batches: Sequence[int] = (1,),
     threads: int | None = None,
     repeat: int = 5,
+    cache: BoardCache | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
     """Measure a bundle with random tokens; one unmeasured round of each batch goes first.
+
+    With a `cache` weights packed before are mapped, and `threads` are by default what was measured to be best.
 
     Raises `EdgelmError` when prompt and answer do not fit the context, or a number is not positive.
     """
@@ -108,15 +112,15 @@ def benchmark(
     ):
         if value < 1:
             raise EdgelmError(f"{name} must be at least 1, got {value}")
-    count = default_threads() if threads is None else threads
     start = time.perf_counter()
-    bundle = open_bundle(path)
+    bundle = open_verified(path, cache)
+    count = best_tuning(bundle, threads, cache).threads
     if prompt_tokens + new_tokens > bundle.manifest.context:
         raise EdgelmError(
             f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit the context of"
             f" {bundle.manifest.context}"
         )
-    session = open_session(bundle, rows=max(batches), threads=count, context=prompt_tokens + new_tokens)
+    session = open_session(bundle, rows=max(batches), threads=threads, context=prompt_tokens + new_tokens, cache=cache)
     load_s = time.perf_counter() - start
     rounds = {
         batch: [

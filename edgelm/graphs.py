@@ -8,7 +8,6 @@ private memory becomes pages of a file, which processes share and the system may
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from edgelm.boardcache import BoardCache, Entry, Key, signature, this_cpu
 from edgelm.bundle import Bundle, open_bundle
 from edgelm.errors import BundleError, EdgelmError
+from edgelm.tuning import Tuning, cores, default_threads, recall
 from edgelm.windows import has_windows, with_old_windows
 
 OLD_WINDOWS: Final = tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24)
@@ -40,16 +40,6 @@ UNUSABLE: Final = "unusable"
 LOG: Final = logging.getLogger(__name__)
 
 
-def cores() -> int:
-    """Return the number of cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def default_threads() -> int:
-    """Return the number of cores this process may run on, at most 4: decoding is bound by memory, not by cores."""
-    return min(4, cores())
-
-
 def cache_key(bundle: Bundle, kind: str) -> Key:
     """Return what identifies something made from a bundle by this onnxruntime on this processor."""
     return Key(kind, bundle.manifest.digest, ort.__version__, this_cpu())
@@ -66,18 +56,26 @@ def open_verified(path: str | Path, cache: BoardCache | None) -> Bundle:
     return bundle
 
 
-def open_graph(bundle: Bundle, threads: int, cache: BoardCache | None = None) -> ort.InferenceSession:
+def best_tuning(bundle: Bundle, threads: int | None, cache: BoardCache | None) -> Tuning:
+    """Return how to set threads: as asked for, else as measured on this board, else as many as there are cores."""
+    if threads is not None:
+        return Tuning(threads)
+    known = recall(cache, cache_key(bundle, "tuning")) if cache is not None else None
+    return known or Tuning(default_threads())
+
+
+def open_graph(bundle: Bundle, tuning: Tuning, cache: BoardCache | None = None) -> ort.InferenceSession:
     """Load a bundle's graph, through the cache where there is one.
 
     Raises `BundleError` when onnxruntime refuses the graph, and `EdgelmError` when `threads` is out of range.
     """
-    if threads > cores():
-        LOG.warning("%d threads on %d cores: more threads than cores make it slower", threads, cores())
+    if tuning.threads > cores():
+        LOG.warning("%d threads on %d cores: more threads than cores make it slower", tuning.threads, cores())
     if cache is not None and _is_worth_it(bundle):
-        graph = _packed(bundle, threads, cache)
+        graph = _packed(bundle, tuning, cache)
         if graph is not None:
             return graph
-    return _checked(bundle, threads)
+    return _checked(bundle, tuning)
 
 
 def load_graph(
@@ -89,9 +87,7 @@ def load_graph(
     directory that gets the optimized graph with its packed weights. Raises `EdgelmError` when `threads` is out of
     range, and whatever onnxruntime raises for the model.
     """
-    options = _options(threads)
-    if not spin:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options = _options(Tuning(threads, spin))
     if save_to is not None:
         options.optimized_model_filepath = str(save_to / PACKED)
         for name, value in (
@@ -110,19 +106,21 @@ def load_graph(
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _options(threads: int) -> ort.SessionOptions:
-    if not 1 <= threads <= 256:
-        raise EdgelmError(f"threads must lie in [1, 256], got {threads}")
+def _options(tuning: Tuning) -> ort.SessionOptions:
+    if not 1 <= tuning.threads <= 256:
+        raise EdgelmError(f"threads must lie in [1, 256], got {tuning.threads}")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = tuning.threads
+    if not tuning.spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     return options
 
 
-def _checked(bundle: Bundle, threads: int) -> ort.InferenceSession:
+def _checked(bundle: Bundle, tuning: Tuning) -> ort.InferenceSession:
     try:
-        return load_graph(str(bundle.graph), threads)
+        return load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin)
     except EdgelmError:
         raise
     except Exception as error:  # onnxruntime raises types of its own, unrelated to each other
@@ -141,24 +139,24 @@ def _is_worth_it(bundle: Bundle) -> bool:
     return bundle.bytes >= WORTH_BYTES and bundle.manifest.cache.kind == "shared"
 
 
-def _packed(bundle: Bundle, threads: int, cache: BoardCache) -> ort.InferenceSession | None:
+def _packed(bundle: Bundle, tuning: Tuning, cache: BoardCache) -> ort.InferenceSession | None:
     """Load what was packed before, or pack it now; return None where the cache cannot keep it."""
     key = cache_key(bundle, "weights")
     entry = cache.find(key)
     if entry is not None and UNUSABLE not in entry.note:
-        graph = _mapped(entry, threads)
+        graph = _mapped(entry, tuning)
         if graph is not None:
             return graph
         cache.drop(key)
         entry = None
     if entry is None:
-        entry = cache.make(key, GROWTH * bundle.bytes, lambda folder: _pack(bundle, threads, folder))
+        entry = cache.make(key, GROWTH * bundle.bytes, lambda folder: _pack(bundle, tuning, folder))
         if entry is not None and UNUSABLE in entry.note:
             LOG.warning("the weights of %s stay in private memory: %s", bundle.path, entry.note[UNUSABLE])
-    return _mapped(entry, threads) if entry is not None and UNUSABLE not in entry.note else None
+    return _mapped(entry, tuning) if entry is not None and UNUSABLE not in entry.note else None
 
 
-def _pack(bundle: Bundle, threads: int, folder: Path) -> Mapping[str, Any]:
+def _pack(bundle: Bundle, tuning: Tuning, folder: Path) -> Mapping[str, Any]:
     """Write a bundle's graph with packed weights into a folder; return the note that goes with them.
 
     A copy that does not compute what the original does, to the last bit, is removed, and the note says so: onnxruntime
@@ -167,8 +165,8 @@ def _pack(bundle: Bundle, threads: int, folder: Path) -> Mapping[str, Any]:
     """
     started = time.perf_counter()
     try:
-        expected = _probe(load_graph(str(bundle.graph), threads, save_to=folder))
-        found = _probe(_load_packed(folder, threads))  # the first one is gone: two would take twice the memory
+        expected = _probe(load_graph(str(bundle.graph), tuning.threads, save_to=folder))
+        found = _probe(_load_packed(folder, tuning))  # the first one is gone: two would take twice the memory
     except Exception as error:  # a bundle that cannot be loaded will say so without a cache
         raise OSError(f"onnxruntime cannot keep packed weights: {_reason(error)}") from error
     note = {"bundle": str(bundle.path), "files": signature(_weights(bundle))}
@@ -181,17 +179,17 @@ def _pack(bundle: Bundle, threads: int, folder: Path) -> Mapping[str, Any]:
     return note
 
 
-def _mapped(entry: Entry, threads: int) -> ort.InferenceSession | None:
+def _mapped(entry: Entry, tuning: Tuning) -> ort.InferenceSession | None:
     try:
-        return _load_packed(entry.path, threads)
+        return _load_packed(entry.path, tuning)
     except Exception as error:  # noqa: BLE001  whatever onnxruntime dislikes about it: the bundle itself is there
         LOG.warning("%s in the board cache is not used: %s", entry.path, _reason(error))
         return None
 
 
-def _load_packed(folder: Path, threads: int) -> ort.InferenceSession:
+def _load_packed(folder: Path, tuning: Tuning) -> ort.InferenceSession:
     """Load a graph that is optimized already."""
-    options = _options(threads)
+    options = _options(tuning)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(str(folder / PACKED), options, providers=["CPUExecutionProvider"])
 

@@ -5,6 +5,7 @@ A session computes logits for rows of key/value memory. It knows tokens and leng
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import Bundle
 from edgelm.errors import EdgelmError
-from edgelm.graphs import default_threads, open_graph
+from edgelm.graphs import best_tuning, open_graph
 from edgelm.kv import KvBuffers
 from edgelm.prefixes import Piece
 
@@ -60,6 +61,7 @@ def open_session(
     *,
     rows: int,
     threads: int | None = None,
+    spin: bool | None = None,
     context: int | None = None,
     cache: BoardCache | None = None,
 ) -> Session:
@@ -72,7 +74,9 @@ def open_session(
     rows
         Requests that can be in memory at once.
     threads
-        Threads of one operator; the default is `default_threads()`.
+        Threads of one operator; the default is what was measured on this board, else `default_threads()`.
+    spin
+        Whether idle threads wait actively; the default is what was measured on this board, else that they do.
     context
         Positions a row can hold, at most the bundle's.
     cache
@@ -89,7 +93,10 @@ def open_session(
     length = limit if context is None else context
     if not 1 <= length <= limit:
         raise EdgelmError(f"context must lie in [1, {limit}], the bundle's own limit; got {length}")
-    graph = open_graph(bundle, default_threads() if threads is None else threads, cache)
+    tuning = best_tuning(bundle, threads, cache)
+    if spin is not None:
+        tuning = dataclasses.replace(tuning, spin=spin)
+    graph = open_graph(bundle, tuning, cache)
     if bundle.manifest.cache.kind == "growing":
         from edgelm.growing import GrowingSession
 

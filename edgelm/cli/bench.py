@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
+from dataclasses import asdict
+from typing import Final
 
 from edgelm.benchmark import Report, benchmark
+from edgelm.boardcache import BoardCache
+from edgelm.cli.flags import add_cache_flag
 from edgelm.cli.progress import Progress
+from edgelm.errors import UsageError
+from edgelm.tuner import Trial, tune
+
+BUSY: Final = 0.5
+"""Load average from which other programs disturb a comparison."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,11 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_numbers, default=(1,), metavar="1,4,8", help="requests decoded together (1)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="measured rounds (5), after one unmeasured")
+    parser.add_argument(
+        "--tune", action="store_true", help="try thread settings instead; the best is what later runs take"
+    )
+    add_cache_flag(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object of medians")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and show."""
+    cache = BoardCache.default() if args.cache is not False else None
+    if args.tune:
+        return _tune(args, cache)
     with Progress() as progress:
         report = benchmark(
             args.bundle,
@@ -29,11 +47,38 @@ def run(args: argparse.Namespace) -> int:
             new_tokens=args.new_tokens,
             batches=args.batch,
             threads=args.threads,
+            cache=cache,
             repeat=args.repeat,
             progress=progress,
         )
     print(json.dumps(report.to_dict()) if args.json else _table(report))
     return 0
+
+
+def _tune(args: argparse.Namespace, cache: BoardCache | None) -> int:
+    """Try thread settings, show them, keep the best."""
+    if cache is None or args.threads is not None:
+        raise UsageError("--tune finds the number of threads and keeps it: leave out --threads and --no-cache")
+    busy = os.getloadavg()[0]
+    if busy > BUSY:
+        print(f"edgelm: other programs run here (load {busy:.1f}): tune again when they are done", file=sys.stderr)
+    with Progress() as progress:
+        trials, best, kept = tune(args.bundle, cache, progress)
+    if args.json:
+        print(json.dumps({"best": asdict(best), "kept": kept, "trials": [_flat(trial) for trial in trials]}))
+        return 0
+    print(f"{'threads':>7} {'idle ones':>10} {'decode tok/s':>13} {'prefill tok/s':>14}")
+    for trial in trials:
+        idle, mark = "spin" if trial.tuning.spin else "sleep", "  <- best" if trial.tuning == best else ""
+        rates = f"{trial.decode_tok_s:>13.1f} {trial.prefill_tok_s:>14.1f}"
+        print(f"{trial.tuning.threads:>7} {idle:>10} {rates}{mark}")
+    print(f"kept in {cache.folder}: runs that name no --threads take it" if kept else "not kept")
+    return 0
+
+
+def _flat(trial: Trial) -> dict[str, float]:
+    rates = {"decode_tok_s": round(trial.decode_tok_s, 2), "prefill_tok_s": round(trial.prefill_tok_s, 2)}
+    return {**asdict(trial.tuning), **rates}
 
 
 def _numbers(text: str) -> tuple[int, ...]:

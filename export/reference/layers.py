@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle import Matrix
-from edgelm.graphs import default_threads, load_graph
+from edgelm.graphs import load_graph
+from edgelm.tuning import default_threads
 
 from ..graph.attention import needs_positions
 from ..graph.decoder import DecoderGraph

@@ -17,6 +17,7 @@ from edgelm.bundle import open_bundle
 from edgelm.errors import BundleError
 from edgelm.graphs import PACKED, open_graph, open_verified
 from edgelm.session import open_session
+from edgelm.tuning import Tuning, cores
 
 SHAPE = {"vocab": 16000, "hidden": 512, "mlp": 2048, "heads": 8, "kv_heads": 4}
 """Large enough to be kept without being asked to: 16 MB in int8."""
@@ -97,9 +98,9 @@ def test_what_onnxruntime_refuses_is_packed_again(bundle, cache, said):
         return {}
 
     cache.make(graphs.cache_key(opened, "weights"), 1, nonsense)
-    open_graph(opened, 1, cache)
+    open_graph(opened, Tuning(1), cache)
     assert len(said()) == 1, said()
-    open_graph(opened, 1, cache)
+    open_graph(opened, Tuning(1), cache)
     assert len(said()) == 1, "said once"
 
 
@@ -152,9 +153,9 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_a_line(bundle, tmp_pat
 
 
 def test_more_threads_than_cores_are_told(bundle, said):
-    open_graph(open_bundle(bundle), graphs.cores() + 1)
+    open_graph(open_bundle(bundle), Tuning(cores() + 1))
     assert len(said()) == 1
-    assert f"{graphs.cores() + 1} threads on {graphs.cores()} cores" in said()[0]
+    assert f"{cores() + 1} threads on {cores()} cores" in said()[0]
 
 
 ANONYMOUS = """

@@ -1,0 +1,74 @@
+"""Thread settings: the best one is chosen, kept, and taken by later runs, where it still fits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgelm.boardcache import BoardCache
+from edgelm.bundle import open_bundle
+from edgelm.cli import main
+from edgelm.graphs import best_tuning, cache_key
+from edgelm.tuner import ALIKE, Trial, choose
+from edgelm.tuning import Tuning, cores, default_threads, recall, remember
+
+settings = st.builds(Tuning, st.integers(1, 8), st.booleans())
+trials = st.lists(st.builds(Trial, settings, st.floats(0.1, 1e4), st.just(1.0)), min_size=1, max_size=12)
+
+
+@given(trials)
+def test_the_chosen_setting_is_as_good_as_the_best_and_no_smaller_one_is(found):
+    chosen = choose(tuple(found))
+    most = max(trial.decode_tok_s for trial in found)
+    good = {trial.tuning for trial in found if trial.decode_tok_s * ALIKE >= most}
+    assert chosen in good
+    assert all((chosen.threads, chosen.spin) <= (other.threads, other.spin) for other in good)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return BoardCache(tmp_path)
+
+
+@pytest.mark.parametrize("spin", [True, False])
+def test_what_is_remembered_is_recalled(cache, bundle, spin):
+    opened = open_bundle(bundle)
+    key = cache_key(opened, "tuning")
+    assert recall(cache, key) is None
+    assert best_tuning(opened, None, cache) == Tuning(default_threads())
+    assert remember(cache, key, Tuning(1, not spin))
+    assert remember(cache, key, Tuning(1, spin)), "the newer one counts"
+    assert best_tuning(opened, None, cache) == Tuning(1, spin)
+    assert best_tuning(opened, 3, cache) == Tuning(3), "who asks for a number gets it"
+    assert best_tuning(opened, None, None) == Tuning(default_threads())
+
+
+@pytest.mark.parametrize("note", [{"threads": cores() + 1, "spin": True}, {"threads": "2", "spin": True}, {}])
+def test_what_does_not_fit_this_board_is_left_out(cache, bundle, note):
+    key = cache_key(open_bundle(bundle), "tuning")
+    cache.make(key, 0, lambda _folder: note)
+    assert recall(cache, key) is None
+
+
+def test_the_command_tries_every_setting_and_keeps_one(bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EDGELM_CACHE_DIR", str(tmp_path / "cache"))
+    assert main(["bench", str(bundle), "--tune", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["kept"]
+    tried = {(trial["threads"], trial["spin"]) for trial in said["trials"]}
+    assert tried == {(n, s) for n in range(1, min(cores(), 8) + 1) for s in (True, False)} - {(1, False)}
+    assert all(trial["decode_tok_s"] > 0 and trial["prefill_tok_s"] > 0 for trial in said["trials"])
+    assert best_tuning(open_bundle(bundle), None, BoardCache.default()) == Tuning(**said["best"])
+    assert main(["bench", str(bundle), "--tune"]) == 0
+    table = capsys.readouterr().out
+    assert table.count("<- best") == 1
+    assert str(tmp_path / "cache") in table
+
+
+@pytest.mark.parametrize("flag", [["--no-cache"], ["--threads", "2"]])
+def test_tuning_needs_a_place_to_keep_and_a_choice(bundle, capsys, flag):
+    assert main(["bench", str(bundle), "--tune", *flag]) == 2
+    assert "leave out --threads and --no-cache" in capsys.readouterr().err
