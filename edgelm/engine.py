@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -22,20 +21,12 @@ from edgelm.intake import Intake
 from edgelm.memory import PREFILL_CHUNK, PREFIX_CACHE_MB, check_memory, plan_memory
 from edgelm.messages import Chunk, FinishReason, Request
 from edgelm.reuse import Reuse
-from edgelm.sequence import Sequence, refused
+from edgelm.scoring import score
+from edgelm.sequence import Sequence, Waiting
 from edgelm.session import Session, open_session
-
-SCORE_CHUNK: Final = 64
-"""Positions scored in one pass: bounds the logits held at once."""
 
 MOST_ROWS: Final = 1024
 """Most requests decoded together."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    request: Request
-    submitted: float
 
 
 class Engine:
@@ -68,7 +59,7 @@ class Engine:
         self.context = self.session.context
         self._intake = Intake(bundle, self.context)
         self.tokenizer = self._intake.tokenizer
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._running: list[Sequence] = []
         self._prefilling: Sequence | None = None
         self._cancelled: set[str] = set()
@@ -92,7 +83,7 @@ class Engine:
 
     def add(self, request: Request, submitted: float) -> None:
         """Queue a request; `submitted` is when it came, in seconds of `time.monotonic`."""
-        self._waiting.append(_Waiting(request, submitted))
+        self._waiting.append(Waiting(request, submitted))
 
     def cancel(self, request_id: str) -> None:
         """Mark a request; the next step ends it with what it has."""
@@ -110,7 +101,7 @@ class Engine:
         """End every request, waiting or running, with an error; return that after what a failed step had ready."""
         for sequence in self._held():
             self._ready.append(sequence.fail(error))
-        self._ready += [refused(entry.request, "error", entry.submitted, error) for entry in self._waiting]
+        self._ready += [entry.end("error", error) for entry in self._waiting]
         self._running, self._prefilling = [], None
         self._waiting.clear()
         self._cancelled.clear()
@@ -123,16 +114,7 @@ class Engine:
         """
         if len(tokens) > self.context:
             raise RequestError("bad_request", f"the text has {len(tokens)} tokens, the context holds {self.context}")
-        result = np.empty(max(len(tokens) - 1, 0), np.float64)
-        inputs = np.asarray(self._intake.checked(tokens), np.int64)
-        for start in range(0, len(result), SCORE_CHUNK):
-            end = min(start + SCORE_CHUNK, len(result))
-            part = self.session.prefill(self.max_batch, inputs[start:end], start, every=True, total=len(tokens))
-            logits = part.astype(np.float64)
-            logits -= logits.max(axis=1, keepdims=True)
-            chosen = logits[np.arange(end - start), inputs[start + 1 : end + 1]]
-            result[start:end] = chosen - np.log(np.exp(logits).sum(axis=1))
-        return result
+        return score(self.session, self.max_batch, self._intake.checked(tokens))
 
     # --- the parts of a step ---
 
@@ -155,7 +137,7 @@ class Engine:
         for entry in [entry for entry in self._waiting if self._end_of(entry.request, now)]:
             self._waiting.remove(entry)
             reason = self._end_of(entry.request, now) or "cancelled"
-            self._ready.append(refused(entry.request, reason, entry.submitted))
+            self._ready.append(entry.end(reason))
         for sequence in self._held():
             ended = self._end_of(sequence.request, now)
             if ended:
@@ -176,7 +158,7 @@ class Engine:
             try:
                 sequence = self._intake.open(entry.request, entry.submitted)
             except RequestError as error:
-                self._ready.append(refused(entry.request, "error", entry.submitted, error))
+                self._ready.append(entry.end("error", error))
                 continue
             sequence.row = len(self._running)
             self._prefilling = sequence

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -80,6 +80,25 @@ class Constraint:
     kind: Literal["json_schema", "regex", "lark", "choices"]
     value: str | tuple[str, ...]
     """JSON text of the schema, the pattern, the grammar, or the choices."""
+
+
+def constraint_of(
+    json_schema: Mapping[str, Any] | str | None, regex: str | None, choices: Sequence[str] | None
+) -> Constraint | None:
+    """Return the one constraint that is given. Raises `RequestError` for more than one or an empty list of choices."""
+    found: list[Constraint] = []
+    if json_schema is not None:
+        text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
+        found.append(Constraint("json_schema", text))
+    if regex is not None:
+        found.append(Constraint("regex", regex))
+    if choices is not None:
+        if not choices or not all(isinstance(choice, str) and choice for choice in choices):
+            raise RequestError("bad_request", "choices must be a list of non-empty strings")
+        found.append(Constraint("choices", tuple(choices)))
+    if len(found) > 1:
+        raise RequestError("bad_request", "give at most one of json_schema, regex and choices")
+    return found[0] if found else None
 
 
 @dataclass(frozen=True, slots=True)

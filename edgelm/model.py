@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from edgelm.engine import Engine
 from edgelm.errors import RequestError
 from edgelm.graphs import open_verified
 from edgelm.memory import PREFIX_CACHE_MB
-from edgelm.messages import Chunk, Completion, Constraint, Request
+from edgelm.messages import Chunk, Completion, Constraint, Request, constraint_of
 from edgelm.worker import Worker
 
 
@@ -262,22 +261,3 @@ class Model:
         finally:
             if not done:
                 self.worker.cancel(request.id)
-
-
-def constraint_of(
-    json_schema: Mapping[str, Any] | str | None, regex: str | None, choices: Sequence[str] | None
-) -> Constraint | None:
-    """Return the one constraint that is given. Raises `RequestError` for more than one or an empty list of choices."""
-    found: list[Constraint] = []
-    if json_schema is not None:
-        text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
-        found.append(Constraint("json_schema", text))
-    if regex is not None:
-        found.append(Constraint("regex", regex))
-    if choices is not None:
-        if not choices or not all(isinstance(choice, str) and choice for choice in choices):
-            raise RequestError("bad_request", "choices must be a list of non-empty strings")
-        found.append(Constraint("choices", tuple(choices)))
-    if len(found) > 1:
-        raise RequestError("bad_request", "give at most one of json_schema, regex and choices")
-    return found[0] if found else None

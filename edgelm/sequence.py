@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -190,8 +191,16 @@ class Sequence:
         return chunk
 
 
-def refused(request: Request, reason: FinishReason, submitted: float, error: RequestError | None = None) -> Chunk:
-    """Return the only chunk of a request that never ran."""
-    waited = 1e3 * (time.monotonic() - submitted)
-    timing = Timing(queue_ms=waited, ttft_ms=waited, total_ms=waited)
-    return Chunk(request.id, 0, "", None, True, Completion(request.id, "", (), reason, timing=timing, error=error))
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request that has no row, and when it came, in seconds of `time.monotonic`."""
+
+    request: Request
+    submitted: float
+
+    def end(self, reason: FinishReason, error: RequestError | None = None) -> Chunk:
+        """Return the only chunk of a request that never ran."""
+        waited = 1e3 * (time.monotonic() - self.submitted)
+        timing = Timing(queue_ms=waited, ttft_ms=waited, total_ms=waited)
+        completion = Completion(self.request.id, "", (), reason, timing=timing, error=error)
+        return Chunk(self.request.id, 0, "", None, True, completion)

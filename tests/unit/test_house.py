@@ -23,7 +23,7 @@ FLOORS = [
     {"graphs"},
     {"session"},
     {"sequence"},
-    {"reuse", "intake"},
+    {"reuse", "intake", "scoring"},
     {"engine"},
     {"worker"},
     {"model"},
