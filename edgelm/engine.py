@@ -59,6 +59,7 @@ class Engine:
         self.context = self.session.context
         self._intake = Intake(bundle, self.context)
         self.tokenizer = self._intake.tokenizer
+        self.conversations = self._intake.conversations
         self._waiting: deque[Waiting] = deque()
         self._running: list[Sequence] = []
         self._prefilling: Sequence | None = None
@@ -128,7 +129,8 @@ class Engine:
         return [*self._running, *([self._prefilling] if self._prefilling is not None else [])]
 
     def _take_ready(self) -> list[Chunk]:
-        ready, self._ready = self._ready, []
+        ready = [self.conversations.settle(chunk) for chunk in self._ready]
+        self._ready = []
         return ready
 
     def _drop_ended(self) -> None:
@@ -153,8 +155,15 @@ class Engine:
 
     def _admit(self) -> None:
         """Give the oldest waiting request a row, when one is free and none is being prefilled."""
-        while self._waiting and self._prefilling is None and len(self._running) < self.max_batch:
-            entry = self._waiting.popleft()
+        while self._prefilling is None and len(self._running) < self.max_batch:
+            entry = next((it for it in self._waiting if not self.conversations.is_answering(it.request)), None)
+            if entry is None:
+                return
+            self._waiting.remove(entry)
+            self.conversations.begin(entry.request)
+            if entry.request.asks_nothing:
+                self._ready.append(entry.end("stop"))
+                continue
             try:
                 sequence = self._intake.open(entry.request, entry.submitted)
             except RequestError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgelm.bundle import Bundle
+from edgelm.conversations import Conversations
 from edgelm.errors import RequestError
 from edgelm.messages import Constraint, Request
 from edgelm.sequence import Sequence
@@ -29,12 +30,13 @@ class Intake:
             bos_token=manifest.special_tokens.get("bos_token"),
             eos_token=manifest.special_tokens.get("eos_token"),
         )
+        self.conversations = Conversations(self.tokenizer, context)
 
     def open(self, request: Request, submitted: float) -> Sequence:
         """Return a request's sequence. Raises `RequestError` for a prompt or a constraint that cannot be used."""
         return Sequence(
             request,
-            self._prompt(request),
+            self.checked(self.conversations.prompt(request)),
             tokenizer=self.tokenizer,
             vocab_size=self._bundle.manifest.vocab_size,
             context=self._context,
@@ -50,16 +52,6 @@ class Intake:
         if bad is not None:
             raise RequestError("bad_request", f"token {bad} lies outside the vocabulary [0, {vocab_size})")
         return tokens
-
-    def _prompt(self, request: Request) -> list[int]:
-        if request.tokens is not None:
-            tokens = list(request.tokens)
-        elif request.prompt is not None:
-            tokens = self.tokenizer.encode(request.prompt)
-        else:
-            rendered = self.tokenizer.render_chat(request.messages or ())
-            tokens = self.tokenizer.encode(rendered, add_special_tokens=False)
-        return self.checked(tokens)
 
     def _matcher(self, constraint: Constraint | None) -> Matcher | None:
         if constraint is None:

@@ -32,6 +32,9 @@ RANGES: Final[dict[str, tuple[float, float]]] = {
 MAX_STOPS: Final = 16
 """How many stop strings a request may carry."""
 
+MAX_SESSION_LENGTH: Final = 128
+"""Characters of a session's name."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -103,7 +106,7 @@ def constraint_of(
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One thing to answer: exactly one of `prompt`, `messages` and `tokens` is given."""
+    """One thing to answer: exactly one of `prompt`, `messages` and `tokens` is given, or none to end a session only."""
 
     id: str
     sampling: SamplingParams
@@ -113,10 +116,31 @@ class Request:
     constraint: Constraint | None = None
     deadline: float | None = None
     """When to stop, in seconds of `time.monotonic`; None is never."""
+    session: str | None = None
+    """Name of the conversation that it goes on with or begins."""
+    client: str | None = None
+    """Whose session that is: each client's names are its own."""
+    end_session: bool = False
+    """Whether the session is forgotten after this request, even one that failed."""
 
     def __post_init__(self) -> None:
-        if sum(given is not None for given in (self.prompt, self.messages, self.tokens)) != 1:
+        given = sum(given is not None for given in (self.prompt, self.messages, self.tokens))
+        if given > 1 or (given == 0 and not self.end_session):
             raise RequestError("bad_request", "give exactly one of prompt, messages and tokens")
+        if self.session is None and self.end_session:
+            raise RequestError("bad_request", "end_session needs the name of a session")
+        if self.session is not None and not is_session_name(self.session):
+            raise RequestError("bad_request", f"session must be 1 to {MAX_SESSION_LENGTH} printable characters")
+
+    @property
+    def asks_nothing(self) -> bool:
+        """Whether it only ends a session."""
+        return self.prompt is None and self.messages is None and self.tokens is None
+
+
+def is_session_name(value: object) -> bool:
+    """Whether a session may be called so."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_SESSION_LENGTH and value.isprintable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +196,8 @@ class Completion:
     timing: Timing = field(default_factory=Timing)
     logprobs: tuple[TokenLogprob, ...] | None = None
     error: RequestError | None = None
+    turn: int | None = None
+    """Which answer of its session this is, from 1; None where it belongs to none."""
 
     @property
     def json(self) -> Any:
@@ -191,6 +217,7 @@ class Completion:
             "timing": {name: round(value, 3) for name, value in dataclasses.asdict(self.timing).items()},
             "logprobs": None if self.logprobs is None else [entry.to_dict() for entry in self.logprobs],
             "json": self.json,
+            "turn": self.turn,
         }
 
 

@@ -108,6 +108,8 @@ class Model:
         regex: str | None = None,
         choices: Sequence[str] | None = None,
         timeout_s: float | None = None,
+        session: str | None = None,
+        end_session: bool = False,
         **sampling: Any,
     ) -> Completion:
         """Answer, and return the whole answer.
@@ -120,16 +122,25 @@ class Model:
             At most one: what the answer must match.
         timeout_s
             Seconds until the answer is cut off with `finish_reason` "deadline".
+        session
+            Name of a conversation, of 1 to 128 printable characters, which goes on from exactly the tokens that it has
+            read and said: give only what is new. `prompt` is added as it stands (begin it with a space or a line break
+            where one belongs), `tokens` too; `messages` are added to those before, of which the chat template renders
+            the whole. A new name begins a conversation; `turn` of the completion is 1 then. An answer that was cut off
+            is remembered as far as it came, without an end token; a request that fails leaves the session as it was.
+            Requests of one session are answered one after another. The 64 that were used last are kept.
+        end_session
+            Whether to forget the session after this request, even one that fails.
         **sampling
             Fields of `SamplingParams`; those not given are the bundle's defaults.
 
         Raises
         ------
         RequestError
-            A value is out of range, the prompt does not fit the context, or the step failed.
+            A value is out of range, the prompt (with its session) does not fit the context, or the step failed.
         """
         constraint = constraint_of(json_schema, regex, choices)
-        request = self._request(prompt, messages, tokens, constraint, timeout_s, sampling)
+        request = self._request(prompt, messages, tokens, constraint, timeout_s, session, end_session, sampling)
         last = next(self._chunks(request, only_last=True))
         if last.completion is None:
             raise AssertionError("the last chunk carries the completion")
@@ -145,6 +156,8 @@ class Model:
         regex: str | None = None,
         choices: Sequence[str] | None = None,
         timeout_s: float | None = None,
+        session: str | None = None,
+        end_session: bool = False,
         **sampling: Any,
     ) -> Iterator[Chunk]:
         """Answer, and yield the answer as it grows; the last chunk is `done` and carries the completion.
@@ -153,8 +166,16 @@ class Model:
         at once, before the first chunk is asked for.
         """
         constraint = constraint_of(json_schema, regex, choices)
-        request = self._request(prompt, messages, tokens, constraint, timeout_s, sampling)
+        request = self._request(prompt, messages, tokens, constraint, timeout_s, session, end_session, sampling)
         return self._chunks(request)
+
+    def end_session(self, name: str) -> bool:
+        """Forget a session, after the answer it is giving; return whether there was one."""
+        return self.worker.call(lambda engine: engine.conversations.end(name))
+
+    def sessions(self) -> dict[str, int]:
+        """Return the sessions that are kept and how many tokens each has, the least recently used first."""
+        return self.worker.call(lambda engine: engine.conversations.lengths())
 
     def score(self, text: str) -> NDArray[np.float64]:
         """Return the natural-log probability of each token of a text after its first, float64 [n - 1].
@@ -229,6 +250,8 @@ class Model:
         tokens: Sequence[int] | None,
         constraint: Constraint | None,
         timeout_s: float | None,
+        session: str | None,
+        end_session: bool,
         sampling: Mapping[str, Any],
     ) -> Request:
         return Request(
@@ -239,6 +262,8 @@ class Model:
             tokens=None if tokens is None else tuple(int(token) for token in tokens),
             constraint=constraint,
             deadline=None if timeout_s is None else time.monotonic() + timeout_s,
+            session=session,
+            end_session=end_session,
         )
 
     def _chunks(self, request: Request, *, only_last: bool = False) -> Iterator[Chunk]:

@@ -115,6 +115,17 @@ class Tokenizer:
             raise RequestError("bad_request", f"the text is not valid Unicode: {error.reason}") from error
         return list(self._inner.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def encode_further(self, text: str) -> list[int]:
+        """Return the tokens of a text that goes on from another: no special ones are added, and no space before it.
+
+        Raises `RequestError` as `encode` does.
+        """
+        start = self.encode("\n", add_special_tokens=False)  # takes the space that many put before what they are given
+        whole = self.encode("\n" + text, add_special_tokens=False)
+        if whole[: len(start)] == start:
+            return whole[len(start) :]
+        return self.encode(text, add_special_tokens=False)  # a tokenizer that joins line breaks adds no space
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens; special ones and ids outside the vocabulary have none."""
         return str(self._inner.decode(list(ids), skip_special_tokens=True))

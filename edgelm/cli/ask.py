@@ -10,7 +10,7 @@ from typing import Final
 
 from edgelm.cli.flags import add_credential_flags, add_sampling_flags, broker_from, sampling_from
 from edgelm.config import check_name, default_board
-from edgelm.errors import EdgelmError
+from edgelm.errors import EdgelmError, UsageError
 from edgelm.mqtt import asks, wire
 from edgelm.mqtt.asker import Asker, answer_to
 
@@ -21,9 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     url = os.environ.get("EDGELM_MQTT", "mqtt://localhost:1883")
     board = os.environ.get("EDGELM_BOARD") or default_board()
-    parser.add_argument("prompt", metavar="PROMPT", help="the prompt; - reads it from standard input")
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; - reads it from standard input")
     parser.add_argument("--broker", metavar="URL", default=url, help="where the broker is (%(default)s)")
     parser.add_argument("--board", metavar="NAME", default=board, help="whom to ask (%(default)s)")
+    parser.add_argument("--session", metavar="NAME", help="go on with this conversation, or begin it")
+    parser.add_argument(
+        "--end-session", action="store_true", default=None, help="forget it after this; without PROMPT, at once"
+    )
     parser.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
     parser.add_argument("--json", action="store_true", help="print the final message and nothing else")
     parser.add_argument(
@@ -36,28 +40,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Ask, print, and fail where no whole answer came."""
     check_name("--board", args.board)
+    if args.end_session and args.session is None:
+        raise UsageError("--end-session needs --session NAME")
+    if args.prompt is None and not args.end_session:
+        raise UsageError("give a PROMPT, or --session NAME --end-session")
+    session = {"session": args.session, "end_session": args.end_session}
     ask = ask_of(
         sys.stdin.read() if args.prompt == "-" else args.prompt,
         stream=not (args.no_stream or args.json),
         timeout_s=args.timeout,
+        **{key: value for key, value in session.items() if value is not None},
         **sampling_from(args),
     )
     with Asker(broker_from(args), args.board) as asker:
         final = answer_to(asker, ask, _show if ask.stream else None)
     if args.json:
         print(wire.write_outcome(final).decode())
-    elif ask.stream:
-        print()
-    else:
-        print(final.completion.text)
+    elif args.prompt is not None:
+        print("" if ask.stream else final.completion.text)
     if final.error is not None:
         raise EdgelmError(f"{final.error.code}: {final.error.message}{_when_to_retry(final.error.retry_after_s)}")
     return 0
 
 
-def ask_of(prompt: str, **keys: object) -> asks.Ask:
+def ask_of(prompt: str | None, **keys: object) -> asks.Ask:
     """Return a request; raise `RequestError`, which names the key, where the board would refuse it."""
-    return asks.parse_ask(asks.Envelope(uuid.uuid4().hex[:16], None, None, {"prompt": prompt, **keys}))
+    asked = {} if prompt is None else {"prompt": prompt}
+    return asks.parse_ask(asks.Envelope(uuid.uuid4().hex[:16], None, None, {**asked, **keys}))
 
 
 def _show(delta: str) -> None:

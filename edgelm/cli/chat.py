@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, Final
 
 import edgelm
 from edgelm.cli.flags import add_loading_flags, add_sampling_flags, loading_from, sampling_from
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.model import Model
+
+SESSION: Final = "chat"
+"""The session's name: the model remembers what was said."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +28,6 @@ def run(args: argparse.Namespace) -> int:
     """Read a line, answer it, until the end of input."""
     given = sampling_from(args)
     opening = [{"role": "system", "content": args.system}] if args.system else []
-    messages = list(opening)
     with edgelm.load(args.bundle, **loading_from(args), max_batch=1) as model:
         if model.manifest.chat_template is None:
             raise EdgelmError(f"{args.bundle} has no chat template; `edgelm generate` continues plain text")
@@ -40,26 +42,23 @@ def run(args: argparse.Namespace) -> int:
             if line == "/exit":
                 return 0
             if line == "/clear":
-                messages = list(opening)
+                model.end_session(SESSION)
             elif line:
-                messages = _turn(model, messages, line, given)
+                begins = SESSION not in model.sessions()
+                _turn(model, [*(opening if begins else []), {"role": "user", "content": line}], given)
 
 
-def _turn(model: Model, messages: list[dict[str, str]], line: str, given: dict[str, Any]) -> list[dict[str, str]]:
-    """Answer one line; return the conversation with both sides, or as it was when the line cannot be answered."""
-    asked = [*messages, {"role": "user", "content": line}]
-    said = ""
-    stream = model.stream(messages=asked, **given)
+def _turn(model: Model, messages: list[dict[str, str]], given: dict[str, Any]) -> None:
+    """Answer what is new; where it cannot be answered, the conversation stays as it was."""
+    stream = model.stream(messages=messages, session=SESSION, **given)
     try:
         for chunk in stream:
-            said += chunk.delta
             print(chunk.delta, end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     except RequestError as error:
         print(f"edgelm chat: {error}; /clear starts anew", file=sys.stderr)
-        return messages
+        return
     finally:
         stream.close()  # type: ignore[attr-defined]
     print()
-    return [*asked, {"role": "assistant", "content": said}]

@@ -39,7 +39,8 @@ class Asker:
     Parameters
     ----------
     broker
-        Where, and as whom. A user name that can stand in a topic is the client's name too.
+        Where, and as whom. A user name that can stand in a topic is the client's name too. Without one, sessions are
+        those of the clients without a name, so that a later run finds them again.
     board
         Whom to ask.
     protocol
@@ -49,7 +50,8 @@ class Asker:
     def __init__(self, broker: BrokerConfig, board: str, *, protocol: Version = "5") -> None:
         run = uuid.uuid4().hex[:12]
         user = broker.user or ""
-        self.client = user if is_name(user) else f"ask-{run}"
+        self._is_named = is_name(user)
+        self.client = user if self._is_named else f"ask-{run}"
         self._topics = BoardTopics(board)
         self._reply_topic = f"{self._topics.response(self.client)}/{run}"
         self._url = broker.url
@@ -83,20 +85,21 @@ class Asker:
             When nobody listens, the board goes offline, or no final comes in time.
         """
         payload, properties = asks.write_ask(ask, self._reply_topic, with_properties=self._connection.is_mqtt5)
-        topic = self._topics.generate(self.client)
+        client = self.client if self._is_named or ask.session is None else None
+        topic = self._topics.generate(client)
         sending = self._connection.publish(wire.Packet(topic, payload, qos=1, properties=properties))
         if sending is None:
             raise UnansweredError(f"the connection to {self._url} was lost")
         is_over = False
         try:
-            for answer in self._answers(ask, sending.mid):
+            for answer in self._answers(ask, topic, sending.mid):
                 is_over = isinstance(answer, wire.Outcome)
                 yield answer
         finally:
             if not is_over:
-                self._connection.publish(wire.Packet(self._topics.cancel(self.client), ask.id.encode()))
+                self._connection.publish(wire.Packet(self._topics.cancel(client), ask.id.encode()))
 
-    def _answers(self, ask: asks.Ask, mid: int) -> Iterator[wire.Delta | wire.Outcome]:
+    def _answers(self, ask: asks.Ask, topic: str, mid: int) -> Iterator[wire.Delta | wire.Outcome]:
         begun = time.monotonic()
         patience_s = float("inf") if ask.timeout_s is None else ask.timeout_s + GRACE_S
         early: dict[int, wire.Delta] = {}
@@ -108,7 +111,7 @@ class Asker:
             event = self._next(min(1.0, patience_s - waited_s))
             self._check_board(waited_s)
             if isinstance(event, events.Published) and event.mid == mid:
-                self._check_sent(event.reason)
+                self._check_sent(topic, event.reason)
             answer = self._answer_in(event, ask.id)
             if isinstance(answer, wire.Outcome):
                 yield answer
@@ -129,8 +132,7 @@ class Asker:
         given = answer.id if isinstance(answer, wire.Delta) else answer.completion.id
         return answer if given == request_id else None
 
-    def _check_sent(self, reason: int) -> None:
-        topic = self._topics.generate(self.client)
+    def _check_sent(self, topic: str, reason: int) -> None:
         if reason == _NO_SUBSCRIBERS:
             raise self._nobody()
         if reason >= 0x80:

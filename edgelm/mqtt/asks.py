@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from edgelm.errors import RequestError
-from edgelm.messages import Constraint, SamplingParams
+from edgelm.messages import MAX_SESSION_LENGTH, Constraint, SamplingParams, is_session_name
 from edgelm.mqtt.wire import PROTOCOL, Properties, write_json
 
 MAX_ID_LENGTH: Final = 128
@@ -24,16 +24,19 @@ MAX_TIMEOUT_S: Final = 86_400
 SAMPLING_KEYS: Final = tuple(entry.name for entry in dataclasses.fields(SamplingParams))
 _CONSTRAINT_KEYS: Final = ("json_schema", "regex", "choices")
 _OTHER_KEYS: Final = ("v", "id", "prompt", "messages", "model", "stream", "chunk_ms", "timeout_s", "response_topic")
+_SESSION_KEYS: Final = ("session", "end_session")
 _REFUSED_KEYS: Final = {
-    "session": "this board keeps no sessions; send the whole conversation as messages",
     "priority": "this board answers in the order of arrival; leave it out or send 0",
 }
-KNOWN_KEYS: Final = frozenset((*SAMPLING_KEYS, *_CONSTRAINT_KEYS, *_OTHER_KEYS, *_REFUSED_KEYS))
+KNOWN_KEYS: Final = frozenset((*SAMPLING_KEYS, *_CONSTRAINT_KEYS, *_OTHER_KEYS, *_SESSION_KEYS, *_REFUSED_KEYS))
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request as it travels. `sampling` holds the values that the client gave; the bundle has the others."""
+    """A request as it travels. `sampling` holds the values that the client gave; the bundle has the others.
+
+    One with neither prompt nor messages only ends its session.
+    """
 
     id: str
     prompt: str | None = None
@@ -44,6 +47,8 @@ class Ask:
     stream: bool = False
     chunk_ms: int = 50
     timeout_s: float | None = None
+    session: str | None = None
+    end_session: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +109,13 @@ def parse_ask(envelope: Envelope) -> Ask:
     if "id" in body and not _is_id(body["id"]):
         raise _bad("id", f"must be 1 to {MAX_ID_LENGTH} printable characters")
     _text(body, "response_topic")
+    if "session" in body and not is_session_name(body["session"]):
+        raise _bad("session", f"must be 1 to {MAX_SESSION_LENGTH} printable characters")
+    ends = _flag(body, "end_session")
+    if ends and "session" not in body:
+        raise _bad("end_session", "needs the name of the session")
     prompt, messages = _text(body, "prompt"), _messages(body)
-    if (prompt is None) == (messages is None):
+    if (prompt is None) == (messages is None) and (prompt is not None or not ends):
         raise _bad("prompt", "give either prompt or messages")
     if prompt == "":
         raise _bad("prompt", "is empty")
@@ -119,6 +129,8 @@ def parse_ask(envelope: Envelope) -> Ask:
         stream=_flag(body, "stream"),
         chunk_ms=_chunk_ms(body),
         timeout_s=_timeout_s(body),
+        session=body.get("session"),
+        end_session=ends,
     )
 
 
@@ -139,6 +151,8 @@ def write_ask(ask: Ask, response_topic: str | None, *, with_properties: bool) ->
     body |= {"stream": ask.stream, "chunk_ms": ask.chunk_ms}
     if ask.timeout_s is not None:
         body["timeout_s"] = ask.timeout_s
+    if ask.session is not None:
+        body |= {"session": ask.session, "end_session": ask.end_session}
     if with_properties:
         return write_json(body), Properties(
             response_topic=response_topic,

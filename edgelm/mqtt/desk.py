@@ -155,6 +155,9 @@ class Desk:
             messages=ask.messages,
             constraint=ask.constraint,
             deadline=answer.deadline,
+            session=ask.session,
+            client=client,
+            end_session=ask.end_session,
         )
         self._worker.submit(request, answer.sink)
         self._answers[answer.key] = answer

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from edgelm._version import __version__
 from edgelm.config import ServeConfig
+from edgelm.conversations import MOST_SESSIONS
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.mqtt import events, health, wire
 from edgelm.mqtt.answers import Finished, Grown
@@ -266,6 +267,7 @@ class Service:
                 "queue": self._config.queue,
                 "max_batch": self._config.max_batch,
                 "timeout_s": self._config.max_timeout_s,
+                "sessions": MOST_SESSIONS,
             },
         }
 

@@ -131,6 +131,7 @@ def parse_answer(payload: bytes) -> Delta | Outcome:
             timing=Timing(**_known(Timing, body["timing"])),
             logprobs=None if logprobs is None else tuple(_logprob(entry) for entry in logprobs),
             error=error,
+            turn=body.get("turn"),
         )
         names = {name: str(body[name]) for name in ("board", "model", "boot_id")}
         return Outcome(completion, int(body["seq"]), attempt=int(body["attempt"]), **names)

@@ -60,17 +60,21 @@ TALKS = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), min_siz
 
 @st.composite
 def asks(draw: st.DrawFn) -> Ask:
-    talks = draw(st.booleans())
+    session = draw(st.none() | IDS)
+    ends = session is not None and draw(st.booleans())
+    form = draw(st.sampled_from(["prompt", "messages", "nothing"] if ends else ["prompt", "messages"]))
     return Ask(
         id=draw(IDS),
-        prompt=None if talks else draw(SOME_TEXT),
-        messages=draw(TALKS) if talks else None,
+        prompt=draw(SOME_TEXT) if form == "prompt" else None,
+        messages=draw(TALKS) if form == "messages" else None,
         model=draw(st.none() | TEXT),
         sampling=draw(SAMPLING),
         constraint=draw(CONSTRAINTS),
         stream=draw(st.booleans()),
         chunk_ms=draw(st.integers(0, MAX_CHUNK_MS)),
         timeout_s=draw(st.none() | st.floats(0.001, MAX_TIMEOUT_S)),
+        session=session,
+        end_session=ends,
     )
 
 
@@ -103,6 +107,7 @@ def outcomes(draw: st.DrawFn) -> Outcome:
         timing=draw(st.builds(Timing, MILLISECONDS, MILLISECONDS, MILLISECONDS, MILLISECONDS)),
         logprobs=draw(st.none() | logprobs),
         error=draw(ERRORS) if reason == "error" else None,
+        turn=draw(st.none() | COUNTS),
     )
     return Outcome(completion, draw(COUNTS), draw(TEXT), draw(TEXT), draw(TEXT), draw(COUNTS))
 
@@ -132,8 +137,8 @@ def test_a_chunk_comes_back_as_it_was(request_id: str, seq: int, text: str) -> N
     assert parse_answer(write_delta(Delta(request_id, seq, text))) == Delta(request_id, seq, text)
 
 
-WORDS = """v id prompt messages model stream chunk_ms timeout_s response_topic session priority json_schema regex
-choices max_tokens seed stop temperature logprobs"""
+WORDS = """v id prompt messages model stream chunk_ms timeout_s response_topic session end_session priority json_schema
+regex choices max_tokens seed stop temperature logprobs"""
 KEYS = st.sampled_from(WORDS.split())
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats() | st.text(),
@@ -207,7 +212,9 @@ def test_a_filter_made_from_a_topic_matches_it(levels: list[str], data: st.DataO
     assert not matches("/".join([*chosen, "x"]), topic)
 
 
-@pytest.mark.parametrize("key", ["prompt", "messages", "seed", "stop", "stream", "chunk_ms", "timeout_s", "regex"])
+@pytest.mark.parametrize(
+    "key", ["prompt", "messages", "seed", "stop", "stream", "chunk_ms", "timeout_s", "regex", "session", "end_session"]
+)
 def test_the_message_names_the_key(key: str) -> None:
     body = {"prompt": "hi", key: {"not": "this"}}
     with pytest.raises(RequestError, match=key) as caught:

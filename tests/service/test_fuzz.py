@@ -26,6 +26,7 @@ KEYS += [
     "timeout_s",
     "priority",
     "session",
+    "end_session",
     "response_topic",
     "repetition_penalty",
     "ignore_eos",

@@ -184,9 +184,11 @@ def test_chat_answers_line_by_line(bundle, model):
     lines = done.stdout.splitlines()
     assert len(lines) == 3
     assert lines[0] == lines[1]
-    one = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": lines[1]}]
-    history = [*one, {"role": "user", "content": "how are you"}]
-    assert model.generate(messages=history, temperature=0.0, max_tokens=6, regex="[a-z]{6}").text == lines[2]
+    for said, answer in (("hello", lines[1]), ("how are you", lines[2])):
+        messages = [{"role": "user", "content": said}]
+        done = model.generate(messages=messages, session="as in chat", temperature=0.0, max_tokens=6, regex="[a-z]{6}")
+        assert done.text == answer
+    assert done.turn == 2
 
 
 def test_chat_without_a_template_says_what_to_do(bundle, tmp_path, run):

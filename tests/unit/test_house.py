@@ -22,7 +22,7 @@ FLOORS = [
     {"tuning", "tokenizer", "growing"},
     {"graphs"},
     {"session"},
-    {"sequence"},
+    {"sequence", "conversations"},
     {"reuse", "intake", "scoring"},
     {"engine"},
     {"worker"},

@@ -1,0 +1,222 @@
+"""A conversation's tokens stay as they were read and said, and spell what the chat template writes."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vocabularies import byte_fallback, byte_level, bytes_of
+
+from edgelm.conversations import Conversation, Conversations
+from edgelm.errors import RequestError
+from edgelm.messages import Chunk, Completion, Request, SamplingParams
+from edgelm.tokenizer import StreamDecoder, Tokenizer
+
+BARE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+THOUGHTS = """{% for m in messages %}{% set parts = m.content.split('!') %}
+<{{ m.role }}>{{ parts[-1] if m.role == 'assistant' else m.content }}|
+{% endfor %}<assistant>"""
+"""Leaves out of earlier answers what stands before their last exclamation mark, as others do with thoughts."""
+SPACED = """{% for m in messages %}
+{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + ' </s>' }}{% endfor %}"""
+"""As of Llama 2: an answer is told without the space that it begins with."""
+COUNTED = "{{ messages | length }}" + BARE
+"""Changes its first character with every message: nothing can be kept."""
+EXTENDING, REWRITING = {"bare": BARE, "ChatML": CHATML}, {"thoughts": THOUGHTS, "counted": COUNTED}
+SAMPLING = SamplingParams()
+WORDS = st.text("ab \né漢!", max_size=12)
+TURNS = st.lists(
+    st.tuples(st.lists(WORDS, min_size=1, max_size=2), st.lists(st.integers(0, 999), max_size=8)), max_size=4
+)
+
+
+@pytest.fixture(scope="module", params=[byte_level, byte_fallback], ids=["byte level", "byte fallback"])
+def plain(request):
+    return request.param()
+
+
+def with_template(tokenizer, template):
+    return Tokenizer(tokenizer._inner, template, bos_token="<s>", eos_token="</s>")
+
+
+def messages_of(texts):
+    return tuple({"role": "user", "content": text} for text in texts)
+
+
+def spelled(tokenizer, tokens, before=()):
+    """The text of tokens that stand behind others."""
+    decoder = StreamDecoder(tokenizer, before)
+    return "".join(map(decoder.push, tokens)) + decoder.finish()
+
+
+def talk(turns, tokenizer):
+    """Yield for each turn the conversation before, what was asked of it, and the answer."""
+    now = Conversation()
+    for i, (texts, answer) in enumerate(turns):
+        asked = now.ask(Request(str(i), SAMPLING, messages=messages_of(texts)), tokenizer)
+        said = tuple(token % tokenizer.vocab_size for token in answer)
+        yield now, asked, said
+        now = asked.answer(said, tokenizer)
+
+
+@pytest.mark.parametrize("template", EXTENDING)
+@given(turns=TURNS)
+def test_what_was_read_and_said_is_kept_as_it_was(template, turns, plain):
+    tokenizer = with_template(plain, EXTENDING[template])
+    for before, asked, said in talk(turns, tokenizer):
+        assert list(asked.tokens[: len(before.tokens)]) == list(before.tokens)
+        after = asked.answer(said, tokenizer)
+        assert tuple(after.tokens) == (*asked.tokens, *said)
+        assert after.turns == before.turns + 1
+
+
+@pytest.mark.parametrize("template", EXTENDING | REWRITING)
+@given(turns=TURNS)
+def test_the_tokens_spell_what_the_template_writes(template, turns, plain):
+    tokenizer = with_template(plain, (EXTENDING | REWRITING)[template])
+    messages = ()
+    for i, (before, asked, said) in enumerate(talk(turns, tokenizer)):
+        messages = (*messages, *messages_of(turns[i][0]))
+        assert asked.text == tokenizer.render_chat(messages)
+        kept = next(n for n in range(len(before.tokens), -1, -1) if list(asked.tokens[:n]) == list(before.tokens[:n]))
+        fresh = tokenizer.encode(asked.text, add_special_tokens=False)
+        if "\ufffd" not in asked.text:  # broken characters have many spellings
+            assert spelled(tokenizer, asked.tokens) == spelled(tokenizer, fresh)
+        if template == "counted" or not before.turns:
+            assert list(asked.tokens) == fresh
+        assert kept >= (len(before.tokens) if template in EXTENDING else 0)
+        messages = (*messages, {"role": "assistant", "content": spelled(tokenizer, said, asked.tokens)})
+
+
+@given(texts=st.lists(WORDS.filter(lambda text: "!" not in text), min_size=2, max_size=2))
+def test_a_past_that_is_written_otherwise_is_kept_up_to_there(texts, plain):
+    tokenizer = with_template(plain, THOUGHTS)
+    first = Conversation().ask(Request("1", SAMPLING, messages=messages_of(texts[:1])), tokenizer)
+    thought = tuple(tokenizer.encode_further("a!b"))
+    asked = first.answer(thought, tokenizer).ask(Request("2", SAMPLING, messages=messages_of(texts[1:])), tokenizer)
+    assert list(asked.tokens[: len(first.tokens)]) == list(first.tokens)
+    assert list(asked.tokens[len(first.tokens) :]) == tokenizer.encode_further(asked.text[len(first.text) :])
+    assert asked.text == f"{first.text}b|\n<user>{texts[1]}|\n<assistant>"
+
+
+@given(texts=st.lists(WORDS, min_size=3, max_size=3))
+def test_a_template_may_bring_the_space_before_an_answer(texts, plain):
+    tokenizer = with_template(plain, SPACED)
+    now = Conversation()
+    for i, text in enumerate(texts):
+        asked = now.ask(Request(str(i), SAMPLING, messages=messages_of([text])), tokenizer)
+        assert list(asked.tokens[: len(now.tokens)]) == list(now.tokens)
+        now = asked.answer(tuple(tokenizer.encode_further(" b b")), tokenizer)
+    assert now.text.count("[/INST] b b </s>") == len(texts) - 1
+
+
+@given(texts=st.lists(WORDS, min_size=1, max_size=5), ids=st.booleans())
+def test_prompts_are_added_as_they_stand(texts, ids, plain):
+    now, names = Conversation(), bytes_of(plain)
+    for i, text in enumerate(texts):
+        given = {"tokens": tuple(plain.encode_further(text))} if ids else {"prompt": text}
+        asked = now.ask(Request(str(i), SAMPLING, **given), plain)
+        new = asked.tokens[len(now.tokens) :]
+        if not ids and not i:
+            assert list(new) == plain.encode(text)
+        else:
+            assert b"".join(names[token] for token in new).decode() == text
+        now = asked.answer((), plain)
+
+
+@given(before=WORDS, text=WORDS)
+def test_a_text_that_goes_on_is_not_set_apart(before, text, plain):
+    tokens = [*plain.encode(before, add_special_tokens=False), *plain.encode_further(text)]
+    assert plain.decode(tokens) == (before + text if before else plain.decode(plain.encode_further(text)))
+
+
+def test_prompts_and_messages_do_not_mix(plain):
+    tokenizer = with_template(plain, BARE)
+    said = Request("1", SAMPLING, messages=messages_of(["a"]))
+    typed = Request("1", SAMPLING, prompt="a")
+    for first, then, names in ((said, typed, "messages"), (typed, said, "prompts")):
+        talked = Conversation().ask(first, tokenizer).answer((), tokenizer)
+        with pytest.raises(RequestError, match=f"begun with {names}"):
+            talked.ask(then, tokenizer)
+
+
+CONTEXT, MOST = 40, 3
+OPS = st.lists(
+    st.tuples(
+        st.sampled_from(["ask", "ask", "ask", "end", "last"]),
+        st.sampled_from("abcd"),
+        st.sampled_from([None, "x"]),
+        st.lists(st.integers(1, 9), max_size=12),
+        st.sampled_from([None, None, None, "internal"]),
+    ),
+    max_size=25,
+)
+
+
+@given(ops=OPS)
+def test_sessions_are_a_short_dictionary_of_what_was_used_last(ops, plain):
+    known = Conversations(plain, CONTEXT, most=MOST)
+    expected = OrderedDict()
+    for number, (what, session, client, tokens, fault) in enumerate(ops):
+        name = (client, session)
+        if what == "end":
+            assert known.end(session, client) == (expected.pop(name, None) is not None)
+            continue
+        given = {"tokens": tuple(tokens)} if what == "ask" or tokens else {}
+        request = Request(str(number), SAMPLING, session=session, client=client, end_session=what == "last", **given)
+        before = expected.get(name)
+        error = None if fault is None else RequestError(fault, "on purpose")
+        known.begin(request)
+        assert known.is_answering(request)
+        if not request.asks_nothing:
+            if before and len(before) + len(tokens) >= CONTEXT:
+                with pytest.raises(RequestError, match=f"has {len(before)} tokens") as caught:
+                    known.prompt(request)
+                error = caught.value
+            else:
+                assert known.prompt(request) == [*(before or []), *tokens]
+        done = Completion(request.id, "", (1, 2), "error" if error else "stop", error=error)
+        last = Chunk(request.id, 0, "", None, True, done)
+        assert known.settle(Chunk(request.id, 0, "a", 1)).completion is None
+        settled = known.settle(last).completion
+        assert not known.is_answering(request)
+        if not request.asks_nothing and error is None:
+            assert settled.turn >= 1
+            assert (settled.turn == 1) == (before is None)
+            expected[name] = [*(before or []), *tokens, 1, 2]
+        else:
+            assert settled == done
+        if name in expected:
+            expected.move_to_end(name)
+        if what == "last":
+            expected.pop(name, None)
+        while len(expected) > MOST:
+            expected.popitem(last=False)
+        for owner in (None, "x"):
+            mine = [(key[1], len(value)) for key, value in expected.items() if key[0] == owner]
+            assert list(known.lengths(owner).items()) == mine
+
+
+def test_a_session_that_is_answering_is_forgotten_once_it_is_done(plain):
+    known = Conversations(plain, CONTEXT)
+    for turn in itertools.count(1):
+        request = Request(str(turn), SAMPLING, tokens=(1, 2), session="a")
+        known.begin(request)
+        known.prompt(request)
+        assert known.lengths() == {"a": 3 * (turn - 1)}
+        if turn == 3:
+            assert known.end("a")
+            assert known.lengths() == {}
+        done = Completion(request.id, "", (3,), "stop")
+        assert known.settle(Chunk(request.id, 0, "", None, True, done)).completion.turn == turn
+        if turn == 3:
+            break
+    assert known.lengths() == {}
+    assert not known.end("a")
