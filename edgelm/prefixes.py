@@ -21,14 +21,15 @@ Read = Callable[[int, int], Piece]
 
 
 class _Node:
-    """Positions that follow those of the parent; the root has none."""
+    """Positions that follow those of the parent; the root has none. What is pinned has only pinned ancestors."""
 
-    __slots__ = ("children", "parent", "piece", "tokens", "used")
+    __slots__ = ("children", "is_pinned", "parent", "piece", "tokens", "used")
 
-    def __init__(self, tokens: Tokens, piece: Piece, parent: _Node | None) -> None:
+    def __init__(self, tokens: Tokens, piece: Piece, parent: _Node | None, *, is_pinned: bool = False) -> None:
         self.tokens = tokens
         self.piece = piece
         self.parent = parent
+        self.is_pinned = is_pinned
         self.used = 0
         self.children: dict[int, _Node] = {}
 
@@ -41,17 +42,24 @@ class Prefixes:
         self._root = _Node(np.zeros(0, np.int32), [], None)
         self._clock = 0
         self.tokens = 0
-        """Positions that are kept."""
+        """Positions that are kept, pinned ones not counted."""
 
-    def find(self, tokens: Tokens) -> list[Piece]:
+    def pin(self, tokens: Tokens, piece: Piece) -> None:
+        """Know a first sequence, int32 [n] with n > 0, for good: it takes no room, and its arrays are not copied."""
+        if self._root.children:
+            raise AssertionError("pinned before anything is kept")
+        self._root.children[int(tokens[0])] = _Node(tokens, piece, self._root, is_pinned=True)
+
+    def find(self, tokens: Tokens, *, pinned_only: bool = False) -> list[Piece]:
         """Return pieces that together are the longest known prefix of `tokens`, int32 [n]; none where none is known."""
-        passed = self._walk(tokens)
+        passed = [(node, shared) for node, shared in self._walk(tokens) if node.is_pinned or not pinned_only]
         self._use(node for node, _ in passed)
         return [[array[:, :shared] for array in node.piece] for node, shared in passed]
 
     def keep(self, tokens: Tokens, read: Read) -> None:
         """Keep a sequence, int32 [n], as far as there is room; `read` is asked for what is not known yet."""
-        tokens = np.array(tokens[: self._capacity], np.int32)
+        free = sum(shared for node, shared in self._walk(tokens) if node.is_pinned)
+        tokens = np.array(tokens[: free + self._capacity], np.int32)
         passed = self._walk(tokens)
         known = sum(shared for _, shared in passed)
         path = [node for node, _ in passed]
@@ -64,7 +72,8 @@ class Prefixes:
             self.tokens += len(tokens) - known
         self._use(path)
         while self.tokens > self._capacity:
-            self._drop(min((node for node in self._nodes() if not node.children), key=lambda node: node.used))
+            ends = (node for node in self._nodes() if not node.children and not node.is_pinned)
+            self._drop(min(ends, key=lambda node: node.used))
 
     def _use(self, nodes: Iterable[_Node]) -> None:
         self._clock += 1
@@ -87,11 +96,14 @@ class Prefixes:
         return passed
 
     def _split(self, node: _Node, at: int) -> _Node:
-        """Cut a node in two after `at` positions; return the first."""
-        head = _Node(node.tokens[:at].copy(), [array[:, :at].copy() for array in node.piece], node.parent)
+        """Cut a node in two after `at` positions; return the first. Copies let go of what is dropped later."""
+        first, second = ([array[:, part] for array in node.piece] for part in (slice(at), slice(at, None)))
+        if not node.is_pinned:
+            first, second = ([array.copy() for array in half] for half in (first, second))
+        head = _Node(node.tokens[:at].copy(), first, node.parent, is_pinned=node.is_pinned)
         if node.parent is not None:
             node.parent.children[int(head.tokens[0])] = head
-        node.tokens, node.piece = node.tokens[at:].copy(), [array[:, at:].copy() for array in node.piece]
+        node.tokens, node.piece = node.tokens[at:].copy(), second
         node.parent = head
         head.children[int(node.tokens[0])] = node
         return head

@@ -37,9 +37,9 @@ def keep(prefixes, tokens):
     return asked
 
 
-def found(prefixes, tokens):
+def found(prefixes, tokens, **options):
     """The length found; its arrays are checked."""
-    pieces = prefixes.find(np.array(tokens, np.int32))
+    pieces = prefixes.find(np.array(tokens, np.int32), **options)
     if not pieces:
         return 0
     joined = [np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True)]
@@ -50,7 +50,9 @@ def found(prefixes, tokens):
 
 
 def bytes_of(prefixes):
-    return sum(array.nbytes for node in prefixes._nodes() for array in (node.tokens, *node.piece))
+    """Of what is kept; what is pinned lies elsewhere."""
+    kept = [node for node in prefixes._nodes() if not node.is_pinned]
+    return sum(array.nbytes for node in kept for array in (node.tokens, *node.piece))
 
 
 def shared(one, other):
@@ -78,6 +80,25 @@ def test_it_never_outgrows_its_room_and_the_newest_is_there(kept, room):
         assert found(prefixes, tokens) == min(len(tokens), room)
         for other in kept:
             assert found(prefixes, other) <= len(other)
+
+
+@given(pinned=st.lists(st.integers(0, 2), min_size=1, max_size=12), kept=sequences, room=st.integers(0, 30))
+def test_what_is_pinned_stays_takes_no_room_and_is_not_copied(pinned, kept, room):
+    prefixes = cache_of(room)
+    arrays = piece_of(pinned, 0, len(pinned))
+    prefixes.pin(np.array(pinned, np.int32), arrays)
+    for tokens in kept:
+        known = shared(tokens, pinned)
+        assert all(start >= known for start, _ in keep(prefixes, tokens))
+        assert found(prefixes, tokens) == min(len(tokens), known + room)
+        assert bytes_of(prefixes) <= room * (TOKEN_BYTES + 4)
+        for other in kept:
+            assert found(prefixes, other, pinned_only=True) == shared(other, pinned)
+        for node in prefixes._nodes():
+            assert node.is_pinned == any(
+                np.shares_memory(one, other) for one, other in zip(node.piece, arrays, strict=True)
+            )
+    assert found(prefixes, pinned) == len(pinned)
 
 
 def test_what_was_not_used_for_longest_goes_first():
