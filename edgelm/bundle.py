@@ -12,10 +12,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal
 
 from edgelm.errors import BundleError, RequestError
+from edgelm.fields import check_type
 from edgelm.messages import SamplingParams
 
 SCHEMA: Final = 1
@@ -72,6 +72,18 @@ class File:
 
 
 @dataclass(frozen=True, slots=True)
+class StaticPrefix:
+    """Tokens that prompts are expected to begin with; `file` holds their keys and values (`edgelm.static_prefix`)."""
+
+    tokens: tuple[int, ...]
+    file: str
+    dtype: Literal["float32", "float16", "int8", "uint8"]
+    """Of the numbers in the file: the cache's."""
+    weights: str
+    """`Manifest.weights_digest` of the graph that computed them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything a runtime needs to know about a bundle before it opens the graph."""
 
@@ -98,6 +110,7 @@ class Manifest:
     via: Literal["native", "optimum"] = "native"
     long_from: int | None = None
     """A sequence longer than this looks up the second half of the rotary tables (LongRoPE)."""
+    prefix: StaticPrefix | None = None
     graph: str = "model.onnx"
     files: Mapping[str, File] = field(default_factory=dict)
     schema: int = SCHEMA
@@ -112,6 +125,12 @@ class Manifest:
     def digest(self) -> str:
         """SHA-256 (hex) of the manifest itself, which fixes every other file."""
         return hashlib.sha256(to_json(self).encode()).hexdigest()
+
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256 (hex) over those of the graph and its data, the files whose names begin with the graph's."""
+        names = sorted(name for name in self.files if name.startswith(self.graph))
+        return hashlib.sha256("\n".join(self.files[name].sha256 for name in names).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,44 +216,34 @@ def from_json(text: str, where: str) -> Manifest:
                 "matrices": tuple(Matrix(**matrix) for matrix in _entries(raw["matrices"])),
                 "eos_tokens": tuple(_entries(raw["eos_tokens"])),
                 "sampling": SamplingParams(**{**sampling, "stop": tuple(_entries(sampling["stop"]))}),
+                "prefix": _prefix(raw.get("prefix")),
                 "files": {_plain_name(name): File(**file) for name, file in raw["files"].items()},
                 "graph": _plain_name(raw["graph"]),
             }
         )
-        _check(manifest, Manifest, "the manifest")
+        check_type(manifest, Manifest, "the manifest")
     except (KeyError, TypeError, ValueError, AttributeError, RequestError) as error:
         raise BundleError(f"{where} is damaged: {type(error).__name__}: {error}") from error
     cache = manifest.cache
     if min(manifest.context, manifest.vocab_size, cache.layers, cache.kv_heads, cache.head_size) < 1:
         raise BundleError(f"{where} is damaged: a size is not positive")
+    if manifest.prefix is not None and not _fits(manifest.prefix, manifest):
+        raise BundleError(f"{where} is damaged: its static prefix is not one that this model can have")
     return manifest
 
 
-def _check(value: object, hint: Any, name: str) -> None:
-    """Raise TypeError unless a value is of the type that its field declares, all the way down."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        fits = isinstance(value, hint)
-        for field_name, inner in get_type_hints(hint).items() if fits else ():
-            _check(getattr(value, field_name), inner, field_name)
-    elif origin in (Union, UnionType):
-        fits = True
-        if value is not None:  # a union is always "X | None" here
-            _check(value, arguments[0], name)
-    elif origin is tuple and isinstance(value, tuple):
-        fits = True
-        for item in value:
-            _check(item, arguments[0], f"an entry of {name}")
-    elif origin is Mapping and isinstance(value, dict):
-        fits = True
-        for item in value.values():
-            _check(item, arguments[1], f"an entry of {name}")
-    elif origin is Literal:
-        fits = value in arguments
-    else:
-        fits = hint is Any or type(value) is hint or (hint is float and type(value) is int)
-    if not fits:
-        raise TypeError(f"{name} cannot be {value!r:.80}")
+def _prefix(raw: Any) -> StaticPrefix | None:
+    if raw is None:
+        return None
+    return StaticPrefix(**{**raw, "tokens": tuple(_entries(raw["tokens"]))})
+
+
+def _fits(prefix: StaticPrefix, manifest: Manifest) -> bool:
+    return (
+        prefix.file in manifest.files
+        and 1 <= len(prefix.tokens) < manifest.context
+        and all(0 <= token < manifest.vocab_size for token in prefix.tokens)
+    )
 
 
 def _entries(value: Any) -> list[Any]:
@@ -251,6 +260,11 @@ def _plain_name(name: str) -> str:
 
 
 def _verify(root: Path, manifest: Manifest, known: frozenset[str]) -> None:
+    if manifest.prefix is not None and manifest.prefix.weights != manifest.weights_digest:
+        raise BundleError(
+            f"{root / manifest.prefix.file}: the static prefix was computed with other weights than {manifest.graph};"
+            f" make it again with `edgelm prefix {root} FILE`, or go without: `edgelm prefix {root} --remove`"
+        )
     for required in (manifest.graph, "tokenizer.json"):
         if required not in manifest.files:
             raise BundleError(f"{root / MANIFEST} is damaged: it does not list {required}")

@@ -64,7 +64,7 @@ class Engine:
         self._running: list[Sequence] = []
         self._prefilling: Sequence | None = None
         self._cancelled: set[str] = set()
-        self._reuse = Reuse(self.session, bundle.manifest.cache, prefix_bytes)
+        self._reuse = Reuse(self.session, bundle, prefix_bytes)
         self._drafter = Drafter() if speculation else None
         self._ready: list[Chunk] = []
         """What the step so far has for clients: kept here so that a failure later in the step does not lose it."""

@@ -24,12 +24,7 @@ class Intake:
         self._context = context
         self._eos = frozenset(manifest.eos_tokens)
         self._grammar: Grammar | None = None
-        self.tokenizer = Tokenizer.from_file(
-            bundle.tokenizer,
-            chat_template=manifest.chat_template,
-            bos_token=manifest.special_tokens.get("bos_token"),
-            eos_token=manifest.special_tokens.get("eos_token"),
-        )
+        self.tokenizer = Tokenizer.of_bundle(bundle)
         self.conversations = Conversations(self.tokenizer, context)
 
     def open(self, request: Request, submitted: float) -> Sequence:

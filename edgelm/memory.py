@@ -34,6 +34,7 @@ class MemoryPlan:
     weights: int
     """As the kernels want them: codes, a scale and a sum in float32 for every block."""
     keys_and_values: int
+    static_prefix: int
     activations: int
     logits: int
     earlier_prompts: int
@@ -57,6 +58,7 @@ def plan_memory(manifest: Manifest, *, rows: int, context: int, prefix_bytes: in
         program=PROGRAM_BYTES,
         weights=sum(map(_packed_bytes, manifest.matrices)),
         keys_and_values=rows * context * manifest.cache.bytes_per_token(),
+        static_prefix=_prefix_bytes(manifest),
         # The widest output and its halves, what goes into the next matrix, the residuals.
         activations=FLOAT * chunk * (2 * widest + 4 * inputs),
         logits=FLOAT * manifest.vocab_size * (rows + GUESSES),
@@ -83,6 +85,10 @@ def check_memory(plan: MemoryPlan, limit_mb: int, *, rows: int, context: int) ->
 def _projections(manifest: Manifest) -> list[Matrix]:
     """Return the matrices inside the layers: those of the vocabulary's size never see a whole chunk."""
     return [matrix for matrix in manifest.matrices if matrix.rows != manifest.vocab_size]
+
+
+def _prefix_bytes(manifest: Manifest) -> int:
+    return 0 if manifest.prefix is None else manifest.files[manifest.prefix.file].bytes
 
 
 def _packed_bytes(matrix: Matrix) -> int:

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from edgelm.bundle import Cache
+from edgelm.bundle import Bundle
 from edgelm.prefixes import Prefixes
 from edgelm.sequence import Sequence
 from edgelm.session import Session
+from edgelm.static_prefix import map_prefix
 
 
 class Reuse:
-    """Moves key/value memory between a session's rows and a cache of at most `max_bytes`.
+    """Moves key/value memory between a session's rows and a cache of at most `max_bytes`, the static prefix beside it.
 
     Positions embedded for the original context and for LongRoPE's long one are kept apart: they do not fit each other.
     Where a model has both, each kind has half of the bytes.
     """
 
-    def __init__(self, session: Session, cache: Cache, max_bytes: int) -> None:
+    def __init__(self, session: Session, bundle: Bundle, max_bytes: int) -> None:
         self._session = session
+        cache = bundle.manifest.cache
         each = max_bytes if session.long_from is None else max_bytes // 2
         self._prefixes = {is_long: Prefixes(each, cache.bytes_per_token()) for is_long in (False, True)}
+        static = map_prefix(bundle)
+        if static is not None:
+            self._prefixes[False].pin(*static)
 
     def begin(self, sequence: Sequence) -> None:
         """Begin a sequence's row with what is known of its prompt; the last token's logits are always computed.
 
-        A seeded sequence is computed from its start: passes of other lengths round otherwise.
+        A seeded sequence begins with the static prefix at most, which is always there: what was asked before would
+        change the lengths of its passes, and so its rounding.
         """
         long_from = self._session.long_from
         sequence.is_long = long_from is not None and sequence.length > long_from
-        if sequence.is_seeded:
-            return
-        pieces = self._prefixes[sequence.is_long].find(sequence.history[: sequence.length - 1])
+        known, asked = self._prefixes[sequence.is_long], sequence.history[: sequence.length - 1]
+        pieces = known.find(asked, pinned_only=sequence.is_seeded)
         if pieces:
             self._session.begin_row(sequence.row, pieces)
             sequence.computed = sum(piece[0].shape[1] for piece in pieces)

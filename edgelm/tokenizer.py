@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgelm.bundle import Bundle
 from edgelm.chat import ChatTemplate
 from edgelm.detokenizer import StreamDecoder
 from edgelm.errors import BundleError, RequestError
@@ -73,6 +74,14 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise BundleError(f"{path}: not a tokenizer.json that we can read: {error}") from error
         return cls(inner, chat_template, bos_token, eos_token)
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> Tokenizer:
+        """Read a bundle's tokenizer, with its chat template. Raises `BundleError`."""
+        manifest = bundle.manifest
+        special = manifest.special_tokens
+        bos, eos = special.get("bos_token"), special.get("eos_token")
+        return cls.from_file(bundle.tokenizer, chat_template=manifest.chat_template, bos_token=bos, eos_token=eos)
 
     @property
     def vocab_size(self) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from edgelm.bundle import Cache
+
 from .rope import Rope
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -68,6 +70,11 @@ class Decoder:
     def padded_head_size(self) -> int:
         """Head size in the graph, a multiple of what the attention kernel takes."""
         return -(-self.head_size // HEAD_UNIT) * HEAD_UNIT
+
+    @property
+    def cache(self) -> Cache:
+        """Keys and values as the graph keeps them."""
+        return Cache("shared", len(self.layers), self.kv_heads, self.padded_head_size)
 
     @property
     def rotates_inside(self) -> bool:

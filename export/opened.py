@@ -11,6 +11,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from edgelm.errors import CheckpointError
+from edgelm.static_tokens import Opening, check_tokens, opening_tokens
 from edgelm.tokenizer import Tokenizer
 
 from . import metadata
@@ -28,7 +29,7 @@ class Opened:
     """What an export, a calibration and a comparison read.
 
     tokenizer_text: the bundle's tokenizer.json. vocabulary: what pruning kept, where it was asked for. adapter: the
-    name of the adapter merged into `weights`, where there is one.
+    name of the adapter merged into `weights`, where there is one. prefix: tokens of the static prefix.
     """
 
     checkpoint: Checkpoint
@@ -36,6 +37,7 @@ class Opened:
     tokenizer_text: str
     vocabulary: PrunedVocabulary | None = None
     adapter: str | None = None
+    prefix: tuple[int, ...] = ()
 
     @property
     def decoder(self) -> Decoder:
@@ -93,6 +95,21 @@ def pruned(model: Opened, text_file: str | Path, size: int) -> Opened:
         required=metadata.required_tokens(model.checkpoint),
     )
     return replace(with_rows(model, vocabulary.kept), tokenizer_text=vocabulary.tokenizer, vocabulary=vocabulary)
+
+
+def with_prefix(model: Opened, opening: Opening, context: int) -> Opened:
+    """Return the model with the static prefix that the bundle is to have. Raises `EdgelmError` where it cannot."""
+    special = metadata.special_tokens(model.checkpoint)
+    tokenizer = Tokenizer(
+        tokenizers.Tokenizer.from_str(model.tokenizer_text),
+        metadata.chat_template(model.checkpoint),
+        special.get("bos_token"),
+        special.get("eos_token"),
+    )
+    tokens = opening_tokens(opening, tokenizer)
+    d = model.decoder
+    check_tokens(tokens, context=context, vocab_size=d.vocab_size, long_from=d.long_from(context))
+    return replace(model, prefix=tuple(tokens))
 
 
 def with_rows(model: Opened, kept: NDArray[np.int64]) -> Opened:

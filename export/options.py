@@ -33,6 +33,7 @@ class Options:
     min_agreement: float | None = None
     max_bytes: int | None = None
     report: bool = False
+    prefix: str | Path | None = None
     via: Via = "native"
 
     def __post_init__(self) -> None:

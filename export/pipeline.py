@@ -9,8 +9,11 @@ from typing import Any
 
 from edgelm.bundle import MANIFEST, Bundle, open_bundle, seal
 from edgelm.errors import EdgelmError
+from edgelm.static_prefix import add_prefix
+from edgelm.static_tokens import Opening, opening_tokens, read_opening
+from edgelm.tokenizer import Tokenizer
 
-from .opened import Opened, open_model, pruned
+from .opened import Opened, open_model, pruned, with_prefix
 from .options import Options
 from .planning import Outline, make_plan
 from .progress import Progress, silent
@@ -66,6 +69,9 @@ def export(
         int4 export are upgraded until it is met.
     max_bytes
         Size that the bundle's files may have together.
+    prefix
+        A file of what prompts will begin with, text or messages: `edgelm.static_tokens`. Its keys and values become a
+        part of the bundle.
     report
         Whether to plot each matrix's error and size into report.svg.
     via
@@ -80,13 +86,18 @@ def export(
     """
     chosen = Options(**options)
     told = progress or silent
+    opening = None if chosen.prefix is None else read_opening(chosen.prefix)
     with staged(Path(out), force=force, replaceable=lambda path: (path / MANIFEST).is_file()) as stage:
         if chosen.via == "optimum":
             from .optimum import export_optimum  # heavy: torch, transformers
 
             export_optimum(checkpoint, stage, chosen, told)
         else:
-            _export(checkpoint, stage, chosen, told)
+            _export(checkpoint, stage, chosen, opening, told)
+        if opening is not None:
+            told("static prefix", 0, 1)
+            written = open_bundle(stage, verify=False)
+            add_prefix(written, opening_tokens(opening, Tokenizer.of_bundle(written)))
         size = open_bundle(stage, verify=False).bytes
         if chosen.max_bytes is not None and size > chosen.max_bytes:
             raise EdgelmError(f"the bundle has {size} bytes, --max-bytes allows {chosen.max_bytes}")
@@ -100,6 +111,8 @@ def outline(checkpoint: str | Path, *, progress: Progress | None = None, **optio
         raise EdgelmError("--dry-run does not go with --via optimum: only optimum's export shows what it will be")
     model = _open(checkpoint, chosen)
     length = choose_context(chosen.context, model.decoder.context)
+    if chosen.prefix is not None:
+        model = with_prefix(model, read_opening(chosen.prefix), length)
     told = progress or silent
     return make_plan(model, chosen, length, _calibration(model, chosen, length, told), told)[1]
 
@@ -120,9 +133,11 @@ def _open(checkpoint: str | Path, options: Options) -> Opened:
     return pruned(model, options.vocab, options.vocab_size)
 
 
-def _export(checkpoint: str | Path, stage: Path, options: Options, progress: Progress) -> None:
+def _export(checkpoint: str | Path, stage: Path, options: Options, opening: Opening | None, progress: Progress) -> None:
     model = _open(checkpoint, options)
     length = choose_context(options.context, model.decoder.context)
+    if opening is not None:
+        model = with_prefix(model, opening, length)
     documents = _calibration(model, options, length, progress, stage)
     measured = _measured(model, options, length)
     plan, outline = make_plan(model, options, length, documents, progress)

@@ -119,7 +119,7 @@ def _room(model: Opened, plan: Plan, max_bytes: int, context: int) -> int:
     """Return the bytes that are left for matrices. Raises `EdgelmError` where there are none."""
     others = _size(model, plan, context) - sum(matrix.bytes() for matrix in _matrices(model, plan)) + SLACK
     if others >= max_bytes:
-        raise EdgelmError(f"--max-bytes {max_bytes}: tokenizer, norms, tables and graph take {others} already")
+        raise EdgelmError(f"--max-bytes {max_bytes}: tokenizer, norms, tables, graph and prefix take {others} already")
     return max_bytes - others
 
 
@@ -144,7 +144,8 @@ def _size(model: Opened, plan: Plan, context: int) -> int:
             constants.add_shape(name, dtype, shape)
     graph = DecoderGraph(model.weights, matrices, context, Nodes(constants)).build()
     vocabulary = 0 if model.vocabulary is None else len(json.dumps(model.vocabulary.kept.tolist()))
-    return constants.bytes + int(graph.ByteSize()) + len(model.tokenizer_text.encode()) + vocabulary
+    prefix = len(model.prefix) * model.decoder.cache.bytes_per_token()
+    return constants.bytes + int(graph.ByteSize()) + len(model.tokenizer_text.encode()) + vocabulary + prefix
 
 
 def _first(documents: Sequence[Document], tokens: int) -> list[Document]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgelm.bundle import Cache, Manifest
+from edgelm.bundle import Manifest
 
 from . import metadata
 from .decoder import Decoder
@@ -63,7 +63,7 @@ def _manifest(model: Opened, quant: Quant, context: int, store: MatrixStore) -> 
         architecture=str(checkpoint.config["model_type"]),
         context=context,
         vocab_size=d.vocab_size,
-        cache=Cache("shared", len(d.layers), d.kv_heads, d.padded_head_size),
+        cache=d.cache,
         quant=quant if len({matrix.bits for matrix in matrices}) == 1 else "mixed",
         matrices=matrices,
         bos_token=model.bos_token,

@@ -14,7 +14,7 @@ from typing import Any
 from edgelm.bundle import Bundle
 from edgelm.cli.extras import reach
 from edgelm.cli.progress import Progress
-from edgelm.cli.tables import outline_table, quality_table
+from edgelm.cli.tables import outline_table, prefix_text, quality_table
 from edgelm.errors import UsageError
 
 EXAMPLES = """\
@@ -47,6 +47,7 @@ OPTIONS = (
     "min_agreement",
     "max_bytes",
     "report",
+    "prefix",
     "via",
 )
 """Arguments that `edgelm_export.export` takes by the same name."""
@@ -104,6 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--vocab", metavar="FILE", help="text of the domain: keep only the tokens it needs most")
     model.add_argument("--vocab-size", type=int, metavar="N", help="how many")
     model.add_argument(
+        "--prefix",
+        metavar="FILE",
+        help="what prompts begin with, text or a JSON list of messages: computed once, kept in the bundle",
+    )
+    model.add_argument(
         "--via",
         choices=["native", "optimum"],
         default="native",
@@ -157,6 +163,7 @@ def _facts(bundle: Bundle, seconds: float) -> Mapping[str, Any]:
         "context": manifest.context,
         "vocabulary": manifest.vocabulary,
         "quality": manifest.quality,
+        "prefix_tokens": 0 if manifest.prefix is None else len(manifest.prefix.tokens),
         "digest": manifest.digest,
         "seconds": round(seconds, 2),
     }
@@ -179,6 +186,8 @@ def _summary(bundle: Bundle, seconds: float) -> str:
                 f"careful: {v['text_tokens_lost']} of the text's {v['text_tokens_before']} tokens are now spelled in"
                 f" others, which the model knows less well; --vocab-size {v['sufficient_size']} keeps them all"
             )
+    if m.prefix is not None:
+        lines.append(f"static prefix: {prefix_text(bundle)}")
     if m.quality is not None:
         lines.append(quality_table(m.quality))
     return "\n".join(lines)

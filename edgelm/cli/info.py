@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from edgelm.bundle import Bundle, Manifest, open_bundle
-from edgelm.cli.tables import quality_table
+from edgelm.cli.tables import prefix_text, quality_table
 from edgelm.memory import PREFIX_CACHE_MB, MemoryPlan, plan_memory
 
 
@@ -85,6 +85,7 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
         ("", f"keys and values {cache} bytes a token, {cache * m.context / 1e6:.1f} MB a full request"),
         ("sampling", ", ".join(f"{name} {value}" for name, value in sampling.items()) or "greedy"),
         ("chat template", "yes" if m.chat_template else "no"),
+        ("prefix", prefix_text(bundle) or "none"),
         *_quality_rows(m),
         ("made with", ", ".join(f"{name} {version}" for name, version in m.made_with.items())),
         ("digest", m.digest),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
-from edgelm.bundle import Matrix
+from edgelm.bundle import Bundle, Matrix
+
+SHOWN: Final = 60
+"""Characters of a static prefix that are shown."""
 
 
 def quality_table(quality: Mapping[str, Any]) -> str:
@@ -20,6 +23,19 @@ def quality_table(quality: Mapping[str, Any]) -> str:
         ("same likeliest token", "", f"{100 * quality['top1_agreement']:.2f} %", f"of {quality['tokens']} positions"),
     ]
     return "\n".join(f"{a:<22} {b:>10} {c:>10}  {d}".rstrip() for a, b, c, d in rows)
+
+
+def prefix_text(bundle: Bundle) -> str | None:
+    """Return what a bundle's static prefix is, in one line; None where it has none."""
+    prefix = bundle.manifest.prefix
+    if prefix is None:
+        return None
+    from edgelm.tokenizer import Tokenizer
+
+    said = " ".join(Tokenizer.of_bundle(bundle).decode(prefix.tokens).split())
+    size = bundle.manifest.files[prefix.file].bytes
+    shown = said if len(said) <= SHOWN else f"{said[:SHOWN]}..."
+    return f"{len(prefix.tokens)} tokens, {size / 1e6:.2f} MB: {shown!r}"
 
 
 def outline_table(outline: Any) -> str:

@@ -223,3 +223,19 @@ def test_the_gate_measures_against_optimums_own_float32_graph(checkpoint, tmp_pa
             checkpoint("gpt2"), tmp_path / "none", quant="int4", via="optimum", verify=text, max_kl=1e-6
         )
     assert not (tmp_path / "none").exists()
+
+
+def test_a_static_prefix(checkpoint, gpt2, tmp_path):
+    import edgelm_export
+
+    opening = tmp_path / "opening.txt"
+    opening.write_text("Once upon a time there was a little girl", encoding="utf-8")
+    made = edgelm_export.export(checkpoint("gpt2"), tmp_path / "out", quant="fp32", via="optimum", prefix=opening)
+    prefix = list(made.manifest.prefix.tokens)
+    for following in PROMPTS:
+        prompt = [*prefix, *following]
+        expected = gpt2.generate(tokens=prompt, max_tokens=8, ignore_eos=True, seed=0)
+        for mb in (0, 64):
+            with edgelm.load(tmp_path / "out", threads=1, max_batch=1, prefix_cache_mb=mb) as model:
+                done = model.generate(tokens=prompt, max_tokens=8, ignore_eos=True)
+            assert (done.tokens, done.usage.cached_tokens) == (expected.tokens, len(prefix))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import families
 import pytest
 
 import edgelm
+from edgelm.bundle import open_bundle
+from edgelm.errors import EdgelmError
+from edgelm.static_prefix import add_prefix
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -87,3 +92,18 @@ def test_a_conversation_goes_on_beyond_the_original_context(tmp_path, export_to_
     assert second.usage.cached_tokens == len(prompt) + 7  # computed anew when the answer outgrew 64 positions
     with edgelm.load(bundle, threads=1, max_batch=1, prefix_cache_mb=0, speculation=False) as model:
         assert model.generate(tokens=longer, max_tokens=8, ignore_eos=True).tokens == second.tokens
+
+
+def test_a_static_prefix_is_for_the_original_context(tmp_path, export_to_cache):
+    bundle = families.make("phi3", longrope(8), tmp_path, export_to_cache)[1]
+    prompt = families.random_prompt(200, 200)
+    with edgelm.load(bundle, threads=1, max_batch=1, prefix_cache_mb=0, speculation=False) as model:
+        expected = [model.generate(tokens=prompt[:n], max_tokens=8, ignore_eos=True).tokens for n in (40, 60, 64, 65)]
+    shutil.copytree(bundle, tmp_path / "prefixed")
+    with pytest.raises(EdgelmError, match="has 64 tokens; the context leaves room for 63"):
+        add_prefix(open_bundle(tmp_path / "prefixed"), prompt[:64])
+    add_prefix(open_bundle(tmp_path / "prefixed"), prompt[:63])
+    with edgelm.load(tmp_path / "prefixed", threads=1, max_batch=1, speculation=False) as model:
+        found = [model.generate(tokens=prompt[:n], max_tokens=8, ignore_eos=True, seed=0) for n in (40, 60, 64, 65)]
+    assert [done.tokens for done in found] == expected
+    assert [done.usage.cached_tokens for done in found] == [39, 59, 63, 0]

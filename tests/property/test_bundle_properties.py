@@ -11,7 +11,19 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from edgelm.bundle import MANIFEST, SCHEMA, Cache, Manifest, Matrix, from_json, open_bundle, seal, to_json
+from edgelm.bundle import (
+    MANIFEST,
+    SCHEMA,
+    Cache,
+    File,
+    Manifest,
+    Matrix,
+    StaticPrefix,
+    from_json,
+    open_bundle,
+    seal,
+    to_json,
+)
 from edgelm.errors import BundleError
 from edgelm.messages import RANGES, SamplingParams
 
@@ -67,10 +79,23 @@ manifests = st.builds(
     via=st.sampled_from(["native", "optimum"]),
     graph=names,
 )
+
+
+@st.composite
+def prefixed(draw):
+    """A manifest with a static prefix, whose file it lists."""
+    manifest = draw(manifests)
+    context, vocab_size = manifest.context + 1, manifest.vocab_size  # a token may follow
+    tokens = draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=min(context - 1, 20)).map(tuple))
+    dtype = draw(st.sampled_from(["float32", "float16", "int8", "uint8"]))
+    prefix = StaticPrefix(tokens, draw(names), dtype, draw(words))
+    return dataclasses.replace(manifest, context=context, prefix=prefix, files={prefix.file: File(0, "")})
+
+
 EXAMPLE = Manifest("llama", 64, 100, Cache("shared", 2, 1, 16), "int4", (), 1, (2,), 1000, {"layers": 2})
 
 
-@given(manifest=manifests)
+@given(manifest=manifests | prefixed())
 def test_a_manifest_comes_back_as_it_was_written(manifest):
     text = to_json(manifest)
     assert from_json(text, "manifest.json") == manifest

@@ -15,14 +15,14 @@ from edgelm.cli.extras import extra_of
 
 REPO = Path(__file__).resolve().parents[2]
 FLOORS = [
-    {"_version", "errors", "textfile"},
+    {"_version", "errors", "fields", "textfile"},
     {"messages"},
     {"bundle", "config", "tasks", "measure", "hardware", "divergence", "windows"},
     {"boardcache", "chat", "detokenizer", "drafts", "grammar", "kv", "memory", "prefixes", "sampling"},
     {"tuning", "tokenizer", "growing"},
-    {"graphs"},
+    {"graphs", "static_tokens"},
     {"session"},
-    {"sequence", "conversations"},
+    {"sequence", "static_prefix", "conversations"},
     {"reuse", "intake", "scoring"},
     {"engine"},
     {"worker"},
@@ -84,7 +84,9 @@ def test_rooms_import_from_floors_below(path):
 
 
 @pytest.mark.parametrize(
-    ("folder", "top"), [("export", "session"), ("devices", "mqtt")], ids=["export-below-engine", "devices-below-cli"]
+    ("folder", "top"),
+    [("export", "static_prefix"), ("devices", "mqtt")],
+    ids=["export-below-engine", "devices-below-cli"],
 )
 def test_the_other_packages_stay_below_their_floor(folder, top):
     for path in sources(folder):

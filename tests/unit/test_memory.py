@@ -26,7 +26,7 @@ prefixes = st.integers(0, 10**9)
 def test_the_text_adds_up_to_what_is_compared(rows, context, prefix):
     plan = plan_memory(MANIFEST, rows=rows, context=context, prefix_bytes=prefix)
     *parts, total = (float(number) for number in re.findall(r"[\d.]+", str(plan)))
-    assert len(parts) == 6
+    assert len(parts) == 7
     assert sum(parts) == pytest.approx(total, abs=0.4)
     assert total == pytest.approx(plan.total / 1e6, abs=0.06)
     assert plan.keys_and_values == rows * context * MANIFEST.cache.bytes_per_token()

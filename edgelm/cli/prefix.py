@@ -1,0 +1,64 @@
+"""`edgelm prefix`: what prompts begin with, computed once and kept in the bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from edgelm.bundle import BUILTIN, Bundle, open_bundle
+from edgelm.cli.tables import prefix_text
+from edgelm.errors import EdgelmError, UsageError
+from edgelm.static_tokens import opening_tokens, read_opening
+from edgelm.tokenizer import Tokenizer
+
+EPILOG = """\
+examples:
+  edgelm prefix smollm2/ system.json     messages: [{"role": "system", "content": "Answer in one sentence."}]
+  edgelm prefix smollm2/ examples.txt    text, used as it is: prompts are to begin with the same characters
+  edgelm prefix smollm2/ --remove
+
+A running service keeps the prefix that it was started with.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory")
+    parser.add_argument("file", metavar="FILE", nargs="?", help="text, or a JSON list of messages; replaces any other")
+    parser.add_argument("--remove", action="store_true", help="take the bundle's prefix out")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Add, replace or remove a bundle's static prefix."""
+    if (args.file is None) != args.remove:
+        raise UsageError("give either FILE, what prompts begin with, or --remove")
+    if args.bundle == BUILTIN:
+        raise EdgelmError("the built-in model stays as it is; copy its directory and name the copy")
+    changed = _removed(args.bundle) if args.remove else _added(args.bundle, args.file, args.threads)
+    prefix = changed.manifest.prefix
+    if args.json:
+        size = 0 if prefix is None else changed.manifest.files[prefix.file].bytes
+        tokens = 0 if prefix is None else len(prefix.tokens)
+        facts = {"bundle": str(changed.path), "tokens": tokens, "bytes": size, "digest": changed.manifest.digest}
+        print(json.dumps(facts))
+    else:
+        print(f"{changed.path}: static prefix: {prefix_text(changed) or 'none'}")
+    return 0
+
+
+def _added(path: str, file: str, threads: int | None) -> Bundle:
+    from edgelm.static_prefix import add_prefix, open_bare
+
+    opening = read_opening(file)
+    bundle = open_bare(path)
+    return add_prefix(bundle, opening_tokens(opening, Tokenizer.of_bundle(bundle)), threads=threads)
+
+
+def _removed(path: str) -> Bundle:
+    from edgelm.static_prefix import remove_prefix
+
+    return remove_prefix(open_bundle(path, verify=False))
