@@ -41,7 +41,7 @@ LOG: Final = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What an entry depends on: what it is, the bundle's digest, the runtime's version, the processor."""
+    """What an entry depends on: what it is, the bundle's weights by their digest, the runtime, the processor."""
 
     kind: str
     bundle: str

@@ -42,7 +42,7 @@ LOG: Final = logging.getLogger(__name__)
 
 def cache_key(bundle: Bundle, kind: str) -> Key:
     """Return what identifies something made from a bundle by this onnxruntime on this processor."""
-    return Key(kind, bundle.manifest.digest, ort.__version__, this_cpu())
+    return Key(kind, bundle.manifest.weights_digest, ort.__version__, this_cpu())
 
 
 def open_verified(path: str | Path, cache: BoardCache | None) -> Bundle:
