@@ -159,20 +159,25 @@ class Engine:
             entry = next((it for it in self._waiting if not self.conversations.is_answering(it.request)), None)
             if entry is None:
                 return
-            self._waiting.remove(entry)
             self.conversations.begin(entry.request)
-            if entry.request.asks_nothing:
-                self._ready.append(entry.end("stop"))
-                continue
-            try:
-                sequence = self._intake.open(entry.request, entry.submitted)
-            except RequestError as error:
-                self._ready.append(entry.end("error", error))
+            sequence = self._open(entry)
+            self._waiting.remove(entry)  # not before: were opening it to break the step, it would get no final
+            if sequence is None:
                 continue
             sequence.row = len(self._running)
             self._prefilling = sequence
             if not self._show(sequence, sequence.start()):
                 self._reuse.begin(sequence)
+
+    def _open(self, entry: Waiting) -> Sequence | None:
+        """Return a request's sequence, or None for one that ends here: with an error, or because it asks nothing."""
+        try:
+            if not entry.request.asks_nothing:
+                return self._intake.open(entry.request, entry.submitted)
+            self._ready.append(entry.end("stop"))
+        except RequestError as error:
+            self._ready.append(entry.end("error", error))
+        return None
 
     def _prefill(self) -> None:
         """Compute the next chunk of the prompt that is being read; after its end, sample the first token."""

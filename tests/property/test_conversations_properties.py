@@ -114,6 +114,7 @@ def test_a_template_may_bring_the_space_before_an_answer(texts, plain):
         asked = now.ask(Request(str(i), SAMPLING, messages=messages_of([text])), tokenizer)
         assert list(asked.tokens[: len(now.tokens)]) == list(now.tokens)
         now = asked.answer(tuple(tokenizer.encode_further(" b b")), tokenizer)
+        assert now.messages[-1]["content"] == " b b"
     assert now.text.count("[/INST] b b </s>") == len(texts) - 1
 
 

@@ -140,6 +140,21 @@ def test_requests_of_one_session_are_answered_one_after_another(asked, twins):
     assert together.conversations.lengths() == {name: in_turn.conversations.lengths()[name] for name, _ in asked}
 
 
+def test_a_request_that_breaks_the_step_gets_its_final_and_leaves_its_session_free(twins, monkeypatch):
+    engine = twins[0]
+    engine.conversations.end("a")
+    sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+    assert run(engine, [Request("1", sampling, tokens=(5,), session="a")])["1"].turn == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._intake, "open", lambda *_: 1 // 0)
+        engine.add(Request("2", sampling, tokens=(5,), session="a"), time.monotonic())
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    (final,) = engine.fail_all(RequestError("internal", "the step failed"))
+    assert (final.id, final.completion.finish_reason, final.completion.turn) == ("2", "error", None)
+    assert run(engine, [Request("3", sampling, tokens=(5,), session="a")])["3"].turn == 2
+
+
 @pytest.fixture(scope="module")
 def lm(float32_bundle):
     with edgelm.load(float32_bundle, threads=1, max_batch=2) as loaded:
