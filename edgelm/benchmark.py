@@ -104,22 +104,9 @@ def benchmark(
 
     Raises `EdgelmError` when prompt and answer do not fit the context, or a number is not positive.
     """
-    for name, value in (
-        ("prompt tokens", prompt_tokens),
-        ("new tokens", new_tokens),
-        ("repeat", repeat),
-        *(("batch", b) for b in batches),
-    ):
-        if value < 1:
-            raise EdgelmError(f"{name} must be at least 1, got {value}")
     start = time.perf_counter()
-    bundle = open_verified(path, cache)
+    bundle = open_measured(path, prompt_tokens, new_tokens, batches, repeat, cache)
     count = best_tuning(bundle, threads, cache).threads
-    if prompt_tokens + new_tokens > bundle.manifest.context:
-        raise EdgelmError(
-            f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit the context of"
-            f" {bundle.manifest.context}"
-        )
     session = open_session(bundle, rows=max(batches), threads=threads, context=prompt_tokens + new_tokens, cache=cache)
     load_s = time.perf_counter() - start
     rounds = {
@@ -133,6 +120,27 @@ def benchmark(
     bandwidth = memory_bandwidth_gb_s(count)
     runs = [_summary(bundle, batch, prompt_tokens, new_tokens, rounds[batch], bandwidth) for batch in batches]
     return Report(count, bandwidth, load_s, _sampler_us(bundle.manifest.vocab_size), memory, tuple(runs))
+
+
+def open_measured(
+    path: str, prompt_tokens: int, new_tokens: int, batches: Sequence[int], repeat: int, cache: BoardCache | None
+) -> Bundle:
+    """Open a bundle that is to be measured so. Raises `EdgelmError` as `benchmark` does."""
+    for name, value in (
+        ("prompt tokens", prompt_tokens),
+        ("new tokens", new_tokens),
+        ("repeat", repeat),
+        *(("batch", b) for b in batches),
+    ):
+        if value < 1:
+            raise EdgelmError(f"{name} must be at least 1, got {value}")
+    bundle = open_verified(path, cache)
+    if prompt_tokens + new_tokens > bundle.manifest.context:
+        raise EdgelmError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit the context of"
+            f" {bundle.manifest.context}"
+        )
+    return bundle
 
 
 def _counted(repeat: int, number: int, of: int, progress: Callable[[str, int, int], None] | None) -> Iterator[int]:

@@ -64,30 +64,38 @@ def best_tuning(bundle: Bundle, threads: int | None, cache: BoardCache | None) -
     return known or Tuning(default_threads())
 
 
-def open_graph(bundle: Bundle, tuning: Tuning, cache: BoardCache | None = None) -> ort.InferenceSession:
+def open_graph(
+    bundle: Bundle, tuning: Tuning, cache: BoardCache | None = None, profile: Path | None = None
+) -> ort.InferenceSession:
     """Load a bundle's graph, through the cache where there is one.
 
-    Raises `BundleError` when onnxruntime refuses the graph, and `EdgelmError` when `threads` is out of range.
+    With `profile` every run is profiled, into a file whose path begins so; `end_profiling` writes it and returns its
+    name. Raises `BundleError` when onnxruntime refuses the graph, and `EdgelmError` when `threads` is out of range.
     """
     if tuning.threads > cores():
         LOG.warning("%d threads on %d cores: more threads than cores make it slower", tuning.threads, cores())
     if cache is not None and _is_worth_it(bundle):
-        graph = _packed(bundle, tuning, cache)
+        graph = _packed(bundle, tuning, cache, profile)
         if graph is not None:
             return graph
-    return _checked(bundle, tuning)
+    return _checked(bundle, tuning, profile)
 
 
 def load_graph(
-    model: str | bytes, threads: int, *, spin: bool = True, save_to: Path | None = None
+    model: str | bytes,
+    threads: int,
+    *,
+    spin: bool = True,
+    save_to: Path | None = None,
+    profile: Path | None = None,
 ) -> ort.InferenceSession:
     """Load an ONNX model, from a file or from its bytes, on the CPU.
 
     `spin` lets idle threads wait actively: quicker for one graph, ruinous for several that take turns. `save_to` is a
-    directory that gets the optimized graph with its packed weights. Raises `EdgelmError` when `threads` is out of
-    range, and whatever onnxruntime raises for the model.
+    directory that gets the optimized graph with its packed weights, `profile` how a profile's path begins. Raises
+    `EdgelmError` when `threads` is out of range, and whatever onnxruntime raises for the model.
     """
-    options = _options(Tuning(threads, spin))
+    options = _options(Tuning(threads, spin), profile)
     if save_to is not None:
         options.optimized_model_filepath = str(save_to / PACKED)
         for name, value in (
@@ -106,7 +114,7 @@ def load_graph(
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _options(tuning: Tuning) -> ort.SessionOptions:
+def _options(tuning: Tuning, profile: Path | None = None) -> ort.SessionOptions:
     if not 1 <= tuning.threads <= 256:
         raise EdgelmError(f"threads must lie in [1, 256], got {tuning.threads}")
     options = ort.SessionOptions()
@@ -115,12 +123,15 @@ def _options(tuning: Tuning) -> ort.SessionOptions:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     return options
 
 
-def _checked(bundle: Bundle, tuning: Tuning) -> ort.InferenceSession:
+def _checked(bundle: Bundle, tuning: Tuning, profile: Path | None) -> ort.InferenceSession:
     try:
-        return load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin)
+        return load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin, profile=profile)
     except EdgelmError:
         raise
     except Exception as error:  # onnxruntime raises types of its own, unrelated to each other
@@ -139,12 +150,12 @@ def _is_worth_it(bundle: Bundle) -> bool:
     return bundle.bytes >= WORTH_BYTES and bundle.manifest.cache.kind == "shared"
 
 
-def _packed(bundle: Bundle, tuning: Tuning, cache: BoardCache) -> ort.InferenceSession | None:
+def _packed(bundle: Bundle, tuning: Tuning, cache: BoardCache, profile: Path | None) -> ort.InferenceSession | None:
     """Load what was packed before, or pack it now; return None where the cache cannot keep it."""
     key = cache_key(bundle, "weights")
     entry = cache.find(key)
     if entry is not None and UNUSABLE not in entry.note:
-        graph = _mapped(entry, tuning)
+        graph = _mapped(entry, tuning, profile)
         if graph is not None:
             return graph
         cache.drop(key)
@@ -153,7 +164,7 @@ def _packed(bundle: Bundle, tuning: Tuning, cache: BoardCache) -> ort.InferenceS
         entry = cache.make(key, GROWTH * bundle.bytes, lambda folder: _pack(bundle, tuning, folder))
         if entry is not None and UNUSABLE in entry.note:
             LOG.warning("the weights of %s stay in private memory: %s", bundle.path, entry.note[UNUSABLE])
-    return _mapped(entry, tuning) if entry is not None and UNUSABLE not in entry.note else None
+    return _mapped(entry, tuning, profile) if entry is not None and UNUSABLE not in entry.note else None
 
 
 def _pack(bundle: Bundle, tuning: Tuning, folder: Path) -> Mapping[str, Any]:
@@ -179,17 +190,17 @@ def _pack(bundle: Bundle, tuning: Tuning, folder: Path) -> Mapping[str, Any]:
     return note
 
 
-def _mapped(entry: Entry, tuning: Tuning) -> ort.InferenceSession | None:
+def _mapped(entry: Entry, tuning: Tuning, profile: Path | None) -> ort.InferenceSession | None:
     try:
-        return _load_packed(entry.path, tuning)
+        return _load_packed(entry.path, tuning, profile)
     except Exception as error:  # noqa: BLE001  whatever onnxruntime dislikes about it: the bundle itself is there
         LOG.warning("%s in the board cache is not used: %s", entry.path, _reason(error))
         return None
 
 
-def _load_packed(folder: Path, tuning: Tuning) -> ort.InferenceSession:
+def _load_packed(folder: Path, tuning: Tuning, profile: Path | None = None) -> ort.InferenceSession:
     """Load a graph that is optimized already."""
-    options = _options(tuning)
+    options = _options(tuning, profile)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(str(folder / PACKED), options, providers=["CPUExecutionProvider"])
 

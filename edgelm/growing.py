@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
@@ -61,6 +62,9 @@ class Graph(Protocol):
 
     def run_with_iobinding(self, iobinding: Binding) -> None:
         """Compute the outputs."""
+
+    def end_profiling(self) -> str:
+        """Write the profile and return its file."""
 
 
 @dataclass(slots=True)
@@ -118,6 +122,10 @@ class GrowingSession:
         """See `Session`."""
         whole = [np.concatenate(parts, axis=1)[None] for parts in zip(*pieces, strict=True)]
         self._rows[row] = _Row(whole[0].shape[2], whole)
+
+    def end_profile(self) -> Path:
+        """See `Session`."""
+        return Path(self._graph.end_profiling())
 
     def _run(self, row: int, tokens: NDArray[np.int64], start: int, *, every: bool) -> NDArray[np.float32]:
         """Compute tokens int64 [n] at positions [start, start + n); keep the row's new past; return [r, V]."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,6 +56,9 @@ class Session(Protocol):
     def begin_row(self, row: int, pieces: Sequence[Piece]) -> None:
         """Begin a row with what `read_row` returned, one piece after the other."""
 
+    def end_profile(self) -> Path:
+        """Write what was profiled and return the file. Only where the session was opened with `profile`."""
+
 
 def open_session(
     bundle: Bundle,
@@ -64,6 +68,7 @@ def open_session(
     spin: bool | None = None,
     context: int | None = None,
     cache: BoardCache | None = None,
+    profile: Path | None = None,
 ) -> Session:
     """Load a bundle's graph on the CPU.
 
@@ -81,6 +86,8 @@ def open_session(
         Positions a row can hold, at most the bundle's.
     cache
         Where weights packed for this board are kept; without it they are packed into private memory.
+    profile
+        Profile every run, which slows them, into a file whose path begins so.
 
     Raises
     ------
@@ -96,7 +103,7 @@ def open_session(
     tuning = best_tuning(bundle, threads, cache)
     if spin is not None:
         tuning = dataclasses.replace(tuning, spin=spin)
-    graph = open_graph(bundle, tuning, cache)
+    graph = open_graph(bundle, tuning, cache, profile)
     if bundle.manifest.cache.kind == "growing":
         from edgelm.growing import GrowingSession
 
@@ -172,6 +179,10 @@ class SharedSession:
         for piece in pieces:
             self._kv.write(row, start, piece)
             start += piece[0].shape[1]
+
+    def end_profile(self) -> Path:
+        """See `Session`."""
+        return Path(self._graph.end_profiling())
 
     def _bind(self, row: int, count: int) -> ort.IOBinding:
         """Bind rows of the buffers as past and present alike."""

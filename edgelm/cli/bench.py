@@ -6,14 +6,17 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Final
 
 from edgelm.benchmark import Report, benchmark
 from edgelm.boardcache import BoardCache
 from edgelm.cli.flags import add_cache_flag
+from edgelm.cli.profile_table import profile_table
 from edgelm.cli.progress import Progress
 from edgelm.errors import UsageError
+from edgelm.profiler import DECODE_STEPS, Profile, profile
 from edgelm.tuner import Trial, tune
 
 BUSY: Final = 0.5
@@ -31,17 +34,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tune", action="store_true", help="try thread settings instead; the best is what later runs take"
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="where a step's time goes instead: onnxruntime's profile of --repeat prefills of one prompt and of"
+        f" {DECODE_STEPS} steps (at most --new-tokens) of each --batch, by operator and by layer, beside the same"
+        " steps not profiled",
+    )
     add_cache_flag(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object of medians")
+    parser.add_argument("--json", action="store_true", help="print one JSON object of medians, or of the profile")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and show."""
     cache = BoardCache.default() if args.cache is not False else None
+    if args.tune and args.profile:
+        raise UsageError("--tune and --profile measure different things: name one of them")
     if args.tune:
         return _tune(args, cache)
+    measure: Callable[..., Report | Profile] = profile if args.profile else benchmark
     with Progress() as progress:
-        report = benchmark(
+        report = measure(
             args.bundle,
             prompt_tokens=args.prompt_tokens,
             new_tokens=args.new_tokens,
@@ -51,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
             repeat=args.repeat,
             progress=progress,
         )
-    print(json.dumps(report.to_dict()) if args.json else _table(report))
+    text = profile_table(report) if isinstance(report, Profile) else _table(report)
+    print(json.dumps(report.to_dict()) if args.json else text)
     return 0
 
 

@@ -239,3 +239,17 @@ def test_a_static_prefix(checkpoint, gpt2, tmp_path):
             with edgelm.load(tmp_path / "out", threads=1, max_batch=1, prefix_cache_mb=mb) as model:
                 done = model.generate(tokens=prompt, max_tokens=8, ignore_eos=True)
             assert (done.tokens, done.usage.cached_tokens) == (expected.tokens, len(prefix))
+
+
+def test_a_step_is_profiled_by_operator_alone(bundle_of, run):
+    sizes = ["--prompt-tokens", 5, "--new-tokens", 2, "--repeat", 1, "--threads", 1, "--batch", 2]
+    code, out, err = run("bench", bundle_of("gpt2", "int8"), *sizes, "--profile", "--no-cache")
+    assert (code, err) == (0, "")
+    assert out.count("by operator only") == 2
+    assert "MatMulNBits" in out
+    code, out, err = run("bench", bundle_of("gpt2", "int8"), *sizes, "--profile", "--no-cache", "--json")
+    assert (code, err) == (0, "")
+    prefill, decode = json.loads(out)["phases"]
+    assert (prefill["layers"], decode["layers"]) == (None, None)
+    once, twice = (sum(row["nodes"] for row in phase["operators"]) for phase in (prefill, decode))
+    assert twice == 2 * once  # rows are decoded one after the other

@@ -18,7 +18,7 @@ FLOORS = [
     {"_version", "errors", "fields", "textfile"},
     {"messages"},
     {"bundle", "config", "tasks", "measure", "hardware", "divergence", "windows"},
-    {"boardcache", "chat", "detokenizer", "drafts", "grammar", "kv", "memory", "prefixes", "sampling"},
+    {"boardcache", "chat", "detokenizer", "drafts", "grammar", "kv", "memory", "prefixes", "profile", "sampling"},
     {"tuning", "tokenizer", "growing"},
     {"graphs", "static_tokens"},
     {"session"},
@@ -28,6 +28,7 @@ FLOORS = [
     {"worker"},
     {"model"},
     {"evaluation", "benchmark", "tuner"},
+    {"profiler"},
     {"mqtt"},
     {"cli"},
 ]

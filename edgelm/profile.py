@@ -1,0 +1,250 @@
+"""onnxruntime's profile of a graph's runs, folded by operator and by layer.
+
+Pure: events in, tables out. Knows how `edgelm export` names nodes; knows nothing of sessions, files or text.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Final
+
+from edgelm.bundle import Manifest, Matrix
+
+PRODUCTS: Final = {"MatMulNBits", "MatMul", "Gemm", "FusedMatMul", "FusedGemm"}
+SUFFIX: Final = "_kernel_time"
+LAYER: Final = re.compile(r"layer\.(\d+)\.")
+EMBEDDING: Final = re.compile(r"(embedded|embedding|hidden)(\W|$)")
+LAYER_PART: Final = re.compile(r"layer \d+$")
+HEAD: Final = re.compile(r"(logits|head|final)(\W|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One execution of a node. `us` leaves out what nodes inside it took (branches, loops)."""
+
+    name: str
+    operator: str
+    us: float
+    shape: tuple[int, int, int] | None = None
+    """(M, K, N) of a product [M, K] x [K, N] with a constant matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a graph: its time, and its nodes in the order in which they began."""
+
+    us: float
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """Nodes of one operator, products with matrices of one shape and width by themselves; all figures a step."""
+
+    operator: str
+    shape: tuple[int, int] | None
+    """(K, N) of the matrix."""
+    bits: int | None
+    nodes: float
+    us: float
+    bytes: float
+    """Bytes of the matrices that were read: codes, zero points, and scales in float32, as they are in memory."""
+    operations: float
+    """Multiplications and additions of the products."""
+
+    @property
+    def us_each(self) -> float:
+        """Microseconds a node."""
+        return self.us / self.nodes
+
+    @property
+    def gb_s(self) -> float | None:
+        """Bytes of matrices a second, in GB (10^9); None where nothing was read or no time was seen."""
+        return self.bytes / self.us / 1e3 if self.bytes and self.us else None
+
+    @property
+    def gflop_s(self) -> float | None:
+        """Operations of products a second, in 10^9; None as with `gb_s`."""
+        return self.operations / self.us / 1e3 if self.operations and self.us else None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What of a step one part of the model takes: `embedding`, `layer 0`, `layer 1`, ..., `head`."""
+
+    name: str
+    nodes: float
+    us: float
+    operators: tuple[str, ...]
+    """The operators of its first run, in order: layers with the same ones are alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Means over the steps that were folded. The `us` of the operators add up to `nodes_us`, those of the parts too."""
+
+    run_us: float
+    nodes_us: float
+    operators: tuple[Operator, ...]
+    """Longest first."""
+    parts: tuple[Part, ...] | None
+    """In the order of the model; None where the nodes' names do not tell every layer."""
+
+    def share(self, us: float) -> float:
+        """Return a part of the nodes' time, in [0, 1]."""
+        return us / self.nodes_us if self.nodes_us else 0.0
+
+
+def runs_of(events: Iterable[Mapping[str, Any]]) -> list[Run]:
+    """Return the runs that a profile tells of, in their order; events may come in any order.
+
+    events: what onnxruntime's profile holds, dictionaries with `cat`, `name`, `ts` and `dur` in us, `args`. Nodes
+    outside every run are left out.
+    """
+    spans: list[tuple[float, float]] = []
+    nodes: list[tuple[float, float, Node]] = []
+    for event in events:
+        if event.get("cat") == "Session" and event["name"] == "model_run":
+            spans.append((event["ts"], event["dur"]))
+        elif event.get("cat") == "Node" and event["name"].endswith(SUFFIX):
+            nodes.append((event["ts"], event["dur"], _node(event)))
+    spans.sort()
+    starts = [start for start, _ in spans]
+    found: list[list[Node]] = [[] for _ in spans]
+    for start, node in _alone(nodes):
+        run = bisect_right(starts, start) - 1
+        if run >= 0 and start <= starts[run] + spans[run][1]:
+            found[run].append(node)
+    return [Run(us, tuple(inner)) for (_, us), inner in zip(spans, found, strict=True)]
+
+
+def fold(steps: Sequence[Sequence[Run]], manifest: Manifest) -> Fold:
+    """Fold steps of at least one run each into means a step.
+
+    `manifest` tells the sizes of matrices, how many layers there are, and whether the names of nodes are ours.
+    """
+    count = len(steps)
+    runs = [run for step in steps for run in step]
+    weights = _Weights(manifest.matrices)
+    sums: dict[tuple[str, tuple[int, int] | None, int | None], list[float]] = {}
+    for node in (node for run in runs for node in run.nodes):
+        shape, bits, size = weights.read_by(node)
+        entry = sums.setdefault((node.operator, shape, bits), [0, 0.0, 0.0, 0.0])
+        operations = 2.0 * math.prod(node.shape) if node.shape and shape else 0.0
+        for at, value in enumerate((1, node.us, size, operations)):
+            entry[at] += value
+    operators = [Operator(*key, *(value / count for value in entry)) for key, entry in sums.items()]
+    operators.sort(key=lambda each: (-each.us, each.operator, each.shape or ()))
+    nodes_us = math.fsum(node.us for run in runs for node in run.nodes) / count
+    parts = _parts(runs, count, manifest.cache.layers) if manifest.via == "native" else None
+    return Fold(math.fsum(run.us for run in runs) / count, nodes_us, tuple(operators), parts)
+
+
+def alike(parts: Sequence[Part]) -> list[list[Part]]:
+    """Return parts in their order, neighbouring layers of the same operators together."""
+    groups = groupby(parts, lambda part: part.operators if LAYER_PART.match(part.name) else part.name)
+    return [list(group) for _, group in groups]
+
+
+def part_of(name: str, layers: int) -> str | None:
+    """Return the part of the model that a node's name tells: `embedding`, `layer 3`, `head`, or None."""
+    found = LAYER.match(name)
+    if found is not None:  # bundles of old named the last norm like one layer more
+        return f"layer {int(found[1])}" if int(found[1]) < layers else "head"
+    return "embedding" if EMBEDDING.match(name) else "head" if HEAD.match(name) else None
+
+
+def _parts(runs: Sequence[Run], count: int, layers: int) -> tuple[Part, ...] | None:
+    """Sum by part; a node whose name tells none belongs where the node before it does."""
+    names = ["embedding", *(f"layer {i}" for i in range(layers)), "head"]
+    nodes, us = dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
+    operators: dict[str, list[str]] = {name: [] for name in names}
+    told = set()
+    for number, run in enumerate(runs):
+        part = names[0]
+        for node in run.nodes:
+            own = part_of(node.name, layers)
+            if own is not None:
+                part = own
+                told.add(own)
+            nodes[part] += 1
+            us[part] += node.us
+            if number == 0:
+                operators[part].append(node.operator)
+    if not told >= set(names[1:-1]):
+        return None
+    return tuple(Part(name, nodes[name] / count, us[name] / count, tuple(operators[name])) for name in names)
+
+
+class _Weights:
+    """Which matrix a node reads: by the node's name, else by the shape where only one kind of matrix has it."""
+
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        self._by_name = {matrix.name: matrix for matrix in matrices}
+        if "embedding" in self._by_name:
+            self._by_name.setdefault("head", self._by_name["embedding"])
+        self._by_shape: dict[tuple[int, int], list[Matrix]] = {}
+        for matrix in matrices:
+            self._by_shape.setdefault((matrix.columns, matrix.rows), []).append(matrix)
+
+    def read_by(self, node: Node) -> tuple[tuple[int, int] | None, int | None, float]:
+        """Return (K, N), bits a weight, and bytes in memory of the matrix; (None, None, 0) for what reads none."""
+        if node.shape is None:
+            return None, None, 0.0
+        shape = node.shape[1:]
+        if shape not in self._by_shape:
+            return None, None, 0.0
+        name = "head" if node.name == "logits" else node.name.removesuffix(".out").removesuffix(".out.product")
+        named = self._by_name.get(name)
+        if named is not None and (named.columns, named.rows) == shape:
+            return shape, named.bits, _bytes(named)
+        candidates = self._by_shape[shape]
+        bits = {matrix.bits for matrix in candidates}
+        mean = math.fsum(map(_bytes, candidates)) / len(candidates)
+        return shape, bits.pop() if len(bits) == 1 else None, mean
+
+
+def _bytes(matrix: Matrix) -> int:
+    """Bytes in memory, where scales are float32 whatever they are on disk."""
+    return replace(matrix, scale_bits=32).bytes()
+
+
+def _node(event: Mapping[str, Any]) -> Node:
+    args = event["args"]
+    operator = args["op_name"]
+    shape = _product(args) if operator in PRODUCTS else None
+    return Node(event["name"].removesuffix(SUFFIX), operator, event["dur"], shape)
+
+
+def _product(args: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Return (M, K, N) where the second factor is a matrix; a kernel that repacked it does not list it."""
+    inputs, outputs = ([_dims(each) for each in args.get(f"{side}_type_shape", ())] for side in ("input", "output"))
+    if not inputs or not outputs or not inputs[0] or not outputs[0] or any(len(dims) > 2 for dims in inputs[1:2]):
+        return None
+    *rows, columns = inputs[0]
+    return math.prod(rows), columns, outputs[0][-1]
+
+
+def _dims(typed: Mapping[str, Sequence[int]]) -> Sequence[int]:
+    """Read one entry of a list of shapes: {"float": [1, 64]} -> [1, 64]."""
+    return next(iter(typed.values()), ())
+
+
+def _alone(nodes: list[tuple[float, float, Node]]) -> Iterator[tuple[float, Node]]:
+    """Yield nodes by their start, each without what began inside it."""
+    nodes.sort(key=lambda each: (each[0], -each[1]))
+    own = [us for _, us, _ in nodes]
+    open_: list[int] = []
+    for at, (start, us, _) in enumerate(nodes):
+        while open_ and start >= nodes[open_[-1]][0] + nodes[open_[-1]][1]:
+            open_.pop()
+        if open_:
+            own[open_[-1]] -= us
+        open_.append(at)
+    for (start, _, node), us in zip(nodes, own, strict=True):
+        yield start, node if us == node.us else replace(node, us=max(us, 0.0))

@@ -1,0 +1,196 @@
+"""A profile folded: whatever the events, nothing is lost, counted twice or moved."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from edgelm.bundle import Cache, Manifest, Matrix
+from edgelm.profile import LAYER_PART, Run, alike, fold, part_of, runs_of
+from edgelm.profiler import _phase, _Timed, middle
+
+LAYERS = 3
+MATRICES = (
+    Matrix("embedding", 64, 32, 4, 16, scale_bits=16),
+    *(Matrix(f"layer.{i}.qkv", 48, 32, 8 if i else 4, 32, scale_bits=16) for i in range(LAYERS)),
+    Matrix("layer.0.down", 32, 96, 32),
+)
+INSIDE = [f"layer.{i}.{part}" for i in range(LAYERS) for part in ("attention.out", "mlp.normed", "gated", "qkv.out")]
+NAMES = ["embedded", "hidden", *INSIDE, "attention.chosen", "Sigmoid_7", "final.normed", "logits"]
+OPERATORS = ["MatMulNBits", "MatMul", "Mul", "GroupQueryAttention", "If"]
+SHAPES = [(32, 64), (32, 48), (96, 32), (5, 7)]
+
+
+def manifest(via="native"):
+    return Manifest(
+        architecture="any",
+        context=64,
+        vocab_size=64,
+        cache=Cache("shared", LAYERS, 1, 8),
+        quant="mixed",
+        matrices=MATRICES,
+        bos_token=None,
+        eos_tokens=(),
+        parameters=1,
+        shapes={},
+        via=via,
+    )
+
+
+@st.composite
+def profiles(draw):
+    """Runs as onnxruntime tells of them, one after the other: events, outermost time and nodes of each run."""
+    at, events, expected = draw(st.integers(0, 50)), [], []
+
+    def node(start, us):
+        rows, (columns, width) = draw(st.integers(1, 9)), draw(st.sampled_from(SHAPES))
+        args = {"op_name": draw(st.sampled_from(OPERATORS)), "node_index": "0"}
+        args["input_type_shape"] = [{"float": [1, rows, columns]}]
+        args["output_type_shape"] = [{"float": [1, rows, width]}]
+        name = f"{draw(st.sampled_from(NAMES))}_kernel_time"
+        events.append({"cat": "Node", "name": name, "ts": start, "dur": us, "args": args})
+
+    for _ in range(draw(st.integers(1, 5))):
+        begun, busy, count = at, 0, 0
+        at += draw(st.integers(0, 5))
+        for us in draw(st.lists(st.integers(0, 400), max_size=12)):
+            node(at, us)
+            count, busy = count + 1, busy + us
+            if us > 2 and draw(st.booleans()):  # a branch: its nodes run inside this one
+                node(at + 1, us - 2)
+                count += 1
+            at += us + draw(st.integers(1, 9))
+        span = {"cat": "Session", "ts": begun, "dur": at - begun, "args": {}}
+        events.append({**span, "name": "SequentialExecutor::Execute"})
+        events.append({**span, "name": "model_run"})
+        expected.append((at - begun, busy, count))
+        at += draw(st.integers(1, 40))
+    events.append({"cat": "Session", "name": "session_initialization", "ts": 0, "dur": 3, "args": {}})
+    return events, expected
+
+
+@given(profiles())
+def test_every_node_is_in_its_run_once(profile):
+    events, expected = profile
+    runs = runs_of(events)
+    assert [(run.us, len(run.nodes)) for run in runs] == [(us, count) for us, _, count in expected]
+    for run, (us, busy, _) in zip(runs, expected, strict=True):
+        assert sum(node.us for node in run.nodes) == busy <= us  # what ran inside a node is not counted twice
+
+
+@given(profiles(), st.randoms(use_true_random=False))
+def test_the_order_of_events_does_not_matter(profile, random):
+    events, _ = profile
+    shuffled = list(events)
+    random.shuffle(shuffled)
+    starts = [event["ts"] for event in events if event["cat"] == "Node"]
+    assume(len(set(starts)) == len(starts))
+    assert runs_of(shuffled) == runs_of(events)
+
+
+@given(profiles())
+def test_nodes_outside_every_run_are_left_out(profile):
+    events, _ = profile
+    end = max(event["ts"] + event["dur"] for event in events)
+    last = next(event for event in reversed(events) if event["name"] == "model_run")
+    later = {"cat": "Node", "name": "x_kernel_time", "ts": end + 1, "dur": 2, "args": {"op_name": "Mul"}}
+    assert last["ts"] + last["dur"] <= end
+    assert runs_of([*events, later]) == runs_of(events)
+
+
+@given(profiles(), st.sampled_from(["native", "optimum"]), st.integers(1, 2))
+def test_sums_are_conserved(profile, via, runs_a_step):
+    events, expected = profile
+    runs = runs_of(events)
+    steps = [runs[at : at + runs_a_step] for at in range(0, len(runs), runs_a_step)]
+    folded = fold(steps, manifest(via))
+    count = len(steps)
+    assert count * folded.run_us == pytest.approx(sum(us for us, _, _ in expected))
+    assert count * folded.nodes_us == pytest.approx(sum(busy for _, busy, _ in expected))
+    tables = [folded.operators, *([folded.parts] if folded.parts else [])]
+    for table in tables:
+        assert count * sum(each.nodes for each in table) == pytest.approx(sum(nodes for *_, nodes in expected))
+        assert sum(each.us for each in table) == pytest.approx(folded.nodes_us)
+        shares = [folded.share(each.us) for each in table]
+        assert all(0 <= share <= 1 for share in shares)
+        assert math.fsum(shares) == pytest.approx(1 if folded.nodes_us else 0)
+    assert list(folded.operators) == sorted(folded.operators, key=lambda each: -each.us)
+    keys = [(each.operator, each.shape, each.bits) for each in folded.operators]
+    assert len(set(keys)) == len(keys)
+
+
+@given(profiles())
+def test_bytes_are_those_of_the_matrices_in_memory(profile):
+    runs = runs_of(profile[0])
+    folded = fold([[run] for run in runs], manifest())
+    total = 0.0
+    for node in (node for run in runs for node in run.nodes):
+        if node.operator not in ("MatMulNBits", "MatMul") or node.shape[1:] == (5, 7):
+            continue
+        layer = node.name.split(".")[1] if node.name.endswith(".qkv.out") else ""
+        if node.shape[1:] == (32, 64):  # codes, and 2 scales of 4 bytes a row
+            total += 64 * (16 + 2 * 4)
+        elif node.shape[1:] == (96, 32):
+            total += 4 * 96 * 32
+        else:  # a name tells which; without one it is the mean of the three
+            sizes = [48 * (bits * 32 // 8 + 4) for bits in (4, 8, 8)]
+            total += sizes[int(layer)] if layer else sum(sizes) / 3
+    assert len(runs) * sum(each.bytes for each in folded.operators) == pytest.approx(total)
+
+
+@given(profiles())
+def test_parts_are_the_models_in_its_order_or_none(profile):
+    runs = runs_of(profile[0])
+    told = {part_of(node.name, LAYERS) for run in runs for node in run.nodes}
+    layers = [f"layer {i}" for i in range(LAYERS)]
+    parts = fold([[run] for run in runs], manifest()).parts
+    assert (parts is None) == (not told >= set(layers))
+    if parts is None:
+        return
+    assert [part.name for part in parts] == ["embedding", *layers, "head"]
+    groups = alike(parts)
+    assert [part for group in groups for part in group] == list(parts)
+    for group in groups:
+        assert len({part.operators for part in group}) == 1
+        assert len(group) == 1 or all(LAYER_PART.match(part.name) for part in group)
+
+
+@given(st.integers(0, 200), st.integers(1, 120), st.sampled_from(["qkv.out", "attention.out/Fused", "gate", "normed"]))
+def test_a_name_tells_its_layer(layer, layers, rest):
+    expected = f"layer {layer}" if layer < layers else "head"
+    assert part_of(f"layer.{layer}.{rest}", layers) == expected
+    assert part_of(f"/model/layers.{layer}/{rest}", layers) is None
+    assert part_of(f"player.{layer}.{rest}", layers) is None
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1))
+def test_the_middle_half_surrounds_the_median(times):
+    kept = middle(times)
+    assert kept == sorted(set(kept))
+    assert len(times) - 2 * (len(times) // 4) == len(kept) >= 1
+    least, most = min(times[i] for i in kept), max(times[i] for i in kept)
+    below, above = (sum(time < least for time in times), sum(time > most for time in times))
+    assert max(below, above) <= len(times) // 4
+
+
+def test_a_profile_without_runs_has_none():
+    assert runs_of([]) == []
+    assert fold([[Run(7.0, ())]], manifest()).share(0.0) == 0.0
+
+
+@given(st.lists(st.lists(st.integers(1, 900), min_size=1, max_size=3), min_size=2, max_size=20), st.data())
+def test_a_step_is_folded_with_its_own_runs(times, data):
+    runs = max(map(len, times))  # each step has so many; what is around its runs takes 10 us
+    times = [[*step, *[1] * (runs - len(step))] for step in times]
+    skipped = data.draw(st.integers(0, len(times) - 1))
+    walls = [sum(step) + 10.0 for step in times[skipped:]]
+    timed = _Timed("decode", 2, 1, 5, runs, skipped, walls)
+    following = iter([*(Run(us, ()) for step in times for us in step), Run(7.0, ())])
+    phase = _phase(timed, timed, following, manifest())
+    assert phase.outside_us == pytest.approx(10)
+    assert phase.between_us == phase.fold.run_us
+    assert phase.plain_us == phase.step_us
+    assert next(following).us == 7  # the next phase begins where this one ends

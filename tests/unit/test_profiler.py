@@ -1,0 +1,125 @@
+"""`edgelm bench --profile` on real bundles: the table, the object, the files it leaves, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+
+import pytest
+
+from edgelm import profiler
+from edgelm.bundle import open_bundle
+from edgelm.profile import PRODUCTS
+
+SIZES = ["--prompt-tokens", 20, "--new-tokens", 5, "--repeat", 2, "--threads", 1, "--no-cache"]
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """The folder that temporary files go to."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(params=["bundle", "builtin"])
+def profiled(request):
+    return "builtin" if request.param == "builtin" else str(request.getfixturevalue("bundle"))
+
+
+def test_json_adds_up(profiled, run, scratch):
+    code, out, err = run("bench", profiled, *SIZES, "--profile", "--batch", "1,3", "--json")
+    assert (code, err) == (0, "")
+    printed = json.loads(out)
+    assert {"threads", "memory_bandwidth_gb_s", "phases"} <= set(printed)
+    phases = printed["phases"]
+    assert [(phase["phase"], phase["batch"], phase["steps"]) for phase in phases] == [
+        ("prefill", 1, 2),
+        ("decode", 1, 5),
+        ("decode", 3, 5),
+    ]
+    layers = open_bundle(profiled).manifest.cache.layers
+    for phase in phases:
+        for table in (phase["operators"], phase["layers"]):
+            assert sum(row["us"] for row in table) == pytest.approx(phase["nodes_us"], abs=0.1)
+            assert sum(row["share"] for row in table) == pytest.approx(1, abs=1e-3)
+        assert phase["nodes_us"] + phase["between_us"] == pytest.approx(phase["run_us"], abs=0.1)
+        assert phase["run_us"] + phase["outside_us"] == pytest.approx(phase["step_us"], abs=0.1)
+        assert min(phase[name] for name in ("nodes_us", "between_us", "outside_us", "plain_us")) > 0
+        assert [row["part"] for row in phase["layers"]] == ["embedding", *(f"layer {i}" for i in range(layers)), "head"]
+    assert list(scratch.iterdir()) == []
+
+
+def test_every_layer_has_its_products(profiled):
+    manifest = open_bundle(profiled).manifest
+    found = profiler.profile(profiled, prompt_tokens=20, new_tokens=3, repeat=1, threads=1)
+    for phase in found.phases:
+        _, *layers, head = phase.fold.parts
+        for part in layers:
+            assert sum(operator in PRODUCTS for operator in part.operators) == 4, part  # qkv, output, gate_up, down
+        assert sum(operator in PRODUCTS for operator in head.operators) == 1
+        read = [each for each in phase.fold.operators if each.bytes]
+        assert sum(each.nodes for each in read) == 4 * manifest.cache.layers + 1
+        named = {(matrix.columns, matrix.rows, matrix.bits) for matrix in manifest.matrices}
+        assert {(*each.shape, each.bits) for each in read} <= named
+
+
+def test_a_long_prompt_is_one_pass_of_several_runs(bundle):
+    context = open_bundle(bundle).manifest.context
+    tokens = min(300, context - 3)
+    (prefill, decode) = profiler.profile(str(bundle), prompt_tokens=tokens, new_tokens=3, repeat=1, threads=1).phases
+    runs = -(-tokens // profiler.PREFILL_CHUNK)
+    nodes = sum(each.nodes for each in decode.fold.operators)
+    assert sum(each.nodes for each in prefill.fold.operators) == runs * nodes
+    assert (prefill.tokens, decode.context) == (tokens, tokens)
+
+
+def test_the_table_names_what_it_shows(profiled, run):
+    code, out, err = run("bench", profiled, *SIZES, "--profile")
+    assert (code, err) == (0, "")
+    for text in ("prefill of 20 tokens, 2 passes", "decode of 1 at 20 tokens, 5 steps", "GroupQueryAttention", "GB/s"):
+        assert text in out
+    for text in (
+        "all nodes",
+        "between the nodes",
+        "outside the graph",
+        "not profiled",
+        "by layer",
+        "embedding",
+        "head",
+    ):
+        assert out.count(text) == 2, text
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [(["--batch", "0"], 1), (["--new-tokens", "0"], 1), (["--prompt-tokens", "999999"], 1), (["--tune"], 2)],
+    ids=str,
+)
+def test_sizes_that_make_no_sense_are_refused(options, code, bundle, run):
+    ended, out, err = run("bench", bundle, "--profile", *options)
+    assert (ended, out) == (code, "")
+    assert "internal error" not in err
+
+
+def test_a_profile_that_is_cut_short_is_an_error(bundle, run, scratch, monkeypatch):
+    whole = profiler.runs_of
+    monkeypatch.setattr(profiler, "runs_of", lambda events: whole(events)[:-1])
+    code, out, err = run("bench", bundle, *SIZES, "--profile")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "holds 10 of 11 runs" in err  # 3 prefills and 8 steps
+    assert list(scratch.iterdir()) == []
+
+
+def test_an_interrupted_profile_leaves_no_file(bundle, scratch, monkeypatch):
+    def interrupt(*_):
+        assert [file.name[:4] for file in next(scratch.iterdir()).iterdir()] == ["runs"]  # onnxruntime has begun it
+        raise KeyboardInterrupt
+
+    decode = profiler._decode
+    monkeypatch.setattr(
+        profiler, "_decode", lambda session, *rest: interrupt() if any(scratch.iterdir()) else decode(session, *rest)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        profiler.profile(str(bundle), prompt_tokens=4, new_tokens=1, repeat=1, threads=1)
+    assert list(scratch.iterdir()) == []
