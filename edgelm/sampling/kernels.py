@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from edgelm.sampling.ranking import BLOCK, best_rank, gather_top_k, jit, key_of, rank_of, sort, token_of
+from edgelm.sampling.compiled import jit
+from edgelm.sampling.ranking import BLOCK, best_rank, gather_top_k, key_of, rank_of, sort, token_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

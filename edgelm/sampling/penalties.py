@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelm.sampling.ranking import jit
+from edgelm.sampling.compiled import jit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -6,14 +6,13 @@ filter keeps a prefix of one strict order. Knows nothing of probabilities.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from numba import njit
+
+from edgelm.sampling.compiled import jit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     Bits = NDArray[np.int32]
@@ -23,23 +22,6 @@ BLOCK: Final = 64
 """Tokens looked at together, where most blocks can be skipped at once."""
 MINUS_INF: Final = -0x7F800000
 """The rank of a logit of -inf."""
-
-
-def jit(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile for one signature when the module is imported, without the GIL, cached on disk where that can be.
-
-    No fast-math flag is set: contraction and reassociation would make machines differ in the last bit, and nnan and
-    ninf would break the -inf of masked logits.
-    """
-
-    def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            compiled: Callable[..., Any] = njit(signature, cache=True, nogil=True)(function)
-        except RuntimeError:  # no directory to write the cache to: compile at every start
-            compiled = njit(signature, nogil=True)(function)
-        return compiled
-
-    return compile_function
 
 
 @jit("int64(int32)")

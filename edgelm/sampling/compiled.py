@@ -1,0 +1,80 @@
+"""Compiling kernels with Numba, once for this board.
+
+Numba keeps what it compiled by processor, its own version and the source's time of change; here that lies in the board
+cache, where a system-wide installation can write too, and a file torn by a power cut is made again instead of ending
+the program.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from numba import config, njit
+
+from edgelm.boardcache import BoardCache
+
+FOLDER: Final = "kernels"
+"""Below the board cache."""
+
+LOG: Final = logging.getLogger(__name__)
+
+_torn: list[Path] = []
+"""Where a damaged file was found and said: once a process."""
+
+
+def jit(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile for one signature when the module is imported, without the GIL, cached on disk where that can be.
+
+    No fast-math flag is set: contraction and reassociation would make machines differ in the last bit, and nnan and
+    ninf would break the -inf of masked logits.
+    """
+
+    def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
+        with _kept_in(BoardCache.default().folder / FOLDER):
+            try:
+                return _compile(signature, function)
+            except RuntimeError:  # no directory to write to: compile at every start
+                return _plain(signature, function)
+            except Exception:  # noqa: BLE001  whatever unpickling half a file raises
+                _remove_kept(function)
+                try:
+                    return _compile(signature, function)
+                except Exception:  # noqa: BLE001  the damaged file cannot be removed
+                    return _plain(signature, function)
+
+    return compile_function
+
+
+def _compile(signature: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = njit(signature, cache=True, nogil=True)(function)
+    return compiled
+
+
+def _plain(signature: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = njit(signature, nogil=True)(function)
+    return compiled
+
+
+@contextmanager
+def _kept_in(folder: Path) -> Iterator[None]:
+    """Have Numba keep what it compiles in a folder, and other users of Numba in this process have it as they set it."""
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(folder)
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
+
+
+def _remove_kept(function: Callable[..., Any]) -> None:
+    """Remove what Numba keeps of a function, and say so once."""
+    folder = Path(njit(cache=True)(function).stats.cache_path)
+    if folder not in _torn:
+        _torn.append(folder)
+        LOG.warning("a compiled kernel in %s is damaged; it is compiled again", folder)
+    for file in folder.glob(f"*.{function.__name__}-*.nb?"):
+        file.unlink(missing_ok=True)

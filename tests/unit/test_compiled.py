@@ -1,0 +1,67 @@
+"""Kernels are compiled once for the board, and again when what was kept is damaged; never is a program the poorer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from edgelm.sampling.compiled import FOLDER
+
+SAMPLE = """
+import logging, numpy as np
+logging.basicConfig(format="%(message)s")
+from edgelm.sampling import ranking
+print(ranking.rank_of(np.int32(5)), *ranking.rank_of.stats.cache_hits.values())
+"""
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def sample(cache, **more):
+    environment = {**os.environ, "EDGELM_CACHE_DIR": str(cache), **more}
+    done = subprocess.run([sys.executable, "-c", SAMPLE], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    rank, *hits = map(int, done.stdout.split())
+    assert rank == 5
+    return sum(hits) > 0, done.stderr
+
+
+def test_a_kernel_is_compiled_once(cache):
+    assert sample(cache) == (False, "")
+    assert list((cache / FOLDER).rglob("ranking.rank_of-*.nbi"))
+    assert sample(cache) == (True, "")
+
+
+@pytest.mark.parametrize("ending", ["nbi", "nbc"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_half_a_file_is_compiled_again_and_said_once(cache, ending, share):
+    sample(cache)
+    for file in (cache / FOLDER).rglob(f"*.{ending}"):
+        content = file.read_bytes()
+        file.write_bytes(content[: int(share * len(content))])
+    hit, said = sample(cache)
+    assert not hit
+    assert said.count("is damaged") == 1, said
+    assert sample(cache) == (True, "")
+
+
+def test_a_folder_that_cannot_be_written_costs_time_only(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    _, said = sample(tmp_path / "file")
+    assert said == ""
+    sample(tmp_path / "file")
+
+
+def test_other_users_of_numba_keep_their_own_place():
+    from numba import config
+
+    from edgelm.sampling import ranking
+
+    assert ranking is not None
+    assert FOLDER not in str(config.CACHE_DIR)
