@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from statistics import median
 from typing import Any, Final
 
 from edgelm.bundle import Manifest, Matrix
@@ -81,19 +83,25 @@ class Part:
     nodes: float
     us: float
     operators: tuple[str, ...]
-    """The operators of its first run, in order: layers with the same ones are alike."""
+    """The operators of its nodes, in order: layers with the same ones are alike."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Means over the steps that were folded. The `us` of the operators add up to `nodes_us`, those of the parts too."""
+    """A typical step. The `us` of the operators add up to `nodes_us`, and those of the parts."""
 
-    run_us: float
     nodes_us: float
+    between_us: float
+    """Median of what the graph's runs took beside their nodes."""
     operators: tuple[Operator, ...]
     """Longest first."""
     parts: tuple[Part, ...] | None
     """In the order of the model; None where the nodes' names do not tell every layer."""
+
+    @property
+    def run_us(self) -> float:
+        """The graph's runs: the nodes, and what lies between them."""
+        return self.nodes_us + self.between_us
 
     def share(self, us: float) -> float:
         """Return a part of the nodes' time, in [0, 1]."""
@@ -124,25 +132,26 @@ def runs_of(events: Iterable[Mapping[str, Any]]) -> list[Run]:
 
 
 def fold(steps: Sequence[Sequence[Run]], manifest: Manifest) -> Fold:
-    """Fold steps of at least one run each into means a step.
+    """Fold at least one step of at least one run each into a typical one: every node takes its median over the steps.
 
+    A node that one step was interrupted in does not look slow so. One that not every step runs counts for as much less.
     `manifest` tells the sizes of matrices, how many layers there are, and whether the names of nodes are ours.
     """
-    count = len(steps)
-    runs = [run for step in steps for run in step]
+    typical = _typical(steps)
     weights = _Weights(manifest.matrices)
     sums: dict[tuple[str, tuple[int, int] | None, int | None], list[float]] = {}
-    for node in (node for run in runs for node in run.nodes):
+    for node, often in typical:
         shape, bits, size = weights.read_by(node)
-        entry = sums.setdefault((node.operator, shape, bits), [0, 0.0, 0.0, 0.0])
+        entry = sums.setdefault((node.operator, shape, bits), [0.0, 0.0, 0.0, 0.0])
         operations = 2.0 * math.prod(node.shape) if node.shape and shape else 0.0
-        for at, value in enumerate((1, node.us, size, operations)):
-            entry[at] += value
-    operators = [Operator(*key, *(value / count for value in entry)) for key, entry in sums.items()]
+        for at, value in enumerate((1.0, node.us, size, operations)):
+            entry[at] += often * value
+    operators = [Operator(*key, *entry) for key, entry in sums.items()]
     operators.sort(key=lambda each: (-each.us, each.operator, each.shape or ()))
-    nodes_us = math.fsum(node.us for run in runs for node in run.nodes) / count
-    parts = _parts(runs, count, manifest.cache.layers) if manifest.via == "native" else None
-    return Fold(math.fsum(run.us for run in runs) / count, nodes_us, tuple(operators), parts)
+    between_us = median(sum(run.us - sum(node.us for node in run.nodes) for run in step) for step in steps)
+    nodes_us = math.fsum(often * node.us for node, often in typical)
+    parts = _parts(typical, manifest.cache.layers) if manifest.via == "native" else None
+    return Fold(nodes_us, between_us, tuple(operators), parts)
 
 
 def alike(parts: Sequence[Part]) -> list[list[Part]]:
@@ -159,26 +168,36 @@ def part_of(name: str, layers: int) -> str | None:
     return "embedding" if EMBEDDING.match(name) else "head" if HEAD.match(name) else None
 
 
-def _parts(runs: Sequence[Run], count: int, layers: int) -> tuple[Part, ...] | None:
+def _typical(steps: Sequence[Sequence[Run]]) -> list[tuple[Node, float]]:
+    """Return each node of the steps with its median time, and in which share of the steps it ran."""
+    times: dict[tuple[int, str, int], tuple[Node, list[float]]] = {}
+    for step in steps:
+        for number, run in enumerate(step):
+            seen: Counter[str] = Counter()
+            for node in run.nodes:
+                seen[node.name] += 1
+                _, us = times.setdefault((number, node.name, seen[node.name]), (node, []))
+                us.append(node.us)
+    return [(replace(node, us=median(us)), len(us) / len(steps)) for node, us in times.values()]
+
+
+def _parts(typical: Sequence[tuple[Node, float]], layers: int) -> tuple[Part, ...] | None:
     """Sum by part; a node whose name tells none belongs where the node before it does."""
     names = ["embedding", *(f"layer {i}" for i in range(layers)), "head"]
-    nodes, us = dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
+    nodes, us = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     operators: dict[str, list[str]] = {name: [] for name in names}
-    told = set()
-    for number, run in enumerate(runs):
-        part = names[0]
-        for node in run.nodes:
-            own = part_of(node.name, layers)
-            if own is not None:
-                part = own
-                told.add(own)
-            nodes[part] += 1
-            us[part] += node.us
-            if number == 0:
-                operators[part].append(node.operator)
+    told, part = set(), names[0]
+    for node, often in typical:
+        own = part_of(node.name, layers)
+        if own is not None:
+            part = own
+            told.add(own)
+        nodes[part] += often
+        us[part] += often * node.us
+        operators[part].append(node.operator)
     if not told >= set(names[1:-1]):
         return None
-    return tuple(Part(name, nodes[name] / count, us[name] / count, tuple(operators[name])) for name in names)
+    return tuple(Part(name, nodes[name], us[name], tuple(operators[name])) for name in names)
 
 
 class _Weights:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -33,7 +33,7 @@ UNMEASURED: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Prefill of a prompt, or decoding of a batch. Times are means over the middle half of the steps, by duration."""
+    """Prefill of a prompt, or decoding of a batch. Times are medians over the steps, or sums of medians."""
 
     name: Literal["prefill", "decode"]
     batch: int
@@ -44,19 +44,14 @@ class Phase:
     steps: int
     plain_us: float
     """A step where nothing is profiled."""
-    step_us: float
-    """A step that is profiled: the graph's runs, and Python around them."""
+    outside_us: float
+    """What Python takes of a profiled step around the graph's runs."""
     fold: Fold
 
     @property
-    def between_us(self) -> float:
-        """Time inside the graph's runs, between the nodes."""
-        return self.fold.run_us - self.fold.nodes_us
-
-    @property
-    def outside_us(self) -> float:
-        """Time outside the graph's runs."""
-        return self.step_us - self.fold.run_us
+    def step_us(self) -> float:
+        """A typical step that is profiled: nodes, what lies between them, and Python."""
+        return self.fold.run_us + self.outside_us
 
     def to_dict(self) -> dict[str, object]:
         """Return the phase as `--json` prints it; shares are of the nodes' time."""
@@ -89,7 +84,7 @@ class Phase:
             "step_us": self.step_us,
             "run_us": folded.run_us,
             "nodes_us": folded.nodes_us,
-            "between_us": self.between_us,
+            "between_us": folded.between_us,
             "outside_us": self.outside_us,
         }
         return {
@@ -173,13 +168,6 @@ def profile(
     return Profile(count, memory_bandwidth_gb_s(count), tuple(phases))
 
 
-def middle(times: Sequence[float]) -> list[int]:
-    """Return the indices of the middle half of at least one time, by size; of fewer than four, all of them."""
-    cut = len(times) // 4
-    order = sorted(range(len(times)), key=times.__getitem__)
-    return sorted(order[cut : len(times) - cut])
-
-
 @dataclass(frozen=True, slots=True)
 class _Timed:
     """Steps of one phase in one session."""
@@ -225,18 +213,18 @@ def _decode(session: Session, batch: int, context: int, steps: int, runs: int) -
 
 
 def _phase(plain: _Timed, profiled: _Timed, runs: Iterator[Run], manifest: Manifest) -> Phase:
-    """Take a phase's runs and fold those of the steps that count."""
-    steps = [list(islice(runs, profiled.runs)) for _ in range(profiled.skipped + len(profiled.us))]
-    kept = middle(profiled.us)
+    """Take a phase's runs and fold those of the measured steps."""
+    steps = [list(islice(runs, profiled.runs)) for _ in range(profiled.skipped + len(profiled.us))][profiled.skipped :]
+    outside = [wall - sum(run.us for run in step) for wall, step in zip(profiled.us, steps, strict=True)]
     return Phase(
         profiled.name,
         profiled.batch,
         profiled.tokens,
         profiled.context,
         len(profiled.us),
-        fmean(plain.us[i] for i in middle(plain.us)),
-        fmean(profiled.us[i] for i in kept),
-        fold([steps[profiled.skipped + i] for i in kept], manifest),
+        median(plain.us),
+        median(outside),
+        fold(steps, manifest),
     )
 
 

@@ -19,7 +19,7 @@ def profile_table(profile: Profile) -> str:
     """Return the whole profile as text."""
     head = (
         f"{profile.threads} threads, memory bandwidth {profile.memory_bandwidth_gb_s:.1f} GB/s (read, measured)\n"
-        "times are means over the middle half of the steps, shares are of the nodes' time"
+        "times are medians over the steps, node by node; shares are of the nodes' time"
     )
     return "\n\n".join([head, *(_phase(phase) for phase in profile.phases)])
 
@@ -51,7 +51,7 @@ def _phase(phase: Phase) -> str:
     nodes = sum(each.nodes for each in folded.operators)
     lines += [
         line("all nodes", folded.nodes_us, f"{100:>5}% {nodes:>6.4g}"),
-        line("between the nodes", phase.between_us),
+        line("between the nodes", folded.between_us),
         line("outside the graph (Python)", phase.outside_us),
         line("the step, profiled", phase.step_us),
         line("the step, not profiled", phase.plain_us, f"{phase.step_us / phase.plain_us - 1:>+6.0%} by profiling"),

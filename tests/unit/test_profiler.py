@@ -7,7 +7,8 @@ import tempfile
 
 import pytest
 
-from edgelm import profiler
+from edgelm import graphs, profiler
+from edgelm.boardcache import BoardCache
 from edgelm.bundle import open_bundle
 from edgelm.profile import PRODUCTS
 
@@ -123,3 +124,13 @@ def test_an_interrupted_profile_leaves_no_file(bundle, scratch, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         profiler.profile(str(bundle), prompt_tokens=4, new_tokens=1, repeat=1, threads=1)
     assert list(scratch.iterdir()) == []
+
+
+def test_weights_packed_for_the_board_are_profiled_too(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "WORTH_BYTES", 0)
+    cache = BoardCache(tmp_path / "cache")
+    for _ in range(2):  # packed, then found
+        sizes = {"prompt_tokens": 4, "new_tokens": 2, "repeat": 1, "threads": 1}
+        found = profiler.profile(str(bundle), **sizes, cache=cache)
+        assert len(list(cache.entries())) == 1
+        assert all(phase.fold.parts for phase in found.phases)
