@@ -191,13 +191,13 @@ def test_a_profile_without_runs_has_none():
 
 @given(st.lists(st.lists(st.integers(1, 900), min_size=1, max_size=3), min_size=2, max_size=20), st.data())
 def test_a_step_is_folded_with_its_own_runs(times, data):
-    runs = max(map(len, times))  # each step has so many; what is around its runs takes 10 us
+    runs = max(map(len, times))  # each step has so many; what is around them takes 0, 10, 20 ... us
     times = [[*step, *[1] * (runs - len(step))] for step in times]
     skipped = data.draw(st.integers(0, len(times) - 1))
     plain = _Timed("decode", 2, 1, 5, runs, skipped, [1.0, 5.0, 4.0])
-    timed = replace(plain, us=[sum(step) + 10.0 for step in times[skipped:]])
+    timed = replace(plain, us=[sum(step) + 10.0 * i for i, step in enumerate(times[skipped:])])
     following = iter([*(Run(us, ()) for step in times for us in step), Run(7.0, ())])
     phase = _phase(plain, timed, following, manifest())
-    assert (phase.plain_us, phase.outside_us) == (4, 10)
+    assert (phase.plain_us, phase.outside_us) == (4, 5.0 * (len(times) - skipped - 1))
     assert phase.fold.run_us == median(sum(step) for step in times[skipped:])
     assert next(following).us == 7  # the next phase begins where this one ends
