@@ -60,6 +60,7 @@ class Entry:
     """An intact entry. `note` is what its maker wrote down about it."""
 
     path: Path
+    kind: str
     note: Mapping[str, Any]
     bytes: int
     made: float
@@ -71,6 +72,8 @@ class BoardCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.kernels = folder / "kernels"
+        """Where Numba keeps what it compiles, in files of its own."""
 
     @classmethod
     def default(cls) -> BoardCache:
@@ -151,11 +154,16 @@ class BoardCache:
 
     def clear(self) -> int:
         """Remove everything that this class wrote; return how many bytes that frees."""
-        freed = 0
+        freed = self.kernels_bytes()
+        self._remove(self.kernels)
         for path in self._directories():
-            freed += sum(file.stat().st_size for file in path.iterdir())
+            freed += _size(path)
             self._remove(path)
         return freed
+
+    def kernels_bytes(self) -> int:
+        """Return the size of all compiled kernels."""
+        return _size(self.kernels)
 
     def _directories(self) -> list[Path]:
         """Return entries, whole and half-written ones; nothing else that may lie in the folder."""
@@ -249,10 +257,14 @@ def _fault(path: Path, key: Key) -> str | None:
 def _entry(path: Path) -> Entry | None:
     try:
         stamp = json.loads((path / STAMP).read_text("utf-8"))
-        size = sum(file.stat().st_size for file in path.iterdir())
-        return Entry(path, dict(stamp["note"]), size, float(stamp["made"]))
+        return Entry(path, Key(**stamp["key"]).kind, dict(stamp["note"]), _size(path), float(stamp["made"]))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
+
+
+def _size(path: Path) -> int:
+    """Return the size of all files below a directory; 0 where there is none."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _touch(file: Path) -> None:

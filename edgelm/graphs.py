@@ -51,8 +51,15 @@ def open_verified(path: str | Path, cache: BoardCache | None) -> Bundle:
     Raises `BundleError` as `open_bundle` does.
     """
     bundle = open_bundle(path, verify=False)
-    entry = cache.find(cache_key(bundle, "weights")) if cache is not None and _is_worth_it(bundle) else None
-    bundle.verify(_unchanged(bundle, entry) if entry is not None else ())
+    if cache is None or not _is_worth_it(bundle):
+        bundle.verify()
+        return bundle
+    key = cache_key(bundle, "weights")
+    entry = cache.find(key)
+    known = _unchanged(bundle, entry) if entry is not None else []
+    bundle.verify(known)
+    if entry is not None and len(known) < len(_weights(bundle)):  # a copy of the bundle, or one that was touched
+        cache.update(key, {**entry.note, "bundle": str(bundle.path), "files": signature(_weights(bundle))})
     return bundle
 
 

@@ -53,7 +53,7 @@ def tune(
             times[setting].append(_measure(bundle, setting, cache))
     trials = tuple(_summary(setting, found) for setting, found in times.items())
     best = choose(trials)
-    return trials, best, remember(cache, cache_key(bundle, "tuning"), best)
+    return trials, best, remember(cache, cache_key(bundle, "tuning"), best, str(bundle.path))
 
 
 def choose(trials: tuple[Trial, ...]) -> Tuning:

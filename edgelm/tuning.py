@@ -35,7 +35,7 @@ def recall(cache: BoardCache, key: Key) -> Tuning | None:
     return Tuning(threads, spin)
 
 
-def remember(cache: BoardCache, key: Key, tuning: Tuning) -> bool:
-    """Keep a measurement's outcome instead of an earlier one; return whether that was possible."""
+def remember(cache: BoardCache, key: Key, tuning: Tuning, bundle: str) -> bool:
+    """Keep what was measured for a bundle instead of an earlier outcome; return whether that was possible."""
     cache.drop(key)
-    return cache.make(key, 0, lambda _folder: asdict(tuning)) is not None
+    return cache.make(key, 0, lambda _folder: {**asdict(tuning), "bundle": bundle}) is not None

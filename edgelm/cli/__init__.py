@@ -26,6 +26,7 @@ COMMANDS: Final[dict[str, str]] = {
     "serve": "answer over MQTT",
     "ask": "ask a board over MQTT",
     "bench": "measure a bundle on this machine",
+    "cache": "show or remove what is kept for this board between runs",
     "eval": "measure a bundle's quality on text or tasks",
     "distill": "train a small student, with or without a teacher",
     "devices": "know, check and emulate boards",

@@ -17,9 +17,6 @@ from numba import config, njit
 
 from edgelm.boardcache import BoardCache
 
-FOLDER: Final = "kernels"
-"""Below the board cache."""
-
 LOG: Final = logging.getLogger(__name__)
 
 _torn: list[Path] = []
@@ -34,7 +31,7 @@ def jit(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """
 
     def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
-        with _kept_in(BoardCache.default().folder / FOLDER):
+        with _kept_in(BoardCache.default().kernels):
             try:
                 return _compile(signature, function)
             except RuntimeError:  # no directory to write to: compile at every start

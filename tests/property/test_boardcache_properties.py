@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelm.boardcache import ABANDONED_S, STAMP, UNUSED_S, VARIABLE, BoardCache, Key, this_cpu
+from edgelm.cli import main
 from edgelm.errors import EdgelmError
 
 KEY = Key("weights", "digest", "1.31.1", "x86_64 avx2")
@@ -187,6 +188,34 @@ def test_old_things_go_and_foreign_ones_stay(cache):
     assert not leftovers(cache)
     assert cache.clear() > 0
     assert [path.name for path in cache.folder.iterdir()] == ["mine"]
+
+
+def test_an_entry_can_be_told_something_new(cache):
+    put(cache, KEY, {"a": b"1"}, {"n": 1})
+    cache.update(KEY, {"n": 2})
+    found = cache.find(KEY)
+    assert found.note == {"n": 2}
+    assert read(found) == {"a": b"1"}
+    cache.update(Key("weights", "none", "1", "c"), {"n": 2})
+
+
+def test_the_command_lists_and_clears(cache, monkeypatch, capsys):
+    monkeypatch.setenv(VARIABLE, str(cache.folder))
+    put(cache, KEY, {"a": b"x" * 2_000_000}, {"bundle": "my/bundle"})
+    cache.kernels.mkdir()
+    (cache.kernels / "kernel.nbi").write_bytes(b"y" * 1_000_000)
+    assert main(["cache", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    (entry,) = said["entries"]
+    assert (entry["kind"], entry["of"], said["kernels_bytes"]) == ("weights", "my/bundle", 1_000_000)
+    assert entry["bytes"] >= 2_000_000
+    assert main(["cache"]) == 0
+    assert "my/bundle" in capsys.readouterr().out
+    assert main(["cache", "--clear"]) == 0
+    assert "freed 3.0 MB" in capsys.readouterr().out
+    assert list(cache.folder.iterdir()) == []
+    assert main(["cache", "--clear"]) == 0
+    assert "freed 0.0 MB" in capsys.readouterr().out
 
 
 def test_use_keeps_an_entry(cache):

@@ -39,8 +39,8 @@ def test_what_is_remembered_is_recalled(cache, bundle, spin):
     key = cache_key(opened, "tuning")
     assert recall(cache, key) is None
     assert best_tuning(opened, None, cache) == Tuning(default_threads())
-    assert remember(cache, key, Tuning(1, not spin))
-    assert remember(cache, key, Tuning(1, spin)), "the newer one counts"
+    assert remember(cache, key, Tuning(1, not spin), "a")
+    assert remember(cache, key, Tuning(1, spin), "a"), "the newer one counts"
     assert best_tuning(opened, None, cache) == Tuning(1, spin)
     assert best_tuning(opened, 3, cache) == Tuning(3), "who asks for a number gets it"
     assert best_tuning(opened, None, None) == Tuning(default_threads())

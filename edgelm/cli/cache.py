@@ -1,0 +1,39 @@
+"""`edgelm cache`: what is kept for this board between runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from edgelm.boardcache import BoardCache, Entry
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog = "The folder is EDGELM_CACHE_DIR, else ~/.cache/edgelm. All of it can be made again at any time."
+    parser.add_argument("--clear", action="store_true", help="remove it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """List what is kept, or remove it."""
+    cache = BoardCache.default()
+    if args.clear:
+        freed = cache.clear()
+        print(json.dumps({"freed_bytes": freed}) if args.json else f"freed {freed / 1e6:.1f} MB in {cache.folder}")
+        return 0
+    entries = [_row(entry) for entry in cache.entries()]
+    if args.json:
+        print(json.dumps({"folder": str(cache.folder), "kernels_bytes": cache.kernels_bytes(), "entries": entries}))
+        return 0
+    print(f"{cache.folder}: {len(entries)} entries, and compiled kernels of {cache.kernels_bytes() / 1e6:.1f} MB")
+    for entry in entries:
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["made"]))
+        print(f"{entry['bytes'] / 1e6:>9.1f} MB  {made}  {entry['kind']:<8} {entry['of']}")
+    return 0
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    return {"kind": entry.kind, "of": str(entry.note.get("bundle", "")), "bytes": entry.bytes, "made": entry.made}
