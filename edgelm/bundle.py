@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,10 +35,12 @@ class Cache:
     layers: int
     kv_heads: int
     head_size: int
+    bits: Literal[32, 8] = 32
+    """Of each number: 32 is float32; 8 is int8, with a scale for each channel in the graph (`shared` only)."""
 
     def bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token occupies (float32)."""
-        return 2 * 4 * self.layers * self.kv_heads * self.head_size
+        """Bytes of keys and values that one token occupies."""
+        return 2 * self.layers * self.kv_heads * self.head_size * self.bits // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,8 @@ class Manifest:
     long_from: int | None = None
     """A sequence longer than this looks up the second half of the rotary tables (LongRoPE)."""
     prefix: StaticPrefix | None = None
+    needs_onnxruntime: str | None = None
+    """Oldest onnxruntime that runs the graph rightly, such as "1.28"; None is any that edgelm runs on."""
     graph: str = "model.onnx"
     files: Mapping[str, File] = field(default_factory=dict)
     schema: int = SCHEMA
@@ -227,6 +232,10 @@ def from_json(text: str, where: str) -> Manifest:
     cache = manifest.cache
     if min(manifest.context, manifest.vocab_size, cache.layers, cache.kv_heads, cache.head_size) < 1:
         raise BundleError(f"{where} is damaged: a size is not positive")
+    if cache.kind == "growing" and cache.bits != 32:
+        raise BundleError(f"{where} is damaged: a growing cache has 32 bits, not {cache.bits}")
+    if manifest.needs_onnxruntime is not None and not re.fullmatch(r"[0-9]+\.[0-9]+", manifest.needs_onnxruntime):
+        raise BundleError(f"{where} is damaged: needs_onnxruntime cannot be {manifest.needs_onnxruntime!r:.80}")
     if manifest.prefix is not None and not _fits(manifest.prefix, manifest):
         raise BundleError(f"{where} is damaged: its static prefix is not one that this model can have")
     return manifest

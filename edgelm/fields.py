@@ -28,7 +28,7 @@ def check_type(value: object, hint: Any, name: str) -> None:
         for item in value.values():
             check_type(item, arguments[1], f"an entry of {name}")
     elif origin is Literal:
-        fits = value in arguments
+        fits = any(type(value) is type(allowed) and value == allowed for allowed in arguments)
     else:
         fits = hint is Any or type(value) is hint or (hint is float and type(value) is int)
     if not fits:

@@ -23,7 +23,10 @@ from edgelm.errors import BundleError, EdgelmError
 from edgelm.tuning import Tuning, cores, default_threads, recall
 from edgelm.windows import has_windows, with_old_windows
 
-OLD_WINDOWS: Final = tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24)
+RUNTIME: Final = tuple(map(int, ort.__version__.split(".")[:2]))
+"""This onnxruntime: its major and minor version."""
+
+OLD_WINDOWS: Final = RUNTIME < (1, 24)
 """Whether this onnxruntime sees one position more than a window says."""
 
 WORTH_BYTES: Final = 16_000_000
@@ -77,8 +80,10 @@ def open_graph(
     """Load a bundle's graph, through the cache where there is one.
 
     With `profile` every run is profiled, into a file whose path begins so; `end_profiling` writes it and returns its
-    name. Raises `BundleError` when onnxruntime refuses the graph, and `EdgelmError` when `threads` is out of range.
+    name. Raises `BundleError` when onnxruntime refuses the graph or is older than the bundle needs, and `EdgelmError`
+    when `threads` is out of range.
     """
+    check_runtime(bundle.manifest.needs_onnxruntime, bundle.path)
     if tuning.threads > cores():
         LOG.warning("%d threads on %d cores: more threads than cores make it slower", tuning.threads, cores())
     if cache is not None and _is_worth_it(bundle):
@@ -86,6 +91,15 @@ def open_graph(
         if graph is not None:
             return graph
     return _checked(bundle, tuning, profile)
+
+
+def check_runtime(oldest: str | None, what: object) -> None:
+    """Raise `BundleError` where `what` needs a newer onnxruntime than this one; `oldest` is such as "1.28"."""
+    if oldest is not None and tuple(map(int, oldest.split("."))) > RUNTIME:
+        raise BundleError(
+            f"{what} needs onnxruntime {oldest} or newer, this is {ort.__version__}: upgrade onnxruntime, or export"
+            " with --kv fp32"
+        )
 
 
 def load_graph(

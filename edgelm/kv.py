@@ -7,7 +7,7 @@ used cost address space only. Knows nothing of onnxruntime.
 from __future__ import annotations
 
 import mmap
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +19,15 @@ SMALL_PAGES: Final[int | None] = getattr(mmap, "MADV_NOHUGEPAGE", None)
 
 
 class KvBuffers:
-    """Keys and values of every layer, float32 [rows, kv_heads, capacity, head_size] each."""
+    """Keys and values of every layer, [rows, kv_heads, capacity, head_size] each; float32, or int8 for 8 bits."""
 
     def __init__(self, cache: Cache, rows: int, capacity: int) -> None:
         shape = (rows, cache.kv_heads, capacity, cache.head_size)
         self.names = [f"{i}.{part}" for i in range(cache.layers) for part in ("key", "value")]
-        self.arrays: list[NDArray[np.float32]] = [_fresh(shape) for _ in self.names]
+        kind = np.dtype(np.int8 if cache.bits == 8 else np.float32)
+        self.arrays = [_fresh(shape, kind) for _ in self.names]
 
-    def views(self, first: int, count: int) -> list[NDArray[np.float32]]:
+    def views(self, first: int, count: int) -> list[NDArray[Any]]:
         """Rows [first, first + count) of every buffer, as views."""
         return [array[first : first + count] for array in self.arrays]
 
@@ -35,21 +36,21 @@ class KvBuffers:
         for array in self.arrays:
             array[target, :, :length] = array[source, :, :length]
 
-    def read(self, row: int, start: int, stop: int) -> list[NDArray[np.float32]]:
-        """Return copies of positions [start, stop) of a row, float32 [kv_heads, n, head_size] for each buffer."""
+    def read(self, row: int, start: int, stop: int) -> list[NDArray[Any]]:
+        """Return copies of positions [start, stop) of a row, [kv_heads, n, head_size] for each buffer."""
         return [array[row, :, start:stop].copy() for array in self.arrays]
 
-    def write(self, row: int, start: int, piece: list[NDArray[np.float32]]) -> None:
+    def write(self, row: int, start: int, piece: list[NDArray[Any]]) -> None:
         """Put what `read` returned into a row, from `start` on."""
         for array, values in zip(self.arrays, piece, strict=True):
             array[row, :, start : start + values.shape[1]] = values
 
 
-def _fresh(shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _fresh(shape: tuple[int, ...], kind: np.dtype[Any]) -> NDArray[Any]:
     """Return zeros that take memory page by page; NumPy's own would take it 2 MB at a time, most of it never used."""
     if SMALL_PAGES is None:
-        return np.zeros(shape, np.float32)
-    size = int(np.prod(shape)) * np.dtype(np.float32).itemsize
+        return np.zeros(shape, kind)
+    size = int(np.prod(shape)) * kind.itemsize
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(SMALL_PAGES)
-    return np.frombuffer(memory, np.float32).reshape(shape)
+    return np.frombuffer(memory, kind).reshape(shape)

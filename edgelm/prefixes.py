@@ -8,13 +8,14 @@ goes first. Knows nothing of sessions: a piece is a list of arrays whose second 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.int32]
-Piece = list[NDArray[np.float32]]
-"""Keys and values of every layer at some positions, [kv_heads, n, head_size] each."""
+Piece = list[NDArray[Any]]
+"""Keys and values of every layer at some positions, float32 or int8 [kv_heads, n, head_size] each."""
 
 Read = Callable[[int, int], Piece]
 """Copies positions [start, stop) out of a row."""

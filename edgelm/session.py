@@ -51,7 +51,7 @@ class Session(Protocol):
         """Copy the first `length` positions of one row over another."""
 
     def read_row(self, row: int, start: int, stop: int) -> Piece:
-        """Return copies of positions [start, stop) of a row, float32 [kv_heads, n, head_size] each."""
+        """Return copies of positions [start, stop) of a row, [kv_heads, n, head_size] each."""
 
     def begin_row(self, row: int, pieces: Sequence[Piece]) -> None:
         """Begin a row with what `read_row` returned, one piece after the other."""
@@ -92,7 +92,7 @@ def open_session(
     Raises
     ------
     BundleError
-        onnxruntime cannot load the graph.
+        onnxruntime cannot load the graph, or is older than the bundle needs.
     EdgelmError
         `threads` or `context` is out of range.
     """

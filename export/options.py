@@ -13,6 +13,7 @@ from .quantize.plan import BITS, BLOCK_SIZE, BLOCK_SIZES, Plan, Quant
 from .quantize.spec import METHODS, Method, Spec
 
 Via = Literal["native", "optimum"]
+Kv = Literal["fp32", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,7 @@ class Options:
     max_bytes: int | None = None
     report: bool = False
     prefix: str | Path | None = None
+    kv: Kv = "fp32"
     via: Via = "native"
 
     def __post_init__(self) -> None:
@@ -69,7 +71,12 @@ class Options:
         return self.quant == "mixed" or self.max_bytes is not None or (self.max_kl is not None and self.quant == "int4")
 
     def _check_values(self) -> None:
-        for name, allowed in (("quant", tuple(BITS)), ("method", ("auto", *METHODS)), ("via", get_args(Via))):
+        for name, allowed in (
+            ("quant", tuple(BITS)),
+            ("method", ("auto", *METHODS)),
+            ("via", get_args(Via)),
+            ("kv", get_args(Kv)),
+        ):
             if getattr(self, name) not in allowed:
                 raise EdgelmError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.block_size is not None and self.block_size not in BLOCK_SIZES:
@@ -96,7 +103,7 @@ class Options:
         if self.max_bytes is not None and self.quant == "fp32":
             raise EdgelmError("--max-bytes does not go with --quant fp32: there is nothing to choose")
         unused = self.quant == "fp32" or (not self.has_budget and self.chosen_method != "gptq")
-        if self.calibrate is not None and unused:
+        if self.calibrate is not None and unused and self.kv == "fp32":
             raise EdgelmError(f"--calibrate has no use with --quant {self.quant} and --method {self.chosen_method}")
 
     def _check_optimum(self) -> None:
@@ -107,6 +114,7 @@ class Options:
             "--max-bytes": self.max_bytes,
             "--quant mixed": self.quant == "mixed" or None,
             "--report": self.report or None,
+            "--kv int8": self.kv == "int8" or None,
         }
         wrong = next((name for name, value in given.items() if value is not None), None)
         if wrong is not None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edgelm.bundle import MANIFEST, Bundle, open_bundle, seal
 from edgelm.errors import EdgelmError
+from edgelm.graphs import check_runtime
 from edgelm.static_prefix import add_prefix
 from edgelm.static_tokens import Opening, opening_tokens, read_opening
 from edgelm.tokenizer import Tokenizer
 
+from .caching import quantize_cache
+from .graph.cache import OLDEST_RUNTIME
 from .opened import Opened, open_model, pruned, with_prefix
 from .options import Options
 from .planning import Outline, make_plan
@@ -74,6 +77,9 @@ def export(
         part of the bundle.
     report
         Whether to plot each matrix's error and size into report.svg.
+    kv
+        `fp32` (the default) or `int8`: how keys and values are kept while the model runs. int8 takes a quarter of the
+        memory; its scales come from `calibrate`, else from 4,096 tokens that the bundle makes up.
     via
         `native` builds the graph itself; `optimum` converts optimum's export of any causal model.
 
@@ -84,7 +90,7 @@ def export(
     EdgelmError
         The target exists, cannot be written, an option is out of range, or a limit is not met.
     """
-    chosen = Options(**options)
+    chosen = _checked(options)
     told = progress or silent
     opening = None if chosen.prefix is None else read_opening(chosen.prefix)
     with staged(Path(out), force=force, replaceable=lambda path: (path / MANIFEST).is_file()) as stage:
@@ -106,7 +112,7 @@ def export(
 
 def outline(checkpoint: str | Path, *, progress: Progress | None = None, **options: Any) -> Outline:
     """Return what `export` with the same options would write, without writing it. Raises as `export` does."""
-    chosen = Options(**options)
+    chosen = _checked(options)
     if chosen.via == "optimum":
         raise EdgelmError("--dry-run does not go with --via optimum: only optimum's export shows what it will be")
     model = _open(checkpoint, chosen)
@@ -124,6 +130,13 @@ def choose_context(wanted: int | None, limit: int) -> int:
     if not 1 <= wanted <= limit:
         raise EdgelmError(f"context must lie in [1, {limit}], the checkpoint's own limit; got {wanted}")
     return wanted
+
+
+def _checked(given: Mapping[str, Any]) -> Options:
+    options = Options(**given)
+    if options.kv == "int8":
+        check_runtime(OLDEST_RUNTIME, "--kv int8")
+    return options
 
 
 def _open(checkpoint: str | Path, options: Options) -> Opened:
@@ -152,6 +165,9 @@ def _export(checkpoint: str | Path, stage: Path, options: Options, opening: Open
         documents=documents,
         report=options.report,
     )
+    if options.kv == "int8":
+        text = documents if options.calibrate is not None else None  # a budget may look at the text of --verify
+        manifest = quantize_cache(stage, manifest, model, text, progress)
     manifest = seal(stage, manifest)
     if measured is not None and options.verify is not None:
         reference = CheckpointReference(model.weights, progress)

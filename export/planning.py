@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from edgelm.bundle import Matrix
 from edgelm.errors import EdgelmError
 
+from .graph.cache import CacheScales, with_int8_cache
 from .graph.decoder import DecoderGraph
 from .graph.initializers import SizedConstants
 from .graph.matrices import tensors_of
@@ -67,7 +70,7 @@ def make_plan(
     if options.has_budget and documents is not None:
         plan, kl = _within_budget(model, options, context, documents, progress)
     matrices = _matrices(model, plan)
-    return plan, Outline(tuple(matrices), _size(model, plan, context), kl)
+    return plan, Outline(tuple(matrices), _size(model, plan, context, options), kl)
 
 
 def _fitted(model: Opened, options: Options) -> Plan:
@@ -105,19 +108,20 @@ def _within_budget(
     if options.max_bytes is None and options.max_kl is None:
         limit = int(weights * MIXED_BITS / 8)
     if options.max_bytes is not None:
-        limit = _room(model, base, options.max_bytes, context)
+        limit = _room(model, base, options, context)
     while True:
         chosen = choose(choices, max_bytes=limit, max_kl=options.max_kl)
         plan = Plan(base.default, {name: option.spec for name, option in chosen.items()})
-        excess = 0 if options.max_bytes is None else _size(model, plan, context) + SLACK - options.max_bytes
+        excess = 0 if options.max_bytes is None else _size(model, plan, context, options) + SLACK - options.max_bytes
         if excess <= 0 or limit is None:
             return plan, sum(option.kl for option in chosen.values())
         limit -= excess  # page boundaries fall otherwise
 
 
-def _room(model: Opened, plan: Plan, max_bytes: int, context: int) -> int:
+def _room(model: Opened, plan: Plan, options: Options, context: int) -> int:
     """Return the bytes that are left for matrices. Raises `EdgelmError` where there are none."""
-    others = _size(model, plan, context) - sum(matrix.bytes() for matrix in _matrices(model, plan)) + SLACK
+    max_bytes = options.max_bytes or 0
+    others = _size(model, plan, context, options) - sum(matrix.bytes() for matrix in _matrices(model, plan)) + SLACK
     if others >= max_bytes:
         raise EdgelmError(f"--max-bytes {max_bytes}: tokenizer, norms, tables, graph and prefix take {others} already")
     return max_bytes - others
@@ -135,7 +139,7 @@ def _matrices(model: Opened, plan: Plan) -> list[Matrix]:
     return [planned(name, *shape, plan.spec(name)) for name, shape in model.weights.shapes()]
 
 
-def _size(model: Opened, plan: Plan, context: int) -> int:
+def _size(model: Opened, plan: Plan, context: int, options: Options) -> int:
     """Return the bytes of the files that a plan comes to, but for a few that depend on the weights."""
     constants = SizedConstants("model.onnx.data")
     matrices = {matrix.name: matrix for matrix in _matrices(model, plan)}
@@ -143,6 +147,10 @@ def _size(model: Opened, plan: Plan, context: int) -> int:
         for name, dtype, shape in tensors_of(matrix):
             constants.add_shape(name, dtype, shape)
     graph = DecoderGraph(model.weights, matrices, context, Nodes(constants)).build()
+    if options.kv == "int8":
+        d = model.decoder
+        ones = np.ones((d.kv_heads, d.padded_head_size), np.float32)
+        with_int8_cache(graph, [CacheScales(ones, ones)] * len(d.layers))
     vocabulary = 0 if model.vocabulary is None else len(json.dumps(model.vocabulary.kept.tolist()))
     prefix = len(model.prefix) * model.decoder.cache.bytes_per_token()
     return constants.bytes + int(graph.ByteSize()) + len(model.tokenizer_text.encode()) + vocabulary + prefix

@@ -48,6 +48,7 @@ OPTIONS = (
     "max_bytes",
     "report",
     "prefix",
+    "kv",
     "via",
 )
 """Arguments that `edgelm_export.export` takes by the same name."""
@@ -87,7 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--calibrate",
         metavar="FILE",
-        help="for gptq and budgets: text like that the model will see, or `self` for what the model makes up",
+        help="for gptq, budgets and --kv: text like what the model will see, or `self` for what the model makes up",
+    )
+    size.add_argument(
+        "--kv",
+        choices=["fp32", "int8"],
+        default="fp32",
+        help="key/value memory: int8 is a quarter of fp32 (the default), and needs onnxruntime 1.28",
     )
     size.add_argument("--max-bytes", type=byte_count, metavar="N", help="size of the bundle at most, such as 150M")
 

@@ -55,6 +55,8 @@ def _extras(m: Manifest) -> list[tuple[str, str]]:
         rows.append(("pruned", f"{v['tokens']} of {v['tokens_before']} tokens, {v['saved_bytes'] / 1e6:.2f} MB saved"))
     if m.adapter is not None:
         rows.append(("adapter", m.adapter))
+    if m.needs_onnxruntime is not None:
+        rows.append(("needs", f"onnxruntime {m.needs_onnxruntime} or newer"))
     return rows
 
 
@@ -66,6 +68,7 @@ def _plan(m: Manifest) -> MemoryPlan:
 def _rows(bundle: Bundle) -> list[tuple[str, str]]:
     m = bundle.manifest
     cache = m.cache.bytes_per_token()
+    numbers = "int8" if m.cache.bits == 8 else "float32"
     sampling = {
         name: value
         for name, value in dataclasses.asdict(m.sampling).items()
@@ -82,7 +85,7 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
         ("precision", f"{m.quant}, {m.bits_per_weight:.2f} bits a weight with scales"),
         ("on disk", f"{bundle.bytes / 1e6:.2f} MB in {len(m.files)} files, hashes verified"),
         ("memory", f"one request of {m.context} tokens: {_plan(m)}"),
-        ("", f"keys and values {cache} bytes a token, {cache * m.context / 1e6:.1f} MB a full request"),
+        ("", f"keys and values in {numbers}: {cache} bytes a token, {cache * m.context / 1e6:.1f} MB a full request"),
         ("sampling", ", ".join(f"{name} {value}" for name, value in sampling.items()) or "greedy"),
         ("chat template", "yes" if m.chat_template else "no"),
         ("prefix", prefix_text(bundle) or "none"),

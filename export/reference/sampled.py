@@ -52,6 +52,16 @@ def sampled_documents(model: Opened, context: int, progress: Progress, beside: P
     return found
 
 
+def write_documents(bundle: Bundle, model: Opened) -> tuple[Session, list[Document]]:
+    """Let a bundle make up `TOGETHER` documents; return the session, whose rows hold all their positions, and them."""
+    length = min(TOKENS, bundle.manifest.context)
+    session = open_session(bundle, rows=TOGETHER, context=length)
+    generator = np.random.Generator(np.random.PCG64(0))
+    written = _write(session, _first_tokens(model, generator), length, model.eos_tokens, generator)
+    session.decode(np.stack(written)[:, -1], np.full(TOGETHER, length - 1, np.int32))
+    return session, written
+
+
 def _first_tokens(model: Opened, generator: np.random.Generator) -> NDArray[np.int64]:
     """Return the start token for every document, or where there is none, any of the tokenizer's."""
     if model.bos_token is not None:

@@ -57,14 +57,14 @@ matrices = st.builds(
     accuracy_level=st.none() | st.integers(0, 4),
     method=st.none() | words,
 )
+SIZES = {"layers": counts, "kv_heads": counts, "head_size": counts}
 manifests = st.builds(
     Manifest,
     architecture=words,
     context=counts,
     vocab_size=counts,
-    cache=st.builds(
-        Cache, kind=st.sampled_from(["shared", "growing"]), layers=counts, kv_heads=counts, head_size=counts
-    ),
+    cache=st.builds(Cache, kind=st.just("shared"), bits=st.sampled_from([8, 32]), **SIZES)
+    | st.builds(Cache, kind=st.just("growing"), **SIZES),
     quant=words,
     matrices=st.lists(matrices, max_size=4).map(tuple),
     bos_token=st.none() | counts,
@@ -77,6 +77,7 @@ manifests = st.builds(
     made_with=st.dictionaries(names, words, max_size=3),
     quality=st.none() | st.dictionaries(names, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
     via=st.sampled_from(["native", "optimum"]),
+    needs_onnxruntime=st.none() | st.tuples(st.integers(0, 9), st.integers(0, 99)).map("{0[0]}.{0[1]}".format),
     graph=names,
 )
 
@@ -231,8 +232,10 @@ json_values = st.recursive(
     max_leaves=6,
 )
 KEYS = [field.name for field in dataclasses.fields(Manifest)]
-NULLABLE = {"bos_token", "chat_template", "quality", "vocabulary", "adapter", "long_from"}
-FULL = dataclasses.replace(EXAMPLE, chat_template="{}", quality={}, vocabulary={}, adapter="lora", long_from=4096)
+NULLABLE = {"bos_token", "chat_template", "quality", "vocabulary", "adapter", "long_from", "needs_onnxruntime"}
+FULL = dataclasses.replace(
+    EXAMPLE, chat_template="{}", quality={}, vocabulary={}, adapter="lora", long_from=4096, needs_onnxruntime="1.28"
+)
 
 
 @settings(max_examples=300)
@@ -242,7 +245,7 @@ def test_a_value_of_the_wrong_type_is_refused(key, value):
     text = json.dumps({**raw, key: value})
     right = type(getattr(FULL, key))
     if isinstance(value, list if right is tuple else right) or (value is None and key in NULLABLE):
-        assume(isinstance(value, (str, type(None))) and key != "graph" and key != "via")
+        assume(isinstance(value, (str, type(None))) and key not in ("graph", "via", "needs_onnxruntime"))
         assert getattr(from_json(text, MANIFEST), key) == value
         return
     with pytest.raises(BundleError, match=r"damaged|no schema"):
@@ -256,6 +259,11 @@ def test_a_value_of_the_wrong_type_is_refused(key, value):
         {"vocab_size": -1},
         {"cache": {"kind": "shared", "layers": 0, "kv_heads": 1, "head_size": 16}},
         {"cache": {"kind": "paged", "layers": 1, "kv_heads": 1, "head_size": 16}},
+        {"cache": {"kind": "shared", "layers": 1, "kv_heads": 1, "head_size": 16, "bits": 4}},
+        {"cache": {"kind": "shared", "layers": 1, "kv_heads": 1, "head_size": 16, "bits": 8.0}},
+        {"cache": {"kind": "growing", "layers": 1, "kv_heads": 1, "head_size": 16, "bits": 8}},
+        {"needs_onnxruntime": "new"},
+        {"needs_onnxruntime": "1.28.0"},
         {"cache": {"kind": "shared", "layers": 1.5, "kv_heads": 1, "head_size": 16}},
         {"matrices": [{"name": "head", "rows": "1", "columns": 2, "bits": 4}]},
         {"eos_tokens": [1, None]},
@@ -271,3 +279,13 @@ def test_a_value_of_the_wrong_type_is_refused(key, value):
 def test_a_value_of_the_wrong_kind_inside_is_refused(changes, folder):
     rewrite(folder, **changes)
     assert "damaged" in refusal(folder)
+
+
+def test_an_older_manifest_has_a_cache_in_float32(folder):
+    raw = json.loads((folder / MANIFEST).read_text("utf-8"))
+    del raw["cache"]["bits"], raw["needs_onnxruntime"]
+    (folder / MANIFEST).write_text(json.dumps(raw), encoding="utf-8")
+    manifest = open_bundle(folder).manifest
+    assert manifest == dataclasses.replace(EXAMPLE, files=manifest.files)
+    assert manifest.cache.bytes_per_token() == 2 * 2 * 16 * 4
+    assert dataclasses.replace(manifest.cache, bits=8).bytes_per_token() == 2 * 2 * 16

@@ -39,6 +39,8 @@ FILE = "text.txt"
         ({"via": "optimum", "calibrate": FILE}, "--calibrate does not go with --via optimum"),
         ({"via": "optimum", "adapter": "lora/"}, "--adapter does not go with --via optimum"),
         ({"via": "optimum", "vocab": FILE, "vocab_size": 9}, "--vocab does not go with --via optimum"),
+        ({"kv": "int4"}, "kv must be one of fp32, int8, got 'int4'"),
+        ({"via": "optimum", "kv": "int8"}, "--kv int8 does not go with --via optimum"),
         ({"via": "optimum", "report": True}, "--report does not go with --via optimum"),
     ],
     ids=str,
@@ -60,6 +62,8 @@ def test_nonsense_is_refused(options, message):
         ({"quant": "mixed", "calibrate": FILE}, Spec(4, 32, True, "gptq")),
         ({"quant": "mixed", "verify": FILE}, Spec(4, 32, True, "clip")),
         ({"quant": "fp32"}, None),
+        ({"quant": "fp32", "kv": "int8", "calibrate": FILE}, None),  # whose text is for the cache alone
+        ({"quant": "int8", "kv": "int8", "calibrate": FILE}, Spec(8, 32, True, "rtn")),
     ],
     ids=str,
 )

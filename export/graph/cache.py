@@ -1,0 +1,53 @@
+"""A decoder's graph with its key/value memory in int8: each channel of a head has one scale, whatever the position.
+
+The attention kernel of onnxruntime rounds keys and values as it writes them, to nearest and symmetrically, and
+multiplies by the scales as it reads; what it computes a step with has been through int8 too, so that an answer does
+not depend on how its prompt was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+OLDEST_RUNTIME: Final = "1.28"
+"""onnxruntime 1.27 has the kernel too, but rows of different lengths in one batch come out wrong there."""
+
+PAST_KEY: Final = 3
+"""Input of GroupQueryAttention that names the layer's past keys."""
+
+SCALES: Final = 12
+"""Its first input of scales: the keys'; the values' follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheScales:
+    """What a code of 1 stands for in each channel of a layer, float32 [kv_heads, head_size], all positive."""
+
+    key: NDArray[np.float32]
+    value: NDArray[np.float32]
+
+
+def with_int8_cache(model: ModelProto, scales: Sequence[CacheScales]) -> ModelProto:
+    """Change a decoder's graph to keep keys and values in int8, one entry of `scales` a layer; return it."""
+    graph = model.graph
+    for node in graph.node:
+        if node.op_type != "GroupQueryAttention":
+            continue
+        i = int(node.input[PAST_KEY].split(".")[1])
+        node.input.extend([""] * (SCALES - len(node.input)))
+        for part, values in (("key", scales[i].key), ("value", scales[i].value)):
+            name = f"layer.{i}.{part}.scale"
+            graph.initializer.append(numpy_helper.from_array(values[None, :, None, :], name))
+            node.input.append(name)
+            node.attribute.append(helper.make_attribute(f"{part[0]}_quant_type", "PER_CHANNEL"))
+        node.attribute.append(helper.make_attribute("kv_cache_bit_width", 8))
+    for value in (*graph.input, *graph.output):
+        if value.name.startswith(("past.", "present.")):
+            value.type.tensor_type.elem_type = TensorProto.INT8
+    return model

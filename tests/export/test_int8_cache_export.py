@@ -1,0 +1,100 @@
+"""Exports with key/value memory in int8: scales, sizes, the quality gate, families with odd attention."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+import edgelm_export
+import onnx
+from edgelm_export.graph.cache import OLDEST_RUNTIME
+from edgelm_export.opened import open_model
+from edgelm_export.reference.documents import calibration_documents
+from onnx import numpy_helper
+from tiny import TEXT
+
+from edgelm.errors import EdgelmError
+from edgelm.graphs import RUNTIME
+from edgelm.session import open_session
+
+too_old = tuple(map(int, OLDEST_RUNTIME.split("."))) > RUNTIME
+needs_runtime = pytest.mark.skipif(too_old, reason=f"needs onnxruntime {OLDEST_RUNTIME}")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    generator = np.random.default_rng(0)
+    words = " ".join(TEXT).split()
+    documents = [" ".join(generator.choice(words, 60)) for _ in range(12)]
+    file.write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
+    return file
+
+
+def scales_of(bundle):
+    """Layer and part -> float32 [kv_heads, head_size]."""
+    tensors = onnx.load(bundle.graph, load_external_data=False).graph.initializer
+    named = {t.name: numpy_helper.to_array(t) for t in tensors if t.name.endswith((".key.scale", ".value.scale"))}
+    return {name: array[0, :, 0] for name, array in named.items()}
+
+
+@needs_runtime
+@pytest.mark.parametrize("fields", [{}, {"head_size": 12}, {"head_size": 8, "kv_heads": 4}], ids=str)
+def test_no_value_of_the_calibration_text_exceeds_its_scale(fields, text, tiny_checkpoint, tmp_path):
+    checkpoint = tiny_checkpoint(**fields)
+    options = {"quant": "fp32", "calibrate": text, "verify": text}
+    bundle = edgelm_export.export(checkpoint, tmp_path / "int8", kv="int8", **options)
+    plain = edgelm_export.export(checkpoint, tmp_path / "fp32", quant="fp32")
+    scales = scales_of(bundle)
+    assert len(scales) == 4  # layers, keys and values
+    assert all(np.isfinite(each).all() and (each > 0).all() for each in scales.values())
+    documents = calibration_documents(text.read_text("utf-8"), open_model(checkpoint).tokenizer, 0, 512)
+    sessions = [open_session(each, rows=1, threads=1) for each in (bundle, plain)]
+    highest = 0
+    for document in documents:
+        codes, exact = [], []
+        for session, found in zip(sessions, (codes, exact), strict=True):
+            session.prefill(0, document, 0)
+            found.extend(session.read_row(0, 0, len(document)))
+        highest = max(highest, *(np.abs(array.astype(int)).max() for array in codes[:2]))
+        size = bundle.manifest.shapes["head_size"]
+        for name, code, value in zip(scales, codes[:2], exact[:2], strict=False):  # later layers see rounded ones
+            assert np.abs(code * scales[name][:, None] - value).max() <= 0.51 * scales[name].max()
+            assert (code[..., size:] == 0).all()
+    assert 120 <= highest <= 127
+    quality = bundle.manifest.quality
+    assert 0 < quality["kl_mean"] < 1e-3  # float32 weights would be below 1e-9: it is the cache that was measured
+    assert bundle.manifest.quant == "fp32"
+
+
+@needs_runtime
+def test_the_size_is_known_before(text, tiny_checkpoint, tmp_path):
+    for options in ({}, {"quant": "mixed", "calibrate": text}):
+        outline = edgelm_export.outline(tiny_checkpoint(), kv="int8", **options)
+        bundle = edgelm_export.export(tiny_checkpoint(), tmp_path / "out", kv="int8", force=True, **options)
+        assert abs(bundle.bytes - outline.bytes) <= 512
+        assert bundle.manifest.cache.bits == 8
+
+
+@needs_runtime
+def test_info_shows_it(tiny_checkpoint, tmp_path, run):
+    code, out, err = run("export", tiny_checkpoint(), tmp_path / "out", "--kv", "int8", "--json")
+    assert (code, json.loads(out)["quant"]) == (0, "int4"), err
+    code, out, _ = run("info", tmp_path / "out")
+    assert code == 0
+    assert f"onnxruntime {OLDEST_RUNTIME} or newer" in out
+    assert "keys and values in int8: 128 bytes a token" in out
+    code, out, _ = run("info", tmp_path / "out", "--json")
+    assert json.loads(out)["cache"]["bits"] == 8
+    assert json.loads(out)["kv_bytes_per_token"] == 128
+
+
+def test_an_older_runtime_is_refused_before_any_work(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgelm.graphs.RUNTIME", (1, 23))
+    with pytest.raises(EdgelmError, match=f"--kv int8 needs onnxruntime {OLDEST_RUNTIME} or newer"):
+        edgelm_export.export(tiny_checkpoint(), tmp_path / "out", kv="int8")
+    assert not (tmp_path / "out").exists()
