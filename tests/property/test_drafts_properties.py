@@ -1,0 +1,108 @@
+"""Where guesses come from, and how many of them pay."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgelm.drafts import GRAM, LONGEST_PAUSE, REMEMBERED, SIZES, Drafter, Drafting
+
+tokens_lists = st.lists(st.integers(0, 2), max_size=40)
+
+
+def after_last(tokens, gram):
+    """What followed the latest earlier occurrence of `gram` in a list."""
+    places = [at for at in range(len(tokens) - len(gram)) if tokens[at : at + len(gram)] == gram]
+    return tokens[places[-1] + len(gram) :] if places else []
+
+
+@given(tokens=tokens_lists, earlier=st.lists(tokens_lists, max_size=4), most=st.integers(-1, 9))
+def test_a_guess_is_what_followed_the_last_time(tokens, earlier, most):
+    drafter, drafting = Drafter(), Drafting()
+    drafting.rate = 1.0  # the most that is allowed pays
+    for each in earlier:
+        drafter.remember(np.array(each, np.int32))
+    found = drafter.propose(drafting, np.array(tokens, np.int32), most).tolist()
+    size = max([size for size in SIZES if size <= most], default=0)
+    expected = after_last(tokens, tokens[-GRAM:]) if len(tokens) >= GRAM else []
+    expected = (expected * size)[:size]  # an answer that repeats itself goes on to
+    if not expected and len(tokens) >= GRAM:
+        joined = [token for each in earlier for token in (-1, *each)]
+        expected = after_last(joined, tokens[-GRAM:])[:size]
+        expected = expected[: next((i for i, token in enumerate(expected) if token < 0), len(expected))]
+    assert found == expected
+
+
+@given(costs=st.lists(st.floats(1, 9), min_size=3, max_size=3), rate=st.floats(0.05, 0.95))
+def test_as_much_is_guessed_as_pays(costs, rate):
+    drafter, drafting = Drafter(), Drafting()
+    times = {1: 1.0} | {size + 1: cost for size, cost in zip(sorted(SIZES), sorted(costs), strict=True)}
+    drafter._seconds = dict(times)
+    drafting.rate = rate
+    found = len(drafter.propose(drafting, np.array([1, 2, 3] * 9, np.int32), 99))
+    best = max((sum(rate**i for i in range(size + 1)) / times[size + 1], -size) for size in (0, *SIZES))
+    assert found == -best[1]
+
+
+def test_wrong_guesses_cost_less_and_less():
+    drafter, drafting = Drafter(), Drafting()
+    drafter._seconds = {1: 1.0, 2: 1.2, 4: 2.0, 8: 3.0}
+    tokens, tried = np.array([1, 2, 3] * 9, np.int32), []
+    for _ in range(2000):
+        guess = drafter.propose(drafting, tokens, 99)
+        tried.append(len(guess) > 0)
+        if len(guess):
+            drafter.learn(drafting, len(guess) + 1, drafter._seconds[len(guess) + 1], len(guess), 0)
+    assert sum(tried) < 30
+    assert any(tried[-2 * LONGEST_PAUSE :])
+
+
+def test_what_was_said_long_ago_is_forgotten_and_no_more():
+    drafter = Drafter()
+    for i in range(3 * REMEMBERED // 100):
+        drafter.remember(np.arange(100 * i, 100 * i + 100, dtype=np.int32))
+        newest = 100 * i + 99
+        assert is_known(drafter, newest)
+        assert is_known(drafter, max(newest - REMEMBERED + 200, 50))
+        assert len(drafter._earlier.tokens) <= 2 * REMEMBERED + 101
+    assert not is_known(drafter, 50)
+
+
+def is_known(drafter, token):
+    gram = np.arange(token - GRAM, token, dtype=np.int32)
+    return drafter.propose(Drafting(), gram, 1).tolist() == [token]
+
+
+def test_an_answer_begins_as_earlier_ones_fared():
+    drafter, history = Drafter(), np.array([1, 2, 3] * 9, np.int32)
+    costs, begun = {1: 1.0, 2: 1.5, 4: 2.5, 8: 4.0}, []
+    drafter._seconds = dict(costs)
+    for _ in range(1000):
+        drafting = Drafting()
+        guessed = len(drafter.propose(drafting, history, 99))
+        drafter.learn(drafting, guessed + 1, costs[guessed + 1], guessed, 0)
+        begun.append(guessed > 0)
+    assert begun[0]
+    assert 0 < sum(begun[100:]) <= 90  # costs are forgotten, so it is tried again
+
+
+def test_the_first_pass_of_a_size_does_not_count():
+    drafter, drafting = Drafter(), Drafting()
+    history = np.array([1, 2, 3] * 9, np.int32)
+    guessed = []
+    for _ in range(3):
+        for size in (0, *SIZES):
+            drafter.learn(drafting, size + 1, 50.0 if size else 1.0, 0, 0)
+        guessed.append(len(drafter.propose(drafting, history, 99)) > 0)
+    assert guessed == [True, False, False]
+
+
+def test_a_pass_that_was_slow_once_is_tried_again():
+    drafter, drafting = Drafter(), Drafting()
+    drafter._seconds = {1: 1.0} | {size + 1: 50.0 for size in SIZES}
+    history = np.array([1, 2, 3] * 9, np.int32)
+    assert not len(drafter.propose(drafting, history, 99))
+    for _ in range(3000):
+        drafter.learn(drafting, 1, 1.0, 0, 0)
+    assert len(drafter.propose(drafting, history, 99))
