@@ -18,7 +18,7 @@ from edgelm.bundle import Bundle
 from edgelm.drafts import NOTHING, Drafter
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.intake import Intake
-from edgelm.memory import PREFILL_CHUNK, PREFIX_CACHE_MB, check_memory, plan_memory
+from edgelm.memory import PREFILL_CHUNK, PREFIX_CACHE_MB, check_memory
 from edgelm.messages import Chunk, FinishReason, Request
 from edgelm.reuse import Reuse
 from edgelm.scoring import score
@@ -52,9 +52,7 @@ class Engine:
         self.max_batch = max_batch
         rows, most = max_batch + 1, bundle.manifest.context if context is None else context
         prefix_bytes = prefix_cache_mb * 1_000_000
-        if memory_limit_mb is not None:
-            plan = plan_memory(bundle.manifest, rows=rows, context=most, prefix_bytes=prefix_bytes)
-            check_memory(plan, memory_limit_mb, rows=rows, context=most)
+        check_memory(bundle.manifest, memory_limit_mb, rows=rows, context=most, prefix_bytes=prefix_bytes)
         self.session: Session = open_session(bundle, rows=rows, threads=threads, context=context, cache=cache)
         self.context = self.session.context
         self._intake = Intake(bundle, self.context)
@@ -94,8 +92,7 @@ class Engine:
         """Do one round of work; return what clients are to see, in order."""
         self._drop_ended()
         self._admit()
-        self._prefill()
-        self._decode()
+        self._decode(PREFILL_CHUNK - self._prefill())
         return self._take_ready()
 
     def fail_all(self, error: RequestError) -> list[Chunk]:
@@ -120,7 +117,7 @@ class Engine:
     # --- the parts of a step ---
 
     def _warm_up(self) -> None:
-        """Run the graph once, so that the first request does not pay for what onnxruntime allocates late."""
+        """Run the graph once, so that the first request does not pay for what is allocated late."""
         self.session.prefill(self.max_batch, np.zeros(1, np.int64), 0)
         self.session.decode(np.zeros(1, np.int64), np.zeros(1, np.int32))
 
@@ -129,20 +126,18 @@ class Engine:
         return [*self._running, *([self._prefilling] if self._prefilling is not None else [])]
 
     def _take_ready(self) -> list[Chunk]:
-        ready = [self.conversations.settle(chunk) for chunk in self._ready]
-        self._ready = []
+        ready, self._ready = [self.conversations.settle(chunk) for chunk in self._ready], []
         return ready
 
     def _drop_ended(self) -> None:
         """End what was cancelled or is past its deadline."""
         now = time.monotonic()
-        for entry in [entry for entry in self._waiting if self._end_of(entry.request, now)]:
-            self._waiting.remove(entry)
-            reason = self._end_of(entry.request, now) or "cancelled"
-            self._ready.append(entry.end(reason))
+        for entry in list(self._waiting):
+            if reason := self._end_of(entry.request, now):
+                self._waiting.remove(entry)
+                self._ready.append(entry.end(reason))
         for sequence in self._held():
-            ended = self._end_of(sequence.request, now)
-            if ended:
+            if ended := self._end_of(sequence.request, now):
                 self._ready.append(sequence.finish(ended))
                 self._reuse.keep(sequence)
                 self._release(sequence)
@@ -179,48 +174,50 @@ class Engine:
             self._ready.append(entry.end("error", error))
         return None
 
-    def _prefill(self) -> None:
-        """Compute the next chunk of the prompt that is being read; after its end, sample the first token."""
+    def _prefill(self) -> int:
+        """Compute the next chunk of the prompt that is being read, return its size; after its end, sample a token."""
         sequence = self._prefilling
         if sequence is None:
-            return
+            return 0
         start = sequence.computed
         end = min(start + PREFILL_CHUNK, sequence.length)
         tokens = sequence.history[start:end].astype(np.int64)
         logits = self.session.prefill(sequence.row, tokens, start, total=sequence.length)
         sequence.computed = end
-        if not sequence.is_prefilled():
-            return
-        self._reuse.keep(sequence)
-        self._prefilling = None
-        self._running.append(sequence)
-        self._advance(sequence, logits[0])
+        if sequence.is_prefilled():
+            self._reuse.keep(sequence)
+            self._prefilling = None
+            self._running.append(sequence)
+            self._advance(sequence, logits[0])
+        return len(tokens)
 
-    def _decode(self) -> None:
-        """Compute the newest token of every running sequence and sample the next; more of them where there is one."""
-        batch = list(self._running)
+    def _decode(self, most: int) -> None:
+        """Compute the newest token of every running sequence and sample the next; more of them where there is one.
+
+        Of the tokens that a constraint forced, at most `most` are computed beside: who has more samples later.
+        """
+        batch, long_from = list(self._running), self.session.long_from
         for sequence in batch:
-            long_from = self.session.long_from
             if long_from is not None and sequence.computed <= long_from < sequence.length:
                 self._compute_again(sequence)
-        if len(batch) == 1:
-            self._decode_alone(batch[0])
-            return
         if not batch:
             return
+        if len(batch) == 1 and len(batch[0].pending) <= max(most, 1):
+            self._decode_alone(batch[0])
+            return
         for sequence in batch:
-            self._compute(sequence, sequence.length - 1)
+            most -= self._compute(sequence, min(sequence.length - 1, sequence.computed + most))
         tokens = np.array([sequence.pending[0] for sequence in batch], np.int64)
         lengths = np.array([sequence.computed for sequence in batch], np.int32)
         logits = self.session.decode(tokens, lengths)
         for sequence in batch:  # all of them before any row moves
             sequence.computed += 1
         for row, sequence in enumerate(batch):
-            self._advance(sequence, logits[row])
+            if sequence.is_prefilled():
+                self._advance(sequence, logits[row])
 
     def _decode_alone(self, sequence: Sequence) -> None:
         """Compute what is pending with guesses of what follows; sample for as long as these come true."""
-        self._compute(sequence, sequence.length - PREFILL_CHUNK)
         pending = sequence.pending
         guess = self._guess(sequence) if len(pending) == 1 else NOTHING
         tokens = np.concatenate([pending, guess]) if len(guess) else pending
@@ -252,17 +249,19 @@ class Engine:
             most = min(most, long_from - sequence.length)
         return self._drafter.propose(sequence.drafting, sequence.history[: sequence.length], most)
 
-    def _compute(self, sequence: Sequence, end: int) -> None:
-        """Compute a sequence's tokens up to position `end`, without their logits."""
-        for start in range(sequence.computed, end, PREFILL_CHUNK):
+    def _compute(self, sequence: Sequence, end: int) -> int:
+        """Compute a sequence's tokens up to position `end`, without their logits; return how many."""
+        begun = sequence.computed
+        for start in range(begun, end, PREFILL_CHUNK):
             part = sequence.history[start : min(start + PREFILL_CHUNK, end)].astype(np.int64)
             self.session.prefill(sequence.row, part, start, total=sequence.length)
-        sequence.computed = max(sequence.computed, end)
+        sequence.computed = end
+        return end - begun
 
     def _compute_again(self, sequence: Sequence) -> None:
-        """Recompute all positions of a sequence that outgrows what its rotary embedding was made for."""
-        end, sequence.computed, sequence.is_long = sequence.computed, 0, True
-        self._compute(sequence, end)
+        """Recompute all positions of a sequence that outgrows what its rotary embedding was made for, in this step."""
+        sequence.computed, sequence.is_long = 0, True
+        self._compute(sequence, sequence.length - 1)
 
     def _advance(self, sequence: Sequence, logits: NDArray[np.float32]) -> bool:
         """Sample a sequence's next token; return whether it goes on."""

@@ -66,13 +66,14 @@ def plan_memory(manifest: Manifest, *, rows: int, context: int, prefix_bytes: in
     )
 
 
-def check_memory(plan: MemoryPlan, limit_mb: int, *, rows: int, context: int) -> None:
+def check_memory(manifest: Manifest, limit_mb: int | None, *, rows: int, context: int, prefix_bytes: int) -> None:
     """Raise `EdgelmError`, which gives the numbers, where a plan takes more than `limit_mb` * 10^6 bytes."""
-    limit = limit_mb * 1_000_000
-    if plan.total <= limit:
+    plan = plan_memory(manifest, rows=rows, context=context, prefix_bytes=prefix_bytes)
+    if limit_mb is None or plan.total <= limit_mb * 1_000_000:
         return
+    limit = limit_mb * 1_000_000
     left = limit - (plan.total - plan.keys_and_values)
-    fits = left // max(plan.keys_and_values // (rows * context), 1)
+    fits = left // manifest.cache.bytes_per_token()
     if fits >= 2:  # one request needs a row to run in and one to be scored in
         advice = f"{fits} tokens of keys and values would fit, here {rows} requests of {context}: lower one of the two"
     elif left + plan.earlier_prompts > 0 and plan.earlier_prompts:

@@ -44,10 +44,10 @@ def test_more_of_anything_never_takes_less(rows, context, prefix):
 def test_a_limit_is_held_exactly(rows, context, prefix, limit):
     plan = plan_memory(MANIFEST, rows=rows, context=context, prefix_bytes=prefix)
     if plan.total <= limit * 1_000_000:
-        check_memory(plan, limit, rows=rows, context=context)
+        check_memory(MANIFEST, limit, rows=rows, context=context, prefix_bytes=prefix)
         return
     with pytest.raises(EdgelmError) as raised:
-        check_memory(plan, limit, rows=rows, context=context)
+        check_memory(MANIFEST, limit, rows=rows, context=context, prefix_bytes=prefix)
     assert f"{limit} MB" in str(raised.value)
     assert str(plan) in str(raised.value)
     fits = re.search(r"(\d+) tokens of keys and values would fit", str(raised.value))
