@@ -75,11 +75,11 @@ def test_a_round_without_one_of_both_has_no_ratio() -> None:
 
 def test_the_side_that_is_judged() -> None:
     shape = measured(1.0)
-    assert judge_side(shape, None) == "edgelm-b128"
+    assert judge_side(shape, None) == "edgelm-b64"
     assert judge_side(shape, "edgelm-int8") == "edgelm-int8"
     for entry in shape["rounds"]:
-        entry["sides"]["edgelm-b128"] = {}
-    assert judge_side(shape, None) == "edgelm-b64"
+        entry["sides"]["edgelm-b64"] = {}
+    assert judge_side(shape, None) == "edgelm-b128"
 
 
 def test_tables_are_whole_and_tell_what_is_missing() -> None:
