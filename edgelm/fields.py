@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -13,7 +14,7 @@ def check_type(value: object, hint: Any, name: str) -> None:
     origin, arguments = get_origin(hint), get_args(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         fits = isinstance(value, hint)
-        for field_name, inner in get_type_hints(hint).items() if fits else ():
+        for field_name, inner in _hints(hint).items() if fits else ():
             check_type(getattr(value, field_name), inner, field_name)
     elif origin in (Union, UnionType):
         fits = True
@@ -33,3 +34,9 @@ def check_type(value: object, hint: Any, name: str) -> None:
         fits = hint is Any or type(value) is hint or (hint is float and type(value) is int)
     if not fits:
         raise TypeError(f"{name} cannot be {value!r:.80}")
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields; looking them up takes longer than checking them."""
+    return get_type_hints(kind)
