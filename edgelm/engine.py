@@ -48,16 +48,14 @@ class Engine:
             raise EdgelmError(f"max_batch must lie in [1, {MOST_ROWS}], got {max_batch}")
         if prefix_cache_mb < 0:
             raise EdgelmError(f"prefix_cache_mb must be at least 0, got {prefix_cache_mb}")
-        self.bundle = bundle
-        self.max_batch = max_batch
+        self.bundle, self.max_batch = bundle, max_batch
         rows, most = max_batch + 1, bundle.manifest.context if context is None else context
         prefix_bytes = prefix_cache_mb * 1_000_000
         check_memory(bundle.manifest, memory_limit_mb, rows=rows, context=most, prefix_bytes=prefix_bytes)
         self.session: Session = open_session(bundle, rows=rows, threads=threads, context=context, cache=cache)
         self.context = self.session.context
         self._intake = Intake(bundle, self.context)
-        self.tokenizer = self._intake.tokenizer
-        self.conversations = self._intake.conversations
+        self.tokenizer, self.conversations = self._intake.tokenizer, self._intake.conversations
         self._waiting: deque[Waiting] = deque()
         self._running: list[Sequence] = []
         self._prefilling: Sequence | None = None
