@@ -71,15 +71,14 @@ def check_memory(manifest: Manifest, limit_mb: int | None, *, rows: int, context
     plan = plan_memory(manifest, rows=rows, context=context, prefix_bytes=prefix_bytes)
     if limit_mb is None or plan.total <= limit_mb * 1_000_000:
         return
-    limit = limit_mb * 1_000_000
-    left = limit - (plan.total - plan.keys_and_values)
+    left = limit_mb * 1_000_000 - (plan.total - plan.keys_and_values)
     fits = left // manifest.cache.bytes_per_token()
     if fits >= 2:  # one request needs a row to run in and one to be scored in
         advice = f"{fits} tokens of keys and values would fit, here {rows} requests of {context}: lower one of the two"
-    elif left + plan.earlier_prompts > 0 and plan.earlier_prompts:
+    elif left + plan.earlier_prompts > 0:
         advice = "less memory of earlier prompts, fewer requests or a shorter context are where to save"
     else:
-        advice = "the weights alone do not fit"
+        advice = "without any request it does not fit"
     raise EdgelmError(f"a memory limit of {limit_mb} MB is too small: {plan}; {advice}")
 
 
