@@ -13,12 +13,13 @@ import numpy as np
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import Bundle
 from edgelm.errors import EdgelmError
-from edgelm.graphs import best_tuning, open_verified
+from edgelm.graphs import best_tuning
 from edgelm.measure import memory_bandwidth_gb_s, memory_mb
 from edgelm.memory import PREFILL_CHUNK
 from edgelm.messages import SamplingParams
 from edgelm.sampling import Sampler
 from edgelm.session import Session, open_session
+from edgelm.weights import open_verified
 
 SAMPLER_ROUNDS: Final = 50
 

@@ -17,9 +17,9 @@ from edgelm.boardcache import BoardCache
 from edgelm.bundle import Bundle, Manifest
 from edgelm.engine import Engine
 from edgelm.errors import RequestError
-from edgelm.graphs import open_verified
 from edgelm.memory import PREFIX_CACHE_MB
 from edgelm.messages import Chunk, Completion, Constraint, Request, constraint_of
+from edgelm.weights import open_verified
 from edgelm.worker import Worker
 
 

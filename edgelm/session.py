@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import Bundle
 from edgelm.errors import EdgelmError
-from edgelm.graphs import best_tuning, open_graph
+from edgelm.graphs import best_tuning
 from edgelm.kv import KvBuffers
 from edgelm.prefixes import Piece
+from edgelm.weights import open_graph
 
 Tokens = NDArray[np.int64]
 Logits = NDArray[np.float32]

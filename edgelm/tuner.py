@@ -12,10 +12,11 @@ import numpy as np
 
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import Bundle
-from edgelm.graphs import cache_key, open_verified
+from edgelm.graphs import cache_key
 from edgelm.memory import PREFILL_CHUNK
 from edgelm.session import open_session
 from edgelm.tuning import Tuning, cores, remember
+from edgelm.weights import open_verified
 
 MOST_THREADS: Final = 8
 """More than this never helped a model of this size."""

@@ -13,10 +13,10 @@ from edgelm.bundle import BUILTIN, Bundle
 from edgelm.config import ServeConfig
 from edgelm.engine import Engine
 from edgelm.errors import EdgelmError
-from edgelm.graphs import open_verified
 from edgelm.mqtt.desk import ServedModel
 from edgelm.mqtt.service import Service
 from edgelm.sampling import warm_up
+from edgelm.weights import open_verified
 from edgelm.worker import Worker
 
 START_WITHIN_S: Final = 60.0

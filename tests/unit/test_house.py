@@ -15,13 +15,14 @@ from edgelm.cli.extras import extra_of
 
 REPO = Path(__file__).resolve().parents[2]
 FLOORS = [
-    {"_version", "errors", "fields", "textfile"},
+    {"_version", "errors", "fields", "protobuf", "textfile"},
     {"messages"},
     {"bundle", "config", "tasks", "measure", "hardware", "divergence", "windows"},
-    {"boardcache"},
+    {"boardcache", "native"},
     {"chat", "detokenizer", "drafts", "grammar", "kv", "memory", "prefixes", "profile", "sampling"},
     {"tuning", "tokenizer", "growing"},
     {"graphs", "static_tokens"},
+    {"weights"},
     {"session"},
     {"sequence", "static_prefix", "conversations"},
     {"reuse", "intake", "scoring"},
@@ -43,7 +44,18 @@ SOLE_IMPORTERS = {
     "jinja2": {"edgelm/chat.py"},
 }
 HEAVY = {"onnx", "torch", "transformers", "optimum", "safetensors", "ml_dtypes", "huggingface_hub"}
-RUNTIME = {"numpy", "onnxruntime", "numba", "tokenizers", "jinja2", "llguidance", "paho", "tomllib", "tomli"}
+RUNTIME = {
+    "numpy",
+    "onnxruntime",
+    "numba",
+    "llvmlite",
+    "tokenizers",
+    "jinja2",
+    "llguidance",
+    "paho",
+    "tomllib",
+    "tomli",
+}
 PACKAGES = {"edgelm": "edgelm", "export": "edgelm_export", "devices": "edgelm_devices"}
 RECIPES = {"export/distill/builtin.py"}
 """Run with python -m: commands in all but name, so they may use what commands share."""

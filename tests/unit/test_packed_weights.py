@@ -1,32 +1,28 @@
-"""Weights that were packed for this board: the same logits, less private memory, and any damage noticed."""
+"""Weights that onnxruntime packed for this board: the same logits, less private memory, and any damage noticed."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-import edgelm
-from edgelm import graphs
+from edgelm import weights
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import open_bundle
 from edgelm.errors import BundleError
-from edgelm.graphs import PACKED, open_graph, open_verified
+from edgelm.graphs import PACKED, cache_key
 from edgelm.session import open_session
 from edgelm.tuning import Tuning, cores
-
-SHAPE = {"vocab": 16000, "hidden": 512, "mlp": 2048, "heads": 8, "kv_heads": 4}
-"""Large enough to be kept without being asked to: 16 MB in int8."""
+from edgelm.weights import open_graph, open_verified
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache that keeps small bundles too."""
-    monkeypatch.setattr(graphs, "WORTH_BYTES", 0)
+    """A cache that keeps small bundles too, on a board that there are no kernels of ours for."""
+    monkeypatch.setattr(weights, "WORTH_BYTES", 0)
+    monkeypatch.setattr(weights, "_pack_in_panels", lambda *_: [])
     return BoardCache(tmp_path / "cache")
 
 
@@ -60,7 +56,7 @@ def test_packed_weights_compute_the_same_to_the_last_bit(tiny_checkpoint, export
 
 def test_they_are_packed_once(bundle, cache, monkeypatch):
     logits_of(bundle, cache)
-    monkeypatch.setattr(graphs, "_pack", lambda *_: pytest.fail("packed again"))
+    monkeypatch.setattr(weights, "_pack", lambda *_: pytest.fail("packed again"))
     logits_of(bundle, cache)
 
 
@@ -97,7 +93,7 @@ def test_what_onnxruntime_refuses_is_packed_again(bundle, cache, said):
         (folder / PACKED).write_bytes(b"nonsense")
         return {}
 
-    cache.make(graphs.cache_key(opened, "weights"), 1, nonsense)
+    cache.make(cache_key(opened, "weights"), 1, nonsense)
     open_graph(opened, Tuning(1), cache)
     assert len(said()) == 1, said()
     open_graph(opened, Tuning(1), cache)
@@ -107,13 +103,13 @@ def test_what_onnxruntime_refuses_is_packed_again(bundle, cache, said):
 def test_a_copy_that_computes_something_else_is_never_used(bundle, cache, monkeypatch, said):
     plain = logits_of(bundle, None)
     numbers = iter(range(100))
-    monkeypatch.setattr(graphs, "_probe", lambda _graph: np.array([next(numbers)]))
+    monkeypatch.setattr(weights, "_probe", lambda _graph: np.array([next(numbers)]))
     np.testing.assert_array_equal(logits_of(bundle, cache), plain)
     assert len(said()) == 1
     assert "does not read back" in said()[0]
     (entry,) = cache.entries()
     assert entry.bytes < 10_000
-    monkeypatch.setattr(graphs, "_pack", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(weights, "_pack", lambda *_: pytest.fail("tried again"))
     np.testing.assert_array_equal(logits_of(bundle, cache), plain)
     assert len(said()) == 1, "said once"
 
@@ -145,11 +141,10 @@ def test_a_bundle_elsewhere_shares_the_packed_weights(own, bundle, cache):
     logits_of(own, cache)
     (entry,) = cache.entries()
     assert entry.note["bundle"] == str(own), "its files are known from now on"
-    assert set(graphs._unchanged(open_bundle(own), entry)) == {"model.onnx", "model.onnx.data"}
+    assert set(weights._unchanged(open_bundle(own), entry)) == {"model.onnx", "model.onnx.data"}
 
 
-def test_a_cache_that_cannot_be_written_costs_nothing_but_a_line(bundle, tmp_path, monkeypatch, said):
-    monkeypatch.setattr(graphs, "WORTH_BYTES", 0)
+def test_a_cache_that_cannot_be_written_costs_nothing_but_a_line(bundle, cache, tmp_path, said):
     (tmp_path / "file").write_text("not a folder")
     plain = logits_of(bundle, None)
     np.testing.assert_array_equal(logits_of(bundle, BoardCache(tmp_path / "file" / "cache")), plain)
@@ -160,29 +155,3 @@ def test_more_threads_than_cores_are_told(bundle, said):
     open_graph(open_bundle(bundle), Tuning(cores() + 1))
     assert len(said()) == 1
     assert f"{cores() + 1} threads on {cores()} cores" in said()[0]
-
-
-ANONYMOUS = """
-import sys, edgelm
-with edgelm.load(sys.argv[1], threads=1, max_batch=1, cache=sys.argv[2] == "cache") as lm:
-    lm.generate(tokens=[2, 3, 4], max_tokens=4)
-    text = open("/proc/self/smaps_rollup").read()
-    print(1024 * int(text.split("Anonymous:")[1].split()[0]))
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells private memory apart")
-def test_packed_weights_are_mapped_not_copied(tiny_checkpoint, export_to_cache, monkeypatch, tmp_path):
-    path = export_to_cache(tiny_checkpoint(**SHAPE), quant="int8")
-    monkeypatch.setenv("EDGELM_CACHE_DIR", str(tmp_path / "cache"))
-
-    def anonymous(how):
-        done = subprocess.run([sys.executable, "-c", ANONYMOUS, path, how], capture_output=True, text=True, check=True)
-        assert done.stderr == ""
-        return int(done.stdout)
-
-    without = anonymous("plain")
-    assert not (tmp_path / "cache").exists()
-    anonymous("cache")
-    weights = sum(matrix.bytes() for matrix in edgelm.open_bundle(path).manifest.matrices)
-    assert anonymous("cache") < without - 0.8 * weights

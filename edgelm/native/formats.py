@@ -1,0 +1,65 @@
+"""What the kernels and those who use them agree on: formats of matrices, names of functions, a node's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+COLUMNS: Final = 16
+"""Columns of a panel: as many 32-bit sums as the widest vector holds; narrower ones take several."""
+
+DOMAIN: Final = "edgelm"
+"""The operators' domain."""
+
+LAYOUT: Final = 1
+"""Changes with what the kernels compute, or with how they want matrices to lie."""
+
+BLOCKS: Final = (16, 32, 64, 128)
+"""Block sizes that there are kernels for."""
+
+HOOK: Final = "edgelm_set_hook"
+"""Exported: sets what `RegisterCustomOps` calls."""
+REGISTER: Final = "RegisterCustomOps"
+DESTROY: Final = "edgelm_destroy"
+"""Exported: does nothing, as the state of a node is Python's."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Format:
+    """How a matrix is quantized: bits of a weight, weights that share a scale."""
+
+    bits: int
+    block: int
+
+    @property
+    def operator(self) -> str:
+        """The name of the operator for matrices of this format."""
+        return f"MatMulInt{self.bits}Block{self.block}"
+
+    @property
+    def compute(self) -> str:
+        """The function that computes a node, by the name that the library exports."""
+        return f"compute_{self.bits}_{self.block}"
+
+    @property
+    def block_bytes(self) -> int:
+        """The bytes of a block of one column."""
+        return self.block * self.bits // 8
+
+
+class State(IntEnum):
+    """Fields of a node's state, 64 bits each: its sizes and functions of onnxruntime's C API."""
+
+    K = 0
+    N = 1
+    PANELS_A_TASK = 2
+    GET_INPUT = 3
+    GET_OUTPUT = 4
+    GET_DATA = 5
+    GET_SHAPE = 6
+    GET_RANK = 7
+    GET_DIMENSIONS = 8
+    RELEASE_SHAPE = 9
+    PARALLEL_FOR = 10
+    GATED = 11

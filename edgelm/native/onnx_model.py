@@ -1,0 +1,172 @@
+"""The messages of an ONNX model that are read or written here (onnx.proto of ONNX's IR version 10), in their bytes."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from edgelm.protobuf import BYTES, FIXED32, VARINT, Field, fields, message
+
+FLOAT, UINT8, FLOAT16 = 1, 2, 10
+"""Values of TensorProto.DataType."""
+
+_GRAPH, _OPSET = 7, 8  # ModelProto
+_NODE, _INITIALIZER, _OUTPUT = 1, 5, 12  # GraphProto
+_INT: Final = 2  # AttributeProto.AttributeType
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A NodeProto; `attributes` are its numbers."""
+
+    operator: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, float]
+    encoded: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A TensorProto; `offset` is where its values lie in the model's data file, if they do."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: int
+    offset: int | None
+    raw: bytes
+    encoded: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A ModelProto: its nodes in their order, its initializers, the names of its outputs, and all the rest."""
+
+    nodes: Sequence[Node]
+    tensors: Mapping[str, Tensor]
+    outputs: frozenset[str]
+    rest: Sequence[Field]
+    graph_rest: Sequence[Field]
+
+
+def read_model(data: bytes) -> Model:
+    """Read a model. Raises `ValueError` for what is none."""
+    try:
+        whole = list(fields(data))
+        graph = [field for number, _, value in whole if number == _GRAPH for field in fields(_content(value))]
+        tensors = [_tensor(_content(value)) for number, _, value in graph if number == _INITIALIZER]
+        return Model(
+            nodes=[_node(_content(value)) for number, _, value in graph if number == _NODE],
+            tensors={tensor.name: tensor for tensor in tensors},
+            outputs=frozenset(_text(value, 1) for number, _, value in graph if number == _OUTPUT),
+            rest=[field for field in whole if field[0] != _GRAPH],
+            graph_rest=[field for field in graph if field[0] not in (_NODE, _INITIALIZER)],
+        )
+    except (ValueError, KeyError, struct.error) as error:
+        raise ValueError(f"not an ONNX model: {error}") from error
+
+
+def encode_model(model: Model, nodes: Sequence[bytes], tensors: Sequence[bytes], domain: str) -> bytes:
+    """Return a model with other nodes and initializers, which may use a domain's operators of version 1."""
+    opset = message([(1, BYTES, domain.encode()), (2, VARINT, 1)])
+    graph: list[Field] = [(_NODE, BYTES, node) for node in nodes]
+    graph += [(_INITIALIZER, BYTES, tensor) for tensor in tensors]
+    return message([*model.rest, (_OPSET, BYTES, opset), (_GRAPH, BYTES, message([*graph, *model.graph_rest]))])
+
+
+def encode_node(
+    operator: str, domain: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Mapping[str, int]
+) -> bytes:
+    """Return a NodeProto with attributes that are integers, named like its first output."""
+    names: list[Field] = [(1, BYTES, name.encode()) for name in inputs]
+    names += [(2, BYTES, name.encode()) for name in outputs]
+    values: list[Field] = [
+        (5, BYTES, message([(1, BYTES, name.encode()), (3, VARINT, value), (20, VARINT, _INT)]))
+        for name, value in attributes.items()
+    ]
+    return message(
+        [*names, (3, BYTES, outputs[0].encode()), (4, BYTES, operator.encode()), *values, (7, BYTES, domain.encode())]
+    )
+
+
+def encode_tensor(name: str, shape: Sequence[int], dtype: int, file: str, offset: int, length: int) -> bytes:
+    """Return a TensorProto whose values lie in a file beside the model."""
+    place = {"location": file, "offset": str(offset), "length": str(length)}
+    entries: list[Field] = [
+        (13, BYTES, message([(1, BYTES, key.encode()), (2, BYTES, value.encode())])) for key, value in place.items()
+    ]
+    dims: list[Field] = [(1, VARINT, size) for size in shape]
+    return message([*dims, (2, VARINT, dtype), (8, BYTES, name.encode()), *entries, (14, VARINT, 1)])
+
+
+def _node(encoded: bytes) -> Node:
+    inputs: list[str] = []
+    outputs: list[str] = []
+    attributes: dict[str, float] = {}
+    operator = ""
+    for number, _, value in fields(encoded):
+        if number == 1:
+            inputs.append(_content(value).decode())
+        elif number == 2:
+            outputs.append(_content(value).decode())
+        elif number == 4:
+            operator = _content(value).decode()
+        elif number == 5:
+            attributes |= _attribute(_content(value))
+    return Node(operator, tuple(inputs), tuple(outputs), attributes, encoded)
+
+
+def _attribute(encoded: bytes) -> dict[str, float]:
+    """Return an attribute's name and number; nothing where it is of another type."""
+    found: dict[str, float] = {}
+    name = _text(encoded, 1)
+    for number, kind, value in fields(encoded):
+        if (number, kind) == (3, VARINT):
+            signed = int(value)
+            found[name] = signed - (1 << 64) if signed >> 63 else signed
+        elif (number, kind) == (2, FIXED32):
+            found[name] = struct.unpack("<f", _content(value))[0]
+    return found
+
+
+def _tensor(encoded: bytes) -> Tensor:
+    shape: list[int] = []
+    name, dtype, raw, offset, external = "", 0, b"", 0, False
+    for number, _, value in fields(encoded):
+        if number == 1:
+            shape += [value] if isinstance(value, int) else _varints(value)
+        elif number == 2:
+            dtype = int(value)
+        elif number == 8:
+            name = _content(value).decode()
+        elif number == 9:
+            raw = _content(value)
+        elif number == 13 and _text(value, 1) == "offset":
+            offset = int(_text(value, 2))
+        elif number == 14:
+            external = value == 1
+    return Tensor(name, tuple(shape), dtype, offset if external else None, raw, encoded)
+
+
+def _text(encoded: int | bytes, wanted: int) -> str:
+    """Return a text field of a message; empty where it has none."""
+    return next((_content(value).decode() for number, _, value in fields(_content(encoded)) if number == wanted), "")
+
+
+def _content(value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        raise ValueError("a number where a message should be")
+    return value
+
+
+def _varints(packed: bytes) -> list[int]:
+    """Return the numbers of a packed field: as fields of a message they would each have a key in front."""
+    return [int(value) for _, _, value in fields(b"".join(b"\x08" + number for number in _split(packed)))]
+
+
+def _split(packed: bytes) -> list[bytes]:
+    """Cut numbers apart: each ends with the first byte below 128."""
+    ends = [i + 1 for i, byte in enumerate(packed) if byte < 0x80]
+    return [packed[start:end] for start, end in zip([0, *ends], ends, strict=False)]

@@ -1,0 +1,169 @@
+"""Handing the kernels to onnxruntime as custom operators, through its C API.
+
+onnxruntime opens a library and calls its `RegisterCustomOps`; ours calls back into this module, which describes the
+operators with ctypes (OrtCustomOp in onnxruntime_c_api.h, as of API version 16). Python is asked while a graph is
+loaded; in a step onnxruntime calls machine code alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from edgelm.native.formats import COLUMNS, DESTROY, DOMAIN, HOOK, Format, State
+
+VERSION: Final = 17
+"""Version of the C API that is asked for: the first with `KernelContext_ParallelFor`, onnxruntime 1.17."""
+TASKS: Final = 16
+"""Parts that a product is cut into for the threads, where it is large enough."""
+
+_FLOAT, _UINT8, _FLOAT16 = 1, 2, 10  # ONNXTensorElementDataType
+_REQUIRED, _OPTIONAL = 0, 1
+_CREATE_DOMAIN, _DOMAIN_ADD, _ADD_DOMAIN, _ATTRIBUTE = 26, 27, 28, 86
+_API: Final = {
+    State.GET_INPUT: 90,
+    State.GET_OUTPUT: 91,
+    State.GET_DATA: 51,
+    State.GET_SHAPE: 65,
+    State.GET_RANK: 61,
+    State.GET_DIMENSIONS: 62,
+    State.RELEASE_SHAPE: 99,
+    State.PARALLEL_FOR: 274,
+}
+"""Places of functions in OrtApi, which onnxruntime only ever adds to."""
+
+_INPUTS: Final = (_FLOAT, _UINT8, _FLOAT16, _FLOAT)
+_OUTPUTS: Final = (_FLOAT, _UINT8)
+_Status = c_void_p
+
+
+class _CustomOp(Structure):
+    """OrtCustomOp; what is null is not asked for at this version."""
+
+
+_Op = POINTER(_CustomOp)
+_NAME = CFUNCTYPE(c_void_p, _Op)
+_TYPE = CFUNCTYPE(c_int, _Op, c_size_t)
+_COUNT = CFUNCTYPE(c_size_t, _Op)
+_CREATE = CFUNCTYPE(c_void_p, _Op, c_void_p, c_void_p)
+_NUMBER = CFUNCTYPE(c_int, _Op)
+_CustomOp._fields_ = [
+    ("version", c_uint32),
+    ("create_kernel", _CREATE),
+    ("name", _NAME),
+    ("provider", _NAME),
+    ("input_type", _TYPE),
+    ("input_count", _COUNT),
+    ("output_type", _TYPE),
+    ("output_count", _COUNT),
+    ("compute", c_void_p),
+    ("destroy", c_void_p),
+    ("input_kind", _TYPE),
+    ("output_kind", _TYPE),
+    ("input_memory", _TYPE),
+    ("variadic", _NUMBER * 4),
+    ("later", c_void_p * 9),
+]
+
+
+_alive: list[Operators] = []
+"""All there are: graphs call what they hold, and nobody tells when the last one is gone."""
+
+
+class Operators:
+    """The operators of a compiled library. Lives as long as the process."""
+
+    def __init__(self, library: Path, formats: Sequence[Format]) -> None:
+        self.path = library
+        self._code = ctypes.CDLL(str(library))
+        self._kept: list[Any] = []
+        self._domain: c_void_p | None = None
+        self._ops = [self._operator(form) for form in formats]
+        self._hook = CFUNCTYPE(_Status, c_void_p, c_void_p)(self._register)
+        _alive.append(self)
+
+    def register(self, options: Any) -> None:
+        """Make the operators known to graphs that are loaded with these options."""
+        set_hook = getattr(self._code, HOOK)
+        set_hook.restype = None
+        set_hook(self._hook)
+        options.register_custom_ops_library(str(self.path))
+
+    def _address(self, name: str) -> int:
+        return ctypes.cast(getattr(self._code, name), c_void_p).value or 0
+
+    def _register(self, options: int, base: int) -> int | None:
+        """Add the operators to options, for `RegisterCustomOps`; return an OrtStatus, or None for success."""
+        api = self._functions(base)
+        if self._domain is None:
+            domain = c_void_p()
+            status = _call(api[_CREATE_DOMAIN], DOMAIN.encode(), ctypes.byref(domain))
+            for op in self._ops:
+                status = status or _call(api[_DOMAIN_ADD], domain, ctypes.byref(op))
+            if status:
+                return status
+            self._domain = domain
+        return _call(api[_ADD_DOMAIN], c_void_p(options), self._domain)
+
+    def _functions(self, base: int) -> Any:
+        """Return the table of functions that an OrtApiBase gives."""
+        get_api = CFUNCTYPE(c_void_p, c_uint32)(c_void_p.from_address(base).value or 0)
+        table = get_api(VERSION)
+        return (c_void_p * (max(_API.values()) + 1)).from_address(table)
+
+    def _operator(self, form: Format) -> _CustomOp:
+        name = ctypes.create_string_buffer(form.operator.encode())
+        provider = ctypes.create_string_buffer(b"CPUExecutionProvider")
+
+        def create(_: object, api: int, info: int) -> int:
+            return self._state(api, info)
+
+        def optional(_: object, index: int) -> int:
+            return _OPTIONAL if index == 3 else _REQUIRED
+
+        op = _CustomOp(
+            version=VERSION,
+            create_kernel=_CREATE(create),
+            name=_NAME(lambda _: ctypes.addressof(name)),
+            provider=_NAME(lambda _: ctypes.addressof(provider)),
+            input_type=_TYPE(lambda _, index: _INPUTS[index]),
+            input_count=_COUNT(lambda _: len(_INPUTS)),
+            output_type=_TYPE(lambda _, index: _OUTPUTS[index]),
+            output_count=_COUNT(lambda _: len(_OUTPUTS)),
+            compute=self._address(form.compute),
+            destroy=self._address(DESTROY),
+            input_kind=_TYPE(optional),
+            output_kind=_TYPE(lambda _, __: _REQUIRED),
+            input_memory=_TYPE(lambda _, __: 0),
+            variadic=(_NUMBER * 4)(*[_NUMBER(lambda _: 0)] * 4),
+        )
+        self._kept += [name, provider, op]
+        return op
+
+    def _state(self, api: int, info: int) -> int:
+        """Return the address of the state of a node."""
+        functions = (c_void_p * (max(_API.values()) + 1)).from_address(api)
+        state = np.zeros(len(State), np.uint64)
+        for field, place in _API.items():
+            state[field] = functions[place] or 0
+        for field in (State.K, State.N, State.GATED):
+            value = c_int64()
+            if _call(functions[_ATTRIBUTE], c_void_p(info), field.name.encode(), ctypes.byref(value)):
+                return 0
+            state[field] = value.value
+        panels = -(-int(state[State.N]) // COLUMNS)
+        state[State.PANELS_A_TASK] = max(1, -(-panels // TASKS))
+        self._kept.append(state)
+        return int(state.ctypes.data)
+
+
+def _call(function: int | None, *arguments: Any) -> int | None:
+    """Call a function that returns an OrtStatus, null for success."""
+    kinds = [c_char_p if isinstance(value, bytes) else c_void_p for value in arguments]
+    prototype: Callable[..., Callable[..., int | None]] = CFUNCTYPE(_Status, *kinds)
+    return prototype(function or 0)(*arguments)

@@ -1,0 +1,73 @@
+"""Protobuf's wire format (protobuf.dev/programming-guides/encoding): messages as lists of fields.
+
+Enough to change an ONNX model in its bytes, since the runtime does without the onnx package. Knows no schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+"""Kinds of fields."""
+
+_SIZES: Final = {FIXED64: 8, FIXED32: 4}
+
+Field = tuple[int, int, "int | bytes"]
+"""A field's number, its kind, and its value: an int for VARINT, else bytes."""
+
+
+def fields(message: bytes) -> Iterator[Field]:
+    """Yield the fields of a message in their order. Raises `ValueError` for what is no message."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        number, kind = key >> 3, key & 7
+        if kind == VARINT:
+            value, at = _varint(message, at)
+            yield number, kind, value
+            continue
+        if kind == BYTES:
+            size, at = _varint(message, at)
+        elif kind in _SIZES:
+            size = _SIZES[kind]
+        else:
+            raise ValueError(f"not a protobuf message: kind {kind}")
+        if at + size > len(message):
+            raise ValueError("not a protobuf message: it is cut short")
+        yield number, kind, message[at : at + size]
+        at += size
+
+
+def message(parts: Iterable[Field]) -> bytes:
+    """Return the bytes of a message."""
+    data = bytearray()
+    for number, kind, value in parts:
+        data += _encoded(number << 3 | kind)
+        if isinstance(value, int):
+            data += _encoded(value)
+        else:
+            if kind == BYTES:
+                data += _encoded(len(value))
+            data += value
+    return bytes(data)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data):
+            raise ValueError("not a protobuf message: it is cut short")
+        value |= (data[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 0x80:
+            return value, at
+
+
+def _encoded(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

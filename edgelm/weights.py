@@ -1,0 +1,240 @@
+"""A bundle's weights as this board's kernels want them, packed once and mapped from then on.
+
+What would be private memory becomes pages of a file, which processes share and the system may drop. Quantized matrices
+are laid out for kernels of our own (`edgelm.native`), compiled for the processor. Where there are none for it, or for
+the bundle, onnxruntime's kernels keep a layout of theirs (session.save_external_prepacked_constant_initializers).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.boardcache import BoardCache, Entry, signature
+from edgelm.bundle import Bundle, open_bundle
+from edgelm.errors import BundleError, EdgelmError
+from edgelm.graphs import VERSION, Graph, as_this_runtime_wants, cache_key, check_runtime, load_graph, load_packed
+from edgelm.native.formats import Format
+from edgelm.native.graph import write_panels
+from edgelm.native.registration import Operators
+from edgelm.tuning import Tuning, cores
+
+WORTH_BYTES: Final = 16_000_000
+"""Bundles smaller than this are quicker loaded than looked up."""
+
+GROWTH: Final = 3
+"""Most bytes that are kept for each byte of a bundle: its weights, packed weights, scales in float32, a head's copy."""
+
+KERNELS: Final = "kernels.so"
+FORMATS: Final = "formats"
+"""Key of a note that says which kernels an entry has."""
+
+UNUSABLE: Final = "unusable"
+"""Key of a note that says why a bundle's weights cannot be kept."""
+
+CLOSE: Final = 0.2
+"""Most by which logits of our kernels may differ from onnxruntime's: root mean square over standard deviation.
+
+Both round activations to 8 bits, and a last bit that falls otherwise early on moves what follows: 0.03 is seen.
+"""
+
+LOG: Final = logging.getLogger(__name__)
+
+_operators: dict[Path, Operators] = {}
+"""Libraries in use, which stay: graphs refer to them."""
+
+
+def open_verified(path: str | Path, cache: BoardCache | None) -> Bundle:
+    """Open a bundle and check its files, but for those that have not changed since they were packed for this board.
+
+    Raises `BundleError` as `open_bundle` does.
+    """
+    bundle = open_bundle(path, verify=False)
+    if cache is None or not _is_worth_it(bundle):
+        bundle.verify()
+        return bundle
+    key = cache_key(bundle, "weights")
+    entry = cache.find(key)
+    known = _unchanged(bundle, entry) if entry is not None else []
+    bundle.verify(known)
+    if entry is not None and len(known) < len(_files(bundle)):  # a copy of the bundle, or one that was touched
+        cache.update(key, {**entry.note, "bundle": str(bundle.path), "files": signature(_files(bundle))})
+    return bundle
+
+
+def open_graph(bundle: Bundle, tuning: Tuning, cache: BoardCache | None = None, profile: Path | None = None) -> Graph:
+    """Load a bundle's graph, through the cache where there is one.
+
+    With `profile` every run is profiled, into a file whose path begins so; `end_profiling` writes it and returns its
+    name. Raises `BundleError` when onnxruntime refuses the graph or is older than the bundle needs, and `EdgelmError`
+    when `threads` is out of range.
+    """
+    check_runtime(bundle.manifest.needs_onnxruntime, bundle.path)
+    if tuning.threads > cores():
+        LOG.warning("%d threads on %d cores: more threads than cores make it slower", tuning.threads, cores())
+    if cache is not None and _is_worth_it(bundle):
+        graph = _packed(bundle, tuning, cache, profile)
+        if graph is not None:
+            return graph
+    try:
+        return load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin, profile=profile)
+    except EdgelmError:
+        raise
+    except Exception as error:  # onnxruntime raises types of its own, unrelated to each other
+        raise BundleError(f"onnxruntime {VERSION} cannot load {bundle.graph}: {_reason(error)}") from error
+
+
+def _is_worth_it(bundle: Bundle) -> bool:
+    return bundle.bytes >= WORTH_BYTES and bundle.manifest.cache.kind == "shared"
+
+
+def _packed(bundle: Bundle, tuning: Tuning, cache: BoardCache, profile: Path | None) -> Graph | None:
+    """Load what was packed before, or pack it now; return None where the cache cannot keep it."""
+    key = cache_key(bundle, "weights")
+    entry = cache.find(key)
+    if entry is not None and UNUSABLE not in entry.note:
+        graph = _mapped(entry, tuning, profile)
+        if graph is not None:
+            return graph
+        cache.drop(key)
+        entry = None
+    if entry is None:
+        entry = cache.make(key, GROWTH * bundle.bytes, lambda folder: _pack(bundle, tuning, folder))
+        if entry is not None and UNUSABLE in entry.note:
+            LOG.warning("the weights of %s stay in private memory: %s", bundle.path, entry.note[UNUSABLE])
+    return _mapped(entry, tuning, profile) if entry is not None and UNUSABLE not in entry.note else None
+
+
+def _mapped(entry: Entry, tuning: Tuning, profile: Path | None) -> Graph | None:
+    try:
+        formats = [Format(*form) for form in entry.note.get(FORMATS, [])]
+        return load_packed(entry.path, tuning, _operators_in(entry.path, formats), profile)
+    except Exception as error:  # noqa: BLE001  whatever onnxruntime dislikes about it: the bundle itself is there
+        LOG.warning("%s in the board cache is not used: %s", entry.path, _reason(error))
+        return None
+
+
+def _operators_in(folder: Path, formats: list[Format]) -> Operators | None:
+    """Return the operators of an entry, opened once; None where it has none."""
+    if not formats:
+        return None
+    if folder not in _operators:
+        _operators[folder] = Operators(folder / KERNELS, formats)
+    return _operators[folder]
+
+
+# --- making ---
+
+
+def _pack(bundle: Bundle, tuning: Tuning, folder: Path) -> Mapping[str, Any]:
+    """Write a bundle's graph with packed weights into a folder; return the note that goes with them.
+
+    Raises `OSError` where onnxruntime cannot write or read the copy.
+    """
+    started = time.perf_counter()
+    note: dict[str, Any] = {"bundle": str(bundle.path), "files": signature(_files(bundle))}
+    reason = None
+    try:
+        formats = _pack_in_panels(bundle, tuning, folder)
+        if formats:
+            note[FORMATS] = [[form.bits, form.block] for form in formats]
+        else:
+            reason = _prepack(bundle, tuning, folder)
+    except Exception as error:  # a bundle that cannot be loaded will say so without a cache
+        raise OSError(f"onnxruntime cannot keep packed weights: {_reason(error)}") from error
+    if reason is not None:
+        _empty(folder)
+        return note | {UNUSABLE: reason}
+    LOG.info("packed %s for this board in %.1f s: %s", bundle.path, time.perf_counter() - started, folder.parent)
+    return note
+
+
+def _pack_in_panels(bundle: Bundle, tuning: Tuning, folder: Path) -> list[Format]:
+    """Write a graph for our kernels and compile them; return no formats, and leave nothing, where that cannot be."""
+    try:
+        model = as_this_runtime_wants(bundle.graph.read_bytes())
+        formats = write_panels(model, bundle.graph.with_name(f"{bundle.graph.name}.data"), folder)
+        if formats:
+            _compile(folder / KERNELS, formats)
+            # Not kept in `_operators`: the folder is renamed.
+            found = _probe(load_packed(folder, tuning, Operators(folder / KERNELS, formats)))
+            expected = _probe(load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin))
+            error = float(np.sqrt(np.mean((found - expected) ** 2)) / expected.std())
+            if error < CLOSE:
+                return formats
+            LOG.warning("edgelm's own kernels compute other logits here (%.2f), so onnxruntime's are used", error)
+    except Exception as error:  # noqa: BLE001  whatever is missing: onnxruntime's kernels are there
+        LOG.info("edgelm's own kernels are not used: %s", _reason(error))
+    _empty(folder)
+    return []
+
+
+def _compile(library: Path, formats: list[Format]) -> None:
+    """Compile kernels in a process of their own. Raises `OSError` with the reason where that fails."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "edgelm.native.compile", str(library)]
+    command += [f"{form.bits}:{form.block}" for form in formats]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"the kernels cannot be compiled: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+
+
+def _prepack(bundle: Bundle, tuning: Tuning, folder: Path) -> str | None:
+    """Have onnxruntime write a graph with its own packed weights; return why it cannot be used.
+
+    A copy that does not compute what the original does, to the last bit, is none: onnxruntime 1.31 puts packed weights
+    behind the original ones, where kernels that want them aligned to 64 bytes misread those behind a matrix of another
+    size.
+    """
+    expected = _probe(load_graph(str(bundle.graph), tuning.threads, save_to=folder))
+    found = _probe(load_packed(folder, tuning))  # the first one is gone: two would take twice the memory
+    if np.array_equal(expected, found):
+        return None
+    return f"onnxruntime {VERSION} does not read back what it packed"
+
+
+def _probe(graph: Graph) -> NDArray[np.float32]:
+    """Compute the logits of token 0 alone, float32 [1, V]: every matrix takes part."""
+    types = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int8)": np.int8}
+    feeds = {
+        value.name: np.zeros([size if isinstance(size, int) else 1 for size in value.shape], types[value.type])
+        for value in graph.get_inputs()
+    }
+    feeds["total_sequence_length"][:] = 1
+    logits: NDArray[np.float32] = graph.run(["logits"], feeds)[0]
+    return logits
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what an exception says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _empty(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def _files(bundle: Bundle) -> dict[str, Path]:
+    """Return the files that the packed graph stands for."""
+    names = [name for name in bundle.manifest.files if name.startswith(bundle.manifest.graph)]
+    return {name: bundle.path / name for name in names}
+
+
+def _unchanged(bundle: Bundle, entry: Entry) -> list[str]:
+    """Return the names of files that were verified when the entry was made and look the same now."""
+    try:
+        now = signature(_files(bundle))
+    except OSError:
+        return []
+    known = entry.note.get("files")
+    return [name for name, seen in now.items() if isinstance(known, dict) and known.get(name) == seen]

@@ -1,0 +1,176 @@
+"""Weights laid out for our own kernels: compiled and kept for this board, and onnxruntime's where that cannot be."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import edgelm
+from edgelm import weights
+from edgelm.boardcache import BoardCache
+from edgelm.bundle import open_bundle
+from edgelm.session import open_session
+from edgelm.weights import FORMATS, KERNELS, open_verified
+
+SHAPE = {"vocab": 16000, "hidden": 512, "mlp": 2048, "heads": 8, "kv_heads": 4}
+"""Large enough to be kept without being asked to: 16 MB in int8."""
+
+SMALL = {"vocab": 384, "hidden": 128, "mlp": 352}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache that keeps small bundles too."""
+    monkeypatch.setattr(weights, "WORTH_BYTES", 0)
+    return BoardCache(tmp_path / "cache")
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.INFO, "edgelm")
+    return lambda least=logging.WARNING: [r.getMessage() for r in caplog.records if r.levelno >= least]
+
+
+@pytest.fixture
+def small(tiny_checkpoint, export_to_cache):
+    return export_to_cache(tiny_checkpoint(**SMALL), quant="int4")
+
+
+def logits_of(path, cache):
+    session = open_session(open_verified(path, cache), rows=2, threads=1, cache=cache)
+    first = session.prefill(0, np.arange(2, 9), 0).copy()
+    return np.concatenate([first, session.decode(np.array([3]), np.array([7], np.int32))])
+
+
+def apart(one, other):
+    """Root mean square of the difference, in standard deviations."""
+    return float(np.sqrt(np.mean((one - other) ** 2)) / other.std())
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("vocab", [331, 384])
+def test_our_kernels_compute_what_onnxruntimes_do(tiny_checkpoint, export_to_cache, cache, quant, vocab, said):
+    path = export_to_cache(tiny_checkpoint(**SMALL | {"vocab": vocab}), quant=quant)
+    plain = logits_of(path, None)
+    found = [logits_of(path, cache) for _ in range(2)]  # packed, then found
+    np.testing.assert_array_equal(*found)
+    assert 0 < apart(found[0], plain) < 0.05
+    (entry,) = cache.entries()
+    assert entry.note[FORMATS]
+    assert said() == []
+
+
+def test_matrices_of_several_formats_run_side_by_side(tiny_checkpoint, export_to_cache, cache):
+    path = export_to_cache(tiny_checkpoint(**SMALL), quant="mixed", calibrate="self")
+    assert apart(logits_of(path, cache), logits_of(path, None)) < 0.05
+    (entry,) = cache.entries()
+    matrices = open_bundle(path).manifest.matrices
+    assert len(entry.note[FORMATS]) > 1
+    assert {tuple(form) for form in entry.note[FORMATS]} <= {(matrix.bits, matrix.block_size) for matrix in matrices}
+
+
+@pytest.mark.parametrize("options", [{"quant": "fp32"}, {"quant": "int4", "symmetric": False}], ids=str)
+def test_bundles_that_there_are_no_kernels_for_keep_onnxruntimes(
+    tiny_checkpoint, export_to_cache, cache, said, options
+):
+    path = export_to_cache(tiny_checkpoint(**SMALL), **options)
+    np.testing.assert_array_equal(logits_of(path, cache), logits_of(path, None))
+    (entry,) = cache.entries()
+    assert FORMATS not in entry.note
+    assert said() == []
+
+
+@pytest.mark.parametrize("missing", ["compiler", "library", "graph"])
+def test_without_our_kernels_onnxruntimes_are_used(small, cache, monkeypatch, missing, said):
+    plain = logits_of(small, None)
+    if missing == "compiler":
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+    elif missing == "library":
+        monkeypatch.setattr(weights, "_compile", lambda library, _: library.write_bytes(b"nonsense"))
+    else:
+        monkeypatch.setattr(weights, "write_panels", lambda *_: 1 / 0)
+    np.testing.assert_array_equal(logits_of(small, cache), plain)
+    (entry,) = cache.entries()
+    assert FORMATS not in entry.note
+    assert not (entry.path / KERNELS).exists()
+    assert said() == []
+    assert any("own kernels are not used" in line for line in said(logging.INFO))
+    monkeypatch.setattr(weights, "_pack", lambda *_: pytest.fail("tried again"))
+    np.testing.assert_array_equal(logits_of(small, cache), plain)
+
+
+def test_kernels_that_compute_something_else_are_never_used(small, cache, monkeypatch, said):
+    plain = logits_of(small, None)
+    probes = iter([np.array([1.0, 2.0]), np.array([2.0, 1.0])])
+    monkeypatch.setattr(weights, "_probe", lambda _graph: next(probes))
+    monkeypatch.setattr(weights, "_prepack", lambda *_: "not now")
+    np.testing.assert_array_equal(logits_of(small, cache), plain)
+    assert "compute other logits" in said()[0]
+
+
+def test_a_torn_library_is_said_once_and_mended(small, cache, said):
+    expected = logits_of(small, cache)
+    (entry,) = cache.entries()
+    content = (entry.path / KERNELS).read_bytes()
+    (entry.path / KERNELS).unlink()  # the process has it mapped
+    (entry.path / KERNELS).write_bytes(content[: len(content) // 2])
+    np.testing.assert_array_equal(logits_of(small, cache), expected)
+    assert len(said()) == 1
+    assert "made again" in said()[0]
+
+
+def test_answers_in_company_are_those_alone_to_the_last_bit(small, cache):
+    """Where the matrices are concerned: attention is onnxruntime's, and one row's is not another's."""
+    session = open_session(open_verified(small, cache), rows=4, threads=2, cache=cache)
+    prompts = [np.arange(2 + row, 9 + row) for row in range(4)]
+    for row, prompt in enumerate(prompts):
+        session.prefill(row, prompt, 0)
+    together = session.decode(np.array([3, 4, 5, 6]), np.full(4, 7, np.int32)).copy()
+    for row in range(4):
+        session.prefill(0, prompts[row], 0)
+        alone = session.decode(np.array([3 + row]), np.full(1, 7, np.int32))
+        np.testing.assert_array_equal(alone[0], together[row])
+
+
+ANONYMOUS = """
+import sys, edgelm
+with edgelm.load(sys.argv[1], threads=1, max_batch=1, cache=sys.argv[2] == "cache") as lm:
+    lm.generate(tokens=[2, 3, 4], max_tokens=4)
+    text = open("/proc/self/smaps_rollup").read()
+    print(1024 * int(text.split("Anonymous:")[1].split()[0]))
+    print("llvmlite" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells private memory apart")
+@pytest.mark.parametrize("quant", ["int8", "fp32"])
+def test_packed_weights_are_mapped_not_copied(tiny_checkpoint, export_to_cache, monkeypatch, tmp_path, quant):
+    """Whose kernels they are for; and the compiler is not loaded to use what it made."""
+    path = export_to_cache(tiny_checkpoint(**SHAPE), quant=quant)
+    monkeypatch.setenv("EDGELM_CACHE_DIR", str(tmp_path / "cache"))
+
+    def anonymous(how):
+        done = subprocess.run([sys.executable, "-c", ANONYMOUS, path, how], capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        size, compiler = done.stdout.split()
+        assert compiler == "False"
+        return int(size)
+
+    without = anonymous("plain")
+    assert not (tmp_path / "cache").exists()
+    anonymous("cache")
+    held = sum(matrix.bytes() for matrix in open_bundle(path).manifest.matrices)
+    assert anonymous("cache") < without - 0.8 * held
+
+
+def test_the_built_in_bundle_runs_on_our_kernels(cache, said):
+    with edgelm.load("builtin", threads=1) as lm:
+        path = lm.bundle.path
+    assert apart(logits_of(path, cache), logits_of(path, None)) < 0.1
+    (entry,) = cache.entries()
+    assert entry.note[FORMATS]
+    assert said() == []

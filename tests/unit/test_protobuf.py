@@ -1,0 +1,100 @@
+"""ONNX models in their bytes, against onnx's own reading of them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgelm.native.onnx_model import FLOAT, encode_model, encode_node, encode_tensor, read_model
+from edgelm.protobuf import fields, message
+
+names = st.text("abc.é_0", min_size=1, max_size=8)
+numbers = st.integers(-(2**63), 2**63 - 1)
+nodes = st.builds(
+    lambda inputs, outputs, number, real: helper.make_node(
+        "Thing", inputs, outputs, domain="com.x", number=number, real=real, text="t", several=[1, 2]
+    ),
+    st.lists(st.one_of(names, st.just("")), max_size=3),
+    st.lists(names, min_size=1, max_size=3),
+    numbers,
+    st.floats(width=32, allow_nan=False),
+)
+arrays = st.builds(
+    lambda shape, dtype: np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.sampled_from([np.float32, np.float16, np.uint8, np.int64]),
+)
+
+
+@st.composite
+def models(draw):
+    values = {f"t{i}": array for i, array in enumerate(draw(st.lists(arrays, max_size=3)))}
+    tensors = [numpy_helper.from_array(array, name) for name, array in values.items()]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        draw(st.lists(nodes, max_size=4)), "g", [info("x", 1, ["n"])], [info("y", 1, ["n", 2])], tensors
+    )
+    return helper.make_model(graph, producer_name="edgelm"), values
+
+
+@given(models())
+def test_a_model_is_read_as_onnx_reads_it(given_model):
+    model, values = given_model
+    read = read_model(model.SerializeToString())
+    assert read.outputs == {"y"}
+    for found, expected in zip(read.nodes, model.graph.node, strict=True):
+        assert (found.operator, list(found.inputs)) == (expected.op_type, list(expected.input))
+        assert list(found.outputs) == list(expected.output)
+        plain = {attribute.name: attribute for attribute in expected.attribute}
+        assert found.attributes == {"number": plain["number"].i, "real": plain["real"].f}
+    for name, array in values.items():
+        tensor = read.tensors[name]
+        assert (tensor.shape, tensor.offset) == (array.shape, None)
+        assert tensor.raw == array.tobytes()
+
+
+@given(models())
+def test_a_model_written_again_is_the_same_but_for_what_was_added(given_model):
+    model, _ = given_model
+    read = read_model(model.SerializeToString())
+    same_tensors = [tensor.encoded for tensor in read.tensors.values()]
+    added = encode_node("Other", "edgelm", ["a", "b"], ["c"], {"K": 3, "N": 2**40})
+    outside = encode_tensor("far", [2, 3], FLOAT, "data", 128, 24)
+    nodes = [*(node.encoded for node in read.nodes), added]
+    found = onnx.ModelProto.FromString(encode_model(read, nodes, [*same_tensors, outside], "edgelm"))
+    model.graph.node.append(helper.make_node("Other", ["a", "b"], ["c"], "c", domain="edgelm", K=3, N=2**40))
+    model.opset_import.append(helper.make_opsetid("edgelm", 1))
+    tensor = TensorProto(name="far", dims=[2, 3], data_type=1, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", "data"), ("offset", "128"), ("length", "24")):
+        tensor.external_data.add(key=key, value=value)
+    model.graph.initializer.append(tensor)
+    assert found == model
+
+
+@given(models())
+def test_fields_put_together_again_are_the_message(given_model):
+    data = given_model[0].SerializeToString()
+    assert message(fields(data)) == data
+
+
+@given(st.binary(max_size=80))
+def test_what_is_no_model_is_refused_or_read(data):
+    try:
+        read_model(data)
+    except ValueError:
+        return
+
+
+def test_a_packed_shape_is_read():
+    tensor = onnx.TensorProto(name="t", data_type=1)
+    entry = tensor.SerializeToString() + b"\x0a\x03\x80\x01\x05"  # dims [128, 5] in one field
+    graph = b"\x2a" + bytes([len(entry)]) + entry
+    read = read_model(b"\x3a" + bytes([len(graph)]) + graph)
+    assert read.tensors["t"].shape == (128, 5)
