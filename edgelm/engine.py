@@ -283,17 +283,17 @@ class Engine:
         return True
 
     def _release(self, sequence: Sequence) -> None:
-        """Free a row, and close the gap with the last ones."""
+        """Free a row, close the gap with the last ones, and give back the row that this leaves."""
         if sequence is self._prefilling:
             self._prefilling = None
-            return
-        self._running.remove(sequence)
-        if self._running and sequence.row < len(self._running):
-            moved = self._running.pop()  # the highest row takes the gap
-            self._running.insert(sequence.row, moved)
-            self._move(moved, sequence.row)
-        if self._prefilling is not None:
-            self._move(self._prefilling, len(self._running))
+        else:
+            self._running.remove(sequence)
+            if self._running and sequence.row < len(self._running):
+                self._running.insert(sequence.row, moved := self._running.pop())  # the highest row takes the gap
+                self._move(moved, sequence.row)
+            if self._prefilling is not None:
+                self._move(self._prefilling, len(self._running))
+        self.session.forget_row(len(self._held()))
 
     def _move(self, sequence: Sequence, row: int) -> None:
         self.session.copy_row(sequence.row, row, sequence.computed)

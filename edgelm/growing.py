@@ -123,6 +123,10 @@ class GrowingSession:
         whole = [np.concatenate(parts, axis=1)[None] for parts in zip(*pieces, strict=True)]
         self._rows[row] = _Row(whole[0].shape[2], whole)
 
+    def forget_row(self, row: int) -> None:
+        """See `Session`."""
+        self._rows[row] = self._blank()
+
     def end_profile(self) -> Path:
         """See `Session`."""
         return Path(self._graph.end_profiling())

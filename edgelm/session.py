@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -21,6 +21,13 @@ from edgelm.graphs import best_tuning
 from edgelm.kv import KvBuffers
 from edgelm.prefixes import Piece
 from edgelm.weights import open_graph
+
+SMALL_PASS: Final = 32
+"""Tokens of a pass from which on its memory is given back: as much for 256 tokens as all keys and values of 700."""
+
+SHRINKING: Final = ort.RunOptions()
+"""For a run after which onnxruntime gives unused memory back."""
+SHRINKING.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
 Tokens = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -56,6 +63,9 @@ class Session(Protocol):
 
     def begin_row(self, row: int, pieces: Sequence[Piece]) -> None:
         """Begin a row with what `read_row` returned, one piece after the other."""
+
+    def forget_row(self, row: int) -> None:
+        """Give back the memory of a row that nobody needs any more."""
 
     def end_profile(self) -> Path:
         """Write what was profiled and return the file. Only where the session was opened with `profile`."""
@@ -128,6 +138,8 @@ class SharedSession:
         self._rows: dict[int, ort.IOBinding] = {}
         """Each row by itself, bound as past and present."""
         self._last = np.zeros((1, self._vocab_size), np.float32)
+        self._is_stretched = False
+        """Whether onnxruntime holds memory for a longer pass than decoding needs."""
 
     def prefill(self, row: int, tokens: Tokens, start: int, *, every: bool = False, total: int | None = None) -> Logits:
         """See `Session`."""
@@ -150,6 +162,7 @@ class SharedSession:
             binding.bind_ortvalue_input(name, value)
         binding.bind_ortvalue_output("logits", kept[-1])
         self._graph.run_with_iobinding(binding)
+        self._is_stretched |= count > SMALL_PASS
         return logits
 
     def decode(self, tokens: Tokens, lengths: NDArray[np.int32]) -> Logits:
@@ -163,7 +176,8 @@ class SharedSession:
         step.tokens[:, 0] = tokens
         step.seqlens[:] = lengths
         step.total[0] = lengths.max() + 1
-        self._graph.run_with_iobinding(step.binding)
+        self._graph.run_with_iobinding(step.binding, SHRINKING if self._is_stretched else None)
+        self._is_stretched = False
         return step.logits
 
     def copy_row(self, source: int, target: int, length: int) -> None:
@@ -180,6 +194,10 @@ class SharedSession:
         for piece in pieces:
             self._kv.write(row, start, piece)
             start += piece[0].shape[1]
+
+    def forget_row(self, row: int) -> None:
+        """See `Session`."""
+        self._kv.forget(row)
 
     def end_profile(self) -> Path:
         """See `Session`."""

@@ -1,0 +1,63 @@
+"""Key/value memory that is given back."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import edgelm
+from edgelm.bundle import Cache
+from edgelm.kv import KvBuffers
+
+
+def private_bytes():
+    """Memory of this process that no file stands behind."""
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 600), st.sampled_from([8, 24, 64]), st.data())
+def test_what_other_rows_hold_stays(rows, heads, capacity, size, data):
+    buffers = KvBuffers(Cache("shared", layers=1, kv_heads=heads, head_size=size), rows, capacity)
+    for array in buffers.arrays:
+        array[:] = np.arange(array.size).reshape(array.shape)
+    before = [array.copy() for array in buffers.arrays]
+    forgotten = data.draw(st.integers(0, rows - 1))
+    buffers.forget(forgotten)
+    for array, expected in zip(buffers.arrays, before, strict=True):
+        for row in set(range(rows)) - {forgotten}:
+            np.testing.assert_array_equal(array[row], expected[row])
+        array[forgotten] = 5.0
+        assert (array[forgotten] == 5.0).all(), "it can be written again"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells private memory apart")
+def test_a_row_that_is_forgotten_takes_no_memory():
+    buffers = KvBuffers(Cache("shared", layers=4, kv_heads=4, head_size=64), 3, 4096)
+    held = sum(array[0].nbytes for array in buffers.arrays)
+    empty = private_bytes()
+    for array in buffers.arrays:
+        array[:2] = 1.0
+    assert private_bytes() - empty > 1.9 * held
+    buffers.forget(0)
+    assert private_bytes() - empty < 1.2 * held
+    assert all((array[1] == 1.0).all() for array in buffers.arrays)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux gives pages back at once")
+@pytest.mark.parametrize("together", [1, 4])
+def test_finished_requests_leave_their_rows_empty(bundle, together):
+    page = 4096 // 4  # the ends of a row may share a page with its neighbours
+    with edgelm.load(str(bundle), threads=1, max_batch=4) as lm, ThreadPoolExecutor(together) as pool:
+        prompts = [np.random.default_rng(i).integers(3, 60, lm.manifest.context - 8).tolist() for i in range(8)]
+        list(pool.map(lambda prompt: lm.generate(tokens=prompt, max_tokens=4, ignore_eos=True), prompts))
+        arrays = lm.worker.call(lambda engine: engine.session._kv.arrays)
+        assert arrays[0][0].size > 4 * page
+        for array in arrays:
+            assert not any(row.reshape(-1)[page:-page].any() for row in array[:4])  # the last one is for scores
