@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgelm.native.formats import COLUMNS, DESTROY, DOMAIN, HOOK, Format, State
 
@@ -47,6 +48,7 @@ class _CustomOp(Structure):
 
 
 _Op = POINTER(_CustomOp)
+_GET_ATTRIBUTE = CFUNCTYPE(_Status, c_void_p, c_char_p, POINTER(c_int64))
 _NAME = CFUNCTYPE(c_void_p, _Op)
 _TYPE = CFUNCTYPE(c_int, _Op, c_size_t)
 _COUNT = CFUNCTYPE(c_size_t, _Op)
@@ -83,6 +85,9 @@ class Operators:
         self._code = ctypes.CDLL(str(library))
         self._kept: list[Any] = []
         self._domain: c_void_p | None = None
+        self._functions_state: NDArray[np.uint64] | None = None
+        """A node's state but for what differs from node to node."""
+        self._get_attribute: Callable[..., int | None] = _call
         self._ops = [self._operator(form) for form in formats]
         self._hook = CFUNCTYPE(_Status, c_void_p, c_void_p)(self._register)
         _alive.append(self)
@@ -147,13 +152,16 @@ class Operators:
 
     def _state(self, api: int, info: int) -> int:
         """Return the address of the state of a node."""
-        functions = (c_void_p * (max(_API.values()) + 1)).from_address(api)
-        state = np.zeros(len(State), np.uint64)
-        for field, place in _API.items():
-            state[field] = functions[place] or 0
+        if self._functions_state is None:
+            functions = (c_void_p * (max(_API.values()) + 1)).from_address(api)
+            self._functions_state = np.zeros(len(State), np.uint64)
+            for field, place in _API.items():
+                self._functions_state[field] = functions[place] or 0
+            self._get_attribute = _GET_ATTRIBUTE(functions[_ATTRIBUTE] or 0)
+        state = self._functions_state.copy()
+        value = c_int64()
         for field in (State.K, State.N, State.GATED):
-            value = c_int64()
-            if _call(functions[_ATTRIBUTE], c_void_p(info), field.name.encode(), ctypes.byref(value)):
+            if self._get_attribute(info, field.name.encode(), ctypes.byref(value)):
                 return 0
             state[field] = value.value
         panels = -(-int(state[State.N]) // COLUMNS)
