@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any, Final
 
 from edgelm.bundle import Manifest, Matrix
+from edgelm.native.formats import Format
 
 PRODUCTS: Final = {"MatMulNBits", "MatMul", "Gemm", "FusedMatMul", "FusedGemm"}
 SUFFIX: Final = "_kernel_time"
@@ -221,22 +222,27 @@ class _Weights:
         name = "head" if node.name == "logits" else node.name.removesuffix(".out").removesuffix(".out.product")
         named = self._by_name.get(name)
         if named is not None and (named.columns, named.rows) == shape:
-            return shape, named.bits, _bytes(named)
+            return shape, named.bits, _bytes(named, node)
         candidates = self._by_shape[shape]
         bits = {matrix.bits for matrix in candidates}
-        mean = math.fsum(map(_bytes, candidates)) / len(candidates)
+        mean = math.fsum(_bytes(matrix, node) for matrix in candidates) / len(candidates)
         return shape, bits.pop() if len(bits) == 1 else None, mean
 
 
-def _bytes(matrix: Matrix) -> int:
-    """Bytes in memory, where scales are float32 whatever they are on disk."""
-    return replace(matrix, scale_bits=32).bytes()
+def _bytes(matrix: Matrix, node: Node) -> int:
+    """Bytes in memory, where scales are float16 for our kernels and float32 for onnxruntime's."""
+    return replace(matrix, scale_bits=16 if Format.of_operator(node.operator) else 32).bytes()
 
 
 def _node(event: Mapping[str, Any]) -> Node:
     args = event["args"]
     operator = args["op_name"]
-    shape = _product(args) if operator in PRODUCTS else None
+    form = Format.of_operator(operator)
+    shape = None
+    if form is not None:
+        shape = _our_product(args, form)
+    elif operator in PRODUCTS:
+        shape = _product(args)
     return Node(event["name"].removesuffix(SUFFIX), operator, event["dur"], shape)
 
 
@@ -247,6 +253,13 @@ def _product(args: Mapping[str, Any]) -> tuple[int, int, int] | None:
         return None
     *rows, columns = inputs[0]
     return math.prod(rows), columns, outputs[0][-1]
+
+
+def _our_product(args: Mapping[str, Any], form: Format) -> tuple[int, int, int]:
+    """Return (M, K, N); gates and values of SwiGLU are twice as wide as the matrix, whose last block may be short."""
+    x, panels = (_dims(each) for each in args["input_type_shape"][:2])
+    width = x[-1] // 2 if x[-1] > panels[1] * form.block else x[-1]
+    return math.prod(x[:-1]), width, _dims(args["output_type_shape"][0])[-1]
 
 
 def _dims(typed: Mapping[str, Sequence[int]]) -> Sequence[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -31,6 +32,12 @@ class Format:
 
     bits: int
     block: int
+
+    @classmethod
+    def of_operator(cls, name: str) -> Format | None:
+        """Return the format that an operator is for; None where it is none of ours."""
+        found = re.fullmatch(r"MatMulInt(\d+)Block(\d+)", name)
+        return cls(int(found[1]), int(found[2])) if found else None
 
     @property
     def operator(self) -> str:

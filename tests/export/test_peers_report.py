@@ -63,23 +63,23 @@ def test_ratios_of_speed_and_of_cost(advantage: float) -> None:
     shape = measured(advantage)
     for name, column in COLUMNS.items():
         wanted = 1 / advantage if name in ("load", "private") else advantage
-        assert ratios(shape, "edgelm-b64", "genai", column) == pytest.approx([wanted] * 3)
+        assert ratios(shape, "edgelm-int4", "genai", column) == pytest.approx([wanted] * 3)
 
 
 def test_a_round_without_one_of_both_has_no_ratio() -> None:
     shape = measured(2.0, rounds=1)
     shape["rounds"][0]["sides"]["genai"] = {}
-    assert ratios(shape, "edgelm-b64", "genai", COLUMNS["decode 256"]) == []
-    assert not [each for each in verdicts("135m", shape, None) if each.what.startswith("edgelm-b128 beside genai: dec")]
+    assert ratios(shape, "edgelm-int4", "genai", COLUMNS["decode 256"]) == []
+    assert not [each for each in verdicts("135m", shape, None) if each.what.startswith("edgelm-int8 beside genai: dec")]
 
 
 def test_the_side_that_is_judged() -> None:
     shape = measured(1.0)
-    assert judge_side(shape, None) == "edgelm-b64"
+    assert judge_side(shape, None) == "edgelm-int4"
     assert judge_side(shape, "edgelm-int8") == "edgelm-int8"
     for entry in shape["rounds"]:
-        entry["sides"]["edgelm-b64"] = {}
-    assert judge_side(shape, None) == "edgelm-b128"
+        entry["sides"]["edgelm-int4"] = {}
+    assert judge_side(shape, None) == "edgelm-int8"
 
 
 def test_tables_are_whole_and_tell_what_is_missing() -> None:

@@ -10,6 +10,7 @@ import pytest
 from edgelm import profiler, weights
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import open_bundle
+from edgelm.native.formats import Format
 from edgelm.profile import PRODUCTS
 
 SIZES = ["--prompt-tokens", 20, "--new-tokens", 5, "--repeat", 2, "--threads", 1, "--no-cache"]
@@ -25,6 +26,10 @@ def scratch(tmp_path, monkeypatch):
 @pytest.fixture(params=["bundle", "builtin"])
 def profiled(request):
     return "builtin" if request.param == "builtin" else str(request.getfixturevalue("bundle"))
+
+
+def is_product(operator):
+    return operator in PRODUCTS or Format.of_operator(operator) is not None
 
 
 def test_json_adds_up(profiled, run, scratch):
@@ -50,14 +55,19 @@ def test_json_adds_up(profiled, run, scratch):
     assert list(scratch.iterdir()) == []
 
 
-def test_every_layer_has_its_products(profiled):
+@pytest.mark.parametrize("ours", [False, True], ids=["onnxruntime's kernels", "ours"])
+def test_every_layer_has_its_products(profiled, ours, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "WORTH_BYTES", 0 if ours else 10**12)
     manifest = open_bundle(profiled).manifest
-    found = profiler.profile(profiled, prompt_tokens=20, new_tokens=3, repeat=1, threads=1)
+    sizes = {"prompt_tokens": 20, "new_tokens": 3, "repeat": 1, "threads": 1}
+    found = profiler.profile(profiled, **sizes, cache=BoardCache(tmp_path / "cache"))
     for phase in found.phases:
         _, *layers, head = phase.fold.parts
         for part in layers:
-            assert sum(operator in PRODUCTS for operator in part.operators) == 4, part  # qkv, output, gate_up, down
-        assert sum(operator in PRODUCTS for operator in head.operators) == 1
+            assert sum(map(is_product, part.operators)) == 4, part  # qkv, output, gate_up, down
+        assert sum(map(is_product, head.operators)) == 1
+        if ours and any(matrix.bits < 32 for matrix in manifest.matrices):
+            assert any(map(Format.of_operator, head.operators))
         read = [each for each in phase.fold.operators if each.bytes]
         assert sum(each.nodes for each in read) == 4 * manifest.cache.layers + 1
         named = {(matrix.columns, matrix.rows, matrix.bits) for matrix in manifest.matrices}

@@ -29,7 +29,7 @@ from tests.bench.peers.tables import markdown
 from tests.bench.peers.turns import MEASURES, Settings, Turns, job_of
 
 QUICK = {
-    "sides": "edgelm-b64,llama-q4_0,genai,genai-threads",
+    "sides": "edgelm-int4,llama-q4_0,genai,genai-threads",
     "measures": "context-256,memory",
     "shapes": "135m",
     "rounds": 1,

@@ -34,13 +34,11 @@ class Side:
 
 EDGELM: Final = {
     "edgelm-int4": "--quant int4",
-    "edgelm-b64": "--quant int4 --block-size 64",
-    "edgelm-b128": "--quant int4 --block-size 128",
     "edgelm-int8": "--quant int8",
 }
 """edgelm's sides and their export flags."""
 
-JUDGES: Final = ("edgelm-b64", "edgelm-b128", "edgelm-int4")
+JUDGES: Final = ("edgelm-int4", "edgelm-int8")
 """Which of edgelm's sides the targets are judged with: the first that was measured."""
 
 _SMALL: Final = ("stories", "135m", "0.5b")
