@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import edgelm
 from edgelm.errors import EdgelmError
 from edgelm.measure import memory_mb
+from edgelm.weights import try_kernels
 
 from .board import Board, detect
 from .report import Check, Report
@@ -82,6 +83,7 @@ def run_smoke(
         text = PROMPT if prompt is None else prompt
         answer = model.generate(text, **GREEDY)
         note(check_answer(answer, intent))
+        note(_check_kernels(model, threads))
         note(_check_stream(model, text, answer))
     note(check_round_trip(bundle, threads, text, answer, broker))
     after = detect()
@@ -116,6 +118,16 @@ def check_answer(answer: Completion, intent: str | None) -> Check:
     got = answer.json.get("intent") if isinstance(answer.json, dict) else None
     told = answer.text if got == intent else f"expected the intent {intent}, got {answer.text!r}"
     return Check("answer", "ok" if got == intent else "failed", told, values)
+
+
+def _check_kernels(model: Model, threads: int | None) -> Check:
+    """Small bundles run on onnxruntime's kernels; whether larger ones can have ours on this board is tried out."""
+    try:
+        return Check("kernels", "ok", try_kernels(model.bundle, threads))
+    except EdgelmError as error:
+        return Check("kernels", "failed", str(error))
+    except OSError as error:
+        return Check("kernels", "skipped", f"larger models run on onnxruntime's alone: {error}")
 
 
 def _check_stream(model: Model, text: str, answer: Completion) -> Check:

@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from edgelm.graphs import VERSION, Graph, as_this_runtime_wants, cache_key, chec
 from edgelm.native.formats import Format
 from edgelm.native.graph import write_panels
 from edgelm.native.registration import Operators
-from edgelm.tuning import Tuning, cores
+from edgelm.tuning import Tuning, cores, default_threads
 
 WORTH_BYTES: Final = 16_000_000
 """Bundles smaller than this are quicker loaded than looked up."""
@@ -161,21 +162,54 @@ def _pack(bundle: Bundle, tuning: Tuning, folder: Path) -> Mapping[str, Any]:
 def _pack_in_panels(bundle: Bundle, tuning: Tuning, folder: Path) -> list[Format]:
     """Write a graph for our kernels and compile them; return no formats, and leave nothing, where that cannot be."""
     try:
-        model = as_this_runtime_wants(bundle.graph.read_bytes())
-        formats = write_panels(model, bundle.graph.with_name(f"{bundle.graph.name}.data"), folder)
-        if formats:
-            _compile(folder / KERNELS, formats)
-            # Not kept in `_operators`: the folder is renamed.
-            found = _probe(load_packed(folder, tuning, Operators(folder / KERNELS, formats)))
-            expected = _probe(load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin))
-            error = float(np.sqrt(np.mean((found - expected) ** 2)) / expected.std())
-            if error < CLOSE:
-                return formats
-            LOG.warning("edgelm's own kernels compute other logits here (%.2f), so onnxruntime's are used", error)
+        return _write_for_kernels(bundle, tuning, folder)
+    except EdgelmError as error:
+        LOG.warning("edgelm's own kernels are not used for %s: %s", bundle.path, error)
     except Exception as error:  # noqa: BLE001  whatever is missing: onnxruntime's kernels are there
-        LOG.info("edgelm's own kernels are not used: %s", _reason(error))
+        LOG.info("edgelm's own kernels are not used for %s: %s", bundle.path, _reason(error))
     _empty(folder)
     return []
+
+
+def _write_for_kernels(bundle: Bundle, tuning: Tuning, folder: Path) -> list[Format]:
+    """Write a graph for our kernels, compile them, and see whether they compute what onnxruntime's do.
+
+    Returns no formats where there are no kernels for any of the bundle's matrices. Raises `EdgelmError` when they
+    compute something else, and whatever keeps them from being compiled or loaded.
+    """
+    model = as_this_runtime_wants(bundle.graph.read_bytes())
+    formats = write_panels(model, bundle.graph.with_name(f"{bundle.graph.name}.data"), folder)
+    if not formats:
+        return []
+    _compile(folder / KERNELS, formats)
+    # Not kept in `_operators`: the folder is renamed.
+    found = _probe(load_packed(folder, tuning, Operators(folder / KERNELS, formats)))
+    expected = _probe(load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin))
+    apart = float(np.sqrt(np.mean((found - expected) ** 2)) / expected.std())
+    if not apart < CLOSE:
+        raise EdgelmError(f"they compute other logits than onnxruntime's ({apart:.2f} standard deviations apart)")
+    return formats
+
+
+def try_kernels(bundle: Bundle, threads: int | None = None) -> str:
+    """Compile our kernels for a bundle on this board and compare what they compute with onnxruntime's.
+
+    Returns what was done, in one line. Raises `EdgelmError` where they compute something else, and `OSError` with the
+    reason where this board cannot have them.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="edgelm-kernels-") as folder:
+        try:
+            formats = _write_for_kernels(bundle, Tuning(threads or default_threads()), Path(folder))
+        except (EdgelmError, OSError):
+            raise
+        except Exception as error:
+            raise OSError(_reason(error)) from error
+    if not formats:
+        raise OSError(f"there are none for matrices of {bundle.manifest.quant}")
+    blocks = {bits: [str(form.block) for form in formats if form.bits == bits] for bits in (4, 8)}
+    kinds = " and ".join(f"int{bits} in blocks of {', '.join(sizes)}" for bits, sizes in blocks.items() if sizes)
+    return f"compiled for {kinds} in {time.perf_counter() - started:.1f} s; they compute what onnxruntime's do"
 
 
 def _compile(library: Path, formats: list[Format]) -> None:

@@ -13,8 +13,9 @@ import edgelm
 from edgelm import weights
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import open_bundle
+from edgelm.errors import EdgelmError
 from edgelm.session import open_session
-from edgelm.weights import FORMATS, KERNELS, open_verified
+from edgelm.weights import FORMATS, KERNELS, open_verified, try_kernels
 
 SHAPE = {"vocab": 16000, "hidden": 512, "mlp": 2048, "heads": 8, "kv_heads": 4}
 """Large enough to be kept without being asked to: 16 MB in int8."""
@@ -109,7 +110,7 @@ def test_kernels_that_compute_something_else_are_never_used(small, cache, monkey
     monkeypatch.setattr(weights, "_probe", lambda _graph: next(probes))
     monkeypatch.setattr(weights, "_prepack", lambda *_: "not now")
     np.testing.assert_array_equal(logits_of(small, cache), plain)
-    assert "compute other logits" in said()[0]
+    assert "they compute other logits" in said()[0]
 
 
 def test_a_torn_library_is_said_once_and_mended(small, cache, said):
@@ -165,6 +166,20 @@ def test_packed_weights_are_mapped_not_copied(tiny_checkpoint, export_to_cache, 
     anonymous("cache")
     held = sum(matrix.bytes() for matrix in open_bundle(path).manifest.matrices)
     assert anonymous("cache") < without - 0.8 * held
+
+
+def test_kernels_can_be_tried_out(small, tiny_checkpoint, export_to_cache, monkeypatch):
+    said = try_kernels(open_bundle(small), 1)
+    assert said.startswith("compiled for int4 in blocks of ")
+    assert said.endswith("they compute what onnxruntime's do")
+    with pytest.raises(OSError, match="none for matrices of fp32"):
+        try_kernels(open_bundle(export_to_cache(tiny_checkpoint(**SMALL), quant="fp32")))
+    monkeypatch.setattr(weights, "CLOSE", 0.0)
+    with pytest.raises(EdgelmError, match="other logits"):
+        try_kernels(open_bundle(small), 1)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(OSError, match="cannot be compiled"):
+        try_kernels(open_bundle(small), 1)
 
 
 def test_the_built_in_bundle_runs_on_our_kernels(cache, said):

@@ -1,0 +1,88 @@
+"""Our kernels on an emulated Cortex-A76, compiled for it on this machine: LLVM has no place in the emulated root."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from edgelm_devices.emulate import default_cache, lay_over
+from edgelm_devices.profile import load_profile
+from edgelm_devices.rootfs import prepare_rootfs, rootfs_folder
+
+import edgelm
+from edgelm.errors import DeviceError
+from edgelm.native.compile import compile_kernels
+from edgelm.native.formats import BLOCKS, Format
+from edgelm.native.targets import TARGETS
+
+FORMATS = [Format(bits, block) for bits in (4, 8) for block in BLOCKS]
+TESTS = Path(__file__).parents[1]
+PROGRAM = """
+import sys
+from pathlib import Path
+import numpy as np
+import naive_kernels as naive
+from native_nodes import run, session_of
+from edgelm.native.formats import BLOCKS, Format
+from edgelm.native.registration import Operators
+
+formats = [Format(bits, block) for bits in (4, 8) for block in BLOCKS]
+operators = Operators(Path(sys.argv[1]), formats)
+rng = np.random.default_rng(0)
+for form in formats:
+    for size, columns, rows in ((150, 40, 7), (64, 16, 1), (33, 5, 2)):
+        blocks = -(-size // form.block)
+        codes = rng.integers(0, 256, (columns, blocks, form.block_bytes), np.uint8)
+        scales = (rng.normal(size=(columns, blocks)) * 0.01).astype(np.float16)
+        bias = rng.normal(size=columns).astype(np.float32)
+        x = rng.normal(size=(rows, size)).astype(np.float32)
+        session = session_of(operators, form, size, columns, bias=True)
+        found = run(session, x, codes, scales, form.bits, bias)
+        expected = naive.matmul(x, codes, scales, form.bits, form.block, bias)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        for row in range(rows):
+            np.testing.assert_array_equal(run(session, x[row : row + 1], codes, scales, form.bits, bias)[0], found[row])
+        gates, values = rng.normal(size=(2, rows, size)).astype(np.float32)
+        gated = np.array([[naive.silu(g) * v for g, v in zip(*pair)] for pair in zip(gates, values)], np.float32)
+        both = np.concatenate([gates, values], 1)
+        found = run(session_of(operators, form, size, columns, gated=True), both, codes, scales, form.bits)
+        np.testing.assert_allclose(found, naive.matmul(gated, codes, scales, form.bits, form.block, None), atol=0.2)
+print("right")
+"""
+
+
+@pytest.fixture
+def emulated_root():
+    """A root that is there already, and QEMU; see test_emulate.py."""
+    qemu = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    if qemu is None:
+        pytest.skip("emulation needs QEMU: apt-get install qemu-user-static")
+    try:
+        folder = rootfs_folder(default_cache())
+    except DeviceError as error:
+        pytest.skip(str(error))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: `edgelm devices emulate pi5` fetches it")
+    return prepare_rootfs(default_cache(), print), qemu
+
+
+def test_products_are_right_on_an_emulated_pi5(emulated_root, tmp_path):
+    rootfs, qemu = emulated_root
+    profile = load_profile("pi5")
+    target = next(target for target in TARGETS if target.name == "dotprod")
+    library = tmp_path / "kernels.so"
+    library.write_bytes(compile_kernels(target, FORMATS, profile.emulation.qemu_cpu))
+    lay_over(tmp_path / "root", rootfs.root, profile, profile.cpu, profile.emulation)
+    packages = [Path(edgelm.__file__).parents[1], TESTS, rootfs.site]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment = {
+        "QEMU_CPU": profile.emulation.qemu_cpu,
+        "PYTHONPATH": os.pathsep.join(map(str, packages)),
+        "PYTHONPYCACHEPREFIX": str(rootfs.folder / "pycache"),
+    }
+    command = [qemu, "-L", str(tmp_path / "root"), str(rootfs.interpreter), "-c", PROGRAM, str(library)]
+    done = subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout.strip()) == (0, "right"), done.stderr
