@@ -1,7 +1,6 @@
 """Decoding many requests together: `step()` admits, prefills a chunk, decodes one batch, samples, finishes.
 
-No I/O, no threads, no clock but `time.monotonic`. Running sequences occupy rows 0 .. n-1 of the key/value
-memory without gaps; at most one more, the last row, is still being prefilled.
+No I/O, no threads, no clock but `time.monotonic`.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from edgelm.intake import Intake
 from edgelm.memory import PREFILL_CHUNK, PREFIX_CACHE_MB, check_memory
 from edgelm.messages import Chunk, FinishReason, Request
 from edgelm.reuse import Reuse
+from edgelm.rows import Rows
 from edgelm.scoring import score
 from edgelm.sequence import Sequence, Waiting
 from edgelm.session import Session, open_session
@@ -57,8 +57,7 @@ class Engine:
         self._intake = Intake(bundle, self.context)
         self.tokenizer, self.conversations = self._intake.tokenizer, self._intake.conversations
         self._waiting: deque[Waiting] = deque()
-        self._running: list[Sequence] = []
-        self._prefilling: Sequence | None = None
+        self._rows = Rows(self.session, max_batch)
         self._cancelled: set[str] = set()
         self._reuse = Reuse(self.session, bundle, prefix_bytes)
         self._drafter = Drafter() if speculation else None
@@ -76,7 +75,7 @@ class Engine:
     @property
     def active(self) -> int:
         """Requests that hold a row."""
-        return len(self._running) + (self._prefilling is not None)
+        return len(self._rows.held)
 
     def add(self, request: Request, submitted: float) -> None:
         """Queue a request; `submitted` is when it came, in seconds of `time.monotonic`."""
@@ -95,10 +94,10 @@ class Engine:
 
     def fail_all(self, error: RequestError) -> list[Chunk]:
         """End every request, waiting or running, with an error; return that after what a failed step had ready."""
-        for sequence in self._held():
+        for sequence in self._rows.held:
             self._ready.append(sequence.fail(error))
         self._ready += [entry.end("error", error) for entry in self._waiting]
-        self._running, self._prefilling = [], None
+        self._rows.clear()
         self._waiting.clear()
         self._cancelled.clear()
         return self._take_ready()
@@ -119,10 +118,6 @@ class Engine:
         self.session.prefill(self.max_batch, np.zeros(1, np.int64), 0)
         self.session.decode(np.zeros(1, np.int64), np.zeros(1, np.int32))
 
-    def _held(self) -> list[Sequence]:
-        """Return every request that holds a row."""
-        return [*self._running, *([self._prefilling] if self._prefilling is not None else [])]
-
     def _take_ready(self) -> list[Chunk]:
         ready, self._ready = [self.conversations.settle(chunk) for chunk in self._ready], []
         return ready
@@ -134,11 +129,11 @@ class Engine:
             if reason := self._end_of(entry.request, now):
                 self._waiting.remove(entry)
                 self._ready.append(entry.end(reason))
-        for sequence in self._held():
+        for sequence in self._rows.held:
             if ended := self._end_of(sequence.request, now):
                 self._ready.append(sequence.finish(ended))
                 self._reuse.keep(sequence)
-                self._release(sequence)
+                self._rows.release(sequence)
         self._cancelled.clear()
 
     def _end_of(self, request: Request, now: float) -> FinishReason | None:
@@ -147,8 +142,8 @@ class Engine:
         return "deadline" if request.deadline is not None and now >= request.deadline else None
 
     def _admit(self) -> None:
-        """Give the oldest waiting request a row, when one is free and none is being prefilled."""
-        while self._prefilling is None and len(self._running) < self.max_batch:
+        """Give free rows to those that wait, the oldest first."""
+        while not self._rows.is_full:
             entry = next((it for it in self._waiting if not self.conversations.is_answering(it.request)), None)
             if entry is None:
                 return
@@ -157,10 +152,8 @@ class Engine:
             self._waiting.remove(entry)  # not before: were opening it to break the step, it would get no final
             if sequence is None:
                 continue
-            sequence.row = len(self._running)
-            self._prefilling = sequence
-            if not self._show(sequence, sequence.start()):
-                self._reuse.begin(sequence)
+            self._rows.take(sequence)
+            self._show(sequence, sequence.start())
 
     def _open(self, entry: Waiting) -> Sequence | None:
         """Return a request's sequence, or None for one that ends here: with an error, or because it asks nothing."""
@@ -173,10 +166,12 @@ class Engine:
         return None
 
     def _prefill(self) -> int:
-        """Compute the next chunk of the prompt that is being read, return its size; after its end, sample a token."""
-        sequence = self._prefilling
+        """Compute the next chunk of a prompt that is being read, return its size; after its end, sample a token."""
+        sequence = self._rows.next_to_read()
         if sequence is None:
             return 0
+        if sequence.computed == 0:  # not before: what it shares with a prompt read in the meantime is known by now
+            self._reuse.begin(sequence)
         start = sequence.computed
         end = min(start + PREFILL_CHUNK, sequence.length)
         tokens = sequence.history[start:end].astype(np.int64)
@@ -184,8 +179,7 @@ class Engine:
         sequence.computed = end
         if sequence.is_prefilled():
             self._reuse.keep(sequence)
-            self._prefilling = None
-            self._running.append(sequence)
+            self._rows.start(sequence)
             self._advance(sequence, logits[0])
         return len(tokens)
 
@@ -194,7 +188,7 @@ class Engine:
 
         Of the tokens that a constraint forced, at most `most` are computed beside: who has more samples later.
         """
-        batch, long_from = list(self._running), self.session.long_from
+        batch, long_from = list(self._rows.running), self.session.long_from
         for sequence in batch:
             if long_from is not None and sequence.computed <= long_from < sequence.length:
                 self._compute_again(sequence)
@@ -279,22 +273,5 @@ class Engine:
             self._reuse.keep(sequence)
             if self._drafter is not None:
                 self._drafter.remember(sequence.history[: sequence.length])
-        self._release(sequence)
+        self._rows.release(sequence)
         return True
-
-    def _release(self, sequence: Sequence) -> None:
-        """Free a row, close the gap with the last ones, and give back the row that this leaves."""
-        if sequence is self._prefilling:
-            self._prefilling = None
-        else:
-            self._running.remove(sequence)
-            if self._running and sequence.row < len(self._running):
-                self._running.insert(sequence.row, moved := self._running.pop())  # the highest row takes the gap
-                self._move(moved, sequence.row)
-            if self._prefilling is not None:
-                self._move(self._prefilling, len(self._running))
-        self.session.forget_row(len(self._held()))
-
-    def _move(self, sequence: Sequence, row: int) -> None:
-        self.session.copy_row(sequence.row, row, sequence.computed)
-        sequence.row = row

@@ -32,7 +32,7 @@ class MemoryPlan:
 
     program: int
     weights: int
-    """As the kernels want them: codes, a scale and a sum in float32 for every block."""
+    """As onnxruntime's kernels want them, codes, a scale and a sum in float32 for every block: ours take less."""
     keys_and_values: int
     static_prefix: int
     activations: int

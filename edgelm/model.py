@@ -55,9 +55,10 @@ def load(
         Requests with a seed make no use of guesses and of earlier prompts, so that a seed gives the same answer again;
         of a prefix that the bundle itself holds they do.
     cache
-        Whether weights that were packed for this processor are kept between runs, in EDGELM_CACHE_DIR or
-        ~/.cache/edgelm, and mapped from there: quicker to load, and no private memory. It takes up to three times the
-        bundle's size on disk; bundles below 16 MB do without.
+        Whether weights laid out for this processor, and kernels compiled for it, are kept between runs, in
+        EDGELM_CACHE_DIR or ~/.cache/edgelm, and mapped from there: quicker to load and to run, and no private memory.
+        It takes about 1.3 times the bundle's size on disk, three times where there are no kernels of our own; bundles
+        below 16 MB do without.
     memory_limit_mb
         Most memory, in 10^6 bytes, that the process may come to take: weights, keys and values of requests as long as
         they may be, logits and the program itself are added up before anything is loaded (`edgelm.memory`).

@@ -74,7 +74,7 @@ def add_cache_flag(parser: argparse.ArgumentParser) -> None:
         dest="cache",
         action="store_false",
         default=None,
-        help="neither keep nor use weights packed for this board (EDGELM_CACHE_DIR, else ~/.cache/edgelm)",
+        help="do without weights and kernels made for this board (EDGELM_CACHE_DIR, else ~/.cache/edgelm): slower",
     )
 
 

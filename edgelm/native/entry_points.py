@@ -15,9 +15,11 @@ from typing import Final
 
 from llvmlite import ir
 
-from edgelm.native.code import F32, I64, POINTER, VOID, Emitter, emit_quantize, emit_rows
+from edgelm.native.emitter import F32, I8, I32, I64, POINTER, VOID, Emitter
 from edgelm.native.formats import COLUMNS, DESTROY, HOOK, REGISTER, Format, State
-from edgelm.native.targets import I8, I32, Target
+from edgelm.native.multiplying import emit_rows
+from edgelm.native.quantizing import emit_quantize
+from edgelm.native.targets import Target
 
 
 class _Task(IntEnum):

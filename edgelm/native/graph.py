@@ -155,17 +155,16 @@ class _Rewriting:
 
     def _array(self, tensor: Tensor) -> NDArray[Any]:
         """Return a tensor's values without copying them."""
-        dtype = _DTYPES[tensor.dtype]
+        source = tensor.raw if tensor.place is None else self._data[tensor.place]
         count = int(np.prod(tensor.shape, dtype=np.int64))
-        source, start = (tensor.raw, 0) if tensor.offset is None else (self._data, tensor.offset)
-        return np.frombuffer(source, dtype, count, start).reshape(tensor.shape)
+        return np.frombuffer(source, _DTYPES[tensor.dtype], count).reshape(tensor.shape)
 
     def _keep(self, tensor: Tensor) -> None:
         """Keep a tensor as it was, with its values in the new file if they were in the old one."""
-        if tensor.offset is None:
+        if tensor.place is None:
             self._made[tensor.name] = tensor.encoded
         else:
-            self._make(tensor.name, tensor.shape, tensor.dtype, [self._array(tensor)])
+            self._make(tensor.name, tensor.shape, tensor.dtype, [self._data[tensor.place]])
 
     def _make(self, name: str, shape: Sequence[int], dtype: int, parts: Iterable[NDArray[Any]]) -> None:
         """Append a tensor to the data file, given as arrays one behind the other."""

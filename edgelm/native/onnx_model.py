@@ -30,12 +30,12 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A TensorProto; `offset` is where its values lie in the model's data file, if they do."""
+    """A TensorProto; `place` are the bytes of the model's data file that hold its values, if they lie there."""
 
     name: str
     shape: tuple[int, ...]
     dtype: int
-    offset: int | None
+    place: slice | None
     raw: bytes
     encoded: bytes
 
@@ -133,7 +133,8 @@ def _attribute(encoded: bytes) -> dict[str, float]:
 
 def _tensor(encoded: bytes) -> Tensor:
     shape: list[int] = []
-    name, dtype, raw, offset, external = "", 0, b"", 0, False
+    name, dtype, raw, external = "", 0, b"", False
+    where: dict[str, int] = {}
     for number, _, value in fields(encoded):
         if number == 1:
             shape += [value] if isinstance(value, int) else _varints(value)
@@ -143,11 +144,13 @@ def _tensor(encoded: bytes) -> Tensor:
             name = _content(value).decode()
         elif number == 9:
             raw = _content(value)
-        elif number == 13 and _text(value, 1) == "offset":
-            offset = int(_text(value, 2))
+        elif number == 13 and _text(value, 1) in ("offset", "length"):
+            where[_text(value, 1)] = int(_text(value, 2))
         elif number == 14:
             external = value == 1
-    return Tensor(name, tuple(shape), dtype, offset if external else None, raw, encoded)
+    start = where.get("offset", 0)
+    place = slice(start, start + where["length"] if "length" in where else None)
+    return Tensor(name, tuple(shape), dtype, place if external else None, raw, encoded)
 
 
 def _text(encoded: int | bytes, wanted: int) -> str:

@@ -7,9 +7,8 @@ from typing import Final
 
 from llvmlite import ir
 
+from edgelm.native.emitter import I16, I32
 from edgelm.native.formats import COLUMNS
-
-I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 
 @dataclass(frozen=True, slots=True)

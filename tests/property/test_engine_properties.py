@@ -105,9 +105,9 @@ plans = st.lists(
 
 
 def check_rows(engine):
-    assert [sequence.row for sequence in engine._running] == list(range(len(engine._running)))
-    if engine._prefilling is not None:
-        assert engine._prefilling.row == len(engine._running)
+    running, reading = ([sequence.row for sequence in kind] for kind in (engine._rows.running, engine._rows.reading))
+    assert running == list(range(len(running)))
+    assert sorted(reading) == list(range(len(running), len(running) + len(reading)))
     assert engine.active <= MAX_BATCH
 
 

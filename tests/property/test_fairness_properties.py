@@ -1,4 +1,4 @@
-"""Requests come first, begin first; no answer waits longer than a chunk, and every request ends."""
+"""No answer waits longer than a chunk, no prompt for the end of a longer one, and every request ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgelm.bundle import open_bundle
@@ -62,7 +62,7 @@ def clear(engine):
 
 @settings(max_examples=30)
 @given(plan=arrivals)
-def test_a_step_computes_a_chunk_at_most_and_the_first_come_is_the_first_served(plan, engine):
+def test_a_step_computes_a_chunk_at_most_and_nobody_is_overtaken_by_who_needs_as_much(plan, engine):
     clear(engine)
     came, begun, ended, step = [], [], [], 0
     while step <= max(entry[0] for entry in plan) or engine.queued or engine.active:
@@ -83,7 +83,11 @@ def test_a_step_computes_a_chunk_at_most_and_the_first_come_is_the_first_served(
         step += 1
         assert step < 3000
     assert sorted(ended) == sorted(came)
-    assert begun == [name for name in came if name in begun]
+    told = [name for name in came if name in begun and not plan[int(name)][3]]  # of the others, prompts are text
+    for i, first in enumerate(told):
+        for later in told[i + 1 :]:
+            if plan[int(first)][1] <= plan[int(later)][1]:
+                assert begun.index(first) < begun.index(later), "who needs no more and came first is answered first"
 
 
 @settings(max_examples=20)
@@ -106,7 +110,9 @@ def test_an_answer_gets_a_token_each_step_whoever_else_comes(length, most_tokens
             break
         step += 1
     assert sum(got) == most_tokens
-    assert min(got[:-1], default=1) >= 1  # the prompt is one chunk: from the first step on
+    waited = next(i for i, count in enumerate(got) if count)
+    assert waited <= 1, "the prompt is one chunk, and at most one that needs less goes first"
+    assert min(got[waited:-1], default=1) >= 1
 
 
 @settings(max_examples=10)
@@ -136,3 +142,74 @@ def test_answers_that_are_forced_to_say_much_go_on_in_company_as_alone(engine):
     alone = run("one")
     assert len(alone[0]) > PREFILL_CHUNK
     assert run("one", "two", "three") == 3 * alone
+
+
+SMALL_CHUNK = 8
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Prompts of the tests' length take many chunks."""
+    monkeypatch.setattr("edgelm.engine.PREFILL_CHUNK", SMALL_CHUNK)
+
+
+def steps_until_begun(engine, name, before_each=lambda step: None):
+    """Count the steps until a request's first token."""
+    for step in range(3000):
+        before_each(step)
+        if any(chunk.id == name and chunk.token is not None for chunk in engine.step()):
+            return step + 1
+    raise AssertionError(f"{name} never began")
+
+
+@pytest.mark.parametrize("begun", [1, 2, 5])
+def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one(engine, small_chunks, begun):
+    clear(engine)
+    engine.add(make("long", 400, 3, False), time.monotonic())
+    for _ in range(begun):
+        engine.step()
+    engine.add(make("short", SMALL_CHUNK, 3, False), time.monotonic())
+    assert steps_until_begun(engine, "short") <= 2
+
+
+def test_a_long_prompt_is_held_up_half_of_the_time_at_most(engine, small_chunks):
+    """Short ones never cease to come."""
+    clear(engine)
+    engine.add(make("long", 400, 3, False), time.monotonic())
+
+    def another(step):
+        if engine.queued + engine.active < MAX_BATCH:
+            engine.add(make(f"short {step}", SMALL_CHUNK, 1, False), time.monotonic())
+
+    assert steps_until_begun(engine, "long", another) <= 2 * (400 // SMALL_CHUNK) + 1
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    plan=st.lists(
+        st.tuples(st.integers(0, 25), st.integers(1, 120), st.integers(1, 12), st.none() | st.integers(0, 40)),
+        min_size=2,
+        max_size=7,
+    )
+)
+def test_prompts_read_in_turns_are_answered_as_alone(engine, small_chunks, plan):
+    """Rows change hands whenever a short prompt overtakes, and when somebody leaves."""
+
+    def ask(wanted):
+        clear(engine)
+        done, step = {}, 0
+        while step <= max(plan[i][0] for i in wanted) or engine.queued or engine.active:
+            for i in wanted:
+                start, length, most_tokens, cancel = plan[i]
+                if start == step:
+                    engine.add(make(str(i), length, most_tokens, False), time.monotonic())
+                if cancel == step and len(wanted) > 1:
+                    engine.cancel(str(i))
+            done |= {int(chunk.id): chunk.completion for chunk in engine.step() if chunk.done}
+            step += 1
+        return done
+
+    together = ask(range(len(plan)))
+    for i, completion in together.items():
+        if completion.finish_reason != "cancelled":
+            assert completion.tokens == ask([i])[i].tokens

@@ -25,7 +25,7 @@ FLOORS = [
     {"weights"},
     {"session"},
     {"sequence", "static_prefix", "conversations"},
-    {"reuse", "intake", "scoring"},
+    {"reuse", "intake", "rows", "scoring"},
     {"engine"},
     {"worker"},
     {"model"},

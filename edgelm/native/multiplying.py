@@ -1,0 +1,152 @@
+"""The kernels that multiply rounded activations with quantized matrices, as LLVM IR: y = x W + bias.
+
+The weights lie in panels of 16 columns (see `packing`). Sums of products are exact in 32 bits within a block and added
+up in float32, in the order of the blocks: a row's result does not depend on how many rows are computed with it.
+
+    panels     some rows of what `quantizing` makes x some panels -> y
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from edgelm.native.emitter import BYTES, F32, HALF, I8, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
+from edgelm.native.formats import COLUMNS, Format
+from edgelm.native.targets import Target
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Where each of the rows that a kernel takes at once has its codes, scales and offsets."""
+
+    codes: list[ir.Value]
+    factors: list[ir.Value]
+    offsets: list[ir.Value]
+
+    @property
+    def count(self) -> int:
+        return len(self.codes)
+
+
+def emit_panels(module: ir.Module, target: Target, form: Format, rows: int) -> ir.Function:
+    """Emit panels(weights, scales, blocks, start, stop, codes, factors, offsets, bias, y, columns) for some rows.
+
+    weights: panels as `packing` lays them out; scales: float16 [panels, blocks, 16]; codes, factors and offsets: what
+    `quantizing` made of the rows, one behind the other; y: float32 [rows, columns], of which the columns of panels
+    [start, stop) are written; bias: float32 [16 * panels] or null.
+    """
+    kinds = [POINTER, POINTER, I64, I64, I64, POINTER, POINTER, POINTER, POINTER, POINTER, I64]
+    e = Emitter(module, f"panels_{form.bits}_{form.block}_{rows}", VOID, kinds)
+    weights, scales, blocks, start, stop, codes, factors, offsets, bias, y, columns = e.function.args
+    b = e.b
+    width = b.mul(blocks, e.const(form.block))
+    taken = _Rows(
+        [e.at(codes, b.mul(width, e.const(row)), I8) for row in range(rows)],
+        [e.at(factors, b.mul(blocks, e.const(row)), F32) for row in range(rows)],
+        [e.at(offsets, b.mul(blocks, e.const(row)), I32) for row in range(rows)],
+    )
+    zeros = ir.Constant(WIDE, [0.0] * COLUMNS)
+    with e.loop(start, stop) as (panel, _, _):
+        passed = b.mul(panel, blocks)
+        panel_weights = e.at(weights, b.mul(passed, e.const(COLUMNS * form.block_bytes)), I8)
+        panel_scales = e.at(scales, b.mul(passed, e.const(COLUMNS)), HALF)
+        with e.loop(e.const(0), blocks, carried=[zeros] * rows) as (block, values, kept):
+            sums = _block_sums(e, target, form, panel_weights, block, taken)
+            at = b.mul(block, e.const(COLUMNS))
+            scale = b.fpext(e.load_vector(panel_scales, at, HALF, ir.VectorType(HALF, COLUMNS)), WIDE)
+            for row in range(rows):
+                factor = b.fmul(scale, e.splat(e.load(taken.factors[row], block, F32), WIDE))
+                kept.append(e.intrinsic("llvm.fma.v16f32", WIDE, b.sitofp(sums[row], WIDE), factor, values[row]))
+        first = b.mul(panel, e.const(COLUMNS))
+        results = _with_bias(e, kept, bias, first)
+        places = [e.at(y, b.add(b.mul(columns, e.const(row)), first), F32) for row in range(rows)]
+        _write(e, results, places, b.sub(columns, first))
+    b.ret_void()
+    return e.function
+
+
+def _block_sums(
+    e: Emitter, target: Target, form: Format, weights: ir.Value, block: ir.Value, rows: _Rows
+) -> list[ir.Value]:
+    """Emit the sums of one block's products for each row, <16 x i32>; each part of the weights is unpacked once."""
+    b = e.b
+    sums = [e.splat(e.load(rows.offsets[row], block, I32), SUMS) for row in range(rows.count)]
+    here = e.at(weights, b.mul(block, e.const(COLUMNS * form.block_bytes)), I8)
+    at = b.mul(block, e.const(form.block))
+    fours = 0
+    for byte in range(0, COLUMNS * form.block_bytes, BYTES.count):
+        packed = e.load_vector(here, byte, I8, BYTES)
+        for part in _nibbles(b, packed) if form.bits == 4 else [packed]:
+            for row in range(rows.count):
+                four = e.load(e.at(rows.codes[row], at, I8), fours, I32, align=1)
+                spread = b.bitcast(e.splat(four, SUMS), BYTES)
+                sums[row] = target.dot(b, sums[row], part, spread, form.bits)
+            fours += 1
+    return sums
+
+
+def _nibbles(b: ir.IRBuilder, packed: ir.Value) -> list[ir.Value]:
+    low = b.and_(packed, ir.Constant(BYTES, [15] * BYTES.count))
+    return [low, b.lshr(packed, ir.Constant(BYTES, [4] * BYTES.count))]
+
+
+def _with_bias(e: Emitter, values: Sequence[ir.Value], bias: ir.Value, first: ir.Value) -> list[ir.Value]:
+    """Emit the addition of the panel's part of the bias, where there is one."""
+    b = e.b
+    before = b.block
+    with b.if_then(b.icmp_unsigned("!=", b.ptrtoint(bias, I64), e.const(0))):
+        part = e.load_vector(bias, first, F32, WIDE)
+        added = [b.fadd(value, part) for value in values]
+        inside = b.block
+    results = []
+    for plain, more in zip(values, added, strict=True):
+        result = b.phi(WIDE)
+        result.add_incoming(plain, before)
+        result.add_incoming(more, inside)
+        results.append(result)
+    return results
+
+
+def _write(e: Emitter, results: Sequence[ir.Value], places: Sequence[ir.Value], rest: ir.Value) -> None:
+    """Emit the stores of a panel's columns, of which the last panel may have less than 16."""
+    b = e.b
+    with b.if_else(b.icmp_signed(">=", rest, e.const(COLUMNS)), likely=True) as (then, otherwise):
+        with then:
+            for place, result in zip(places, results, strict=True):
+                b.store(result, place, align=1)
+        with otherwise, e.loop(e.const(0), rest) as (column, _, _):
+            lane = b.trunc(column, I32)
+            for place, result in zip(places, results, strict=True):
+                e.store(b.extract_element(result, lane), place, column)
+
+
+def emit_rows(module: ir.Module, target: Target, form: Format) -> Callable[[Emitter, Sequence[ir.Value]], None]:
+    """Emit the kernels of a format; return what emits a call of them for any number of rows.
+
+    It takes the arguments of `emit_panels` with the number of rows in front.
+    """
+    kernels = {rows: emit_panels(module, target, form, rows) for rows in target.rows}
+
+    def call(e: Emitter, arguments: Sequence[ir.Value]) -> None:
+        count, weights, scales, blocks, start, stop, codes, factors, offsets, bias, y, columns = arguments
+        done: ir.Value = e.const(0)
+        for rows in target.rows:
+            stop_row = e.b.sub(count, e.const(rows - 1))
+            with e.loop(done, stop_row, rows) as (row, _, _):
+                passed = e.b.mul(row, blocks)
+                e.b.call(
+                    kernels[rows],
+                    [
+                        weights, scales, blocks, start, stop,
+                        e.at(codes, e.b.mul(passed, e.const(form.block)), I8),
+                        e.at(factors, passed, F32), e.at(offsets, passed, I32),
+                        bias, e.at(y, e.b.mul(row, columns), F32), columns,
+                    ],
+                )  # fmt: skip
+            left = e.b.srem(e.b.sub(count, done), e.const(rows))
+            done = e.b.sub(count, left)
+
+    return call
