@@ -8,6 +8,7 @@ Each block of a row has a scale of its own, as in onnxruntime's MatMulNBits at a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -48,10 +49,7 @@ def emit_quantize(module: ir.Module, target: Target, form: Format, gated: bool) 
         for at in range(0, form.block, COLUMNS):
             part = e.load_vector(here[0], at, F32, WIDE)
             parts.append(b.fmul(_silu(e, part), e.load_vector(here[1], at, F32, WIDE)) if gated else part)
-        sizes = [e.intrinsic("llvm.fabs.v16f32", WIDE, part) for part in parts]
-        while len(sizes) > 1:
-            sizes = [_larger(b, one, two) for one, two in zip(sizes[::2], sizes[1::2], strict=True)]
-        largest = e.intrinsic("llvm.vector.reduce.fmax.v16f32", F32, sizes[0])
+        largest = _largest(e, parts)
         most = ir.Constant(F32, 127.0)
         inverse = b.select(b.fcmp_ordered(">", largest, ir.Constant(F32, LEAST)), b.fdiv(most, largest), zero)
         factor = e.splat(inverse, WIDE)
@@ -95,5 +93,14 @@ def _silu(e: Emitter, x: ir.Value) -> ir.Value:
     return b.fdiv(x, b.fadd(exponential, number(1.0)))
 
 
-def _larger(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
-    return b.select(b.fcmp_ordered(">", one, other), one, other)
+def _largest(e: Emitter, parts: Sequence[ir.Value]) -> ir.Value:
+    """Emit the largest absolute value; not a number where one of them is none, so that nobody takes it for a result."""
+    b = e.b
+    sizes = [e.intrinsic("llvm.fabs.v16f32", WIDE, part) for part in parts]
+    largest, strange = sizes[0], b.fcmp_unordered("uno", parts[0], parts[0])
+    for part, size in zip(parts[1:], sizes[1:], strict=True):
+        largest = b.select(b.fcmp_ordered(">", largest, size), largest, size)
+        strange = b.or_(strange, b.fcmp_unordered("uno", part, part))
+    number = e.intrinsic("llvm.vector.reduce.fmax.v16f32", F32, largest)
+    is_strange = e.intrinsic("llvm.vector.reduce.or.v16i1", ir.IntType(1), strange)
+    return b.select(is_strange, ir.Constant(F32, float("nan")), number)

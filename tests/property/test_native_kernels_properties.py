@@ -120,6 +120,18 @@ def test_activations_of_any_size_are_right(operators, value):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-29 + value * 1e-4)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_is_no_number_stays_none(operators, value, gated):
+    form = Format(4, 32)
+    codes, scales, _ = matrix(np.random.default_rng(0), form, 128, 20)
+    x = np.random.default_rng(1).normal(size=(3, 256 if gated else 128)).astype(np.float32)
+    x[1, 70 + 128 * gated] = value
+    found = run(session_of(operators, form, 128, 20, gated=gated), x, codes, scales, 4)
+    assert np.isnan(found[1]).all()
+    assert np.isfinite(found[[0, 2]]).all()
+
+
 def test_a_graph_lives_on_when_others_are_gone(operators):
     form = Format(4, 32)
     codes, scales, _ = matrix(np.random.default_rng(0), form, 64, 32)
