@@ -139,7 +139,7 @@ class SharedSession:
         """Each row by itself, bound as past and present."""
         self._last = np.zeros((1, self._vocab_size), np.float32)
         self._is_stretched = False
-        """Whether onnxruntime holds memory for a longer pass than decoding needs."""
+        """Whether onnxruntime holds memory for a longer pass than most are."""
 
     def prefill(self, row: int, tokens: Tokens, start: int, *, every: bool = False, total: int | None = None) -> Logits:
         """See `Session`."""
@@ -161,8 +161,7 @@ class SharedSession:
         for name, value in zip(inputs, kept, strict=False):
             binding.bind_ortvalue_input(name, value)
         binding.bind_ortvalue_output("logits", kept[-1])
-        self._graph.run_with_iobinding(binding)
-        self._is_stretched |= count > SMALL_PASS
+        self._run(binding, count)
         return logits
 
     def decode(self, tokens: Tokens, lengths: NDArray[np.int32]) -> Logits:
@@ -176,8 +175,7 @@ class SharedSession:
         step.tokens[:, 0] = tokens
         step.seqlens[:] = lengths
         step.total[0] = lengths.max() + 1
-        self._graph.run_with_iobinding(step.binding, SHRINKING if self._is_stretched else None)
-        self._is_stretched = False
+        self._run(step.binding, batch)
         return step.logits
 
     def copy_row(self, source: int, target: int, length: int) -> None:
@@ -202,6 +200,12 @@ class SharedSession:
     def end_profile(self) -> Path:
         """See `Session`."""
         return Path(self._graph.end_profiling())
+
+    def _run(self, binding: ort.IOBinding, tokens: int) -> None:
+        """Run the graph; the first short pass after a long one gives back what the long one needed."""
+        is_long = tokens > SMALL_PASS
+        self._graph.run_with_iobinding(binding, SHRINKING if self._is_stretched and not is_long else None)
+        self._is_stretched = is_long
 
     def _bind(self, row: int, count: int) -> ort.IOBinding:
         """Bind rows of the buffers as past and present alike."""

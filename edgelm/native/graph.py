@@ -49,6 +49,9 @@ def write_panels(model: bytes, data: Path, folder: Path) -> list[Format]:
     with (folder / DATA).open("wb") as file:
         rewriting = _Rewriting(whole.nodes, whole.tensors.values(), data, file)
         nodes, tensors = rewriting.result(whole.outputs)
+    if not rewriting.formats:
+        (folder / DATA).unlink()
+        return []
     (folder / GRAPH).write_bytes(encode_model(whole, nodes, tensors, DOMAIN))
     return sorted(rewriting.formats)
 

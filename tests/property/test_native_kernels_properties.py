@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import naive_kernels as naive
 import numpy as np
@@ -84,6 +88,22 @@ def test_a_row_alone_gives_the_same_bits_as_in_company(operators, form, size, co
     np.testing.assert_array_equal(deeper, together.reshape(1, rows, 1, columns))
 
 
+@settings(max_examples=15, deadline=None)
+@given(formats, st.integers(200, 1500), st.integers(1, 9), seeds)
+def test_wide_products_are_those_of_their_columns(operators, form, columns, rows, seed):
+    """Wide ones are cut into parts for the threads, of which the last may be short."""
+    rng = np.random.default_rng(seed)
+    codes, scales, bias = matrix(rng, form, 64, columns)
+    x = inputs(rng, rows, 64)
+    found = run(session_of(operators, form, 64, columns, bias=True), x, codes, scales, form.bits, bias)
+    narrow = session_of(operators, form, 64, 16, bias=True)
+    for first in range(0, columns, 16):
+        some = slice(first, first + 16)
+        parts = [np.concatenate([each[some], each[:16]])[:16] for each in (codes, scales, bias)]
+        alone = run(narrow, x, parts[0], parts[1], form.bits, parts[2])
+        np.testing.assert_array_equal(found[:, some], alone[:, : columns - first])
+
+
 @settings(max_examples=40, deadline=None)
 @given(formats, st.integers(1, 150), st.integers(1, 40), st.integers(1, 5), seeds)
 def test_gated_products_are_those_of_the_gated_values(operators, form, size, columns, rows, seed):
@@ -141,6 +161,34 @@ def test_a_graph_lives_on_when_others_are_gone(operators):
     for _ in range(20):
         run(session_of(operators, form, 64, 32), x, codes, scales, 4)
     np.testing.assert_array_equal(run(kept, x, codes, scales, 4), expected)
+
+
+FORGETFUL = """
+import gc, sys
+from pathlib import Path
+import numpy as np
+from native_nodes import run, session_of
+from edgelm.native.formats import Format
+from edgelm.native.registration import Operators
+
+form = Format(4, 32)
+session = session_of(Operators(Path(sys.argv[1]), [form]), form, 64, 32)
+gc.collect()
+filler = [bytearray(1000) for _ in range(10000)]
+codes, scales = np.zeros((32, 2, 16), np.uint8), np.ones((32, 2), np.float16)
+for _ in range(100):
+    print(run(session, np.ones((1, 64), np.float32), codes, scales, 4)[0, 0])
+"""
+
+
+def test_operators_outlive_what_python_remembers_of_them(operators):
+    """In a process of its own, since the alternative is a crash."""
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", FORGETFUL, str(operators.path)],
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, set(done.stdout.split())) == (0, {"-512.0"}), done.stderr
 
 
 @settings(max_examples=40)

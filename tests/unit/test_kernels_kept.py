@@ -14,6 +14,8 @@ from edgelm import weights
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import open_bundle
 from edgelm.errors import EdgelmError
+from edgelm.graphs import PACKED
+from edgelm.native.onnx_model import read_model
 from edgelm.session import open_session
 from edgelm.weights import FORMATS, KERNELS, open_verified, try_kernels
 
@@ -62,6 +64,8 @@ def test_our_kernels_compute_what_onnxruntimes_do(tiny_checkpoint, export_to_cac
     assert 0 < apart(found[0], plain) < 0.05
     (entry,) = cache.entries()
     assert entry.note[FORMATS]
+    operators = {node.operator for node in read_model((entry.path / PACKED).read_bytes()).nodes}
+    assert not operators & {"MatMulNBits", "Cast", "Split", "QuickGelu", "Mul"}, "all of that is in the kernels"
     assert said() == []
 
 
@@ -165,7 +169,7 @@ def test_packed_weights_are_mapped_not_copied(tiny_checkpoint, export_to_cache, 
     assert not (tmp_path / "cache").exists()
     anonymous("cache")
     held = sum(matrix.bytes() for matrix in open_bundle(path).manifest.matrices)
-    assert anonymous("cache") < without - 0.8 * held
+    assert anonymous("cache") < without - 0.7 * held
 
 
 def test_kernels_can_be_tried_out(small, tiny_checkpoint, export_to_cache, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,3 +62,26 @@ def test_finished_requests_leave_their_rows_empty(bundle, together):
         assert arrays[0][0].size > 4 * page
         for array in arrays:
             assert not any(row.reshape(-1)[page:-page].any() for row in array[:4])  # the last one is for scores
+
+
+STRETCHED = """
+import sys, edgelm
+from edgelm import session
+session.SMALL_PASS = int(sys.argv[2])
+with edgelm.load(sys.argv[1], threads=1, max_batch=1, prefix_cache_mb=0, cache=False) as lm:
+    lm.generate(tokens=[3] * 200, max_tokens=3, ignore_eos=True)
+    text = open("/proc/self/smaps_rollup").read()
+    print(text.split("Anonymous:")[1].split()[0])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells private memory apart")
+def test_what_a_long_pass_needed_is_given_back(tiny_checkpoint, export_to_cache):
+    path = export_to_cache(tiny_checkpoint(hidden=512, mlp=8192, heads=8, kv_heads=4), quant="int4")
+
+    def anonymous(small_pass):
+        command = [sys.executable, "-c", STRETCHED, str(path), str(small_pass)]
+        return 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    widest = 200 * 2 * 8192 * 4
+    assert anonymous(32) < anonymous(10**9) - widest

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import edgelm
 from edgelm import engine
 from edgelm.bundle import open_bundle
+from edgelm.drafts import SIZES
 from edgelm.errors import EdgelmError
 from edgelm.memory import check_memory, plan_memory
 
@@ -30,6 +31,7 @@ def test_the_text_adds_up_to_what_is_compared(rows, context, prefix):
     assert sum(parts) == pytest.approx(total, abs=0.4)
     assert total == pytest.approx(plan.total / 1e6, abs=0.06)
     assert plan.keys_and_values == rows * context * MANIFEST.cache.bytes_per_token()
+    assert plan.logits >= (rows + SIZES[0]) * MANIFEST.vocab_size * 4  # a row each, and what guesses have beside
 
 
 @given(rows=rows, context=contexts, prefix=prefixes)
