@@ -33,6 +33,8 @@ def with_old_windows(model: bytes) -> bytes:
 
 def _changed(data: bytes, path: tuple[int, ...]) -> bytes:
     """Copy a message, changed inside the fields of `path`; at its end the message is an attribute."""
+    if ATTRIBUTE not in data:
+        return data
     if path:
         return message(
             (number, kind, _changed(value, path[1:]))
