@@ -33,16 +33,16 @@ def with_old_windows(model: bytes) -> bytes:
 
 def _changed(data: bytes, path: tuple[int, ...]) -> bytes:
     """Copy a message, changed inside the fields of `path`; at its end the message is an attribute."""
+    parts: list[Field] = list(fields(data))
     if ATTRIBUTE not in data:
-        return data
+        return data  # as it is: a number may be written in more bytes than it needs
     if path:
         return message(
             (number, kind, _changed(value, path[1:]))
             if number == path[0] and kind == BYTES and isinstance(value, bytes)
             else (number, kind, value)
-            for number, kind, value in fields(data)
+            for number, kind, value in parts
         )
-    parts: list[Field] = list(fields(data))
     if (NAME, BYTES, ATTRIBUTE) not in parts:
         return data
     return message(
