@@ -63,9 +63,13 @@ class Engine:
         self._drafter = Drafter() if speculation else None
         self._ready: list[Chunk] = []
         """What the step so far has for clients: kept here so that a failure later in the step does not lose it."""
-        self._warm_up()
 
     # --- what the worker calls ---
+
+    def warm_up(self) -> None:
+        """Run the graph once, so that the first request does not pay for what is allocated late."""
+        self.session.prefill(self.max_batch, np.zeros(1, np.int64), 0)
+        self.session.decode(np.zeros(1, np.int64), np.zeros(1, np.int32))
 
     @property
     def queued(self) -> int:
@@ -112,11 +116,6 @@ class Engine:
         return score(self.session, self.max_batch, self._intake.checked(tokens))
 
     # --- the parts of a step ---
-
-    def _warm_up(self) -> None:
-        """Run the graph once, so that the first request does not pay for what is allocated late."""
-        self.session.prefill(self.max_batch, np.zeros(1, np.int64), 0)
-        self.session.decode(np.zeros(1, np.int64), np.zeros(1, np.int32))
 
     def _take_ready(self) -> list[Chunk]:
         ready, self._ready = [self.conversations.settle(chunk) for chunk in self._ready], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -67,7 +68,8 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="edgelm-worker", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread. It is stopped when the program ends: a graph that runs then would end it with an abort."""
+        atexit.register(self.close)
         self._thread.start()
 
     def submit(self, request: Request, sink: Sink) -> None:
@@ -121,6 +123,7 @@ class Worker:
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Stop the thread after the current step; what is under way ends with the error "interrupted"."""
+        atexit.unregister(self.close)
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -137,6 +140,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            self.engine.warm_up()  # here: who loads a model has something else to do in the meantime
             while self._take():
                 self._deliver(self._step())
         except BaseException as error:  # noqa: BLE001  a bug of ours: say so to everyone rather than fall silent

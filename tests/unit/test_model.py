@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 
@@ -275,3 +277,20 @@ def test_bundles_that_cannot_be_loaded(bundle, tmp_path):
     for options in ({"context": 0}, {"threads": 0}, {"max_batch": 0}):
         with pytest.raises(edgelm.EdgelmError, match=next(iter(options))):
             edgelm.load(bundle, **options)
+
+
+LEFT_OPEN = """
+import sys, threading, edgelm
+lm = edgelm.load(sys.argv[1], threads=2)
+if sys.argv[2] == "asking":
+    threading.Thread(target=lambda: list(lm.stream("Once", max_tokens=100, ignore_eos=True)), daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("what", ["nothing", "asking"])
+def test_a_program_may_end_with_a_model_that_is_still_at_work(bundle, what):
+    for _ in range(3):
+        command = [sys.executable, "-c", LEFT_OPEN, str(bundle), what]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "terminate" not in done.stderr
