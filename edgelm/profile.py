@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any, Final
 
 from edgelm.bundle import Manifest, Matrix
-from edgelm.native.formats import Format
+from edgelm.native.formats import ROUNDED_BYTES, Format
 
 PRODUCTS: Final = {"MatMulNBits", "MatMul", "Gemm", "FusedMatMul", "FusedGemm"}
 SUFFIX: Final = "_kernel_time"
@@ -256,10 +256,15 @@ def _product(args: Mapping[str, Any]) -> tuple[int, int, int] | None:
 
 
 def _our_product(args: Mapping[str, Any], form: Format) -> tuple[int, int, int]:
-    """Return (M, K, N); gates and values of SwiGLU are twice as wide as the matrix, whose last block may be short."""
-    x, panels = (_dims(each) for each in args["input_type_shape"][:2])
-    width = x[-1] // 2 if x[-1] > panels[1] * form.block else x[-1]
-    return math.prod(x[:-1]), width, _dims(args["output_type_shape"][0])[-1]
+    """Return (M, K, N); gates and values of SwiGLU are twice as wide as the matrix, whose last block may be short.
+
+    How many blocks it has shows in the scratch memory, which is the second output.
+    """
+    *rows, width = _dims(args["input_type_shape"][0])
+    y, scratch = (_dims(each) for each in args["output_type_shape"][:2])
+    count = math.prod(rows)
+    whole = scratch[0] // (count * (form.block + ROUNDED_BYTES)) * form.block
+    return count, width // 2 if width > whole else width, y[-1]
 
 
 def _dims(typed: Mapping[str, Sequence[int]]) -> Sequence[int]:

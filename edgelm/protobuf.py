@@ -45,7 +45,7 @@ def message(parts: Iterable[Field]) -> bytes:
     for number, kind, value in parts:
         data += _encoded(number << 3 | kind)
         if isinstance(value, int):
-            data += _encoded(value)
+            data += _encoded(value % (1 << 64))  # negative numbers are two's complements
         else:
             if kind == BYTES:
                 data += _encoded(len(value))

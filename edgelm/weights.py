@@ -23,9 +23,18 @@ from numpy.typing import NDArray
 from edgelm.boardcache import BoardCache, Entry, signature
 from edgelm.bundle import Bundle, open_bundle
 from edgelm.errors import BundleError, EdgelmError
-from edgelm.graphs import VERSION, Graph, as_this_runtime_wants, cache_key, check_runtime, load_graph, load_packed
+from edgelm.graphs import (
+    PACKED,
+    VERSION,
+    Graph,
+    as_this_runtime_wants,
+    cache_key,
+    check_runtime,
+    load_graph,
+    load_packed,
+)
 from edgelm.native.formats import Format
-from edgelm.native.graph import write_panels
+from edgelm.native.graph import DATA, write_panels
 from edgelm.native.registration import Operators
 from edgelm.tuning import Tuning, cores, default_threads
 
@@ -50,8 +59,8 @@ Both round activations to 8 bits, and a last bit that falls otherwise early on m
 
 LOG: Final = logging.getLogger(__name__)
 
-_operators: dict[Path, Operators] = {}
-"""Libraries in use, which stay: graphs refer to them."""
+_operators: dict[tuple[Path, int, int], Operators] = {}
+"""Libraries in use, which stay: graphs refer to them. By their folder, and by the file of matrices that it has now."""
 
 
 def open_verified(path: str | Path, cache: BoardCache | None) -> Bundle:
@@ -128,9 +137,11 @@ def _operators_in(folder: Path, formats: list[Format]) -> Operators | None:
     """Return the operators of an entry, opened once; None where it has none."""
     if not formats:
         return None
-    if folder not in _operators:
-        _operators[folder] = Operators(folder / KERNELS, formats)
-    return _operators[folder]
+    data = (folder / DATA).stat()
+    key = (folder, data.st_ino, data.st_mtime_ns)
+    if key not in _operators:
+        _operators[key] = Operators(folder / KERNELS, formats, folder / DATA)
+    return _operators[key]
 
 
 # --- making ---
@@ -177,13 +188,14 @@ def _write_for_kernels(bundle: Bundle, tuning: Tuning, folder: Path) -> list[For
     Returns no formats where there are no kernels for any of the bundle's matrices. Raises `EdgelmError` when they
     compute something else, and whatever keeps them from being compiled or loaded.
     """
-    model = as_this_runtime_wants(bundle.graph.read_bytes())
-    formats = write_panels(model, bundle.graph.with_name(f"{bundle.graph.name}.data"), folder)
+    formats = write_panels(bundle.graph.read_bytes(), bundle.graph.with_name(f"{bundle.graph.name}.data"), folder)
     if not formats:
         return []
+    graph = folder / PACKED
+    graph.write_bytes(as_this_runtime_wants(graph.read_bytes()))
     _compile(folder / KERNELS, formats)
     # Not kept in `_operators`: the folder is renamed.
-    found = _probe(load_packed(folder, tuning, Operators(folder / KERNELS, formats)))
+    found = _probe(load_packed(folder, tuning, Operators(folder / KERNELS, formats, folder / DATA)))
     expected = _probe(load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin))
     apart = float(np.sqrt(np.mean((found - expected) ** 2)) / expected.std())
     if not apart < CLOSE:

@@ -14,6 +14,12 @@ def silu(value):
     return float(value) / (1 + math.exp(-float(value)))
 
 
+def normed(row, weight, epsilon):
+    """A row divided by its root mean square, times a weight."""
+    mean = sum(float(value) ** 2 for value in row) / len(row)
+    return [float(value) / math.sqrt(mean + epsilon) * float(w) for value, w in zip(row, weight, strict=True)]
+
+
 def quantize(row, block):
     """A row of activations -> codes, a list of integers for each block, and the blocks' scales."""
     codes, scales = [], []

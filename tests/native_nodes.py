@@ -1,41 +1,81 @@
-"""Single nodes of the kernels' operators, run by onnxruntime."""
+"""Single nodes of the kernels' operators, run by onnxruntime, and matrices for them."""
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
+import numpy as np
 import onnxruntime as ort
 
-from edgelm.native.formats import DOMAIN
-from edgelm.native.onnx_model import FLOAT, FLOAT16, UINT8, encode_node
+from edgelm.native.formats import BLOCKS, DOMAIN, Format
+from edgelm.native.onnx_model import FLOAT, encode_node
 from edgelm.native.packing import packed_bias, packed_codes, packed_scales
+from edgelm.native.registration import Operators
 from edgelm.protobuf import BYTES, VARINT, message
 
+FORMATS = [Format(bits, block) for bits in (4, 8) for block in BLOCKS]
 
-def value_info(name, dtype):
+
+def matrix(rng, form, size, columns):
+    """Random codes and scales of a matrix as MatMulNBits stores it, and a bias."""
+    blocks = -(-size // form.block)
+    codes = rng.integers(0, 256, (columns, blocks, form.block_bytes), np.uint8)
+    scales = (rng.normal(size=(columns, blocks)) * 0.01).astype(np.float16)
+    return codes, scales, rng.normal(size=columns).astype(np.float32)
+
+
+def inputs(rng, rows, size):
+    """Activations of very different sizes, some of them 0."""
+    x = rng.normal(size=(rows, size)) * 10.0 ** rng.integers(-6, 6, (rows, 1))
+    x[rng.random((rows, size)) < 0.1] = 0
+    x[rng.random(rows) < 0.1] = 0
+    return x.astype(np.float32)
+
+
+def value_info(name, dtype=FLOAT):
     """A ValueInfoProto of a tensor of any shape."""
     return message([(1, BYTES, name.encode()), (2, BYTES, message([(1, BYTES, message([(1, VARINT, dtype)]))]))])
 
 
-def session_of(operators, form, size, columns, *, bias=False, gated=False, threads=2):
-    """Load a model of one node whose matrix is an input like the activations."""
-    inputs = {"x": FLOAT, "weights": UINT8, "scales": FLOAT16} | ({"bias": FLOAT} if bias else {})
-    attributes = {"K": size, "N": columns, "GATED": int(gated)}
-    node = encode_node(form.operator, DOMAIN, list(inputs), ["y", "scratch"], attributes)
-    graph = [(1, BYTES, node), (2, BYTES, b"one")]
-    graph += [(11, BYTES, value_info(name, dtype)) for name, dtype in inputs.items()]
-    graph += [(12, BYTES, value_info("y", FLOAT))]
+def one_node(form, names, attributes):
+    """A model of one node."""
+    node = encode_node("one", form.operator, DOMAIN, names, ["y", "scratch"], attributes)
+    graph = [(1, BYTES, node), (2, BYTES, b"one"), *((11, BYTES, value_info(name)) for name in names)]
+    graph += [(12, BYTES, value_info("y"))]
     opsets = [message([(1, BYTES, domain), (2, VARINT, version)]) for domain, version in ((b"", 18), (b"edgelm", 1))]
-    model = message([(1, VARINT, 8), *((8, BYTES, opset) for opset in opsets), (7, BYTES, message(graph))])
+    return message([(1, VARINT, 8), *((8, BYTES, opset) for opset in opsets), (7, BYTES, message(graph))])
+
+
+def product(
+    library, form, size, codes, scales, *, bias=None, norm=None, epsilon=0.0, gated=False, skip=False, threads=2
+):
+    """Load a model of one node for a matrix as MatMulNBits stores it; `skip` says whether it has that input."""
+    columns, blocks = scales.shape
+    attributes = {"K": size, "N": columns, "GATED": int(gated), "EPSILON": int(np.float32(epsilon).view(np.int32))}
+    pieces = {"WEIGHTS": packed_codes(codes, form.bits), "SCALES": packed_scales(scales)}
+    if bias is not None:
+        pieces["BIAS"] = packed_bias(bias)
+    if norm is not None:
+        pieces["NORM"] = np.concatenate([norm, np.zeros(blocks * form.block - size, np.float32)])
+    content = b""
+    for name in ("BIAS", "NORM", "WEIGHTS", "SCALES"):
+        attributes[name] = len(content) if name in pieces else -1
+        if name in pieces:
+            content += pieces[name].tobytes()
+            content += bytes(-len(content) % 64)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    operators.register(options)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        data.write_bytes(content)
+        Operators(library, [form], data).register(options)
+    model = one_node(form, ["x", "skip"] if skip else ["x"], attributes)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def run(session, x, codes, scales, bits, bias=None):
-    """x [..., K] times a matrix as MatMulNBits stores it."""
-    feeds = {"x": x, "weights": packed_codes(codes, bits), "scales": packed_scales(scales)}
-    if bias is not None:
-        feeds["bias"] = packed_bias(bias)
-    return session.run(["y"], feeds)[0]
+def run(session, x, skip=None):
+    """x [..., K] times the session's matrix."""
+    return session.run(["y"], {"x": x} if skip is None else {"x": x, "skip": skip})[0]

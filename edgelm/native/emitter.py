@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -26,6 +26,7 @@ class Emitter:
     def __init__(self, module: ir.Module, name: str, result: ir.Type, kinds: Sequence[ir.Type], export: bool = False):
         self.function = ir.Function(module, ir.FunctionType(result, kinds), name)
         self.function.attributes.add("nounwind")
+        set.add(self.function.attributes, '"no-builtins"')  # no memset for a loop of stores: there is no C library
         if not export:
             self.function.linkage = "internal"
         self.b = ir.IRBuilder(self.function.append_basic_block())
@@ -62,6 +63,10 @@ class Emitter:
         first = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
         zeros = ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
         return self.b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros)
+
+    def call_address(self, function: ir.Value, kind: ir.FunctionType, arguments: Sequence[ir.Value]) -> ir.Value:
+        """Call a function by its address, a 64-bit integer."""
+        return self.b.call(self.b.inttoptr(function, kind.as_pointer()), arguments)
 
     def intrinsic(self, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
         """Call one of LLVM's functions."""
@@ -100,6 +105,22 @@ class Emitter:
         self.b.position_at_end(after)
         kept[:] = values
 
+    def in_parts(self, count: ir.Value, sizes: Sequence[int], body: Callable[[int, ir.Value], None]) -> None:
+        """Pass `count` things, as many at once as the sizes allow, the largest first; the last size is 1.
+
+        `body` is given how many there are and the first one's number, and writes the code for them.
+        """
+        done: ir.Value = self.const(0)
+        for size in sizes:
+            with self.loop(done, self.b.sub(count, self.const(size - 1)), size) as (first, _, _):
+                body(size, first)
+            left = self.b.srem(self.b.sub(count, done), self.const(size))
+            done = self.b.sub(count, left)
+
     def smaller(self, one: ir.Value, other: ir.Value) -> ir.Value:
         """Return the smaller of two integers."""
         return self.b.select(self.b.icmp_signed("<", one, other), one, other)
+
+    def larger(self, one: ir.Value, other: ir.Value) -> ir.Value:
+        """Return the larger of two integers."""
+        return self.b.select(self.b.icmp_signed(">", one, other), one, other)

@@ -1,10 +1,12 @@
 """The operator around the kernels, as LLVM IR: what onnxruntime calls in a step, without Python.
 
-    Y, scratch = MatMulInt4Block32(X, weights, scales, bias?)      attributes K, N, GATED
+    Y, scratch = MatMulInt4Block32(X, skip?)      attributes K, N, GATED, WEIGHTS, SCALES, BIAS, NORM, EPSILON
 
-X: float32 [..., K], or [..., 2 K] if GATED is 1: gates and values of SwiGLU; weights: uint8, scales: float16, in panels
-(see `packing`); Y: float32 [..., N]. The scratch is an output so that onnxruntime's arena provides it; nothing reads
-it.
+X: float32 [..., K], or [..., 2 K] if GATED is 1: gates and values of SwiGLU. Y: float32 [..., N], to which skip, like
+it, is added. WEIGHTS, SCALES, BIAS and NORM are places in a file: weights uint8 and scales float16 in panels (see
+`packing`), bias float32 [16 * panels], and the weight of an RMSNorm that X passes first, float32 [blocks * block]; -1
+says that there is none. EPSILON is that norm's, a float32 as the integer of its bits. The scratch is an output so that
+onnxruntime's arena provides it; nothing reads it.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from typing import Final
 
 from llvmlite import ir
 
+from edgelm.native.attention import emit_attention
+from edgelm.native.calling import Call
 from edgelm.native.emitter import F32, I8, I32, I64, POINTER, VOID, Emitter
-from edgelm.native.formats import COLUMNS, DESTROY, HOOK, REGISTER, Format, State
+from edgelm.native.formats import COLUMNS, DESTROY, HOOK, REGISTER, ROUNDED_BYTES, Format, State
 from edgelm.native.multiplying import emit_rows
-from edgelm.native.quantizing import emit_quantize
+from edgelm.native.quantizing import Kind, emit_quantize
 from edgelm.native.targets import Target
 
 
@@ -39,21 +43,24 @@ class _Task(IntEnum):
     CODES = 11
     FACTORS = 12
     OFFSETS = 13
+    SKIP = 14
+    NORM = 15
+    EPSILON = 16
 
 
-MOST_DIMENSIONS: Final = 8
 TOGETHER: Final = 4
 """Panels that all rows pass before the next ones: they stay in the nearest cache."""
 
 
 def kernels_module(target: Target, formats: Sequence[Format]) -> tuple[ir.Module, list[str]]:
-    """Return the code of operators for some formats, and the names to export."""
+    """Return the code of attention and of products of some formats, and the names to export."""
     module = ir.Module("edgelm")
     module.triple = target.triple
     _emit_registration(module)
     for form in formats:
         _emit_compute(module, target, form)
-    return module, [HOOK, REGISTER, DESTROY, *(form.compute for form in formats)]
+    attention = emit_attention(module, target)
+    return module, [HOOK, REGISTER, DESTROY, attention, *(form.compute for form in formats)]
 
 
 def _emit_registration(module: ir.Module) -> None:
@@ -66,78 +73,41 @@ def _emit_registration(module: ir.Module) -> None:
     register = Emitter(module, REGISTER, POINTER, [POINTER, POINTER], export=True)
     kind = ir.FunctionType(POINTER, [POINTER, POINTER])
     function = register.b.ptrtoint(register.b.load(hook, typ=POINTER), I64)
-    register.b.ret(_call(register, function, kind, list(register.function.args)))
+    register.b.ret(register.call_address(function, kind, register.function.args))
     destroy = Emitter(module, DESTROY, VOID, [POINTER], export=True)
     destroy.b.ret_void()
 
 
-def _call(e: Emitter, function: ir.Value, kind: ir.FunctionType, arguments: list[ir.Value]) -> ir.Value:
-    """Call a function by its address, an integer."""
-    return e.b.call(e.b.inttoptr(function, kind.as_pointer()), arguments)
-
-
 def _emit_compute(module: ir.Module, target: Target, form: Format) -> None:
-    quantize, quantize_gated = (_emit_quantize_task(module, target, form, gated) for gated in (False, True))
+    quantize, quantize_gated, quantize_normed = (_emit_quantize_task(module, target, form, kind) for kind in Kind)
     multiply = _emit_multiply_task(module, target, form)
     e = Emitter(module, form.compute, VOID, [POINTER, POINTER], export=True)
     state, context = e.function.args
     b = e.b
-    out = e.reserve(POINTER)
-    rank_place = e.reserve(I64)
-    dimensions = e.reserve(I64, MOST_DIMENSIONS)
+    call = Call(e, state, context)
     task = e.reserve(I64, len(_Task))
-
-    def api(field: State, *arguments: ir.Value) -> None:
-        """Call a function of onnxruntime; what it returns is null for arguments as these are."""
-        function = e.load(state, field, I64)
-        kind = ir.FunctionType(POINTER, [value.type for value in arguments])
-        _call(e, function, kind, list(arguments))
-
-    def result() -> ir.Value:
-        return b.load(out, typ=POINTER)
 
     def put(field: _Task, value: ir.Value) -> None:
         e.store(value, task, field)
 
-    def data_of(value: ir.Value) -> ir.Value:
-        api(State.GET_DATA, value, out)
-        return result()
-
-    def output(index: int, rank: ir.Value) -> ir.Value:
-        api(State.GET_OUTPUT, context, e.const(index), dimensions, rank, out)
-        return data_of(result())
-
-    api(State.GET_INPUT, context, e.const(0), out)
-    x = result()
-    put(_Task.X, data_of(x))
-    for index, field in ((1, _Task.WEIGHTS), (2, _Task.SCALES)):
-        api(State.GET_INPUT, context, e.const(index), out)
-        put(field, data_of(result()))
-    put(_Task.BIAS, ir.Constant(POINTER, None))
-    api(State.GET_INPUT, context, e.const(3), out)
-    bias = result()
-    with b.if_then(b.icmp_unsigned("!=", b.ptrtoint(bias, I64), e.const(0))):
-        put(_Task.BIAS, data_of(bias))
-    api(State.GET_SHAPE, x, out)
-    shape = result()
-    api(State.GET_RANK, shape, rank_place)
-    rank = b.load(rank_place, typ=I64)
-    api(State.GET_DIMENSIONS, shape, dimensions, rank)
-    function = e.load(state, State.RELEASE_SHAPE, I64)
-    _call(e, function, ir.FunctionType(VOID, [POINTER]), [shape])
+    x = call.input(0)
+    put(_Task.X, call.data(x))
+    put(_Task.SKIP, call.optional(1))
+    for field in (_Task.WEIGHTS, _Task.SCALES, _Task.BIAS, _Task.NORM, _Task.EPSILON):
+        put(field, e.load(state, State[field.name], I64))
+    rank = call.rank(x)
     last = b.sub(rank, e.const(1))
     with e.loop(e.const(0), last, carried=[e.const(1)]) as (axis, counts, kept):
-        kept.append(b.mul(counts[0], e.load(dimensions, axis, I64)))
+        kept.append(b.mul(counts[0], e.load(call.shape, axis, I64)))
     rows = kept[0]
     size, columns = (e.load(state, field, I64) for field in (State.K, State.N))
-    e.store(columns, dimensions, last)
-    put(_Task.Y, output(0, rank))
+    e.store(columns, call.shape, last)
+    put(_Task.Y, call.output_like_shape(0, rank))
     blocks = b.sdiv(b.add(size, e.const(form.block - 1)), e.const(form.block))
     panels = b.sdiv(b.add(columns, e.const(COLUMNS - 1)), e.const(COLUMNS))
     cells = b.mul(rows, blocks)
     code_bytes = b.mul(cells, e.const(form.block))
-    e.store(b.add(code_bytes, b.mul(cells, e.const(8))), dimensions, 0)
-    scratch = output(1, e.const(1))
+    scratch = call.output(1, [b.add(code_bytes, b.mul(cells, e.const(ROUNDED_BYTES)))])
     put(_Task.CODES, scratch)
     put(_Task.FACTORS, e.at(scratch, code_bytes, I8))
     put(_Task.OFFSETS, e.at(scratch, b.add(code_bytes, b.mul(cells, e.const(4))), I8))
@@ -146,39 +116,35 @@ def _emit_compute(module: ir.Module, target: Target, form: Format) -> None:
     panels_a_task = e.load(state, State.PANELS_A_TASK, I64)
     put(_Task.PANELS, panels)
     put(_Task.PANELS_A_TASK, panels_a_task)
-    alone = b.icmp_signed("==", rows, e.const(1))
     gated = b.icmp_signed("!=", e.load(state, State.GATED, I64), e.const(0))
-    chosen = b.select(gated, quantize_gated, quantize)
-    with b.if_else(alone) as (then, otherwise):
-        with then:
-            kind = ir.FunctionType(VOID, [POINTER, I64])
-            _call(e, b.ptrtoint(chosen, I64), kind, [task, e.const(0)])
-        with otherwise:
-            api(State.PARALLEL_FOR, context, chosen, rows, e.const(0), task)
-    tasks = b.sdiv(b.add(panels, b.sub(panels_a_task, e.const(1))), panels_a_task)
-    api(State.PARALLEL_FOR, context, multiply, tasks, e.const(0), task)
+    normed = b.icmp_signed("!=", e.load(state, State.NORM, I64), e.const(0))
+    call.for_each(b.select(gated, quantize_gated, b.select(normed, quantize_normed, quantize)), rows, task)
+    call.for_each(multiply, b.sdiv(b.add(panels, b.sub(panels_a_task, e.const(1))), panels_a_task), task)
     b.ret_void()
 
 
+_NUMBERS: Final = {_Task.ROWS, _Task.K, _Task.N, _Task.BLOCKS, _Task.PANELS, _Task.PANELS_A_TASK}
+
+
 def _fields(e: Emitter, task: ir.Value, *fields: _Task) -> list[ir.Value]:
-    pointers = {_Task.X, _Task.WEIGHTS, _Task.SCALES, _Task.BIAS, _Task.Y, _Task.CODES, _Task.FACTORS, _Task.OFFSETS}
-    return [e.load(task, field, POINTER if field in pointers else I64) for field in fields]
+    return [e.load(task, field, I64 if field in _NUMBERS else POINTER) for field in fields]
 
 
-def _emit_quantize_task(module: ir.Module, target: Target, form: Format, gated: bool) -> ir.Function:
+def _emit_quantize_task(module: ir.Module, target: Target, form: Format, kind: Kind) -> ir.Function:
     """Emit what quantizes row `index`."""
-    kernel = emit_quantize(module, target, form, gated)
+    kernel = emit_quantize(module, target, form, kind)
     e = Emitter(module, f"{kernel.name}_task", VOID, [POINTER, I64])
     task, row = e.function.args
-    wanted = (_Task.X, _Task.K, _Task.BLOCKS, _Task.CODES, _Task.FACTORS, _Task.OFFSETS)
-    x, size, blocks, codes, factors, offsets = _fields(e, task, *wanted)
+    wanted = (_Task.X, _Task.K, _Task.BLOCKS, _Task.NORM, _Task.CODES, _Task.FACTORS, _Task.OFFSETS)
+    x, size, blocks, norm, codes, factors, offsets = _fields(e, task, *wanted)
+    epsilon = e.b.load(e.at(task, _Task.EPSILON, I64), typ=F32)
     cell = e.b.mul(row, blocks)
-    length = e.b.mul(size, e.const(2)) if gated else size
+    length = e.b.mul(size, e.const(2)) if kind is Kind.GATED else size
     e.b.call(
         kernel,
         [
-            e.at(x, e.b.mul(row, length), F32), size, blocks, e.at(codes, e.b.mul(cell, e.const(form.block)), I8),
-            e.at(factors, cell, F32), e.at(offsets, cell, I32),
+            e.at(x, e.b.mul(row, length), F32), size, blocks, norm, epsilon,
+            e.at(codes, e.b.mul(cell, e.const(form.block)), I8), e.at(factors, cell, F32), e.at(offsets, cell, I32),
         ],
     )  # fmt: skip
     e.b.ret_void()
@@ -192,7 +158,7 @@ def _emit_multiply_task(module: ir.Module, target: Target, form: Format) -> ir.F
     task, index = e.function.args
     fields = (_Task.ROWS, _Task.WEIGHTS, _Task.SCALES, _Task.BLOCKS, _Task.PANELS, _Task.PANELS_A_TASK)
     rows, weights, scales, blocks, panels, panels_a_task = _fields(e, task, *fields)
-    others = _fields(e, task, _Task.CODES, _Task.FACTORS, _Task.OFFSETS, _Task.BIAS, _Task.Y, _Task.N)
+    others = _fields(e, task, _Task.CODES, _Task.FACTORS, _Task.OFFSETS, _Task.BIAS, _Task.SKIP, _Task.Y, _Task.N)
     start = e.b.mul(index, panels_a_task)
     stop = e.smaller(e.b.add(start, panels_a_task), panels)
     alone = e.b.icmp_signed("==", rows, e.const(1))

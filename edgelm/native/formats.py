@@ -13,11 +13,21 @@ COLUMNS: Final = 16
 DOMAIN: Final = "edgelm"
 """The operators' domain."""
 
-LAYOUT: Final = 1
+LAYOUT: Final = 2
 """Changes with what the kernels compute, or with how they want matrices to lie."""
+
+ATTENTION: Final = "Attention"
+ATTENTION_COMPUTE: Final = "compute_attention"
+"""What computes it, by the name that the library exports."""
+MOST_QUERIES: Final = 32
+"""Queries that attention takes at once: at least as many as a head of keys and values may have."""
+MOST_HEAD_SIZE: Final = 256
 
 BLOCKS: Final = (16, 32, 64, 128)
 """Block sizes that there are kernels for."""
+
+ROUNDED_BYTES: Final = 8
+"""Bytes that a block of rounded activations takes beside its codes: a scale and an offset."""
 
 HOOK: Final = "edgelm_set_hook"
 """Exported: sets what `RegisterCustomOps` calls."""
@@ -56,7 +66,10 @@ class Format:
 
 
 class State(IntEnum):
-    """Fields of a node's state, 64 bits each: its sizes and functions of onnxruntime's C API."""
+    """Fields of a node's state, 64 bits each: its sizes, addresses of its constants, functions of onnxruntime's C API.
+
+    BIAS and NORM may be null; of EPSILON, SCALE and SOFTCAP the lower half is a float32.
+    """
 
     K = 0
     N = 1
@@ -70,3 +83,14 @@ class State(IntEnum):
     RELEASE_SHAPE = 9
     PARALLEL_FOR = 10
     GATED = 11
+    WEIGHTS = 12
+    SCALES = 13
+    BIAS = 14
+    NORM = 15
+    EPSILON = 16
+    HEADS = 17
+    KV_HEADS = 18
+    HALF = 19
+    WINDOW = 20
+    SCALE = 21
+    SOFTCAP = 22

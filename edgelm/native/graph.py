@@ -1,22 +1,28 @@
 """A bundle's graph for the kernels: quantized matrices in panels, MatMulNBits replaced by operators of our own.
 
-What the kernels do not know stays as it is, and what nothing uses any more is dropped.
+The operators take over what stands around a product: SwiGLU and RMSNorm before it, the addition of the residual stream
+behind it (see `folding`). What the kernels do not know stays as it is, and what nothing uses any more is dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.native.attention_nodes import attention_of
+from edgelm.native.folding import Fold, Folding
 from edgelm.native.formats import BLOCKS, COLUMNS, DOMAIN, Format
+from edgelm.native.mapping import PagedFile
 from edgelm.native.onnx_model import (
     FLOAT,
     FLOAT16,
     UINT8,
+    Model,
     Node,
     Tensor,
     encode_model,
@@ -34,6 +40,20 @@ _ALIGN: Final = 64
 """Tensors begin at multiples of this: a line of the caches."""
 _PANELS_AT_ONCE: Final = 64
 """Panels that are packed in one go, which bounds the memory that takes."""
+_NOWHERE: Final = -1
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """A quantized matrix: `size` rows, scales [columns, blocks], which are the tensor `scales_name`."""
+
+    form: Format
+    size: int
+    columns: int
+    codes: Tensor
+    scales_name: str
+    scales: NDArray[np.floating[Any]]
+    bias: Tensor | None
 
 
 def write_panels(model: bytes, data: Path, folder: Path) -> list[Format]:
@@ -46,9 +66,9 @@ def write_panels(model: bytes, data: Path, folder: Path) -> list[Format]:
     whole = read_model(model)
     if not any(_form(node) for node in whole.nodes):
         return []
-    with (folder / DATA).open("wb") as file:
-        rewriting = _Rewriting(whole.nodes, whole.tensors.values(), data, file)
-        nodes, tensors = rewriting.result(whole.outputs)
+    with PagedFile(folder / DATA) as file:
+        rewriting = _Rewriting(whole, data, file)
+        nodes, tensors = rewriting.result()
     if not rewriting.formats:
         (folder / DATA).unlink()
         return []
@@ -68,32 +88,36 @@ def _form(node: Node) -> Format | None:
 class _Rewriting:
     """One pass over a graph."""
 
-    def __init__(self, nodes: Sequence[Node], tensors: Iterable[Tensor], data: Path, file: Any) -> None:
+    def __init__(self, model: Model, data: Path, file: PagedFile) -> None:
         self.formats: set[Format] = set()
-        self._nodes = nodes
-        self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._model = model
+        self._tensors = model.tensors
         self._data = np.memmap(data, np.uint8, "r") if data.exists() and data.stat().st_size else np.zeros(0, np.uint8)
         self._file = file
-        self._makers = {output: node for node in nodes for output in node.outputs if output}
+        self._makers = {output: node for node in model.nodes for output in node.outputs if output}
+        self._folding = Folding(model, self._makers, lambda node: self._matrix(node) is not None)
         self._made: dict[str, bytes] = {}
         """New tensors by their names."""
+        self._places: dict[str, int] = {}
+        """Where in the file the kernels find what they use, by names."""
 
-    def result(self, outputs: Iterable[str]) -> tuple[list[bytes], list[bytes]]:
+    def result(self) -> tuple[list[bytes], list[bytes]]:
         """Return the new nodes and tensors."""
         kept: list[bytes] = []
-        wanted = set(outputs)
-        for node in reversed(self._nodes):
-            if not wanted.intersection(node.outputs):
+        wanted = set(self._model.outputs)
+        for node in reversed(self._model.nodes):
+            fold = self._folding.of(node)
+            if fold is None or not wanted.intersection((*node.outputs, fold.output)):
                 continue
-            new = self._replaced(node)
-            if new is not None:
-                encoded, inputs = new
+            matrix = self._matrix(node)
+            if matrix is not None:
+                kept.append(self._replaced(node, fold, matrix))
+                wanted.update(fold.inputs)
+            elif self._widened(node.outputs[0]) is None:
+                encoded, inputs = attention_of(self._model, node) or (node.encoded, node.inputs)
                 kept.append(encoded)
                 wanted.update(inputs)
-            elif self._widened(node.outputs[0]) is None:
-                kept.append(node.encoded)
-                wanted.update(node.inputs)
-        for name in sorted(wanted - self._made.keys()):
+        for name in sorted(wanted):
             source = self._widened(name)
             if source is not None:  # instead of a node that does so at each start, into private memory
                 self._make(name, source.shape, FLOAT, [self._array(source).astype(np.float32)])
@@ -101,52 +125,50 @@ class _Rewriting:
                 self._keep(self._tensors[name])
         return kept[::-1], list(self._made.values())
 
-    def _replaced(self, node: Node) -> tuple[bytes, list[str]] | None:
-        """Return a node that computes the same from panels, and its inputs; None where there are no kernels for it."""
+    def _matrix(self, node: Node) -> _Matrix | None:
+        """Return the matrix of a product; None where there are no kernels for it."""
         form = _form(node)
         if form is None:
             return None
-        x, codes_name, scales_name, _, _, bias_name = (*node.inputs, "", "", "")[:6]
+        _, codes_name, scales_name, _, _, bias_name = (*node.inputs, "", "", "")[:6]
         codes = self._tensors.get(codes_name)
         scales = self._widened(scales_name) or self._tensors.get(scales_name)
         bias = self._tensors.get(bias_name)
         columns, size = int(node.attributes["N"]), int(node.attributes["K"])
         if codes is None or scales is None or (bias_name and bias is None):
             return None
-        blocks = -(-size // form.block)
-        values = self._array(scales).reshape(columns, blocks)
+        values = self._array(scales).reshape(columns, -(-size // form.block))
         if scales.dtype != FLOAT16 and not np.array_equal(values, values.astype(np.float16)):
             return None
-        gated = self._gated(x)
-        inputs = [gated or x, f"{codes_name}.panels", f"{scales_name}.panels"]
-        panels = -(-columns // COLUMNS)
-        if inputs[1] not in self._made:
-            matrix = self._array(codes).reshape(columns, blocks, form.block_bytes)
-            step = COLUMNS * _PANELS_AT_ONCE
-            parts = (packed_codes(matrix[at : at + step], form.bits) for at in range(0, columns, step))
-            self._make(inputs[1], [panels, blocks, COLUMNS * form.block_bytes], UINT8, parts)
-        if inputs[2] not in self._made:
-            self._make(inputs[2], [panels, blocks, COLUMNS], FLOAT16, [packed_scales(values)])
-        if bias is not None:
-            inputs.append(f"{bias_name}.panels")
-            self._make(inputs[3], [panels * COLUMNS], FLOAT, [packed_bias(self._array(bias).reshape(-1))])
-        self.formats.add(form)
-        outputs = [node.outputs[0], f"{node.outputs[0]}.scratch"]
-        attributes = {"K": size, "N": columns, "GATED": int(gated is not None)}
-        return encode_node(form.operator, DOMAIN, inputs, outputs, attributes), inputs
+        return _Matrix(form, size, columns, codes, scales.name, values, bias)
 
-    def _gated(self, name: str) -> str | None:
-        """Return what a value is the SwiGLU of: gates and values that were split apart; None where it is none."""
-        product = self._makers.get(name)
-        if product is None or product.operator != "Mul":
-            return None
-        gate = self._makers.get(product.inputs[0])
-        if gate is None or gate.operator != "QuickGelu" or gate.attributes.get("alpha") != 1.0:
-            return None
-        split = self._makers.get(gate.inputs[0])
-        if split is None or split.operator != "Split" or split.attributes.get("axis") != -1:
-            return None
-        return split.inputs[0] if split.outputs == (gate.inputs[0], product.inputs[1]) else None
+    def _replaced(self, node: Node, fold: Fold, matrix: _Matrix) -> bytes:
+        """Return a node that computes the same from panels."""
+        form, codes, bias = matrix.form, matrix.codes, matrix.bias
+        blocks = -(-matrix.size // form.block)
+        stored = self._array(codes).reshape(matrix.columns, blocks, form.block_bytes)
+        step = COLUMNS * _PANELS_AT_ONCE
+        parts = (packed_codes(stored[at : at + step], form.bits) for at in range(0, matrix.columns, step))
+        attributes = {
+            "K": matrix.size,
+            "N": matrix.columns,
+            "GATED": int(fold.gated),
+            "WEIGHTS": self._write(codes.name, parts),
+            "SCALES": self._write(matrix.scales_name, [packed_scales(matrix.scales)]),
+            "BIAS": _NOWHERE,
+            "NORM": _NOWHERE,
+            "EPSILON": 0,
+        }
+        if bias is not None:
+            attributes["BIAS"] = self._write(bias.name, [packed_bias(self._array(bias).reshape(-1))])
+        if fold.norm is not None:
+            weight = np.zeros(blocks * form.block, np.float32)
+            weight[: matrix.size] = self._array(self._tensors[fold.norm])
+            attributes["NORM"] = self._write(f"{fold.norm}.{len(weight)}", [weight])
+            attributes["EPSILON"] = int(np.float32(fold.epsilon).view(np.int32))
+        self.formats.add(form)
+        outputs = [fold.output, f"{fold.output}.scratch"]
+        return encode_node(node.outputs[0], form.operator, DOMAIN, fold.inputs, outputs, attributes)
 
     def _widened(self, name: str) -> Tensor | None:
         """Return the tensor in float16 that a value in float32 is cast from, if it is."""
@@ -171,8 +193,18 @@ class _Rewriting:
 
     def _make(self, name: str, shape: Sequence[int], dtype: int, parts: Iterable[NDArray[Any]]) -> None:
         """Append a tensor to the data file, given as arrays one behind the other."""
-        self._file.write(bytes(-self._file.tell() % _ALIGN))
-        start = self._file.tell()
+        start = self._append(parts)
+        self._made[name] = encode_tensor(name, shape, dtype, DATA, start, self._file.place - start)
+
+    def _write(self, name: str, parts: Iterable[NDArray[Any]]) -> int:
+        """Return where the data file has something for the kernels, which is appended where it has not."""
+        if name not in self._places:
+            self._places[name] = self._append(parts)
+        return self._places[name]
+
+    def _append(self, parts: Iterable[NDArray[Any]]) -> int:
+        self._file.write(bytes(-self._file.place % _ALIGN))
+        start = self._file.place
         for part in parts:
             self._file.write(np.ascontiguousarray(part).data)
-        self._made[name] = encode_tensor(name, shape, dtype, DATA, start, self._file.tell() - start)
+        return start

@@ -1,4 +1,4 @@
-"""The kernels that multiply rounded activations with quantized matrices, as LLVM IR: y = x W + bias.
+"""The kernels that multiply rounded activations with quantized matrices, as LLVM IR: y = x W + bias + skip.
 
 The weights lie in panels of 16 columns (see `packing`). Sums of products are exact in 32 bits within a block and added
 up in float32, in the order of the blocks: a row's result does not depend on how many rows are computed with it.
@@ -32,15 +32,15 @@ class _Rows:
 
 
 def emit_panels(module: ir.Module, target: Target, form: Format, rows: int) -> ir.Function:
-    """Emit panels(weights, scales, blocks, start, stop, codes, factors, offsets, bias, y, columns) for some rows.
+    """Emit panels(weights, scales, blocks, start, stop, codes, factors, offsets, bias, skip, y, columns) for some rows.
 
     weights: panels as `packing` lays them out; scales: float16 [panels, blocks, 16]; codes, factors and offsets: what
     `quantizing` made of the rows, one behind the other; y: float32 [rows, columns], of which the columns of panels
-    [start, stop) are written; bias: float32 [16 * panels] or null.
+    [start, stop) are written; bias: float32 [16 * panels] or null; skip: what is added to y, like it, or null.
     """
-    kinds = [POINTER, POINTER, I64, I64, I64, POINTER, POINTER, POINTER, POINTER, POINTER, I64]
+    kinds = [POINTER, POINTER, I64, I64, I64, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, I64]
     e = Emitter(module, f"panels_{form.bits}_{form.block}_{rows}", VOID, kinds)
-    weights, scales, blocks, start, stop, codes, factors, offsets, bias, y, columns = e.function.args
+    weights, scales, blocks, start, stop, codes, factors, offsets, bias, skip, y, columns = e.function.args
     b = e.b
     width = b.mul(blocks, e.const(form.block))
     taken = _Rows(
@@ -62,8 +62,13 @@ def emit_panels(module: ir.Module, target: Target, form: Format, rows: int) -> i
                 kept.append(e.intrinsic("llvm.fma.v16f32", WIDE, b.sitofp(sums[row], WIDE), factor, values[row]))
         first = b.mul(panel, e.const(COLUMNS))
         results = _with_bias(e, kept, bias, first)
-        places = [e.at(y, b.add(b.mul(columns, e.const(row)), first), F32) for row in range(rows)]
-        _write(e, results, places, b.sub(columns, first))
+        begins = [b.add(b.mul(columns, e.const(row)), first) for row in range(rows)]
+        added = b.icmp_unsigned("!=", b.ptrtoint(skip, I64), e.const(0))
+        with b.if_else(added) as (then, otherwise):
+            with then:
+                _write(e, results, y, begins, b.sub(columns, first), skip)
+            with otherwise:
+                _write(e, results, y, begins, b.sub(columns, first))
     b.ret_void()
     return e.function
 
@@ -110,17 +115,27 @@ def _with_bias(e: Emitter, values: Sequence[ir.Value], bias: ir.Value, first: ir
     return results
 
 
-def _write(e: Emitter, results: Sequence[ir.Value], places: Sequence[ir.Value], rest: ir.Value) -> None:
+def _write(
+    e: Emitter,
+    results: Sequence[ir.Value],
+    y: ir.Value,
+    begins: Sequence[ir.Value],
+    rest: ir.Value,
+    skip: ir.Value | None = None,
+) -> None:
     """Emit the stores of a panel's columns, of which the last panel may have less than 16."""
     b = e.b
     with b.if_else(b.icmp_signed(">=", rest, e.const(COLUMNS)), likely=True) as (then, otherwise):
         with then:
-            for place, result in zip(places, results, strict=True):
-                b.store(result, place, align=1)
+            for begin, result in zip(begins, results, strict=True):
+                more = result if skip is None else b.fadd(result, e.load_vector(skip, begin, F32, WIDE))
+                b.store(more, e.at(y, begin, F32), align=1)
         with otherwise, e.loop(e.const(0), rest) as (column, _, _):
             lane = b.trunc(column, I32)
-            for place, result in zip(places, results, strict=True):
-                e.store(b.extract_element(result, lane), place, column)
+            for begin, result in zip(begins, results, strict=True):
+                one = b.extract_element(result, lane)
+                place = b.add(begin, column)
+                e.store(one if skip is None else b.fadd(one, e.load(skip, place, F32)), y, place)
 
 
 def emit_rows(module: ir.Module, target: Target, form: Format) -> Callable[[Emitter, Sequence[ir.Value]], None]:
@@ -131,22 +146,21 @@ def emit_rows(module: ir.Module, target: Target, form: Format) -> Callable[[Emit
     kernels = {rows: emit_panels(module, target, form, rows) for rows in target.rows}
 
     def call(e: Emitter, arguments: Sequence[ir.Value]) -> None:
-        count, weights, scales, blocks, start, stop, codes, factors, offsets, bias, y, columns = arguments
-        done: ir.Value = e.const(0)
-        for rows in target.rows:
-            stop_row = e.b.sub(count, e.const(rows - 1))
-            with e.loop(done, stop_row, rows) as (row, _, _):
-                passed = e.b.mul(row, blocks)
-                e.b.call(
-                    kernels[rows],
-                    [
-                        weights, scales, blocks, start, stop,
-                        e.at(codes, e.b.mul(passed, e.const(form.block)), I8),
-                        e.at(factors, passed, F32), e.at(offsets, passed, I32),
-                        bias, e.at(y, e.b.mul(row, columns), F32), columns,
-                    ],
-                )  # fmt: skip
-            left = e.b.srem(e.b.sub(count, done), e.const(rows))
-            done = e.b.sub(count, left)
+        count, weights, scales, blocks, start, stop, codes, factors, offsets, bias, skip, y, columns = arguments
+        is_added = e.b.icmp_unsigned("!=", e.b.ptrtoint(skip, I64), e.const(0))
+
+        def part(rows: int, row: ir.Value) -> None:
+            passed, before = e.b.mul(row, blocks), e.b.mul(row, columns)
+            e.b.call(
+                kernels[rows],
+                [
+                    weights, scales, blocks, start, stop,
+                    e.at(codes, e.b.mul(passed, e.const(form.block)), I8),
+                    e.at(factors, passed, F32), e.at(offsets, passed, I32), bias,
+                    e.at(skip, e.b.select(is_added, before, e.const(0)), F32), e.at(y, before, F32), columns,
+                ],
+            )  # fmt: skip
+
+        e.in_parts(count, target.rows, part)
 
     return call

@@ -13,7 +13,7 @@ FLOAT, UINT8, FLOAT16 = 1, 2, 10
 """Values of TensorProto.DataType."""
 
 _GRAPH, _OPSET = 7, 8  # ModelProto
-_NODE, _INITIALIZER, _OUTPUT = 1, 5, 12  # GraphProto
+_NODE, _INITIALIZER, _INPUT, _OUTPUT = 1, 5, 11, 12  # GraphProto
 _INT: Final = 2  # AttributeProto.AttributeType
 
 
@@ -41,11 +41,20 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Input:
+    """A ValueInfoProto: a tensor's type and its dimensions, 0 for those that are open."""
+
+    dtype: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
-    """A ModelProto: its nodes in their order, its initializers, the names of its outputs, and all the rest."""
+    """A ModelProto: its nodes in their order, its initializers, inputs, the names of its outputs, and all the rest."""
 
     nodes: Sequence[Node]
     tensors: Mapping[str, Tensor]
+    inputs: Mapping[str, Input]
     outputs: frozenset[str]
     rest: Sequence[Field]
     graph_rest: Sequence[Field]
@@ -60,6 +69,7 @@ def read_model(data: bytes) -> Model:
         return Model(
             nodes=[_node(_content(value)) for number, _, value in graph if number == _NODE],
             tensors={tensor.name: tensor for tensor in tensors},
+            inputs={_text(value, 1): _input(_content(value)) for number, _, value in graph if number == _INPUT},
             outputs=frozenset(_text(value, 1) for number, _, value in graph if number == _OUTPUT),
             rest=[field for field in whole if field[0] != _GRAPH],
             graph_rest=[field for field in graph if field[0] not in (_NODE, _INITIALIZER)],
@@ -77,17 +87,17 @@ def encode_model(model: Model, nodes: Sequence[bytes], tensors: Sequence[bytes],
 
 
 def encode_node(
-    operator: str, domain: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Mapping[str, int]
+    name: str, operator: str, domain: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Mapping[str, int]
 ) -> bytes:
-    """Return a NodeProto with attributes that are integers, named like its first output."""
-    names: list[Field] = [(1, BYTES, name.encode()) for name in inputs]
-    names += [(2, BYTES, name.encode()) for name in outputs]
+    """Return a NodeProto with attributes that are integers."""
+    names: list[Field] = [(1, BYTES, each.encode()) for each in inputs]
+    names += [(2, BYTES, each.encode()) for each in outputs]
     values: list[Field] = [
-        (5, BYTES, message([(1, BYTES, name.encode()), (3, VARINT, value), (20, VARINT, _INT)]))
-        for name, value in attributes.items()
+        (5, BYTES, message([(1, BYTES, key.encode()), (3, VARINT, value), (20, VARINT, _INT)]))
+        for key, value in attributes.items()
     ]
     return message(
-        [*names, (3, BYTES, outputs[0].encode()), (4, BYTES, operator.encode()), *values, (7, BYTES, domain.encode())]
+        [*names, (3, BYTES, name.encode()), (4, BYTES, operator.encode()), *values, (7, BYTES, domain.encode())]
     )
 
 
@@ -151,6 +161,18 @@ def _tensor(encoded: bytes) -> Tensor:
     start = where.get("offset", 0)
     place = slice(start, start + where["length"] if "length" in where else None)
     return Tensor(name, tuple(shape), dtype, place if external else None, raw, encoded)
+
+
+def _input(encoded: bytes) -> Input:
+    tensor = _inside(_inside(encoded, 2), 1)  # ValueInfoProto.type, TypeProto.tensor_type
+    dtype = next((int(value) for number, _, value in fields(tensor) if number == 1), 0)
+    dims = [_content(value) for number, _, value in fields(_inside(tensor, 2)) if number == 1]
+    return Input(dtype, tuple(next((int(v) for number, _, v in fields(dim) if number == 1), 0) for dim in dims))
+
+
+def _inside(encoded: bytes, wanted: int) -> bytes:
+    """Return a message in a message; an empty one where there is none."""
+    return next((_content(value) for number, _, value in fields(encoded) if number == wanted), b"")
 
 
 def _text(encoded: int | bytes, wanted: int) -> str:

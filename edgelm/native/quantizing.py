@@ -2,18 +2,20 @@
 
 Each block of a row has a scale of its own, as in onnxruntime's MatMulNBits at accuracy level 4.
 
-    quantize   a row of x, or of gates and values -> codes int8 [blocks * block], scales float32 [blocks],
-               offsets int32 [blocks]
+    quantize   a row of x, of gates and values, or of what is still to be normalized -> codes int8 [blocks * block],
+               scales float32 [blocks], offsets int32 [blocks]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Final
 
 import numpy as np
 from llvmlite import ir
 
+from edgelm.native.elementary import silu
 from edgelm.native.emitter import F32, I8, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
 from edgelm.native.formats import COLUMNS, Format
 from edgelm.native.targets import Target
@@ -22,18 +24,32 @@ LEAST: Final = float(np.float32(1e-30))
 """Activations that are all smaller count as 0: beyond, a scale's inverse would overflow."""
 
 
-def emit_quantize(module: ir.Module, target: Target, form: Format, gated: bool) -> ir.Function:
-    """Emit quantize(x, size, blocks, codes, scales, offsets): one row of activations.
+class Kind(Enum):
+    """What a row of activations is before it is quantized."""
 
-    `gated` rows are twice as long, gates and values: what is quantized is silu(gate) * value (SwiGLU; Shazeer, GLU
-    Variants Improve Transformer, 2020). Blocks of zeros have codes 0. Offsets are what the weights' zero point
-    adds to a sum, with its sign changed.
+    PLAIN = "plain"
+    GATED = "gated"
+    """Gates and values, twice as many: silu(gate) * value is quantized (SwiGLU; Shazeer, GLU Variants Improve
+    Transformer, 2020)."""
+    NORMED = "normed"
+    """To be divided by its root mean square and multiplied with a weight (Zhang and Sennrich, Root Mean Square Layer
+    Normalization, 2019)."""
+
+
+def emit_quantize(module: ir.Module, target: Target, form: Format, kind: Kind) -> ir.Function:
+    """Emit quantize(x, size, blocks, norm, epsilon, codes, scales, offsets): one row of activations.
+
+    norm: the normalization's weight, float32 [blocks * block], read for `Kind.NORMED` alone, as is epsilon, float32,
+    which is added to the mean square. Blocks of zeros have codes 0. Offsets are what the weights' zero point adds to a
+    sum, with its sign changed.
     """
-    name = f"quantize_{form.bits}_{form.block}_{'gated' if gated else 'plain'}"
-    e = Emitter(module, name, VOID, [POINTER, I64, I64, POINTER, POINTER, POINTER])
-    x, size, blocks, codes, scales, offsets = e.function.args
+    name = f"quantize_{form.bits}_{form.block}_{kind.value}"
+    e = Emitter(module, name, VOID, [POINTER, I64, I64, POINTER, F32, POINTER, POINTER, POINTER])
+    x, size, blocks, norm, epsilon, codes, scales, offsets = e.function.args
     b, zero = e.b, ir.Constant(F32, 0.0)
+    gated = kind is Kind.GATED
     sources = [x, e.at(x, size, F32)] if gated else [x]
+    inverse_root = e.splat(_inverse_root(e, x, size, epsilon), WIDE) if kind is Kind.NORMED else None
     padded = [e.reserve(F32, form.block) for _ in sources]
     with e.loop(e.const(0), blocks) as (block, _, _):
         first = b.mul(block, e.const(form.block))
@@ -48,7 +64,12 @@ def emit_quantize(module: ir.Module, target: Target, form: Format, gated: bool) 
         parts = []
         for at in range(0, form.block, COLUMNS):
             part = e.load_vector(here[0], at, F32, WIDE)
-            parts.append(b.fmul(_silu(e, part), e.load_vector(here[1], at, F32, WIDE)) if gated else part)
+            if gated:
+                part = b.fmul(silu(e, part), e.load_vector(here[1], at, F32, WIDE))
+            elif inverse_root is not None:
+                weight = e.load_vector(norm, b.add(first, e.const(at)), F32, WIDE)
+                part = b.fmul(b.fmul(part, inverse_root), weight)
+            parts.append(part)
         largest = _largest(e, parts)
         most = ir.Constant(F32, 127.0)
         inverse = b.select(b.fcmp_ordered(">", largest, ir.Constant(F32, LEAST)), b.fdiv(most, largest), zero)
@@ -66,31 +87,23 @@ def emit_quantize(module: ir.Module, target: Target, form: Format, gated: bool) 
     return e.function
 
 
-def _silu(e: Emitter, x: ir.Value) -> ir.Value:
-    """Emit x / (1 + exp(-x)). The exponential is Cephes' expf: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]."""
+def _inverse_root(e: Emitter, x: ir.Value, size: ir.Value, epsilon: ir.Value) -> ir.Value:
+    """Emit 1 / sqrt(mean of squares + epsilon)."""
     b = e.b
-
-    def number(value: float) -> ir.Constant:
-        return ir.Constant(WIDE, [float(np.float32(value))] * COLUMNS)
-
-    def fma(*arguments: ir.Value) -> ir.Value:
-        return e.intrinsic("llvm.fma.v16f32", WIDE, *arguments)
-
-    y = b.fneg(x)
-    for limit, sign in ((88.0, "<"), (-87.0, ">")):  # where the exponential is a normal number
-        y = b.select(b.fcmp_ordered(sign, y, number(limit)), y, number(limit))
-    power = e.intrinsic("llvm.rint.v16f32", WIDE, b.fmul(y, number(1.44269504088896341)))
-    rest = fma(power, number(-0.693359375), y)
-    rest = fma(power, number(2.12194440e-4), rest)
-    value = number(1.9875691500e-4)
-    for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        value = fma(value, rest, number(term))
-    value = b.fadd(fma(b.fmul(rest, rest), value, rest), number(1.0))
-    exponent = b.shl(
-        b.add(b.fptosi(power, SUMS), ir.Constant(SUMS, [127] * COLUMNS)), ir.Constant(SUMS, [23] * COLUMNS)
-    )
-    exponential = b.fmul(value, b.bitcast(exponent, WIDE))
-    return b.fdiv(x, b.fadd(exponential, number(1.0)))
+    whole = b.and_(size, e.const(-COLUMNS))
+    zeros = ir.Constant(WIDE, [0.0] * COLUMNS)
+    with e.loop(e.const(0), whole, COLUMNS, carried=[zeros]) as (at, sums, kept):
+        part = e.load_vector(x, at, F32, WIDE)
+        kept.append(e.intrinsic("llvm.fma.v16f32", WIDE, part, part, sums[0]))
+    total: ir.Value = ir.Constant(F32, 0.0)
+    for lane in range(COLUMNS):
+        total = b.fadd(total, b.extract_element(kept[0], ir.Constant(I32, lane)))
+    with e.loop(whole, size, carried=[total]) as (at, totals, kept):
+        value = e.load(x, at, F32)
+        kept.append(b.fadd(totals[0], b.fmul(value, value)))
+    mean = b.fdiv(kept[0], b.sitofp(size, F32))
+    root = e.intrinsic("llvm.sqrt.f32", F32, b.fadd(mean, epsilon))
+    return b.fdiv(ir.Constant(F32, 1.0), root)
 
 
 def _largest(e: Emitter, parts: Sequence[ir.Value]) -> ir.Value:

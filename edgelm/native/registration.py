@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.native.formats import COLUMNS, DESTROY, DOMAIN, HOOK, Format, State
+from edgelm.native.mapping import mapped
+from edgelm.native.operators import ATTENDING, Operator, product_of
 
 VERSION: Final = 17
 """Version of the C API that is asked for: the first with `KernelContext_ParallelFor`, onnxruntime 1.17."""
 TASKS: Final = 16
 """Parts that a product is cut into for the threads, where it is large enough."""
 
-_FLOAT, _UINT8, _FLOAT16 = 1, 2, 10  # ONNXTensorElementDataType
 _REQUIRED, _OPTIONAL = 0, 1
 _CREATE_DOMAIN, _DOMAIN_ADD, _ADD_DOMAIN, _ATTRIBUTE = 26, 27, 28, 86
 _API: Final = {
@@ -38,8 +39,6 @@ _API: Final = {
 }
 """Places of functions in OrtApi, which onnxruntime only ever adds to."""
 
-_INPUTS: Final = (_FLOAT, _UINT8, _FLOAT16, _FLOAT)
-_OUTPUTS: Final = (_FLOAT, _UINT8)
 _Status = c_void_p
 
 
@@ -78,17 +77,18 @@ _alive: list[Operators] = []
 
 
 class Operators:
-    """The operators of a compiled library. Lives as long as the process."""
+    """The operators of a compiled library, whose matrices lie in a file. Lives as long as the process."""
 
-    def __init__(self, library: Path, formats: Sequence[Format]) -> None:
+    def __init__(self, library: Path, formats: Sequence[Format], data: Path) -> None:
         self.path = library
+        self._data = mapped(data)
         self._code = ctypes.CDLL(str(library))
         self._kept: list[Any] = []
         self._domain: c_void_p | None = None
         self._functions_state: NDArray[np.uint64] | None = None
         """A node's state but for what differs from node to node."""
         self._get_attribute: Callable[..., int | None] = _call
-        self._ops = [self._operator(form) for form in formats]
+        self._ops = [self._operator(each) for each in (ATTENDING, *map(product_of, formats))]
         self._hook = CFUNCTYPE(_Status, c_void_p, c_void_p)(self._register)
         _alive.append(self)
 
@@ -121,28 +121,21 @@ class Operators:
         table = get_api(VERSION)
         return (c_void_p * (max(_API.values()) + 1)).from_address(table)
 
-    def _operator(self, form: Format) -> _CustomOp:
-        name = ctypes.create_string_buffer(form.operator.encode())
+    def _operator(self, of: Operator) -> _CustomOp:
+        name = ctypes.create_string_buffer(of.name.encode())
         provider = ctypes.create_string_buffer(b"CPUExecutionProvider")
-
-        def create(_: object, api: int, info: int) -> int:
-            return self._state(api, info)
-
-        def optional(_: object, index: int) -> int:
-            return _OPTIONAL if index == 3 else _REQUIRED
-
         op = _CustomOp(
             version=VERSION,
-            create_kernel=_CREATE(create),
+            create_kernel=_CREATE(lambda _, api, info: self._state(of, api, info)),
             name=_NAME(lambda _: ctypes.addressof(name)),
             provider=_NAME(lambda _: ctypes.addressof(provider)),
-            input_type=_TYPE(lambda _, index: _INPUTS[index]),
-            input_count=_COUNT(lambda _: len(_INPUTS)),
-            output_type=_TYPE(lambda _, index: _OUTPUTS[index]),
-            output_count=_COUNT(lambda _: len(_OUTPUTS)),
-            compute=self._address(form.compute),
+            input_type=_TYPE(lambda _, index: of.inputs[index]),
+            input_count=_COUNT(lambda _: len(of.inputs)),
+            output_type=_TYPE(lambda _, index: of.outputs[index]),
+            output_count=_COUNT(lambda _: len(of.outputs)),
+            compute=self._address(of.compute),
             destroy=self._address(DESTROY),
-            input_kind=_TYPE(optional),
+            input_kind=_TYPE(lambda _, index: _OPTIONAL if index in of.optional else _REQUIRED),
             output_kind=_TYPE(lambda _, __: _REQUIRED),
             input_memory=_TYPE(lambda _, __: 0),
             variadic=(_NUMBER * 4)(*[_NUMBER(lambda _: 0)] * 4),
@@ -150,7 +143,7 @@ class Operators:
         self._kept += [name, provider, op]
         return op
 
-    def _state(self, api: int, info: int) -> int:
+    def _state(self, of: Operator, api: int, info: int) -> int:
         """Return the address of the state of a node."""
         if self._functions_state is None:
             functions = (c_void_p * (max(_API.values()) + 1)).from_address(api)
@@ -160,14 +153,18 @@ class Operators:
             self._get_attribute = _GET_ATTRIBUTE(functions[_ATTRIBUTE] or 0)
         state = self._functions_state.copy()
         value = c_int64()
-        for field in (State.K, State.N, State.GATED):
+        for field in (*of.numbers, *of.places):
             if self._get_attribute(info, field.name.encode(), ctypes.byref(value)):
                 return 0
-            state[field] = value.value
+            state[field] = value.value if field in of.numbers else self._place(value.value)
         panels = -(-int(state[State.N]) // COLUMNS)
         state[State.PANELS_A_TASK] = max(1, -(-panels // TASKS))
         self._kept.append(state)
         return int(state.ctypes.data)
+
+    def _place(self, offset: int) -> int:
+        """Return the address of something in the file; null where there is nothing."""
+        return self._data.ctypes.data + offset if offset >= 0 else 0
 
 
 def _call(function: int | None, *arguments: Any) -> int | None:

@@ -15,8 +15,9 @@ from edgelm.native.formats import COLUMNS
 class Target:
     """A kind of processor.
 
-    `rows` are how many rows of activations a kernel takes at once. `signed_bytes` says that its instruction multiplies
-    signed bytes by signed bytes, so that weights of 8 bits are moved by 128 first.
+    `rows` are how many rows of activations a kernel takes at once, `attention_rows` how many queries.
+    `signed_bytes` says that its instruction multiplies signed bytes by signed bytes, so that weights of 8 bits are
+    moved by 128 first.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Target:
     features: tuple[str, ...]
     lanes: int
     rows: tuple[int, ...]
+    attention_rows: tuple[int, ...]
     signed_bytes: bool = False
 
     def zero_point(self, bits: int) -> int:
@@ -105,8 +107,9 @@ TARGETS: Final = (
         ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "f16c"),
         16,
         (8, 4, 2, 1),
+        (4, 3, 2, 1),
     ),
-    Target("avx2", "x86_64-unknown-linux-gnu", ("avx2", "fma", "f16c"), 8, (4, 2, 1)),
-    Target("dotprod", "aarch64-unknown-linux-gnu", ("dotprod", "fullfp16"), 4, (4, 2, 1), signed_bytes=True),
+    Target("avx2", "x86_64-unknown-linux-gnu", ("avx2", "fma", "f16c"), 8, (4, 2, 1), (1,)),
+    Target("dotprod", "aarch64-unknown-linux-gnu", ("dotprod", "fullfp16"), 4, (4, 2, 1), (1,), signed_bytes=True),
 )
 """Kinds of processors, the best first, by the names that LLVM gives to instruction sets."""

@@ -19,7 +19,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from edgelm.native.formats import Format
-from edgelm.native.graph import GRAPH, write_panels
+from edgelm.native.graph import DATA, GRAPH, write_panels
 from edgelm.native.registration import Operators
 
 SHAPES = ((896, 9728), (4864, 896), (576, 3072), (576, 576))
@@ -64,7 +64,7 @@ def measure(side: str, form: Format, size: int, columns: int, rows: int, threads
                 f"{form.bits}:{form.block}",
             ]
             subprocess.run(command, check=True)
-            Operators(folder / "kernels.so", formats).register(options)
+            Operators(folder / "kernels.so", formats, folder / DATA).register(options)
             model = str(folder / GRAPH)
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         binding = session.io_binding()

@@ -11,45 +11,44 @@ import pytest
 from edgelm_devices.emulate import default_cache, lay_over
 from edgelm_devices.profile import load_profile
 from edgelm_devices.rootfs import prepare_rootfs, rootfs_folder
+from native_nodes import FORMATS
 
 import edgelm
 from edgelm.errors import DeviceError
 from edgelm.native.compile import compile_kernels
-from edgelm.native.formats import BLOCKS, Format
 from edgelm.native.targets import TARGETS
 
-FORMATS = [Format(bits, block) for bits in (4, 8) for block in BLOCKS]
 TESTS = Path(__file__).parents[1]
 PROGRAM = """
 import sys
 from pathlib import Path
 import numpy as np
 import naive_kernels as naive
-from native_nodes import run, session_of
-from edgelm.native.formats import BLOCKS, Format
-from edgelm.native.registration import Operators
+from native_nodes import FORMATS, matrix, product, run
 
-formats = [Format(bits, block) for bits in (4, 8) for block in BLOCKS]
-operators = Operators(Path(sys.argv[1]), formats)
+library = Path(sys.argv[1])
 rng = np.random.default_rng(0)
-for form in formats:
+for form in FORMATS:
     for size, columns, rows in ((150, 40, 7), (64, 16, 1), (33, 5, 2)):
-        blocks = -(-size // form.block)
-        codes = rng.integers(0, 256, (columns, blocks, form.block_bytes), np.uint8)
-        scales = (rng.normal(size=(columns, blocks)) * 0.01).astype(np.float16)
-        bias = rng.normal(size=columns).astype(np.float32)
+        codes, scales, bias = matrix(rng, form, size, columns)
         x = rng.normal(size=(rows, size)).astype(np.float32)
-        session = session_of(operators, form, size, columns, bias=True)
-        found = run(session, x, codes, scales, form.bits, bias)
+        session = product(library, form, size, codes, scales, bias=bias)
+        found = run(session, x)
         expected = naive.matmul(x, codes, scales, form.bits, form.block, bias)
         np.testing.assert_allclose(found, expected, atol=1e-4)
         for row in range(rows):
-            np.testing.assert_array_equal(run(session, x[row : row + 1], codes, scales, form.bits, bias)[0], found[row])
+            np.testing.assert_array_equal(run(session, x[row : row + 1])[0], found[row])
+        skip = rng.normal(size=(rows, columns)).astype(np.float32)
+        session = product(library, form, size, codes, scales, bias=bias, skip=True)
+        np.testing.assert_array_equal(run(session, x, skip), found + skip)
         gates, values = rng.normal(size=(2, rows, size)).astype(np.float32)
         gated = np.array([[naive.silu(g) * v for g, v in zip(*pair)] for pair in zip(gates, values)], np.float32)
-        both = np.concatenate([gates, values], 1)
-        found = run(session_of(operators, form, size, columns, gated=True), both, codes, scales, form.bits)
+        found = run(product(library, form, size, codes, scales, gated=True), np.concatenate([gates, values], 1))
         np.testing.assert_allclose(found, naive.matmul(gated, codes, scales, form.bits, form.block, None), atol=0.2)
+        weight = rng.normal(size=size).astype(np.float32)
+        normed = np.array([naive.normed(row, weight, 1e-5) for row in x], np.float32)
+        found = run(product(library, form, size, codes, scales, norm=weight, epsilon=1e-5), x)
+        np.testing.assert_allclose(found, naive.matmul(normed, codes, scales, form.bits, form.block, None), atol=0.2)
 print("right")
 """
 

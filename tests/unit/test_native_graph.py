@@ -7,20 +7,14 @@ import pytest
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+from native_graphs import BLOCK, attributes, matrix, product, rewritten, stored
+from onnx import helper
 
 from edgelm.native.formats import Format
-from edgelm.native.graph import GRAPH, write_panels
+from edgelm.native.packing import packed_bias, packed_codes, packed_scales
 
-SIZE, COLUMNS, BLOCK = 64, 20, 32
-
-
-def tensors(**more):
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, 256, (COLUMNS, SIZE // BLOCK, BLOCK // 2), np.uint8)
-    scales = rng.normal(size=(COLUMNS, SIZE // BLOCK)).astype(np.float16)
-    return {"codes": codes, "scales16": scales, **more}
+SIZE, COLUMNS = 70, 40
+"""So that the last block and the last panel are short, and the scales do not fill lines of the cache."""
 
 
 def swiglu(*, alpha=1.0, axis=-1, order=("active", "value")):
@@ -31,58 +25,82 @@ def swiglu(*, alpha=1.0, axis=-1, order=("active", "value")):
     ]
 
 
-def product(x="x", inputs=(), *, block=BLOCK, accuracy=4):
-    return [
-        helper.make_node("Cast", ["scales16"], ["scales"], to=TensorProto.FLOAT),
-        helper.make_node(
-            "MatMulNBits", [x, "codes", "scales", *inputs], ["y"], domain="com.microsoft",
-            K=SIZE, N=COLUMNS, bits=4, block_size=block, accuracy_level=accuracy,
-        ),
-    ]  # fmt: skip
+def one(x="x", inputs=(), **kind):
+    return product("m", x, "y", SIZE, COLUMNS, inputs, **kind)
 
 
-def rewritten(folder, nodes, values, output="y"):
-    info = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes, "g", [info("x", 1, None)], [info(output, 1, None)],
-        [numpy_helper.from_array(value, name) for name, value in values.items()],
-    )  # fmt: skip
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets)
-    formats = write_panels(model.SerializeToString(), folder / "absent", folder)
-    return formats, onnx.load(folder / GRAPH, load_external_data=False) if formats else None
+def tensors(**more):
+    return {**matrix("m", SIZE, COLUMNS), **more}
+
+
+def test_a_product_is_one_node_whose_matrix_lies_in_the_file(tmp_path):
+    values = tensors(bias=np.arange(COLUMNS, dtype=np.float32))
+    formats, model = rewritten(tmp_path, one(inputs=["", "", "bias"]), values)
+    assert formats == [Format(4, BLOCK)]
+    (node,) = model.graph.node
+    assert (node.domain, node.op_type, node.name, list(node.input)) == ("edgelm", "MatMulInt4Block32", "y", ["x"])
+    assert len(node.output) == 2
+    assert node.output[0] == "y"
+    assert list(model.graph.initializer) == []
+    for name, expected in (
+        ("WEIGHTS", packed_codes(values["m.codes"], 4)),
+        ("SCALES", packed_scales(values["m.scales16"])),
+        ("BIAS", packed_bias(values["bias"])),
+    ):
+        np.testing.assert_array_equal(stored(tmp_path, node, name, expected), expected)
+    rest = {name: value for name, value in attributes(node).items() if name not in ("WEIGHTS", "SCALES", "BIAS")}
+    assert rest == {"K": SIZE, "N": COLUMNS, "GATED": 0, "NORM": -1, "EPSILON": 0}
+
+
+def test_a_matrix_of_many_panels_is_whole(tmp_path):
+    columns = 16 * 64 + 21
+    values = matrix("m", SIZE, columns)
+    (node,) = rewritten(tmp_path, product("m", "x", "y", SIZE, columns), values)[1].graph.node
+    expected = packed_codes(values["m.codes"], 4)
+    np.testing.assert_array_equal(stored(tmp_path, node, "WEIGHTS", expected), expected)
+
+
+def test_products_with_the_same_matrix_share_it(tmp_path):
+    again = product("m", "z", "y2", SIZE, COLUMNS)[1:]
+    formats, model = rewritten(tmp_path, [*one(), *again], tensors(), ["x", "z"], ["y", "y2"])
+    first, second = model.graph.node
+    assert attributes(first) == attributes(second)
+    assert formats == [Format(4, BLOCK)]
+
+
+def test_what_other_nodes_use_stays_a_tensor_of_the_model(tmp_path):
+    further = helper.make_node("Add", ["x", "weight"], ["z"])
+    _, model = rewritten(tmp_path, [further, *one("z")], tensors(weight=np.ones(SIZE, np.float32)))
+    assert [node.op_type for node in model.graph.node] == ["Add", "MatMulInt4Block32"]
+    assert [tensor.name for tensor in model.graph.initializer] == ["weight"]
 
 
 def test_a_product_and_the_swiglu_before_it_are_one_node(tmp_path):
-    formats, model = rewritten(tmp_path, [*swiglu(), *product("gated")], tensors())
-    assert formats == [Format(4, 32)]
+    formats, model = rewritten(tmp_path, [*swiglu(), *one("gated")], tensors())
+    assert formats == [Format(4, BLOCK)]
     (node,) = model.graph.node
-    assert (node.domain, node.op_type, node.input[0]) == ("edgelm", "MatMulInt4Block32", "x")
-    assert {attribute.name: attribute.i for attribute in node.attribute} == {"K": SIZE, "N": COLUMNS, "GATED": 1}
-    assert {tensor.name for tensor in model.graph.initializer} == set(node.input[1:])
+    assert (node.op_type, list(node.input), attributes(node)["GATED"]) == ("MatMulInt4Block32", ["x"], 1)
 
 
 @pytest.mark.parametrize(
     "other", [{"alpha": 1.702}, {"axis": 1}, {"order": ("value", "active")}, {"order": ("active", "active")}], ids=str
 )
 def test_what_is_no_swiglu_stays_before_the_product(tmp_path, other):
-    _, model = rewritten(tmp_path, [*swiglu(**other), *product("gated")], tensors())
+    _, model = rewritten(tmp_path, [*swiglu(**other), *one("gated")], tensors())
     *before, node = model.graph.node
     assert [each.op_type for each in before] == ["Split", "QuickGelu", "Mul"]
-    assert node.op_type == "MatMulInt4Block32"
-    assert node.input[0] == "gated"
-    assert next(attribute.i for attribute in node.attribute if attribute.name == "GATED") == 0
+    assert (node.op_type, list(node.input), attributes(node)["GATED"]) == ("MatMulInt4Block32", ["gated"], 0)
 
 
 def test_gated_values_stay_where_something_else_needs_them(tmp_path):
     further = helper.make_node("Add", ["y", "gated"], ["z"])
-    nodes = rewritten(tmp_path, [*swiglu(), *product("gated"), further], tensors(), output="z")[1].graph.node
-    assert [node.op_type for node in nodes] == ["Split", "QuickGelu", "Mul", "MatMulInt4Block32", "Add"]
+    _, model = rewritten(tmp_path, [*swiglu(), *one("gated"), further], tensors(), outputs=["z"])
+    assert [node.op_type for node in model.graph.node] == ["Split", "QuickGelu", "Mul", "MatMulInt4Block32", "Add"]
 
 
 def test_what_nothing_needs_is_dropped(tmp_path):
     further = helper.make_node("Add", ["x", "x"], ["z"])
-    nodes = rewritten(tmp_path, [*product(), further], tensors())[1].graph.node
+    nodes = rewritten(tmp_path, [*one(), further], tensors())[1].graph.node
     assert [node.op_type for node in nodes] == ["MatMulInt4Block32"]
 
 
@@ -92,13 +110,13 @@ def test_products_of_other_kinds_are_left_alone(tmp_path, what):
     inputs = []
     if what == "zero points":
         values["zeros"], inputs = np.zeros(COLUMNS, np.uint8), ["zeros"]
-    nodes = product(inputs=inputs, accuracy=0 if what == "accuracy" else 4, block=256 if what == "block" else BLOCK)
+    nodes = one(inputs=inputs, accuracy=0 if what == "accuracy" else 4, block=256 if what == "block" else BLOCK)
     assert rewritten(tmp_path, nodes, values) == ([], None)
     assert not list(tmp_path.iterdir())
 
 
 def test_scales_that_float16_cannot_hold_are_left_alone(tmp_path):
     values = tensors()
-    values["scales"] = values.pop("scales16").astype(np.float32) + np.float32(1e-6)
-    assert rewritten(tmp_path, product()[1:], values) == ([], None)
+    values["m.scales"] = values.pop("m.scales16").astype(np.float32) + np.float32(1e-6)
+    assert rewritten(tmp_path, one()[1:], values) == ([], None)
     assert not list(tmp_path.iterdir())

@@ -60,23 +60,29 @@ def test_a_model_is_read_as_onnx_reads_it(given_model):
         assert tensor.raw == array.tobytes()
 
 
-@given(models())
-def test_a_model_written_again_is_the_same_but_for_what_was_added(given_model):
+@given(models(), numbers)
+def test_a_model_written_again_is_the_same_but_for_what_was_added(given_model, number):
     model, _ = given_model
     read = read_model(model.SerializeToString())
     same_tensors = [tensor.encoded for tensor in read.tensors.values()]
-    added = encode_node("Other", "edgelm", ["a", "b"], ["c"], {"K": 3, "N": 2**40})
+    added = encode_node("é", "Other", "edgelm", ["a", "b"], ["c"], {"K": 2**40, "NORM": -1, "N": number})
     outside = encode_tensor("far", [2, 3], FLOAT, "data", 128, 24)
     nodes = [*(node.encoded for node in read.nodes), added]
     found = onnx.ModelProto.FromString(encode_model(read, nodes, [*same_tensors, outside], "edgelm"))
-    model.graph.node.append(helper.make_node("Other", ["a", "b"], ["c"], "c", domain="edgelm", K=3, N=2**40))
+    kind = {"K": 2**40, "NORM": -1, "N": number}
+    node = helper.make_node("Other", ["a", "b"], ["c"], "é", domain="edgelm", **kind)
+    del node.attribute[:]  # which it sorts
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in kind.items())
+    model.graph.node.append(node)
     model.opset_import.append(helper.make_opsetid("edgelm", 1))
     tensor = TensorProto(name="far", dims=[2, 3], data_type=1, data_location=TensorProto.EXTERNAL)
     for key, value in (("location", "data"), ("offset", "128"), ("length", "24")):
         tensor.external_data.add(key=key, value=value)
     model.graph.initializer.append(tensor)
     assert found == model
-    assert read_model(found.SerializeToString()).tensors["far"].place == slice(128, 152)
+    again = read_model(found.SerializeToString())
+    assert again.tensors["far"].place == slice(128, 152)
+    assert again.nodes[-1].attributes == kind
 
 
 @given(models())

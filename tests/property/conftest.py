@@ -1,0 +1,28 @@
+"""The kernels' library, compiled once a run for each kind of processor that this one can stand in for."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+from llvmlite import binding
+from native_nodes import FORMATS
+
+from edgelm.native.compile import compile_kernels
+from edgelm.native.targets import TARGETS
+
+
+def runnable(target):
+    """Whether this processor has what a target needs."""
+    features = binding.get_host_cpu_features()
+    return target.triple.startswith(platform.machine()) and all(features.get(name) for name in target.features)
+
+
+@pytest.fixture(scope="session", params=[target for target in TARGETS if runnable(target)], ids=lambda t: t.name)
+def library(request, tmp_path_factory):
+    """Every format's operator, compiled for one kind of processor."""
+    target = request.param
+    file = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    features = ",".join(f"+{name}" for name in target.features)
+    file.write_bytes(compile_kernels(target, FORMATS, "", features))
+    return file

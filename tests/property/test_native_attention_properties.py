@@ -1,0 +1,205 @@
+"""Attention in machine code, for each kind of processor that this one can stand in for, against its plain loops."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from attention_nodes import ours, run, session_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llvmlite import binding
+from naive_kernel_attention import Shape, attend
+
+from edgelm.native.compile import compile_kernels
+from edgelm.native.registration import Operators
+from edgelm.native.targets import TARGETS
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def runnable(target):
+    """Whether this processor has what a target needs."""
+    features = binding.get_host_cpu_features()
+    return target.triple.startswith(platform.machine()) and all(features.get(name) for name in target.features)
+
+
+@pytest.fixture(scope="module", params=[target for target in TARGETS if runnable(target)], ids=lambda t: t.name)
+def operators(request, tmp_path_factory):
+    target = request.param
+    folder = tmp_path_factory.mktemp("attention")
+    features = ",".join(f"+{name}" for name in target.features)
+    (folder / "kernels.so").write_bytes(compile_kernels(target, [], "", features))
+    (folder / "data").write_bytes(b"none")
+    return Operators(folder / "kernels.so", [], folder / "data")
+
+
+@st.composite
+def shapes(draw, sizes=(16, 32, 48, 64, 80, 112)):
+    kv_heads, group = draw(st.sampled_from([(1, 1), (1, 3), (2, 7), (3, 2), (1, 8), (2, 1), (1, 32)]))
+    size = draw(st.sampled_from(sizes))
+    return Shape(
+        kv_heads * group, kv_heads, size,
+        half=draw(st.sampled_from([0, size // 2, size // 4, 3])),
+        window=draw(st.sampled_from([0, 0, 1, 5, 40, 130])),
+        softcap=draw(st.sampled_from([0.0, 0.0, 20.0])),
+        scale=size**-0.5,
+    )  # fmt: skip
+
+
+class Case:
+    """Random inputs; what lies behind a row's length in the memory is no number, and must not count."""
+
+    def __init__(self, shape, seed, *, batch=1, tokens=1, longest=300, lengths=None, told=False):
+        rng = np.random.default_rng(seed)
+        self.shape, self.tokens = shape, tokens
+        self.lengths = rng.integers(0, longest + 1, batch) if lengths is None else np.array(lengths)
+        capacity = int(self.lengths.max()) + tokens + int(rng.integers(0, 40))
+        self.past = rng.normal(size=(2, batch, shape.kv_heads, capacity, shape.size)).astype(np.float32)
+        for row, length in enumerate(self.lengths):
+            self.past[:, row, :, length:] = np.nan
+        angles = rng.normal(size=(2 * capacity, shape.half)).astype(np.float32)
+        self.tables = np.cos(angles), np.sin(angles)
+        heads = shape.heads + 2 * shape.kv_heads
+        self.packed = rng.normal(size=(batch, tokens, heads, shape.size)).astype(np.float32) * np.float32(2)
+        self.positions = rng.integers(0, 2 * capacity, (batch, tokens)) if told and shape.half else None
+
+    def parts(self):
+        return np.split(self.packed, [self.shape.heads, self.shape.heads + self.shape.kv_heads], axis=2)
+
+    def feeds(self, packed=True, rows=slice(None)):
+        some = self.packed[rows]
+        flat = [each[rows].reshape(*some.shape[:2], -1) for each in ([self.packed] if packed else self.parts())]
+        seqlens = (self.lengths[rows] + self.tokens - 1).astype(np.int32)
+        feeds = dict(zip(("query", "key", "value"), flat, strict=False))
+        feeds |= {"past_key": self.past[0][rows].copy(), "past_value": self.past[1][rows].copy(), "seqlens": seqlens}
+        if self.shape.half:
+            feeds |= dict(zip(("cos", "sin"), self.tables, strict=True))
+        if self.positions is not None:
+            feeds["positions"] = self.positions[rows].astype(np.int64)
+        return feeds
+
+    def expected(self):
+        out, memory = attend(self.shape, *self.parts(), self.past, self.lengths, self.tables, self.positions)
+        return out.reshape(*out.shape[:2], -1), memory
+
+
+def checked(operators, case, *, packed=True, in_place=True, threads=2):
+    feeds = case.feeds(packed)
+    session = session_of(ours(case.shape, feeds), feeds, operators=operators, threads=threads)
+    found = run(session, feeds, in_place=in_place)
+    y, *memory = (found, feeds["past_key"], feeds["past_value"]) if in_place else found
+    expected, expected_memory = case.expected()
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    for part, wanted in zip(memory, expected_memory, strict=True):
+        np.testing.assert_allclose(part, wanted, rtol=1e-5, atol=1e-6)  # what is no number is none in both
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes(), st.integers(1, 3), st.booleans(), st.booleans(), seeds)
+def test_a_step_is_that_of_plain_loops(operators, shape, batch, packed, told, seed):
+    checked(operators, Case(shape, seed, batch=batch, told=told), packed=packed)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes(sizes=(16, 48, 64)), st.integers(2, 30), st.booleans(), st.booleans(), seeds)
+def test_a_prompt_is_that_of_plain_loops(operators, shape, tokens, packed, told, seed):
+    checked(operators, Case(shape, seed, tokens=tokens, longest=140, told=told), packed=packed)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.sampled_from([127, 128, 129, 255, 256, 257, 384]), st.sampled_from([0, 1, 127, 128, 129, 200]), seeds)
+def test_lengths_around_a_chunk_are_right(operators, length, window, seed):
+    shape = Shape(2, 1, 16, half=8, window=window, scale=0.25)
+    checked(operators, Case(shape, seed, lengths=[length]))
+    checked(operators, Case(shape, seed, lengths=[length - 20], tokens=21))
+
+
+@settings(max_examples=10, deadline=None)
+@given(shapes(), st.integers(1, 5), seeds)
+def test_memory_that_is_not_shared_is_copied(operators, shape, tokens, seed):
+    checked(operators, Case(shape, seed, batch=2, tokens=tokens, longest=30), in_place=False)
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_large_heads_are_right(operators, size):
+    for tokens in (1, 9):
+        checked(operators, Case(Shape(4, 2, size, half=size // 2, scale=size**-0.5), 0, tokens=tokens, lengths=[140]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes(), st.integers(2, 5), st.integers(1, 3), seeds)
+def test_a_row_alone_gives_the_same_bits_as_in_company(operators, shape, batch, threads, seed):
+    case = Case(shape, seed, batch=batch)
+    feeds = case.feeds()
+    session = session_of(ours(shape, feeds), feeds, operators=operators, threads=threads)
+    together = run(session, feeds)
+    for row in range(batch):
+        alone = case.feeds(rows=slice(row, row + 1))
+        np.testing.assert_array_equal(run(session, alone)[0], together[row])
+
+
+@settings(max_examples=20, deadline=None)
+@given(shapes(sizes=(32, 64)), st.integers(2, 40), seeds)
+def test_a_prompt_is_its_tokens_one_by_one(operators, shape, tokens, seed):
+    """But for rounding: their scores are summed up in other parts."""
+    case = Case(shape, seed, tokens=tokens, longest=150)
+    feeds = case.feeds()
+    session = session_of(ours(shape, feeds), feeds, operators=operators)
+    whole = run(session, feeds)
+    single = case.feeds()
+    for token in range(tokens):
+        step = {**single, "query": np.ascontiguousarray(single["query"][:, token : token + 1])}
+        step["seqlens"] = (case.lengths + token).astype(np.int32)
+        np.testing.assert_allclose(run(session, step)[:, 0], whole[:, token], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(single["past_key"], feeds["past_key"])
+
+
+@pytest.mark.parametrize("size", [1e-30, 30.0, 1e3])
+def test_scores_of_any_size_are_right(operators, size):
+    case = Case(Shape(3, 1, 16, scale=0.25), 0, lengths=[200])
+    case.packed[:, :, :3] *= np.float32(size)
+    checked(operators, case)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+def test_what_is_no_number_stays_none(operators, value, softcap):
+    case = Case(Shape(2, 1, 16, scale=0.25, softcap=softcap), 0, batch=3, lengths=[5, 150, 300])
+    case.packed[1, 0, 0, 3] = value
+    feeds = case.feeds()
+    found = run(session_of(ours(case.shape, feeds), feeds, operators=operators), feeds).reshape(3, 2, 16)
+    if not (softcap and np.isinf(value)):  # which is a score like others then
+        assert np.isnan(found[1, 0]).all()
+    assert np.isfinite(found[[0, 2]]).all()
+    assert np.isfinite(found[1, 1]).all()
+
+
+def test_it_is_onnxruntimes_attention(operators):
+    helper = pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'").helper
+    shape = Shape(6, 2, 64, half=32, scale=0.125)
+    for tokens, length in ((1, 200), (1, 0), (70, 90)):
+        case = Case(shape, tokens, tokens=tokens, lengths=[length])
+        case.past = np.nan_to_num(case.past)
+        feeds = case.feeds()
+        node = helper.make_node(
+            "GroupQueryAttention", ["query", "", "", "past_key", "past_value", "seqlens", "total", "cos", "sin"],
+            ["y", "present_key", "present_value"], domain="com.microsoft", num_heads=6, kv_num_heads=2, do_rotary=1,
+            scale=0.125,
+        )  # fmt: skip
+        theirs = {**case.feeds(), "total": np.array([length + tokens], np.int32)}
+        expected = run(session_of(node.SerializeToString(), theirs), theirs)
+        found = run(session_of(ours(shape, feeds), feeds, operators=operators), feeds)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        for part in ("past_key", "past_value"):
+            np.testing.assert_allclose(feeds[part], theirs[part], rtol=1e-6, atol=1e-6)
+
+
+def test_windows_count_the_position_itself(operators):
+    """With a window of 1 a token sees itself alone."""
+    case = Case(replace(Shape(2, 1, 16, scale=1.0), window=1), 0, tokens=4, lengths=[130])
+    feeds = case.feeds()
+    found = run(session_of(ours(case.shape, feeds), feeds, operators=operators), feeds).reshape(4, 2, 16)
+    np.testing.assert_allclose(found, np.repeat(case.packed[0, :, 3:4], 2, axis=1), rtol=1e-6)

@@ -1,0 +1,100 @@
+"""Files written a large page at a time, and mapped."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgelm.native import mapping
+from edgelm.native.mapping import PagedFile, mapped
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pages():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mapping, "PAGE", 16)
+        yield
+
+
+@given(st.lists(st.one_of(st.binary(max_size=50), st.binary(min_size=16, max_size=16))))
+def test_what_is_written_is_what_was_given_page_by_page(parts):
+    whole = b"".join(parts)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "data"
+        with PagedFile(path) as file:
+            place = 0
+            for part in parts:
+                file.write(part)
+                place += len(part)
+                assert file.place == place
+                assert path.read_bytes() == whole[: place // 16 * 16], "nothing but whole pages before the end"
+        assert path.read_bytes() == whole
+        assert file.place == len(whole)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint8])
+def test_arrays_are_written_by_their_bytes(tmp_path, dtype):
+    values = np.arange(5 * 7 * 2).reshape(5, 7, 2).astype(dtype)
+    with PagedFile(tmp_path / "data") as file:
+        file.write(values.data)
+        assert file.place == values.nbytes
+    assert (tmp_path / "data").read_bytes() == values.tobytes()
+
+
+def test_a_system_that_takes_less_at_once_is_asked_again(tmp_path):
+    with PagedFile(tmp_path / "data") as file:
+        taken, whole = [], file._file
+
+        class Slow:
+            def write(self, content):
+                taken.append(len(content))
+                return whole.write(content[:5])
+
+            def __enter__(self):
+                return whole.__enter__()
+
+            def __exit__(self, *rest):
+                return whole.__exit__(*rest)
+
+        file._file = Slow()
+        file.write(bytes(range(18)))
+    assert (tmp_path / "data").read_bytes() == bytes(range(18))
+    assert taken == [16, 11, 6, 1, 2]
+
+
+def test_after_an_error_the_rest_is_not_written_and_the_file_is_closed(tmp_path):
+    with pytest.raises(TypeError), PagedFile(tmp_path / "data") as file:
+        _ = [file.write(part) for part in (bytes(20), "no bytes")]
+    assert (tmp_path / "data").stat().st_size == 16
+    with pytest.raises(ValueError, match="closed"):
+        file.write(bytes(16))
+
+
+def test_a_file_is_closed_at_the_end(tmp_path):
+    with PagedFile(tmp_path / "data") as file:
+        pass
+    assert (tmp_path / "data").read_bytes() == b""
+    with pytest.raises(ValueError, match="closed"):
+        file.write(bytes(16))
+
+
+def test_mapped_bytes_cannot_be_written_and_outlive_the_files_name(tmp_path):
+    content = np.random.default_rng(0).bytes(100_000)
+    (tmp_path / "data").write_bytes(content)
+    found = mapped(tmp_path / "data")
+    (tmp_path / "data").unlink()
+    assert (found.dtype, found.tobytes()) == (np.uint8, content)
+    with pytest.raises(ValueError, match="read-only"):
+        found[0] = 1
+
+
+def test_a_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match="absent"):
+        mapped(tmp_path / "absent")
+    with pytest.raises(OSError, match="absent"):
+        PagedFile(tmp_path / "absent" / "data")
