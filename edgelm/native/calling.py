@@ -86,7 +86,7 @@ class Call:
                 kind = ir.FunctionType(VOID, [POINTER, I64])
                 e.call_address(b.ptrtoint(function, I64), kind, [task, e.const(0)])
             with otherwise:
-                self._call(State.PARALLEL_FOR, self._context, function, count, e.const(0), task)
+                self._call(State.PARALLEL_FOR, self._context, function, count, count, task)
 
     def _call(self, field: State, *arguments: ir.Value) -> None:
         kind = ir.FunctionType(POINTER, [value.type for value in arguments])
