@@ -24,7 +24,10 @@ import sys
 from pathlib import Path
 import numpy as np
 import naive_kernels as naive
+from attention_cases import Case, checked
+from naive_kernel_attention import Shape
 from native_nodes import FORMATS, matrix, product, run
+from edgelm.native.registration import Operators
 
 library = Path(sys.argv[1])
 rng = np.random.default_rng(0)
@@ -49,6 +52,12 @@ for form in FORMATS:
         normed = np.array([naive.normed(row, weight, 1e-5) for row in x], np.float32)
         found = run(product(library, form, size, codes, scales, norm=weight, epsilon=1e-5), x)
         np.testing.assert_allclose(found, naive.matmul(normed, codes, scales, form.bits, form.block, None), atol=0.2)
+data = library.with_name("data")
+data.write_bytes(b"none")
+operators = Operators(library, [], data)
+for shape in (Shape(6, 2, 64, half=32, scale=0.125), Shape(7, 1, 48, half=5, window=40, softcap=20.0, scale=0.2)):
+    checked(operators, Case(shape, 0, batch=2, longest=150))
+    checked(operators, Case(shape, 1, tokens=20, lengths=[120]), packed=False)
 print("right")
 """
 
@@ -68,7 +77,7 @@ def emulated_root():
     return prepare_rootfs(default_cache(), print), qemu
 
 
-def test_products_are_right_on_an_emulated_pi5(emulated_root, tmp_path):
+def test_kernels_are_right_on_an_emulated_pi5(emulated_root, tmp_path):
     rootfs, qemu = emulated_root
     profile = load_profile("pi5")
     target = next(target for target in TARGETS if target.name == "dotprod")
