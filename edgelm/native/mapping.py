@@ -21,10 +21,13 @@ PAGE: Final = 1 << 21
 
 
 def mapped(file: Path) -> NDArray[np.uint8]:
-    """Return a file's bytes, uint8, which cannot be written. Raises `OSError` where it is empty or cannot be read."""
-    if not file.stat().st_size:
-        raise OSError(f"{file} is empty")
+    """Return a file's bytes, uint8, which cannot be written. Raises `OSError` where it cannot be read.
+
+    A mapping keeps a file descriptor; files of less than a page are read instead.
+    """
     with file.open("rb") as opened:
+        if file.stat().st_size < PAGE:
+            return np.frombuffer(opened.read(), np.uint8)
         pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel that has none

@@ -83,14 +83,24 @@ def test_a_file_is_closed_at_the_end(tmp_path):
         file.write(bytes(16))
 
 
-def test_mapped_bytes_cannot_be_written_and_outlive_the_files_name(tmp_path):
-    content = np.random.default_rng(0).bytes(100_000)
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 100_000])
+def test_mapped_bytes_cannot_be_written_and_outlive_the_files_name(tmp_path, size):
+    content = np.random.default_rng(0).bytes(size)
     (tmp_path / "data").write_bytes(content)
     found = mapped(tmp_path / "data")
     (tmp_path / "data").unlink()
     assert (found.dtype, found.tobytes()) == (np.uint8, content)
     with pytest.raises(ValueError, match="read-only"):
-        found[0] = 1
+        found[:1] = 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux lists open files")
+def test_small_files_are_not_kept_open(tmp_path):
+    (tmp_path / "data").write_bytes(bytes(15))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    kept = [mapped(tmp_path / "data") for _ in range(20)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(kept) == 20
 
 
 def test_a_missing_file_is_an_os_error(tmp_path):
