@@ -82,10 +82,10 @@ def emit_rotate(module: ir.Module) -> ir.Function:
 
 
 def past_of(e: Emitter, task: ir.Value, row: ir.Value) -> ir.Value:
-    """Emit how many positions a row of the batch had before."""
-    seqlens, tokens = fields(e, task, Task.SEQLENS, Task.TOKENS)
-    length = e.b.add(e.b.sext(e.load(seqlens, row, I32), I64), e.const(1))
-    return e.b.sub(length, tokens)
+    """Emit how many positions a row of the batch had before: no more than leave room for what is new."""
+    seqlens, tokens, capacity = fields(e, task, Task.SEQLENS, Task.TOKENS, Task.CAPACITY)
+    length = e.smaller(e.b.add(e.b.sext(e.load(seqlens, row, I32), I64), e.const(1)), capacity)
+    return e.larger(e.b.sub(length, tokens), e.const(0))
 
 
 def tables_of(e: Emitter, task: ir.Value, token: ir.Value, position: ir.Value) -> list[ir.Value]:

@@ -110,6 +110,22 @@ def test_a_prompt_is_its_tokens_one_by_one(operators, shape, tokens, seed):
     np.testing.assert_array_equal(single["past_key"], feeds["past_key"])
 
 
+@pytest.mark.parametrize("seqlens", [-3, 40, 2**31 - 1])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_nothing_is_written_outside_the_memory(operators, seqlens, tokens):
+    """Lengths that cannot be are an engine's mistake; another row's memory must not pay for it."""
+    case = Case(Shape(2, 1, 16, scale=0.25), 0, batch=3, tokens=tokens, lengths=[30, 30, 30])
+    feeds = case.feeds(rows=slice(1, 2))
+    memory = np.nan_to_num(case.past)
+    before = memory.copy()
+    feeds |= {"past_key": memory[0][1:2], "past_value": memory[1][1:2], "seqlens": np.array([seqlens], np.int32)}
+    session = session_of(ours(case.shape, feeds), feeds, operators=operators)
+    assert np.isfinite(run(session, feeds)).all()
+    np.testing.assert_array_equal(memory[:, [0, 2]], before[:, [0, 2]])
+    changed = (memory[:, 1] != before[:, 1]).any(axis=(0, 1, 3))
+    assert changed.sum() == tokens
+
+
 @pytest.mark.parametrize("size", [1e-30, 30.0, 1e3])
 def test_scores_of_any_size_are_right(operators, size):
     case = Case(Shape(3, 1, 16, scale=0.25), 0, lengths=[200])
