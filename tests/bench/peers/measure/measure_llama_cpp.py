@@ -29,9 +29,12 @@ class Gguf:
         lib.llama_backend_init()
         self.model = lib.llama_model_load_from_file(os.fsencode(job["model"]), lib.llama_model_default_params())
         params = lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = job["context"], PIECE, PIECE
+        streams = max(job.get("streams", [1]))
+        together = streams * (job.get("stream_prompt", 0) + job.get("new_tokens", 0))
+        params.n_ctx = max(job["context"], together)  # one memory, in which all streams must find room
+        params.n_batch = params.n_ubatch = PIECE
         params.n_threads = params.n_threads_batch = job["threads"]
-        params.n_seq_max, params.kv_unified = max(job.get("streams", [1])), True
+        params.n_seq_max, params.kv_unified = streams, True
         self.context = lib.llama_init_from_model(self.model, params)
         if not self.model or not self.context:
             sys.exit(f"llama.cpp cannot load {job['model']}")
