@@ -6,7 +6,8 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Final
 
-from edgelm.config import BrokerConfig, BrokerUrl, ServeConfig
+from edgelm.brokerconfig import BrokerConfig, BrokerUrl
+from edgelm.config import ServeConfig
 from edgelm.errors import EdgelmError, MissingExtraError
 from edgelm.mqtt.asker import Asker, answer_to
 from edgelm.mqtt.asks import Ask

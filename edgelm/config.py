@@ -1,7 +1,6 @@
 """How the service is set up: defaults < TOML file < EDGELM_* environment < flags, validated once.
 
-Owns the names, defaults and ranges of every setting, and the form of a broker's URL. Knows nothing of MQTT's
-packets or of models.
+Owns the names, defaults and ranges of every setting. Knows nothing of MQTT's packets or of models.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
 
+from edgelm.brokerconfig import BrokerConfig, BrokerUrl, read_password
 from edgelm.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -30,113 +29,9 @@ NAME: Final = re.compile(r"[a-z0-9_-]{1,32}")
 RESERVED_NAMES: Final = frozenset({"pool", "client"})
 """Topic levels that are no board."""
 
-DEFAULT_PORTS: Final[dict[str, int]] = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443, "unix": 0}
-
 ENVIRONMENT_PREFIX: Final = "EDGELM_"
 OTHER_VARIABLES: Final = ("EDGELM_CACHE_DIR", "EDGELM_SHARED", "EDGELM_TEST_")
 """Beginnings of variables with our prefix that are no setting of the service: the cache and the tests read them."""
-
-
-@dataclass(frozen=True, slots=True)
-class BrokerUrl:
-    """Where a broker listens. For a Unix socket, `host` is its path and `port` 0."""
-
-    scheme: str
-    host: str
-    port: int
-    path: str = ""
-    """The path of a web socket."""
-    username: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> BrokerUrl:
-        """Return the parts of `mqtt://host:port` and its relatives; raise `ConfigError` where it is none."""
-        try:
-            parts = urlsplit(text)
-            port, host = parts.port, parts.hostname or ""
-            host.encode("idna")
-        except ValueError as error:  # a port or a host name out of range
-            raise ConfigError(f"broker URL {_without_password(text)!r}: {error}") from error
-        if parts.scheme not in DEFAULT_PORTS:
-            raise ConfigError(
-                f"broker URL {_without_password(text)!r}: must start with one of "
-                + ", ".join(f"{scheme}://" for scheme in DEFAULT_PORTS)
-            )
-        if parts.password is not None:
-            raise ConfigError(
-                "broker URL: a password in a URL shows in the list of processes; "
-                "put it in a file and name that with --password-file, or in EDGELM_PASSWORD"
-            )
-        user = unquote(parts.username) if parts.username else None
-        if parts.scheme == "unix":
-            if not parts.path:
-                raise ConfigError(f"broker URL {text!r}: name the socket's path: unix:///run/mosquitto.sock")
-            return cls("unix", unquote(parts.path), 0, username=user)
-        if not host or port == 0 or parts.query or parts.fragment:
-            raise ConfigError(f"broker URL {text!r}: write scheme://host or scheme://host:port")
-        if parts.path not in {"", "/"} and parts.scheme not in {"ws", "wss"}:
-            raise ConfigError(f"broker URL {text!r}: {parts.scheme} has no path")
-        return cls(parts.scheme, host, port or DEFAULT_PORTS[parts.scheme], parts.path, user)
-
-    @property
-    def is_encrypted(self) -> bool:
-        """Whether the connection is over TLS."""
-        return self.scheme in {"mqtts", "wss"}
-
-    def __str__(self) -> str:
-        if self.scheme == "unix":
-            return f"unix://{self.host}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}{self.path}"
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"//[^/@]*@", "//...@", text)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BrokerConfig:
-    """How to reach a broker and prove who we are. The password never appears in its text."""
-
-    url: BrokerUrl
-    username: str | None = None
-    password: str | None = field(default=None, repr=False)
-    cafile: str | None = None
-    certfile: str | None = None
-    keyfile: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.keyfile and not self.certfile:
-            raise ConfigError("keyfile: needs certfile too")
-        if (self.cafile or self.certfile) and not self.url.is_encrypted:
-            raise ConfigError(f"cafile, certfile: {self.url} is not encrypted; use mqtts:// or wss://")
-        for name in ("cafile", "certfile", "keyfile"):
-            path = getattr(self, name)
-            if path and not Path(path).is_file():
-                raise ConfigError(f"{name}: there is no file {path}")
-        if self.password and not (self.username or self.url.username):
-            raise ConfigError("a password needs a user name: --username NAME")
-
-    @property
-    def user(self) -> str | None:
-        """The user name, given by itself or in the URL."""
-        return self.username or self.url.username
-
-
-def read_password(path: str) -> str:
-    """Return the first line of a file that only its owner can read; raise `ConfigError` otherwise."""
-    file = Path(path)
-    try:
-        mode = file.stat().st_mode & 0o777
-        if mode & 0o077:
-            raise ConfigError(f"password_file: others can read {path} (mode {mode:04o}); run: chmod 600 {path}")
-        lines = file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"password_file: cannot read {path}: {reason}") from error
-    if not lines or not lines[0]:
-        raise ConfigError(f"password_file: {path} is empty")
-    return lines[0]
 
 
 def default_board() -> str:

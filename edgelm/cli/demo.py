@@ -8,9 +8,10 @@ import sys
 from contextlib import ExitStack
 from typing import Final
 
+from edgelm.brokerconfig import BrokerConfig, BrokerUrl
 from edgelm.bundle import Bundle, open_bundle
 from edgelm.cli.ask import ask_of
-from edgelm.config import BrokerConfig, BrokerUrl, ServeConfig
+from edgelm.config import ServeConfig
 from edgelm.errors import EdgelmError
 from edgelm.mqtt.asker import Asker, answer_to
 from edgelm.mqtt.board import serve_in_background

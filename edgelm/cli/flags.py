@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from edgelm.config import BrokerConfig, BrokerUrl, read_password
+from edgelm.brokerconfig import BrokerConfig, BrokerUrl, read_password
 from edgelm.errors import ConfigError
 
 

@@ -11,8 +11,9 @@ import time
 from contextlib import ExitStack
 from typing import Any, Final
 
+from edgelm.brokerconfig import BrokerUrl
 from edgelm.cli.flags import add_credential_flags, add_loading_flags
-from edgelm.config import SETTINGS, BrokerUrl, load_config
+from edgelm.config import SETTINGS, load_config
 from edgelm.mqtt.board import open_board
 from edgelm.mqtt.brokers import EmbeddedBroker
 

@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Final
 
-from edgelm.config import BrokerConfig
+from edgelm.brokerconfig import BrokerConfig
 from edgelm.errors import EdgelmError
 from edgelm.mqtt import asks, events, wire
 from edgelm.mqtt.client import Connection

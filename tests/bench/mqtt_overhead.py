@@ -21,8 +21,8 @@ from itertools import accumulate
 from pathlib import Path
 
 import edgelm.mqtt.board
+from edgelm.brokerconfig import BrokerConfig, BrokerUrl
 from edgelm.cli import main
-from edgelm.config import BrokerConfig, BrokerUrl
 from edgelm.engine import Engine
 from edgelm.messages import Chunk
 from edgelm.mqtt.answers import Answer

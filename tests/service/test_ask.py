@@ -17,9 +17,10 @@ from mqtt_client import Client
 from served_board import Process, serving
 
 import edgelm
+from edgelm.brokerconfig import BrokerConfig, BrokerUrl
 from edgelm.bundle import MANIFEST
 from edgelm.cli import main
-from edgelm.config import BrokerConfig, BrokerUrl, ServeConfig
+from edgelm.config import ServeConfig
 from edgelm.mqtt.asker import Asker, answer_to
 from edgelm.mqtt.asks import Ask
 from edgelm.mqtt.brokers import EmbeddedBroker, free_port

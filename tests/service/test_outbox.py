@@ -11,7 +11,7 @@ import pytest
 from broker import Broker
 from mqtt_client import Client
 
-from edgelm.config import BrokerConfig, BrokerUrl
+from edgelm.brokerconfig import BrokerConfig, BrokerUrl
 from edgelm.mqtt.client import Connection
 from edgelm.mqtt.events import Connected, Event, NeedsCare, PacketTooLargeError, Published
 from edgelm.mqtt.outbox import Outbox

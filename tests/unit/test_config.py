@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.config import NAME, RESERVED_NAMES, SETTINGS, BrokerUrl, ServeConfig, check_name, default_board, load_config
+from edgelm.brokerconfig import BrokerUrl
+from edgelm.config import NAME, RESERVED_NAMES, SETTINGS, ServeConfig, check_name, default_board, load_config
 from edgelm.errors import ConfigError
 
 
