@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edgelm.messages import Chunk, Completion
-from edgelm.mqtt.client import Sending
+from edgelm.mqtt.sending import Sending
 
 
 @dataclass(frozen=True, slots=True)

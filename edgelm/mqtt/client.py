@@ -1,4 +1,4 @@
-"""The connection to a broker: the only importer of paho.
+"""The connection to a broker.
 
 Runs paho's loop thread and turns what it says into events, posted from that thread; everything else is called
 from one other thread, the owner's. Knows packets, not what they mean.
@@ -6,7 +6,6 @@ from one other thread, the owner's. Knows packets, not what they mean.
 
 from __future__ import annotations
 
-import functools
 import logging
 import socket
 import sys
@@ -14,15 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties as PahoProperties
 
-from edgelm.config import BrokerConfig
+from edgelm.brokerconfig import BrokerConfig
 from edgelm.errors import EdgelmError
+from edgelm.mqtt.backlog import Backlog
 from edgelm.mqtt.events import (
     Connected,
     ConnectFailed,
@@ -36,57 +33,24 @@ from edgelm.mqtt.events import (
     Subscribed,
 )
 from edgelm.mqtt.greeting import Greeting, Version
-from edgelm.mqtt.transport import reason_of, tls_context
-from edgelm.mqtt.wire import Packet, Properties
+from edgelm.mqtt.guarded import guarded
+from edgelm.mqtt.properties import from_paho, greeting_properties, packet_bytes, to_paho
+from edgelm.mqtt.sending import Sending
+from edgelm.mqtt.transport import CONNECT_TIMEOUT_S, make_client, reason_of
+from edgelm.mqtt.wire import Packet
 
 log = logging.getLogger(__name__)
 
 KEEPALIVE_S: Final = 20
-CONNECT_TIMEOUT_S: Final = 5.0
-RECONNECT_S: Final = (1, 30)
 RECEIVE_MAXIMUM: Final = 64
 """Requests of QoS 1 that the broker may have under way to us."""
 BACKLOG_BYTES: Final = 16 * 1024 * 1024
-"""What may wait for the owner; beyond it messages of QoS 0 are dropped, as QoS 0 allows."""
+"""What may wait for the owner; beyond it messages of QoS 0 are dropped."""
 MAX_REVIVALS: Final = 5
 
 _UNSUPPORTED_VERSION: Final = 0x84
 _TRANSIENT: Final = frozenset({0x80, 0x83, 0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F})
 """CONNACK reasons that waiting may cure."""
-
-
-class Sending:
-    """A packet handed to paho. `mid` is what its `Published` will carry."""
-
-    __slots__ = ("_info", "mid")
-
-    def __init__(self, info: paho.MQTTMessageInfo) -> None:
-        self._info = info
-        self.mid = info.mid
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it was written (QoS 0) or acknowledged (QoS 1), or was lost with its connection."""
-        try:
-            return self._info.is_published()
-        except (RuntimeError, ValueError):  # how paho says that it is lost
-            return True
-
-
-_Callback = TypeVar("_Callback", bound=Callable[..., None])
-
-
-def _guarded(callback: _Callback) -> _Callback:
-    """Keep an exception from ending paho's loop thread."""
-
-    @functools.wraps(callback)
-    def wrapped(*args: Any) -> None:
-        try:
-            callback(*args)
-        except Exception:
-            log.exception("%s failed", callback.__name__)
-
-    return wrapped  # type: ignore[return-value]
 
 
 class Connection:
@@ -139,8 +103,7 @@ class Connection:
         self._revivals = 0
         self._epoch = 0
         self._epoch_lock = threading.Lock()  # never held around publish: paho calls back with its own locks held
-        self._backlog_bytes = 0
-        self._backlog_lock = threading.Lock()
+        self._backlog = Backlog(BACKLOG_BYTES)
         self._loop_thread: threading.Thread | None = None
         self._client = self._make_client()
 
@@ -161,12 +124,7 @@ class Connection:
         url = self._broker.url
         properties = None
         if self.is_mqtt5:
-            properties = _paho_properties(PacketTypes.CONNECT)
-            if self._session_expiry_s:
-                properties.SessionExpiryInterval = self._session_expiry_s
-                properties.ReceiveMaximum = RECEIVE_MAXIMUM
-            if self._packet_bytes:
-                properties.MaximumPacketSize = self._packet_bytes
+            properties = greeting_properties(self._session_expiry_s, RECEIVE_MAXIMUM, self._packet_bytes)
         self._client.connect_async(
             url.host,
             url.port or 1883,  # a Unix socket has none, and paho wants one
@@ -223,11 +181,10 @@ class Connection:
         """
         if not self._connected:
             return None
-        properties = _to_paho(packet.properties) if self.is_mqtt5 else None
+        properties = to_paho(packet.properties) if self.is_mqtt5 else None
         limit = self._limits.packet_bytes
         if limit is not None:
-            fixed = 5 + 2 + len(packet.topic.encode()) + 2
-            size = fixed + len(packet.payload) + (len(properties.pack()) if properties else 1)  # type: ignore[no-untyped-call]
+            size = packet_bytes(packet, properties)
             if size > limit:
                 raise PacketTooLargeError(f"a packet of {size} bytes exceeds the broker's limit of {limit}")
         if packet.qos == 1:
@@ -244,8 +201,7 @@ class Connection:
 
     def settle(self, received: Received) -> None:
         """Acknowledge a message, unless its connection is gone, and free its place."""
-        with self._backlog_lock:
-            self._backlog_bytes -= len(received.payload)
+        self._backlog.settle(len(received.payload))
         if received.qos == 1:
             with self._epoch_lock:
                 if received.epoch == self._epoch:
@@ -254,31 +210,14 @@ class Connection:
     # -- paho's side: each on its loop thread -------------------------------------------------------------------
 
     def _make_client(self) -> paho.Client:
-        url = self._broker.url
-        old = not self.is_mqtt5
-        client = paho.Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=self._client_id,
-            clean_session=self._session_expiry_s == 0 if old else None,
-            protocol=MQTTProtocolVersion.MQTTv311 if old else MQTTProtocolVersion.MQTTv5,
-            transport={"ws": "websockets", "wss": "websockets", "unix": "unix"}.get(url.scheme, "tcp"),  # type: ignore[arg-type]
-            manual_ack=True,
+        client = make_client(
+            self._broker,
+            self._client_id,
+            self._greeting.version,
+            will=self._will,
+            will_delay_s=self._will_delay_s,
+            keeps_session=self._session_expiry_s > 0,
         )
-        client.connect_timeout = CONNECT_TIMEOUT_S
-        client.reconnect_delay_set(*RECONNECT_S)
-        client.max_inflight_messages_set(0)  # counted by the outbox, which also knows the broker's limit
-        if url.scheme in {"ws", "wss"}:
-            client.ws_set_options(path=url.path or "/mqtt")
-        if self._broker.user:
-            client.username_pw_set(self._broker.user, self._broker.password)
-        if url.is_encrypted:
-            client.tls_set_context(tls_context(self._broker))
-        if self._will is not None:
-            properties = None
-            if self.is_mqtt5:
-                properties = _paho_properties(PacketTypes.WILLMESSAGE)
-                properties.WillDelayInterval = self._will_delay_s
-            client.will_set(self._will.topic, self._will.payload, self._will.qos, self._will.retain, properties)
         client.on_pre_connect = self._on_pre_connect
         client.on_socket_open = self._on_socket_open
         client.on_socket_close = self._on_socket_close
@@ -293,20 +232,20 @@ class Connection:
     def _on_pre_connect(self, *_: Any) -> None:
         self._loop_thread = threading.current_thread()
 
-    @_guarded
+    @guarded
     def _on_socket_open(self, _client: paho.Client, _data: Any, sock: Any) -> None:
         self._greeting.send()
         plain = getattr(sock, "_socket", sock)  # paho's wrapper of a web socket hides the real one
         with suppress(OSError, AttributeError):  # a Unix socket has no such option
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    @_guarded
+    @guarded
     def _on_socket_close(self, *_: Any) -> None:
         self._connected = False
         with self._epoch_lock:
             self._epoch += 1
 
-    @_guarded
+    @guarded
     def _on_connect(self, _c: paho.Client, _d: Any, _flags: Any, reason: Any, properties: Any) -> None:
         if reason.is_failure:
             if self._greeting.refuse(for_version=reason.value == _UNSUPPORTED_VERSION):
@@ -323,12 +262,12 @@ class Connection:
         is_new, self._is_new = self._is_new, False
         self._post(Connected(self._greeting.version, self._limits, is_new))
 
-    @_guarded
+    @guarded
     def _on_connect_fail(self, *_: Any) -> None:
         error = sys.exc_info()[1]  # paho calls this while it handles the OSError
         self._post(ConnectFailed(reason_of(error), is_final=False))
 
-    @_guarded
+    @guarded
     def _on_disconnect(self, _c: paho.Client, _d: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         was_announced, self._was_announced = self._was_announced, False
         if self._greeting.close():
@@ -340,58 +279,22 @@ class Connection:
         self._client.disconnect()  # else paho would go on with the former version
         self._post(NeedsCare())
 
-    @_guarded
+    @guarded
     def _on_subscribe(self, _c: paho.Client, _d: Any, _mid: int, reasons: Any, _properties: Any) -> None:
         self._post(Subscribed(tuple(reason.value for reason in reasons)))
 
-    @_guarded
+    @guarded
     def _on_publish(self, _c: paho.Client, _d: Any, mid: int, reason: Any, _properties: Any) -> None:
         if self.tells_published:  # paho calls this for QoS 0 too, and every event wakes the owner
             self._post(Published(mid, reason.value))
 
-    @_guarded
+    @guarded
     def _on_message(self, _c: paho.Client, _d: Any, message: paho.MQTTMessage) -> None:
         topic, payload = message.topic, bytes(message.payload)
-        with self._backlog_lock:
-            if message.qos == 0 and self._backlog_bytes + len(payload) > BACKLOG_BYTES:
-                return
-            self._backlog_bytes += len(payload)
-        properties = _from_paho(message.properties)
+        if not self._backlog.takes(len(payload), message.qos):
+            return
+        properties = from_paho(message.properties)
         received = Received(
             topic, payload, message.qos, message.retain, properties, time.monotonic(), message.mid, self._epoch
         )
         self._post(received)
-
-
-def _paho_properties(kind: int) -> PahoProperties:
-    return PahoProperties(kind)  # type: ignore[no-untyped-call]
-
-
-@functools.lru_cache(maxsize=64)  # the chunks of a second share theirs, and paho is slow to make them
-def _to_paho(properties: Properties) -> PahoProperties:
-    packed = _paho_properties(PacketTypes.PUBLISH)
-    if properties.response_topic is not None:
-        packed.ResponseTopic = properties.response_topic
-    if properties.correlation is not None:
-        packed.CorrelationData = properties.correlation
-    if properties.expiry_s is not None:
-        packed.MessageExpiryInterval = properties.expiry_s
-    if properties.content_type is not None:
-        packed.ContentType = properties.content_type
-    if properties.is_text:
-        packed.PayloadFormatIndicator = 1
-    if properties.user:
-        packed.UserProperty = list(properties.user)
-    return packed
-
-
-def _from_paho(properties: PahoProperties | None) -> Properties:
-    get = functools.partial(getattr, properties)
-    return Properties(
-        response_topic=get("ResponseTopic", None),
-        correlation=get("CorrelationData", None),
-        expiry_s=get("MessageExpiryInterval", None),
-        content_type=get("ContentType", None),
-        is_text=bool(get("PayloadFormatIndicator", 0)),
-        user=tuple((str(key), str(value)) for key, value in get("UserProperty", ())),
-    )

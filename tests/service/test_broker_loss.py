@@ -139,15 +139,15 @@ def test_a_dead_loop_thread_is_replaced(broker: Broker, config: ServeConfig, mon
 def test_an_exception_in_a_callback_is_survived(
     broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = mqtt._from_paho
+    real = mqtt.from_paho
     with serving(config) as service, Client(broker.port, "reply/#") as client:
-        monkeypatch.setattr(mqtt, "_from_paho", lambda properties: 1 // 0)
+        monkeypatch.setattr(mqtt, "from_paho", lambda properties: 1 // 0)
         client.publish(f"edgelm/{config.board}/cancel", "x", qos=0)
         until = time.monotonic() + 40
         while "_on_message failed" not in caplog.text:
             assert time.monotonic() < until
             time.sleep(0.02)
-        monkeypatch.setattr(mqtt, "_from_paho", real)
+        monkeypatch.setattr(mqtt, "from_paho", real)
         assert _ask(client, config.board, "after")["text"]
         assert service._connection._revivals == 0
 

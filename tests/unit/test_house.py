@@ -16,7 +16,7 @@ from edgelm.cli.extras import extra_of
 REPO = Path(__file__).resolve().parents[2]
 FLOORS = [
     {"_version", "errors", "fields", "protobuf", "textfile"},
-    {"messages"},
+    {"brokerconfig", "messages"},
     {"bundle", "config", "tasks", "measure", "hardware", "divergence", "windows"},
     {"boardcache", "native"},
     {"chat", "detokenizer", "drafts", "grammar", "kv", "memory", "prefixes", "profile", "sampling"},
@@ -38,7 +38,7 @@ FLOORS = [
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SOLE_IMPORTERS = {
     "onnxruntime": {"edgelm/graphs.py", "edgelm/session.py"},
-    "paho": {"edgelm/mqtt/client.py"},
+    "paho": {f"edgelm/mqtt/{name}.py" for name in ("client", "properties", "sending", "transport")},
     "llguidance": {"edgelm/grammar.py"},
     "tokenizers": {"edgelm/tokenizer.py"},
     "jinja2": {"edgelm/chat.py"},
