@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,6 +132,16 @@ def bundle(request: pytest.FixtureRequest) -> Path:
     if not (builtin / MANIFEST).is_file():
         pytest.skip("no bundle to run: pip install 'edgelm[export]', or name one in EDGELM_TEST_BUNDLE")
     return builtin
+
+
+@pytest.fixture
+def copied(bundle: Path, tmp_path: Path) -> Path:
+    """A copy of `bundle`'s own files, to be changed, without anything that lies beside them."""
+    root = tmp_path / "bundle"
+    root.mkdir()
+    for name in (*open_bundle(bundle, verify=False).manifest.files, MANIFEST):
+        shutil.copy(bundle / name, root / name)
+    return root
 
 
 @pytest.fixture(scope="session")

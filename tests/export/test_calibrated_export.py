@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 
 import numpy as np
 import pytest
+from folders import contents
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
@@ -42,10 +42,6 @@ def stories_texts(shared, tmp_path_factory):
         documents = (shared / "data" / "tinystories" / name).read_text("utf-8").split("<|endoftext|>")[:count]
         (folder / name).write_text("<|endoftext|>".join(documents), encoding="utf-8")
     return folder
-
-
-def contents(path):
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
 
 
 def test_the_layers_give_the_logits_of_the_runtime(tiny_checkpoint, export_to_cache):

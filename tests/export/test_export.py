@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from folders import contents
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
@@ -19,10 +19,6 @@ from tiny import TinyLlama, save_tensors, write_json
 import edgelm
 from edgelm.bundle import open_bundle
 from edgelm.errors import EdgelmError
-
-
-def contents(path):
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
 
 
 @pytest.mark.parametrize("quant", ["int4", "int8", "fp32"])
