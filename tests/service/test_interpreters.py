@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,32 +48,22 @@ def find_python(version):
     return None
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A copy to build and test from, so that nothing is written into the repository."""
-    return shutil.copytree(
-        REPO, tmp_path_factory.mktemp("source") / "edgelm", ignore=shutil.ignore_patterns(*NOT_COPIED)
-    )
-
-
-@pytest.mark.parametrize("version", PAIRS)
-def test_the_runtime_works_on(version, source, tmp_path, tiny_checkpoint, export_to_cache):
+def check(version, source, home, bundles):
+    """Install into `home` and run the tests there, on each bundle; skip or fail as a test does."""
     python = find_python(version)
-    home = tmp_path / "venv"
-    code, said = run(python, "-m", "venv", home, cwd=tmp_path)
+    code, said = run(python, "-m", "venv", home, cwd=source)
     if code:
         pytest.skip(f"{python} cannot make a virtual environment: {said.strip().splitlines()[-1]}")
     pip = [home / "bin" / "python", "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
-    code, said = run(*pip, "pytest>=8", "hypothesis>=6", cwd=tmp_path)
+    code, said = run(*pip, "pytest>=8", "hypothesis>=6", cwd=source)
     if code:
         pytest.skip(f"pip cannot reach a package registry: {said.strip().splitlines()[-1]}")
-    code, said = run(*pip, PAIRS[version], source, cwd=tmp_path)
+    code, said = run(*pip, PAIRS[version], source, cwd=source)
     assert code == 0, said
-    checkpoint = tiny_checkpoint(tied=False)
     # An installed package is tested, not the sources: pytest's own script puts no working directory on the path.
     for quant, tests in (("fp32", ALL), ("int4", QUICK)):
         given = {
-            "EDGELM_TEST_BUNDLE": str(export_to_cache(checkpoint, quant=quant)),
+            "EDGELM_TEST_BUNDLE": str(bundles[quant]),
             "EDGELM_SHARED": os.environ.get("EDGELM_SHARED") or str(REPO.parent / "shared"),
         }
         code, said = run(home / "bin" / "pytest", "-q", "--hypothesis-profile=few", *tests, cwd=source, **given)
@@ -80,3 +71,22 @@ def test_the_runtime_works_on(version, source, tmp_path, tiny_checkpoint, export
         passed = re.search(r"(\d+) passed", said)
         assert passed, said[-5000:]
         assert int(passed[1]) >= (200 if quant == "fp32" else 40), said[-5000:]
+
+
+@pytest.fixture(scope="module")
+def checks(tmp_path_factory, tiny_checkpoint, export_to_cache):
+    """Every version's check, all at once, each in a copy of the sources, so that nothing is written here."""
+    checkpoint = tiny_checkpoint(tied=False)
+    bundles = {quant: export_to_cache(checkpoint, quant=quant) for quant in ("fp32", "int4")}
+    with ThreadPoolExecutor(len(PAIRS)) as pool:
+        running = {}
+        for version in PAIRS:
+            folder = tmp_path_factory.mktemp("python")
+            source = shutil.copytree(REPO, folder / "edgelm", ignore=shutil.ignore_patterns(*NOT_COPIED))
+            running[version] = pool.submit(check, version, source, folder / "venv", bundles)
+        yield running
+
+
+@pytest.mark.parametrize("version", PAIRS)
+def test_the_runtime_works_on(version, checks):
+    checks[version].result()
