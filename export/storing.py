@@ -13,7 +13,7 @@ from edgelm.bundle import Matrix
 from .graph.initializers import Initializers
 from .graph.matrices import store_float, store_packed
 from .progress import Progress
-from .quantize.moments import Moments, follow
+from .quantize.moments import HeldBack, Moments, compensate_drift, output_error
 from .quantize.pack import Packed, dequantize
 from .quantize.plan import Plan
 from .quantize.quantizer import Quantizer, choose_scale_dtype
@@ -60,16 +60,25 @@ class MatrixStore:
             self.matrices[name] = store_float(self.initializers, name, rows, table=name in TABLES)
             read = rows
         else:
-            if spec.method == "gptq" and moments is None:
+            importance = None if spec.method == "rtn" else self.weights.importance(name)
+            calibrated = None
+            if spec.method == "gptq" and moments is not None:
+                calibrated = calibrated_rows(rows, spec, moments, importance)
+            if spec.method == "gptq" and calibrated is None:
                 spec = uncalibrated(spec)  # a table that is only looked up has no inputs
-            importance = None if moments is not None or spec.method == "rtn" else self.weights.importance(name)
-            packed = quantize_rows(rows, spec, moments, importance)
+            packed = quantize_rows(rows, spec, importance=importance) if calibrated is None else calibrated
             self.matrices[name] = store_packed(self.initializers, name, packed, spec)
             read = Rows(rows.shape, lambda start, stop: dequantize(packed.rows(start, stop)))
         self._done += self.matrices[name].bytes()
         if self.measure:
             self.errors[name] = _relative_error(rows, read)
         return read
+
+
+    def is_calibrated(self, name: str) -> bool:
+        """See `calibrate.Store`."""
+        spec = self.plan.spec(name)
+        return spec is not None and spec.method == "gptq"
 
 
 def store_matrices(store: MatrixStore, documents: Sequence[Document] | None = None) -> dict[str, Matrix]:
@@ -87,14 +96,37 @@ def quantize_rows(
     rows: Rows, spec: Spec, moments: Moments | None = None, importance: NDArray[np.float32] | None = None
 ) -> Packed:
     """Quantize a matrix, a piece at a time where nothing but its own rows counts; see `Quantizer`."""
-    if moments is not None:
-        moved = follow(rows.whole(), moments) if moments.cross is not None or moments.residual is not None else None
-        rows = rows if moved is None else Rows.of(moved)
     largest = max(float(np.abs(chunk).max()) for chunk in rows.chunks())
     quantizer = Quantizer(
         spec, importance=importance, moments=moments, scale_dtype=choose_scale_dtype(largest, spec.bits)
     )
     return Packed.join([quantizer.quantize(chunk) for chunk in rows.chunks()])
+
+
+def calibrated_rows(rows: Rows, spec: Spec, moments: Moments, importance: NDArray[np.float32] | None) -> Packed | None:
+    """Quantize a matrix with what calibration says of its inputs, first moved to make up for earlier errors.
+
+    Returns None where the result serves the held-back positions no better than a matrix quantized without calibration.
+    """
+    moved = rows
+    if moments.cross is not None or moments.residual is not None:
+        moved = Rows.of(compensate_drift(rows.whole(), moments))
+    packed = quantize_rows(moved, spec, moments)
+    if moments.held_back is None:
+        return packed
+    plain = quantize_rows(rows, uncalibrated(spec), importance=importance)
+    errors = [_held_error(rows, each, moments.held_back) for each in (packed, plain)]
+    return packed if errors[0] < errors[1] else None
+
+
+def _held_error(rows: Rows, packed: Packed, held: HeldBack) -> float:
+    error, start = 0.0, 0
+    for chunk in rows.chunks():
+        stop = start + len(chunk)
+        target = None if held.target is None else held.target[:, start:stop]
+        error += output_error(chunk, HeldBack(held.inputs, target), dequantize(packed.rows(start, stop)))
+        start = stop
+    return error
 
 
 def _relative_error(rows: Rows, read: Rows) -> float:

@@ -1,7 +1,8 @@
 """Weight matrices in a graph: how each is stored, and the nodes that multiply by it or look rows up in it.
 
 Scales are stored as float16 where that loses nothing that matters, and turned into float32 once, when the graph is
-loaded: half the bytes on disk for the same kernels.
+loaded: half the bytes on disk for the same kernels. Codes of 5 and 6 bits are stored as their low halves and the bits
+above, and joined to the 8-bit codes that onnxruntime's operators read, once as well: it folds these nodes of constants.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def store_float(initializers: Initializers, name: str, rows: Rows, *, table: boo
 
 def store_packed(initializers: Initializers, name: str, packed: Packed, spec: Spec) -> Matrix:
     """Write a quantized matrix: codes, scales and, if it has them, zero points."""
-    initializers.add(_codes(name), packed.data)
+    initializers.add(_low_codes(name) if packed.high is not None else _codes(name), packed.data)
+    if packed.high is not None:
+        initializers.add(_high_codes(name), packed.high)
     narrow = packed.scales.dtype == np.float16
     initializers.add(_stored_scales(name) if narrow else _scales(name), packed.scales)
     if packed.zero_points is not None:
@@ -61,7 +64,11 @@ def tensors_of(matrix: Matrix) -> Iterator[tuple[str, np.dtype[Any], tuple[int, 
         return
     blocks = -(-columns // matrix.block_size)
     narrow = matrix.scale_bits == 16
-    yield _codes(matrix.name), np.dtype(np.uint8), (rows, blocks, matrix.block_size * matrix.bits // 8)
+    if is_split(matrix):
+        yield _low_codes(matrix.name), np.dtype(np.uint8), (rows, blocks, matrix.block_size // 2)
+        yield _high_codes(matrix.name), np.dtype(np.uint8), (rows, blocks, matrix.block_size * (matrix.bits - 4) // 8)
+    else:
+        yield _codes(matrix.name), np.dtype(np.uint8), (rows, blocks, matrix.block_size * matrix.bits // 8)
     name = _stored_scales(matrix.name) if narrow else _scales(matrix.name)
     yield name, np.dtype(np.float16 if narrow else np.float32), (rows, blocks)
     if not matrix.symmetric:
@@ -75,7 +82,7 @@ def multiply(nodes: Nodes, matrix: Matrix, value: str, bias: str | None, output:
         nodes.add("MatMul", [value, _weight(matrix.name)], product)
         return product if bias is None else nodes.add("Add", [product, bias], output)
     zero_points = "" if matrix.symmetric else _zero_points(matrix.name)
-    inputs = [value, _codes(matrix.name), _read_scales(nodes, matrix), zero_points, "", bias or ""]
+    inputs = [value, _read_codes(nodes, matrix), _read_scales(nodes, matrix), zero_points, "", bias or ""]
     while not inputs[-1]:
         inputs.pop()
     return nodes.add(
@@ -85,7 +92,7 @@ def multiply(nodes: Nodes, matrix: Matrix, value: str, bias: str | None, output:
         domain=MICROSOFT,
         K=matrix.columns,
         N=matrix.rows,
-        bits=matrix.bits,
+        bits=_read_bits(matrix),
         block_size=matrix.block_size,
         accuracy_level=matrix.accuracy_level,
     )
@@ -105,7 +112,10 @@ def look_up(nodes: Nodes, matrix: Matrix, indices: str, output: str) -> str:
     blocks = -(-matrix.columns // matrix.block_size)
     width = blocks * matrix.block_size
     table = f"{matrix.name}.rows"
-    if table not in nodes.constants.tensors:
+    if is_split(matrix):
+        shape = nodes.integers(f"{table}.shape", [matrix.rows, width])
+        nodes.add("Reshape", [_read_codes(nodes, matrix), shape], table)
+    elif table not in nodes.constants.tensors:
         nodes.constants.alias(table, _codes(matrix.name), (matrix.rows, width * matrix.bits // 8))
     inputs = [table, indices, _read_scales(nodes, matrix)]
     if not matrix.symmetric:
@@ -116,7 +126,7 @@ def look_up(nodes: Nodes, matrix: Matrix, indices: str, output: str) -> str:
         inputs,
         looked_up,
         domain=MICROSOFT,
-        bits=matrix.bits,
+        bits=_read_bits(matrix),
         block_size=matrix.block_size,
         gather_axis=0,
         quantize_axis=1,
@@ -135,12 +145,70 @@ def _read_scales(nodes: Nodes, matrix: Matrix) -> str:
     return name
 
 
+def is_split(matrix: Matrix) -> bool:
+    """Whether a matrix's codes are stored as their low halves and the bits above."""
+    return matrix.bits in (5, 6)
+
+
+def _read_bits(matrix: Matrix) -> int:
+    """Return the bits of the codes that the operators read."""
+    return 8 if is_split(matrix) else matrix.bits
+
+
+def _read_codes(nodes: Nodes, matrix: Matrix) -> str:
+    """Return the name of a matrix's codes as the operators read them.
+
+    With 5 and 6 bits they are joined from their parts: a code's distance from its zero point 2^(bits-1) becomes the
+    same distance from 128. With the top bit repeated upwards that is an exclusive or: of 5 bits h and xxxx, hhhhxxxx ^
+    01110000; of 6 bits hg and xxxx, hhhgxxxx ^ 01100000.
+    """
+    name = _codes(matrix.name)
+    if not is_split(matrix) or nodes.has(name):
+        return name
+    bits = matrix.bits - 4
+    shape = [matrix.rows, -(-matrix.columns // (matrix.block_size or 1)), matrix.block_size or 1]
+
+    def parts(source: str, width: int) -> str:
+        """Split every byte into values of some bits each, the lowest first: [N, blocks, block_size]."""
+        shifts = nodes.bytes(f"codes.shifts.{width}", list(range(0, 8, width)))
+        mask = nodes.bytes(f"codes.mask.{width}", [(1 << width) - 1])
+        last = nodes.integers("last_axis", [-1])
+        apart = nodes.add("Unsqueeze", [source, last], f"{source}.bytes")
+        shifted = nodes.add("BitShift", [apart, shifts], f"{source}.shifted", direction="RIGHT")
+        masked = nodes.add("BitwiseAnd", [shifted, mask], f"{source}.parts")
+        return nodes.add("Reshape", [masked, nodes.integers(f"{name}.shape", shape)], f"{source}.codes")
+
+    joined = parts(_low_codes(matrix.name), 4)
+    high = parts(_high_codes(matrix.name), bits)
+    moved = nodes.add(
+        "BitShift", [high, nodes.bytes("codes.shift.4", [4])], f"{name}.high.moved", direction="LEFT"
+    )
+    joined = nodes.add("BitwiseOr", [joined, moved], f"{name}.joined.{bits + 3}")
+    top = moved
+    if bits == 2:  # the upper of the two bits alone
+        top = nodes.add("BitwiseAnd", [moved, nodes.bytes("codes.top", [32])], f"{name}.top")
+    for bit in range(bits + 4, 8):
+        shift = nodes.bytes(f"codes.shift.{bit - bits - 3}", [bit - bits - 3])
+        repeated = nodes.add("BitShift", [top, shift], f"{name}.top.{bit}", direction="LEFT")
+        joined = nodes.add("BitwiseOr", [joined, repeated], f"{name}.joined.{bit}")
+    flipped = nodes.bytes(f"codes.flip.{bits}", [0x70 if bits == 1 else 0x60])
+    return nodes.add("BitwiseXor", [joined, flipped], name)
+
+
 def _weight(name: str) -> str:
     return f"{name}.weight"
 
 
 def _codes(name: str) -> str:
     return f"{name}.codes"
+
+
+def _low_codes(name: str) -> str:
+    return f"{name}.codes.low"
+
+
+def _high_codes(name: str) -> str:
+    return f"{name}.codes.high"
 
 
 def _scales(name: str) -> str:

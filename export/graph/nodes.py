@@ -57,6 +57,12 @@ class Nodes:
             self.constants.add(name, np.asarray(values, np.int64))
         return name
 
+    def bytes(self, name: str, values: Sequence[int]) -> str:
+        """Store a constant uint8 [n], once; return its name."""
+        if name not in self.constants.tensors:
+            self.constants.add(name, np.asarray(values, np.uint8))
+        return name
+
     def number(self, name: str, value: float) -> str:
         """Store a constant float32 scalar, once; return its name."""
         if name not in self.constants.tensors:

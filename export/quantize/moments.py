@@ -18,52 +18,72 @@ from . import triangular
 Array = NDArray[np.float32]
 
 DAMPING: Final = 0.01
-"""Share of the mean second moment added to each: one per cent, as in GPTQ's step 3."""
+"""Share of each channel's own second moment that is added to it. GPTQ's step 3 adds one per cent of the channels' mean,
+which a channel of outliers makes larger than everything that the others say."""
 
-FOLLOW_DAMPING: Final = 0.1
-"""The same for `follow`, which would otherwise trust directions that the text hardly used."""
+FLOOR: Final = 1e-6
+"""Share of the mean second moment that every channel has at least, used or not."""
+
+DRIFT_DAMPING: Final = 0.1
+"""Share for `compensate_drift`, which would otherwise trust directions that the text hardly used."""
 
 LOOKUP: Final = 0.3
 """How much the lookup weighs in a tied embedding beside the head."""
 
 
+@dataclass(frozen=True, slots=True)
+class HeldBack:
+    """Calibration positions that a matrix [N, K] is tried on and not fitted to.
+
+    inputs: float32 [n, K], what the matrix multiplies in the quantized model. target: float32 [n, N], what its output
+    is to be there, or None where that is the unquantized matrix's output for the same inputs. Both are weighted as the
+    sums of `Moments` are.
+    """
+
+    inputs: Array
+    target: Array | None = None
+
+
 @dataclass(slots=True)
 class Moments:
-    """Sums over calibration positions for a matrix [N, K] with inputs x.
+    """Weighted sums over calibration positions for a matrix [N, K] with inputs x.
 
-    second: float32 or float64 [K, K], of x x^T where x is what the matrix sees behind the quantized matrices before it.
-    cross: [K, K], of (x_full - x) x^T, x_full being the input in the unquantized model; None: not known, or no
-    difference. residual: [N, K], of (h_full - h) x^T where the matrix's output is added to a residual stream h; None:
-    not added, or not known. count: positions summed over.
+    second: float32 or float64 [K, K], of x x^T where x is what the matrix sees behind the quantized matrices before it:
+    the Hessian of its squared output error. cross: [K, K], of (x_full - x) x^T, x_full being the input in the
+    unquantized model; None: not known, or no difference. residual: [N, K], of (h_full - h) x^T where the matrix's
+    output is added to a residual stream h; None: not added, or not known. All three are sums over the same positions.
+    count: positions summed over. held_back: positions that are in none of the sums.
     """
 
     second: NDArray[Any]
     cross: NDArray[Any] | None = None
     residual: NDArray[Any] | None = None
     count: int = 0
+    held_back: HeldBack | None = None
 
     def damped(self, share: float = DAMPING) -> Array:
-        """Return float32 [K, K], the second moments with `share` of their mean added, so that no channel is dead."""
+        """Return float32 [K, K], the second moments with `share` of each on the diagonal added to it."""
         second = np.array(self.second, np.float32)
         diagonal = np.arange(len(second))
         second[diagonal, diagonal] = self.damped_diagonal(share)
         return second
 
     def damped_diagonal(self, share: float = DAMPING) -> Array:
-        """Return float32 [K], the diagonal of `damped`."""
-        diagonal = np.diag(self.second).astype(np.float32)
-        mean = float(diagonal.mean(dtype=np.float64)) or 1.0
-        damped: Array = diagonal + np.float32(share * mean)
+        """Return float32 [K], the diagonal of `damped`; no channel is dead."""
+        diagonal = np.diag(self.second).astype(np.float64)
+        floor = FLOOR * (float(diagonal.mean()) or 1.0)
+        damped: Array = np.maximum(diagonal * (1 + share), floor).astype(np.float32)
         return damped
 
 
-def follow(weight: Array, moments: Moments) -> Array:
+def compensate_drift(weight: Array, moments: Moments) -> Array:
     """Return float32 [N, K], the weights that on the quantized model's inputs come closest to the unquantized model.
 
     Minimizes |W' x - (W x_full + h_full - h)|^2 over the calibration positions, damped towards W: asymmetric
     calibration, the objective of GPTAQ (Li et al. 2025, arXiv:2504.02692), here solved before rounding instead of
-    column by column, and with the drift of the residual stream that the matrix adds to. weight: float32 [N, K],
-    unchanged, all N rows.
+    column by column, and with the drift of the residual stream that the matrix adds to. Where there are held-back
+    positions, W moves only as far towards W' as serves them best, and not at all where it does not. weight: float32
+    [N, K], unchanged, all N rows.
     """
     moved = np.zeros(weight.shape, np.float64)
     if moments.cross is not None:
@@ -72,12 +92,35 @@ def follow(weight: Array, moments: Moments) -> Array:
         moved += moments.residual
     if not moved.any():
         return weight
-    inverse = moments.damped(FOLLOW_DAMPING)
+    inverse = moments.damped(DRIFT_DAMPING)
+    scale = 1 / np.sqrt(np.diag(inverse))  # factors of a matrix with ones on its diagonal
+    inverse *= scale[:, None]
+    inverse *= scale
     triangular.factor(inverse)
-    triangular.invert(inverse)  # of a lower triangle L with L L^T = the moments
-    followed: Array = np.matmul(moved.astype(np.float32) @ inverse.T, inverse, dtype=np.float32)
-    followed += weight
-    return followed
+    triangular.invert(inverse)  # of a lower triangle L with L L^T = the scaled moments
+    move: Array = np.matmul((moved * scale).astype(np.float32) @ inverse.T, inverse, dtype=np.float32)
+    move *= scale
+    if moments.held_back is not None:
+        move *= np.float32(_step_length(weight, move, moments.held_back))
+    return weight + move
+
+
+def _step_length(weight: Array, move: Array, held: HeldBack) -> float:
+    """Return the share in [0, 1] of a move that brings a matrix's output closest to the target."""
+    target = held.inputs @ weight.T if held.target is None else held.target
+    missing = target - held.inputs @ weight.T
+    step = held.inputs @ move.T
+    size = float(np.square(step, dtype=np.float64).sum())
+    if not np.isfinite(size) or size == 0.0:
+        return 0.0
+    return min(max(float(np.sum(step * missing, dtype=np.float64)) / size, 0.0), 1.0)
+
+
+def output_error(weight: Array, held: HeldBack, read: Array) -> float:
+    """Return the squared output error, on the held-back positions, of rows of a matrix stored as `read` [n, K]."""
+    found = held.inputs @ read.T
+    expected = held.inputs @ weight.T if held.target is None else held.target
+    return float(np.square(found - expected, dtype=np.float64).sum())
 
 
 def with_lookup(head: Moments, share: float = LOOKUP) -> Moments:
@@ -89,7 +132,7 @@ def with_lookup(head: Moments, share: float = LOOKUP) -> Moments:
     second = np.array(head.second)
     diagonal = np.arange(len(second))
     second[diagonal, diagonal] += share * second[diagonal, diagonal].mean()
-    return Moments(second, count=head.count)
+    return Moments(second, count=head.count, held_back=head.held_back)
 
 
 def prepare(moments: Moments) -> tuple[NDArray[np.int64], Array, Array]:

@@ -1,4 +1,9 @@
-"""The packed layout that onnxruntime's MatMulNBits and GatherBlockQuantized read (ContribOperators.md)."""
+"""The packed layout of quantized matrices.
+
+With 4 and 8 bits it is what onnxruntime's MatMulNBits and GatherBlockQuantized read (ContribOperators.md). With 5 and 6
+bits the low halves lie as 4-bit codes do, and the bits above them in a second array: `graph.matrices` joins both to
+8-bit codes for onnxruntime when a graph is loaded.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +17,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A quantized matrix [N, K].
+    """A quantized matrix [N, K], 4, 5, 6 or 8 bits a code.
 
-    data: uint8 [N, blocks, block_size * bits / 8], two 4-bit codes a byte, the first in the low half. scales: float16
-    or float32 [N, blocks], never zero; a float16 one is to be cast to float32 for the operators. zero_points: uint8
-    [N, ceil(blocks * bits / 8)], packed like codes, the last half byte 0 where blocks are odd; None: 2^(bits-1), the
-    operators' default for unsigned codes. Codes past column K are those of zero.
+    data: uint8 [N, blocks, block_size * bits / 8], two 4-bit codes a byte, the first in the low half; with 5 and 6 bits
+    only the low halves of the codes. high: with 5 and 6 bits uint8 [N, blocks, block_size * (bits - 4) / 8], the rest
+    of each code, that of the first code in the lowest bits of a byte; else None. scales: float16 or float32 [N,
+    blocks], never zero; a float16 one is to be cast to float32 for the operators. zero_points: uint8 [N, ceil(blocks *
+    bits / 8)], packed like codes, the last half byte 0 where blocks are odd; None: 2^(bits-1), the operators' default
+    for unsigned codes, and always so with 5 and 6 bits. Codes past column K are those of zero.
     """
 
     data: NDArray[np.uint8]
@@ -26,21 +33,25 @@ class Packed:
     bits: int
     block_size: int
     columns: int
+    high: NDArray[np.uint8] | None = None
 
     def rows(self, start: int, stop: int) -> Packed:
         """Return rows [start, stop) as a matrix of their own."""
         points = None if self.zero_points is None else self.zero_points[start:stop]
-        return replace(self, data=self.data[start:stop], scales=self.scales[start:stop], zero_points=points)
+        high = None if self.high is None else self.high[start:stop]
+        return replace(self, data=self.data[start:stop], scales=self.scales[start:stop], zero_points=points, high=high)
 
     @classmethod
     def join(cls, parts: Sequence[Packed]) -> Packed:
         """Return the matrix whose rows are those of the parts, which are stored alike."""
         points = [part.zero_points for part in parts if part.zero_points is not None]
+        high = [part.high for part in parts if part.high is not None]
         return replace(
             parts[0],
             data=np.concatenate([part.data for part in parts]),
             scales=np.concatenate([part.scales for part in parts]),
             zero_points=np.concatenate(points) if points else None,
+            high=np.concatenate(high) if high else None,
         )
 
 
@@ -48,6 +59,9 @@ def pack(codes: NDArray[np.uint8], scales: NDArray[Any], zeros: NDArray[Any] | N
     """Pack codes uint8 [N, blocks * block_size] with scales and zero points [N, blocks]."""
     rows, blocks = scales.shape
     block_size = codes.shape[1] // blocks
+    if bits in (5, 6):
+        high = _joined(codes >> 4, bits - 4).reshape(rows, blocks, -1)
+        return Packed(_halves(codes & 15, 4).reshape(rows, blocks, -1), scales, None, bits, block_size, columns, high)
     points = None if zeros is None else _halves(zeros.astype(np.uint8), bits)
     return Packed(_halves(codes, bits).reshape(rows, blocks, -1), scales, points, bits, block_size, columns)
 
@@ -55,7 +69,11 @@ def pack(codes: NDArray[np.uint8], scales: NDArray[Any], zeros: NDArray[Any] | N
 def unpack_codes(packed: Packed) -> NDArray[np.uint8]:
     """Return uint8 [N, blocks, block_size]."""
     rows, blocks, _ = packed.data.shape
-    return _whole(packed.data.reshape(rows, -1), packed.bits).reshape(rows, blocks, packed.block_size)
+    shape = rows, blocks, packed.block_size
+    if packed.high is None:
+        return _whole(packed.data.reshape(rows, -1), packed.bits).reshape(shape)
+    low = _whole(packed.data.reshape(rows, -1), 4).reshape(shape)
+    return low | _split(packed.high.reshape(rows, -1), packed.bits - 4).reshape(shape) << 4
 
 
 def unpack_zeros(packed: Packed) -> NDArray[np.uint8]:
@@ -83,3 +101,18 @@ def _halves(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 def _whole(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return values if bits == 8 else np.stack([values & 0xF, values >> 4], axis=-1).reshape(len(values), -1)
+
+
+def _joined(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """[N, n] of 1 or 2 bits -> as many a byte as fit, the first in the lowest bits."""
+    parts = values.reshape(len(values), -1, 8 // bits)
+    joined = np.zeros(parts.shape[:2], np.uint8)
+    for i in range(8 // bits):
+        joined |= parts[:, :, i] << (i * bits)
+    return joined
+
+
+def _split(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Undo `_joined`."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return ((values[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(len(values), -1)

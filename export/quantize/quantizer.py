@@ -44,7 +44,7 @@ class Quantizer:
     Parameters
     ----------
     spec
-        How it is stored; `spec.bits` is 4 or 8.
+        How it is stored; `spec.bits` is 4, 5, 6 or 8.
     importance
         float32 [K], what a squared error in a column costs, for example the inputs' second moments: clip and hqq weigh
         by it. None: the diagonal of `moments`, or 1 everywhere.

@@ -6,7 +6,7 @@ at a time: the second gives a matrix's input moments, the difference of both say
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -26,12 +26,20 @@ HEAD_TOKENS: Final = 4096
 """Positions, at least, that tell the moments of a tied head, for which the unquantized model has to run once more; at
 least four times as many as the head has inputs."""
 
-FOLLOWED_TOKENS: Final = 8192
-"""Positions, at least, on which the unquantized model runs beside the quantized one, to tell how far they are apart."""
-
 WIDE: Final = 2048
-"""A matrix with more inputs than this takes its moments from the followed positions too: they cost inputs squared.
-There are at least twice as many of them as inputs."""
+"""A matrix with more inputs than this has its moments summed in float32, and from `WIDE_TOKENS` positions or twice as
+many as it has inputs: they cost inputs squared."""
+
+WIDE_TOKENS: Final = 8192
+
+HELD_BACK: Final = 8
+"""One of so many documents is held back from the sums: what calibration makes of a matrix is tried on it."""
+
+HELD_TOKENS: Final = 2048
+"""Positions held back, about, at most."""
+
+KEPT_BYTES: Final = 256 << 20
+"""Most bytes that an MLP's inner activations take in each stream; where they are more, they are computed again."""
 
 Array = NDArray[np.float32]
 
@@ -42,6 +50,9 @@ class Store(Protocol):
     def __call__(self, name: str, rows: Rows, moments: Moments | None) -> Rows:
         """Store a matrix [N, K], calibrated if there are moments; return it as it will be read."""
 
+    def is_calibrated(self, name: str) -> bool:
+        """Whether a matrix is to be calibrated, so that its moments are wanted."""
+
 
 def calibrate(layers: Layers, documents: Sequence[Document], store: Store, progress: Progress) -> None:
     """Store every matrix of the model, in the order of the graph."""
@@ -49,32 +60,41 @@ def calibrate(layers: Layers, documents: Sequence[Document], store: Store, progr
 
 
 class _Stream:
-    """A model's hidden states of some documents, and what the matrix whose turn it is multiplies in each."""
+    """A model's hidden states of all documents, and what the matrix whose turn it is multiplies in each."""
 
-    def __init__(self, hidden: States) -> None:
+    def __init__(self, hidden: States, *, keeps_inner: bool) -> None:
         self.hidden = hidden
         self.values = States()
+        self._keeps_inner = keeps_inner
+        self._inner: Part | None = None
+        """What computes an MLP's inner activations from its input, where these are not kept."""
 
-    def start(self, piece: Part, documents: Iterable[int]) -> None:
+    def start(self, piece: Part) -> None:
         """Begin a layer."""
-        self.values = States((n, _next(piece, None, self.hidden[n])) for n in documents)
+        self._inner = None
+        self.values = States((n, _next(piece, None, self.hidden[n])) for n in range(len(self.hidden)))
 
-    def value(self, n: int, before: Part | None) -> Array:
-        """Return what the matrix multiplies; `before` is a piece to run first."""
+    def value(self, n: int) -> Array:
+        """Return what the matrix multiplies, [positions, inputs]."""
         value = self.values[n]
-        return value if before is None else _next(before, value, self.hidden[n])
+        return value if self._inner is None else _next(self._inner, value, self.hidden[n])
 
-    def advance(self, n: int, piece: Part, before: Part | None) -> None:
-        """Run a document through a piece."""
-        self.move(n, piece, self.value(n, before))
-
-    def move(self, n: int, piece: Part, value: Array) -> None:
-        """Run a document through a piece whose matrix multiplies `value`."""
+    def move(self, n: int, piece: Part, value: Array) -> Array:
+        """Run a document through a piece whose matrix multiplies `value`; return its hidden state after that."""
         following, residual = piece.run(value, self.hidden[n])
-        if piece.name != "qkv":
+        if piece.name in ("output", "down"):
             self.hidden[n] = residual
         if following is not None:
             self.values[n] = following
+        return residual
+
+    def pass_gate_up(self, piece: Part) -> None:
+        """Go on from an MLP's input to its inner activations, at once or where they are asked for."""
+        if not self._keeps_inner:
+            self._inner = piece
+            return
+        for n in range(len(self.hidden)):
+            self.move(n, piece, self.values[n])
 
 
 class _Calibration:
@@ -84,91 +104,108 @@ class _Calibration:
         self._documents = documents
         self._store = store
         self._progress = progress
-        self._every = range(len(documents))
-        self._followed = self._sample(max(FOLLOWED_TOKENS, 2 * self._decoder.mlp_size))
+        self._held = _held_back(documents)
 
     def run(self) -> None:
         layers, weights, tied = self._layers, self._layers.weights, self._decoder.tied
         table = self._store("embedding", weights.embedding(), self._tied_moments() if tied else None)
-        followed = layers.embed([self._documents[n] for n in self._followed])
-        self._full = _Stream(States(zip(self._followed, followed, strict=True)))
-        self._own = _Stream(States(enumerate(layers.embed(self._documents, table))))
-        del table, followed  # what is not needed any more is large
+        keeps_inner = 2 * self._decoder.mlp_size * sum(map(len, self._documents)) <= KEPT_BYTES
+        self._full = _Stream(States(enumerate(layers.embed(self._documents))), keeps_inner=keeps_inner)
+        self._own = _Stream(States(enumerate(layers.embed(self._documents, table))), keeps_inner=keeps_inner)
+        del table  # what is not needed any more is large
         give_back()
         for i in range(len(self._decoder.layers)):
             self._layer(i)
         if not tied:
             self._store("head", weights.head(), self._head_moments())
 
-    def _tied_moments(self) -> Moments:
+    def _tied_moments(self) -> Moments | None:
         """Return the moments of what the head multiplies, widened for the lookup's sake."""
+        if not self._store.is_calibrated("embedding"):
+            return None
         layers, width = self._layers, self._decoder.hidden_size
-        documents = [self._documents[n] for n in self._sample(max(HEAD_TOKENS, 4 * width))]
+        documents = self._sample(max(HEAD_TOKENS, 4 * width))
         hidden, count = layers.embed(documents), len(self._decoder.layers)
         for i in range(count):
             self._progress("calibrating the head", i, count)
             hidden = layers.layer(i).step(hidden)
         sums = Sums((self._decoder.vocab_size, width))
-        for states in hidden:
-            sums.add(layers.final(states))
+        for number, states in enumerate(hidden):
+            sums.add(layers.final(states), hold_back=number % HELD_BACK == HELD_BACK - 1)
         return with_lookup(sums.moments())
 
     def _head_moments(self) -> Moments:
         sums = Sums((self._decoder.vocab_size, self._decoder.hidden_size))
-        for n in self._every:
-            own = self._layers.final(self._own.hidden[n])
-            full = self._layers.final(self._full.hidden[n]) if n in self._full.hidden else None
-            sums.add(own, full)
+        for n in range(len(self._documents)):
+            sums.add(self._layers.final(self._own.hidden[n]), self._layers.final(self._full.hidden[n]))
         return sums.moments()
 
     def _layer(self, i: int) -> None:
         start = self._layers.part(i, "start")
-        self._full.start(start, self._followed)
-        self._own.start(start, self._every)
-        stored: dict[str, Array] = {}
+        self._full.start(start)
+        self._own.start(start)
+        is_last = i + 1 == len(self._decoder.layers)
         for part in LAYER_PARTS:
-            moments = self._moments(i, part, stored)
-            rows = Rows.of(self._layers.weights.layer(i, part))
+            weight = self._layers.weights.layer(i, part)
+            piece = self._layers.part(i, part, weight)
+            moments = self._moments(part, weight, piece)
+            stored = self._store(f"layer.{i}.{part}", Rows.of(weight), moments).whole()
+            del moments, weight
             give_back()
-            stored[part] = self._store(f"layer.{i}.{part}", rows, moments).whole()
-            del moments, rows
-            give_back()
+            own = self._layers.part(i, part, stored)
+            del stored
             if part == "gate_up":
-                continue  # what comes after is wide: it is computed again from its narrow origin where it is needed
-            if part == "down" and self._decoder.tied and i + 1 == len(self._decoder.layers):
-                continue  # nothing reads what comes out
-            own, before = self._piece(i, part, stored), self._piece(i, "gate_up", stored) if part == "down" else None
-            for n in self._every:
-                self._own.advance(n, own, before)
+                self._full.pass_gate_up(piece)
+                self._own.pass_gate_up(own)
+            elif not (part == "down" and is_last and self._decoder.tied):  # nothing would read that
+                for n in range(len(self._documents)):
+                    self._own.move(n, own, self._own.value(n))
 
-    def _piece(self, i: int, part: str, stored: Mapping[str, Array]) -> Part:
-        """Load a piece of the quantized model."""
-        return self._layers.part(i, part, stored[part])
-
-    def _moments(self, i: int, part: str, stored: Mapping[str, Array]) -> Moments:
-        """Return a matrix's moments; the unquantized model goes on to the next matrix."""
-        weight = self._layers.weights.layer(i, part)
-        sums = Sums((weight.shape[0], weight.shape[1]), weight, wide=weight.shape[1] > WIDE)
-        added = part in ("output", "down") and not self._decoder.post_norm
-        full_piece = None if part == "gate_up" else self._layers.part(i, part)
-        befores: tuple[Part | None, Part | None] = None, None
-        if part == "down":
-            befores = self._layers.part(i, "gate_up"), self._piece(i, "gate_up", stored)
-        for n in self._followed if sums.wide else self._every:
-            own, full, drift = self._own.value(n, befores[1]), None, None
-            if n in self._full.hidden:
-                full = self._full.value(n, befores[0])
-                drift = self._full.hidden[n] - self._own.hidden[n] if added else None
-            sums.add(own, full, drift)
-            if full is not None and full_piece is not None:
-                self._full.move(n, full_piece, full)
+    def _moments(self, part: str, weight: Array, piece: Part) -> Moments:
+        """Return a matrix's moments; the unquantized model goes on to the next matrix, but for gate and up."""
+        rows, columns = weight.shape
+        sums = Sums((rows, columns), weight, wide=columns > WIDE)
+        summed = set(self._spread(max(WIDE_TOKENS, 2 * columns)) if columns > WIDE else range(len(self._documents)))
+        adds = part in ("output", "down")
+        for n in range(len(self._documents)):
+            full, before = self._full.value(n), self._full.hidden[n]
+            after = before if part == "gate_up" else self._full.move(n, piece, full)
+            held = n in self._held
+            if n not in summed and not held:
+                continue
+            drift = weights = None
+            if adds and self._decoder.post_norm:
+                weights = _inverse_mean_square(full @ weight.T)
+            elif adds:
+                drift, weights = before - self._own.hidden[n], _inverse_mean_square(after)
+            sums.add(self._own.value(n), full, drift, weights, hold_back=held)
         return sums.moments()
 
-    def _sample(self, tokens: int) -> list[int]:
-        """Return documents evenly from the first to the last, of about so many tokens in all."""
-        total = sum(len(document) for document in self._documents)
-        step = max(1, total // tokens)
-        return list(self._every[::step])
+    def _spread(self, tokens: int) -> range:
+        """Return the numbers of documents evenly from the first to the last, of about so many tokens in all."""
+        return range(0, len(self._documents), max(1, sum(map(len, self._documents)) // tokens))
+
+    def _sample(self, tokens: int) -> list[Document]:
+        """Return the documents of `_spread`."""
+        return [self._documents[n] for n in self._spread(tokens)]
+
+
+def _held_back(documents: Sequence[Document]) -> set[int]:
+    """Return the numbers of the documents that are held back; none where there are too few."""
+    held: set[int] = set()
+    tokens = 0
+    for n in range(HELD_BACK - 1, len(documents), HELD_BACK):
+        if tokens >= HELD_TOKENS:
+            break
+        held.add(n)
+        tokens += len(documents[n])
+    return held
+
+
+def _inverse_mean_square(values: Array) -> Array:
+    """Return 1 / mean square of each position [n, width] -> [n]: what an error there weighs once a norm has read it."""
+    mean_square = np.mean(np.square(values, dtype=np.float32), axis=1)
+    return np.float32(1) / np.maximum(mean_square, np.float32(1e-12))
 
 
 def _next(part: Part, value: Array | None, residual: Array) -> Array:

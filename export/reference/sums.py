@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quantize.moments import Moments
+from ..quantize.moments import HeldBack, Moments
 
 COLUMNS: Final = 512
 """Columns of a sum that are added to at once."""
@@ -29,64 +29,95 @@ class Sums:
     def __init__(self, shape: tuple[int, int], weight: Array | None = None, *, wide: bool = False) -> None:
         """`weight` [rows, columns] is needed where there are fewer rows than columns; `wide` sums in float32."""
         rows, columns = shape
-        self.wide = wide
         kind = np.dtype(np.float32 if wide else np.float64)
         self._weight = weight
         self._second: NDArray[Any] = np.zeros((columns, columns), kind)
         self._cross: NDArray[Any] | None = np.zeros((columns, columns), kind) if columns <= rows else None
         self._residual: NDArray[Any] = np.zeros((rows, columns), kind)
-        self._is_added = False
-        self._count = self._followed = 0
-        self._owns: list[Array] = []
-        self._apart: list[tuple[Array, Array, Array | None]] = []
+        self._is_added = self._is_apart = False
+        self._count = 0
+        self._waiting: list[_Positions] = []
+        self._held: list[_Positions] = []
 
-    def add(self, own: Array, full: Array | None = None, drift: Array | None = None) -> None:
-        """Add a document: inputs [n, columns] in the quantized model and, where it is followed, in the other.
+    def add(
+        self,
+        own: Array,
+        full: Array | None = None,
+        drift: Array | None = None,
+        weights: Array | None = None,
+        *,
+        hold_back: bool = False,
+    ) -> None:
+        """Add a document: inputs [n, columns] in the quantized model and, where it is known, in the unquantized one.
 
-        `drift` [n, rows] is how far apart the residual streams are that the matrix adds to.
+        `drift` [n, rows] is how far apart the residual streams are that the matrix adds to. `weights` [n], 0 or more,
+        says how much a squared error at each position counts; None: 1. With `hold_back` the positions go into
+        `Moments.held_back` and not into the sums.
         """
-        self._owns.append(own)
-        if full is not None:
-            self._apart.append((own, full - own, drift))
-        if sum(own.size for own in self._owns) >= TOGETHER:
+        roots = None if weights is None else np.sqrt(weights)[:, None]
+        apart = None if full is None else full - own
+        positions = _Positions(*(each if each is None or roots is None else each * roots for each in (own, apart, drift)))
+        if hold_back:
+            self._held.append(positions)
+            return
+        self._waiting.append(positions)
+        if sum(each.own.size for each in self._waiting) >= TOGETHER:
             self._add_up()
 
     def moments(self) -> Moments:
-        """Return the sums, those over followed positions scaled to all."""
+        """Return the sums."""
         self._add_up()
         for start in range(0, len(self._second), COLUMNS):
             stop = start + COLUMNS
             self._second[start:stop, stop:] = self._second[stop:, start:stop].T
-        scale = self._count / max(self._followed, 1)
-        if self._cross is not None:
-            self._cross *= scale
-        if self._is_added:
-            self._residual *= scale
-        return Moments(self._second, self._cross, self._residual if self._is_added else None, self._count)
+        cross = self._cross if self._is_apart else None
+        residual = self._residual if self._is_added else None
+        return Moments(self._second, cross, residual, self._count, self._held_back())
+
+    def _held_back(self) -> HeldBack | None:
+        if not self._held:
+            return None
+        held = _joined(self._held)
+        if held.apart is None and held.drift is None:
+            return HeldBack(held.own)
+        if self._weight is None:
+            raise AssertionError("a target needs the matrix")
+        full = held.own if held.apart is None else held.own + held.apart
+        target = full @ self._weight.T
+        return HeldBack(held.own, target if held.drift is None else target + held.drift)
 
     def _add_up(self) -> None:
         """Add the documents that wait."""
-        if not self._owns:
+        if not self._waiting:
             return
-        own = np.concatenate(self._owns)
-        self._owns.clear()
+        own, apart, drift = _joined(self._waiting)
+        self._waiting.clear()
         self._count += len(own)
         for start in range(0, own.shape[1], COLUMNS):  # the lower half, without a second whole matrix
             columns = slice(start, start + COLUMNS)
             self._second[start:, columns] += own[:, start:].T @ own[:, columns]
-        del own
-        if not self._apart:
-            return
-        owns, differences, drifts = zip(*self._apart, strict=True)
-        self._apart.clear()
-        own, apart = np.concatenate(owns), np.concatenate(differences)
-        self._followed += len(own)
-        missing = None if drifts[0] is None else np.concatenate(drifts)
-        if self._cross is not None:
-            self._cross += apart.T @ own
-        elif self._weight is not None:
-            missed = apart @ self._weight.T
-            missing = missed if missing is None else missing + missed
-        if missing is not None:
-            self._residual += missing.T @ own
+        if apart is not None:
+            if self._cross is not None:
+                self._cross += apart.T @ own
+                self._is_apart = True
+            elif self._weight is not None:
+                missed = apart @ self._weight.T
+                drift = missed if drift is None else drift + missed
+        if drift is not None:
+            self._residual += drift.T @ own
             self._is_added = True
+
+
+class _Positions(NamedTuple):
+    """Weighted positions of one or more documents; either all documents of a matrix have `apart` and `drift` or none."""
+
+    own: Array
+    apart: Array | None
+    drift: Array | None
+
+
+def _joined(parts: list[_Positions]) -> _Positions:
+    own, apart, drift = ([each for each in column if each is not None] for column in zip(*parts, strict=True))
+    return _Positions(
+        np.concatenate(own), np.concatenate(apart) if apart else None, np.concatenate(drift) if drift else None
+    )
