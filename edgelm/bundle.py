@@ -106,6 +106,8 @@ class Manifest:
     made_with: Mapping[str, str] = field(default_factory=dict)
     quality: Mapping[str, Any] | None = None
     """What the export measured beside the unquantized checkpoint; see `edgelm.divergence.Agreement`."""
+    self_check: Mapping[str, Any] | None = None
+    """The same on some hundred tokens of sample text, which every quantized export measures."""
     vocabulary: Mapping[str, Any] | None = None
     """What pruning the vocabulary did; the file `vocabulary.json` lists the kept tokens' old ids."""
     adapter: str | None = None

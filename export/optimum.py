@@ -34,6 +34,7 @@ from .options import Options
 from .progress import Progress
 from .quantize.plan import Plan, Quant
 from .reference.documents import measured_documents, read_text
+from .reference.self_check import refuse_broken, self_check
 from .reference.verify import BundleReference, check, measure, quality
 from .requantize import Requantizer
 
@@ -61,18 +62,28 @@ class _Libraries:
     configs: ModuleType
 
 
-def export_optimum(source: str | Path, stage: Path, options: Options, progress: Progress) -> None:
+def export_optimum(source: str | Path, stage: Path, options: Options, progress: Progress, *, force: bool) -> None:
     """Write a whole bundle into `stage`, measured where the options say so. Raises as `edgelm_export.export` does."""
     manifest = seal(stage, convert(source, stage, options.plan, options.quant, options.context, progress))
-    if options.verify is None:
+    if options.verify is None and options.quant == "fp32":
         return
     bundle = Bundle(stage, manifest)
-    text = read_text(options.verify, "--verify")
-    documents = measured_documents(text, Tokenizer.from_file(bundle.tokenizer), manifest.bos_token, manifest.context)
-    with reference_bundle(source, stage, manifest.context, progress) as reference:
-        agreement = measure(bundle, BundleReference(reference), documents, progress)
-    check(agreement, options.max_kl, options.min_agreement)
-    seal(stage, replace(manifest, quality=quality(agreement, Path(options.verify).name)))
+    tokenizer = Tokenizer.from_file(bundle.tokenizer)
+    documents = None
+    if options.verify is not None:
+        text = read_text(options.verify, "--verify")
+        documents = measured_documents(text, tokenizer, manifest.bos_token, manifest.context)
+    with reference_bundle(source, stage, manifest.context, progress) as beside:
+        reference = BundleReference(beside)
+        if options.quant != "fp32":
+            found = self_check(bundle, reference, tokenizer, progress)
+            if not force:
+                refuse_broken(found)
+            manifest = seal(stage, replace(manifest, self_check=found))
+        if documents is not None and options.verify is not None:
+            agreement = measure(bundle, reference, documents, progress)
+            check(agreement, options.max_kl, options.min_agreement)
+            seal(stage, replace(manifest, quality=quality(agreement, Path(options.verify).name)))
 
 
 @contextmanager

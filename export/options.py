@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from edgelm.errors import EdgelmError, MissingExtraError
 
-from .quantize.plan import BITS, BLOCK_SIZE, BLOCK_SIZES, Plan, Quant
+from .quantize.plan import (
+    BITS,
+    BLOCK_SIZE,
+    BLOCK_SIZES,
+    EMBEDDING_BITS,
+    INT5_LARGE_BLOCKS,
+    QUANTIZED_BITS,
+    TABLES,
+    Plan,
+    Quant,
+    with_bits,
+)
 from .quantize.spec import METHODS, Method, Spec
+from .reference.documents import SELF
 
 Via = Literal["native", "optimum"]
 Kv = Literal["fp32", "int8"]
@@ -25,6 +37,8 @@ class Options:
     symmetric: bool = True
     method: Literal["auto"] | Method = "auto"
     calibrate: str | Path | None = None
+    fast: bool = False
+    embedding_bits: int | None = None
     context: int | None = None
     adapter: str | Path | None = None
     vocab: str | Path | None = None
@@ -52,23 +66,39 @@ class Options:
         if self.quant == "fp32":
             return Plan(None)
         block_size = BLOCK_SIZE if self.block_size is None else self.block_size
-        return Plan(Spec(BITS[self.quant], block_size, self.symmetric, self.chosen_method))
+        default = Spec(BITS[self.quant], block_size, self.symmetric, self.chosen_method)
+        if self.quant == "int8" or self.via == "optimum":
+            return Plan(default)
+        bits = EMBEDDING_BITS[self.quant] if self.embedding_bits is None else self.embedding_bits
+        exceptions = dict.fromkeys(TABLES, with_bits(default, bits))
+        if self.quant == "int5" and self.block_size is None:
+            for part in INT5_LARGE_BLOCKS:
+                exceptions[part] = replace(exceptions.get(part, default), block_size=64)
+        return Plan(with_bits(default, default.bits), exceptions)
 
     @property
     def chosen_method(self) -> Method:
-        """The method that `auto` stands for: gptq with calibration text, else clip; int8 rounds to nearest."""
+        """The method that `auto` stands for: gptq, but clip with `fast`; int8 rounds to nearest."""
         if self.method != "auto":
             return self.method
         if self.quant == "int8":
             return "rtn"
-        return "clip" if self.calibrate is None else "gptq"
+        return "gptq" if self.chosen_calibration is not None else "clip"
+
+    @property
+    def chosen_calibration(self) -> str | Path | None:
+        """The calibration text: a file, `SELF`, or None."""
+        calibrates = self.quant not in ("fp32", "int8") and self.method in ("auto", "gptq") and self.via == "native"
+        if self.calibrate is not None or self.fast or not calibrates:
+            return self.calibrate
+        return SELF
 
     @property
     def has_budget(self) -> bool:
         """Whether each matrix's storage is to be chosen by its sensitivity."""
         if self.via == "optimum":
             return False
-        return self.quant == "mixed" or self.max_bytes is not None or (self.max_kl is not None and self.quant == "int4")
+        return self.quant == "mixed" or self.max_bytes is not None or (self.max_kl is not None and self.quant != "int8")
 
     def _check_values(self) -> None:
         for name, allowed in (
@@ -79,6 +109,9 @@ class Options:
         ):
             if getattr(self, name) not in allowed:
                 raise EdgelmError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.embedding_bits not in (None, *QUANTIZED_BITS):
+            allowed_bits = ", ".join(map(str, QUANTIZED_BITS))
+            raise EdgelmError(f"embedding bits must be one of {allowed_bits}, got {self.embedding_bits}")
         if self.block_size is not None and self.block_size not in BLOCK_SIZES:
             allowed_sizes = ", ".join(map(str, BLOCK_SIZES))
             raise EdgelmError(f"block size must be one of {allowed_sizes}, got {self.block_size}")
@@ -92,11 +125,17 @@ class Options:
     def _check_texts(self) -> None:
         if (self.vocab is None) != (self.vocab_size is None):
             raise EdgelmError("--vocab FILE and --vocab-size N go together: the domain's text, and how many tokens")
-        if self.method == "gptq" and self.calibrate is None:
-            raise EdgelmError("--method gptq needs --calibrate FILE: text like that the model will see")
+        if self.fast and (self.calibrate is not None or self.method == "gptq"):
+            given = "--method gptq" if self.calibrate is None else "--calibrate"
+            raise EdgelmError(f"--fast quantizes without calibration: it does not go with {given}")
+        if self.embedding_bits is not None and (self.quant in ("int8", "fp32") or self.via == "optimum"):
+            with_what = "--via optimum" if self.via == "optimum" else f"--quant {self.quant}"
+            raise EdgelmError(
+                f"--embedding-bits does not go with {with_what}: they have one precision for all matrices"
+            )
         if (self.max_kl is not None or self.min_agreement is not None) and self.verify is None:
             raise EdgelmError("--max-kl and --min-agreement need --verify FILE: the text to measure on")
-        if self.has_budget and self.calibrate is None and self.verify is None:
+        if self.has_budget and self.chosen_calibration is None and self.verify is None:
             raise EdgelmError(
                 "choosing the precision of each matrix needs text to measure with: --calibrate FILE (or --verify FILE)"
             )
@@ -109,6 +148,7 @@ class Options:
     def _check_optimum(self) -> None:
         given: dict[str, Any] = {
             "--calibrate": self.calibrate,
+            "--fast": self.fast or None,
             "--adapter": self.adapter,
             "--vocab": self.vocab,
             "--max-bytes": self.max_bytes,

@@ -20,8 +20,9 @@ from .opened import Opened, open_model, pruned, with_prefix
 from .options import Options
 from .planning import Outline, make_plan
 from .progress import Progress, silent
-from .reference.documents import Document, calibration_documents, measured_documents, read_text
-from .reference.sampled import SELF, sampled_documents
+from .reference.documents import SELF, Document, calibration_documents, measured_documents, read_text
+from .reference.sampled import sampled_documents
+from .reference.self_check import refuse_broken, self_check
 from .reference.verify import CheckpointReference, check, measure, quality
 from .staging import staged
 from .writing import write_bundle
@@ -45,21 +46,28 @@ def export(
     checkpoint
         A directory or a hub id (owner/name).
     out
-        The bundle's directory. An existing one is refused unless `force`; a failed export leaves nothing behind.
+        The bundle's directory; a failed export leaves nothing behind.
+    force
+        Replace an existing bundle, and write one that fails the self-check.
     progress
         Called with (what, done, of).
     quant
-        `int4` (the default), `int8`, `fp32`, or `mixed`: int4 and int8, each matrix by its measured sensitivity, at
-        most 5.5 bits a weight unless `max_bytes` or `max_kl` says otherwise.
+        `int4` (the default), whose embedding and head have 8 bits; `int5` (the default with `fast`), `int6`, `int8`,
+        `fp32`; or `mixed`: 4 to 8 bits, each matrix by its measured sensitivity, at most 5.5 bits a weight unless
+        `max_bytes` or `max_kl` says otherwise.
     block_size, symmetric
         Weights that share a scale: 16, 32 (the default), 64 or 128; and whether blocks have no zero point (True).
     method
         How codes are chosen: `rtn` rounds to nearest, `clip` searches the scale of least squared error, `hqq` is
-        half-quadratic quantization, `gptq` is second-order and needs `calibrate`. `auto`: gptq with calibration text,
-        else clip; rtn for int8.
+        half-quadratic quantization, `gptq` is second-order and calibrated. `auto`: gptq, clip with `fast`; rtn for
+        int8.
     calibrate
-        A text file like what the model will see, of which up to 65,536 tokens are used; or `self`: 24,576 tokens that
-        the model makes up itself.
+        A text file like what the model will see; or `self`, the default but for int8: text that the model writes
+        itself.
+    fast
+        Quantize without calibration: seconds instead of minutes.
+    embedding_bits
+        Bits of embedding and head: 4, 5, 6 or 8.
     context
         Positions of the longest conversation; the default is the checkpoint's, at most 4096.
     adapter
@@ -87,6 +95,8 @@ def export(
     ------
     CheckpointError
         The checkpoint is incomplete, damaged or of an unsupported architecture.
+    SelfCheckError
+        The bundle predicts so much worse than the checkpoint that it is of no use.
     EdgelmError
         The target exists, cannot be written, an option is out of range, or a limit is not met.
     """
@@ -97,9 +107,9 @@ def export(
         if chosen.via == "optimum":
             from .optimum import export_optimum  # heavy: torch, transformers
 
-            export_optimum(checkpoint, stage, chosen, told)
+            export_optimum(checkpoint, stage, chosen, told, force=force)
         else:
-            _export(checkpoint, stage, chosen, opening, told)
+            _export(checkpoint, stage, chosen, opening, told, force=force)
         if opening is not None:
             told("static prefix", 0, 1)
             written = open_bundle(stage, verify=False)
@@ -133,7 +143,8 @@ def choose_context(wanted: int | None, limit: int) -> int:
 
 
 def _checked(given: Mapping[str, Any]) -> Options:
-    options = Options(**given)
+    quant = given.get("quant") or ("int5" if given.get("fast") else "int4")
+    options = Options(**{**given, "quant": quant})
     if options.kv == "int8":
         check_runtime(OLDEST_RUNTIME, "--kv int8")
     return options
@@ -146,7 +157,9 @@ def _open(checkpoint: str | Path, options: Options) -> Opened:
     return pruned(model, options.vocab, options.vocab_size)
 
 
-def _export(checkpoint: str | Path, stage: Path, options: Options, opening: Opening | None, progress: Progress) -> None:
+def _export(
+    checkpoint: str | Path, stage: Path, options: Options, opening: Opening | None, progress: Progress, *, force: bool
+) -> None:
     model = _open(checkpoint, options)
     length = choose_context(options.context, model.decoder.context)
     if opening is not None:
@@ -166,11 +179,16 @@ def _export(checkpoint: str | Path, stage: Path, options: Options, opening: Open
         report=options.report,
     )
     if options.kv == "int8":
-        text = documents if options.calibrate is not None else None  # a budget may look at the text of --verify
+        text = documents if options.chosen_calibration is not None else None  # a budget may look at --verify's text
         manifest = quantize_cache(stage, manifest, model, text, progress)
     manifest = seal(stage, manifest)
+    reference = CheckpointReference(model.weights, progress)
+    if options.quant != "fp32":
+        found = self_check(Bundle(stage, manifest), reference, model.tokenizer, progress)
+        if not force:
+            refuse_broken(found)
+        manifest = seal(stage, replace(manifest, self_check=found))
     if measured is not None and options.verify is not None:
-        reference = CheckpointReference(model.weights, progress)
         agreement = measure(Bundle(stage, manifest), reference, measured, progress)
         check(agreement, options.max_kl, options.min_agreement)
         seal(stage, replace(manifest, quality=quality(agreement, Path(options.verify).name)))
@@ -180,11 +198,12 @@ def _calibration(
     model: Opened, options: Options, context: int, progress: Progress, beside: Path | None = None
 ) -> Sequence[Document] | None:
     """Return the documents that calibration and sensitivity look at, where either is wanted."""
-    if not options.has_budget and options.calibrate is None:
+    chosen = options.chosen_calibration
+    if not options.has_budget and chosen is None:
         return None
-    if options.calibrate == SELF:
+    if chosen == SELF:
         return sampled_documents(model, context, progress, beside)
-    file, flag = (options.calibrate, "--calibrate") if options.calibrate is not None else (options.verify, "--verify")
+    file, flag = (chosen, "--calibrate") if chosen is not None else (options.verify, "--verify")
     if file is None:
         raise AssertionError("a budget without text")
     return calibration_documents(read_text(file, flag), model.tokenizer, model.bos_token, context, flag)

@@ -22,7 +22,7 @@ from .opened import Opened
 from .options import Options
 from .progress import Progress
 from .quantize.budget import Option, choose
-from .quantize.plan import MIXED_BITS, Plan
+from .quantize.plan import MIXED_BITS, QUANTIZED_BITS, Plan, with_bits
 from .quantize.spec import Spec
 from .reference.documents import Document
 from .reference.layers import Layers
@@ -32,7 +32,7 @@ from .storing import planned
 SLACK: Final = 512
 """Bytes of a bundle that are known only when it is written."""
 
-SENSITIVITY_TOKENS: Final = 1024
+SENSITIVITY_TOKENS: Final = 512
 """Positions that sensitivity is measured on: every matrix has its own hidden states of all of them in memory."""
 
 
@@ -81,9 +81,9 @@ def _fitted(model: Opened, options: Options) -> Plan:
     plan = options.plan
     if options.block_size is not None or plan.default is None or plan.default.bits != 4:
         return plan
-    finer = dataclasses.replace(plan.default, block_size=16)
-    short = {name: finer for name, (_, columns) in model.weights.shapes() if 0 < columns % 32 <= 16}
-    return Plan(plan.default, short)
+    short = [name for name, (_, columns) in model.weights.shapes() if 0 < columns % 32 <= 16]
+    finer = {name: dataclasses.replace(spec, block_size=16) for name in short if (spec := plan.spec(name)) is not None}
+    return Plan(plan.default, {**plan.exceptions, **{name: spec for name, spec in finer.items() if spec.bits == 4}})
 
 
 def _within_budget(
@@ -93,13 +93,14 @@ def _within_budget(
     if base.default is None:
         raise AssertionError("a budget without quantization")
     layers = Layers(model.weights, max(len(document) for document in documents))
-    measured = measure_sensitivity(layers, _first(documents, SENSITIVITY_TOKENS), base, progress)
+    probe = Plan(base.default)  # alike for all, so that what is measured stands out from what is not
+    measured = measure_sensitivity(layers, _first(documents, SENSITIVITY_TOKENS), probe, progress)
     candidates = _candidates(base.default, options)
     choices: dict[str, list[Option]] = {}
     weights = 0
     for name, rows in model.weights.matrices():
         weights += rows.shape[0] * rows.shape[1]
-        probed = relative_error(rows, base.spec(name))
+        probed = relative_error(rows, probe.spec(name))
         choices[name] = []
         for spec in candidates:
             kl = measured[name] * relative_error(rows, spec) / max(probed, 1e-30)
@@ -130,9 +131,10 @@ def _room(model: Opened, plan: Plan, options: Options, context: int) -> int:
 def _candidates(base: Spec, options: Options) -> list[Spec]:
     """Return how a matrix may be stored under a budget: the method stays, bits and block size may change."""
     sizes = [options.block_size] if options.block_size is not None else [16, 32, 64, 128]
-    fine = [dataclasses.replace(base, bits=8, block_size=max(size, 32), method="rtn") for size in sizes]
-    coarse = [] if options.quant == "int8" else [dataclasses.replace(base, bits=4, block_size=size) for size in sizes]
-    return list(dict.fromkeys([*coarse, *fine]))
+    bits = [8] if options.quant == "int8" else QUANTIZED_BITS
+    return list(
+        dict.fromkeys(with_bits(dataclasses.replace(base, bits=4, block_size=size), b) for b in bits for size in sizes)
+    )
 
 
 def _matrices(model: Opened, plan: Plan) -> list[Matrix]:

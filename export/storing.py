@@ -15,7 +15,7 @@ from .graph.matrices import store_float, store_packed
 from .progress import Progress
 from .quantize.moments import HeldBack, Moments, compensate_drift, output_error
 from .quantize.pack import Packed, dequantize
-from .quantize.plan import Plan
+from .quantize.plan import TABLES, Plan
 from .quantize.quantizer import Quantizer, choose_scale_dtype
 from .quantize.spec import Spec
 from .reference.calibrate import calibrate
@@ -24,8 +24,6 @@ from .reference.layers import Layers
 from .reference.sensitivity import uncalibrated
 from .rows import Rows
 from .weights import Weights
-
-TABLES = ("embedding", "head")
 
 
 def planned(name: str, rows: int, columns: int, spec: Spec | None) -> Matrix:
@@ -73,7 +71,6 @@ class MatrixStore:
         if self.measure:
             self.errors[name] = _relative_error(rows, read)
         return read
-
 
     def is_calibrated(self, name: str) -> bool:
         """See `calibrate.Store`."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgelm.bundle import Manifest
+from edgelm.bundle import Manifest, Matrix
 
 from . import metadata
 from .decoder import Decoder
@@ -15,7 +15,7 @@ from .graph.initializers import Initializers
 from .graph.nodes import Nodes
 from .opened import Opened, vocabulary_facts
 from .progress import Progress
-from .quantize.plan import Plan, Quant
+from .quantize.plan import TABLES, Plan, Quant
 from .reference.compare import VOCABULARY
 from .reference.documents import Document
 from .storing import MatrixStore, store_matrices
@@ -58,13 +58,13 @@ def write_bundle(
 def _manifest(model: Opened, quant: Quant, context: int, store: MatrixStore) -> Manifest:
     d, checkpoint = model.decoder, model.checkpoint
     matrices = tuple(store.matrices.values())
-    tables = [matrix for matrix in matrices if matrix.name in ("embedding", "head")]
+    tables = [matrix for matrix in matrices if matrix.name in TABLES]
     return Manifest(
         architecture=str(checkpoint.config["model_type"]),
         context=context,
         vocab_size=d.vocab_size,
         cache=d.cache,
-        quant=quant if len({matrix.bits for matrix in matrices}) == 1 else "mixed",
+        quant=quant if _is_uniform(matrices) else "mixed",
         matrices=matrices,
         bos_token=model.bos_token,
         eos_tokens=model.eos_tokens,
@@ -78,6 +78,11 @@ def _manifest(model: Opened, quant: Quant, context: int, store: MatrixStore) -> 
         adapter=model.adapter,
         long_from=d.long_from(context),
     )
+
+
+def _is_uniform(matrices: Sequence[Matrix]) -> bool:
+    """Whether all matrices but embedding and head have the same bits."""
+    return len({matrix.bits for matrix in matrices if matrix.name not in TABLES}) == 1
 
 
 def _shapes(d: Decoder) -> dict[str, int]:

@@ -14,7 +14,7 @@ from typing import Any
 from edgelm.bundle import Bundle
 from edgelm.cli.extras import reach
 from edgelm.cli.progress import Progress
-from edgelm.cli.tables import outline_table, prefix_text, quality_table
+from edgelm.cli.tables import outline_table, prefix_text, quality_table, self_check_text
 from edgelm.errors import UsageError
 
 EXAMPLES = """\
@@ -38,6 +38,8 @@ OPTIONS = (
     "block_size",
     "method",
     "calibrate",
+    "fast",
+    "embedding_bits",
     "context",
     "adapter",
     "vocab",
@@ -67,9 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("precision")
     size.add_argument(
         "--quant",
-        choices=["int4", "int8", "mixed", "fp32"],
-        default="int4",
-        help="int4 (the default); mixed: int4 and int8 by each matrix's sensitivity, 5.5 bits a weight",
+        choices=["int4", "int5", "int6", "int8", "mixed", "fp32"],
+        help="int4 (the default; int5 with --fast); mixed: 4 to 8 bits by each matrix's sensitivity, 5.5 bits a weight",
     )
     size.add_argument(
         "--block-size",
@@ -83,12 +84,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=["auto", "rtn", "clip", "hqq", "gptq"],
         default="auto",
-        help="how codes are chosen (auto: gptq with --calibrate, else clip; rtn for int8)",
+        help="how codes are chosen (auto: gptq for int4 and mixed, clip with --fast; rtn for int8)",
     )
-    size.add_argument(
+    calibration = size.add_mutually_exclusive_group()
+    calibration.add_argument(
         "--calibrate",
         metavar="FILE",
-        help="for gptq, budgets and --kv: text like what the model will see, or `self` for what the model makes up",
+        help="calibration text like what the model will see, or `self` (the default for int4 and mixed): text that"
+        " the model writes itself",
+    )
+    calibration.add_argument(
+        "--fast", action="store_true", help="quantize without calibration: seconds instead of minutes, and less exact"
+    )
+    size.add_argument(
+        "--embedding-bits",
+        type=int,
+        choices=[4, 5, 6, 8],
+        metavar="N",
+        help="bits of embedding and head: 4, 5, 6, 8 (8 with int4)",
     )
     size.add_argument(
         "--kv",
@@ -170,6 +183,7 @@ def _facts(bundle: Bundle, seconds: float) -> Mapping[str, Any]:
         "context": manifest.context,
         "vocabulary": manifest.vocabulary,
         "quality": manifest.quality,
+        "self_check": manifest.self_check,
         "prefix_tokens": 0 if manifest.prefix is None else len(manifest.prefix.tokens),
         "digest": manifest.digest,
         "seconds": round(seconds, 2),
@@ -195,6 +209,14 @@ def _summary(bundle: Bundle, seconds: float) -> str:
             )
     if m.prefix is not None:
         lines.append(f"static prefix: {prefix_text(bundle)}")
+    if m.self_check is not None:
+        lines.append(self_check_text(m.self_check))
+    uncalibrated = sum(matrix.method == "clip" for matrix in m.matrices)
+    if uncalibrated and any(matrix.method == "gptq" for matrix in m.matrices):
+        lines.append(
+            f"calibration: {uncalibrated} of {len(m.matrices)} matrices are stored without it, which served the"
+            " held-back positions better"
+        )
     if m.quality is not None:
         lines.append(quality_table(m.quality))
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from edgelm.bundle import Bundle, Manifest, open_bundle
-from edgelm.cli.tables import prefix_text, quality_table
+from edgelm.cli.tables import prefix_text, quality_table, self_check_text
 from edgelm.memory import PREFIX_CACHE_MB, MemoryPlan, plan_memory
 
 
@@ -41,9 +41,10 @@ def _derived(bundle: Bundle) -> dict[str, Any]:
 
 
 def _quality_rows(m: Manifest) -> list[tuple[str, str]]:
-    if m.quality is None:
-        return [("quality", "not measured at export")]
-    first, *others = quality_table(m.quality).splitlines()
+    lines = [] if m.quality is None else quality_table(m.quality).splitlines()
+    if m.self_check is not None:
+        lines.append(self_check_text(m.self_check))
+    first, *others = lines or ["not measured at export"]
     return [("quality", first), *(("", line) for line in others)]
 
 

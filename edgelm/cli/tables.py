@@ -25,6 +25,15 @@ def quality_table(quality: Mapping[str, Any]) -> str:
     return "\n".join(f"{a:<22} {b:>10} {c:>10}  {d}".rstrip() for a, b, c, d in rows)
 
 
+def self_check_text(found: Mapping[str, Any]) -> str:
+    """Return what the export's self-check measured, in one line."""
+    change = 100 * (found["perplexity"] / found["reference_perplexity"] - 1)
+    return (
+        f"self-check on {found['tokens']} tokens of sample text: perplexity {found['reference_perplexity']:.4g} ->"
+        f" {found['perplexity']:.4g} ({change:+.1f} %), KL {found['kl_mean']:.4f} nats"
+    )
+
+
 def prefix_text(bundle: Bundle) -> str | None:
     """Return what a bundle's static prefix is, in one line; None where it has none."""
     prefix = bundle.manifest.prefix

@@ -180,9 +180,7 @@ def _read_codes(nodes: Nodes, matrix: Matrix) -> str:
 
     joined = parts(_low_codes(matrix.name), 4)
     high = parts(_high_codes(matrix.name), bits)
-    moved = nodes.add(
-        "BitShift", [high, nodes.bytes("codes.shift.4", [4])], f"{name}.high.moved", direction="LEFT"
-    )
+    moved = nodes.add("BitShift", [high, nodes.bytes("codes.shift.4", [4])], f"{name}.high.moved", direction="LEFT")
     joined = nodes.add("BitwiseOr", [joined, moved], f"{name}.joined.{bits + 3}")
     top = moved
     if bits == 2:  # the upper of the two bits alone

@@ -60,8 +60,9 @@ def pack(codes: NDArray[np.uint8], scales: NDArray[Any], zeros: NDArray[Any] | N
     rows, blocks = scales.shape
     block_size = codes.shape[1] // blocks
     if bits in (5, 6):
-        high = _joined(codes >> 4, bits - 4).reshape(rows, blocks, -1)
-        return Packed(_halves(codes & 15, 4).reshape(rows, blocks, -1), scales, None, bits, block_size, columns, high)
+        low, high = _halves(codes & np.uint8(15), 4), _joined(codes >> np.uint8(4), bits - 4)
+        shape = rows, blocks, -1
+        return Packed(low.reshape(shape), scales, None, bits, block_size, columns, high.reshape(shape))
     points = None if zeros is None else _halves(zeros.astype(np.uint8), bits)
     return Packed(_halves(codes, bits).reshape(rows, blocks, -1), scales, points, bits, block_size, columns)
 
@@ -73,7 +74,7 @@ def unpack_codes(packed: Packed) -> NDArray[np.uint8]:
     if packed.high is None:
         return _whole(packed.data.reshape(rows, -1), packed.bits).reshape(shape)
     low = _whole(packed.data.reshape(rows, -1), 4).reshape(shape)
-    return low | _split(packed.high.reshape(rows, -1), packed.bits - 4).reshape(shape) << 4
+    return low | _split(packed.high.reshape(rows, -1), packed.bits - 4).reshape(shape) << np.uint8(4)
 
 
 def unpack_zeros(packed: Packed) -> NDArray[np.uint8]:
@@ -115,4 +116,5 @@ def _joined(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 def _split(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Undo `_joined`."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return ((values[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(len(values), -1)
+    parts: NDArray[np.uint8] = (values[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
+    return parts.reshape(len(values), -1)

@@ -14,9 +14,9 @@ METHODS: Final[tuple[Method, ...]] = ("rtn", "clip", "hqq", "gptq")
 class Spec:
     """How one matrix is stored and by which method its codes are chosen.
 
-    bits: 4, 5, 6 or 8, 5 and 6 symmetric only; 32 says not quantized, and never reaches the quantizer. block_size: weights a scale along a row, 16,
-    32, 64 or 128. symmetric: the zero point is 2^(bits-1), else one is stored for every block. accuracy_level: that of
-    MatMulNBits (4: activations rounded to int8).
+    bits: 4, 5, 6 or 8, 5 and 6 symmetric only; 32 says not quantized, and never reaches the quantizer. block_size:
+    weights a scale along a row, 16, 32, 64 or 128. symmetric: the zero point is 2^(bits-1), else one is stored for
+    every block. accuracy_level: that of MatMulNBits (4: activations rounded to int8).
     """
 
     bits: int

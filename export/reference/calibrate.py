@@ -205,7 +205,8 @@ def _held_back(documents: Sequence[Document]) -> set[int]:
 def _inverse_mean_square(values: Array) -> Array:
     """Return 1 / mean square of each position [n, width] -> [n]: what an error there weighs once a norm has read it."""
     mean_square = np.mean(np.square(values, dtype=np.float32), axis=1)
-    return np.float32(1) / np.maximum(mean_square, np.float32(1e-12))
+    weights: Array = np.float32(1) / np.maximum(mean_square, np.float32(1e-12))
+    return weights
 
 
 def _next(part: Part, value: Array | None, residual: Array) -> Array:

@@ -13,6 +13,9 @@ from edgelm.errors import EdgelmError
 from edgelm.textfile import split_documents
 from edgelm.tokenizer import Tokenizer
 
+SELF: Final = "self"
+"""What `--calibrate` takes instead of a file: text that the model writes itself."""
+
 CALIBRATION_LENGTH: Final = 512
 """Tokens of one calibration sequence."""
 

@@ -24,9 +24,6 @@ from ..quantize.spec import Spec
 from ..writing import write_bundle
 from .documents import Document
 
-SELF: Final = "self"
-"""What `--calibrate` takes instead of a file."""
-
 DOCUMENTS: Final = 96
 TOKENS: Final = 256
 """Length of each document: 24,576 tokens in all, a third of what is taken from text."""

@@ -54,9 +54,13 @@ class Sums:
         says how much a squared error at each position counts; None: 1. With `hold_back` the positions go into
         `Moments.held_back` and not into the sums.
         """
-        roots = None if weights is None else np.sqrt(weights)[:, None]
         apart = None if full is None else full - own
-        positions = _Positions(*(each if each is None or roots is None else each * roots for each in (own, apart, drift)))
+        if weights is not None:
+            roots = np.sqrt(weights)[:, None]
+            own = own * roots
+            apart = None if apart is None else apart * roots
+            drift = None if drift is None else drift * roots
+        positions = _Positions(own, apart, drift)
         if hold_back:
             self._held.append(positions)
             return
@@ -82,9 +86,10 @@ class Sums:
             return HeldBack(held.own)
         if self._weight is None:
             raise AssertionError("a target needs the matrix")
-        full = held.own if held.apart is None else held.own + held.apart
-        target = full @ self._weight.T
-        return HeldBack(held.own, target if held.drift is None else target + held.drift)
+        target: Array = (held.own if held.apart is None else held.own + held.apart) @ self._weight.T
+        if held.drift is not None:
+            target += held.drift
+        return HeldBack(held.own, target)
 
     def _add_up(self) -> None:
         """Add the documents that wait."""
@@ -109,7 +114,7 @@ class Sums:
 
 
 class _Positions(NamedTuple):
-    """Weighted positions of one or more documents; either all documents of a matrix have `apart` and `drift` or none."""
+    """Weighted positions of documents. Of one matrix either all documents have `apart`, or none; so with `drift`."""
 
     own: Array
     apart: Array | None
