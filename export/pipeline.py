@@ -20,7 +20,14 @@ from .opened import Opened, open_model, pruned, with_prefix
 from .options import Options
 from .planning import Outline, make_plan
 from .progress import Progress, silent
-from .reference.documents import SELF, Document, calibration_documents, measured_documents, read_text
+from .reference.documents import (
+    SELF,
+    Document,
+    calibration_documents,
+    calibration_tokens,
+    measured_documents,
+    read_text,
+)
 from .reference.sampled import sampled_documents
 from .reference.self_check import refuse_broken, self_check
 from .reference.verify import CheckpointReference, check, measure, quality
@@ -206,7 +213,8 @@ def _calibration(
     file, flag = (chosen, "--calibrate") if chosen is not None else (options.verify, "--verify")
     if file is None:
         raise AssertionError("a budget without text")
-    return calibration_documents(read_text(file, flag), model.tokenizer, model.bos_token, context, flag)
+    limit = calibration_tokens(model.decoder.parameters)
+    return calibration_documents(read_text(file, flag), model.tokenizer, model.bos_token, context, limit, flag)
 
 
 def _measured(model: Opened, options: Options, context: int) -> Sequence[Document] | None:

@@ -18,11 +18,8 @@ from . import triangular
 Array = NDArray[np.float32]
 
 DAMPING: Final = 0.01
-"""Share of each channel's own second moment that is added to it. GPTQ's step 3 adds one per cent of the channels' mean,
-which a channel of outliers makes larger than everything that the others say."""
-
-FLOOR: Final = 1e-6
-"""Share of the mean second moment that every channel has at least, used or not."""
+"""Share of a channel's own second moment, or of the channels' median where that is more, that is added to it. GPTQ's
+step 3 adds one per cent of their mean, which a single channel of outliers makes larger than what all others say."""
 
 DRIFT_DAMPING: Final = 0.1
 """Share for `compensate_drift`, which would otherwise trust directions that the text hardly used."""
@@ -71,8 +68,9 @@ class Moments:
     def damped_diagonal(self, share: float = DAMPING) -> Array:
         """Return float32 [K], the diagonal of `damped`; no channel is dead."""
         diagonal = np.diag(self.second).astype(np.float64)
-        floor = FLOOR * (float(diagonal.mean()) or 1.0)
-        damped: Array = np.maximum(diagonal * (1 + share), floor).astype(np.float32)
+        used = diagonal[diagonal > 0]
+        typical = float(np.median(used)) if len(used) else 1.0
+        damped: Array = (diagonal + share * np.maximum(diagonal, typical)).astype(np.float32)
         return damped
 
 

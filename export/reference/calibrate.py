@@ -38,8 +38,11 @@ HELD_BACK: Final = 8
 HELD_TOKENS: Final = 2048
 """Positions held back, about, at most."""
 
+WHOLE_BYTES: Final = 256 << 20
+"""Most bytes of a stream's states in float32; where they are more, they are kept in float16."""
+
 KEPT_BYTES: Final = 256 << 20
-"""Most bytes that an MLP's inner activations take in each stream; where they are more, they are computed again."""
+"""Most bytes of an MLP's inner activations in each stream; where they are more, they are computed again."""
 
 Array = NDArray[np.float32]
 
@@ -62,9 +65,10 @@ def calibrate(layers: Layers, documents: Sequence[Document], store: Store, progr
 class _Stream:
     """A model's hidden states of all documents, and what the matrix whose turn it is multiplies in each."""
 
-    def __init__(self, hidden: States, *, keeps_inner: bool) -> None:
-        self.hidden = hidden
+    def __init__(self, hidden: Sequence[Array], *, narrow: bool, keeps_inner: bool) -> None:
+        self.hidden = States(enumerate(hidden), narrow=narrow)
         self.values = States()
+        self._narrow = narrow
         self._keeps_inner = keeps_inner
         self._inner: Part | None = None
         """What computes an MLP's inner activations from its input, where these are not kept."""
@@ -72,7 +76,8 @@ class _Stream:
     def start(self, piece: Part) -> None:
         """Begin a layer."""
         self._inner = None
-        self.values = States((n, _next(piece, None, self.hidden[n])) for n in range(len(self.hidden)))
+        values = ((n, _next(piece, None, self.hidden[n])) for n in range(len(self.hidden)))
+        self.values = States(values, narrow=self._narrow)
 
     def value(self, n: int) -> Array:
         """Return what the matrix multiplies, [positions, inputs]."""
@@ -109,9 +114,11 @@ class _Calibration:
     def run(self) -> None:
         layers, weights, tied = self._layers, self._layers.weights, self._decoder.tied
         table = self._store("embedding", weights.embedding(), self._tied_moments() if tied else None)
-        keeps_inner = 2 * self._decoder.mlp_size * sum(map(len, self._documents)) <= KEPT_BYTES
-        self._full = _Stream(States(enumerate(layers.embed(self._documents))), keeps_inner=keeps_inner)
-        self._own = _Stream(States(enumerate(layers.embed(self._documents, table))), keeps_inner=keeps_inner)
+        positions, d = sum(map(len, self._documents)), self._decoder
+        narrow = 4 * positions * (d.hidden_size + max(d.mlp_size, d.heads * d.padded_head_size)) > WHOLE_BYTES
+        keeps_inner = (2 if narrow else 4) * positions * d.mlp_size <= KEPT_BYTES
+        self._full = _Stream(layers.embed(self._documents), narrow=narrow, keeps_inner=keeps_inner)
+        self._own = _Stream(layers.embed(self._documents, table), narrow=narrow, keeps_inner=keeps_inner)
         del table  # what is not needed any more is large
         give_back()
         for i in range(len(self._decoder.layers)):

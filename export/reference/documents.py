@@ -20,7 +20,13 @@ CALIBRATION_LENGTH: Final = 512
 """Tokens of one calibration sequence."""
 
 CALIBRATION_TOKENS: Final = 128 * CALIBRATION_LENGTH
-"""Calibration tokens put to use; GPTQ (arXiv:2210.17323, section 4) takes 128 segments too, of 2,048 each."""
+"""Calibration tokens put to use at most; GPTQ (arXiv:2210.17323, section 4) takes 128 segments too, of 2,048 each."""
+
+CALIBRATION_WORK: Final = 2.5e12
+"""Weights times tokens from which on fewer tokens are put to use, for the sake of time; at least a quarter of them."""
+
+MOST_READ: Final = 16
+"""So many times the calibration tokens are read of a long text, to be chosen from."""
 
 LEAST_CALIBRATION_TOKENS: Final = 512
 """Fewer say too little of what a model sees."""
@@ -40,28 +46,37 @@ def read_text(file: str | Path, option: str) -> str:
     return text
 
 
-def calibration_documents(
-    text: str, tokenizer: Tokenizer, bos: int | None, context: int, option: str = "--calibrate"
-) -> list[Document]:
-    """Cut documents into sequences of at most 512 tokens, until there are `CALIBRATION_TOKENS`.
+def calibration_tokens(parameters: int) -> int:
+    """Return how many tokens a model of so many weights is calibrated on."""
+    wanted = int(CALIBRATION_WORK / max(parameters, 1)) // CALIBRATION_LENGTH * CALIBRATION_LENGTH
+    return min(max(wanted, CALIBRATION_TOKENS // 4), CALIBRATION_TOKENS)
 
-    `option` names the text in errors. Raises `EdgelmError` for a text of fewer than `LEAST_CALIBRATION_TOKENS` tokens.
+
+def calibration_documents(
+    text: str, tokenizer: Tokenizer, bos: int | None, context: int, limit: int, option: str = "--calibrate"
+) -> list[Document]:
+    """Cut documents into sequences of at most 512 tokens, and return those of `limit` tokens.
+
+    Where there are more, sequences are taken evenly from the whole text. `option` names the text in errors. Raises
+    `EdgelmError` for a text of fewer than `LEAST_CALIBRATION_TOKENS` tokens.
     """
     length = min(CALIBRATION_LENGTH, context)
     found: list[Document] = []
     total = 0
     for ids in _tokens(split_documents(text), tokenizer, bos):
-        for start in range(0, len(ids), length):
-            if total >= CALIBRATION_TOKENS:
-                return found
-            found.append(ids[start : start + min(length, CALIBRATION_TOKENS - total)])
-            total += len(found[-1])
+        found += [ids[start : start + length] for start in range(0, len(ids), length)]
+        total += len(ids)
+        if total >= MOST_READ * limit:
+            break
     if total < LEAST_CALIBRATION_TOKENS:
         raise EdgelmError(
             f"{option}: the text has {total} tokens; at least {LEAST_CALIBRATION_TOKENS} are needed, and"
-            f" {CALIBRATION_TOKENS} are put to use"
+            f" {limit} are put to use"
         )
-    return found
+    if total <= limit:
+        return found
+    count = max(1, len(found) * limit // total)
+    return [found[i * len(found) // count] for i in range(count)]
 
 
 def measured_documents(text: str, tokenizer: Tokenizer, bos: int | None, context: int) -> list[Document]:

@@ -22,12 +22,16 @@ from ..progress import Progress, silent
 from ..quantize.plan import BLOCK_SIZE, Plan
 from ..quantize.spec import Spec
 from ..writing import write_bundle
-from .documents import Document
+from .documents import Document, calibration_tokens
 
-DOCUMENTS: Final = 96
+WRITTEN_TOKENS: Final = 24576
+"""Tokens written at most, of large models fewer: a third of what is taken from text."""
+
 TOKENS: Final = 256
-"""Length of each document: 24,576 tokens in all, a third of what is taken from text."""
-TOGETHER: Final = 16
+"""Length of each document."""
+
+TOGETHER: Final = 32
+"""Documents that are written side by side: so many cost little more than one."""
 
 
 def sampled_documents(model: Opened, context: int, progress: Progress, beside: Path | None) -> list[Document]:
@@ -42,11 +46,12 @@ def sampled_documents(model: Opened, context: int, progress: Progress, beside: P
         session = open_session(Bundle(Path(folder), manifest), rows=TOGETHER)
         generator = np.random.Generator(np.random.PCG64(0))
         found: list[Document] = []
-        while len(found) < DOCUMENTS:
-            progress("sampling calibration text", len(found), DOCUMENTS)
+        wanted = min(WRITTEN_TOKENS, calibration_tokens(model.decoder.parameters)) // TOKENS
+        while len(found) < wanted:
+            progress("sampling calibration text", len(found), wanted)
             found += _write(session, _first_tokens(model, generator), length, model.eos_tokens, generator)
         del session  # before its files go
-    return found
+    return found[:wanted]
 
 
 def write_documents(bundle: Bundle, model: Opened) -> tuple[Session, list[Document]]:
@@ -60,11 +65,15 @@ def write_documents(bundle: Bundle, model: Opened) -> tuple[Session, list[Docume
 
 
 def _first_tokens(model: Opened, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Return the start token for every document, or where there is none, any of the tokenizer's."""
-    if model.bos_token is not None:
-        return np.full(TOGETHER, model.bos_token, np.int64)
+    """Return the start token, where there is one, for every second document, and any of the tokenizer's for others.
+
+    What follows a start token alone may be all of one kind: conversations, where a model was trained to hold them.
+    """
     limit = min(model.decoder.vocab_size, model.tokenizer.base_vocab_size)
-    return generator.integers(0, limit, TOGETHER, dtype=np.int64)
+    tokens = generator.integers(0, limit, TOGETHER, dtype=np.int64)
+    if model.bos_token is not None:
+        tokens[::2] = model.bos_token
+    return tokens
 
 
 def _write(

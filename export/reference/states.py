@@ -1,4 +1,4 @@
-"""Hidden states of many documents in half the memory: float16 with one scale a position."""
+"""Hidden states of many documents, as they are or in half the memory: float16 with one scale a position."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ Array = NDArray[np.float32]
 
 
 class States:
-    """One float32 [n, width] for each numbered document, kept to 11 significant bits; any size of value is held."""
+    """One float32 [n, width] for each numbered document.
 
-    def __init__(self, arrays: Iterable[tuple[int, Array]] = ()) -> None:
-        self._stored = {document: _narrow(array) for document, array in arrays}
+    With `narrow` each is kept to 11 significant bits, whatever its size: half the memory, but converting takes longer
+    than many a product.
+    """
+
+    def __init__(self, arrays: Iterable[tuple[int, Array]] = (), *, narrow: bool = False) -> None:
+        self._narrow = narrow
+        self._stored: dict[int, tuple[NDArray[np.float16], Array] | Array] = {}
+        for document, array in arrays:
+            self[document] = array
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -23,13 +30,15 @@ class States:
         return document in self._stored
 
     def __getitem__(self, document: int) -> Array:
-        halves, scales = self._stored[document]
+        stored = self._stored[document]
+        if not isinstance(stored, tuple):
+            return stored
+        halves, scales = stored
         return halves.astype(np.float32) * scales
 
     def __setitem__(self, document: int, array: Array) -> None:
-        self._stored[document] = _narrow(array)
-
-
-def _narrow(array: Array) -> tuple[NDArray[np.float16], Array]:
-    scales = np.maximum(np.abs(array).max(axis=1, keepdims=True), np.float32(1e-30))
-    return (array / scales).astype(np.float16), scales
+        if not self._narrow:
+            self._stored[document] = array
+            return
+        scales = np.maximum(np.abs(array).max(axis=1, keepdims=True), np.float32(1e-30))
+        self._stored[document] = (array / scales).astype(np.float16), scales

@@ -86,7 +86,8 @@ class Sums:
             return HeldBack(held.own)
         if self._weight is None:
             raise AssertionError("a target needs the matrix")
-        target: Array = (held.own if held.apart is None else held.own + held.apart) @ self._weight.T
+        full: Array = held.own if held.apart is None else np.add(held.own, held.apart, dtype=np.float32)
+        target: Array = np.matmul(full, self._weight.T, dtype=np.float32)
         if held.drift is not None:
             target += held.drift
         return HeldBack(held.own, target)

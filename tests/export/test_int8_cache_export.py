@@ -52,7 +52,7 @@ def test_no_value_of_the_calibration_text_exceeds_its_scale(fields, text, tiny_c
     scales = scales_of(bundle)
     assert len(scales) == 4  # layers, keys and values
     assert all(np.isfinite(each).all() and (each > 0).all() for each in scales.values())
-    documents = calibration_documents(text.read_text("utf-8"), open_model(checkpoint).tokenizer, 0, 512)
+    documents = calibration_documents(text.read_text("utf-8"), open_model(checkpoint).tokenizer, 0, 512, 65536)
     sessions = [open_session(each, rows=1, threads=1) for each in (bundle, plain)]
     highest = 0
     for document in documents:

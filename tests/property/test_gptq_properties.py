@@ -13,14 +13,24 @@ import itertools
 
 import naive_quantize
 from edgelm_export.quantize import gptq, quantizer
-from edgelm_export.quantize.moments import Moments, factors, follow, prepare, with_lookup
+from edgelm_export.quantize.moments import (
+    HeldBack,
+    Moments,
+    compensate_drift,
+    factors,
+    output_error,
+    prepare,
+    with_lookup,
+)
 from edgelm_export.quantize.pack import Packed, dequantize
 from edgelm_export.quantize.quantizer import Quantizer
 from edgelm_export.quantize.spec import Spec
 
 from edgelm.errors import EdgelmError
 
-specs = st.builds(Spec, st.sampled_from([4, 8]), st.sampled_from([16, 32, 64]), st.booleans(), st.just("gptq"))
+specs = st.builds(
+    Spec, st.sampled_from([4, 5, 6, 8]), st.sampled_from([32, 64]), st.just(True), st.just("gptq")
+) | st.builds(Spec, st.sampled_from([4, 8]), st.sampled_from([16, 32, 64]), st.booleans(), st.just("gptq"))
 
 
 @st.composite
@@ -159,7 +169,7 @@ def test_following_brings_outputs_closer_to_the_unquantized_model(layer, seed, p
         own.T @ own, drift.T @ own if parts != "residual" else None, None if stream is None else stream.T @ own
     )
     target = (own + drift) @ weight.T.astype(np.float64) + (0 if stream is None else stream)
-    missed = [((own @ w.T.astype(np.float64) - target) ** 2).sum() for w in (weight, follow(weight, moments))]
+    missed = [((own @ w.T.astype(np.float64) - target) ** 2).sum() for w in (weight, compensate_drift(weight, moments))]
     assert missed[1] <= missed[0] * (1 + 1e-4) + 1e-6 * (target**2).sum()
 
 
@@ -167,15 +177,54 @@ def test_following_undoes_a_drift_that_weights_can_undo():
     generator = np.random.default_rng(0)
     full, weight = generator.normal(size=(500, 32)), generator.normal(size=(16, 32)).astype(np.float32)
     own = full @ (np.eye(32) + 0.1 * generator.normal(size=(32, 32)))
-    moved = follow(weight, Moments(own.T @ own, (full - own).T @ own))
+    moved = compensate_drift(weight, Moments(own.T @ own, (full - own).T @ own))
     missed = [np.square(own @ w.T - full @ weight.T).sum() for w in (weight, moved)]
     assert missed[1] < 0.05 * missed[0]
 
 
 def test_without_drift_weights_stay():
     weight = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
-    assert np.array_equal(follow(weight, Moments(np.eye(8))), weight)
-    assert np.array_equal(follow(weight, Moments(np.eye(8), np.zeros((8, 8)), np.zeros((4, 8)))), weight)
+    assert np.array_equal(compensate_drift(weight, Moments(np.eye(8))), weight)
+    assert np.array_equal(compensate_drift(weight, Moments(np.eye(8), np.zeros((8, 8)), np.zeros((4, 8)))), weight)
+
+
+@given(layer=layers(most_columns=40), seed=st.integers(0, 99), outlier=st.sampled_from([1.0, 1e2, 1e3, 1e4]))
+def test_drift_is_compensated_only_as_far_as_held_back_positions_agree(layer, seed, outlier):
+    """Positions of the sums that say nothing of others, such as one with huge values, cannot move weights away."""
+    weight, full, own = layer
+    generator = np.random.default_rng(seed)
+    drift = full - own
+    own, drift = own.copy(), drift.copy()
+    own[0] *= outlier
+    drift[0] = outlier * generator.normal(size=drift[0].shape)
+    held_x = generator.normal(size=(30, own.shape[1])).astype(np.float32)
+    held_target = held_x @ weight.T + 0.01 * generator.normal(size=(30, len(weight))).astype(np.float32)
+    held = HeldBack(held_x, held_target)
+    moved = compensate_drift(weight, Moments(own.T @ own, drift.T @ own, held_back=held))
+    assert np.isfinite(moved).all()
+    assert output_error(weight, held, moved) <= output_error(weight, held, weight) * (1 + 1e-3) + 1e-9
+
+
+def test_all_of_a_compensation_is_taken_where_held_back_positions_confirm_it():
+    generator = np.random.default_rng(0)
+    full, weight = generator.normal(size=(600, 32)), generator.normal(size=(16, 32)).astype(np.float32)
+    own = full @ (np.eye(32) + 0.1 * generator.normal(size=(32, 32)))
+    held = HeldBack(own[500:].astype(np.float32), (full[500:] @ weight.T).astype(np.float32))
+    moments = Moments(own[:500].T @ own[:500], (full[:500] - own[:500]).T @ own[:500], held_back=held)
+    assert output_error(weight, held, compensate_drift(weight, moments)) < 0.05 * output_error(weight, held, weight)
+
+
+@given(layer=layers(), outlier=st.sampled_from([1.0, 1e2, 1e4]))
+def test_a_channel_of_outliers_does_not_damp_the_others(layer, outlier):
+    _, x, _ = layer
+    x = x.copy()
+    x[:, 0] *= outlier
+    moments = moments_of(x)
+    diagonal = np.diag(moments.second)
+    typical = np.median(diagonal[diagonal > 0]) if diagonal.any() else 1.0
+    added = moments.damped_diagonal() - diagonal
+    assert (added <= 0.0101 * np.maximum(diagonal, typical) + 1e-6 * diagonal).all()
+    assert (moments.damped_diagonal() > 0).all()
 
 
 def test_a_lookup_adds_to_the_head_s_moments_in_every_direction():

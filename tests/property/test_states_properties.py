@@ -19,7 +19,7 @@ ARRAYS = hnp.arrays(
 
 @given(st.lists(ARRAYS, min_size=1, max_size=3))
 def test_eleven_bits_are_kept_beside_the_largest_of_a_position(arrays):
-    states = States(enumerate(arrays))
+    states = States(enumerate(arrays), narrow=True)
     assert len(states) == len(arrays)
     for number, array in enumerate(arrays):
         largest = np.abs(array).max(axis=1, keepdims=True)
@@ -27,11 +27,18 @@ def test_eleven_bits_are_kept_beside_the_largest_of_a_position(arrays):
         assert (np.abs(states[number] - array) <= allowed).all()
 
 
-@given(ARRAYS, ARRAYS)
-def test_a_document_can_be_replaced(first, second):
-    states = States([(7, first), (2, first)])
+@given(st.lists(ARRAYS, min_size=1, max_size=3))
+def test_whole_states_are_as_they_were(arrays):
+    states = States(enumerate(arrays))
+    for number, array in enumerate(arrays):
+        np.testing.assert_array_equal(states[number], array)
+
+
+@given(ARRAYS, ARRAYS, st.booleans())
+def test_a_document_can_be_replaced(first, second, narrow):
+    states = States([(7, first), (2, first)], narrow=narrow)
     states[2] = second
-    again = States(enumerate([first, second]))
+    again = States(enumerate([first, second]), narrow=narrow)
     assert 7 in states
     assert 0 not in states
     for number, other in ((7, 0), (2, 1)):

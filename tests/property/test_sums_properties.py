@@ -14,51 +14,72 @@ from edgelm_export.reference import sums
 
 @st.composite
 def passes(draw):
-    """A matrix, and documents: inputs in both models, drift of the stream, and whether each is followed."""
+    """A matrix, and documents: inputs in both models, drift of the stream, weights, and whether each is held back."""
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     rows, columns = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     lengths = draw(st.lists(st.integers(1, 7), min_size=1, max_size=12))
-    followed = [True, *draw(st.lists(st.booleans(), min_size=len(lengths) - 1, max_size=len(lengths) - 1))]
+    held = [False, *draw(st.lists(st.booleans(), min_size=len(lengths) - 1, max_size=len(lengths) - 1))]
     weight = generator.normal(size=(rows, columns)).astype(np.float32)
     return weight, [
-        (*generator.normal(size=(2, n, columns)).astype(np.float32), generator.normal(size=(n, rows)), known)
-        for n, known in zip(lengths, followed, strict=True)
+        (
+            *generator.normal(size=(2, n, columns)).astype(np.float32),
+            generator.normal(size=(n, rows)).astype(np.float32),
+            generator.uniform(0, 2, n).astype(np.float32),
+            away,
+        )
+        for n, away in zip(lengths, held, strict=True)
     ]
 
 
 @given(given_passes=passes(), together=st.integers(1, 100), columns=st.integers(1, 9), wide=st.booleans())
 @pytest.mark.parametrize("drifts", [True, False])
-def test_sums_are_those_of_all_documents(given_passes, together, columns, wide, drifts):
+@pytest.mark.parametrize("weighted", [True, False])
+def test_sums_are_those_of_all_documents(given_passes, together, columns, wide, drifts, weighted):
     weight, documents = given_passes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sums, "TOGETHER", together)
         patch.setattr(sums, "COLUMNS", columns)
         found = sums.Sums(weight.shape, weight, wide=wide)
-        for own, full, drift, known in documents:
-            found.add(own, full if known else None, drift.astype(np.float32) if known and drifts else None)
+        for own, full, drift, weights, held in documents:
+            found.add(own, full, drift if drifts else None, weights if weighted else None, hold_back=held)
         moments = found.moments()
-    every = np.concatenate([own for own, *_ in documents]).astype(np.float64)
-    own, full, drift = (np.concatenate([each[i] for each in documents if each[3]]).astype(np.float64) for i in range(3))
-    scale = len(every) / len(own)
-    missing = drift if drifts else np.zeros_like(drift)
+
+    def joined(away):
+        own, full, drift, weights = (
+            np.concatenate([each[i] for each in documents if each[4] == away]).astype(np.float64) for i in range(4)
+        )
+        roots = np.sqrt(weights if weighted else np.ones_like(weights))[:, None]
+        return own * roots, full * roots, drift * roots if drifts else np.zeros_like(drift)
+
+    own, full, missing = joined(away=False)
     if weight.shape[1] > weight.shape[0]:
         missing = missing + (full - own) @ weight.T
         assert moments.cross is None
     else:
-        assert np.allclose(moments.cross, scale * (full - own).T @ own, rtol=1e-4, atol=1e-3)
-    assert np.allclose(moments.second, every.T @ every, rtol=1e-4, atol=1e-3)
+        assert np.allclose(moments.cross, (full - own).T @ own, rtol=1e-4, atol=1e-3)
+    assert np.allclose(moments.second, own.T @ own, rtol=1e-4, atol=1e-3)
     assert np.array_equal(moments.second, moments.second.T)
-    assert moments.count == len(every)
-    expected = scale * missing.T @ own
+    assert moments.count == len(own)
+    expected = missing.T @ own
     if moments.residual is None:
         assert not expected.any()
     else:
         assert np.allclose(moments.residual, expected, rtol=1e-4, atol=1e-3)
+    if not any(held for *_, held in documents):
+        assert moments.held_back is None
+        return
+    own, full, missing = joined(away=True)
+    assert np.allclose(moments.held_back.inputs, own, rtol=1e-5, atol=1e-6)
+    assert np.allclose(moments.held_back.target, full @ weight.T + missing, rtol=1e-4, atol=1e-4)
 
 
-def test_without_a_followed_document_there_is_nothing_to_make_up_for():
+def test_without_the_unquantized_model_there_is_nothing_to_make_up_for():
     found = sums.Sums((2, 3), np.ones((2, 3), np.float32))
     found.add(np.ones((4, 3), np.float32))
+    found.add(np.full((1, 3), 2, np.float32), hold_back=True)
     moments = found.moments()
     assert moments.residual is None
+    assert moments.cross is None
     assert np.array_equal(moments.second, np.full((3, 3), 4))
+    assert np.array_equal(moments.held_back.inputs, np.full((1, 3), 2))
+    assert moments.held_back.target is None
