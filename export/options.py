@@ -88,7 +88,8 @@ class Options:
     @property
     def chosen_calibration(self) -> str | Path | None:
         """The calibration text: a file, `SELF`, or None."""
-        calibrates = self.quant not in ("fp32", "int8") and self.method in ("auto", "gptq") and self.via == "native"
+        by_default = self.method == "auto" and self.quant not in ("fp32", "int8")
+        calibrates = self.via == "native" and self.quant != "fp32" and (by_default or self.method == "gptq")
         if self.calibrate is not None or self.fast or not calibrates:
             return self.calibrate
         return SELF

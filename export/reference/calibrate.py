@@ -35,7 +35,7 @@ WIDE_TOKENS: Final = 8192
 HELD_BACK: Final = 8
 """One of so many documents is held back from the sums: what calibration makes of a matrix is tried on it."""
 
-HELD_TOKENS: Final = 2048
+HELD_TOKENS: Final = 1024
 """Positions held back, about, at most."""
 
 WHOLE_BYTES: Final = 256 << 20

@@ -17,7 +17,7 @@ FILE = "text.txt"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quant": "int3"}, "quant must be one of fp32, int8, int4, mixed, got 'int3'"),
+        ({"quant": "int3"}, "quant must be one of fp32, int8, int6, int5, int4, mixed, got 'int3'"),
         ({"method": "awq"}, "method must be one of auto, rtn, clip, hqq, gptq"),
         ({"via": "torch"}, "via must be one of native, optimum"),
         ({"block_size": 48}, "block size must be one of 16, 32, 64, 128, got 48"),
@@ -27,11 +27,15 @@ FILE = "text.txt"
         ({"max_bytes": 0}, "max_bytes must be positive"),
         ({"vocab": FILE}, "--vocab-size"),
         ({"vocab_size": 100}, "--vocab FILE"),
-        ({"method": "gptq"}, "--method gptq needs --calibrate FILE"),
+        ({"method": "gptq", "fast": True}, "--fast quantizes without calibration: it does not go with --method gptq"),
+        ({"calibrate": FILE, "fast": True}, "it does not go with --calibrate"),
+        ({"embedding_bits": 7}, "embedding bits must be one of 4, 5, 6, 8, got 7"),
+        ({"embedding_bits": 4, "quant": "int8"}, "--embedding-bits does not go with --quant int8"),
+        ({"embedding_bits": 4, "via": "optimum"}, "--embedding-bits does not go with --via optimum"),
         ({"max_kl": 0.1}, "need --verify FILE"),
         ({"min_agreement": 0.9}, "need --verify FILE"),
-        ({"quant": "mixed"}, "needs text to measure with"),
-        ({"max_bytes": 10**6}, "needs text to measure with"),
+        ({"quant": "mixed", "fast": True}, "needs text to measure with"),
+        ({"max_bytes": 10**6, "method": "clip"}, "needs text to measure with"),
         ({"quant": "fp32", "max_bytes": 10**6, "verify": FILE}, "--max-bytes does not go with --quant fp32"),
         ({"quant": "fp32", "calibrate": FILE}, "--calibrate has no use with --quant fp32"),
         ({"quant": "int8", "calibrate": FILE}, "--calibrate has no use with --quant int8"),
@@ -54,13 +58,17 @@ def test_nonsense_is_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "spec"),
     [
-        ({}, Spec(4, 32, True, "clip")),
+        ({}, Spec(4, 32, True, "gptq")),
+        ({"fast": True}, Spec(4, 32, True, "clip")),
+        ({"quant": "int5", "fast": True}, Spec(5, 32, True, "clip")),
+        ({"quant": "int6", "block_size": 16, "symmetric": False}, Spec(6, 32, True, "gptq")),
+        ({"via": "optimum"}, Spec(4, 32, True, "clip")),
         ({"calibrate": FILE}, Spec(4, 32, True, "gptq")),
         ({"method": "hqq", "symmetric": False, "block_size": 64}, Spec(4, 64, False, "hqq")),
         ({"quant": "int8"}, Spec(8, 32, True, "rtn")),
         ({"quant": "int8", "method": "gptq", "calibrate": FILE, "block_size": 128}, Spec(8, 128, True, "gptq")),
         ({"quant": "mixed", "calibrate": FILE}, Spec(4, 32, True, "gptq")),
-        ({"quant": "mixed", "verify": FILE}, Spec(4, 32, True, "clip")),
+        ({"quant": "mixed", "verify": FILE, "fast": True}, Spec(4, 32, True, "clip")),
         ({"quant": "fp32"}, None),
         ({"quant": "fp32", "kv": "int8", "calibrate": FILE}, None),  # whose text is for the cache alone
         ({"quant": "int8", "kv": "int8", "calibrate": FILE}, Spec(8, 32, True, "rtn")),
@@ -85,3 +93,41 @@ def test_the_plan_before_any_budget(options, spec):
 )
 def test_when_matrices_are_chosen_one_by_one(options, budget):
     assert Options(**options).has_budget is budget
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "spec"),
+    [
+        ({}, "embedding", Spec(8, 32, True, "rtn")),
+        ({}, "head", Spec(8, 32, True, "rtn")),
+        ({"embedding_bits": 4}, "embedding", Spec(4, 32, True, "gptq")),
+        ({"quant": "int5"}, "embedding", Spec(5, 64, True, "gptq")),
+        ({"quant": "int5"}, "layer.3.gate_up", Spec(5, 64, True, "gptq")),
+        ({"quant": "int5"}, "layer.3.down", Spec(5, 32, True, "gptq")),
+        ({"quant": "int5", "block_size": 32}, "layer.3.gate_up", Spec(5, 32, True, "gptq")),
+        ({"quant": "int6"}, "embedding", Spec(6, 32, True, "gptq")),
+        ({"quant": "int8"}, "embedding", Spec(8, 32, True, "rtn")),
+        ({"via": "optimum"}, "embedding", Spec(4, 32, True, "clip")),
+    ],
+    ids=str,
+)
+def test_the_plan_of_a_matrix(options, name, spec):
+    assert Options(**options).plan.spec(name) == spec
+
+
+@pytest.mark.parametrize(
+    ("options", "calibration"),
+    [
+        ({}, "self"),
+        ({"calibrate": FILE}, FILE),
+        ({"fast": True}, None),
+        ({"method": "clip"}, None),
+        ({"quant": "int8"}, None),
+        ({"quant": "int8", "method": "gptq"}, "self"),
+        ({"quant": "fp32"}, None),
+        ({"via": "optimum"}, None),
+    ],
+    ids=str,
+)
+def test_what_is_calibrated_on(options, calibration):
+    assert Options(**options).chosen_calibration == calibration
