@@ -26,7 +26,7 @@ from edgelm.errors import CheckpointError, EdgelmError, MissingExtraError
 from edgelm.tokenizer import Tokenizer
 
 from . import metadata
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, Safetensors, open_checkpoint
 from .graph.initializers import Initializers
 from .graph.onnx_graph import OnnxGraph, dims
 from .options import Options
@@ -91,6 +91,8 @@ def convert(
     `MissingExtraError` where optimum-onnx, transformers or torch is not installed.
     """
     checkpoint = open_checkpoint(source)
+    if not isinstance(checkpoint.tensors, Safetensors):
+        raise CheckpointError(f"{source}: --via optimum reads Hugging Face checkpoints only")
     with _quiet():
         libraries = _import()
         model = _load(checkpoint, libraries)

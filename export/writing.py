@@ -73,7 +73,7 @@ def _manifest(model: Opened, quant: Quant, context: int, store: MatrixStore) -> 
         sampling=metadata.sampling(checkpoint),
         chat_template=metadata.chat_template(checkpoint),
         special_tokens=metadata.special_tokens(checkpoint),
-        made_with=metadata.made_with(),
+        made_with={**metadata.made_with(), **checkpoint.read_with},
         vocabulary=vocabulary_facts(model, sum(matrix.bytes() for matrix in tables) / d.vocab_size),
         adapter=model.adapter,
         long_from=d.long_from(context),

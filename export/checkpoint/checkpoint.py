@@ -6,7 +6,7 @@ A form (a Hugging Face directory, a GGUF file) is a module of its own, which rea
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +40,8 @@ class Checkpoint:
     """An opened checkpoint.
 
     path: what was opened, for messages. config, generation, tokenizer_config: the contents of config.json,
-    generation_config.json and tokenizer_config.json. tokenizer_text: that of tokenizer.json.
+    generation_config.json and tokenizer_config.json. tokenizer_text: that of tokenizer.json. read_with: versions of the
+    libraries that the weights depend on, for the manifest.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Checkpoint:
     tokenizer_config: Mapping[str, Any]
     tokenizer_text: str
     tensors: Tensors
+    read_with: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Path:

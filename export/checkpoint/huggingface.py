@@ -90,7 +90,10 @@ def locate(source: str | Path) -> Path:
     if path.exists():
         raise CheckpointError(f"{path} is a file; expected a Hugging Face directory or hub id")
     if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise CheckpointError(f"{source} does not exist; expected a Hugging Face directory or a hub id (owner/name)")
+        raise CheckpointError(
+            f"{source} does not exist; expected a Hugging Face directory, a GGUF file,"
+            " ollama:NAME or a hub id (owner/name)"
+        )
     from huggingface_hub import snapshot_download
 
     try:
