@@ -41,6 +41,8 @@ class Options:
     def __post_init__(self) -> None:
         self._check_values()
         self._check_texts()
+        if self.quant == "keep":
+            self._check_keep()
         if self.via == "optimum":
             self._check_optimum()
         if self.report and importlib.util.find_spec("matplotlib") is None:
@@ -59,14 +61,14 @@ class Options:
         """The method that `auto` stands for: gptq with calibration text, else clip; int8 rounds to nearest."""
         if self.method != "auto":
             return self.method
-        if self.quant == "int8":
+        if self.quant in ("int8", "keep"):
             return "rtn"
         return "clip" if self.calibrate is None else "gptq"
 
     @property
     def has_budget(self) -> bool:
         """Whether each matrix's storage is to be chosen by its sensitivity."""
-        if self.via == "optimum":
+        if self.via == "optimum" or self.quant == "keep":
             return False
         return self.quant == "mixed" or self.max_bytes is not None or (self.max_kl is not None and self.quant == "int4")
 
@@ -105,6 +107,18 @@ class Options:
         unused = self.quant == "fp32" or (not self.has_budget and self.chosen_method != "gptq")
         if self.calibrate is not None and unused and self.kv == "fp32":
             raise EdgelmError(f"--calibrate has no use with --quant {self.quant} and --method {self.chosen_method}")
+
+    def _check_keep(self) -> None:
+        given = {
+            "--block-size": self.block_size is not None,
+            "--asymmetric": not self.symmetric,
+            "--method": self.method != "auto",
+            "--adapter": self.adapter is not None,
+            "--via optimum": self.via == "optimum",
+        }
+        wrong = next((name for name, is_given in given.items() if is_given), None)
+        if wrong is not None:
+            raise EdgelmError(f"{wrong} does not go with --quant keep, which takes the blocks of the file as they are")
 
     def _check_optimum(self) -> None:
         given: dict[str, Any] = {

@@ -38,19 +38,21 @@ def export(
     progress: Progress | None = None,
     **options: Any,
 ) -> Bundle:
-    """Write the bundle of a Hugging Face checkpoint.
+    """Write the bundle of a checkpoint.
 
     Parameters
     ----------
     checkpoint
-        A directory or a hub id (owner/name).
+        A Hugging Face directory, a GGUF file (the first part of a split one), `ollama:NAME[:TAG]` of a local Ollama
+        store, or a hub id (owner/name).
     out
         The bundle's directory. An existing one is refused unless `force`; a failed export leaves nothing behind.
     progress
         Called with (what, done, of).
     quant
         `int4` (the default), `int8`, `fp32`, or `mixed`: int4 and int8, each matrix by its measured sensitivity, at
-        most 5.5 bits a weight unless `max_bytes` or `max_kl` says otherwise.
+        most 5.5 bits a weight unless `max_bytes` or `max_kl` says otherwise. `keep`: the Q4_0 and Q8_0 blocks of a GGUF
+        file as they are, int8 where a matrix has another format.
     block_size, symmetric
         Weights that share a scale: 16, 32 (the default), 64 or 128; and whether blocks have no zero point (True).
     method

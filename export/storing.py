@@ -12,6 +12,7 @@ from edgelm.bundle import Matrix
 
 from .graph.initializers import Initializers
 from .graph.matrices import store_float, store_packed
+from .keeping import kept_matrix
 from .progress import Progress
 from .quantize.moments import Moments, follow
 from .quantize.pack import Packed, dequantize
@@ -62,8 +63,11 @@ class MatrixStore:
         else:
             if spec.method == "gptq" and moments is None:
                 spec = uncalibrated(spec)  # a table that is only looked up has no inputs
-            importance = None if moments is not None or spec.method == "rtn" else self.weights.importance(name)
-            packed = quantize_rows(rows, spec, moments, importance)
+            importance = (
+                None if moments is not None or spec.method in ("rtn", "keep") else self.weights.importance(name)
+            )
+            keeps = spec.method == "keep"
+            packed = kept_matrix(self.weights, name) if keeps else quantize_rows(rows, spec, moments, importance)
             self.matrices[name] = store_packed(self.initializers, name, packed, spec)
             read = Rows(rows.shape, lambda start, stop: dequantize(packed.rows(start, stop)))
         self._done += self.matrices[name].bytes()

@@ -64,7 +64,7 @@ def _manifest(model: Opened, quant: Quant, context: int, store: MatrixStore) -> 
         context=context,
         vocab_size=d.vocab_size,
         cache=d.cache,
-        quant=quant if len({matrix.bits for matrix in matrices}) == 1 else "mixed",
+        quant=_precision(quant, {matrix.bits for matrix in matrices}),
         matrices=matrices,
         bos_token=model.bos_token,
         eos_tokens=model.eos_tokens,
@@ -78,6 +78,13 @@ def _manifest(model: Opened, quant: Quant, context: int, store: MatrixStore) -> 
         adapter=model.adapter,
         long_from=d.long_from(context),
     )
+
+
+def _precision(quant: Quant, bits: set[int]) -> str:
+    """Return what the manifest calls the precision of all matrices together."""
+    if len(bits) > 1:
+        return "mixed"
+    return f"int{min(bits)}" if quant == "keep" else quant
 
 
 def _shapes(d: Decoder) -> dict[str, int]:

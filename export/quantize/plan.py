@@ -8,9 +8,10 @@ from typing import Final, Literal
 
 from .spec import Spec
 
-Quant = Literal["fp32", "int8", "int4", "mixed"]
-BITS: Final[dict[Quant, int]] = {"fp32": 32, "int8": 8, "int4": 4, "mixed": 4}
-"""Bits a weight, scales not counted; of `mixed` those that a matrix has before any is upgraded."""
+Quant = Literal["fp32", "int8", "int4", "mixed", "keep"]
+BITS: Final[dict[Quant, int]] = {"fp32": 32, "int8": 8, "int4": 4, "mixed": 4, "keep": 8}
+"""Bits a weight, scales not counted; of `mixed` those that a matrix has before any is upgraded, of `keep` those of one
+that cannot be kept."""
 
 BLOCK_SIZES: Final = (16, 32, 64, 128)
 BLOCK_SIZE: Final = 32
