@@ -23,8 +23,8 @@ SERVICE: Final = Path("/usr/share/ollama/.ollama/models")
 """Where the service of a Linux installation keeps models."""
 
 NAME: Final = re.compile(
-    r"(?:(?:(?P<host>[A-Za-z0-9][\w.-]*(?::[0-9]+)?)/)?(?P<namespace>[A-Za-z0-9][\w.-]*)/)?"
-    r"(?P<model>[A-Za-z0-9][\w.-]*)(?::(?P<tag>[A-Za-z0-9][\w.-]*))?",
+    r"(?:(?:(?P<host>[A-Za-z0-9][\w.-]{,200}(?::[0-9]{1,5})?)/)?(?P<namespace>[A-Za-z0-9][\w.-]{,79})/)?"
+    r"(?P<model>[A-Za-z0-9][\w.-]{,79})(?::(?P<tag>[A-Za-z0-9][\w.-]{,79}))?",
     re.ASCII,
 )
 """No part can be `..` or hold a slash, so that no name leads out of the store."""
@@ -34,6 +34,9 @@ LAYER: Final = "application/vnd.ollama.image."
 MAX_JSON: Final = 1 << 20
 LISTED: Final = 20
 """Models that an error lists at most."""
+
+TEMPERATURE: Final = 0.8
+"""Ollama's own, where a model says how to sample and does not say this."""
 
 PARAMETERS: Final = {
     "temperature": "temperature",
@@ -134,7 +137,7 @@ def _generation(parameters: Mapping[str, Any]) -> dict[str, Any]:
     stops = found.get("stop_strings", [])
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise CheckpointError(f"the model's parameter stop must be a list of strings, got {str(stops)[:80]}")
-    temperature = found.get("temperature")
-    if temperature is not None:
-        found["do_sample"] = temperature != 0
+    if found.keys() & {"temperature", "top_k", "top_p", "min_p"}:
+        found.setdefault("temperature", TEMPERATURE)
+        found["do_sample"] = found["temperature"] != 0
     return found
