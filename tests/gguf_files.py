@@ -37,14 +37,16 @@ def write_gguf(
     """Write a model that is given as a config.json and tensors in Hugging Face's names.
 
     Matrices are stored as `kind`, those whose names in the file end with a key of `kinds` as that, vectors in float32.
-    `metadata` goes in besides, over what the configuration says; `tokenizer` is a byte-level tokenizer.json.
+    `metadata` goes in besides, over what the configuration says, or takes an entry out (None); `tokenizer` is a
+    byte-level tokenizer.json.
     """
     family = str(config["model_type"])
     name = NAMES.get(family, family)
     if writer is None:
         writer = gguf.GGUFWriter(path, name)
-    for key, value in {**hyperparameters(name, config), **(metadata or {})}.items():
-        add(writer, key.replace("{arch}", name), value)
+    stated = {key.replace("{arch}", name): value for key, value in hyperparameters(name, config).items()}
+    for key, value in {**stated, **(metadata or {})}.items():
+        add(writer, key, value)
     if tokenizer is not None:
         for key, value in byte_level_metadata(tokenizer, int(config["vocab_size"])).items():
             if key not in (metadata or {}):

@@ -28,8 +28,8 @@ MAX_DIMENSIONS: Final = 4
 MAX_ELEMENTS: Final = 1 << 23
 """Of a list of strings, each of which becomes an object; the largest vocabularies have half a million merges."""
 
-MAX_NAME: Final = 1 << 16
-"""Bytes of a key or a tensor's name."""
+MAX_NAME: Final = 256
+"""Bytes of a key or a tensor's name: the format allows 65,535 of a key, and none in use has a fourth of this."""
 
 MAX_ALIGNMENT: Final = 1 << 20
 
@@ -224,11 +224,11 @@ class _Cursor:
         """Read a key or a tensor's name."""
         length = self.scalar("Q", what)
         if length > MAX_NAME:
-            raise CheckpointError(f"{self.path} is damaged: {what} has {length} bytes, the format allows {MAX_NAME}")
-        try:
-            return self.take(length, what).decode()
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{self.path} is damaged: {what} is not valid UTF-8: {error.reason}") from error
+            raise CheckpointError(f"{self.path} is damaged: {what} has {length} bytes, at most {MAX_NAME} are read")
+        name = self.take(length, what).decode(errors="replace")
+        if not name.isprintable() or "\ufffd" in name:
+            raise CheckpointError(f"{self.path} is damaged: {what} is no printable text")
+        return name
 
     def value(self, key: str) -> Any:
         kind = self.scalar("I", key)
@@ -242,7 +242,7 @@ class _Cursor:
         kind, count = self.scalar("I", key), self.scalar("Q", key)
         if kind == STRING:
             if count > min(MAX_ELEMENTS, self.left // 8):
-                raise CheckpointError(f"{self.path} is damaged: {key} is a list of {count} strings")
+                raise CheckpointError(f"{self.path} is damaged or cut off: {key} cannot be a list of {count} strings")
             return [self.string(key) for _ in range(count)]
         dtype = np.dtype(self._letter(kind, key)).newbyteorder("<")
         start = self.skip(count * dtype.itemsize, key)
