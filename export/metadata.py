@@ -89,8 +89,10 @@ def sampling(checkpoint: Checkpoint) -> SamplingParams:
             chosen[name] = generation.get(name, off)
     chosen["repetition_penalty"] = generation.get("repetition_penalty")
     chosen["max_tokens"] = generation.get("max_new_tokens")
-    stops = generation.get("stop_strings")
-    chosen["stop"] = (stops,) if isinstance(stops, str) else tuple(stops) if isinstance(stops, list) else stops
+    stops = generation.get("stop_strings") or []
+    if not isinstance(stops, (str, list)):
+        raise CheckpointError(f"generation_config.json: stop_strings must be a list of strings, got {stops!r:.80}")
+    chosen["stop"] = (stops,) if isinstance(stops, str) else tuple(stops)
     try:
         return SamplingParams(**{name: value for name, value in chosen.items() if value is not None})
     except RequestError as error:

@@ -8,6 +8,7 @@ from edgelm.errors import CheckpointError
 
 from .checkpoint import Checkpoint, Source, Tensors
 from .gguf import Blocks, GgufTensors, open_gguf
+from .gguf_file import is_gguf
 from .huggingface import Safetensors, locate, open_huggingface, read_json
 from .ollama import SCHEME, open_ollama
 
@@ -33,7 +34,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     path = Path(source)
     if isinstance(source, str) and source.startswith(SCHEME):
         return open_ollama(source)
-    if path.is_file():
+    if path.is_file() and (path.suffix == ".gguf" or is_gguf(path)):
         return open_gguf(path)
     if path.is_dir() and not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))

@@ -177,6 +177,15 @@ class Metadata:
         return CheckpointError(f"{self.path}: {key} must be {allowed}, got {str(self.values.get(key))[:80]}")
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as a GGUF file does."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
 def library() -> ModuleType:
     """Return the package `gguf`. Raises `MissingExtraError` where it is not installed."""
     try:

@@ -88,7 +88,7 @@ def locate(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"{path} is a file; expected a Hugging Face directory or hub id")
+        raise CheckpointError(f"{path} is a file; expected a Hugging Face directory, a GGUF file or a hub id")
     if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise CheckpointError(
             f"{source} does not exist; expected a Hugging Face directory, a GGUF file,"

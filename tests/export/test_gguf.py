@@ -348,3 +348,8 @@ def test_the_writer_of_the_tests_is_the_converters_inverse(tmp_path):
     """The queries of a file differ from the model's, else the order of rows would be tested by nothing."""
     tensors = converted("llama", "llama", SHAPE.config(), SHAPE.tensors())
     assert not np.array_equal(tensors["blk.0.attn_q.weight"], SHAPE.tensors()[QUERY])
+
+
+def test_a_gguf_file_is_known_by_its_content(tmp_path):
+    file = write(tmp_path / "model.gguf", TinyLlama()).rename(tmp_path / "sha256-0123")
+    assert open_checkpoint(str(file)).config["model_type"] == "llama"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import regex
 import tokenizers
+from edgelm_export.checkpoint import open_checkpoint
 from edgelm_export.checkpoint.gguf_file import Metadata
 from edgelm_export.checkpoint.gguf_tokenizer import SPLITTINGS, read_tokenizer
 from gguf_files import TYPES
@@ -393,6 +394,33 @@ def test_phi_3s_tokens_swallow_the_spaces_after_them():
 
     assert spelled("<|user|>  ab") == ["<|user|>", "ab"]
     assert spelled("<s> ab") == ["<s>", "▁", "ab"]
+
+
+# --- a real model ---
+
+REAL = [
+    ("hello", [28120]),
+    ("Hello world", [19556, 905]),
+    ("The year 1984, isn't it?", [504, 713, 216, 33, 41, 40, 36, 28, 3247, 982, 357, 47]),
+    ("  two  spaces\n\n\ttab", [216, 827, 216, 5600, 1116, 197, 15999]),
+    ("naïve café 東京 🙂", [3546, 46494, 37366, 17097, 247, 126, 16736, 122, 47526]),
+    (
+        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+        [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198],
+    ),
+    (
+        "def f(x):\n    return x ** 2 # 12.5%",
+        [1604, 275, 24, 104, 727, 472, 1003, 1792, 1903, 216, 34, 907, 216, 33, 34, 30, 37, 21],
+    ),
+]
+"""What llama.cpp makes of some texts, bos and special tokens included (SmolLM2, whose bos is not added)."""
+
+
+def test_the_real_models_tokens_are_llama_cpps(smollm2_gguf):
+    tokenizer = tokenizers.Tokenizer.from_str(open_checkpoint(smollm2_gguf).tokenizer_text)
+    for text, expected in REAL:
+        assert tokenizer.encode(text).ids == expected, text
+        assert tokenizer.decode(expected, skip_special_tokens=False) == text
 
 
 # --- what is refused ---

@@ -17,7 +17,7 @@ FILE = "text.txt"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quant": "int3"}, "quant must be one of fp32, int8, int4, mixed, got 'int3'"),
+        ({"quant": "int3"}, "quant must be one of fp32, int8, int4, mixed, keep, got 'int3'"),
         ({"method": "awq"}, "method must be one of auto, rtn, clip, hqq, gptq"),
         ({"via": "torch"}, "via must be one of native, optimum"),
         ({"block_size": 48}, "block size must be one of 16, 32, 64, 128, got 48"),
