@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from edgelm.errors import CheckpointError, EdgelmError, MissingExtraError
 from edgelm.tokenizer import Tokenizer
 
 from . import metadata
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, Safetensors, open_checkpoint
 from .graph.initializers import Initializers
 from .graph.onnx_graph import OnnxGraph, dims
 from .options import Options
@@ -103,6 +102,8 @@ def convert(
     `MissingExtraError` where optimum-onnx, transformers or torch is not installed.
     """
     checkpoint = open_checkpoint(source)
+    if not isinstance(checkpoint.tensors, Safetensors):
+        raise CheckpointError(f"{source}: --via optimum reads Hugging Face checkpoints only")
     with _quiet():
         libraries = _import()
         model = _load(checkpoint, libraries)
@@ -125,7 +126,7 @@ def convert(
             f" quantized; use --quant fp32"
         )
     (stage / "model.onnx").write_bytes(quantized.SerializeToString(deterministic=True))
-    shutil.copyfile(checkpoint.tokenizer, stage / "tokenizer.json")
+    (stage / "tokenizer.json").write_text(checkpoint.tokenizer_text, encoding="utf-8")
     return Manifest(
         architecture=str(checkpoint.config["model_type"]),
         context=length,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from edgelm.errors import EdgelmError, MissingExtraError
 
@@ -14,7 +14,7 @@ from .quantize.plan import (
     BLOCK_SIZE,
     BLOCK_SIZES,
     EMBEDDING_BITS,
-    INT5_LARGE_BLOCKS,
+    LARGE_BLOCKS,
     QUANTIZED_BITS,
     TABLES,
     Plan,
@@ -23,6 +23,9 @@ from .quantize.plan import (
 )
 from .quantize.spec import METHODS, Method, Spec
 from .reference.documents import SELF
+
+UNIFORM: Final = ("fp32", "int8", "keep")
+"""Precisions that embedding and head have too; nor are they calibrated unless that is asked for."""
 
 Via = Literal["native", "optimum"]
 Kv = Literal["fp32", "int8"]
@@ -55,6 +58,8 @@ class Options:
     def __post_init__(self) -> None:
         self._check_values()
         self._check_texts()
+        if self.quant == "keep":
+            self._check_keep()
         if self.via == "optimum":
             self._check_optimum()
         if self.report and importlib.util.find_spec("matplotlib") is None:
@@ -67,13 +72,13 @@ class Options:
             return Plan(None)
         block_size = BLOCK_SIZE if self.block_size is None else self.block_size
         default = Spec(BITS[self.quant], block_size, self.symmetric, self.chosen_method)
-        if self.quant == "int8" or self.via == "optimum":
+        if self.quant in UNIFORM or self.via == "optimum":
             return Plan(default)
         bits = EMBEDDING_BITS[self.quant] if self.embedding_bits is None else self.embedding_bits
         exceptions = dict.fromkeys(TABLES, with_bits(default, bits))
-        if self.quant == "int5" and self.block_size is None:
-            for part in INT5_LARGE_BLOCKS:
-                exceptions[part] = replace(exceptions.get(part, default), block_size=64)
+        if self.block_size is None:
+            large = [*(TABLES if bits == 5 else ()), *(LARGE_BLOCKS if self.quant == "int5" else ())]
+            exceptions.update({part: replace(exceptions.get(part, default), block_size=64) for part in large})
         return Plan(with_bits(default, default.bits), exceptions)
 
     @property
@@ -81,14 +86,14 @@ class Options:
         """The method that `auto` stands for: gptq, but clip with `fast`; int8 rounds to nearest."""
         if self.method != "auto":
             return self.method
-        if self.quant == "int8":
+        if self.quant in ("int8", "keep"):
             return "rtn"
         return "gptq" if self.chosen_calibration is not None else "clip"
 
     @property
     def chosen_calibration(self) -> str | Path | None:
         """The calibration text: a file, `SELF`, or None."""
-        by_default = self.method == "auto" and self.quant not in ("fp32", "int8")
+        by_default = self.method == "auto" and self.quant not in UNIFORM
         calibrates = self.via == "native" and self.quant != "fp32" and (by_default or self.method == "gptq")
         if self.calibrate is not None or self.fast or not calibrates:
             return self.calibrate
@@ -97,7 +102,7 @@ class Options:
     @property
     def has_budget(self) -> bool:
         """Whether each matrix's storage is to be chosen by its sensitivity."""
-        if self.via == "optimum":
+        if self.via == "optimum" or self.quant == "keep":
             return False
         return self.quant == "mixed" or self.max_bytes is not None or (self.max_kl is not None and self.quant != "int8")
 
@@ -129,7 +134,7 @@ class Options:
         if self.fast and (self.calibrate is not None or self.method == "gptq"):
             given = "--method gptq" if self.calibrate is None else "--calibrate"
             raise EdgelmError(f"--fast quantizes without calibration: it does not go with {given}")
-        if self.embedding_bits is not None and (self.quant in ("int8", "fp32") or self.via == "optimum"):
+        if self.embedding_bits is not None and (self.quant in UNIFORM or self.via == "optimum"):
             with_what = "--via optimum" if self.via == "optimum" else f"--quant {self.quant}"
             raise EdgelmError(
                 f"--embedding-bits does not go with {with_what}: they have one precision for all matrices"
@@ -146,6 +151,18 @@ class Options:
         if self.calibrate is not None and unused and self.kv == "fp32":
             raise EdgelmError(f"--calibrate has no use with --quant {self.quant} and --method {self.chosen_method}")
 
+    def _check_keep(self) -> None:
+        given = {
+            "--block-size": self.block_size is not None,
+            "--asymmetric": not self.symmetric,
+            "--method": self.method != "auto",
+            "--adapter": self.adapter is not None,
+            "--via optimum": self.via == "optimum",
+        }
+        wrong = next((name for name, is_given in given.items() if is_given), None)
+        if wrong is not None:
+            raise EdgelmError(f"{wrong} does not go with --quant keep, which takes the blocks of the file as they are")
+
     def _check_optimum(self) -> None:
         given: dict[str, Any] = {
             "--calibrate": self.calibrate,
@@ -153,7 +170,7 @@ class Options:
             "--adapter": self.adapter,
             "--vocab": self.vocab,
             "--max-bytes": self.max_bytes,
-            "--quant mixed": self.quant == "mixed" or None,
+            f"--quant {self.quant}": self.quant in ("int5", "int6", "mixed") or None,
             "--report": self.report or None,
             "--kv int8": self.kv == "int8" or None,
         }

@@ -46,12 +46,13 @@ def export(
     progress: Progress | None = None,
     **options: Any,
 ) -> Bundle:
-    """Write the bundle of a Hugging Face checkpoint.
+    """Write the bundle of a checkpoint.
 
     Parameters
     ----------
     checkpoint
-        A directory or a hub id (owner/name).
+        A Hugging Face directory, a GGUF file (the first part of a split one), `ollama:NAME[:TAG]` of a local Ollama
+        store, or a hub id (owner/name).
     out
         The bundle's directory; a failed export leaves nothing behind.
     force
@@ -59,9 +60,10 @@ def export(
     progress
         Called with (what, done, of).
     quant
-        `int4` (the default), whose embedding and head have 8 bits; `int5` (the default with `fast`), `int6`, `int8`,
-        `fp32`; or `mixed`: 4 to 8 bits, each matrix by its measured sensitivity, at most 5.5 bits a weight unless
-        `max_bytes` or `max_kl` says otherwise.
+        `int4` (the default), whose embedding and head have 5 bits; `int5` (the default with `fast`), `int6`, `int8`,
+        `fp32`; `mixed`: 4 to 8 bits, each matrix by its measured sensitivity, at most 5.5 bits a weight unless
+        `max_bytes` or `max_kl` says otherwise; or `keep`: the Q4_0 and Q8_0 blocks of a GGUF file as they are, int8
+        where a matrix has another format.
     block_size, symmetric
         Weights that share a scale: 16, 32 (the default), 64 or 128; and whether blocks have no zero point (True).
     method

@@ -18,6 +18,7 @@ from .graph.decoder import DecoderGraph
 from .graph.initializers import SizedConstants
 from .graph.matrices import tensors_of
 from .graph.nodes import Nodes
+from .keeping import keeping_plan, scale_bits
 from .opened import Opened
 from .options import Options
 from .progress import Progress
@@ -78,6 +79,8 @@ def _fitted(model: Opened, options: Options) -> Plan:
 
     The codes that this saves nearly pay for the scales it adds. Only where no block size is asked for.
     """
+    if options.quant == "keep":
+        return keeping_plan(model.weights)
     plan = options.plan
     if options.block_size is not None or plan.default is None or plan.default.bits != 4:
         return plan
@@ -138,7 +141,13 @@ def _candidates(base: Spec, options: Options) -> list[Spec]:
 
 
 def _matrices(model: Opened, plan: Plan) -> list[Matrix]:
-    return [planned(name, *shape, plan.spec(name)) for name, shape in model.weights.shapes()]
+    matrices = [planned(name, *shape, plan.spec(name)) for name, shape in model.weights.shapes()]
+    return [
+        dataclasses.replace(matrix, scale_bits=scale_bits(model.decoder, matrix.name))
+        if matrix.method == "keep"
+        else matrix
+        for matrix in matrices
+    ]
 
 
 def _size(model: Opened, plan: Plan, context: int, options: Options) -> int:

@@ -12,6 +12,7 @@ from edgelm.bundle import Matrix
 
 from .graph.initializers import Initializers
 from .graph.matrices import store_float, store_packed
+from .keeping import kept_matrix
 from .progress import Progress
 from .quantize.moments import HeldBack, Moments, compensate_drift, output_error
 from .quantize.pack import Packed, dequantize
@@ -58,13 +59,16 @@ class MatrixStore:
             self.matrices[name] = store_float(self.initializers, name, rows, table=name in TABLES)
             read = rows
         else:
-            importance = None if spec.method == "rtn" else self.weights.importance(name)
+            importance = None if spec.method in ("rtn", "keep") else self.weights.importance(name)
             calibrated = None
             if spec.method == "gptq" and moments is not None:
                 calibrated = calibrated_rows(rows, spec, moments, importance)
             if spec.method == "gptq" and calibrated is None:
                 spec = uncalibrated(spec)  # a table that is only looked up has no inputs
-            packed = quantize_rows(rows, spec, importance=importance) if calibrated is None else calibrated
+            if spec.method == "keep":
+                packed = kept_matrix(self.weights, name)
+            else:
+                packed = quantize_rows(rows, spec, importance=importance) if calibrated is None else calibrated
             self.matrices[name] = store_packed(self.initializers, name, packed, spec)
             read = Rows(rows.shape, lambda start, stop: dequantize(packed.rows(start, stop)))
         self._done += self.matrices[name].bytes()

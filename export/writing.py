@@ -64,7 +64,7 @@ def _manifest(model: Opened, quant: Quant, context: int, store: MatrixStore) -> 
         context=context,
         vocab_size=d.vocab_size,
         cache=d.cache,
-        quant=quant if _is_uniform(matrices) else "mixed",
+        quant=_precision(quant, matrices),
         matrices=matrices,
         bos_token=model.bos_token,
         eos_tokens=model.eos_tokens,
@@ -73,16 +73,19 @@ def _manifest(model: Opened, quant: Quant, context: int, store: MatrixStore) -> 
         sampling=metadata.sampling(checkpoint),
         chat_template=metadata.chat_template(checkpoint),
         special_tokens=metadata.special_tokens(checkpoint),
-        made_with=metadata.made_with(),
+        made_with={**metadata.made_with(), **checkpoint.read_with},
         vocabulary=vocabulary_facts(model, sum(matrix.bytes() for matrix in tables) / d.vocab_size),
         adapter=model.adapter,
         long_from=d.long_from(context),
     )
 
 
-def _is_uniform(matrices: Sequence[Matrix]) -> bool:
-    """Whether all matrices but embedding and head have the same bits."""
-    return len({matrix.bits for matrix in matrices if matrix.name not in TABLES}) == 1
+def _precision(quant: Quant, matrices: Sequence[Matrix]) -> str:
+    """Return what the manifest calls the precision of all matrices together, embedding and head left out."""
+    bits = {matrix.bits for matrix in matrices if matrix.name not in TABLES}
+    if len(bits) > 1:
+        return "mixed"
+    return f"int{min(bits)}" if quant == "keep" else quant
 
 
 def _shapes(d: Decoder) -> dict[str, int]:

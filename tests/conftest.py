@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+from real_model import smollm2
 from tiny import TinyLlama
 
 import edgelm
@@ -34,7 +35,7 @@ settings.load_profile("edgelm")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parents[1]
-EXPORT_MODULES = ("onnx", "safetensors", "ml_dtypes")
+EXPORT_MODULES = ("onnx", "safetensors", "ml_dtypes", "gguf")
 
 
 def can_export() -> bool:
@@ -64,6 +65,15 @@ def stories_checkpoint(shared: Path) -> Path:
     if not (path / "config.json").is_file():
         pytest.skip(f"{path} is absent: set EDGELM_SHARED to a folder that has models/stories260K")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """A real model that people use, SmolLM2-135M-Instruct in Q4_1; see `real_model`."""
+    found = smollm2()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from edgelm.errors import EdgelmError, UsageError
 
 COMMANDS: Final[dict[str, str]] = {
     "demo": "start a broker, serve the built-in model, ask it three things, stop",
-    "export": "turn a Hugging Face checkpoint into a quantized ONNX bundle",
+    "export": "turn a checkpoint (Hugging Face, GGUF, Ollama) into a quantized ONNX bundle",
     "prefix": "keep what prompts begin with in a bundle, computed",
     "info": "show what a bundle is: manifest, sizes, quality, memory",
     "generate": "answer one prompt",

@@ -1,4 +1,4 @@
-"""`edgelm export`: a Hugging Face checkpoint becomes a bundle."""
+"""`edgelm export`: a checkpoint (Hugging Face, GGUF, Ollama) becomes a bundle."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from edgelm.bundle import Bundle
+from edgelm.bundle import Bundle, Matrix
 from edgelm.cli.extras import reach
 from edgelm.cli.progress import Progress
 from edgelm.cli.tables import outline_table, prefix_text, quality_table, self_check_text
@@ -27,6 +27,10 @@ examples:
       the most sensitive matrices in int8: 5.5 bits a weight
   edgelm export my-checkpoint/ bundle/ --vocab commands.txt --vocab-size 16000 --max-bytes 150M --calibrate corpus.txt
       a model for one job, in so many bytes
+  edgelm export model-Q4_0.gguf bundle/ --quant keep
+      the blocks of a GGUF file as they are; the other precisions work for GGUF too
+  edgelm export ollama:qwen2.5:0.5b bundle/
+      a model that Ollama has on this machine
   edgelm export my-checkpoint/ --dry-run
       what it would write
 
@@ -60,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="Hugging Face directory or hub id (owner/name)")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="Hugging Face directory, GGUF file, ollama:NAME[:TAG] or hub id"
+    )
     parser.add_argument("out", metavar="OUT", nargs="?", help="directory of the bundle to write")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, matrix by matrix")
@@ -69,8 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("precision")
     size.add_argument(
         "--quant",
-        choices=["int4", "int5", "int6", "int8", "mixed", "fp32"],
-        help="int4 (the default; int5 with --fast); mixed: 4 to 8 bits by each matrix's sensitivity, 5.5 bits a weight",
+        choices=["int4", "int5", "int6", "int8", "mixed", "fp32", "keep"],
+        help="int4 (the default; int5 with --fast); mixed: 4 to 8 bits by each matrix's sensitivity, 5.5 bits a weight;"
+        " keep: the Q4_0 and Q8_0 blocks of a GGUF file as they are",
     )
     size.add_argument(
         "--block-size",
@@ -101,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=[4, 5, 6, 8],
         metavar="N",
-        help="bits of embedding and head: 4, 5, 6, 8 (8 with int4)",
+        help="bits of embedding and head: 4, 5, 6 or 8 (5; 6 with int6)",
     )
     size.add_argument(
         "--kv",
@@ -196,6 +203,7 @@ def _summary(bundle: Bundle, seconds: float) -> str:
         f"{bundle.path}: {m.architecture}, {m.parameters / 1e6:.1f} M parameters, {m.quant}"
         f" ({m.bits_per_weight:.2f} bits a weight), {bundle.bytes / 1e6:.1f} MB, {seconds:.1f} s"
     ]
+    lines += _kept(m.matrices)
     if m.vocabulary is not None:
         v = m.vocabulary
         lines.append(
@@ -220,6 +228,19 @@ def _summary(bundle: Bundle, seconds: float) -> str:
     if m.quality is not None:
         lines.append(quality_table(m.quality))
     return "\n".join(lines)
+
+
+def _kept(matrices: Sequence[Matrix]) -> list[str]:
+    """Say which matrices were carried over from the file, where any were asked to be."""
+    kept = [matrix for matrix in matrices if matrix.method == "keep"]
+    if not kept:
+        return []
+    others = [matrix.name for matrix in matrices if matrix.method != "keep"]
+    line = f"kept as they were: {len(kept)} of {len(matrices)} matrices"
+    if others:
+        shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+        line += f"; in other formats than Q4_0 and Q8_0, so rounded to int8: {shown}"
+    return [line]
 
 
 def _outline_facts(outline: Any) -> Mapping[str, Any]:

@@ -1,5 +1,43 @@
-"""Where weights, configuration and tokenizer of a model come from: a Hugging Face directory or a hub id."""
+"""Where weights, configuration and tokenizer of a model come from: one module for each form of checkpoint."""
 
-from .huggingface import Checkpoint, Source, locate, open_checkpoint, read_json
+from __future__ import annotations
 
-__all__ = ["Checkpoint", "Source", "locate", "open_checkpoint", "read_json"]
+from pathlib import Path
+
+from edgelm.errors import CheckpointError
+
+from .checkpoint import Checkpoint, Source, Tensors
+from .gguf import Blocks, GgufTensors, open_gguf
+from .gguf_file import is_gguf
+from .huggingface import Safetensors, locate, open_huggingface, read_json
+from .ollama import SCHEME, open_ollama
+
+__all__ = [
+    "Blocks",
+    "Checkpoint",
+    "GgufTensors",
+    "Safetensors",
+    "Source",
+    "Tensors",
+    "locate",
+    "open_checkpoint",
+    "read_json",
+]
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a Hugging Face directory, a GGUF file, `ollama:NAME[:TAG]` of a local store, or download a hub id.
+
+    A hub id is such as `HuggingFaceTB/SmolLM2-135M-Instruct`; of a split GGUF file the first part is given. Raises
+    `CheckpointError` when there is no such file, directory, model or repository, a file is missing, or one is damaged.
+    """
+    path = Path(source)
+    if isinstance(source, str) and source.startswith(SCHEME):
+        return open_ollama(source)
+    if path.is_file() and (path.suffix == ".gguf" or is_gguf(path)):
+        return open_gguf(path)
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if files:
+            raise CheckpointError(f"{path} is a directory with {files[0].name}: export that file, {files[0]}")
+    return open_huggingface(source)

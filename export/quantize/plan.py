@@ -8,9 +8,10 @@ from typing import Final, Literal
 
 from .spec import Spec
 
-Quant = Literal["fp32", "int8", "int6", "int5", "int4", "mixed"]
-BITS: Final[dict[Quant, int]] = {"fp32": 32, "int8": 8, "int6": 6, "int5": 5, "int4": 4, "mixed": 4}
-"""Bits a weight, scales not counted; of `mixed` those that a matrix has before any is upgraded."""
+Quant = Literal["fp32", "int8", "int6", "int5", "int4", "mixed", "keep"]
+BITS: Final[dict[Quant, int]] = {"fp32": 32, "int8": 8, "int6": 6, "int5": 5, "int4": 4, "mixed": 4, "keep": 8}
+"""Bits a weight, scales not counted; of `mixed` those that a matrix has before any is upgraded, of `keep` those of one
+that cannot be kept."""
 
 QUANTIZED_BITS: Final = (4, 5, 6, 8)
 """Bits that a quantized matrix may have."""
@@ -18,14 +19,14 @@ QUANTIZED_BITS: Final = (4, 5, 6, 8)
 TABLES: Final = ("embedding", "head")
 """The matrices with a row for each token."""
 
-EMBEDDING_BITS: Final[dict[Quant, int]] = {"int4": 8, "int5": 5, "int6": 6, "mixed": 4}
+EMBEDDING_BITS: Final[dict[Quant, int]] = {"int4": 5, "int5": 5, "int6": 6, "mixed": 4}
 """Bits of embedding and head unless a budget chooses them. Rounded to 4 bits they cost much for their share of the
-weights: an int4 bundle has them in 8, as llama.cpp's Q4_0 does where they are one matrix."""
+weights; llama.cpp's Q4_0 has them in 8 where they are one matrix."""
 
-INT5_LARGE_BLOCKS: Final = ("gate_up", *TABLES)
-"""Parts whose blocks have 64 weights in an int5 bundle: they gain least from smaller ones, and it stays below Q4_0's
-size where embedding and head are one matrix (SmolLM2-135M without calibration: KL .126 instead of .139 with 64 for all
-parts, .102 in 3 MB more with 32 for all)."""
+LARGE_BLOCKS: Final = ("gate_up",)
+"""Parts that have blocks of 64 weights in an int5 bundle, as embedding and head of 5 bits have in all: they gain least
+from smaller ones (SmolLM2-135M in int5 without calibration: KL .126 in 91.5 MB, .102 in 94 MB with 32 for all parts,
+.139 in 90 MB with 64 for all)."""
 
 BLOCK_SIZES: Final = (16, 32, 64, 128)
 BLOCK_SIZE: Final = 32

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Method = Literal["rtn", "clip", "hqq", "gptq"]
+Method = Literal["rtn", "clip", "hqq", "gptq", "keep"]
 METHODS: Final[tuple[Method, ...]] = ("rtn", "clip", "hqq", "gptq")
-"""Round to nearest; search of scales (data-free); HQQ (data-free); GPTQ, which needs calibration text."""
+"""Those that can be chosen: round to nearest; search of scales (data-free); HQQ (data-free); GPTQ, which needs
+calibration text. `keep` stands for codes that the checkpoint has already."""
 
 
 @dataclass(frozen=True, slots=True)

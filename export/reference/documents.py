@@ -23,7 +23,7 @@ CALIBRATION_TOKENS: Final = 128 * CALIBRATION_LENGTH
 """Calibration tokens put to use at most; GPTQ (arXiv:2210.17323, section 4) takes 128 segments too, of 2,048 each."""
 
 CALIBRATION_WORK: Final = 1.75e12
-"""Weights times tokens from which on fewer tokens are put to use, for the sake of time; at least three sixteenths of them."""
+"""Weights times tokens from which on fewer tokens are put to use, for the sake of time: at least 12,288 of them."""
 
 MOST_READ: Final = 16
 """So many times the calibration tokens are read of a long text, to be chosen from."""

@@ -104,6 +104,8 @@ def test_generation_config_gives_defaults_and_end_tokens(tiny_checkpoint, tmp_pa
     assert manifest.eos_tokens == (1, 7)
     assert (manifest.sampling.temperature, manifest.sampling.top_p, manifest.sampling.top_k) == (0.6, 0.9, 50)
     assert manifest.sampling.repetition_penalty == 1.1
+    write_json(checkpoint / "generation_config.json", {"stop_strings": ["###", "[user]"]})
+    assert edgelm_export.export(checkpoint, tmp_path / "stops").manifest.sampling.stop == ("###", "[user]")
     write_json(checkpoint / "generation_config.json", {"temperature": 0.6})  # without do_sample it is greedy
     assert edgelm_export.export(checkpoint, tmp_path / "greedy").manifest.sampling.temperature == 0
 

@@ -17,7 +17,7 @@ FILE = "text.txt"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quant": "int3"}, "quant must be one of fp32, int8, int6, int5, int4, mixed, got 'int3'"),
+        ({"quant": "int3"}, "quant must be one of fp32, int8, int6, int5, int4, mixed, keep, got 'int3'"),
         ({"method": "awq"}, "method must be one of auto, rtn, clip, hqq, gptq"),
         ({"via": "torch"}, "via must be one of native, optimum"),
         ({"block_size": 48}, "block size must be one of 16, 32, 64, 128, got 48"),
@@ -98,8 +98,11 @@ def test_when_matrices_are_chosen_one_by_one(options, budget):
 @pytest.mark.parametrize(
     ("options", "name", "spec"),
     [
-        ({}, "embedding", Spec(8, 32, True, "rtn")),
-        ({}, "head", Spec(8, 32, True, "rtn")),
+        ({}, "embedding", Spec(5, 64, True, "gptq")),
+        ({}, "head", Spec(5, 64, True, "gptq")),
+        ({}, "layer.3.gate_up", Spec(4, 32, True, "gptq")),
+        ({"block_size": 32}, "embedding", Spec(5, 32, True, "gptq")),
+        ({"embedding_bits": 8}, "embedding", Spec(8, 32, True, "rtn")),
         ({"embedding_bits": 4}, "embedding", Spec(4, 32, True, "gptq")),
         ({"quant": "int5"}, "embedding", Spec(5, 64, True, "gptq")),
         ({"quant": "int5"}, "layer.3.gate_up", Spec(5, 64, True, "gptq")),
@@ -125,6 +128,7 @@ def test_the_plan_of_a_matrix(options, name, spec):
         ({"quant": "int8"}, None),
         ({"quant": "int8", "method": "gptq"}, "self"),
         ({"quant": "fp32"}, None),
+        ({"quant": "keep"}, None),
         ({"via": "optimum"}, None),
     ],
     ids=str,

@@ -43,7 +43,7 @@ SOLE_IMPORTERS = {
     "tokenizers": {"edgelm/tokenizer.py"},
     "jinja2": {"edgelm/chat.py"},
 }
-HEAVY = {"onnx", "torch", "transformers", "optimum", "safetensors", "ml_dtypes", "huggingface_hub"}
+HEAVY = {"onnx", "torch", "transformers", "optimum", "safetensors", "ml_dtypes", "huggingface_hub", "gguf"}
 RUNTIME = {
     "numpy",
     "onnxruntime",

@@ -1,0 +1,365 @@
+"""What GGUF says of a model in llama.cpp's terms, as a config.json and as names of tensors in Hugging Face's.
+
+Keys and tensor names are those of llama.cpp's `gguf-py/gguf/constants.py`; what its converter (`conversion/*.py`) does
+to the weights on the way into the file is undone here: it interleaves the rows of llama's queries and keys, which
+llama.cpp rotates in neighbouring pairs, and adds 1 to the factors of Gemma's norms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import CheckpointError
+
+from .gguf_file import Metadata, Tensor
+
+Read = Callable[[str], NDArray[np.float32]]
+"""Reads a small tensor whole."""
+
+ATTENTION: Final = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+MLP: Final = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+PRE_NORMS: Final = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+QK_NORMS: Final = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+POST_NORMS: Final = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+GEMMA_NORMS: Final = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **POST_NORMS}
+PHI: Final = {
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+WINDOWED: Final = {"gemma2": 2, "gemma3": 6}
+"""Families with local layers, and how many layers one that sees everything comes in, unless the file says."""
+
+LARGEST: Final = {"gemma2": 46, "gemma3": 62}
+"""Layers of Gemma's 27B, whose attention scale is that of hidden size / heads; the others' is the head size's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """How llama.cpp stores a family: `model_type` of its config.json, `layer` its name of a weight -> Hugging Face's.
+
+    interleaved: queries and keys are stored in the order in which llama.cpp rotates them. norm_offset: what the file's
+    norms have added.
+    """
+
+    model_type: str
+    layer: Mapping[str, str]
+    interleaved: bool = False
+    norm_offset: float = 0.0
+
+
+ARCHITECTURES: Final = {
+    "gemma2": Architecture("gemma2", {**ATTENTION, **MLP, **GEMMA_NORMS}, norm_offset=1.0),
+    "gemma3": Architecture("gemma3_text", {**ATTENTION, **MLP, **GEMMA_NORMS, **QK_NORMS}, norm_offset=1.0),
+    "granite": Architecture("granite", {**ATTENTION, **MLP, **PRE_NORMS}, interleaved=True),
+    "llama": Architecture("llama", {**ATTENTION, **MLP, **PRE_NORMS}, interleaved=True),
+    "mistral": Architecture("mistral", {**ATTENTION, **MLP, **PRE_NORMS}, interleaved=True),
+    "olmo2": Architecture("olmo2", {**ATTENTION, **MLP, **QK_NORMS, **POST_NORMS}),
+    "phi3": Architecture("phi3", {**PHI, **PRE_NORMS}),
+    "qwen2": Architecture("qwen2", {**ATTENTION, **MLP, **PRE_NORMS}),
+    "qwen3": Architecture("qwen3", {**ATTENTION, **MLP, **PRE_NORMS, **QK_NORMS}),
+    "smollm3": Architecture("smollm3", {**ATTENTION, **MLP, **PRE_NORMS}, interleaved=True),
+}
+
+GLOBAL: Final = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of the file under Hugging Face's name: `heads` is how many heads' rows are interleaved, 0 where none.
+
+    offset: what has been added to every element. shape: what the configuration says.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    heads: int = 0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A file's metadata and tensors; keys of the architecture are given without its name before them."""
+
+    metadata: Metadata
+    name: str
+    tensors: Mapping[str, Tensor]
+    read: Read
+
+    def key(self, rest: str) -> str:
+        return f"{self.name}.{rest}"
+
+    def integer(self, rest: str, default: int | None = None, *, least: int = 1) -> int:
+        return self.metadata.integer(self.key(rest), default, least=least)
+
+    def number(self, rest: str, default: float | None = None) -> float:
+        return self.metadata.number(self.key(rest), default)
+
+    def flag(self, rest: str, default: bool) -> bool:
+        return self.metadata.flag(self.key(rest), default)
+
+    def has(self, rest: str) -> bool:
+        return self.metadata.has(self.key(rest))
+
+    def error(self, text: str) -> CheckpointError:
+        return CheckpointError(f"{self.metadata.path}: {text}")
+
+
+def read_config(metadata: Metadata, tensors: Mapping[str, Tensor], read: Read) -> dict[str, Any]:
+    """Return the config.json of the model in a file.
+
+    Raises `CheckpointError` for an architecture that is not supported (with those that are), for missing or wrong
+    metadata, and for what llama.cpp knows and this family's decoder does not.
+    """
+    name, family = _architecture(metadata)
+    model = _Model(metadata, name, tensors, read)
+    _refuse(model)
+    hidden, heads = model.integer("embedding_length"), model.integer("attention.head_count")
+    head_size = model.integer("attention.key_length", max(hidden // heads, 1))
+    if model.integer("attention.value_length", head_size) != head_size:
+        raise model.error("heads of keys and of values have different sizes, which is not supported")
+    layers = model.integer("block_count")
+    if layers > len(tensors) or "token_embd.weight" not in tensors:
+        raise model.error(f"{len(tensors)} tensors are too few for {layers} layers and the embedding: it is incomplete")
+    config: dict[str, Any] = {
+        "model_type": family.model_type,
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": model.integer("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": model.integer("attention.head_count_kv", heads),
+        "head_dim": head_size,
+        "max_position_embeddings": model.integer("context_length"),
+        "rms_norm_eps": model.number("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        **_rope(model, head_size),
+        **_windows(model, layers),
+    }
+    if name in LARGEST:
+        config["query_pre_attn_scalar"] = hidden // heads if layers == LARGEST[name] else head_size
+        for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if model.has(cap):
+                config[cap] = model.number(cap) or None
+    if name == "granite":
+        config.update(_multipliers(model, head_size))
+    return config
+
+
+def stored_tensors(config: Mapping[str, Any], metadata: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """Return where each tensor lies, by Hugging Face's name.
+
+    Raises `CheckpointError` for a tensor that has another shape than the configuration says, and for one that the
+    family does not have: leaving it out would give another model.
+    """
+    _, family = _architecture(metadata)
+    found: dict[str, Stored] = {}
+    known = {FREQUENCIES, LONG, SHORT}
+    for name, theirs, heads in _names(config, family):
+        known.add(name)
+        if name not in tensors:
+            continue
+        shape = _expected(config, theirs)
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{metadata.path}: {name} has shape {list(tensors[name].shape)}, the metadata says {list(shape)}"
+            )
+        offset = family.norm_offset if theirs.endswith("norm.weight") else 0.0
+        found[theirs] = Stored(name, shape, heads, offset)
+    unknown = sorted(set(tensors) - known)
+    if unknown:
+        raise CheckpointError(
+            f"{metadata.path}: the tensor {unknown[0]} ({len(unknown)} such in all) has no place in a"
+            f" {family.model_type} decoder here: this variant of the architecture is not supported"
+        )
+    return found
+
+
+def _architecture(metadata: Metadata) -> tuple[str, Architecture]:
+    name = metadata.text("general.architecture")
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{metadata.path}: architecture {name[:80]!r} is not supported; of GGUF files those with"
+            f" {', '.join(sorted(ARCHITECTURES))} are"
+        )
+    return name, ARCHITECTURES[name]
+
+
+def _refuse(model: _Model) -> None:
+    """Raise `CheckpointError` for what would change the arithmetic and is not built."""
+    if model.integer("expert_count", 0, least=0):
+        raise model.error("a mixture of experts is not supported")
+    if not model.flag("attention.causal", True):
+        raise model.error("it is an encoder, not a model that continues text")
+    if model.name == "granite" and not model.flag("rope.scaling.finetuned", True):
+        raise model.error("granite without rotary positions is not supported")
+    if model.name == "olmo2" and model.integer("attention.sliding_window", 0, least=0):
+        raise model.error("olmo2 with a sliding window (OLMo 3) is not supported")
+
+
+def _multipliers(model: _Model, head_size: int) -> dict[str, Any]:
+    """Read Granite's; 0 stands for the default, as in llama.cpp."""
+    return {
+        "attention_multiplier": model.number("attention.scale", 0.0) or head_size**-0.5,
+        "embedding_multiplier": model.number("embedding_scale", 0.0) or 1.0,
+        "residual_multiplier": model.number("residual_scale", 0.0) or 1.0,
+        "logits_scaling": model.number("logit_scale", 0.0) or 1.0,
+    }
+
+
+# --- positions ---
+
+
+def _rope(model: _Model, head_size: int) -> dict[str, Any]:
+    """Read how positions rotate: rope_theta, rope_scaling, partial_rotary_factor."""
+    size = model.integer("rope.dimension_count", head_size)
+    if size > head_size or (size != head_size and model.name != "phi3"):
+        raise model.error(f"{model.key('rope.dimension_count')} must be the head size {head_size}, got {size}")
+    rope: dict[str, Any] = {"rope_theta": model.number("rope.freq_base", 10_000.0)}
+    if size != head_size:
+        rope["partial_rotary_factor"] = _share(size, head_size)
+    if model.name == "gemma3":
+        rope["rope_local_base_freq"] = model.number("rope.freq_base_swa", 10_000.0)
+    factor = model.number("rope.scaling.factor", 0.0) or model.number("rope.scale_linear", 0.0) or 1.0
+    kind = model.metadata.text(model.key("rope.scaling.type"), "linear")
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise model.error(f"{model.key('rope.scaling.type')} {kind[:80]!r} is not supported")
+    if any(name in model.tensors for name in (FREQUENCIES, LONG, SHORT)):
+        if kind == "yarn" or (kind == "linear" and factor != 1):
+            raise model.error(f"{kind} scaling together with factors of each frequency is not supported")
+        return {**rope, **_factors(model, size)}
+    if kind == "longrope":
+        raise model.error(f"it has longrope scaling and no tensor {LONG}: it is incomplete")
+    if kind == "linear" and factor != 1:
+        rope["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        rope["rope_scaling"] = _yarn(model, factor)
+    return rope
+
+
+def _share(size: int, head_size: int) -> float:
+    """Return a float whose product with the head size is `size` when it is cut to a whole number."""
+    share = size / head_size
+    return share if int(head_size * share) == size else math.nextafter(share, 1.0)
+
+
+def _factors(model: _Model, size: int) -> dict[str, Any]:
+    """Read what the wavelengths of each pair are multiplied by: Llama 3's as one list, LongRoPE's as two.
+
+    Llama 3's rule is not stored, only what comes of it: the same factors for every length.
+    """
+    context = model.integer("context_length")
+    names = (FREQUENCIES, FREQUENCIES) if FREQUENCIES in model.tensors else (SHORT, LONG)
+    values = []
+    for name in names:
+        if name not in model.tensors or model.tensors[name].shape != (size // 2,):
+            raise model.error(f"{name} must hold {size // 2} numbers, one for each rotating pair")
+        values.append([float(str(value)) for value in model.read(name)])
+    options: dict[str, Any] = {"rope_type": "longrope", "short_factor": values[0], "long_factor": values[1]}
+    if FREQUENCIES in model.tensors:
+        return {"rope_scaling": {**options, "attention_factor": 1.0}, "original_max_position_embeddings": context}
+    if model.has("rope.scaling.attn_factor"):
+        options["attention_factor"] = model.number("rope.scaling.attn_factor")
+    original = model.integer("rope.scaling.original_context_length", context)
+    return {"rope_scaling": options, "original_max_position_embeddings": original}
+
+
+def _yarn(model: _Model, factor: float) -> dict[str, Any]:
+    for name, value in (("yarn_log_multiplier", 0.0), ("yarn_ext_factor", 1.0), ("attn_factor", 1.0)):
+        if model.number(f"rope.scaling.{name}", value) != value:
+            raise model.error(f"{model.key('rope.scaling')}.{name} is not supported")
+    context = model.integer("context_length")
+    options: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": model.integer("rope.scaling.original_context_length", context),
+        "beta_fast": model.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": model.number("rope.scaling.yarn_beta_slow", 1.0),
+    }
+    if model.has("rope.scaling.yarn_attn_factor"):
+        options["attention_factor"] = model.number("rope.scaling.yarn_attn_factor")
+    return options
+
+
+def _windows(model: _Model, layers: int) -> dict[str, Any]:
+    """Read which layers see only a window; the pattern is a number of layers or a list with one entry a layer."""
+    window = model.integer("attention.sliding_window", 4096 if model.name == "gemma2" else 0, least=0)
+    if model.name in ("phi3", "mistral"):
+        return {"sliding_window": window or None}
+    if model.name not in WINDOWED:
+        return {}
+    pattern = "attention.sliding_window_pattern"
+    if not window:
+        local = [False] * layers
+    elif isinstance(model.metadata.values.get(model.key(pattern)), np.ndarray):
+        local = [bool(each) for each in model.metadata.numbers(model.key(pattern), layers)]
+    else:
+        every = model.integer(pattern, WINDOWED[model.name])
+        local = [i % every < every - 1 for i in range(layers)]
+    kinds = ["sliding_attention" if each else "full_attention" for each in local]
+    return {"sliding_window": window or None, "layer_types": kinds}
+
+
+# --- tensors ---
+
+
+def _names(config: Mapping[str, Any], family: Architecture) -> Iterator[tuple[str, str, int]]:
+    """Yield every tensor's name in the file, in Hugging Face's terms, and how many heads' rows are interleaved."""
+    for name, theirs in GLOBAL.items():
+        yield name, theirs, 0
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    for i in range(config["num_hidden_layers"]):
+        for name, theirs in family.layer.items():
+            interleaved = heads.get(name, 0) if family.interleaved else 0
+            for part in ("weight",) if name.endswith("norm") else ("weight", "bias"):
+                yield f"blk.{i}.{name}.{part}", f"model.layers.{i}.{theirs}.{part}", interleaved
+
+
+def _expected(config: Mapping[str, Any], theirs: str) -> tuple[int, ...]:
+    """Return the shape of a tensor under Hugging Face's name."""
+    hidden, mlp, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = size * config["num_attention_heads"], size * config["num_key_value_heads"]
+    *_, kind, part = theirs.split(".")
+    shapes = {
+        "embed_tokens": (config["vocab_size"], hidden),
+        "lm_head": (config["vocab_size"], hidden),
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "qkv_proj": (queries + 2 * keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (mlp, hidden),
+        "up_proj": (mlp, hidden),
+        "gate_up_proj": (2 * mlp, hidden),
+        "down_proj": (hidden, mlp),
+    }
+    if kind in ("q_norm", "k_norm"):
+        whole = queries if kind == "q_norm" else keys
+        return (whole if config["model_type"] == "olmo2" else size,)
+    if kind not in shapes:
+        return (hidden,)
+    return shapes[kind][:1] if part == "bias" else shapes[kind]

@@ -1,0 +1,143 @@
+"""A model of a local Ollama store: manifests name blobs, files called by their SHA-256, one of which is the GGUF file.
+
+The layout is that of Ollama 0.1 to 0.12: `manifests/HOST/NAMESPACE/MODEL/TAG` and `blobs/sha256-HEX` in the folder that
+OLLAMA_MODELS names, else ~/.ollama/models, else the service's. Nothing is fetched, and no server asked.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from edgelm.errors import CheckpointError
+
+from .checkpoint import Checkpoint
+from .gguf import open_gguf
+from .huggingface import read_json
+
+SCHEME: Final = "ollama:"
+SERVICE: Final = Path("/usr/share/ollama/.ollama/models")
+"""Where the service of a Linux installation keeps models."""
+
+NAME: Final = re.compile(
+    r"(?:(?:(?P<host>[A-Za-z0-9][\w.-]{,200}(?::[0-9]{1,5})?)/)?(?P<namespace>[A-Za-z0-9][\w.-]{,79})/)?"
+    r"(?P<model>[A-Za-z0-9][\w.-]{,79})(?::(?P<tag>[A-Za-z0-9][\w.-]{,79}))?",
+    re.ASCII,
+)
+"""No part can be `..` or hold a slash, so that no name leads out of the store."""
+
+DIGEST: Final = re.compile(r"sha256:([0-9a-f]{64})")
+LAYER: Final = "application/vnd.ollama.image."
+MAX_JSON: Final = 1 << 20
+LISTED: Final = 20
+"""Models that an error lists at most."""
+
+TEMPERATURE: Final = 0.8
+"""Ollama's own, where a model says how to sample and does not say this."""
+
+PARAMETERS: Final = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repeat_penalty": "repetition_penalty",
+    "num_predict": "max_new_tokens",
+    "stop": "stop_strings",
+}
+"""Ollama's names, and the fields of generation_config.json that mean the same; others are left out."""
+
+
+def open_ollama(source: str) -> Checkpoint:
+    """Open `ollama:[[HOST/]NAMESPACE/]MODEL[:TAG]`; the tag is `latest` unless given.
+
+    The chat template is that of the GGUF file, since Ollama's is not Jinja. Raises `CheckpointError` for a name that is
+    none, a model that is not there (with those that are), and a store that is damaged.
+    """
+    found = NAME.fullmatch(source.removeprefix(SCHEME))
+    if found is None:
+        raise CheckpointError(f"{source[:200]!r} is no model's name; expected ollama:NAME or ollama:NAME:TAG")
+    parts = [
+        found["host"] or "registry.ollama.ai",
+        found["namespace"] or "library",
+        found["model"],
+        found["tag"] or "latest",
+    ]
+    roots = _roots()
+    root = next((root for root in roots if root.joinpath("manifests", *parts).is_file()), None)
+    if root is None:
+        raise CheckpointError(f"{source} is not in {' or '.join(map(str, roots))}; {_listing(roots)}")
+    manifest = root.joinpath("manifests", *parts)
+    layers = _layers(manifest)
+    model = [layer for layer in layers if layer.get("mediaType") == LAYER + "model"]
+    if len(model) != 1 or any(layer.get("mediaType") == LAYER + "adapter" for layer in layers):
+        raise CheckpointError(f"{source} is not one GGUF file: models of several and with an adapter are not supported")
+    parameters = [layer for layer in layers if layer.get("mediaType") == LAYER + "params"]
+    defaults = _generation(_object(_blob(root, manifest, parameters[0]))) if parameters else {}
+    return open_gguf(_blob(root, manifest, model[0]), defaults)
+
+
+def _roots() -> list[Path]:
+    """Return the folders that may hold a store, the first to be looked at first."""
+    given = os.environ.get("OLLAMA_MODELS")
+    return [Path(given)] if given else [Path.home() / ".ollama" / "models", SERVICE]
+
+
+def _listing(roots: list[Path]) -> str:
+    names = sorted({name for root in roots for name in _models(root)})
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"there are {', '.join(names[:LISTED])}{more}" if names else "there is no model there"
+
+
+def _models(root: Path) -> Iterator[str]:
+    """Yield the names of all models of a store, as short as they can be written."""
+    try:
+        for file in root.glob("manifests/*/*/*/*"):
+            host, namespace, model, tag = file.parts[-4:]
+            shown = [part for part in (host, namespace) if part not in ("registry.ollama.ai", "library")]
+            yield "/".join([*([host, namespace] if host in shown else shown), f"{model}:{tag}"])
+    except OSError:  # another user's store, which may not be listed
+        return
+
+
+def _layers(manifest: Path) -> list[Mapping[str, Any]]:
+    layers = _object(manifest).get("layers")
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+        raise CheckpointError(f"{manifest} is damaged: it has no list of layers")
+    return layers
+
+
+def _object(file: Path) -> dict[str, Any]:
+    if file.stat().st_size > MAX_JSON:
+        raise CheckpointError(f"{file} is damaged: it has more than {MAX_JSON} bytes")
+    return read_json(file)
+
+
+def _blob(root: Path, manifest: Path, layer: Mapping[str, Any]) -> Path:
+    """Return the file of a layer. Its name is its digest and its size the manifest's; its content is not hashed."""
+    digest = DIGEST.fullmatch(str(layer.get("digest")))
+    if digest is None:
+        raise CheckpointError(f"{manifest} is damaged: {str(layer.get('digest'))[:80]!r} is no SHA-256 digest")
+    file = root / "blobs" / f"sha256-{digest[1]}"
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing, which {manifest} names: `ollama pull` the model again")
+    size = file.stat().st_size
+    if size != layer.get("size"):
+        raise CheckpointError(f"{file} has {size} bytes, {manifest} says {layer.get('size')}: it is damaged")
+    return file
+
+
+def _generation(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's parameters as fields of generation_config.json; wrong values are refused where they are used."""
+    found = {ours: parameters[theirs] for theirs, ours in PARAMETERS.items() if parameters.get(theirs) is not None}
+    if found.get("max_new_tokens") in (-1, -2):  # without a limit, or until the context is full
+        del found["max_new_tokens"]
+    stops = found.get("stop_strings", [])
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise CheckpointError(f"the model's parameter stop must be a list of strings, got {str(stops)[:80]}")
+    if found.keys() & {"temperature", "top_k", "top_p", "min_p"}:
+        found.setdefault("temperature", TEMPERATURE)
+        found["do_sample"] = found["temperature"] != 0
+    return found
