@@ -44,7 +44,7 @@ class Divergence:
         if not (np.isfinite(reference).all() and np.isfinite(logits).all()):
             raise EdgelmError("the model's logits are not numbers: it cannot be measured")
         expected, found = _log_softmax(reference), _log_softmax(logits)
-        self._kl.append((np.exp(expected) * (expected - found)).sum(axis=1))
+        self._kl.append(_divergences(expected, found))
         at = np.arange(len(following))
         for i, logprobs in enumerate((expected, found)):
             self._nats[i] -= float(logprobs[at, following].sum())
@@ -64,6 +64,19 @@ class Divergence:
             kl_p99=max(0.0, float(np.quantile(kl, 0.99))),
             top1_agreement=self._same / len(kl),
         )
+
+
+def divergences(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the Kullback-Leibler divergence of each position in nats, float64 [n]; logits are float32 [n, V].
+
+    Not a number where logits are none.
+    """
+    return _divergences(_log_softmax(reference), _log_softmax(logits))
+
+
+def _divergences(expected: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.float64]:
+    total: NDArray[np.float64] = (np.exp(expected) * (expected - found)).sum(axis=1)
+    return total
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -7,11 +7,13 @@ from typing import Final, TypeAlias
 
 import onnxruntime as ort
 
+from edgelm.attributes import with_attribute
 from edgelm.boardcache import BoardCache, Key, this_cpu
 from edgelm.bundle import Bundle
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.native.formats import LAYOUT
 from edgelm.native.registration import Operators
+from edgelm.protobuf import BYTES, message
 from edgelm.tuning import Tuning, default_threads, recall
 from edgelm.windows import has_windows, with_old_windows
 
@@ -27,8 +29,17 @@ RUNTIME: Final = tuple(map(int, ort.__version__.split(".")[:2]))
 OLD_WINDOWS: Final = RUNTIME < (1, 24)
 """Whether this onnxruntime sees one position more than a window says."""
 
+INVARIANT: Final = "edgelm.invariant"
+"""Metadata of a graph that computes a token to the same bits whatever is computed with it."""
+
 PACKED: Final = "model.onnx"
 """The file of a graph with packed weights, in its folder."""
+
+_FLOAT_ACTIVATIONS: Final = 1
+"""The accuracy level at which MatMulNBits does not round what it multiplies."""
+
+_METADATA: Final = 14
+"""Field number of ModelProto.metadata_props."""
 
 
 def cache_key(bundle: Bundle, kind: str) -> Key:
@@ -58,14 +69,16 @@ def load_graph(
     threads: int,
     *,
     spin: bool = True,
+    exact: bool = False,
     save_to: Path | None = None,
     profile: Path | None = None,
 ) -> Graph:
     """Load an ONNX model, from a file or from its bytes, on the CPU.
 
-    `spin` lets idle threads wait actively: quicker for one graph, ruinous for several that take turns. `save_to` is a
-    directory that gets the optimized graph with its packed weights, `profile` how a profile's path begins. Raises
-    `EdgelmError` when `threads` is out of range, and whatever onnxruntime raises for the model.
+    `spin` lets idle threads wait actively: quicker for one graph, ruinous for several that take turns. With `exact`,
+    activations are not rounded to 8 bits. `save_to` is a directory that gets the optimized graph with its packed
+    weights, `profile` how a profile's path begins. Raises `EdgelmError` when `threads` is out of range, and whatever
+    onnxruntime raises for the model.
     """
     options = _options(Tuning(threads, spin), profile)
     if save_to is not None:
@@ -76,19 +89,31 @@ def load_graph(
             ("session.optimized_model_external_initializers_min_size_in_bytes", "64"),
         ):
             options.add_session_config_entry(name, value)
-    if OLD_WINDOWS:
-        content = model if isinstance(model, bytes) else Path(model).read_bytes()
-        if has_windows(content):
-            if isinstance(model, str):
-                folder = "session.model_external_initializers_file_folder_path"
-                options.add_session_config_entry(folder, str(Path(model).parent))
-            model = as_this_runtime_wants(content)
+    if exact or OLD_WINDOWS:
+        if isinstance(model, str):
+            folder = "session.model_external_initializers_file_folder_path"
+            options.add_session_config_entry(folder, str(Path(model).parent))
+            model = Path(model).read_bytes()
+        model = as_this_runtime_wants(model)
+        if exact:
+            model = with_attribute(model, "accuracy_level", lambda _: _FLOAT_ACTIVATIONS)
     return Graph(model, options, providers=["CPUExecutionProvider"])
 
 
 def as_this_runtime_wants(model: bytes) -> bytes:
     """Return a model that means to this onnxruntime what the given one means to newer ones."""
     return with_old_windows(model) if OLD_WINDOWS and has_windows(model) else model
+
+
+def is_invariant(graph: Graph) -> bool:
+    """Tell whether a graph was marked by `marked_invariant`."""
+    return bool(graph.get_modelmeta().custom_metadata_map.get(INVARIANT) == "1")
+
+
+def marked_invariant(model: bytes) -> bytes:
+    """Return a model, an ONNX ModelProto, whose metadata says that it is invariant."""
+    entry = message([(1, BYTES, INVARIANT.encode()), (2, BYTES, b"1")])
+    return model + message([(_METADATA, BYTES, entry)])
 
 
 def load_packed(folder: Path, tuning: Tuning, operators: Operators | None = None, profile: Path | None = None) -> Graph:

@@ -83,6 +83,7 @@ class GrowingSession:
 
     def __init__(self, graph: Graph, manifest: Manifest, rows: int, context: int) -> None:
         self.context = context
+        self.is_invariant = False
         self.long_from: int | None = None
         cache = manifest.cache
         self._graph = graph

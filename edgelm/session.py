@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import Bundle
 from edgelm.errors import EdgelmError
-from edgelm.graphs import best_tuning
+from edgelm.graphs import best_tuning, is_invariant
 from edgelm.kv import KvBuffers
 from edgelm.prefixes import Piece
 from edgelm.weights import open_graph
@@ -37,6 +37,8 @@ class Session(Protocol):
     """What the engine needs of a graph. `rows` of memory are numbered from 0."""
 
     context: int
+    is_invariant: bool
+    """Whether a token's keys, values and logits are the same to the last bit in whatever pass they are computed."""
     long_from: int | None
     """A row that grows longer than this must be computed again from its start: its positions are embedded anew."""
 
@@ -127,6 +129,7 @@ class SharedSession:
 
     def __init__(self, graph: ort.InferenceSession, bundle: Bundle, rows: int, context: int) -> None:
         self.context = context
+        self.is_invariant = is_invariant(graph)
         self._graph = graph
         self._vocab_size = bundle.manifest.vocab_size
         self._positions = _Positions(graph, bundle)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.native.attention_nodes import attention_of
-from edgelm.native.folding import Fold, Folding
-from edgelm.native.formats import BLOCKS, COLUMNS, DOMAIN, Format
+from edgelm.native.folding import NORM, SKIP_NORM, Fold, Folding
+from edgelm.native.formats import ATTENTION, BLOCKS, COLUMNS, DOMAIN, Format
 from edgelm.native.mapping import PagedFile
 from edgelm.native.onnx_model import (
     FLOAT,
@@ -41,6 +41,9 @@ _ALIGN: Final = 64
 _PANELS_AT_ONCE: Final = 64
 """Panels that are packed in one go, which bounds the memory that takes."""
 _NOWHERE: Final = -1
+_MOVING: Final = frozenset({"Cast", "Gather", "GatherBlockQuantized", "Reshape", "Slice", "Split"})
+_ROW_BY_ROW: Final = _MOVING | {"Add", "FastGelu", "Gelu", "Mul", "QuickGelu", "Tanh", NORM, SKIP_NORM}
+"""Operators of onnxruntime that compute each row, or each number, by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,17 @@ def write_panels(model: bytes, data: Path, folder: Path) -> list[Format]:
         return []
     (folder / GRAPH).write_bytes(encode_model(whole, nodes, tensors, DOMAIN))
     return sorted(rewriting.formats)
+
+
+def computes_row_by_row(model: bytes) -> bool:
+    """Tell whether every node of a model computes a token's numbers from that token and the memory alone.
+
+    Products and attention of onnxruntime's may add up in another order when more rows are computed together.
+    """
+    return all(
+        node.operator in _ROW_BY_ROW or node.operator == ATTENTION or Format.of_operator(node.operator) is not None
+        for node in read_model(model).nodes
+    )
 
 
 def _form(node: Node) -> Format | None:

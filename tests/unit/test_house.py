@@ -16,12 +16,13 @@ from edgelm.cli.extras import extra_of
 REPO = Path(__file__).resolve().parents[2]
 FLOORS = [
     {"_version", "errors", "fields", "protobuf", "textfile"},
-    {"brokerconfig", "messages"},
+    {"attributes", "brokerconfig", "messages"},
     {"bundle", "config", "tasks", "measure", "hardware", "divergence", "windows"},
     {"boardcache", "native"},
     {"chat", "detokenizer", "drafts", "grammar", "kv", "memory", "prefixes", "profile", "sampling"},
     {"tuning", "tokenizer", "growing"},
     {"graphs", "static_tokens"},
+    {"probe"},
     {"weights"},
     {"session"},
     {"sequence", "static_prefix", "conversations"},

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import edgelm
-from edgelm import weights
+from edgelm import probe, weights
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import open_bundle
 from edgelm.errors import EdgelmError
@@ -111,8 +111,9 @@ def test_without_our_kernels_onnxruntimes_are_used(small, cache, monkeypatch, mi
 
 def test_kernels_that_compute_something_else_are_never_used(small, cache, monkeypatch, said):
     plain = logits_of(small, None)
-    probes = iter([np.array([1.0, 2.0]), np.array([2.0, 1.0])])
-    monkeypatch.setattr(weights, "_probe", lambda _graph: next(probes))
+    logits = np.eye(3, 8, dtype=np.float32)
+    probes = iter([-9 * logits, -9 * logits, logits, logits])  # ours, ours in pieces, onnxruntime's, exact ones
+    monkeypatch.setattr(weights, "probe", lambda *_: next(probes))
     monkeypatch.setattr(weights, "_prepack", lambda *_: "not now")
     np.testing.assert_array_equal(logits_of(small, cache), plain)
     assert "they compute other logits" in said()[0]
@@ -179,7 +180,8 @@ def test_kernels_can_be_tried_out(small, tiny_checkpoint, export_to_cache, monke
     assert said.endswith("they compute what onnxruntime's do")
     with pytest.raises(OSError, match="none for matrices of fp32"):
         try_kernels(open_bundle(export_to_cache(tiny_checkpoint(**SMALL), quant="fp32")))
-    monkeypatch.setattr(weights, "CLOSE", 0.0)
+    monkeypatch.setattr(probe, "FACTOR", 0.0)
+    monkeypatch.setattr(probe, "SLACK", 0.0)
     with pytest.raises(EdgelmError, match="other logits"):
         try_kernels(open_bundle(small), 1)
     monkeypatch.setattr(sys, "executable", "/bin/false")

@@ -1,0 +1,123 @@
+"""A request that runs alone gives the same answer again, to the last bit of its logits, whatever was asked before.
+
+On our kernels because no result depends on what is computed together; on onnxruntime's because the passes of a request
+that can be repeated depend on the request alone.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgelm import engine as engines
+from edgelm import reuse, weights
+from edgelm.boardcache import BoardCache
+from edgelm.engine import Engine
+from edgelm.messages import Constraint, Request, SamplingParams
+from edgelm.sequence import Sequence
+from edgelm.weights import open_verified
+
+KINDS = {"ours": "int4", "int4": "int4", "fp32": "fp32"}
+BLOCK = 16
+SHARED = [int(token) for token in np.random.default_rng(0).integers(2, 300, 120)]
+"""What prompts begin with, more or less of it."""
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tiny_checkpoint, export_to_cache, tmp_path_factory):
+    """An engine that remembers and guesses, and one that does neither."""
+    path = export_to_cache(tiny_checkpoint(hidden=128, mlp=352, tied=False), quant=KINDS[request.param])
+    cache = BoardCache(tmp_path_factory.mktemp("cache")) if request.param == "ours" else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "WORTH_BYTES", 0)
+        patch.setattr(engines, "PREFILL_BLOCK", BLOCK)
+        patch.setattr(reuse, "PREFILL_BLOCK", BLOCK)
+        bundle = open_verified(path, cache)
+        warm = Engine(bundle, threads=2, max_batch=3, cache=cache)
+        cold = Engine(bundle, threads=1, max_batch=1, prefix_cache_mb=0, speculation=False, cache=cache)
+        assert warm.session.is_invariant == (request.param == "ours")
+        yield warm, cold
+
+
+def run(engine, *requests):
+    """The completions, and the logits that each token of the first one was chosen by."""
+    seen = []
+    advance = Sequence.advance
+
+    def watched(sequence, logits):
+        if sequence.id == requests[0].id:
+            seen.append(logits.copy())
+        return advance(sequence, logits)
+
+    done = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sequence, "advance", watched)
+        for request in requests:
+            engine.add(request, time.monotonic())
+        while engine.queued or engine.active:
+            done |= {chunk.id: chunk.completion for chunk in engine.step() if chunk.done}
+    return done[requests[0].id], np.array(seen)
+
+
+prompts = st.builds(
+    lambda shared, own: (*SHARED[:shared], *own), st.integers(0, 120), st.lists(st.integers(2, 300), max_size=20)
+).filter(bool)
+constraints = st.none() | st.just(Constraint("regex", "(yes|no), the dog ran and the dog sat (home|away) and [a-z]{4}"))
+
+
+@st.composite
+def requests(draw, name):
+    sampling = SamplingParams(
+        max_tokens=draw(st.integers(1, 24)),
+        ignore_eos=True,
+        **draw(st.sampled_from([{}, {}, {"temperature": 0.9, "seed": 7}])),
+    )
+    return Request(name, sampling, tokens=draw(prompts), constraint=draw(constraints))
+
+
+@settings(max_examples=60)
+@given(
+    asked=requests("asked"),
+    before=st.lists(st.tuples(requests("one"), requests("other"), st.booleans()), max_size=3),
+    chunk=st.sampled_from([16, 40, 256]),
+    guesses=st.lists(st.tuples(st.integers(0, 7), st.none() | st.integers(0, 6)), min_size=1, max_size=9),
+)
+def test_an_answer_does_not_depend_on_what_was_asked_before(pair, asked, before, chunk, guesses):
+    warm, cold = pair
+    expected, logits = run(cold, asked)
+    history = [*asked.tokens, *expected.tokens]
+    turn = iter(guesses * 99)
+
+    def propose(drafting, tokens, most):
+        """Right guesses up to a place."""
+        size, wrong = next(turn)
+        guess = np.array([*history[len(tokens) :], *range(9)][: min(size, most)], np.int32)
+        if wrong is not None and wrong < len(guess):
+            guess[wrong] = (guess[wrong] + 1) % 300
+        return guess
+
+    for one, other, together in before:
+        run(warm, *([one, other] if together else [one]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "PREFILL_CHUNK", chunk)
+        for _ in range(2):
+            patch.setattr(warm._drafter, "propose", propose)
+            found, own = run(warm, asked)
+            assert found.tokens == expected.tokens
+            assert np.array_equal(own, logits)
+
+
+def test_what_was_asked_before_is_used(pair):
+    """Else nothing would be shown here."""
+    warm, _ = pair
+    request = Request("one", SamplingParams(max_tokens=9, ignore_eos=True), tokens=tuple(range(2, 52)))
+    for _ in range(2):
+        done, _ = run(warm, request)
+    assert done.usage.cached_tokens == (49 if warm.session.is_invariant else 48)
+    following = Request("two", request.sampling, tokens=(*request.tokens, *done.tokens, 5))
+    cached = run(warm, following)[0].usage.cached_tokens
+    assert cached == (58 if warm.session.is_invariant else 48)
