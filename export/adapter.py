@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from edgelm.errors import CheckpointError
 
 from .adapter_options import CONFIG, AdapterOptions, read_options
-from .checkpoint import Checkpoint, Source, locate
+from .checkpoint import Safetensors, Source, locate
 
 Array = NDArray[np.float32]
 
@@ -51,7 +51,7 @@ class Adapter:
     `products` and `replacements` are keyed by the base's tensor names; `shapes` are those of the adapter's tensors.
     """
 
-    weights: Checkpoint
+    weights: Safetensors
     products: Mapping[str, Product]
     replacements: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
@@ -196,7 +196,7 @@ def open_adapter(path: str | Path, config: Mapping[str, Any]) -> Adapter:
     _check_replacements(file, options, replacements)
     if not products and not replacements:
         raise CheckpointError(f"{file} holds no tensors: the adapter is empty")
-    weights = Checkpoint(folder, {}, {}, {}, dict.fromkeys(shapes, file))
+    weights = Safetensors(folder, dict.fromkeys(shapes, file))
     tied = config.get("tie_word_embeddings")
     return Adapter(weights, products, replacements, shapes, tied, options.ensure_weight_tying)
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, Final
 
+import tokenizers
+
 from edgelm._version import __version__
-from edgelm.errors import BundleError, CheckpointError, RequestError
+from edgelm.errors import CheckpointError, RequestError
 from edgelm.messages import SamplingParams
 from edgelm.tokenizer import Tokenizer
 
@@ -34,18 +36,18 @@ def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:
-    """Raise `CheckpointError` when tokenizer.json cannot be read, or gives tokens that the model does not have.
+    """Raise `CheckpointError` when the tokenizer cannot be read, or gives tokens that the model does not have.
 
     Added tokens past the vocabulary are let pass: text has them only where someone spells them out.
     """
     try:
-        tokenizer = Tokenizer.from_file(checkpoint.tokenizer)
-    except BundleError as error:
-        raise CheckpointError(str(error)) from error
+        tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(checkpoint.tokenizer_text))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{checkpoint.tokenizer}: not a tokenizer that we can read: {error}") from error
     if tokenizer.base_vocab_size > vocab_size:
         raise CheckpointError(
-            f"{checkpoint.tokenizer} has {tokenizer.base_vocab_size} tokens, config.json a vocab_size of {vocab_size}:"
-            " they do not belong together"
+            f"{checkpoint.tokenizer} has {tokenizer.base_vocab_size} tokens, the configuration a vocab_size of"
+            f" {vocab_size}: they do not belong together"
         )
 
 

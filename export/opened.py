@@ -78,11 +78,11 @@ def open_model(source: str | Path, adapter: str | Path | None = None) -> Opened:
     tensors: Source = checkpoint
     if adapter is not None:
         opened = open_adapter(adapter, {**checkpoint.config, "tie_word_embeddings": decoder.tied})
-        opened.check(checkpoint.files)
+        opened.check(checkpoint.names)
         tensors = Adapted(checkpoint, opened)
     weights = Weights(tensors, decoder, family.names)
     name = None if adapter is None else Path(adapter).name
-    return Opened(checkpoint, weights, checkpoint.tokenizer.read_text(encoding="utf-8"), adapter=name)
+    return Opened(checkpoint, weights, checkpoint.tokenizer_text, adapter=name)
 
 
 def pruned(model: Opened, text_file: str | Path, size: int) -> Opened:
@@ -93,6 +93,7 @@ def pruned(model: Opened, text_file: str | Path, size: int) -> Opened:
         size,
         model_vocab_size=model.decoder.vocab_size,
         required=metadata.required_tokens(model.checkpoint),
+        contents=model.checkpoint.tokenizer_text,
     )
     return replace(with_rows(model, vocabulary.kept), tokenizer_text=vocabulary.tokenizer, vocabulary=vocabulary)
 

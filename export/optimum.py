@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -114,7 +113,7 @@ def convert(
             f" quantized; use --quant fp32"
         )
     (stage / "model.onnx").write_bytes(quantized.SerializeToString(deterministic=True))
-    shutil.copyfile(checkpoint.tokenizer, stage / "tokenizer.json")
+    (stage / "tokenizer.json").write_text(checkpoint.tokenizer_text, encoding="utf-8")
     return Manifest(
         architecture=str(checkpoint.config["model_type"]),
         context=length,

@@ -1,5 +1,16 @@
 """Where weights, configuration and tokenizer of a model come from: a Hugging Face directory or a hub id."""
 
-from .huggingface import Checkpoint, Source, locate, open_checkpoint, read_json
+from pathlib import Path
 
-__all__ = ["Checkpoint", "Source", "locate", "open_checkpoint", "read_json"]
+from .checkpoint import Checkpoint, Source, Tensors
+from .huggingface import Safetensors, locate, open_huggingface, read_json
+
+__all__ = ["Checkpoint", "Safetensors", "Source", "Tensors", "locate", "open_checkpoint", "read_json"]
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a directory, or download a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
+
+    Raises `CheckpointError` when there is no such directory or repository, a file is missing, or one is damaged.
+    """
+    return open_huggingface(source)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors then returns
 import numpy as np
@@ -19,37 +19,26 @@ from safetensors import SafetensorError, safe_open
 
 from edgelm.errors import CheckpointError
 
+from .checkpoint import Checkpoint
+
 HUB_FILES: Final = ["*.json", "*.safetensors", "*.jinja"]
 FLOATS: Final = {"F32", "F16", "BF16", "F64"}
 
 
-class Source(Protocol):
-    """Where a model's weights come from."""
-
-    def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
-        """See `Checkpoint.tensor`."""
-
-
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """An opened checkpoint. `files` names the safetensors file that holds each tensor."""
+class Safetensors:
+    """The tensors of a directory. `files` names the safetensors file that holds each one."""
 
     path: Path
-    config: Mapping[str, Any]
-    generation: Mapping[str, Any]
-    tokenizer_config: Mapping[str, Any]
     files: Mapping[str, Path]
 
     @property
-    def tokenizer(self) -> Path:
-        """The checkpoint's tokenizer.json."""
-        return self.path / "tokenizer.json"
+    def names(self) -> Collection[str]:
+        """Every tensor's name."""
+        return self.files.keys()
 
     def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
-        """Return one tensor as float32 [*shape], or some of its rows (of the first dimension; step 1).
-
-        Raises `CheckpointError` when it is missing, of another shape, not floating point, or holds NaN or infinity.
-        """
+        """See `Tensors.tensor`."""
         if name not in self.files:
             raise CheckpointError(f"{self.path} has no tensor {name}; is the checkpoint complete?")
         file = self.files[name]
@@ -70,7 +59,7 @@ class Checkpoint:
         return values
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_huggingface(source: str | Path) -> Checkpoint:
     """Open a directory, or download a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
 
     Raises `CheckpointError` when there is no such directory or repository, a file is missing, or one is damaged.
@@ -88,7 +77,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         config=read_json(path / "config.json"),
         generation=read_json(path / "generation_config.json", optional=True),
         tokenizer_config=_tokenizer_config(path),
-        files=_tensor_files(path),
+        tokenizer_text=_read_text(path / "tokenizer.json"),
+        tensors=Safetensors(path, _tensor_files(path)),
     )
 
 
@@ -123,6 +113,13 @@ def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is not a JSON object")
     return value
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def _tokenizer_config(path: Path) -> dict[str, Any]:

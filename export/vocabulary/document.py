@@ -61,14 +61,14 @@ class Document:
         return json.dumps(content, ensure_ascii=False)
 
 
-def read(path: str | Path) -> Document:
-    """Read a tokenizer.json that is to be pruned.
+def read(path: str | Path, text: str | None = None) -> Document:
+    """Read a tokenizer.json that is to be pruned; where its `text` is given, `path` is only what messages call it.
 
     Raises `CheckpointError` when it cannot be read, or when texts would be lost: it spells no bytes, or decodes in a
     way that hangs on where tokens end.
     """
     try:
-        inner = tokenizers.Tokenizer.from_file(str(path))
+        inner = tokenizers.Tokenizer.from_file(str(path)) if text is None else tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path}: not a tokenizer.json that we can read: {error}") from error
     content = json.loads(inner.to_str())

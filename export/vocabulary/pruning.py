@@ -71,7 +71,13 @@ class PrunedVocabulary:
 
 
 def prune(
-    tokenizer_json: str | Path, text: str, size: int, *, model_vocab_size: int, required: Collection[int] = ()
+    tokenizer_json: str | Path,
+    text: str,
+    size: int,
+    *,
+    model_vocab_size: int,
+    required: Collection[int] = (),
+    contents: str | None = None,
 ) -> PrunedVocabulary:
     """Choose `size` tokens for the domain of a text and write the tokenizer that has only them.
 
@@ -91,6 +97,8 @@ def prune(
         Rows of the embedding.
     required
         Ids that must survive, such as those of the configuration and of the chat template.
+    contents
+        Those of the tokenizer.json where they have been read: `tokenizer_json` is then only what messages call it.
 
     Raises
     ------
@@ -105,7 +113,7 @@ def prune(
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"the vocabulary's text is not valid Unicode: {error.reason}") from error
-    document = read(tokenizer_json)
+    document = read(tokenizer_json, contents)
     stay = _must_stay(document, model_vocab_size, required)
     extra = [token for token in document.added if token in stay and token not in document.base]
     counts = _count(document.inner, text)

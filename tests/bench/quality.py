@@ -110,7 +110,7 @@ def matrix_weights(checkpoint: Path) -> int:
     """Count the weights of a checkpoint's matrices, a tied head once."""
     opened = open_checkpoint(checkpoint)
     count = 0
-    for name, file in opened.files.items():
+    for name, file in opened.tensors.files.items():
         with safe_open(file, "np") as stored:
             shape = stored.get_slice(name).get_shape()
         if len(shape) == 2 and not (name == "lm_head.weight" and opened.config.get("tie_word_embeddings")):
@@ -255,7 +255,9 @@ def compare(args: argparse.Namespace, work: Path) -> Comparison:
         reference = bundle_logits(model, corpus, work / "reference.npy")
     measured_on = {
         "text_sha256": sha256(args.text),
-        "weights_sha256": [sha256(file) for file in sorted(set(open_checkpoint(args.checkpoint).files.values()))],
+        "weights_sha256": [
+            sha256(file) for file in sorted(set(open_checkpoint(args.checkpoint).tensors.files.values()))
+        ],
         "tokens": len(corpus.scored()[0]),
     }
     weights, parameters = matrix_weights(args.checkpoint), bundle.manifest.parameters

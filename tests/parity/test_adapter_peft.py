@@ -37,7 +37,7 @@ def train(tmp_path: Path, one_torch_thread: None) -> Callable[..., tuple[Any, Ch
                     parameter += torch.randn_like(parameter)
         adapted.save_pretrained(tmp_path / "adapter")
         adapter = open_adapter(tmp_path / "adapter", base.config)
-        adapter.check(base.files)
+        adapter.check(base.names)
         return adapted, base, adapter
 
     return make

@@ -1,0 +1,65 @@
+"""An opened checkpoint, whatever form it came in: configuration and tokenizer in Hugging Face's terms, tensors by name.
+
+A form (a Hugging Face directory, a GGUF file) is a module of its own, which reads its files into a `Checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Source(Protocol):
+    """Where a model's weights come from."""
+
+    def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
+        """See `Tensors.tensor`."""
+
+
+class Tensors(Source, Protocol):
+    """The tensors of one form of checkpoint, under Hugging Face's names."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Every tensor's name."""
+
+    def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
+        """Return one tensor as float32 [*shape], or some of its rows (of the first dimension; step 1).
+
+        Raises `CheckpointError` when it is missing, of another shape, not floating point, or holds NaN or infinity.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint.
+
+    path: what was opened, for messages. config, generation, tokenizer_config: the contents of config.json,
+    generation_config.json and tokenizer_config.json. tokenizer_text: that of tokenizer.json.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    tokenizer_config: Mapping[str, Any]
+    tokenizer_text: str
+    tensors: Tensors
+
+    @property
+    def tokenizer(self) -> Path:
+        """The file that the tokenizer was read from, for messages."""
+        return self.path / "tokenizer.json" if self.path.is_dir() else self.path
+
+    @property
+    def names(self) -> Collection[str]:
+        """Every tensor's name."""
+        return self.tensors.names
+
+    def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
+        """See `Tensors.tensor`."""
+        return self.tensors.tensor(name, shape, rows)
