@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from .checkpoint import Checkpoint, Source, Tensors
-from .huggingface import Safetensors, locate, open_huggingface, read_json
+from .huggingface import Safetensors, locate, open_huggingface
+from .reading import read_json
 
 __all__ = ["Checkpoint", "Safetensors", "Source", "Tensors", "locate", "open_checkpoint", "read_json"]
 

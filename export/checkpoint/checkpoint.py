@@ -40,7 +40,8 @@ class Checkpoint:
     """An opened checkpoint.
 
     path: what was opened, for messages. config, generation, tokenizer_config: the contents of config.json,
-    generation_config.json and tokenizer_config.json. tokenizer_text: that of tokenizer.json.
+    generation_config.json and tokenizer_config.json. tokenizer_text: that of tokenizer.json. notes: sentences for a
+    person, of what the export leaves out or reads otherwise. is_quantized: whether tensors were published quantized.
     """
 
     path: Path
@@ -49,6 +50,8 @@ class Checkpoint:
     tokenizer_config: Mapping[str, Any]
     tokenizer_text: str
     tensors: Tensors
+    notes: tuple[str, ...] = ()
+    is_quantized: bool = False
 
     @property
     def tokenizer(self) -> Path:
