@@ -116,6 +116,8 @@ class Manifest:
     long_from: int | None = None
     """A sequence longer than this looks up the second half of the rotary tables (LongRoPE)."""
     prefix: StaticPrefix | None = None
+    notes: tuple[str, ...] = ()
+    """What a person should know of the export, a sentence each: a part left out, weights read from a quantized form."""
     needs_onnxruntime: str | None = None
     """Oldest onnxruntime that runs the graph rightly, such as "1.28"; None is any that edgelm runs on."""
     graph: str = "model.onnx"
@@ -224,6 +226,7 @@ def from_json(text: str, where: str) -> Manifest:
                 "eos_tokens": tuple(_entries(raw["eos_tokens"])),
                 "sampling": SamplingParams(**{**sampling, "stop": tuple(_entries(sampling["stop"]))}),
                 "prefix": _prefix(raw.get("prefix")),
+                "notes": tuple(_entries(raw.get("notes", []))),
                 "files": {_plain_name(name): File(**file) for name, file in raw["files"].items()},
                 "graph": _plain_name(raw["graph"]),
             }

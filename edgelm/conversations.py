@@ -43,11 +43,12 @@ class Conversation:
         Raises `RequestError("bad_request")` for a text that has no tokens, messages that the template refuses, or
         messages after plain text and the reverse.
         """
-        if self.turns and (request.messages is None) != (self.messages is None):
+        chat = request.chat
+        if self.turns and (chat is None) != (self.messages is None):
             used, other = ("prompts", "messages") if self.messages is None else ("messages", "prompts")
             raise RequestError("bad_request", f"this session was begun with {used}: go on with these, not with {other}")
-        if request.messages is not None:
-            return self._ask_in_messages(request.messages, tokenizer)
+        if chat is not None:
+            return self._ask_in_messages(chat, request, tokenizer)
         if request.tokens is not None:
             new = list(request.tokens)
         elif self.turns:
@@ -67,7 +68,9 @@ class Conversation:
         messages = (*self.messages, {"role": "assistant", "content": said})
         return Conversation(whole, self.turns + 1, messages, text, (*self.marks, (len(text), len(whole))))
 
-    def _ask_in_messages(self, new: tuple[Mapping[str, Any], ...], tokenizer: Tokenizer) -> Conversation:
+    def _ask_in_messages(
+        self, new: tuple[Mapping[str, Any], ...], request: Request, tokenizer: Tokenizer
+    ) -> Conversation:
         """Render the whole conversation, and encode what does not agree with the text known so far.
 
         A template that renders the past otherwise than before (one that leaves out earlier thoughts, say) costs the
@@ -77,17 +80,18 @@ class Conversation:
             raise RequestError("bad_request", "messages must hold at least one message")
         earlier = self.messages or ()
         messages = (*earlier, *new)
-        text = tokenizer.render_chat(messages)
-        kept = self._kept(text)
+        prompt = tokenizer.prompt_of(messages, request.tools, request.template_vars)
+        kept = self._kept(prompt.text)
         if earlier and kept < len(self.marks) - 1:  # templates that put a space before an answer expect it without
             bare = (*earlier[:-1], {**earlier[-1], "content": earlier[-1]["content"].strip()}, *new)
-            other = tokenizer.render_chat(bare)
-            if self._kept(other) > kept:
-                messages, text, kept = bare, other, self._kept(other)
+            other = tokenizer.prompt_of(bare, request.tools, request.template_vars)
+            if self._kept(other.text) > kept:
+                messages, prompt, kept = bare, other, self._kept(other.text)
         length, count = self.marks[kept]
-        rest = tokenizer.encode_further(text[length:]) if count else tokenizer.encode(text, add_special_tokens=False)
+        rest = tokenizer.encode_prompt(prompt.after(length) if count else prompt, further=count > 0)
         tokens = [*self.tokens[:count], *rest]
-        return Conversation(tokens, self.turns, messages, text, (*self.marks[: kept + 1], (len(text), len(tokens))))
+        marks = (*self.marks[: kept + 1], (len(prompt.text), len(tokens)))
+        return Conversation(tokens, self.turns, messages, prompt.text, marks)
 
     def _kept(self, text: str) -> int:
         """Return the index of the last mark up to which a text is the one known so far."""

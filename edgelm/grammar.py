@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from edgelm.errors import BundleError, RequestError
+from edgelm.tokenizerfile import usable_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,7 +37,7 @@ class Grammar:
     Parameters
     ----------
     tokenizer
-        The bundle's tokenizer.json.
+        The bundle's tokenizer.json. Padding, truncation and added tokens outside the vocabulary count as left out.
     vocab_size
         Width V of the model's logits; at least the tokenizer's vocabulary.
     eos_tokens
@@ -56,7 +57,7 @@ class Grammar:
         self._compiled: dict[Constraint, Any] = {}
         try:
             self._tokenizer: Any = llguidance.LLTokenizer(
-                Path(tokenizer).read_text(encoding="utf-8"),
+                usable_text(Path(tokenizer).read_text(encoding="utf-8"), vocab_size),
                 n_vocab=vocab_size,
                 eos_token=list(eos_tokens) or None,
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -96,12 +96,20 @@ def constraint_of(
     if regex is not None:
         found.append(Constraint("regex", regex))
     if choices is not None:
-        if not choices or not all(isinstance(choice, str) and choice for choice in choices):
-            raise RequestError("bad_request", "choices must be a list of non-empty strings")
-        found.append(Constraint("choices", tuple(choices)))
+        found.append(Constraint("choices", check_choices(choices)))
     if len(found) > 1:
         raise RequestError("bad_request", "give at most one of json_schema, regex and choices")
     return found[0] if found else None
+
+
+def check_choices(choices: object) -> tuple[str, ...]:
+    """Return the choices. Raises `RequestError("bad_request")` for none and for a single text, which is no list."""
+    found = tuple(choices) if isinstance(choices, Iterable) and not isinstance(choices, (str, bytes)) else ()
+    if not found or not all(isinstance(choice, str) and choice for choice in found):
+        raise RequestError(
+            "bad_request", f'choices must be a list of non-empty strings, such as ["yes", "no"]; got {choices!r:.80}'
+        )
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +130,10 @@ class Request:
     """Whose session that is: each client's names are its own."""
     end_session: bool = False
     """Whether the session is forgotten after this request, even one that failed."""
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    """Descriptions of functions, for the chat template."""
+    template_vars: Mapping[str, Any] | None = None
+    """Further variables of the chat template, such as `enable_thinking`."""
 
     def __post_init__(self) -> None:
         given = sum(given is not None for given in (self.prompt, self.messages, self.tokens))
@@ -131,6 +143,20 @@ class Request:
             raise RequestError("bad_request", "end_session needs the name of a session")
         if self.session is not None and not is_session_name(self.session):
             raise RequestError("bad_request", f"session must be 1 to {MAX_SESSION_LENGTH} printable characters")
+        if self.tokens is not None and self.is_templated:
+            raise RequestError("bad_request", "tools and template_vars go with a prompt or messages, not with tokens")
+
+    @property
+    def is_templated(self) -> bool:
+        """Whether it brings something for the chat template besides messages."""
+        return bool(self.tools) or bool(self.template_vars)
+
+    @property
+    def chat(self) -> tuple[Mapping[str, Any], ...] | None:
+        """The messages for the chat template; a prompt with tools or variables for it is a user's message."""
+        if self.messages is None and self.prompt is not None and self.is_templated:
+            return ({"role": "user", "content": self.prompt},)
+        return self.messages
 
     @property
     def asks_nothing(self) -> bool:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import Bundle, Manifest
+from edgelm.chat import check_tools
 from edgelm.engine import Engine
 from edgelm.errors import RequestError
 from edgelm.memory import PREFIX_CACHE_MB
-from edgelm.messages import Chunk, Completion, Constraint, Request, constraint_of
+from edgelm.messages import Chunk, Completion, Request, check_choices, constraint_of
 from edgelm.weights import open_verified
 from edgelm.worker import Worker
 
@@ -112,6 +113,8 @@ class Model:
         timeout_s: float | None = None,
         session: str | None = None,
         end_session: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Completion:
         """Answer, and return the whole answer.
@@ -119,9 +122,11 @@ class Model:
         Parameters
         ----------
         prompt, messages, tokens
-            Exactly one: text, a conversation for the bundle's chat template, or token ids.
+            Exactly one: text, a conversation for the bundle's chat template, or token ids. A message's content is text
+            or a list of parts `{"type": "text", "text": ...}`; special tokens that it spells out are read as text.
+            Messages of the role `tool` and `tool_calls` of the assistant go to the template as they are.
         json_schema, regex, choices
-            At most one: what the answer must match.
+            At most one: what the answer must match. `choices` is a list, also where it holds one.
         timeout_s
             Seconds until the answer is cut off with `finish_reason` "deadline".
         session
@@ -133,6 +138,10 @@ class Model:
             Requests of one session are answered one after another. The 64 that were used last are kept.
         end_session
             Whether to forget the session after this request, even one that fails.
+        tools, template_vars
+            Data for the bundle's chat template: descriptions of functions as most templates take them,
+            `[{"type": "function", "function": {"name": ..., "parameters": ...}}]`, and further variables such as
+            `{"enable_thinking": False}`. With either, `prompt` is a user's message.
         **sampling
             Fields of `SamplingParams`; those not given are the bundle's defaults.
 
@@ -141,8 +150,18 @@ class Model:
         RequestError
             A value is out of range, the prompt (with its session) does not fit the context, or the step failed.
         """
-        constraint = constraint_of(json_schema, regex, choices)
-        request = self._request(prompt, messages, tokens, constraint, timeout_s, session, end_session, sampling)
+        request = self._request(
+            sampling,
+            prompt=prompt,
+            messages=None if messages is None else tuple(messages),
+            tokens=None if tokens is None else tuple(int(token) for token in tokens),
+            constraint=constraint_of(json_schema, regex, choices),
+            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
+            session=session,
+            end_session=end_session,
+            tools=None if tools is None else tuple(check_tools(tools) or ()),
+            template_vars=template_vars,
+        )
         last = next(self._chunks(request, only_last=True))
         if last.completion is None:
             raise AssertionError("the last chunk carries the completion")
@@ -160,6 +179,8 @@ class Model:
         timeout_s: float | None = None,
         session: str | None = None,
         end_session: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Iterator[Chunk]:
         """Answer, and yield the answer as it grows; the last chunk is `done` and carries the completion.
@@ -167,8 +188,18 @@ class Model:
         Leaving the loop early cancels the request. Parameters and errors are those of `generate`; a bad argument raises
         at once, before the first chunk is asked for.
         """
-        constraint = constraint_of(json_schema, regex, choices)
-        request = self._request(prompt, messages, tokens, constraint, timeout_s, session, end_session, sampling)
+        request = self._request(
+            sampling,
+            prompt=prompt,
+            messages=None if messages is None else tuple(messages),
+            tokens=None if tokens is None else tuple(int(token) for token in tokens),
+            constraint=constraint_of(json_schema, regex, choices),
+            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
+            session=session,
+            end_session=end_session,
+            tools=None if tools is None else tuple(check_tools(tools) or ()),
+            template_vars=template_vars,
+        )
         return self._chunks(request)
 
     def end_session(self, name: str) -> bool:
@@ -199,8 +230,7 @@ class Model:
         A choice's probability is the product of its tokens', so a long one has more to lose. Raises `RequestError` for
         an empty prompt, no choice, an empty one, or one that does not fit the context.
         """
-        if not choices or not all(choices):
-            raise RequestError("bad_request", "choices must be a list of non-empty strings")
+        choices = check_choices(choices)
         tokenizer = self.worker.engine.tokenizer
         asked = tokenizer.encode(prompt)
         if not asked:
@@ -245,28 +275,8 @@ class Model:
             given = {**given, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
         return defaults.replace(**{name: value for name, value in given.items() if value is not None or name == "seed"})
 
-    def _request(
-        self,
-        prompt: str | None,
-        messages: Sequence[Mapping[str, Any]] | None,
-        tokens: Sequence[int] | None,
-        constraint: Constraint | None,
-        timeout_s: float | None,
-        session: str | None,
-        end_session: bool,
-        sampling: Mapping[str, Any],
-    ) -> Request:
-        return Request(
-            id=f"local-{next(self._ids)}",
-            sampling=self._sampling(sampling),
-            prompt=prompt,
-            messages=None if messages is None else tuple(messages),
-            tokens=None if tokens is None else tuple(int(token) for token in tokens),
-            constraint=constraint,
-            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
-            session=session,
-            end_session=end_session,
-        )
+    def _request(self, sampling: Mapping[str, Any], **fields: Any) -> Request:
+        return Request(id=f"local-{next(self._ids)}", sampling=self._sampling(sampling), **fields)
 
     def _chunks(self, request: Request, *, only_last: bool = False) -> Iterator[Chunk]:
         """Submit a request and yield its chunks. With `only_last` this thread sleeps until the answer is whole."""

@@ -54,7 +54,7 @@ def opening_tokens(opening: Opening, tokenizer: Tokenizer) -> list[int]:
         if isinstance(opening, str):
             return tokenizer.encode(opening)
         following = ([*opening, {"role": "user", "content": probe}] for probe in PROBES)
-        one, other = (tokenizer.encode(tokenizer.render_chat(chat), add_special_tokens=False) for chat in following)
+        one, other = (tokenizer.encode_prompt(tokenizer.prompt_of(chat)) for chat in following)
     except RequestError as error:
         raise EdgelmError(f"the prefix cannot be made into tokens: {error}") from error
     shared = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -5,21 +5,29 @@
 
 from __future__ import annotations
 
+import json
+import re
+import secrets
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from edgelm.bundle import Bundle
 from edgelm.chat import ChatTemplate
 from edgelm.detokenizer import StreamDecoder
 from edgelm.errors import BundleError, RequestError
+from edgelm.marked import Prompt, Spellings
+from edgelm.tokenizerfile import usable_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     import tokenizers
 
 __all__ = ["StreamDecoder", "Tokenizer"]
+
+BYTE: Final = re.compile("<0x[0-9A-F]{2}>")
+"""How vocabularies with byte fallback call a byte."""
 
 
 class Tokenizer:
@@ -33,6 +41,10 @@ class Tokenizer:
         See `ChatTemplate`; None where the model has none.
     bos_token, eos_token
         Their texts, for the chat template.
+    special_tokens
+        The same by name, with any others: `{"pad_token": "<pad>"}`.
+    end_tokens
+        Ids that end an answer. Like special tokens, they are not recognized in the texts of a chat.
     """
 
     def __init__(
@@ -41,14 +53,20 @@ class Tokenizer:
         chat_template: str | Sequence[Mapping[str, str]] | None = None,
         bos_token: str | None = None,
         eos_token: str | None = None,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        end_tokens: Collection[int] = (),
     ) -> None:
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
         self._chat_template = chat_template
+        named = (("bos_token", bos_token), ("eos_token", eos_token))
         self._special_tokens = {
-            name: text for name, text in (("bos_token", bos_token), ("eos_token", eos_token)) if text is not None
+            **(special_tokens or {}),
+            **{name: text for name, text in named if text is not None},
         }
+        self._end_tokens = frozenset(end_tokens)
 
     @classmethod
     def from_file(
@@ -65,23 +83,18 @@ class Tokenizer:
         BundleError
             When the file is missing or is no tokenizer.json.
         """
-        from tokenizers import Tokenizer as Inner
-
-        if not Path(path).is_file():
-            raise BundleError(f"{path}: no such file; a bundle holds its tokenizer.json")
-        try:
-            inner = Inner.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise BundleError(f"{path}: not a tokenizer.json that we can read: {error}") from error
-        return cls(inner, chat_template, bos_token, eos_token)
+        return cls(_read(path), chat_template, bos_token, eos_token)
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Tokenizer:
         """Read a bundle's tokenizer, with its chat template. Raises `BundleError`."""
         manifest = bundle.manifest
-        special = manifest.special_tokens
-        bos, eos = special.get("bos_token"), special.get("eos_token")
-        return cls.from_file(bundle.tokenizer, chat_template=manifest.chat_template, bos_token=bos, eos_token=eos)
+        return cls(
+            _read(bundle.tokenizer, manifest.vocab_size),
+            manifest.chat_template,
+            special_tokens=manifest.special_tokens,
+            end_tokens=manifest.eos_tokens,
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -118,10 +131,7 @@ class Tokenizer:
         RequestError
             With code "bad_request" when the text holds lone surrogates.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RequestError("bad_request", f"the text is not valid Unicode: {error.reason}") from error
+        _check_unicode(text)
         return list(self._inner.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def encode_further(self, text: str) -> list[int]:
@@ -129,18 +139,117 @@ class Tokenizer:
 
         Raises `RequestError` as `encode` does.
         """
+        return self.encode_prompt(Prompt(text), further=True)
+
+    def encode_prompt(self, prompt: Prompt, *, further: bool = False) -> list[int]:
+        """Return the tokens of a rendered chat. Special tokens that a message spells out stay text.
+
+        With `further` it goes on from another text: no space is put before it. Raises `RequestError` as `encode` does.
+        """
+        if not further:
+            return self._encode_plainly(prompt)
         start = self.encode("\n", add_special_tokens=False)  # takes the space that many put before what they are given
-        whole = self.encode("\n" + text, add_special_tokens=False)
+        whole = self._encode_plainly(prompt.behind("\n"))
         if whole[: len(start)] == start:
             return whole[len(start) :]
-        return self.encode(text, add_special_tokens=False)  # a tokenizer that joins line breaks adds no space
+        return self._encode_plainly(prompt)  # a tokenizer that joins line breaks adds no space
+
+    def _encode_plainly(self, prompt: Prompt) -> list[int]:
+        renamed = self._rename(prompt) if prompt.data else None
+        if renamed is None:
+            return self.encode(prompt.text, add_special_tokens=False)
+        _check_unicode(renamed)
+        return list(self._renamed.encode(renamed, add_special_tokens=False).ids)
+
+    def _rename(self, prompt: Prompt) -> str | None:
+        """Return a prompt with the special tokens of the template under the names that `_renamed` has for them.
+
+        None where a message spells no special token: then nothing has to be told apart.
+        """
+        text, parts, kept, at, spelled = prompt.text, [], 0, 0, False
+        for start, token in self._added.find(text):
+            end = start + len(token)
+            if start < at:
+                continue
+            if token in self._stand_ins:
+                if prompt.has_data(start, end):
+                    spelled = True
+                    continue
+                parts += [text[kept:start], self._stand_ins[token]]
+                kept = end
+            at = end
+        return "".join([*parts, text[kept:]]) if spelled else None
+
+    @cached_property
+    def _added(self) -> Spellings:
+        """Every added token: the library looks for them before anything else."""
+        return Spellings([token.content for token in self._inner.get_added_tokens_decoder().values()])
+
+    @cached_property
+    def _stand_ins(self) -> Mapping[str, str]:
+        """The texts that make a special token, and what stands in for each where the template has written it.
+
+        Nobody can spell those: they hold a number that is drawn anew in every process.
+        """
+        key = secrets.token_hex(8)
+        return {text: f"\ufdd0{key}.{i}\ufdd1" for i, text in enumerate(sorted(self._control))}
+
+    @cached_property
+    def _control(self) -> frozenset[str]:
+        """Texts of the tokens that steer the model: special ones, and those that end an answer."""
+        named = set(self._special_tokens.values())
+        return frozenset(
+            token.content
+            for i, token in self._inner.get_added_tokens_decoder().items()
+            if (token.special or i in self._end_tokens or token.content in named)
+            and token.content.strip()
+            and not BYTE.fullmatch(token.content)
+        )
+
+    @cached_property
+    def _renamed(self) -> tokenizers.Tokenizer:
+        """The tokenizer with its special tokens under other names, so that their texts are texts like any other.
+
+        Made only when a message first spells one: it takes as much memory as the tokenizer itself.
+        """
+        from tokenizers import Tokenizer as Inner
+
+        content, names = json.loads(self._inner.to_str()), self._stand_ins
+        for token in content["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        model, vocab = content["model"], content["model"]["vocab"]
+        if isinstance(vocab, dict):
+            model["vocab"] = {names.get(text, text): i for text, i in vocab.items()}
+        else:
+            model["vocab"] = [[names.get(text, text), score] for text, score in vocab]
+        if "merges" in model:
+            pairs = (pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"])
+            model["merges"] = [p for p in pairs if not names.keys() & {*p, "".join(p)}]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        content["post_processor"] = None  # a template has written what begins and ends a prompt
+        return Inner.from_str(json.dumps(content))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens; special ones and ids outside the vocabulary have none."""
         return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Return the prompt of a conversation, up to where the assistant speaks.
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the text of a conversation, up to where the assistant speaks. Raises as `prompt_of` does."""
+        return self.prompt_of(messages, tools, template_vars).text
+
+    def prompt_of(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """Return the prompt of a conversation, up to where the assistant speaks: see `ChatTemplate.render`.
 
         Raises
         ------
@@ -150,8 +259,30 @@ class Tokenizer:
         """
         if self._chat_template is None:
             raise RequestError("bad_request", "this model has no chat template: send a prompt instead of messages")
-        return self._chat.render(messages)
+        return self._chat.render(messages, tools, template_vars)
 
     @cached_property
     def _chat(self) -> ChatTemplate:
-        return ChatTemplate(self._chat_template or "", self._special_tokens)
+        return ChatTemplate(self._chat_template or "", self._special_tokens, self._control)
+
+
+def _read(path: str | Path, vocab_size: int | None = None) -> tokenizers.Tokenizer:
+    """Read a tokenizer.json; with `vocab_size` without added tokens that lie outside it. Raises `BundleError`."""
+    from tokenizers import Tokenizer as Inner
+
+    if not Path(path).is_file():
+        raise BundleError(f"{path}: no such file; a bundle holds its tokenizer.json")
+    try:
+        inner = Inner.from_file(str(path))
+        if vocab_size is not None and max(inner.get_added_tokens_decoder(), default=0) >= vocab_size:
+            inner = Inner.from_str(usable_text(Path(path).read_text(encoding="utf-8"), vocab_size))
+    except Exception as error:  # the library raises plain Exception
+        raise BundleError(f"{path}: not a tokenizer.json that we can read: {error}") from error
+    return inner
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError("bad_request", f"the text is not valid Unicode: {error.reason}") from error

@@ -19,6 +19,7 @@ from edgelm.errors import CheckpointError
 
 from .adapter_options import CONFIG, AdapterOptions, read_options
 from .checkpoint import Safetensors, Source, locate
+from .checkpoint.reading import refuse_stand_in
 
 Array = NDArray[np.float32]
 
@@ -207,6 +208,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         hint = "; pickled weights are not read, save it again with peft" if any(file.parent.glob("*.bin")) else ""
         raise CheckpointError(f"{file.parent} has no {WEIGHTS}{hint}")
     try:
+        refuse_stand_in(file)
         with safe_open(file, "np") as stored:
             return {key: tuple(stored.get_slice(key).get_shape()) for key in sorted(stored.keys())}
     except (SafetensorError, OSError) as error:

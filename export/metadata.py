@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.metadata import version
+from math import inf
 from typing import Any, Final
 
 import tokenizers
 
 from edgelm._version import __version__
+from edgelm.chat import ChatTemplate
 from edgelm.errors import CheckpointError, RequestError
 from edgelm.messages import SamplingParams
 from edgelm.tokenizer import Tokenizer
 
 from .checkpoint import Checkpoint
+from .checkpoint.tokenizer import SPECIAL, special_token
 
-SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
+PROBE_QUESTION: Final = "What is on the table?"
+PROBE_ANSWER: Final = "A cup of tea."
 
 
 def made_with() -> dict[str, str]:
@@ -24,24 +29,18 @@ def made_with() -> dict[str, str]:
 
 
 def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the text of each special token that tokenizer_config.json names."""
-    found: dict[str, str] = {}
-    for name in SPECIAL:
-        token = checkpoint.tokenizer_config.get(name)
-        if isinstance(token, Mapping):
-            token = token.get("content")
-        if isinstance(token, str):
-            found[name] = token
-    return found
+    """Return the text of each special token that the tokenizer's files name."""
+    found = {name: special_token(checkpoint.tokenizer_config, name) for name in SPECIAL}
+    return {name: token for name, token in found.items() if token is not None}
 
 
 def check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:
     """Raise `CheckpointError` when the tokenizer cannot be read, or gives tokens that the model does not have.
 
-    Added tokens past the vocabulary are let pass: text has them only where someone spells them out.
+    Added tokens past the vocabulary are let pass: a bundle's tokenizer leaves them out.
     """
     try:
-        tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(checkpoint.tokenizer_text))
+        tokenizer = Tokenizer(_inner(checkpoint.tokenizer_text))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{checkpoint.tokenizer}: not a tokenizer that we can read: {error}") from error
     if tokenizer.base_vocab_size > vocab_size:
@@ -58,14 +57,40 @@ def bos_token(checkpoint: Checkpoint) -> int | None:
 
 
 def eos_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return the ids that end an answer: generation_config.json's list, else config.json's."""
-    return _ids(checkpoint, "eos_token_id")
+    """Return the ids that end an answer.
+
+    Those of generation_config.json and config.json, the tokenizer's eos, and the token with which the chat template
+    ends what the assistant says: each is missing in some published checkpoint.
+    """
+    ids = [*_checked_ids(checkpoint, "eos_token_id", checkpoint.generation.get("eos_token_id"))]
+    ids += _checked_ids(checkpoint, "eos_token_id", checkpoint.config.get("eos_token_id"))
+    inner = _inner(checkpoint.tokenizer_text)
+    for token in (special_token(checkpoint.tokenizer_config, "eos_token"), end_of_turn(checkpoint)):
+        found = None if token is None else inner.token_to_id(token)
+        if found is not None and found < _vocab_size(checkpoint):
+            ids.append(int(found))
+    return tuple(dict.fromkeys(ids))
+
+
+def end_of_turn(checkpoint: Checkpoint) -> str | None:
+    """Return the added token that the chat template writes behind an answer; None where it writes none."""
+    template = chat_template(checkpoint)
+    if template is None:
+        return None
+    messages = [{"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}]
+    try:
+        text = ChatTemplate(template, special_tokens(checkpoint)).render(messages, generation_prompt=False).text
+    except RequestError:  # a template that cannot be used is told of where it is used
+        return None
+    behind = text.rpartition(PROBE_ANSWER)[2].lstrip() if PROBE_ANSWER in text else ""
+    added = {token.content for token in _inner(checkpoint.tokenizer_text).get_added_tokens_decoder().values()}
+    return max((token for token in added if token.strip() and behind.startswith(token)), key=len, default=None)
 
 
 def required_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Return the ids that a smaller vocabulary must keep: those that start, end and pad a text."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return tuple(token for name in names for token in _ids(checkpoint, name))
+    bos, pad = bos_token(checkpoint), _pad_token(checkpoint)
+    return tuple(token for token in (bos, *eos_tokens(checkpoint), pad) if token is not None)
 
 
 def chat_template(checkpoint: Checkpoint) -> str | None:
@@ -80,13 +105,17 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
 
 
 def sampling(checkpoint: Checkpoint) -> SamplingParams:
-    """Return the default sampling of generation_config.json, with transformers' meaning: greedy unless do_sample."""
+    """Return the default sampling of generation_config.json, with transformers' meaning: greedy unless do_sample.
+
+    null is an option that is off, as a missing one is; only a missing top_k is transformers' own 50.
+    """
     generation = checkpoint.generation
     chosen: dict[str, Any] = {}
     if generation.get("do_sample"):
-        chosen = {"temperature": generation.get("temperature", 1.0), "top_k": generation.get("top_k", 50)}
+        top_k = generation.get("top_k", 50)
+        chosen = {"temperature": _given(generation, "temperature", 1.0), "top_k": 0 if top_k in (None, -1) else top_k}
         for name, off in (("top_p", 1.0), ("min_p", 0.0)):
-            chosen[name] = generation.get(name, off)
+            chosen[name] = _given(generation, name, off)
     chosen["repetition_penalty"] = generation.get("repetition_penalty")
     chosen["max_tokens"] = generation.get("max_new_tokens")
     stops = generation.get("stop_strings") or []
@@ -99,15 +128,41 @@ def sampling(checkpoint: Checkpoint) -> SamplingParams:
         raise CheckpointError(f"generation_config.json: {error}") from error
 
 
+def _given(options: Mapping[str, Any], name: str, off: float) -> Any:
+    value = options.get(name)
+    return off if value is None else value
+
+
+def _pad_token(checkpoint: Checkpoint) -> int | None:
+    """Return the padding token, where the model has a row for it: -1 or vocab_size say that it has none."""
+    found = [checkpoint.generation.get("pad_token_id"), checkpoint.config.get("pad_token_id")]
+    ids = [token for token in found if isinstance(token, int) and not isinstance(token, bool)]
+    return next((token for token in ids if 0 <= token < _vocab_size(checkpoint)), None)
+
+
 def _ids(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
     value = checkpoint.generation.get(name)
-    if value is None:
-        value = checkpoint.config.get(name)
+    return _checked_ids(checkpoint, name, checkpoint.config.get(name) if value is None else value)
+
+
+def _checked_ids(checkpoint: Checkpoint, name: str, value: Any) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    vocabulary = checkpoint.config.get("vocab_size")
+    vocabulary = _vocab_size(checkpoint)
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise CheckpointError(f"{name} must be a token id or a list of them, got {value!r}")
-        if isinstance(vocabulary, int) and token >= vocabulary:
+            raise CheckpointError(f"{name} must be a token id or a list of them, got {value!r:.80}")
+        if token >= vocabulary:
             raise CheckpointError(f"{name} {token} lies outside the vocabulary of {vocabulary}")
     return tuple(ids)
+
+
+def _vocab_size(checkpoint: Checkpoint) -> float:
+    """Return how many tokens the model has; infinity where the configuration does not say."""
+    value = checkpoint.config.get("vocab_size")
+    return value if isinstance(value, int) and not isinstance(value, bool) else inf
+
+
+@lru_cache(maxsize=2)
+def _inner(tokenizer_text: str) -> tokenizers.Tokenizer:
+    """Return the library's tokenizer, kept for the next question about it."""
+    return tokenizers.Tokenizer.from_str(tokenizer_text)

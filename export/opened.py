@@ -104,8 +104,8 @@ def with_prefix(model: Opened, opening: Opening, context: int) -> Opened:
     tokenizer = Tokenizer(
         tokenizers.Tokenizer.from_str(model.tokenizer_text),
         metadata.chat_template(model.checkpoint),
-        special.get("bos_token"),
-        special.get("eos_token"),
+        special_tokens=special,
+        end_tokens=model.eos_tokens,
     )
     tokens = opening_tokens(opening, tokenizer)
     d = model.decoder

@@ -168,8 +168,10 @@ def _load(checkpoint: Checkpoint, libraries: _Libraries) -> Any:
             f"architecture {kind!r} is not one that optimum-onnx {version('optimum-onnx')} exports for text generation;"
             f" it knows {', '.join(supported)}"
         )
-    if checkpoint.config.get("quantization_config") is not None:
+    if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.path} is already quantized; export the checkpoint that it was made from")
+    if checkpoint.notes:
+        raise CheckpointError(f"{checkpoint.path} cannot be exported via optimum: {'; '.join(checkpoint.notes)}")
     try:
         model, loading = libraries.transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.path,

@@ -77,6 +77,7 @@ def _manifest(model: Opened, quant: Quant, context: int, store: MatrixStore) -> 
         vocabulary=vocabulary_facts(model, sum(matrix.bytes() for matrix in tables) / d.vocab_size),
         adapter=model.adapter,
         long_from=d.long_from(context),
+        notes=checkpoint.notes,
     )
 
 

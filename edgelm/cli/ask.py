@@ -8,7 +8,14 @@ import sys
 import uuid
 from typing import Final
 
-from edgelm.cli.flags import add_credential_flags, add_sampling_flags, broker_from, sampling_from
+from edgelm.cli.flags import (
+    add_credential_flags,
+    add_sampling_flags,
+    add_template_flags,
+    broker_from,
+    sampling_from,
+    template_from,
+)
 from edgelm.config import check_name, default_board
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.mqtt import asks, wire
@@ -34,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=float, metavar="S", default=TIMEOUT_S, help="seconds for the answer (%(default)g)"
     )
     add_credential_flags(parser)
+    add_template_flags(parser)
     add_sampling_flags(parser)
 
 
@@ -51,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         timeout_s=args.timeout,
         **{key: value for key, value in session.items() if value is not None},
         **sampling_from(args),
+        **template_from(args),
     )
     with Asker(broker_from(args), args.board) as asker:
         final = answer_to(asker, ask, _show if ask.stream else None)

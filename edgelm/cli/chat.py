@@ -7,7 +7,14 @@ import sys
 from typing import Any, Final
 
 import edgelm
-from edgelm.cli.flags import add_loading_flags, add_sampling_flags, loading_from, sampling_from
+from edgelm.cli.flags import (
+    add_loading_flags,
+    add_sampling_flags,
+    add_template_flags,
+    loading_from,
+    sampling_from,
+    template_from,
+)
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.model import Model
 
@@ -20,13 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Ctrl-C stops an answer, Ctrl-D or /exit ends the chat, /clear forgets what was said."
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or builtin")
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    add_template_flags(parser)
     add_sampling_flags(parser)
     add_loading_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Read a line, answer it, until the end of input."""
-    given = sampling_from(args)
+    given = {**sampling_from(args), **template_from(args)}
     opening = [{"role": "system", "content": args.system}] if args.system else []
     with edgelm.load(args.bundle, **loading_from(args), max_batch=1) as model:
         if model.manifest.chat_template is None:

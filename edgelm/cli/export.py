@@ -175,6 +175,8 @@ def run(args: argparse.Namespace) -> int:
         bundle = package.export(args.checkpoint, args.out, force=args.force, progress=progress, **options)
     seconds = time.monotonic() - start
     print(json.dumps(_facts(bundle, seconds)) if args.json else _summary(bundle, seconds))
+    for note in bundle.manifest.notes:
+        print(f"edgelm export: note: {note}", file=sys.stderr)
     if not args.json:
         print(f'next: edgelm generate {bundle.path} "..."', file=sys.stderr)
     return 0
@@ -191,6 +193,7 @@ def _facts(bundle: Bundle, seconds: float) -> Mapping[str, Any]:
         "vocabulary": manifest.vocabulary,
         "quality": manifest.quality,
         "self_check": manifest.self_check,
+        "notes": list(manifest.notes),
         "prefix_tokens": 0 if manifest.prefix is None else len(manifest.prefix.tokens),
         "digest": manifest.digest,
         "seconds": round(seconds, 2),

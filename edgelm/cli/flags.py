@@ -45,16 +45,59 @@ def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _schema(path: str) -> dict[str, Any]:
+def add_template_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags that `template_from` reads."""
+    group = parser.add_argument_group("chat template", "with either, a prompt is a user's message")
+    group.add_argument(
+        "--template-var",
+        action="append",
+        metavar="K=V",
+        help="a variable of the template, such as enable_thinking=false; V is JSON, else text; may be repeated",
+    )
+    group.add_argument("--tools", metavar="FILE", help="functions to offer: a JSON list, as OpenAI's API takes it")
+
+
+def template_from(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what was given for the chat template, by the names of `Model.generate` and of the MQTT protocol.
+
+    Raises `ConfigError` for a variable without a value, and a file that cannot be read.
+    """
+    given: dict[str, Any] = {}
+    if args.template_var:
+        given["template_vars"] = dict(map(_variable, args.template_var))
+    if args.tools is not None:
+        tools = _read_json("--tools", args.tools)
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise ConfigError(f"--tools: {args.tools} is not a JSON list of objects")
+        given["tools"] = tools
+    return given
+
+
+def _variable(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ConfigError(f"--template-var takes NAME=VALUE, such as enable_thinking=false; got {text!r:.80}")
     try:
-        schema = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--json-schema: cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--json-schema: {path} is not JSON: {error}") from error
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def _schema(path: str) -> dict[str, Any]:
+    schema = _read_json("--json-schema", path)
     if not isinstance(schema, dict):
         raise ConfigError(f"--json-schema: {path} is not a JSON object")
     return schema
+
+
+def _read_json(name: str, path: str) -> Any:
+    """Read the file of an option. Raises `ConfigError`."""
+    try:
+        return json.loads(Path(path).read_text("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: {path} is not JSON: {error}") from error
 
 
 def add_loading_flags(parser: argparse.ArgumentParser) -> None:

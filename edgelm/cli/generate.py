@@ -8,7 +8,14 @@ import sys
 from typing import Any
 
 import edgelm
-from edgelm.cli.flags import add_loading_flags, add_sampling_flags, loading_from, sampling_from
+from edgelm.cli.flags import (
+    add_loading_flags,
+    add_sampling_flags,
+    add_template_flags,
+    loading_from,
+    sampling_from,
+    template_from,
+)
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.messages import Completion
 from edgelm.model import Model
@@ -19,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or builtin")
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; - reads it from standard input")
     parser.add_argument("--tokens", metavar="1,2,3", help="token ids instead of a prompt")
+    add_template_flags(parser)
     add_sampling_flags(parser)
     add_loading_flags(parser)
     parser.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
@@ -28,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer the prompt."""
     asked = _asked(args)
-    given = sampling_from(args)
+    given = {**sampling_from(args), **template_from(args)}
     with edgelm.load(args.bundle, **loading_from(args), max_batch=1) as model:
         if args.json or args.no_stream:
             done = model.generate(**asked, **given)

@@ -56,6 +56,7 @@ def _extras(m: Manifest) -> list[tuple[str, str]]:
         rows.append(("pruned", f"{v['tokens']} of {v['tokens_before']} tokens, {v['saved_bytes'] / 1e6:.2f} MB saved"))
     if m.adapter is not None:
         rows.append(("adapter", m.adapter))
+    rows += [("note", note) for note in m.notes]
     if m.needs_onnxruntime is not None:
         rows.append(("needs", f"onnxruntime {m.needs_onnxruntime} or newer"))
     return rows

@@ -25,10 +25,14 @@ SAMPLING_KEYS: Final = tuple(entry.name for entry in dataclasses.fields(Sampling
 _CONSTRAINT_KEYS: Final = ("json_schema", "regex", "choices")
 _OTHER_KEYS: Final = ("v", "id", "prompt", "messages", "model", "stream", "chunk_ms", "timeout_s", "response_topic")
 _SESSION_KEYS: Final = ("session", "end_session")
+_TEMPLATE_KEYS: Final = ("tools", "template_vars")
+_MESSAGE_KEYS: Final = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 _REFUSED_KEYS: Final = {
     "priority": "this board answers in the order of arrival; leave it out or send 0",
 }
-KNOWN_KEYS: Final = frozenset((*SAMPLING_KEYS, *_CONSTRAINT_KEYS, *_OTHER_KEYS, *_SESSION_KEYS, *_REFUSED_KEYS))
+KNOWN_KEYS: Final = frozenset(
+    (*SAMPLING_KEYS, *_CONSTRAINT_KEYS, *_OTHER_KEYS, *_SESSION_KEYS, *_TEMPLATE_KEYS, *_REFUSED_KEYS)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Ask:
 
     id: str
     prompt: str | None = None
-    messages: tuple[Mapping[str, str], ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
     model: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     constraint: Constraint | None = None
@@ -49,6 +53,8 @@ class Ask:
     timeout_s: float | None = None
     session: str | None = None
     end_session: bool = False
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    template_vars: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +137,8 @@ def parse_ask(envelope: Envelope) -> Ask:
         timeout_s=_timeout_s(body),
         session=body.get("session"),
         end_session=ends,
+        tools=_tools(body),
+        template_vars=_template_vars(body),
     )
 
 
@@ -153,6 +161,10 @@ def write_ask(ask: Ask, response_topic: str | None, *, with_properties: bool) ->
         body["timeout_s"] = ask.timeout_s
     if ask.session is not None:
         body |= {"session": ask.session, "end_session": ask.end_session}
+    if ask.tools is not None:
+        body["tools"] = list(ask.tools)
+    if ask.template_vars is not None:
+        body["template_vars"] = dict(ask.template_vars)
     if with_properties:
         return write_json(body), Properties(
             response_topic=response_topic,
@@ -169,7 +181,7 @@ def write_ask(ask: Ask, response_topic: str | None, *, with_properties: bool) ->
 
 def _read_body(payload: bytes) -> Mapping[str, Any]:
     try:
-        text = payload.decode("utf-8")
+        text = payload.decode("utf-8-sig")  # some editors and clients begin a text with a byte order mark
     except UnicodeDecodeError as error:
         raise RequestError("bad_request", f"payload: is not UTF-8 (byte {error.start})") from error
     if not text.lstrip(" \t\r\n").startswith("{"):
@@ -235,15 +247,47 @@ def _strings(body: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _messages(body: Mapping[str, Any]) -> tuple[Mapping[str, str], ...] | None:
+def _messages(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
     value = body.get("messages", [])
     if not isinstance(value, list):
         raise _bad("messages", "must be a list")
     for message in value:
-        whole = isinstance(message, dict) and set(message) == {"role", "content"}
-        if not whole or not all(isinstance(part, str) for part in message.values()):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _bad("messages", 'each must be {"role": text, "content": text}')
+        for key in message:
+            if key not in _MESSAGE_KEYS:
+                raise _bad("messages", f"unknown key {_shown(key)} in one; known are {', '.join(_MESSAGE_KEYS)}")
+        _check_content(message)
     return tuple(value) or None
+
+
+def _check_content(message: Mapping[str, Any]) -> None:
+    content, calls = message.get("content"), message.get("tool_calls")
+    if calls is not None and (not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls)):
+        raise _bad("messages", "tool_calls must be a list of objects")
+    for key in ("name", "tool_call_id", "reasoning_content"):
+        if not isinstance(message.get(key, ""), str):
+            raise _bad("messages", f"{key} must be text")
+    if isinstance(content, list) and content:
+        whole = all(isinstance(part, dict) and set(part) == {"type", "text"} for part in content)
+        if not whole or not all(part["type"] == "text" and isinstance(part["text"], str) for part in content):
+            raise _bad("messages", 'each part of a content must be {"type": "text", "text": text}')
+    elif not isinstance(content, str) and not (content is None and calls):
+        raise _bad("messages", 'each must be {"role": text, "content": text}')
+
+
+def _tools(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
+    value = body.get("tools", [])
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise _bad("tools", "must be a list of objects, each a function with a name and parameters")
+    return tuple(value) or None
+
+
+def _template_vars(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    value = body.get("template_vars", {})
+    if not isinstance(value, dict) or not all(name.isidentifier() for name in value):
+        raise _bad("template_vars", "must be an object of names of variables and their values")
+    return value or None
 
 
 def _sampling(body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -158,6 +158,8 @@ class Desk:
             session=ask.session,
             client=client,
             end_session=ask.end_session,
+            tools=ask.tools,
+            template_vars=ask.template_vars,
         )
         self._worker.submit(request, answer.sink)
         self._answers[answer.key] = answer

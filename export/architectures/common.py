@@ -9,7 +9,7 @@ from edgelm.errors import CheckpointError
 
 from ..decoder import Decoder, Layer, Names
 from ..rope import Rope
-from .fields import FULL, SLIDING, activation, flag, layer_list, positive_int, positive_number, refuse_unless
+from .fields import FULL, SLIDING, activation, flag, layer_list, positive_int, positive_number
 from .positions import partial_rotary_factor, read_rope
 
 
@@ -83,7 +83,8 @@ def read_decoder(
     what the family takes where the configuration says nothing; `options` are fields of `Decoder`. Raises
     `CheckpointError` for a bad value or an option that is not built.
     """
-    refuse_unless(config, {"quantization_config": (None,)})
+    if config.get("quantization_config") is not None:  # who opens a checkpoint takes it out once it is read
+        raise CheckpointError("config.json: quantization_config is not supported here: the weights are taken as floats")
     shape = read_shape(config) if shape is None else shape
     if layers is None:
         layers = [Layer(rope_of(config, shape, theta))] * shape.layers
@@ -128,10 +129,30 @@ def windows(config: Mapping[str, Any], sliding: Sequence[bool], default: int | N
     return [window if slides else None for slides in sliding]
 
 
+def check_no_window(config: Mapping[str, Any], shape: Shape) -> None:
+    """Raise `CheckpointError` for a `sliding_window` in a family that has none, unless it changes nothing.
+
+    Idle is one that is null or 0, at least as long as the context, switched off by use_sliding_window, or used by no
+    layer of layer_types.
+    """
+    window = config.get("sliding_window")
+    if window is None or window == 0 or not flag(config, "use_sliding_window", True):
+        return
+    kinds = layer_list(config, "layer_types", shape.layers, (FULL, SLIDING))
+    if kinds is not None and SLIDING not in kinds:
+        return
+    if positive_int(config, "sliding_window") < shape.context:
+        raise CheckpointError(
+            f"config.json: sliding_window = {window} is not supported in this family: expected null, or at least"
+            f" max_position_embeddings {shape.context}"
+        )
+
+
 def optional_windows(config: Mapping[str, Any], shape: Shape, max_window_layers: int) -> list[int | None]:
     """Return the windows of families that slide only with `use_sliding_window`, from a layer on (Qwen)."""
     slides = flag(config, "use_sliding_window") and config.get("sliding_window", 4096) is not None
-    first = config.get("max_window_layers", max_window_layers)
+    first = config.get("max_window_layers")
+    first = max_window_layers if first is None else first
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         raise CheckpointError(f"config.json: max_window_layers must be a number of layers, got {first!r}")
     sliding = sliding_layers(config, shape.layers, [slides and i >= first for i in range(shape.layers)])

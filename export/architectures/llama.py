@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ..decoder import Decoder, Names
-from .common import Family, read_decoder
-from .fields import flag, refuse_unless
+from .common import Family, check_no_window, read_decoder, read_shape
+from .fields import flag
 
 
 def decoder(config: Mapping[str, Any]) -> Decoder:
     """Read a Llama config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
-    refuse_unless(config, {"sliding_window": (None,)})
+    shape = read_shape(config)
+    check_no_window(config, shape)
     bias = flag(config, "attention_bias")
-    return read_decoder(config, qkv_bias=bias, output_bias=bias, mlp_bias=flag(config, "mlp_bias"))
+    return read_decoder(config, shape=shape, qkv_bias=bias, output_bias=bias, mlp_bias=flag(config, "mlp_bias"))
 
 
 FAMILY: Final = Family("llama", decoder, Names())

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from ..decoder import Decoder, Layer, Names
 from .common import Family, read_decoder, read_shape, rope_of, windows
-from .fields import refuse_unless
+from .fields import FULL, refuse_unless
 
 WINDOW: Final = 4096
 """Where config.json does not say; null there means none."""
@@ -15,10 +15,11 @@ WINDOW: Final = 4096
 
 def decoder(config: Mapping[str, Any]) -> Decoder:
     """Read a Mistral config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
-    refuse_unless(config, {"layer_types": (None,)})
     shape = read_shape(config, kv_heads=8, context=131_072)
     rope = rope_of(config, shape)
     slides = config.get("sliding_window", WINDOW) is not None
+    if slides or config.get("layer_types") != [FULL] * shape.layers:  # idle where it says what the missing window does
+        refuse_unless(config, {"layer_types": (None,)})
     layers = [Layer(rope, window) for window in windows(config, [slides] * shape.layers, WINDOW)]
     return read_decoder(config, shape=shape, layers=layers)
 

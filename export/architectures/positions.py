@@ -12,7 +12,7 @@ from .fields import flag, optional_number, positive_int, positive_number
 
 KNOWN: Final[dict[str, frozenset[str]]] = {
     "default": frozenset(),
-    "linear": frozenset({"factor"}),
+    "linear": frozenset({"factor", "original_max_position_embeddings"}),
     "dynamic": frozenset({"factor", "original_max_position_embeddings"}),
     "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
     "yarn": frozenset(
@@ -31,9 +31,15 @@ KNOWN: Final[dict[str, frozenset[str]]] = {
         {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}
     ),
 }
-"""Options that each kind reads; another one beside them is refused."""
+"""Options that each kind reads, or that are idle beside it; another one is refused."""
 
-COMMON: Final = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+COMMON: Final = frozenset(
+    {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
+)
+"""What stands beside any kind. Sections of multimodal rotation are idle: a text's positions are the same in each."""
+
+ALIASES: Final = {"mrope": "default"}
+"""Kinds under another name: on text, rotation in sections is the plain one (Qwen2-VL, arXiv:2409.12191)."""
 
 
 def rope_options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,10 +78,10 @@ def read_rope(
     given = rope_options(config) if options is None else dict(options)
     base = positive_number({**config, **given}, "rope_theta", theta)
     kind = given.get("rope_type") or given.get("type") or "default"
-    kind = (aliases or {}).get(kind, kind) if isinstance(kind, str) else kind
+    kind = {**ALIASES, **(aliases or {})}.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in KINDS:
         raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(KINDS)}")
-    unknown = sorted(set(given) - KNOWN[kind] - COMMON)
+    unknown = sorted({name for name in given if given[name] is not None} - KNOWN[kind] - COMMON)  # null is idle
     if kind == "default" and ("rope_type" in given or "type" in given):
         unknown = sorted(set(unknown).difference(*KNOWN.values()))  # what other kinds read is idle beside this one
     if unknown:

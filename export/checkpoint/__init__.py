@@ -9,8 +9,9 @@ from edgelm.errors import CheckpointError
 from .checkpoint import Checkpoint, Source, Tensors
 from .gguf import Blocks, GgufTensors, open_gguf
 from .gguf_file import is_gguf
-from .huggingface import Safetensors, locate, open_huggingface, read_json
+from .huggingface import Safetensors, locate, open_huggingface
 from .ollama import SCHEME, open_ollama
+from .reading import read_json
 
 __all__ = [
     "Blocks",

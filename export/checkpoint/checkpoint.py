@@ -40,8 +40,9 @@ class Checkpoint:
     """An opened checkpoint.
 
     path: what was opened, for messages. config, generation, tokenizer_config: the contents of config.json,
-    generation_config.json and tokenizer_config.json. tokenizer_text: that of tokenizer.json. read_with: versions of the
-    libraries that the weights depend on, for the manifest.
+    generation_config.json and tokenizer_config.json. tokenizer_text: that of tokenizer.json. notes: sentences for a
+    person, of what the export leaves out or reads otherwise. is_quantized: whether tensors were published quantized.
+    read_with: versions of the libraries that the weights depend on, for the manifest.
     """
 
     path: Path
@@ -50,6 +51,8 @@ class Checkpoint:
     tokenizer_config: Mapping[str, Any]
     tokenizer_text: str
     tensors: Tensors
+    notes: tuple[str, ...] = ()
+    is_quantized: bool = False
     read_with: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -20,9 +20,17 @@ from safetensors import SafetensorError, safe_open
 from edgelm.errors import CheckpointError
 
 from .checkpoint import Checkpoint
+from .multimodal import text_half
+from .quantized import dequantized
+from .reading import read_json, read_text, refuse_stand_in
+from .tokenizer import as_its_class, with_special_tokens
 
 HUB_FILES: Final = ["*.json", "*.safetensors", "*.jinja"]
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
 FLOATS: Final = {"F32", "F16", "BF16", "F64"}
+FLOAT8: Final = {"F8_E4M3"}
+"""Types that numpy does not have; they are read as their bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +50,49 @@ class Safetensors:
         if name not in self.files:
             raise CheckpointError(f"{self.path} has no tensor {name}; is the checkpoint complete?")
         file = self.files[name]
-        try:
-            with safe_open(file, "np") as stored:
-                view = stored.get_slice(name)
-                found, kind = tuple(view.get_shape()), view.get_dtype()
-                if found != shape:
-                    raise CheckpointError(f"{name} in {file} has shape {list(found)}, expected {list(shape)}")
-                if kind not in FLOATS:
-                    raise CheckpointError(f"{name} in {file} is {kind}; expected one of {', '.join(sorted(FLOATS))}")
-                part = stored.get_tensor(name) if rows is None else view[rows.start : rows.stop]
-                values: NDArray[np.float32] = np.asarray(part).astype(np.float32)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        kind, found = self.layout(name)
+        if found != shape:
+            raise CheckpointError(f"{name} in {file} has shape {list(found)}, expected {list(shape)}")
+        if kind not in FLOATS:
+            raise CheckpointError(f"{name} in {file} is {kind}; expected one of {', '.join(sorted(FLOATS))}")
+        values: NDArray[np.float32] = self.read(name, rows).astype(np.float32)
         if not np.isfinite(values).all():
             raise CheckpointError(f"{name} in {file} holds NaN or infinite values")
         return values
+
+    def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return a tensor's type as safetensors spells it, and its shape. Raises `CheckpointError`."""
+        if name not in self.files:
+            raise CheckpointError(f"{self.path} has no tensor {name}; is the checkpoint complete?")
+        try:
+            with safe_open(self.files[name], "np") as stored:
+                view = stored.get_slice(name)
+                return view.get_dtype(), tuple(view.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.files[name]} cannot be read: {error}") from error
+
+    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> NDArray[Any]:
+        """Return a tensor as it is stored, or some of its rows and columns (step 1); 8-bit floats as uint8.
+
+        Raises `CheckpointError`.
+        """
+        kind, shape = self.layout(name)
+        file = self.files[name]
+        try:
+            if kind in FLOAT8:
+                whole: NDArray[Any] = np.memmap(file, np.uint8, "r", _offset(file, name), shape)
+            elif rows is None and columns is None:
+                with safe_open(file, "np") as stored:
+                    return np.asarray(stored.get_tensor(name))
+            else:
+                with safe_open(file, "np") as stored:
+                    view = stored.get_slice(name)
+                    picked = rows or slice(0, shape[0])
+                    return np.asarray(view[picked] if columns is None else view[picked, columns])
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        picked = slice(None) if rows is None else rows
+        return np.array(whole[picked] if columns is None else whole[picked, columns])
 
 
 def open_huggingface(source: str | Path) -> Checkpoint:
@@ -72,14 +108,31 @@ def open_huggingface(source: str | Path) -> Checkpoint:
             f"{path} has no tokenizer.json; `AutoTokenizer.from_pretrained(...).save_pretrained(...)` of transformers"
             " writes one"
         )
-    return Checkpoint(
-        path=path,
-        config=read_json(path / "config.json"),
-        generation=read_json(path / "generation_config.json", optional=True),
-        tokenizer_config=_tokenizer_config(path),
-        tokenizer_text=_read_text(path / "tokenizer.json"),
-        tensors=Safetensors(path, _tensor_files(path)),
+    config = read_json(path / "config.json")
+    tokenizer_config = _tokenizer_config(path)
+    stored = Safetensors(path, _tensor_files(path))
+    weights, how = dequantized(stored, config, path)
+    text = text_half(weights, config)
+    return as_its_class(
+        Checkpoint(
+            path=path,
+            config=text.config,
+            generation=read_json(path / "generation_config.json", optional=True),
+            tokenizer_config=tokenizer_config,
+            tokenizer_text=read_text(path / "tokenizer.json"),
+            tensors=text.tensors,
+            notes=tuple(note for note in (how, text.note) if note is not None),
+            is_quantized=how is not None,
+        )
     )
+
+
+def _offset(file: Path, name: str) -> int:
+    """Return where a tensor's bytes begin. The header is a length, uint64, and JSON; safetensors has checked both."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    return 8 + size + int(header[name]["data_offsets"][0])
 
 
 def locate(source: str | Path) -> Path:
@@ -105,55 +158,69 @@ def locate(source: str | Path) -> Path:
         ) from error
 
 
-def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
-    """Return the object in a file; an empty one where `optional` and missing. Raises `CheckpointError`."""
-    if optional and not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return value
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
 def _tokenizer_config(path: Path) -> dict[str, Any]:
-    """Read tokenizer_config.json; a chat_template.jinja beside it takes precedence, as in transformers."""
+    """Read tokenizer_config.json with the special tokens of special_tokens_map.json.
+
+    A chat_template.jinja beside it takes precedence, as in transformers; the chat_template.json of a multimodal
+    checkpoint counts where nothing else says.
+    """
     config = read_json(path / "tokenizer_config.json", optional=True)
+    config = with_special_tokens(config, read_json(path / "special_tokens_map.json", optional=True))
+    older = read_json(path / "chat_template.json", optional=True).get("chat_template")
+    if older is not None and config.get("chat_template") is None:
+        config["chat_template"] = older
     template = path / "chat_template.jinja"
     if template.is_file():
-        config["chat_template"] = template.read_text(encoding="utf-8")
+        config["chat_template"] = read_text(template)
     return config
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:
-    """Map each tensor to its file, from the index where there is one."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{index} has no weight_map")
-        names = sorted(set(weight_map.values()))
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{index} names a file outside its directory")
-    else:
-        names = sorted(file.name for file in path.glob("*.safetensors"))
-        if not names:
-            hint = "; pickled weights are not read, convert them with transformers" if any(path.glob("*.bin")) else ""
-            raise CheckpointError(f"{path} has no *.safetensors file{hint}")
+    """Map each tensor to its file: model.safetensors, else the shards that the index names, as transformers does.
+
+    Other *.safetensors files of the directory are not the model's: earlier stages, states of a training.
+    """
     files: dict[str, Path] = {}
-    for name in names:
+    for name in [SINGLE] if (path / SINGLE).is_file() else _shards(path):
+        refuse_stand_in(path / name)
         try:
             with safe_open(path / name, "np") as stored:
                 files.update(dict.fromkeys(stored.keys(), path / name))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path / name} cannot be read, it may be truncated: {error}") from error
     return files
+
+
+def _shards(path: Path) -> list[str]:
+    """Return the names of the files that the index lists. Raises `CheckpointError` where one is not there."""
+    index = path / INDEX
+    if not index.is_file():
+        raise CheckpointError(_without_weights(path))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map")
+    names = sorted(set(weight_map.values()))
+    if any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index} names a file outside its directory")
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path} is incomplete: {INDEX} names {missing[0]}, which is not there ({len(missing)} of {len(names)}"
+            " shards are missing): download the checkpoint again"
+        )
+    return names
+
+
+def _without_weights(path: Path) -> str:
+    """Say what is there in the place of a model's weights."""
+    expected = f"expected {SINGLE}, or {INDEX} and the shards it names"
+    found = sorted(file.name for file in path.glob("*.safetensors"))
+    if "adapter_model.safetensors" in found:
+        return f"{path} holds a LoRA adapter, not a model: export its base model with --adapter {path}"
+    if any(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) for name in found):
+        return f"{path} has shards such as {found[0]} but no {INDEX}, which says what belongs together; {expected}"
+    if found:
+        names = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        return f"{path} has no {SINGLE}, but {names}; {expected}: if it is the model's weights, rename it to {SINGLE}"
+    pickled = "; pickled weights are not read, convert them with transformers" if any(path.glob("*.bin")) else ""
+    return f"{path} has no *.safetensors file{pickled}; {expected}"

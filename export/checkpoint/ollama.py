@@ -16,7 +16,7 @@ from edgelm.errors import CheckpointError
 
 from .checkpoint import Checkpoint
 from .gguf import open_gguf
-from .huggingface import read_json
+from .reading import read_json
 
 SCHEME: Final = "ollama:"
 SERVICE: Final = Path("/usr/share/ollama/.ollama/models")

@@ -12,14 +12,16 @@ import time
 
 import numpy as np
 import pytest
+import tokenizers
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
+import edgelm_export
 from tiny import TinyLlama, save_tensors, tokenizer_json, write_json
 
 import edgelm
+from edgelm.bundle import open_bundle, seal
 from edgelm.cli import main
-from edgelm.errors import RequestError
 
 
 @pytest.fixture
@@ -209,18 +211,65 @@ def test_a_tokenizer_larger_than_the_vocabulary(tmp_path, capsys):
     assert "tokenizer.json" in line
 
 
-def test_an_added_token_past_the_vocabulary_is_refused_when_it_is_used(tmp_path):
+def test_an_added_token_past_the_vocabulary_is_text_like_any_other(tmp_path):
     vocab = json.loads(tokenizer_json())["model"]["vocab"]
     checkpoint = TinyLlama(vocab=len(vocab)).write(tmp_path / "checkpoint")
     tokenizer = json.loads(tokenizer_json())
     extra = {**tokenizer["added_tokens"][0], "id": len(vocab), "content": "[PAD]"}
-    write_json(checkpoint / "tokenizer.json", {**tokenizer, "added_tokens": [*tokenizer["added_tokens"], extra]})
+    more = {**extra, "id": len(vocab) + 1, "content": "[MASK]"}
+    added = {"added_tokens": [*tokenizer["added_tokens"], extra, more]}
+    write_json(checkpoint / "tokenizer.json", {**tokenizer, **added})
     assert main(["export", str(checkpoint), str(tmp_path / "out"), "--quant", "fp32"]) == 0
+    bare = tokenizers.Tokenizer.from_str(tokenizer_json())
     with edgelm.load(tmp_path / "out", threads=1) as model:
-        for refused in (lambda: model.generate("a [PAD]"), lambda: model.score("a [PAD]")):
-            with pytest.raises(RequestError, match=f"token {len(vocab)} lies outside"):
-                refused()
-        assert len(model.generate("a [PAD", max_tokens=3, ignore_eos=True).tokens) == 3
+        for text in ("a [PAD]", "[MASK][PAD]", "plain"):
+            done = model.generate(text, max_tokens=3, ignore_eos=True)
+            assert done.usage.prompt_tokens == len(bare.encode(text).ids)
+            assert len(model.score(text)) == len(bare.encode(text).ids) - 1
+        assert model.generate("a [PAD]", choices=["yes", "no"]).text in ("yes", "no")
+
+
+def test_an_older_bundle_with_such_a_token_runs_too(tmp_path):
+    vocab = json.loads(tokenizer_json())["model"]["vocab"]
+    checkpoint = TinyLlama(vocab=len(vocab)).write(tmp_path / "checkpoint")
+    edgelm_export.export(checkpoint, tmp_path / "out", quant="fp32")
+    tokenizer = json.loads(tokenizer_json())
+    extra = {**tokenizer["added_tokens"][0], "id": len(vocab), "content": "[PAD]"}
+    write_json(tmp_path / "out" / "tokenizer.json", {**tokenizer, "added_tokens": [*tokenizer["added_tokens"], extra]})
+    seal(tmp_path / "out", open_bundle(tmp_path / "out", verify=False).manifest)
+    with edgelm.load(tmp_path / "out", threads=1) as model:
+        assert model.generate("a [PAD]", choices=["yes", "no"]).text in ("yes", "no")
+
+
+PADDING = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0, "pad_token": "</s>"}
+LENGTHS = {
+    "padding": {"padding": {"strategy": {"Fixed": 60}, **PADDING}},
+    "padding to the longest": {"padding": {"strategy": "BatchLongest", **PADDING}},
+    "truncation": {"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}},
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("where", ["checkpoint", "bundle"])
+def test_constraints_work_with_padding_or_truncation_left_on(name, where, tmp_path):
+    """As without: the grammar forces tokens, which padding and truncation would change."""
+    checkpoint = TinyLlama(tied=False).write(tmp_path / "checkpoint")
+    asked = {"prompt": "Turn", "choices": ["the kitchen light", "the dog in the park"], "max_tokens": 40}
+    answers = []
+    for changes in ({}, LENGTHS[name]):
+        changed = {**json.loads(tokenizer_json()), **changes}
+        out = tmp_path / f"out{len(answers)}"
+        if where == "checkpoint":
+            write_json(checkpoint / "tokenizer.json", changed)
+        edgelm_export.export(checkpoint, out, quant="fp32")
+        if where == "bundle":
+            write_json(out / "tokenizer.json", changed)
+            seal(out, open_bundle(out, verify=False).manifest)
+        with edgelm.load(out, threads=1) as model:
+            done = model.generate(**asked)
+            answers.append((done.text, done.tokens, done.usage, list(model.score("the cat"))))
+    assert answers[0][0] in asked["choices"]
+    assert answers[1] == answers[0]
 
 
 def test_an_existing_target_is_refused(checkpoint, capsys):

@@ -12,8 +12,12 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 
 import pytest
+
+from edgelm import load as model_of
+from edgelm.bundle import open_bundle, seal
 
 PROMPT = "Once upon a time"
 USAGE = {"prompt_tokens", "cached_tokens", "completion_tokens", "forced_tokens"}
@@ -154,3 +158,54 @@ def test_a_reader_that_goes_away_is_not_our_error(bundle):
     assert process.wait(60) == 1
     assert err == b""
     process.stderr.close()
+
+
+TEMPLATE = (
+    "{{ messages[0].content }}{% if enable_thinking is false %} no{% endif %}"
+    "{% if tools %}{{ tools[0].name }}{% endif %}{{ style }}"
+)
+
+
+def test_variables_and_tools_reach_the_chat_template(copied, run, tmp_path):
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"name": "light"}]')
+    seal(copied, replace(open_bundle(copied).manifest, chat_template=TEMPLATE))
+    options = ["--max-tokens", 1, "--temperature", 0, "--ignore-eos", "--json"]
+    given = ["--template-var", "enable_thinking=false", "--template-var", "style=plain text", "--tools", tools]
+    code, out, err = run("generate", copied, "Once upon", *options, *given)
+    assert (code, err) == (0, "")
+    with model_of(copied) as model:
+        expected = model.generate(
+            tokens=model.worker.engine.tokenizer.encode("Once upon nolightplain text", add_special_tokens=False),
+            max_tokens=1,
+            temperature=0.0,
+            ignore_eos=True,
+        )
+    printed = json.loads(out)
+    assert printed["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
+    assert printed["tokens"] == list(expected.tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--template-var", "enable_thinking"], "--template-var takes NAME=VALUE"),
+        (["--template-var", "a b=1"], "--template-var takes NAME=VALUE"),
+        (["--template-var", "messages=1"], "template_vars: messages is set by"),
+        (["--tools", "missing.json"], "--tools: cannot read missing.json"),
+        (["--tools", __file__], "is not JSON"),
+    ],
+)
+def test_bad_input_for_the_template_is_one_line(copied, run, options, message):
+    seal(copied, replace(open_bundle(copied).manifest, chat_template=TEMPLATE))
+    code, out, err = run("generate", copied, "Once", "--max-tokens", 1, *options)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_tools_that_are_no_list_are_refused(copied, run, tmp_path):
+    (tmp_path / "tools.json").write_text('{"name": "light"}')
+    code, _, err = run("generate", copied, "Once", "--tools", tmp_path / "tools.json")
+    assert code == 1
+    assert "is not a JSON list of objects" in err

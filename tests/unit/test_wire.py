@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
 from edgelm.errors import RequestError
-from edgelm.mqtt.asks import Ask, open_envelope, parse_ask
+from edgelm.mqtt.asks import Ask, open_envelope, parse_ask, write_ask
 from edgelm.mqtt.topics import Address, BoardTopics, check_reply_topic
 from edgelm.mqtt.wire import Properties
 
@@ -56,6 +57,19 @@ def test_what_is_no_json_object_is_the_prompt(payload: bytes) -> None:
         (b'{"prompt": "a", "timeout_s": 0}', "timeout_s"),
         (b'{"prompt": "a", "timeout_s": 1e6}', "timeout_s"),
         (b'{"prompt": "a", "regex": "b", "choices": ["c"]}', "choices"),
+        (b'{"prompt": "a", "choices": "yes"}', "choices"),
+        (b'{"prompt": "a", "template_vars": ["a"]}', "template_vars"),
+        (b'{"prompt": "a", "template_vars": {"a b": 1}}', "template_vars"),
+        (b'{"prompt": "a", "tools": {"name": "light"}}', "tools"),
+        (b'{"prompt": "a", "tools": ["light"]}', "tools"),
+        (b'{"messages": [{"role": "user", "content": null}]}', "messages"),
+        (b'{"messages": [{"role": "user", "content": []}]}', "messages"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}', "part"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}', "part"),
+        (b'{"messages": [{"role": "user", "content": "a", "colour": 1}]}', "'colour'"),
+        (b'{"messages": [{"role": "assistant", "tool_calls": {"name": "light"}}]}', "tool_calls"),
+        (b'{"messages": [{"role": "tool", "content": "a", "tool_call_id": 1}]}', "tool_call_id"),
+        (b'{"messages": [{"role": 1, "content": "a"}]}', "messages"),
         (b'{"prompt": "a", "json_schema": []}', None),
         (b'{"prompt": "a", "json_schema": true}', "json_schema"),
     ],
@@ -68,6 +82,30 @@ def test_refusals_say_what_was_wrong(payload: bytes, names: str | None) -> None:
         _ask(payload)
     assert caught.value.code == "bad_request"
     assert names in caught.value.message
+
+
+@pytest.mark.parametrize("payload", [b"play jazz", b'{"prompt": "play jazz"}', b' \r\n{"prompt": "play jazz"}'])
+def test_a_byte_order_mark_is_no_part_of_a_payload(payload: bytes) -> None:
+    assert _ask(b"\xef\xbb\xbf" + payload).prompt == "play jazz"
+
+
+def test_what_is_for_the_chat_template_travels_as_it_is() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "light", "arguments": "{}"}}
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "tool_call_id": "1", "name": "light", "content": "on"},
+    ]
+    given = {"tools": [{"type": "function"}], "template_vars": {"enable_thinking": False, "date": "1 July"}}
+    ask = _ask({"messages": messages, **given})
+    assert (ask.messages, ask.tools, ask.template_vars) == (
+        tuple(messages),
+        tuple(given["tools"]),
+        given["template_vars"],
+    )
+    assert _ask(write_ask(ask, None, with_properties=False)[0]) == dataclasses.replace(ask, id="new")
+    bare = _ask({"prompt": "a", "tools": [], "template_vars": {}})
+    assert (bare.tools, bare.template_vars) == (None, None)
 
 
 def test_everything_of_the_protocols_example_is_known() -> None:

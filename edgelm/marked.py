@@ -1,0 +1,311 @@
+"""Texts in which some characters are marked as data, so that what a template makes of them can be told from its own.
+
+A text that spells a special token, `<|im_end|>` say, must stay text when it stands in a chat. Before a template is
+rendered, a character of every such spelling gets a sign in front; signs are taken out of the rendered prompt, and where
+they stood no special token is recognized. Texts that spell none are left alone, so nothing changes for them.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any, Final, SupportsIndex
+
+NONCHARACTERS: Final = range(0xFDD0, 0xFDF0)
+"""Code points that Unicode keeps for a program's own use."""
+PRIVATE: Final = range(0xF0000, 0x10FFFE)
+"""For texts that hold every noncharacter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A rendered chat. `data` are positions, ascending, of characters that belong to no special token."""
+
+    text: str
+    data: tuple[int, ...] = ()
+
+    def after(self, start: int) -> Prompt:
+        """Return the prompt from a position on."""
+        return Prompt(self.text[start:], tuple(p - start for p in self.data if p >= start))
+
+    def behind(self, text: str) -> Prompt:
+        """Return the prompt with a text before it."""
+        return Prompt(text + self.text, tuple(p + len(text) for p in self.data))
+
+    def has_data(self, start: int, end: int) -> bool:
+        """Whether a character of data lies in [start, end)."""
+        i = bisect_left(self.data, start)
+        return i < len(self.data) and self.data[i] < end
+
+
+class Spellings:
+    """Finds special tokens by their texts, none of them empty."""
+
+    def __init__(self, tokens: Collection[str]) -> None:
+        self.tokens = frozenset(tokens)
+        self._lengths = sorted({len(token) for token in tokens}, reverse=True)
+        self._first = {token[0] for token in tokens}
+        self._last = {token[-1] for token in tokens}
+        characters = "".join(map(re.escape, sorted(self._first)))
+        self._starts = re.compile(f"[{characters}]") if characters else None
+
+    def at(self, text: str, start: int) -> str | None:
+        """Return the longest token that begins at a position."""
+        return next((t for n in self._lengths if (t := text[start : start + n]) in self.tokens), None)
+
+    def find(self, text: str, start: int = 0) -> Iterator[tuple[int, str]]:
+        """Yield every position from `start` on where a token begins, with the longest one, overlapping ones too."""
+        if self._starts is not None:
+            for found in self._starts.finditer(text, start):
+                token = self.at(text, found.start())
+                if token is not None:
+                    yield found.start(), token
+
+    def marks(self, text: str, *, ends: bool) -> list[int]:
+        """Return a position in each spelled token; with `ends` also at ends that could be a part of one.
+
+        Such an end, outer space left out, is the beginning of a token at the end of the text, or the reverse: it
+        becomes a token with what a template puts beside it.
+        """
+        found = {start + len(token) - len(token.lstrip()) for start, token in self.find(text)}
+        first, last = len(text) - len(text.lstrip()), len(text.rstrip())
+        if ends and first < last and self._lengths:
+            longest = self._lengths[0]
+            tails = (p for p in range(max(first, last - longest + 1), last) if text[p] in self._first)
+            heads = (p for p in range(first, min(last, first + longest - 1)) if text[p] in self._last)
+            if any(self._some(str.startswith, text[p:last]) for p in tails):
+                found.add(last - 1)
+            if any(self._some(str.endswith, text[first : p + 1]) for p in heads):
+                found.add(first)
+        return sorted(found)
+
+    def _some(self, fits: Callable[[str, str], bool], part: str) -> bool:
+        return any(fits(token, part) for token in self.tokens)
+
+
+class Marker:
+    """Marks the texts in what a template is given, and reads the marks off what it made of them."""
+
+    def __init__(self, spellings: Spellings, values: Any) -> None:
+        self._spellings = spellings
+        used = set(chain.from_iterable(_texts(values)))
+        self.sign = next(c for c in map(chr, chain(NONCHARACTERS, PRIVATE)) if c not in used)
+
+    def mark(self, value: Any, *, ends: bool = True) -> Any:
+        """Return JSON's values with marks in their texts; those that need none, and other values, as they are."""
+        if isinstance(value, str):
+            marks = self._spellings.marks(value, ends=ends)
+            if not marks:
+                return value
+            cuts = [0, *marks, len(value)]
+            return Marked(self.sign.join(value[a:b] for a, b in pairwise(cuts)), self.sign)
+        if isinstance(value, Mapping):
+            return {self.mark(name, ends=ends): self.mark(each, ends=ends) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.mark(each, ends=ends) for each in value]
+        return value
+
+    def read(self, rendered: str) -> Prompt:
+        """Return a rendered text without signs, and where they stood."""
+        if self.sign not in rendered:
+            return Prompt(rendered)
+        parts = rendered.split(self.sign)
+        text = "".join(parts)
+        positions, length = [], 0
+        for part in parts[:-1]:
+            length += len(part)
+            positions.append(length)
+        return Prompt(text, tuple(p for p in dict.fromkeys(positions) if p < len(text)))
+
+
+class Marked(str):
+    """A text with signs that a template sees without them: comparisons, searches and cuts are those of the bare text.
+
+    What is cut out of it, or joined to it, keeps its signs.
+    """
+
+    __slots__ = ("_sign",)
+    _sign: str
+
+    def __new__(cls, value: str, sign: str) -> Marked:
+        """See the class; `value` holds the signs, each before the character that it marks."""
+        self = super().__new__(cls, value)
+        self._sign = sign
+        return self
+
+    @property
+    def bare(self) -> str:
+        """The text without signs."""
+        return str.replace(self, self._sign, "")
+
+    def _of(self, value: str) -> str:
+        return Marked(value, self._sign) if self._sign in value else value
+
+    def _cut(self, start: int, end: int) -> str:
+        """Return the characters [start, end) of the bare text with their signs."""
+        raw, places = super().__str__(), self._places()
+        return self._of(raw[places[start] : places[max(start, end)]])
+
+    def _places(self) -> list[int]:
+        """Where each bare character begins with its sign, and the end."""
+        raw = super().__str__()
+        signed = [c == self._sign for c in raw]
+        starts = [i - (i > 0 and signed[i - 1]) for i in range(len(raw)) if not signed[i]]
+        return [*starts, len(raw)]
+
+    def __str__(self) -> str:
+        return self
+
+    def __repr__(self) -> str:
+        return str.__repr__(self).replace(ascii(self._sign)[1:-1], self._sign)  # a template may write a whole list
+
+    def __eq__(self, other: object) -> bool:
+        return self.bare == (other.bare if isinstance(other, Marked) else other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.bare)
+
+    def __len__(self) -> int:
+        return len(self.bare)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and _bare_of(key) in self.bare
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, key: SupportsIndex | slice) -> str:
+        whole = range(len(self))
+        if isinstance(key, slice):
+            picked = whole[key]
+            if picked.step == 1:
+                return self._cut(picked.start, picked.stop)
+            return self._of("".join(str.__str__(self[i]) for i in picked))
+        at = whole[key]
+        return self._cut(at, at + 1)
+
+    def __add__(self, other: str) -> str:
+        return self._of(str.__add__(self, other))
+
+    def __radd__(self, other: str) -> str:
+        return self._of(str.__add__(other, self))
+
+    def strip(self, chars: str | None = None, /) -> str:
+        """See `str.strip`."""
+        start = len(self) - len(self.bare.lstrip(chars))
+        return self._cut(start, len(self.bare.rstrip(chars)))
+
+    def lstrip(self, chars: str | None = None, /) -> str:
+        """See `str.lstrip`."""
+        return self._cut(len(self) - len(self.bare.lstrip(chars)), len(self))
+
+    def rstrip(self, chars: str | None = None, /) -> str:
+        """See `str.rstrip`."""
+        return self._cut(0, len(self.bare.rstrip(chars)))
+
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        """See `str.split`."""
+        return self._pieces(self.bare.split(None if sep is None else _bare_of(sep), maxsplit), sep)
+
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        """See `str.rsplit`."""
+        return self._pieces(self.bare.rsplit(None if sep is None else _bare_of(sep), maxsplit), sep)
+
+    def splitlines(self, keepends: bool = False) -> list[str]:
+        """See `str.splitlines`."""
+        lines, at, cut = self.bare.splitlines(keepends=True), 0, []
+        for line, bare in zip(lines, self.bare.splitlines(keepends), strict=True):
+            cut.append(self._cut(at, at + len(bare)))
+            at += len(line)
+        return cut
+
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
+        """See `str.partition`."""
+        before, between, _ = self.bare.partition(_bare_of(sep))
+        end = len(before) + len(between)
+        return self._cut(0, len(before)), self._cut(len(before), end), self._cut(end, len(self))
+
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
+        """See `str.rpartition`."""
+        before, between, _ = self.bare.rpartition(_bare_of(sep))
+        end = len(before) + len(between)
+        return self._cut(0, len(before)), self._cut(len(before), end), self._cut(end, len(self))
+
+    def removeprefix(self, prefix: str, /) -> str:
+        """See `str.removeprefix`."""
+        return self._cut(len(self) - len(self.bare.removeprefix(_bare_of(prefix))), len(self))
+
+    def removesuffix(self, suffix: str, /) -> str:
+        """See `str.removesuffix`."""
+        return self._cut(0, len(self.bare.removesuffix(_bare_of(suffix))))
+
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
+        """See `str.replace`."""
+        bare = _bare_of(old)
+        if not bare:
+            return self._of(str.replace(self, bare, new, count))
+        pieces = self.split(bare, count)
+        return self._of(str.__str__(new).join(str.__str__(piece) for piece in pieces))
+
+    def _pieces(self, pieces: list[str], sep: str | None) -> list[str]:
+        """Return pieces of the bare text, between which a separator or space was, with their signs."""
+        cut, at = [], 0
+        for i, piece in enumerate(pieces):
+            if sep is None:
+                at = self.bare.index(piece, at)
+            elif i:
+                at += len(_bare_of(sep))
+            cut.append(self._cut(at, at + len(piece)))
+            at += len(piece)
+        return cut
+
+
+def _bare_of(value: str) -> str:
+    return value.bare if isinstance(value, Marked) else value
+
+
+def _searching(name: str) -> Any:
+    """Return a method that asks the bare text."""
+    ask = getattr(str, name)
+
+    def method(self: Marked, part: Any, *bounds: Any) -> Any:
+        bare = tuple(map(_bare_of, part)) if isinstance(part, tuple) else _bare_of(part)
+        return ask(self.bare, bare, *bounds)
+
+    method.__doc__ = f"See `str.{name}`."
+    return method
+
+
+def _changing(name: str) -> Any:
+    """Return a method that changes characters, signs left alone."""
+    change = getattr(str, name)
+
+    def method(self: Marked, *arguments: Any) -> str:
+        return self._of(change(self, *arguments))
+
+    method.__doc__ = f"See `str.{name}`."
+    return method
+
+
+for _name in ("startswith", "endswith", "find", "rfind", "index", "rindex", "count"):
+    setattr(Marked, _name, _searching(_name))
+for _name in ("lower", "upper", "casefold", "swapcase"):
+    setattr(Marked, _name, _changing(_name))
+
+
+def _texts(value: Any) -> Iterable[str]:
+    """Yield every text in JSON's values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from chain(_texts(name), _texts(each))
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _texts(each)

@@ -1,0 +1,144 @@
+"""The text half of a multimodal checkpoint: its configuration and tensors as those of a model of text alone.
+
+Positions of a text are the same in every dimension, so that rotary embeddings with sections for time, height and width
+(Qwen2-VL, arXiv:2409.12191, section 2.1) are the plain ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import CheckpointError
+
+from .checkpoint import Tensors
+
+TEXT_TYPES: Final = {
+    "gemma3": "gemma3_text",
+    "idefics3": "llama",
+    "internvl": "qwen2",
+    "llava": "llama",
+    "llava_next": "llama",
+    "llava_onevision": "qwen2",
+    "mistral3": "mistral",
+    "qwen2_5_vl": "qwen2",
+    "qwen2_vl": "qwen2",
+    "qwen3_vl": "qwen3",
+    "smolvlm": "llama",
+}
+"""Multimodal model types, and what their text model is where text_config does not say."""
+
+FAMILIES: Final = {"qwen2_5_vl_text": "qwen2", "qwen2_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+"""Model types of text halves, and the family that computes the same on text."""
+
+DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "gemma3_text": {
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+    },
+    "llama": {
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "mistral": {
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+}
+"""Sizes that a text_config leaves out where they are those of transformers' configuration class."""
+
+TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+"""What the whole model's configuration says of its text where text_config does not."""
+
+BODIES: Final = ("language_model.model.", "model.language_model.", "language_model.", "model.text_model.", "model.")
+HEADS: Final = ("language_model.lm_head.", "lm_head.", "model.lm_head.")
+"""Where the layers and the head are, in the layouts of transformers 4 before and after 4.52."""
+
+
+class TextHalf(NamedTuple):
+    """Configuration and tensors of a model of text, and a sentence that says what was left out."""
+
+    config: Mapping[str, Any]
+    tensors: Tensors
+    note: str | None = None
+
+
+def text_half(tensors: Tensors, config: Mapping[str, Any]) -> TextHalf:
+    """Return the text half of a multimodal checkpoint; a checkpoint of text alone comes back as it is.
+
+    The configuration has no quantization_config any more: the tensors are unquantized by now.
+
+    Raises `CheckpointError` where the text half is not found.
+    """
+    whole = {name: value for name, value in config.items() if name not in ("quantization_config", "compression_config")}
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in TEXT_TYPES:
+        return TextHalf(whole, tensors)
+    given = config.get("text_config")
+    if given is None:
+        given = whole if "hidden_size" in config else {}  # Qwen2-VL's first form: the text's sizes stand by themselves
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"config.json: text_config must be an object, got {str(given)[:80]!r}")
+    text_type = given.get("model_type") or TEXT_TYPES[kind]
+    if text_type == kind:
+        text_type = TEXT_TYPES[kind]
+    text_type = FAMILIES.get(text_type, text_type) if isinstance(text_type, str) else text_type
+    shared = {name: config[name] for name in TOKENS if name in config}
+    present = {name: value for name, value in given.items() if name != "quantization_config"}
+    text = {**DEFAULTS.get(str(text_type), {}), **shared, **present, "model_type": text_type}
+    for name in TOKENS:
+        if text.get(name) is None and config.get(name) is not None:
+            text[name] = config[name]
+    body = _prefix(tensors.names, BODIES, "embed_tokens.weight")
+    if body is None:
+        raise CheckpointError(
+            f"this {kind} checkpoint has no tensor *embed_tokens.weight under {', '.join(BODIES)}: its text half is not"
+            " found"
+        )
+    head = _prefix(tensors.names, HEADS, "weight")
+    if head is None:
+        text["tie_word_embeddings"] = True
+    note = f"a {kind} checkpoint: only its text half ({text_type}) is exported, without images or sound"
+    return TextHalf(text, Renamed(tensors, {"model.": body, "lm_head.": head or "lm_head."}), note)
+
+
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """Tensors whose names begin otherwise. `prefixes`: how a name begins -> how the checkpoint has it."""
+
+    tensors: Tensors
+    prefixes: Mapping[str, str]
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of the text half's tensors."""
+        return {
+            plain + name.removeprefix(stored)
+            for plain, stored in self.prefixes.items()
+            for name in self.tensors.names
+            if name.startswith(stored)
+        }
+
+    def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
+        """See `Tensors.tensor`."""
+        for plain, stored in self.prefixes.items():
+            if name.startswith(plain):
+                return self.tensors.tensor(stored + name.removeprefix(plain), shape, rows)
+        return self.tensors.tensor(name, shape, rows)
+
+
+def _prefix(names: Collection[str], prefixes: tuple[str, ...], end: str) -> str | None:
+    return next((prefix for prefix in prefixes if prefix + end in names), None)

@@ -1,0 +1,450 @@
+"""Checkpoints whose matrices were published quantized: read as float32, a tensor or some of its rows at a time.
+
+Read are FP8 (e4m3, with a scale for each matrix, row or block), GPTQ of 2, 4 and 8 bits, and AWQ of 4 bits in its
+`gemm` layout. Others are refused with the name of the unquantized checkpoint, as far as it can be told.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import CheckpointError
+
+from .checkpoint import Tensors
+from .reading import read_json
+
+Array = NDArray[np.float32]
+Integers = NDArray[np.int32]
+Codes = NDArray[np.uint8]
+
+WEIGHT: Final = ".weight"
+PACKED: Final = ".qweight"
+SCALES: Final = (".weight_scale_inv", ".weight_scale")
+"""What a matrix of 8 bits is multiplied by. The first is called an inverse where it is published, but is none."""
+
+SIDE: Final = (
+    ".qzeros",
+    ".scales",
+    ".g_idx",
+    *SCALES,
+    ".input_scale",
+    ".input_scale_ub",
+    ".activation_scale",
+    ".k_scale",
+    ".v_scale",
+)
+"""Ends of the names of tensors that only say how others are to be read, or how activations were quantized."""
+
+CONFIGS: Final = ("quantize_config.json", "quant_config.json")
+"""Where early GPTQ and AWQ checkpoints keep what config.json has today."""
+
+FLOAT8: Final[Array] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+"""The value of each byte (Micikevicius et al. 2022, arXiv:2209.05433, E4M3)."""
+
+FOREIGN: Final = {".quant_state.bitsandbytes__": "bitsandbytes", ".biases": "MLX"}
+"""Parts of tensors' names that tell of a format which config.json may not name."""
+
+AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
+"""AutoAWQ's gemm layout: the column, of eight, that each 4 bits of a word hold, from the lowest bits on."""
+
+SUFFIX: Final = re.compile(
+    r"[-_.](gptq|awq|fp8|f8|bnb|bitsandbytes|unsloth|eetq|hqq|aqlm|quip\w*|marlin|exl[23]|spqr|vptq|higgs|quanto|torchao|"
+    r"compressed|quantized|autoround|auto|round|dynamic|static|block|nf4|fp4|nvfp4|mxfp4|gemm|gemv|sym|asym|v[12]|"
+    r"(?:int|w|q|u?int)?[2348]-?bits?|int[2348]|w\d+a\d+|g\d+|[2348]bpw)$",
+    re.IGNORECASE,
+)
+"""What names of quantized checkpoints end with, after the name of what they were made from."""
+
+
+class Stored(Tensors, Protocol):
+    """Tensors that can also be read as they are stored."""
+
+    def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return a tensor's type as safetensors spells it, and its shape."""
+
+    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> NDArray[Any]:
+        """Return a tensor as it is stored, or some of its rows and columns (step 1); 8-bit floats as uint8."""
+
+
+class Layout(Protocol):
+    """How the matrices of one format are stored."""
+
+    def holds(self, base: str) -> bool:
+        """Whether a matrix, without `.weight`, is stored so."""
+
+    def rows(self, base: str, shape: tuple[int, ...], rows: slice) -> Array:
+        """Return rows [start, stop) of a matrix of this shape. Raises `CheckpointError`."""
+
+
+def dequantized(stored: Stored, config: Mapping[str, Any], path: Path) -> tuple[Tensors, str | None]:
+    """Return the tensors of a checkpoint unquantized, and a sentence that says so; themselves where they are floats.
+
+    Raises `CheckpointError` for a format that is not read, or a quantization_config that is not one.
+    """
+    advice = _Advice(path, config)
+    for name in stored.names:
+        if any(sign in name for sign in FOREIGN):
+            raise advice.refusal(next(what for sign, what in FOREIGN.items() if sign in name))
+    settings = _settings(stored, config, path)
+    if settings is None:
+        return stored, None
+    layout, what = _layout(stored, settings, advice)
+    return Dequantized(stored, layout), f"the weights were published quantized ({what}) and are read back from that"
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantized:
+    """The tensors of a quantized checkpoint as floats. Matrices that were left unquantized are read as they are."""
+
+    stored: Stored
+    layout: Layout
+
+    @property
+    def names(self) -> Collection[str]:
+        """Every tensor's name, matrices by that of the weight they stand for."""
+        kept = (name for name in self.stored.names if not name.endswith(SIDE))
+        return {name.removesuffix(PACKED) + WEIGHT if name.endswith(PACKED) else name for name in kept}
+
+    def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Array:
+        """See `Tensors.tensor`."""
+        base = name.removesuffix(WEIGHT)
+        if not name.endswith(WEIGHT) or not self.layout.holds(base):
+            return self.stored.tensor(name, shape, rows)
+        if len(shape) != 2:
+            raise CheckpointError(f"{name} is stored quantized as a matrix, expected {list(shape)}")
+        start, stop, _ = (slice(None) if rows is None else rows).indices(shape[0])
+        values = self.layout.rows(base, shape, slice(start, max(start, stop)))
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{name} holds NaN or infinite values once it is dequantized")
+        return values
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Bytes e4m3 (or int8) times scales: one, one for each row, or one for each block of [block rows, block columns].
+
+    As transformers' `fp8` (`weight_scale_inv`, DeepSeek-V3's layout, arXiv:2412.19437, section 3.3), `fbgemm_fp8` and
+    compressed-tensors' `float-quantized` and `int-quantized` write them.
+    """
+
+    stored: Stored
+    block: tuple[int, int] | None
+    integers: bool = False
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.stored.names)
+
+    def holds(self, base: str) -> bool:
+        """See `Layout.holds`."""
+        if base + WEIGHT not in self._names:
+            return False
+        kind = self.stored.layout(base + WEIGHT)[0]
+        return kind == "F8_E4M3" or (kind == "I8" and self.integers)
+
+    def rows(self, base: str, shape: tuple[int, ...], rows: slice) -> Array:
+        """See `Layout.rows`."""
+        name = base + WEIGHT
+        kind, found = self.stored.layout(name)
+        if found != shape:
+            raise CheckpointError(f"{name} has shape {list(found)}, expected {list(shape)}")
+        scales = self._scales(base, shape)
+        codes = self.stored.read(name, rows)
+        values: Array = FLOAT8[codes] if kind == "F8_E4M3" else codes.astype(np.float32)
+        if scales.shape[1] == 1 and scales.shape[0] in (1, shape[0]):
+            values *= scales if scales.shape[0] == 1 else scales[rows]
+            return values
+        height, width = self.block or (1, 1)
+        wide = np.repeat(scales, width, axis=1)[:, : shape[1]]
+        values *= wide[np.arange(rows.start, rows.stop) // height]
+        return values
+
+    def _scales(self, base: str, shape: tuple[int, ...]) -> Array:
+        """Return the scales as [1, 1], [rows, 1] or [blocks down, blocks across]."""
+        name = next((base + end for end in SCALES if base + end in self._names), None)
+        if name is None:
+            raise CheckpointError(
+                f"{base}{WEIGHT} is stored in 8 bits, but neither {' nor '.join(SCALES)[1:]} is there"
+            )
+        found = self.stored.layout(name)[1]
+        scales = self.stored.tensor(name, found)
+        if scales.size == 1:
+            return scales.reshape(1, 1)
+        if found in ((shape[0],), (shape[0], 1)):
+            return scales.reshape(-1, 1)
+        if self.block is not None:
+            expected = tuple(-(-size // step) for size, step in zip(shape, self.block, strict=True))
+            if found == expected:
+                return scales
+        expected_text = "one, one for each row" + (f", or {list(expected)}" if self.block is not None else "")
+        raise CheckpointError(f"{name} has shape {list(found)}; a matrix {list(shape)} has {expected_text}")
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Words of 32 bits that each hold 32 / bits rows of a transposed matrix, as AutoGPTQ and GPTQModel write them.
+
+    `qweight` int32 [K * bits / 32, N], the lowest bits first; `scales` [groups, N]; `qzeros` int32
+    [groups, N * bits / 32], less 1 in `checkpoint_format` "gptq" and not in "gptq_v2"; `g_idx` int [K], the group of
+    each input. w[n, k] = scales[g_idx[k], n] * (code[k, n] - zero[g_idx[k], n]).
+    """
+
+    stored: Stored
+    bits: int
+    group_size: int
+    zero_offset: int
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.stored.names)
+
+    def holds(self, base: str) -> bool:
+        """See `Layout.holds`."""
+        return base + PACKED in self._names
+
+    def rows(self, base: str, shape: tuple[int, ...], rows: slice) -> Array:
+        """See `Layout.rows`."""
+        outputs, inputs = shape
+        each = 32 // self.bits
+        size = inputs if self.group_size == -1 else self.group_size
+        groups = -(-inputs // size)
+        if inputs % each or outputs % each:
+            raise CheckpointError(f"{base}{PACKED}: a matrix {list(shape)} does not part into words of {each} codes")
+        words = _integers(self.stored, base + PACKED, (inputs // each, outputs), None, rows)
+        zeros = _integers(self.stored, base + ".qzeros", (groups, outputs // each))
+        codes = _unpack(words, self.bits).transpose(0, 2, 1).reshape(inputs, -1)
+        zero = _unpack(zeros, self.bits).reshape(groups, outputs)[:, rows]
+        zero = (zero + np.uint8(self.zero_offset)) & np.uint8((1 << self.bits) - 1)
+        scales = self.stored.tensor(base + ".scales", (groups, outputs))[:, rows]
+        index = self._index(base, inputs, size, groups)
+        values: Array = codes.astype(np.float32)
+        values -= zero[index]
+        values *= scales[index]
+        return np.ascontiguousarray(values.T)
+
+    def _index(self, base: str, inputs: int, size: int, groups: int) -> NDArray[np.int64]:
+        name = base + ".g_idx"
+        if name not in self._names:
+            return np.arange(inputs) // size
+        kind, found = self.stored.layout(name)
+        if kind not in ("I32", "I64") or found != (inputs,):
+            raise CheckpointError(f"{name} is {kind} {list(found)}; expected I32 [{inputs}]")
+        index = self.stored.read(name).astype(np.int64)
+        if index.min() < 0 or index.max() >= groups:
+            raise CheckpointError(
+                f"{name} names the group {index.max() if index.max() >= groups else index.min()}, of {groups}"
+            )
+        return index
+
+
+@dataclass(frozen=True)
+class Awq:
+    """Words of 32 bits that each hold eight columns of a transposed matrix, interleaved, as AutoAWQ's `gemm` writes.
+
+    `qweight` int32 [K, N / 8], `qzeros` int32 [K / group, N / 8], `scales` [K / group, N]:
+    w[n, k] = scales[k // group, n] * (code[k, n] - zero[k // group, n]) (Lin et al. 2023, arXiv:2306.00978).
+    """
+
+    stored: Stored
+    group_size: int
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.stored.names)
+
+    def holds(self, base: str) -> bool:
+        """See `Layout.holds`."""
+        return base + PACKED in self._names
+
+    def rows(self, base: str, shape: tuple[int, ...], rows: slice) -> Array:
+        """See `Layout.rows`."""
+        outputs, inputs = shape
+        size = inputs if self.group_size == -1 else self.group_size
+        if outputs % 8 or inputs % size:
+            raise CheckpointError(
+                f"{base}{PACKED}: a matrix {list(shape)} does not part into words of 8 codes in groups of {size}"
+            )
+        words = slice(rows.start // 8, -(-rows.stop // 8))
+        inside = slice(rows.start - 8 * words.start, rows.stop - 8 * words.start)
+        codes = self._codes(base + PACKED, (inputs, outputs // 8), words)[:, inside]
+        zeros = self._codes(base + ".qzeros", (inputs // size, outputs // 8), words)[:, inside]
+        scales = self.stored.tensor(base + ".scales", (inputs // size, outputs))[:, rows]
+        values: Array = codes.astype(np.float32).reshape(inputs // size, size, codes.shape[1])
+        values -= zeros[:, None, :]
+        values *= scales[:, None, :]
+        return np.ascontiguousarray(values.reshape(inputs, codes.shape[1]).T)
+
+    def _codes(self, name: str, shape: tuple[int, ...], words: slice) -> Codes:
+        packed = _unpack(_integers(self.stored, name, shape, None, words), 4)
+        ordered = np.empty_like(packed)
+        ordered[..., AWQ_ORDER] = packed
+        return ordered.reshape(shape[0], -1)
+
+
+def _integers(
+    stored: Stored, name: str, shape: tuple[int, ...], rows: slice | None = None, columns: slice | None = None
+) -> Integers:
+    """Return an int32 tensor of a known shape, or some of its rows and columns."""
+    kind, found = stored.layout(name)
+    if kind != "I32" or found != shape:
+        raise CheckpointError(f"{name} is {kind} {list(found)}; expected I32 {list(shape)}")
+    return stored.read(name, rows, columns)
+
+
+def _unpack(words: Integers, bits: int) -> Codes:
+    """Return the codes in each word, the lowest bits first: [..., 32 / bits]."""
+    codes = np.empty((*words.shape, 32 // bits), np.uint8)
+    for i in range(32 // bits):
+        codes[..., i] = (words >> (i * bits)) & ((1 << bits) - 1)  # the mask undoes the sign's extension
+    return codes
+
+
+# --- which format it is ---
+
+
+def _settings(stored: Stored, config: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
+    """Return what the checkpoint says of its quantization; None where it has none."""
+    text = config.get("text_config")
+    holders = [config, *([text] if isinstance(text, Mapping) else [])]
+    for holder in holders:
+        for key in ("quantization_config", "compression_config"):
+            given = holder.get(key)
+            if given is not None and not isinstance(given, Mapping):
+                raise CheckpointError(
+                    f"{path / 'config.json'}: {key} must be an object or null, got {str(given)[:80]!r}"
+                )
+            if given:
+                return given
+    if any(name.endswith(PACKED) for name in stored.names):
+        for file in CONFIGS:
+            beside = read_json(path / file, optional=True)
+            if beside:
+                return {"quant_method": "awq" if "w_bit" in beside else "gptq", **beside}
+        raise CheckpointError(
+            f"{path} has packed weights (*.qweight) but no quantization_config in config.json that says how"
+        )
+    if any(name.endswith(SCALES) for name in stored.names):
+        return {"quant_method": "fp8"}
+    return None
+
+
+def _layout(stored: Stored, settings: Mapping[str, Any], advice: _Advice) -> tuple[Layout, str]:
+    method = settings.get("quant_method")
+    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        method = "bitsandbytes"
+    if method == "gptq":
+        return _gptq(stored, settings, advice)
+    if method == "awq":
+        return _awq(stored, settings, advice)
+    if method in ("fp8", "fbgemm_fp8"):
+        return Float8(stored, _block(settings)), "FP8"
+    if method in ("compressed-tensors", "compressed_tensors"):
+        return _compressed(stored, settings, advice)
+    raise advice.refusal(f"quant_method {method!r}" if method is not None else "no quant_method")
+
+
+def _gptq(stored: Stored, settings: Mapping[str, Any], advice: _Advice) -> tuple[Layout, str]:
+    bits, form = settings.get("bits"), settings.get("checkpoint_format") or "gptq"
+    if settings.get("is_marlin_format"):
+        form = "marlin"
+    if bits not in (2, 4, 8) or isinstance(bits, bool):
+        raise advice.refusal(f"GPTQ with bits {bits!r} (2, 4 and 8 are read)")
+    if form not in ("gptq", "gptq_v2"):
+        raise advice.refusal(f"GPTQ in the checkpoint_format {form!r} ('gptq' and 'gptq_v2' are read)")
+    return Gptq(stored, bits, _group_size(settings), 1 if form == "gptq" else 0), f"GPTQ, {bits} bits"
+
+
+def _awq(stored: Stored, settings: Mapping[str, Any], advice: _Advice) -> tuple[Layout, str]:
+    bits = settings.get("bits", settings.get("w_bit"))
+    version = str(settings.get("version") or "gemm").lower()
+    if bits != 4 or isinstance(bits, bool):
+        raise advice.refusal(f"AWQ with bits {bits!r} (4 are read)")
+    if version not in ("gemm", "ipex"):
+        raise advice.refusal(f"AWQ of version {version!r} ('gemm' is read)")
+    return Awq(stored, _group_size(settings)), "AWQ, 4 bits"
+
+
+def _compressed(stored: Stored, settings: Mapping[str, Any], advice: _Advice) -> tuple[Layout, str]:
+    """Compressed-tensors: scaled bytes without zero points, in any of their formats."""
+    form = settings.get("format")
+    if form not in ("float-quantized", "int-quantized", "naive-quantized"):
+        raise advice.refusal(
+            f"compressed-tensors of the format {form!r} ('float-quantized' and 'int-quantized' are read)"
+        )
+    sparsity = settings.get("sparsity_config")
+    if isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense"):
+        raise advice.refusal(f"compressed-tensors with the sparsity {sparsity.get('format')!r:.80}")
+    if any(name.endswith(".weight_zero_point") for name in stored.names):
+        raise advice.refusal("compressed-tensors with zero points")
+    groups = settings.get("config_groups")
+    given = (
+        [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
+        if isinstance(groups, Mapping)
+        else []
+    )
+    blocks = {_block({"weight_block_size": args.get("block_structure")}) for args in given if isinstance(args, Mapping)}
+    block = next((found for found in blocks if found is not None), None)
+    return Float8(stored, block, integers=True), "FP8" if form == "float-quantized" else "8 bits"
+
+
+def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    value = settings.get("weight_block_size")
+    if value is None:
+        return None
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in value)
+    ):
+        raise CheckpointError(
+            f"config.json: quantization_config: weight_block_size must be two sizes, got {value!r:.80}"
+        )
+    return value[0], value[1]
+
+
+def _group_size(settings: Mapping[str, Any]) -> int:
+    value = settings.get("group_size", settings.get("q_group_size", 128))
+    if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
+        raise CheckpointError(
+            f"config.json: quantization_config: group_size must be a positive integer or -1, got {value!r:.80}"
+        )
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Advice:
+    """What to tell of a format that is not read."""
+
+    path: Path
+    config: Mapping[str, Any]
+
+    def refusal(self, what: str) -> CheckpointError:
+        sibling = unquantized_name(self.path, self.config)
+        named = "" if sibling is None else f", perhaps {sibling}"
+        return CheckpointError(
+            f"{self.path} is already quantized in a way that is not read (quantization_config: {what}): export the"
+            f" unquantized checkpoint that it was made from{named}"
+        )
+
+
+def unquantized_name(path: Path, config: Mapping[str, Any]) -> str | None:
+    """Return what the checkpoint that a quantized one was made from is probably called; None where nothing tells."""
+    folder = next((part for part in path.parts if part.startswith("models--")), path.name)  # a hub's cache
+    found = folder.removeprefix("models--").replace("--", "/")
+    given = config.get("_name_or_path")
+    for name in (found, given if isinstance(given, str) else ""):
+        bare = name
+        while (shorter := SUFFIX.sub("", bare)) != bare:
+            bare = shorter
+        if bare != name and bare:
+            return bare
+    return given if isinstance(given, str) and "/" in given and not given.startswith(("/", ".")) else None
