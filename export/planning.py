@@ -33,8 +33,11 @@ from .storing import planned
 SLACK: Final = 512
 """Bytes of a bundle that are known only when it is written."""
 
-SENSITIVITY_TOKENS: Final = 512
-"""Positions that sensitivity is measured on: every matrix has its own hidden states of all of them in memory."""
+SENSITIVITY_TOKENS: Final = 256
+"""Positions that sensitivity is measured on: every matrix has its own hidden states of all of them, in every layer."""
+
+SENSITIVITY_LENGTH: Final = 64
+"""Most of them from one document."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,7 @@ def _within_budget(
         raise AssertionError("a budget without quantization")
     layers = Layers(model.weights, max(len(document) for document in documents))
     probe = Plan(base.default)  # alike for all, so that what is measured stands out from what is not
-    measured = measure_sensitivity(layers, _first(documents, SENSITIVITY_TOKENS), probe, progress)
+    measured = measure_sensitivity(layers, _probed(documents), probe, progress)
     candidates = _candidates(base.default, options)
     choices: dict[str, list[Option]] = {}
     weights = 0
@@ -167,12 +170,8 @@ def _size(model: Opened, plan: Plan, context: int, options: Options) -> int:
     return constants.bytes + int(graph.ByteSize()) + len(model.tokenizer_text.encode()) + vocabulary + prefix
 
 
-def _first(documents: Sequence[Document], tokens: int) -> list[Document]:
-    """Return the first documents, the last one cut, that have so many tokens together."""
-    found: list[Document] = []
-    for document in documents:
-        left = tokens - sum(map(len, found))
-        if left < 2:
-            break
-        found.append(document[:left])
-    return found
+def _probed(documents: Sequence[Document]) -> list[Document]:
+    """Return the beginnings of some documents, evenly from the first to the last, of `SENSITIVITY_TOKENS` together."""
+    count = min(len(documents), SENSITIVITY_TOKENS // SENSITIVITY_LENGTH)
+    length = max(SENSITIVITY_LENGTH, SENSITIVITY_TOKENS // count)
+    return [documents[i * len(documents) // count][:length] for i in range(count)]
