@@ -78,7 +78,10 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def export_to_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Export a checkpoint with options; the same call again gives the same bundle. Treat it as read-only."""
+    """Export a checkpoint with options, by default without calibration; the same call gives the same bundle again.
+
+    Treat it as read-only.
+    """
     if not can_export():
         pytest.skip("exporting needs pip install 'edgelm[export]'")
     import edgelm_export
@@ -86,6 +89,8 @@ def export_to_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     made: dict[tuple[object, ...], Path] = {}
 
     def export(checkpoint: Path, **options: object) -> Path:
+        if not {"calibrate", "method", "via"} & set(options):
+            options = {"fast": True, **options}
         key = (checkpoint, *sorted(options.items()))
         if key not in made:
             out = tmp_path_factory.mktemp("bundle") / "out"

@@ -40,7 +40,8 @@ def self_check(bundle: Bundle, reference: Reference, tokenizer: Tokenizer, progr
 
     Raises `EdgelmError` where the bundle's logits are not numbers; see `refuse_broken` for bounds.
     """
-    return quality(measure(bundle, reference, sample_documents(bundle, tokenizer), progress), "self-check")
+    documents = sample_documents(bundle, tokenizer)
+    return quality(measure(bundle, reference, documents, progress, "self-check"), SAMPLE.name)
 
 
 def sample_documents(bundle: Bundle, tokenizer: Tokenizer) -> list[Document]:

@@ -71,8 +71,10 @@ def pieces(document: Document) -> Iterator[tuple[int, int]]:
         yield start, min(start + PIECE, len(document) - 1)
 
 
-def measure(bundle: Bundle, reference: Reference, documents: Sequence[Document], progress: Progress) -> Agreement:
-    """Compare a bundle with its reference at every position that has a next token.
+def measure(
+    bundle: Bundle, reference: Reference, documents: Sequence[Document], progress: Progress, what: str = "verify"
+) -> Agreement:
+    """Compare a bundle with its reference at every position that has a next token; `what` is told of the progress.
 
     Raises `EdgelmError` when the two do not have the same vocabulary.
     """
@@ -87,7 +89,7 @@ def measure(bundle: Bundle, reference: Reference, documents: Sequence[Document],
                     " they do not belong together"
                 )
             divergence.add(first, second, document[start + 1 : stop + 1])
-        progress("verify: document", number + 1, len(documents))
+        progress(f"{what}: document", number + 1, len(documents))
     return divergence.result()
 
 

@@ -64,7 +64,7 @@ def test_the_layers_give_the_logits_of_the_runtime(tiny_checkpoint, export_to_ca
 def test_calibration_keeps_more_than_the_search(tied, texts, tiny_checkpoint, tmp_path):
     checkpoint = tiny_checkpoint(**SHAPE, tied=tied)
     options = {"block_size": 32, "verify": texts / "verify.txt"}
-    plain = edgelm_export.export(checkpoint, tmp_path / "plain", **options).manifest
+    plain = edgelm_export.export(checkpoint, tmp_path / "plain", **options, quant="int4", fast=True).manifest
     calibrated = edgelm_export.export(
         checkpoint, tmp_path / "gptq", **options, calibrate=texts / "calibrate.txt"
     ).manifest
@@ -80,7 +80,8 @@ def test_a_real_model_keeps_its_quality(stories_checkpoint, stories_texts, tmp_p
     for name, options in {
         "fp32": {"quant": "fp32"},
         "int8": {"quant": "int8"},
-        "clip": {},
+        "clip": {"quant": "int4", "fast": True},
+        "self": {},
         "gptq": {"calibrate": stories_texts / "train.txt"},
         "mixed": {"quant": "mixed", "calibrate": stories_texts / "train.txt"},
     }.items():
@@ -90,9 +91,10 @@ def test_a_real_model_keeps_its_quality(stories_checkpoint, stories_texts, tmp_p
     assert measured["fp32"].quality["top1_agreement"] == 1
     kl = {name: manifest.quality["kl_mean"] for name, manifest in measured.items()}
     assert kl["int8"] < 0.003 < kl["mixed"] < kl["gptq"] < 0.7 * kl["clip"]
-    assert measured["gptq"].bits_per_weight <= 4.65
+    assert kl["self"] < 0.7 * kl["clip"]
+    assert measured["gptq"].bits_per_weight <= 4.75
     assert 5.3 < measured["mixed"].bits_per_weight <= 5.5
-    assert {matrix.bits for matrix in measured["mixed"].matrices} == {4, 8}
+    assert len({matrix.bits for matrix in measured["mixed"].matrices} & {4, 5, 6, 8}) > 1
     assert measured["mixed"].quant == "mixed"
 
 
@@ -122,8 +124,9 @@ def test_a_budget_of_bytes_is_kept_and_used(texts, tiny_checkpoint, tmp_path):
     assert 0.9 * middle < bundle.bytes <= middle
     kl = [each.manifest.quality["kl_mean"] for each in (most, bundle, least)]
     assert kl[0] < kl[1] < kl[2]
+    others = least.bytes - sum(matrix.bytes() for matrix in least.manifest.matrices)
     with pytest.raises(EdgelmError, match=r"at least [0-9]+ bytes, [0-9]+ are left"):
-        edgelm_export.export(checkpoint, tmp_path / "none", **options, max_bytes=least.bytes // 2)
+        edgelm_export.export(checkpoint, tmp_path / "none", **options, max_bytes=others + 9000)
     with pytest.raises(EdgelmError, match=r"take [0-9]+ already"):
         edgelm_export.export(checkpoint, tmp_path / "none", **options, max_bytes=1000)
     assert not (tmp_path / "none").exists()
@@ -238,8 +241,9 @@ def test_a_reference_that_does_not_belong_is_refused(texts, tiny_checkpoint, exp
 
 def test_a_model_calibrates_on_what_it_makes_up(stories_checkpoint, stories_texts, tmp_path):
     dev = stories_texts / "dev.txt"
-    plain = edgelm_export.export(stories_checkpoint, tmp_path / "clip", verify=dev)
-    made = [edgelm_export.export(stories_checkpoint, tmp_path / name, calibrate="self", verify=dev) for name in "ab"]
+    plain = edgelm_export.export(stories_checkpoint, tmp_path / "clip", quant="int4", fast=True, verify=dev)
+    texts = {"a": {}, "b": {"calibrate": "self"}}
+    made = [edgelm_export.export(stories_checkpoint, tmp_path / name, verify=dev, **texts[name]) for name in "ab"]
     assert made[0].manifest.quality["kl_mean"] < 0.7 * plain.manifest.quality["kl_mean"]
     assert contents(made[0].path) == contents(made[1].path)
     assert sorted(path.name for path in made[0].path.iterdir()) == sorted([*made[0].manifest.files, "manifest.json"])
@@ -255,4 +259,5 @@ def test_made_up_documents_start_well_and_do_not_end(tiny_checkpoint):
         assert all(document.min() >= 0 and document.max() < 331 for document in documents)
         assert not any(1 in document[1:] for document in documents)  # the end token
         first = {int(document[0]) for document in documents}
-        assert first == {0} if bos else len(first) > 20
+        assert len(first) > 20
+        assert sum(document[0] == 0 for document in documents) >= 48 * bos  # every second one begins as texts do

@@ -65,7 +65,8 @@ def test_the_manifest_tells_what_is_stored(quant, block_size, tied, tiny_checkpo
     assert set(manifest.files) == {"model.onnx", "model.onnx.data", "tokenizer.json"}
     assert {"edgelm", "onnx", "onnxruntime", "numpy"} <= set(manifest.made_with)
     bits = {"fp32": 32, "int8": 8, "int4": 4}[quant]
-    assert {matrix.bits for matrix in manifest.matrices} == {bits}
+    assert {matrix.bits for matrix in manifest.matrices if matrix.name not in ("embedding", "head")} == {bits}
+    assert {matrix.bits for matrix in manifest.matrices if matrix.name in ("embedding", "head")} == {max(bits, 5)}
     names = {matrix.name for matrix in manifest.matrices}
     assert ("head" in names) is not tied
     # What the matrices are said to take is what the data file holds, but for norms, biases, tables and page boundaries.
@@ -76,8 +77,8 @@ def test_the_manifest_tells_what_is_stored(quant, block_size, tied, tiny_checkpo
 def test_a_tied_embedding_is_stored_once(tiny_checkpoint, export_to_cache):
     sizes = {}
     for tied in (True, False):
-        path = export_to_cache(tiny_checkpoint(tied=tied, vocab=4001, hidden=128), quant="int4")
-        sizes[tied] = open_bundle(path).bytes
+        checkpoint = tiny_checkpoint(tied=tied, vocab=4001, hidden=128)
+        sizes[tied] = open_bundle(export_to_cache(checkpoint, quant="int4", embedding_bits=4)).bytes
     head = 4001 * (128 // 2 + 2 * 128 // 32)  # codes, and a float16 scale a block
     assert sizes[False] - sizes[True] == pytest.approx(head, abs=3 * 4096)
 
@@ -182,11 +183,15 @@ def test_a_failed_replacement_keeps_what_was_there(tiny_checkpoint, tmp_path):
 def test_progress_counts_the_bytes_of_every_matrix(tiny_checkpoint, tmp_path):
     told = []
     bundle = edgelm_export.export(
-        tiny_checkpoint(layers=3), tmp_path / "out", progress=lambda what, done, of: told.append((what, done, of))
+        tiny_checkpoint(layers=3),
+        tmp_path / "out",
+        fast=True,
+        progress=lambda what, done, of: told.append((what, done, of)),
     )
     sizes = [matrix.bytes() for matrix in bundle.manifest.matrices]
     assert len(sizes) == 1 + 3 * 4
-    assert told == [("quantizing", sum(sizes[:i]), sum(sizes)) for i in range(len(sizes))]
+    assert told[: len(sizes)] == [("quantizing", sum(sizes[:i]), sum(sizes)) for i in range(len(sizes))]
+    assert told[-1] == ("self-check: document", 5, 5)
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
@@ -198,14 +203,18 @@ def test_the_command_says_what_it_wrote(options, tiny_checkpoint, tmp_path):
     bundle = open_bundle(tmp_path / "out")
     assert (bundle.manifest.quant, bundle.manifest.context) == ("int8", 100)
     assert {matrix.block_size for matrix in bundle.manifest.matrices} == {64}
-    assert done.stdout.count("\n") == 1
+    lines = done.stdout.splitlines()
     if options:
+        assert len(lines) == 1
         printed = json.loads(done.stdout)
         assert done.stderr == ""
         assert (printed["bundle"], printed["bytes"]) == (str(bundle.path), bundle.bytes)
         assert printed["digest"] == bundle.manifest.digest
     else:
-        assert str(bundle.path) in done.stdout
+        assert lines[0].startswith(f"{bundle.path}: llama")
+        assert lines[1].startswith("self-check on ")
+        assert f"KL {bundle.manifest.self_check['kl_mean']:.4f} nats" in lines[1]
+        assert len(lines) == 2
         assert f"edgelm generate {bundle.path}" in done.stderr
 
 

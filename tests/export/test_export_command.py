@@ -63,7 +63,8 @@ def test_what_was_measured_is_printed(tiny_checkpoint, tmp_path, text, run):
     ("arguments", "message"),
     [
         ([], "OUT is missing"),
-        (["{out}", "--method", "gptq"], "--method gptq needs --calibrate FILE"),
+        (["{out}", "--method", "gptq", "--fast"], "--fast quantizes without calibration"),
+        (["{out}", "--calibrate", "self", "--fast"], "not allowed with argument --calibrate"),
         (["{out}", "--calibrate", "none.txt"], "none.txt cannot be read: No such file"),
         (["{out}", "--dry-run", "--via", "optimum"], "--dry-run does not go with --via optimum"),
         (["{out}", "--adapter", "none/"], "none"),

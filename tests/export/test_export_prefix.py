@@ -53,7 +53,7 @@ def test_it_is_of_the_pruned_vocabulary_and_within_the_bytes(tiny_checkpoint, tm
     between = edgelm_export.export(tiny_checkpoint(), tmp_path / "out", max_bytes=middle, **options)
     assert between.bytes <= middle
     assert max(between.manifest.prefix.tokens) < between.manifest.vocab_size == 300
-    assert {matrix.bits for matrix in between.manifest.matrices} == {4, 8}
+    assert len({matrix.bits for matrix in between.manifest.matrices}) > 1
     outline = edgelm_export.outline(tiny_checkpoint(), quant="int4", **options)
     assert abs(outline.bytes - least.bytes) <= 512
 

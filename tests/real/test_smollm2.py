@@ -1,0 +1,129 @@
+"""A model that people use, SmolLM2-135M-Instruct, on its whole road: read, exported, measured, asked.
+
+Bounds of quality hold for real weights and are far from what a broken export gives, not far from what it should give.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+from edgelm_export.opened import open_model
+from edgelm_export.reference.verify import CheckpointReference, measure
+
+import edgelm
+from edgelm.bundle import open_bundle
+from edgelm.config import ServeConfig
+
+QUESTION = "What is the capital of France?"
+
+
+def silent(*_: object) -> None:
+    """Tell nobody about progress."""
+
+
+@pytest.fixture(scope="module")
+def measured(smollm2_gguf, real_bundle, windows):
+    """Options of an export -> what the bundle loses on the windows beside the float32 model."""
+    reference = CheckpointReference(open_model(smollm2_gguf).weights, silent)
+    pieces = list(reference.logits(windows))
+
+    class Kept:
+        """The reference's logits, computed once for all bundles."""
+
+        def logits(self, documents):
+            return iter(pieces)
+
+    return lambda **options: measure(open_bundle(real_bundle(**options)), Kept(), windows, silent)
+
+
+def test_float32_is_transformers(smollm2_checkpoint, real_bundle, windows):
+    torch = pytest.importorskip("torch", reason="needs pip install 'edgelm[distill]'")
+    transformers = pytest.importorskip("transformers", reason="needs pip install 'edgelm[distill]'")
+    network = transformers.AutoModelForCausalLM.from_pretrained(smollm2_checkpoint, dtype=torch.float32).eval()
+    tokens = windows[0][:128]
+    with torch.inference_mode():
+        expected = network(torch.tensor(tokens)[None]).logits[0].numpy()
+        steps = network.generate(torch.tensor(tokens)[None], max_new_tokens=16, do_sample=False)[0, 128:].tolist()
+    with edgelm.load(real_bundle(quant="fp32"), max_batch=1) as model:
+        found = model.worker.call(lambda engine: engine.session.prefill(0, tokens, 0, every=True).copy())
+        said = model.generate(tokens=tokens.tolist(), max_tokens=16, temperature=0.0).tokens
+    assert np.abs(found - expected).max() < 2e-3
+    assert (found.argmax(axis=1) == expected.argmax(axis=1)).all()
+    assert list(said) == steps
+
+
+def test_int8_keeps_the_model(measured):
+    found = measured(quant="int8")
+    assert found.perplexity < 1.012 * found.reference_perplexity
+    assert found.kl_mean < 0.006
+    assert found.top1_agreement > 0.95
+
+
+def test_int4_keeps_more_than_q4_0_without_any_text(measured, real_bundle):
+    """llama.cpp's Q4_0 is 16 % worse than float32, in 91.7 MB."""
+    found = measured()
+    assert found.perplexity < 1.11 * found.reference_perplexity
+    assert found.kl_mean < 0.12
+    data = real_bundle() / "model.onnx.data"
+    assert data.stat().st_size < 80e6
+    manifest = open_bundle(real_bundle()).manifest
+    assert manifest.quant == "int4"
+    assert manifest.self_check["kl_mean"] < 0.2
+    assert sum(matrix.method == "gptq" for matrix in manifest.matrices) > 0.9 * len(manifest.matrices)
+
+
+def test_fast_is_no_worse_than_q4_0(measured, real_bundle):
+    found = measured(fast=True)
+    assert found.perplexity < 1.2 * found.reference_perplexity
+    assert found.kl_mean < 0.2
+    assert (real_bundle(fast=True) / "model.onnx.data").stat().st_size < 92e6
+
+
+@pytest.mark.parametrize("options", [{"quant": "int8"}, {}], ids=["int8", "int4"])
+def test_three_turns_of_a_conversation(options, real_bundle):
+    turns = [QUESTION, "Name a famous tower in that city.", "Thank you! Say goodbye."]
+    with edgelm.load(real_bundle(**options)) as model:
+        messages, answers = [], []
+        for turn in turns:
+            messages.append({"role": "user", "content": turn})
+            done = model.generate(messages=messages, max_tokens=60, temperature=0.0)
+            assert done.text.strip()
+            assert "<|im_" not in done.text
+            answers.append(done.text)
+            messages.append({"role": "assistant", "content": done.text})
+    assert "Paris" in answers[0]
+    assert "Eiffel" in answers[1] or "Tower" in answers[1]
+
+
+def test_an_answer_over_mqtt(real_bundle, tmp_path):
+    from broker import Broker
+    from served_board import serving
+
+    broker = Broker(tmp_path).start()
+    try:
+        with serving(ServeConfig(mqtt=broker.url, model=str(real_bundle(quant="int8")), board="real")):
+            body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 30})
+            command = ["mosquitto_rr", "-V", "5", "-h", "127.0.0.1", "-p", str(broker.port), "-W", "60"]
+            command += ["-t", "edgelm/real/generate", "-e", "reply/real", "-m", body]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=90)
+    finally:
+        broker.stop()
+    answer = json.loads(done.stdout)
+    assert answer["error"] is None
+    assert "Paris" in answer["text"]
+
+
+def test_the_command_takes_the_file(smollm2_gguf, tmp_path):
+    out = tmp_path / "bundle"
+    command = [sys.executable, "-m", "edgelm", "export", str(smollm2_gguf), str(out), "--quant", "int8", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    facts = json.loads(done.stdout)
+    assert facts["self_check"]["kl_mean"] < 0.02
+    assert open_bundle(out).manifest.chat_template
