@@ -20,7 +20,7 @@ from edgelm_export.quantize.spec import Spec
 METHODS = ["rtn", "clip", "hqq"]
 specs = st.builds(
     Spec, st.sampled_from([4, 8]), st.sampled_from([16, 32, 64, 128]), st.booleans(), st.sampled_from(METHODS)
-)
+) | st.builds(Spec, st.sampled_from([5, 6]), st.sampled_from([32, 64, 128]), st.just(True), st.sampled_from(METHODS))
 
 
 @st.composite
@@ -166,7 +166,7 @@ def test_rows_are_quantized_alike_in_any_company(weight, spec, cut, cpus):
         whole = one.quantize(weight)
     parts = [one.quantize(weight[i : i + cut]) for i in range(0, len(weight), cut)]
     joined = Packed.join(parts)
-    for name in ("data", "scales", "zero_points"):
+    for name in ("data", "high", "scales", "zero_points"):
         assert np.array_equal(getattr(joined, name), getattr(whole, name)), name
     assert np.array_equal(dequantize(whole.rows(0, 3)), dequantize(whole)[0:3])
 
@@ -176,6 +176,12 @@ def test_packing_loses_nothing(data, rows, blocks, spec):
     code = st.integers(0, 2**spec.bits - 1)
     codes = data.draw(hnp.arrays(np.uint8, (rows, blocks * spec.block_size), elements=code))
     zeros = data.draw(hnp.arrays(np.uint8, (rows, blocks), elements=code))
+    if spec.bits in (5, 6):
+        packed = pack(codes, np.ones((rows, blocks), np.float16), None, spec.bits, codes.shape[1])
+        assert np.array_equal(unpack_codes(packed).reshape(rows, -1), codes)
+        assert (unpack_zeros(packed) == 2 ** (spec.bits - 1)).all()
+        assert packed.data.nbytes + packed.high.nbytes == codes.size * spec.bits // 8
+        return
     packed = pack(codes, np.ones((rows, blocks), np.float16), zeros, spec.bits, codes.shape[1])
     assert np.array_equal(unpack_codes(packed).reshape(rows, -1), codes)
     assert np.array_equal(unpack_zeros(packed), zeros)

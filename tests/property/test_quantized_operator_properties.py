@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import onnxruntime as ort
+from edgelm_export.graph.initializers import Initializers
+from edgelm_export.graph.matrices import look_up, multiply, store_packed, tensors_of
+from edgelm_export.graph.nodes import Nodes
 from edgelm_export.quantize.pack import dequantize
 from edgelm_export.quantize.quantizer import Quantizer
 from edgelm_export.quantize.spec import Spec
@@ -81,3 +84,42 @@ def test_onnxruntime_gathers_what_we_dequantize(shape, spec, dtype, seed):
     packed = Quantizer(spec, scale_dtype=dtype).quantize(weight)
     out = run_node(packed, "GatherBlockQuantized", ids, gather_axis=0, quantize_axis=1)
     assert np.array_equal(out[..., : shape[1]], dequantize(packed)[ids])
+
+
+@settings(max_examples=30)
+@given(
+    shape=shapes,
+    spec=st.builds(Spec, st.sampled_from([4, 5, 6, 8]), st.sampled_from([32, 64, 128]), st.just(True), st.just("clip")),
+    dtype=dtypes,
+    seed=st.integers(0, 99),
+)
+def test_a_graph_multiplies_by_and_looks_up_what_was_stored(shape, spec, dtype, seed, tmp_path_factory):
+    """Codes of 5 and 6 bits are joined by nodes that onnxruntime computes once."""
+    folder = tmp_path_factory.mktemp("graph")
+    generator = np.random.default_rng(seed)
+    weight = (generator.normal(size=shape) + generator.uniform(-1, 1)).astype(np.float32)
+    x, ids = generator.normal(size=(3, shape[1])).astype(np.float32), generator.integers(0, shape[0], (2, 3))
+    packed = Quantizer(spec, scale_dtype=dtype).quantize(weight)
+    with Initializers(folder / "model.onnx.data") as initializers:
+        matrix = store_packed(initializers, "one", packed, spec)
+        nodes = Nodes(initializers)
+        multiply(nodes, matrix, "x", None, "product")
+        look_up(nodes, matrix, "ids", "rows")
+    assert matrix.bytes() == packed.data.nbytes + packed.scales.nbytes + (
+        0 if packed.high is None else packed.high.nbytes
+    )
+    assert {name: tuple(initializers.tensors[name].dims) for name, _, _ in tensors_of(matrix)} == {
+        name: wanted for name, _, wanted in tensors_of(matrix)
+    }
+    value = helper.make_tensor_value_info
+    model = nodes.model(
+        "one",
+        [value("x", TensorProto.FLOAT, x.shape), value("ids", TensorProto.INT64, ids.shape)],
+        [value(name, TensorProto.FLOAT, None) for name in ("product", "rows")],
+    )
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    session = ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    product, rows = session.run(None, {"x": x, "ids": ids})
+    assert np.array_equal(rows, dequantize(packed)[ids])
+    size = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(dequantize(packed), axis=1)
+    assert (np.abs(product - x @ dequantize(packed).T) <= 0.03 * size + 1e-6).all()

@@ -1,0 +1,71 @@
+"""The self-check: every quantized export measures itself, and a bundle that is of no use is not written in silence."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+import edgelm_export
+from edgelm_export import storing
+from edgelm_export.reference.self_check import CHECKED_TOKENS, SelfCheckError, refuse_broken
+
+from edgelm.bundle import open_bundle
+
+GOOD = {"tokens": 100, "perplexity": 22.0, "reference_perplexity": 20.0, "kl_mean": 0.1}
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Let a quantizer mix up the rows of what it stores."""
+    quantize = storing.quantize_rows
+
+    def mixed_up(rows, *given, **known):
+        packed = quantize(rows, *given, **known)
+        packed.data[:] = np.random.default_rng(0).permutation(packed.data)
+        return packed
+
+    monkeypatch.setattr(storing, "quantize_rows", mixed_up)
+
+
+@pytest.mark.parametrize("options", [{"quant": "int8"}, {"fast": True}, {"quant": "int4"}, {"quant": "mixed"}], ids=str)
+def test_every_quantized_export_says_what_it_lost(options, stories_checkpoint, tmp_path):
+    found = edgelm_export.export(stories_checkpoint, tmp_path / "out", **options).manifest.self_check
+    assert found["kl_mean"] < 0.25
+    assert 100 < found["tokens"] <= 5 * (CHECKED_TOKENS - 1)
+    assert found == open_bundle(tmp_path / "out").manifest.self_check
+
+
+def test_float32_needs_no_check(tiny_checkpoint, tmp_path):
+    assert edgelm_export.export(tiny_checkpoint(), tmp_path / "out", quant="fp32").manifest.self_check is None
+
+
+@pytest.mark.parametrize("options", [{"quant": "int8"}, {"fast": True}], ids=str)
+def test_a_broken_bundle_is_not_written(options, broken, stories_checkpoint, tmp_path, run):
+    with pytest.raises(SelfCheckError, match=r"self-check failed.*--force"):
+        edgelm_export.export(stories_checkpoint, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+    flags = ["--fast"] if "fast" in options else ["--quant", "int8"]
+    code, out, err = run("export", stories_checkpoint, tmp_path / "out", *flags)
+    assert (code, out) == (1, "")
+    assert "self-check failed" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_force_writes_a_broken_bundle_with_its_figures(broken, stories_checkpoint, tmp_path, run):
+    code, out, _ = run("export", stories_checkpoint, tmp_path / "out", "--quant", "int8", "--force", "--json")
+    assert code == 0
+    assert json.loads(out)["self_check"]["kl_mean"] > 1
+    assert open_bundle(tmp_path / "out").manifest.self_check["kl_mean"] > 1
+
+
+@pytest.mark.parametrize(
+    "worse", [{"kl_mean": 1.2}, {"perplexity": 61.0}, {"perplexity": float("inf")}, {"kl_mean": float("nan")}], ids=str
+)
+def test_either_figure_counts(worse):
+    refuse_broken(GOOD)
+    with pytest.raises(SelfCheckError):
+        refuse_broken(GOOD | worse)
