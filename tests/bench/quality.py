@@ -48,16 +48,26 @@ SETTINGS: Final[list[dict[str, Any]]] = [
         for b in (16, 32, 64, 128)
         for s in (True, False)
     ),
-    {"quant": "int4"},
-    {"quant": "int4", "calibrate": "self"},
-    {"quant": "int4", "calibrate": CALIBRATE},
     {"quant": "mixed", "calibrate": "self"},
     {"quant": "mixed", "calibrate": CALIBRATE},
 ]
 """Keyword arguments of `edgelm_export.export`, one row of the table each."""
 
+CHOICES: Final[list[dict[str, Any]]] = [
+    {"fast": True},
+    {},
+    {"calibrate": CALIBRATE},
+    {"quant": "int5", "calibrate": CALIBRATE},
+    {"quant": "mixed", "max_bytes": 108_000_000, "calibrate": CALIBRATE},
+    {"quant": "int8"},
+]
+"""What a user chooses between; with `--choices` alone."""
+
 LLAMA_FORMATS: Final = [f"Q{name}{mix}" for name in ("8_0", "5_1", "5_0", "4_1", "4_0") for mix in ("-pure", "")]
 """Formats of score_llama_cpp.py: without "-pure" llama.cpp stores some matrices, the embedding first, in more bits."""
+
+WINDOW: Final = 512
+"""Tokens of a window of `--windows`."""
 
 TOLERANCE: Final = 1e-3
 """Largest relative difference of float32 perplexities."""
@@ -65,18 +75,22 @@ TOLERANCE: Final = 1e-3
 FLOAT32: Final = "fp32"
 
 COLUMNS: Final = (
-    *("runtime", "setting", "bits stored", "bits a weight", "bits on disk"),
+    *("runtime", "setting", "bits stored", "bits a weight", "bits on disk", "MB"),
     *("perplexity", "change", "KL", "KL p99", "top-1"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Bits:
-    """Of the matrices per weight stored, padding too, and per weight of the model; of all files per parameter."""
+    """Of the matrices per weight stored, padding too, and per weight of the model; of all files per parameter.
+
+    Megabytes are those of the file with the weights.
+    """
 
     stored: float
     weight: float
     disk: float
+    megabytes: float
 
 
 def bundle_logits(model: Model, corpus: Corpus, out: Path) -> Logits:
@@ -149,7 +163,8 @@ class Comparison:
         manifest = bundle.manifest
         matrices = 8 * sum(matrix.bytes() for matrix in manifest.matrices)
         files = 8 * sum(manifest.files[name].bytes for name in (manifest.graph, f"{manifest.graph}.data"))
-        return Bits(manifest.bits_per_weight, matrices / self.weights, files / self.parameters)
+        data = manifest.files[f"{manifest.graph}.data"].bytes / 1e6
+        return Bits(manifest.bits_per_weight, matrices / self.weights, files / self.parameters, data)
 
     def adopt(self, path: Path) -> None:
         """Take over llama.cpp's rows of an earlier report on the same model and text."""
@@ -169,7 +184,7 @@ class Comparison:
         """Return the rows as a Markdown table."""
         lines = [f"| {' | '.join(COLUMNS)} |", "|---|---" + "|---:" * (len(COLUMNS) - 2) + "|"]
         for row in self.rows:
-            bits = [f"{value:.2f}" for value in row["bits"].values()] if row["bits"] else ["", "", ""]
+            bits = [f"{value:.2f}" for value in row["bits"].values()] if row["bits"] else [""] * 4
             figures = [
                 f"{row['perplexity']:.4f}",
                 f"{row['change']:+.2%}",
@@ -191,16 +206,16 @@ def add_edgelm(comparison: Comparison, settings: Iterable[dict[str, Any]]) -> No
             comparison.add("edgelm", label(setting), comparison.bundle_bits(bundle), logits)
 
 
-def add_llama_cpp(comparison: Comparison, python: str) -> None:
-    """Convert the checkpoint, and judge every format of llama.cpp."""
+def add_llama_cpp(comparison: Comparison, python: str, formats: Iterable[str]) -> None:
+    """Convert the checkpoint, and judge llama.cpp in float32 and in every one of the formats."""
     source, tokens, out = (comparison.work / name for name in ("f32.gguf", "tokens.npz", "llama.npy"))
     np.savez(tokens, **asdict(comparison.corpus))
     ask(python, "gguf_checkpoint.py", comparison.checkpoint, source)
-    for form in ("F32", *LLAMA_FORMATS):
+    for form in ("F32", *formats):
         said = ask(python, "score_llama_cpp.py", source, tokens, out, form, comparison.threads)
         size = 8 * said["matrix_bytes"]
         on_disk = 8 * said["bytes"] / comparison.parameters
-        bits = Bits(size / said["matrix_weights"], size / comparison.weights, on_disk)
+        bits = Bits(size / said["matrix_weights"], size / comparison.weights, on_disk, said["bytes"] / 1e6)
         name = FLOAT32 if form == "F32" else form
         more = {"version": said["version"], "types": said["types"]}
         comparison.add("llama.cpp", name, bits, np.load(out, mmap_mode="r"), **more)
@@ -239,6 +254,12 @@ def choose(
     return [{name: calibrate if value == CALIBRATE else value for name, value in s.items()} for s in usable]
 
 
+def _windows(documents: list[list[int]], count: int) -> list[list[int]]:
+    """Cut the first `count` windows of `WINDOW` tokens off the documents joined."""
+    tokens = [token for ids in documents for token in ids]
+    return [tokens[i * WINDOW : (i + 1) * WINDOW] for i in range(count)]
+
+
 def sha256(file: Path) -> str:
     """Return the SHA-256 (hex) of a file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
@@ -250,7 +271,8 @@ def compare(args: argparse.Namespace, work: Path) -> Comparison:
     bundle = edgelm_export.export(args.checkpoint, work / "reference", quant="fp32")
     with edgelm.load(bundle.path, threads=args.threads, max_batch=1) as model:
         context = model.worker.engine.context
-        documents = [model.document_tokens(document)[:context] for document in split_documents(text)]
+        documents = [model.document_tokens(document) for document in split_documents(text)]
+        documents = [ids[:context] for ids in documents] if args.windows is None else _windows(documents, args.windows)
         corpus = Corpus(np.concatenate(documents), np.array([len(ids) for ids in documents]))
         reference = bundle_logits(model, corpus, work / "reference.npy")
     measured_on = {
@@ -269,8 +291,8 @@ def compare(args: argparse.Namespace, work: Path) -> Comparison:
     if args.llama_json:
         comparison.adopt(args.llama_json)
     elif args.llama_python:
-        add_llama_cpp(comparison, args.llama_python)
-    add_edgelm(comparison, choose(SETTINGS, args.method, args.calibrate))
+        add_llama_cpp(comparison, args.llama_python, args.llama_formats)
+    add_edgelm(comparison, choose(CHOICES if args.choices else SETTINGS, args.method, args.calibrate))
     return comparison
 
 
@@ -279,8 +301,11 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="documents between lines of <|endoftext|>")
     parser.add_argument("--llama-python", metavar="PYTHON", help="an interpreter that has llama.cpp")
+    parser.add_argument("--llama-formats", nargs="*", default=LLAMA_FORMATS, metavar="F", help="such as Q4_0-pure")
     parser.add_argument("--llama-json", type=Path, metavar="FILE", help="an earlier report to take llama.cpp from")
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="text for the methods that need one")
+    parser.add_argument("--windows", type=int, metavar="N", help=f"the first N windows of {WINDOW} tokens of the text")
+    parser.add_argument("--choices", action="store_true", help="only what a user chooses between, not every method")
     parser.add_argument("--method", nargs="*", help="only these of edgelm's methods")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
