@@ -19,13 +19,12 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from edgelm.native.attention_kernels import CHUNK, MINUS_INFINITY, emit_kernels
-from edgelm.native.attention_part import emit_attend
-from edgelm.native.attention_task import Task, emit_rotate, fields, past_of, tables_of, write
+from edgelm.native.attention_kernels import CHUNK, emit_kernels
+from edgelm.native.attention_part import emit_attend, emit_combine, part_length
+from edgelm.native.attention_task import Task, emit_rotate, fields, past_of, tables_of
 from edgelm.native.calling import Call
-from edgelm.native.elementary import exp
 from edgelm.native.emitter import F32, I32, I64, POINTER, VOID, WIDE, Emitter
-from edgelm.native.formats import ATTENTION_COMPUTE, COLUMNS, MOST_HEAD_SIZE, MOST_QUERIES, State
+from edgelm.native.formats import ATTENTION_COMPUTE, COLUMNS, MOST_QUERIES, State
 from edgelm.native.targets import Target
 
 
@@ -33,7 +32,8 @@ def emit_attention(module: ir.Module, target: Target) -> str:
     """Emit the operator; return the name of what computes it."""
     kernels = emit_kernels(module, target)
     rotate = emit_rotate(module)
-    store, attend, combine = _emit_store(module, rotate), emit_attend(module, kernels, rotate), _emit_combine(module)
+    store, attend = _emit_store(module, rotate), emit_attend(module, kernels, rotate)
+    combine = emit_combine(module, kernels)
     e = Emitter(module, ATTENTION_COMPUTE, VOID, [POINTER, POINTER], export=True)
     state, context = e.function.args
     b = e.b
@@ -67,9 +67,10 @@ def emit_attention(module: ir.Module, target: Target) -> str:
     seqlens = call.data(call.input(5))
     with e.loop(e.const(0), batch, carried=[e.const(0)]) as (row, longest, kept):
         kept.append(e.larger(longest[0], b.sext(e.load(seqlens, row, I32), I64)))
-    is_step = b.icmp_signed("==", tokens, e.const(1))
-    splits = b.select(is_step, b.add(b.sdiv(kept[0], e.const(CHUNK)), e.const(1)), e.const(1))
-    parts = b.mul(b.mul(b.mul(batch, heads), splits), b.add(size, e.const(2)))
+    queries = b.mul(b.mul(batch, tokens), heads)
+    is_short = b.icmp_signed("==", tiles, e.const(1))
+    splits = b.select(is_short, b.add(b.sdiv(e.smaller(kept[0], capacity), e.const(CHUNK)), e.const(1)), e.const(1))
+    parts = b.mul(b.mul(queries, splits), part_length(e, size))
     put(Task.PARTS, call.output(3, [b.select(b.icmp_signed(">", splits, e.const(1)), parts, e.const(1))]))
     for field, number in (
         (Task.KEY, key), (Task.VALUE, value), (Task.QUERY_STRIDE, width),
@@ -85,7 +86,7 @@ def emit_attention(module: ir.Module, target: Target) -> str:
     call.for_each(store, b.mul(batch, tokens), task)
     call.for_each(attend, b.mul(b.mul(b.mul(batch, kv_heads), tiles), splits), task)
     with b.if_then(b.icmp_signed(">", splits, e.const(1))):
-        call.for_each(combine, b.mul(batch, heads), task)
+        call.for_each(combine, queries, task)
     b.ret_void()
     return ATTENTION_COMPUTE
 
@@ -120,35 +121,5 @@ def _emit_store(module: ir.Module, rotate: ir.Function) -> ir.Function:
         target = b.mul(b.add(b.mul(b.add(b.mul(row, kv_heads), head), capacity), position), size)
         for origin, present, turned in zip((key, value), presents, (half, e.const(0)), strict=True):
             b.call(rotate, [e.at(origin, source, F32), e.at(present, target, F32), *tables, turned, size, one])
-    b.ret_void()
-    return e.function
-
-
-def _emit_combine(module: ir.Module) -> ir.Function:
-    """Emit what puts the parts of head `index` of the batch together."""
-    e = Emitter(module, "attention_combine", VOID, [POINTER, I64])
-    task, index = e.function.args
-    b = e.b
-    parts, size, splits = fields(e, task, Task.PARTS, Task.SIZE, Task.SPLITS)
-    length = b.add(size, e.const(2))
-    own = e.at(parts, b.mul(b.mul(index, splits), length), F32)
-    with e.loop(e.const(0), splits, carried=[ir.Constant(F32, MINUS_INFINITY)]) as (split, most, kept):
-        here = e.load(own, b.mul(split, length), F32)
-        kept.append(b.select(b.fcmp_ordered(">", here, most[0]), here, most[0]))
-    largest = kept[0]
-    sums = e.reserve(F32, MOST_HEAD_SIZE)
-    zeros = ir.Constant(WIDE, [0.0] * COLUMNS)
-    with e.loop(e.const(0), size, COLUMNS) as (at, _, _):
-        b.store(zeros, e.at(sums, at, F32), align=4)
-    with e.loop(e.const(0), splits, carried=[ir.Constant(F32, 0.0)]) as (split, totals, kept):
-        part = e.at(own, b.mul(split, length), F32)
-        wide = exp(e, e.splat(b.fsub(e.load(part, 0, F32), largest), WIDE))
-        factor = b.extract_element(wide, ir.Constant(I32, 0))
-        with e.loop(e.const(0), size, COLUMNS) as (at, _, _):
-            value = e.load_vector(part, b.add(at, e.const(2)), F32, WIDE)
-            so_far = e.load_vector(sums, at, F32, WIDE)
-            b.store(e.intrinsic("llvm.fma.v16f32", WIDE, value, wide, so_far), e.at(sums, at, F32), align=4)
-        kept.append(b.fadd(totals[0], b.fmul(factor, e.load(part, 1, F32))))
-    write(e, task, index, sums, b.fdiv(ir.Constant(F32, 1.0), kept[0]))
     b.ret_void()
     return e.function

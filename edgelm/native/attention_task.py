@@ -102,11 +102,13 @@ def tables_of(e: Emitter, task: ir.Value, token: ir.Value, position: ir.Value) -
     return [e.at(table, b.mul(place, half), F32) for table in tables]
 
 
-def write(e: Emitter, task: ir.Value, target: ir.Value, values: ir.Value, factor: ir.Value) -> None:
-    """Emit the output of one query of a head, times a number."""
+def write(e: Emitter, task: ir.Value, target: ir.Value, values: ir.Value, totals: ir.Value) -> None:
+    """Emit the output of one query of a head: weighted values by the sum of `totals`, float32 [16]."""
     b = e.b
     y, size = fields(e, task, Task.Y, Task.SIZE)
-    wide = e.splat(factor, WIDE)
+    zero, all_totals = ir.Constant(F32, 0.0), e.load_vector(totals, 0, F32, WIDE)
+    total = e.intrinsic("llvm.vector.reduce.fadd.v16f32", F32, zero, all_totals)
+    wide = e.splat(b.fdiv(ir.Constant(F32, 1.0), total), WIDE)
     with e.loop(e.const(0), size, COLUMNS) as (at, _, _):
         value = b.fmul(e.load_vector(values, at, F32, WIDE), wide)
         b.store(value, e.at(y, b.add(b.mul(target, size), at), F32), align=4)

@@ -68,6 +68,10 @@ class Emitter:
         """Call a function by its address, a 64-bit integer."""
         return self.b.call(self.b.inttoptr(function, kind.as_pointer()), arguments)
 
+    def fma(self, one: ir.Value, other: ir.Value, added: ir.Value) -> ir.Value:
+        """Return one * other + added of vectors of float32, rounded once."""
+        return self.intrinsic(f"llvm.fma.v{one.type.count}f32", one.type, one, other, added)
+
     def intrinsic(self, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
         """Call one of LLVM's functions."""
         module = self.b.module

@@ -15,7 +15,8 @@ from edgelm.native.formats import COLUMNS
 class Target:
     """A kind of processor.
 
-    `rows` are how many rows of activations a kernel takes at once, `attention_rows` how many queries.
+    `rows` are how many rows of activations a kernel takes at once, `attention_rows` how many queries, `across` how many
+    vectors of 16 columns of values with these.
     `signed_bytes` says that its instruction multiplies signed bytes by signed bytes, so that weights of 8 bits are
     moved by 128 first.
     """
@@ -26,6 +27,7 @@ class Target:
     lanes: int
     rows: tuple[int, ...]
     attention_rows: tuple[int, ...]
+    across: int
     signed_bytes: bool = False
 
     def zero_point(self, bits: int) -> int:
@@ -108,8 +110,9 @@ TARGETS: Final = (
         16,
         (8, 4, 2, 1),
         (4, 3, 2, 1),
+        4,
     ),
-    Target("avx2", "x86_64-unknown-linux-gnu", ("avx2", "fma", "f16c"), 8, (4, 2, 1), (1,)),
-    Target("dotprod", "aarch64-unknown-linux-gnu", ("dotprod", "fullfp16"), 4, (4, 2, 1), (1,), signed_bytes=True),
+    Target("avx2", "x86_64-unknown-linux-gnu", ("avx2", "fma", "f16c"), 8, (4, 2, 1), (2, 1), 2),
+    Target("dotprod", "aarch64-unknown-linux-gnu", ("dotprod", "fullfp16"), 4, (4, 2, 1), (1,), 4, signed_bytes=True),
 )
 """Kinds of processors, the best first, by the names that LLVM gives to instruction sets."""
