@@ -219,8 +219,10 @@ def try_kernels(bundle: Bundle, threads: int | None = None) -> str:
             raise OSError(_reason(error)) from error
     if not formats:
         raise OSError(f"there are none for matrices of {bundle.manifest.quant}")
-    blocks = {bits: [str(form.block) for form in formats if form.bits == bits] for bits in (4, 8)}
-    kinds = " and ".join(f"int{bits} in blocks of {', '.join(sizes)}" for bits, sizes in blocks.items() if sizes)
+    blocks: dict[int, list[str]] = {}
+    for form in formats:
+        blocks.setdefault(form.bits, []).append(str(form.block))
+    kinds = " and ".join(f"int{bits} in blocks of {', '.join(sizes)}" for bits, sizes in blocks.items())
     return f"compiled for {kinds} in {time.perf_counter() - started:.1f} s; they compute what onnxruntime's do"
 
 

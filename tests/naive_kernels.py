@@ -33,11 +33,25 @@ def quantize(row, block):
 
 
 def weight(codes, bits, column, block, index):
-    """One weight of a matrix as MatMulNBits stores it, an integer around 0."""
+    """One weight of a matrix as MatMulNBits stores it, an integer around 0.
+
+    With 5 and 6 bits the bits above the low 4 lie behind them, the first weight's in the lowest bits of a byte.
+    """
     if bits == 8:
         return int(codes[column, block, index]) - 128
     byte = int(codes[column, block, index // 2])
-    return (byte >> 4 if index % 2 else byte & 15) - 8
+    code = byte >> 4 if index % 2 else byte & 15
+    if bits > 4:
+        above, size = bits - 4, codes.shape[2] * 8 // bits
+        first = index * above
+        code += (int(codes[column, block, size // 2 + first // 8]) >> first % 8 & 2**above - 1) << 4
+    return code - 2 ** (bits - 1)
+
+
+def row(codes, scales, bits, column):
+    """The weights of a column with their scales."""
+    blocks, size = codes.shape[1], codes.shape[2] * 8 // bits
+    return [(weight(codes, bits, column, b, i), scales[column, b]) for b in range(blocks) for i in range(size)]
 
 
 def matmul(x, codes, scales, bits, block, bias):
@@ -57,22 +71,24 @@ def matmul(x, codes, scales, bits, block, bias):
 def packed(codes, bits):
     """The bytes of every panel, in their order, as `edgelm.native.packing` describes them."""
     columns, blocks, size = codes.shape
-    per_load = 8 if bits == 4 else 4
-    loads = size * 8 // bits // per_load
     found = []
     for panel in range(-(-columns // 16)):
         for block in range(blocks):
-            for load in range(loads):
-                for lane in range(16):
-                    column = 16 * panel + lane
-                    for j in range(4):
-                        if column >= columns:
-                            found.append(0)
-                            continue
-                        first = weight(codes, bits, column, block, load * per_load + j)
-                        if bits == 8:
-                            found.append(first + 128)
-                        else:
-                            second = weight(codes, bits, column, block, load * per_load + 4 + j)
-                            found.append(first + 8 | second + 8 << 4)
+
+            def code(n, index, panel=panel, block=block):
+                column = 16 * panel + n
+                return weight(codes, bits, column, block, index) + 2 ** (bits - 1) if column < columns else 0
+
+            loads = range(0, size * 8 // bits, 4 if bits == 8 else 8)
+            for first in loads:
+                if bits == 8:
+                    found += [code(n, first + j) for n in range(16) for j in range(4)]
+                    continue
+                if bits > 4 and first % (32 // (bits - 4)) == 0:
+                    for n in range(16):
+                        for j in range(4):
+                            above = [code(n, first + 4 * part + j) >> 4 for part in range(8 // (bits - 4))]
+                            found.append(sum(value << (bits - 4) * part for part, value in enumerate(above)))
+                low = [(code(n, first + j) & 15, code(n, first + 4 + j) & 15) for n in range(16) for j in range(4)]
+                found += [one | other << 4 for one, other in low]
     return found

@@ -21,6 +21,7 @@ from edgelm.native.attention import emit_attention
 from edgelm.native.calling import Call
 from edgelm.native.emitter import F32, I8, I32, I64, POINTER, VOID, Emitter
 from edgelm.native.formats import COLUMNS, DESTROY, HOOK, REGISTER, ROUNDED_BYTES, Format, State
+from edgelm.native.looking_up import emit_look_up
 from edgelm.native.multiplying import emit_rows
 from edgelm.native.quantizing import Kind, emit_quantize
 from edgelm.native.targets import Target
@@ -53,14 +54,15 @@ TOGETHER: Final = 4
 
 
 def kernels_module(target: Target, formats: Sequence[Format]) -> tuple[ir.Module, list[str]]:
-    """Return the code of attention and of products of some formats, and the names to export."""
+    """Return the code of attention, of products and of tables of some formats, and the names to export."""
     module = ir.Module("edgelm")
     module.triple = target.triple
     _emit_registration(module)
     for form in formats:
         _emit_compute(module, target, form)
-    attention = emit_attention(module, target)
-    return module, [HOOK, REGISTER, DESTROY, attention, *(form.compute for form in formats)]
+        emit_look_up(module, form)
+    names = [name for form in formats for name in (form.compute, form.look_up)]
+    return module, [HOOK, REGISTER, DESTROY, emit_attention(module, target), *names]
 
 
 def _emit_registration(module: ir.Module) -> None:

@@ -13,7 +13,7 @@ COLUMNS: Final = 16
 DOMAIN: Final = "edgelm"
 """The operators' domain."""
 
-LAYOUT: Final = 3
+LAYOUT: Final = 4
 """Changes with what the kernels compute, or with how they want matrices to lie."""
 
 ATTENTION: Final = "Attention"
@@ -24,7 +24,7 @@ MOST_QUERIES: Final = 32
 MOST_HEAD_SIZE: Final = 256
 
 BLOCKS: Final = (16, 32, 64, 128)
-"""Block sizes that there are kernels for."""
+"""Block sizes that there are kernels for; with 5 and 6 bits from 32 on."""
 
 ROUNDED_BYTES: Final = 8
 """Bytes that a block of rounded activations takes beside its codes: a scale and an offset."""
@@ -50,6 +50,16 @@ class Format:
         return cls(int(found[1]), int(found[2])) if found else None
 
     @property
+    def has_kernels(self) -> bool:
+        """Whether there are kernels for it."""
+        return self in FORMATS
+
+    @property
+    def high_bits(self) -> int:
+        """Bits of a weight that are stored apart from its low 4: 1 or 2 with 5 and 6 bits, else 0."""
+        return self.bits - 4 if self.bits in (5, 6) else 0
+
+    @property
     def operator(self) -> str:
         """The name of the operator for matrices of this format."""
         return f"MatMulInt{self.bits}Block{self.block}"
@@ -60,9 +70,28 @@ class Format:
         return f"compute_{self.bits}_{self.block}"
 
     @property
+    def look_up_operator(self) -> str:
+        """The name of the operator that looks rows up in a table of this format."""
+        return f"LookUpInt{self.bits}Block{self.block}"
+
+    @property
+    def look_up(self) -> str:
+        """The function that looks rows up, by the name that the library exports."""
+        return f"look_up_{self.bits}_{self.block}"
+
+    @property
     def block_bytes(self) -> int:
         """The bytes of a block of one column."""
         return self.block * self.bits // 8
+
+
+FORMATS: Final = tuple(Format(bits, block) for bits in (4, 5, 6, 8) for block in BLOCKS if block > 16 or bits in (4, 8))
+"""Formats that there are kernels for."""
+
+
+def is_operator(name: str) -> bool:
+    """Whether an operator is for products with, or rows of, matrices of one of the formats."""
+    return any(name in (form.operator, form.look_up_operator) for form in FORMATS)
 
 
 class State(IntEnum):

@@ -1,7 +1,8 @@
 """A bundle's graph for the kernels: quantized matrices in panels, MatMulNBits replaced by operators of our own.
 
-The operators take over what stands around a product: SwiGLU and RMSNorm before it, the addition of the residual stream
-behind it (see `folding`). What the kernels do not know stays as it is, and what nothing uses any more is dropped.
+A table of rows that is a product's matrix as well is read from the same panels. The operators take over what stands
+around a product: SwiGLU and RMSNorm before it, the addition of the residual stream behind it (see `folding`). What the
+kernels do not know stays as it is, and what nothing uses any more is dropped.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from numpy.typing import NDArray
 
 from edgelm.native.attention_nodes import attention_of
 from edgelm.native.folding import NORM, SKIP_NORM, Fold, Folding
-from edgelm.native.formats import ATTENTION, BLOCKS, COLUMNS, DOMAIN, Format
+from edgelm.native.formats import ATTENTION, COLUMNS, DOMAIN, Format, is_operator
+from edgelm.native.joining import Joining
 from edgelm.native.mapping import PagedFile
 from edgelm.native.onnx_model import (
     FLOAT,
     FLOAT16,
+    INT64,
     UINT8,
     Model,
     Node,
@@ -35,7 +38,12 @@ from edgelm.native.packing import packed_bias, packed_codes, packed_scales
 GRAPH: Final = "model.onnx"
 DATA: Final = "model.onnx.data"
 
-_DTYPES: Final[dict[int, np.dtype[Any]]] = {FLOAT: np.dtype("<f4"), UINT8: np.dtype("u1"), FLOAT16: np.dtype("<f2")}
+_DTYPES: Final[dict[int, np.dtype[Any]]] = {
+    FLOAT: np.dtype("<f4"),
+    UINT8: np.dtype("u1"),
+    INT64: np.dtype("<i8"),
+    FLOAT16: np.dtype("<f2"),
+}
 _ALIGN: Final = 64
 """Tensors begin at multiples of this: a line of the caches."""
 _PANELS_AT_ONCE: Final = 64
@@ -48,15 +56,24 @@ _ROW_BY_ROW: Final = _MOVING | {"Add", "FastGelu", "Gelu", "Mul", "QuickGelu", "
 
 @dataclass(frozen=True, slots=True)
 class _Matrix:
-    """A quantized matrix: `size` rows, scales [columns, blocks], which are the tensor `scales_name`."""
+    """A quantized matrix: `size` rows, scales [columns, blocks], which are the tensor `scales_name`.
+
+    With 5 and 6 bits `codes` are the low 4 bits of each weight and `high` the bits above.
+    """
 
     form: Format
     size: int
     columns: int
     codes: Tensor
+    high: Tensor | None
     scales_name: str
     scales: NDArray[np.floating[Any]]
     bias: Tensor | None
+
+    @property
+    def width(self) -> int:
+        """The rows with those that fill up the last block."""
+        return int(self.scales.shape[1]) * self.form.block
 
 
 def write_panels(model: bytes, data: Path, folder: Path) -> list[Format]:
@@ -67,7 +84,7 @@ def write_panels(model: bytes, data: Path, folder: Path) -> list[Format]:
     where a file cannot be read or written.
     """
     whole = read_model(model)
-    if not any(_form(node) for node in whole.nodes):
+    if not any(map(_is_product, whole.nodes)):
         return []
     with PagedFile(folder / DATA) as file:
         rewriting = _Rewriting(whole, data, file)
@@ -85,18 +102,15 @@ def computes_row_by_row(model: bytes) -> bool:
     Products and attention of onnxruntime's may add up in another order when more rows are computed together.
     """
     return all(
-        node.operator in _ROW_BY_ROW or node.operator == ATTENTION or Format.of_operator(node.operator) is not None
+        node.operator in _ROW_BY_ROW or node.operator == ATTENTION or is_operator(node.operator)
         for node in read_model(model).nodes
     )
 
 
-def _form(node: Node) -> Format | None:
-    """Return the format of a node's matrix, if there are kernels for it."""
-    if node.operator != "MatMulNBits" or node.attributes.get("accuracy_level") != 4:
-        return None
-    form = Format(int(node.attributes["bits"]), int(node.attributes["block_size"]))
+def _is_product(node: Node) -> bool:
+    """Whether a node may be a product that the kernels compute, as far as it says itself."""
     zero_points_or_groups = any(node.inputs[3:5])
-    return form if form.bits in (4, 8) and form.block in BLOCKS and not zero_points_or_groups else None
+    return node.operator == "MatMulNBits" and node.attributes.get("accuracy_level") == 4 and not zero_points_or_groups
 
 
 class _Rewriting:
@@ -109,7 +123,10 @@ class _Rewriting:
         self._data = np.memmap(data, np.uint8, "r") if data.exists() and data.stat().st_size else np.zeros(0, np.uint8)
         self._file = file
         self._makers = {output: node for node in model.nodes for output in node.outputs if output}
-        self._folding = Folding(model, self._makers, lambda node: self._matrix(node) is not None)
+        self._joining = Joining(model.tensors, self._makers, self._array)
+        found = {node.outputs[0]: self._matrix_of(node) for node in model.nodes if _is_product(node)}
+        self._matrices = {output: matrix for output, matrix in found.items() if matrix is not None}
+        self._folding = Folding(model, self._makers, lambda node: node.outputs[0] in self._matrices)
         self._made: dict[str, bytes] = {}
         """New tensors by their names."""
         self._places: dict[str, int] = {}
@@ -123,10 +140,13 @@ class _Rewriting:
             fold = self._folding.of(node)
             if fold is None or not wanted.intersection((*node.outputs, fold.output)):
                 continue
-            matrix = self._matrix(node)
+            matrix, table = self._matrices.get(node.outputs[0]), self._table_of(node)
             if matrix is not None:
                 kept.append(self._replaced(node, fold, matrix))
                 wanted.update(fold.inputs)
+            elif table is not None:
+                kept.append(self._looked_up(node, table))
+                wanted.add(node.inputs[1])
             elif self._widened(node.outputs[0]) is None:
                 encoded, inputs = attention_of(self._model, node) or (node.encoded, node.inputs)
                 kept.append(encoded)
@@ -139,36 +159,87 @@ class _Rewriting:
                 self._keep(self._tensors[name])
         return kept[::-1], list(self._made.values())
 
-    def _matrix(self, node: Node) -> _Matrix | None:
+    def _matrix_of(self, node: Node) -> _Matrix | None:
         """Return the matrix of a product; None where there are no kernels for it."""
-        form = _form(node)
-        if form is None:
-            return None
         _, codes_name, scales_name, _, _, bias_name = (*node.inputs, "", "", "")[:6]
-        codes = self._tensors.get(codes_name)
+        bits, block, columns, size = (int(node.attributes[name]) for name in ("bits", "block_size", "N", "K"))
+        shape = columns, -(-size // block), block
+        codes, high = self._tensors.get(codes_name), None
+        if codes is None and bits == 8:
+            joined = self._joining.parts_of(codes_name, shape)
+            if joined is not None:
+                bits, codes, high = joined
+        form = Format(bits, block)
         scales = self._widened(scales_name) or self._tensors.get(scales_name)
         bias = self._tensors.get(bias_name)
-        columns, size = int(node.attributes["N"]), int(node.attributes["K"])
-        if codes is None or scales is None or (bias_name and bias is None):
+        if codes is None or scales is None or (bias_name and bias is None) or not form.has_kernels:
             return None
-        values = self._array(scales).reshape(columns, -(-size // form.block))
+        values = self._array(scales).reshape(shape[:2])
         if scales.dtype != FLOAT16 and not np.array_equal(values, values.astype(np.float16)):
             return None
-        return _Matrix(form, size, columns, codes, scales.name, values, bias)
+        return _Matrix(form, size, columns, codes, high, scales.name, values, bias)
+
+    def _table_of(self, node: Node) -> _Matrix | None:
+        """Return the product's matrix that a node looks rows up in; None where it does something else."""
+        if node.operator != "GatherBlockQuantized" or len(node.inputs) != 3:
+            return None
+        table, indices, scales_name = node.inputs
+        given = self._model.inputs.get(indices)
+        scales = self._widened(scales_name) or self._tensors.get(scales_name)
+        if given is None or given.dtype != INT64 or scales is None:
+            return None
+        if node.attributes.get("gather_axis", 0) != 0 or node.attributes.get("quantize_axis", 1) != 1:
+            return None
+        for matrix in self._matrices.values():
+            read_bits = 8 if matrix.high else matrix.form.bits
+            kind = node.attributes.get("bits", 4), node.attributes.get("block_size", 128)
+            if kind == (read_bits, matrix.form.block) and scales.name == matrix.scales_name:
+                return matrix if self._is_table(table, matrix) else None
+        return None
+
+    def _is_table(self, name: str, matrix: _Matrix) -> bool:
+        """Whether a value is the codes of a matrix in rows: the same bytes under another shape, or the same nodes."""
+        shape, form = [matrix.columns, matrix.width], matrix.form
+        tensor = self._tensors.get(name)
+        if tensor is not None:
+            codes = matrix.codes
+            same = tensor.name == codes.name or (tensor.place is not None and tensor.place == codes.place)
+            return same and not matrix.high and [*tensor.shape] == [shape[0], shape[1] * form.bits // 8]
+        reshape = self._makers.get(name)
+        if reshape is None or reshape.operator != "Reshape" or self._joining.constant(reshape.inputs[1]) != shape:
+            return False
+        blocks = matrix.width // form.block
+        found = self._joining.parts_of(reshape.inputs[0], (matrix.columns, blocks, form.block))
+        return found == (form.bits, matrix.codes, matrix.high)
+
+    def _looked_up(self, node: Node, matrix: _Matrix) -> bytes:
+        """Return a node that looks rows up in panels."""
+        attributes = {"K": matrix.width, "N": matrix.columns, **self._panels(matrix)}
+        name = matrix.form.look_up_operator
+        return encode_node(node.outputs[0], name, DOMAIN, [node.inputs[1]], node.outputs, attributes)
+
+    def _panels(self, matrix: _Matrix) -> dict[str, int]:
+        """Return where the file has a matrix in panels."""
+        self.formats.add(matrix.form)
+        shape = *matrix.scales.shape, -1
+        codes = self._array(matrix.codes).reshape(shape)
+        high = None if matrix.high is None else self._array(matrix.high).reshape(shape)
+        step = COLUMNS * _PANELS_AT_ONCE
+        parts = (
+            packed_codes(codes[at : at + step], matrix.form.bits, None if high is None else high[at : at + step])
+            for at in range(0, matrix.columns, step)
+        )
+        scales = (packed_scales(values) for values in [matrix.scales])
+        return {"WEIGHTS": self._write(matrix.codes.name, parts), "SCALES": self._write(matrix.scales_name, scales)}
 
     def _replaced(self, node: Node, fold: Fold, matrix: _Matrix) -> bytes:
         """Return a node that computes the same from panels."""
-        form, codes, bias = matrix.form, matrix.codes, matrix.bias
-        blocks = -(-matrix.size // form.block)
-        stored = self._array(codes).reshape(matrix.columns, blocks, form.block_bytes)
-        step = COLUMNS * _PANELS_AT_ONCE
-        parts = (packed_codes(stored[at : at + step], form.bits) for at in range(0, matrix.columns, step))
+        bias = matrix.bias
         attributes = {
             "K": matrix.size,
             "N": matrix.columns,
             "GATED": int(fold.gated),
-            "WEIGHTS": self._write(codes.name, parts),
-            "SCALES": self._write(matrix.scales_name, [packed_scales(matrix.scales)]),
+            **self._panels(matrix),
             "BIAS": _NOWHERE,
             "NORM": _NOWHERE,
             "EPSILON": 0,
@@ -176,13 +247,12 @@ class _Rewriting:
         if bias is not None:
             attributes["BIAS"] = self._write(bias.name, [packed_bias(self._array(bias).reshape(-1))])
         if fold.norm is not None:
-            weight = np.zeros(blocks * form.block, np.float32)
+            weight = np.zeros(matrix.width, np.float32)
             weight[: matrix.size] = self._array(self._tensors[fold.norm])
             attributes["NORM"] = self._write(f"{fold.norm}.{len(weight)}", [weight])
             attributes["EPSILON"] = int(np.float32(fold.epsilon).view(np.int32))
-        self.formats.add(form)
         outputs = [fold.output, f"{fold.output}.scratch"]
-        return encode_node(node.outputs[0], form.operator, DOMAIN, fold.inputs, outputs, attributes)
+        return encode_node(node.outputs[0], matrix.form.operator, DOMAIN, fold.inputs, outputs, attributes)
 
     def _widened(self, name: str) -> Tensor | None:
         """Return the tensor in float16 that a value in float32 is cast from, if it is."""

@@ -16,6 +16,7 @@ from llvmlite import ir
 from edgelm.native.emitter import BYTES, F32, HALF, I8, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
 from edgelm.native.formats import COLUMNS, Format
 from edgelm.native.targets import Target
+from edgelm.native.unpacking import weights_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +82,12 @@ def _block_sums(
     sums = [e.splat(e.load(rows.offsets[row], block, I32), SUMS) for row in range(rows.count)]
     here = e.at(weights, b.mul(block, e.const(COLUMNS * form.block_bytes)), I8)
     at = b.mul(block, e.const(form.block))
-    fours = 0
-    for byte in range(0, COLUMNS * form.block_bytes, BYTES.count):
-        packed = e.load_vector(here, byte, I8, BYTES)
-        for part in _nibbles(b, packed) if form.bits == 4 else [packed]:
-            for row in range(rows.count):
-                four = e.load(e.at(rows.codes[row], at, I8), fours, I32, align=1)
-                spread = b.bitcast(e.splat(four, SUMS), BYTES)
-                sums[row] = target.dot(b, sums[row], part, spread, form.bits)
-            fours += 1
+    for fours, part in enumerate(weights_of(e, form, here, BYTES)):
+        for row in range(rows.count):
+            four = e.load(e.at(rows.codes[row], at, I8), fours, I32, align=1)
+            spread = b.bitcast(e.splat(four, SUMS), BYTES)
+            sums[row] = target.dot(b, sums[row], part, spread, form.bits)
     return sums
-
-
-def _nibbles(b: ir.IRBuilder, packed: ir.Value) -> list[ir.Value]:
-    low = b.and_(packed, ir.Constant(BYTES, [15] * BYTES.count))
-    return [low, b.lshr(packed, ir.Constant(BYTES, [4] * BYTES.count))]
 
 
 def _with_bias(e: Emitter, values: Sequence[ir.Value], bias: ir.Value, first: ir.Value) -> list[ir.Value]:

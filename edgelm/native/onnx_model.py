@@ -9,7 +9,7 @@ from typing import Final
 
 from edgelm.protobuf import BYTES, FIXED32, VARINT, Field, fields, message
 
-FLOAT, UINT8, FLOAT16 = 1, 2, 10
+FLOAT, UINT8, INT64, FLOAT16 = 1, 2, 7, 10
 """Values of TensorProto.DataType."""
 
 _GRAPH, _OPSET = 7, 8  # ModelProto
@@ -19,12 +19,13 @@ _INT: Final = 2  # AttributeProto.AttributeType
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A NodeProto; `attributes` are its numbers."""
+    """A NodeProto; `attributes` are its numbers, `texts` its strings."""
 
     operator: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: Mapping[str, float]
+    texts: Mapping[str, bytes]
     encoded: bytes
 
 
@@ -115,6 +116,7 @@ def _node(encoded: bytes) -> Node:
     inputs: list[str] = []
     outputs: list[str] = []
     attributes: dict[str, float] = {}
+    texts: dict[str, bytes] = {}
     operator = ""
     for number, _, value in fields(encoded):
         if number == 1:
@@ -124,21 +126,21 @@ def _node(encoded: bytes) -> Node:
         elif number == 4:
             operator = _content(value).decode()
         elif number == 5:
-            attributes |= _attribute(_content(value))
-    return Node(operator, tuple(inputs), tuple(outputs), attributes, encoded)
+            _read_attribute(_content(value), attributes, texts)
+    return Node(operator, tuple(inputs), tuple(outputs), attributes, texts, encoded)
 
 
-def _attribute(encoded: bytes) -> dict[str, float]:
-    """Return an attribute's name and number; nothing where it is of another type."""
-    found: dict[str, float] = {}
+def _read_attribute(encoded: bytes, numbers: dict[str, float], texts: dict[str, bytes]) -> None:
+    """Add an attribute to those of its type; to none where it is of another type."""
     name = _text(encoded, 1)
     for number, kind, value in fields(encoded):
         if (number, kind) == (3, VARINT):
             signed = int(value)
-            found[name] = signed - (1 << 64) if signed >> 63 else signed
+            numbers[name] = signed - (1 << 64) if signed >> 63 else signed
         elif (number, kind) == (2, FIXED32):
-            found[name] = struct.unpack("<f", _content(value))[0]
-    return found
+            numbers[name] = struct.unpack("<f", _content(value))[0]
+        elif (number, kind) == (4, BYTES):
+            texts[name] = _content(value)
 
 
 def _tensor(encoded: bytes) -> Tensor:

@@ -40,6 +40,12 @@ def product_of(form: Format) -> Operator:
     )
 
 
+def look_up_of(form: Format) -> Operator:
+    """Return the operator for tables of a format (see `looking_up`)."""
+    places = (State.WEIGHTS, State.SCALES)
+    return Operator(form.look_up_operator, form.look_up, (INT64,), frozenset(), (FLOAT,), (State.K, State.N), places)
+
+
 ATTENDING: Final = Operator(
     ATTENTION,
     ATTENTION_COMPUTE,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgelm.native.formats import COLUMNS, DESTROY, DOMAIN, HOOK, Format, State
 from edgelm.native.mapping import mapped
-from edgelm.native.operators import ATTENDING, Operator, product_of
+from edgelm.native.operators import ATTENDING, Operator, look_up_of, product_of
 
 VERSION: Final = 17
 """Version of the C API that is asked for: the first with `KernelContext_ParallelFor`, onnxruntime 1.17."""
@@ -88,7 +88,7 @@ class Operators:
         self._functions_state: NDArray[np.uint64] | None = None
         """A node's state but for what differs from node to node."""
         self._get_attribute: Callable[..., int | None] = _call
-        self._ops = [self._operator(each) for each in (ATTENDING, *map(product_of, formats))]
+        self._ops = [self._operator(each) for each in (ATTENDING, *map(product_of, formats), *map(look_up_of, formats))]
         self._hook = CFUNCTYPE(_Status, c_void_p, c_void_p)(self._register)
         _alive.append(self)
 

@@ -78,7 +78,7 @@ def _vnni(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Va
 def _avx2(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Value, bits: int) -> ir.Value:
     """Products of bytes in 16 bits, which overflow with weights of 8 bits; those are widened first."""
     words = ir.VectorType(I16, 2 * sums.type.count)
-    if bits == 4:
+    if bits < 8:
         function = b.module.globals.get("llvm.x86.avx2.pmadd.ub.sw") or ir.Function(
             b.module, ir.FunctionType(words, [weights.type] * 2), "llvm.x86.avx2.pmadd.ub.sw"
         )

@@ -11,11 +11,11 @@ import pytest
 from edgelm_devices.emulate import default_cache, lay_over
 from edgelm_devices.profile import load_profile
 from edgelm_devices.rootfs import prepare_rootfs, rootfs_folder
-from native_nodes import FORMATS
 
 import edgelm
 from edgelm.errors import DeviceError
 from edgelm.native.compile import compile_kernels
+from edgelm.native.formats import FORMATS
 from edgelm.native.targets import TARGETS
 
 TESTS = Path(__file__).parents[1]
@@ -26,7 +26,8 @@ import numpy as np
 import naive_kernels as naive
 from attention_cases import Case, checked
 from naive_kernel_attention import Shape
-from native_nodes import FORMATS, matrix, product, run
+from native_nodes import matrix, product, run
+from edgelm.native.formats import FORMATS
 from edgelm.native.registration import Operators
 
 library = Path(sys.argv[1])
@@ -41,6 +42,10 @@ for form in FORMATS:
         np.testing.assert_allclose(found, expected, atol=1e-4)
         for row in range(rows):
             np.testing.assert_array_equal(run(session, x[row : row + 1])[0], found[row])
+        if size % form.block == 0:
+            table = [[w * np.float32(s) for w, s in naive.row(codes, scales, form.bits, n)] for n in range(columns)]
+            found_rows = look_up(library, form, codes, scales, np.arange(columns))
+            np.testing.assert_array_equal(found_rows, np.array(table, np.float32))
         skip = rng.normal(size=(rows, columns)).astype(np.float32)
         session = product(library, form, size, codes, scales, bias=bias, skip=True)
         np.testing.assert_array_equal(run(session, x, skip), found + skip)

@@ -6,9 +6,9 @@ import platform
 
 import pytest
 from llvmlite import binding
-from native_nodes import FORMATS
 
 from edgelm.native.compile import compile_kernels
+from edgelm.native.formats import FORMATS
 from edgelm.native.targets import TARGETS
 
 

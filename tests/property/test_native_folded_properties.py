@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_nodes import FORMATS, inputs, matrix, product, run
+from native_nodes import inputs, matrix, product, run
 
-from edgelm.native.formats import Format
+from edgelm.native.formats import FORMATS, Format
 
 formats = st.sampled_from(FORMATS)
 seeds = st.integers(0, 2**32 - 1)
@@ -107,8 +107,8 @@ def test_what_is_given_is_added_last_and_exactly(library, form, size, columns, r
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", ["plain", "gated", "normed"])
-def test_what_is_no_number_stays_none(library, value, kind):
-    form = Format(4, 32)
+@pytest.mark.parametrize("form", [Format(bits, 32) for bits in (4, 5, 6, 8)], ids=str)
+def test_what_is_no_number_stays_none(library, value, kind, form):
     codes, scales, _ = matrix(np.random.default_rng(0), form, 128, 20)
     x = np.random.default_rng(1).normal(size=(3, 256 if kind == "gated" else 128)).astype(np.float32)
     x[1, 198 if kind == "gated" else 70] = value

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_nodes import FORMATS, inputs, matrix, product, run
+from native_nodes import inputs, look_up, matrix, panels, product, run
 
-from edgelm.native.formats import BLOCKS, Format
-from edgelm.native.packing import packed_codes
+from edgelm.native.formats import FORMATS, Format
 
 formats = st.sampled_from(FORMATS)
 seeds = st.integers(0, 2**32 - 1)
@@ -112,12 +111,33 @@ def test_operators_outlive_what_python_remembers_of_them(library):
 
 
 @settings(max_examples=40)
-@given(st.sampled_from([4, 8]), st.integers(1, 50), st.integers(1, 3), st.sampled_from(BLOCKS), seeds)
-def test_panels_are_laid_out_as_described(bits, columns, blocks, block, seed):
-    codes = np.random.default_rng(seed).integers(0, 256, (columns, blocks, block * bits // 8), np.uint8)
-    found = packed_codes(codes, bits)
+@given(formats, st.integers(1, 50), st.integers(1, 3), seeds)
+def test_panels_are_laid_out_as_described(form, columns, blocks, seed):
+    codes, _, _ = matrix(np.random.default_rng(seed), form, blocks * form.block, columns)
+    found = panels(codes, form)
     real = np.arange(len(found) * 16) < columns  # columns that fill up the last panel have no weights that count
     lanes = found.reshape(len(found), -1, 16, 4)
-    expected = np.array(naive.packed(codes, bits), np.uint8).reshape(lanes.shape)
+    expected = np.array(naive.packed(codes, form.bits), np.uint8).reshape(lanes.shape)
     wanted = real.reshape(-1, 1, 16, 1)
     np.testing.assert_array_equal(np.where(wanted, lanes, 0), np.where(wanted, expected, 0))
+
+
+@settings(max_examples=40, deadline=None)
+@given(formats, st.integers(1, 50), st.integers(1, 3), st.lists(st.integers(1, 4), max_size=3), seeds)
+def test_rows_are_looked_up_in_panels_exactly(library, form, columns, blocks, shape, seed):
+    rng = np.random.default_rng(seed)
+    codes, scales, _ = matrix(rng, form, blocks * form.block, columns)
+    indices = rng.integers(-columns, columns, shape)
+    found = look_up(library, form, codes, scales, indices)
+    table = [
+        [weight * np.float32(scale) for weight, scale in naive.row(codes, scales, form.bits, n)] for n in range(columns)
+    ]
+    np.testing.assert_array_equal(found, np.array(table, np.float32)[indices])
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_no_index_leads_out_of_the_table(library, form):
+    codes, scales, _ = matrix(np.random.default_rng(0), form, form.block, 21)
+    far = np.array([21, 2**62, -22, -(2**62)])
+    found = look_up(library, form, codes, scales, far)
+    np.testing.assert_array_equal(found, look_up(library, form, codes, scales, np.array([20, 20, 0, 0])))
