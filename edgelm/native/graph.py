@@ -192,8 +192,9 @@ class _Rewriting:
             return None
         for matrix in self._matrices.values():
             read_bits = 8 if matrix.high else matrix.form.bits
-            kind = node.attributes.get("bits", 4), node.attributes.get("block_size", 128)
-            if kind == (read_bits, matrix.form.block) and scales.name == matrix.scales_name:
+            alike = node.attributes.get("bits", 4) == read_bits
+            alike = alike and node.attributes.get("block_size", 128) == matrix.form.block
+            if alike and scales.name == matrix.scales_name:
                 return matrix if self._is_table(table, matrix) else None
         return None
 
