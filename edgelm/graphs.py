@@ -12,6 +12,7 @@ from edgelm.boardcache import BoardCache, Key, this_cpu
 from edgelm.bundle import Bundle
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.native.formats import LAYOUT
+from edgelm.native.joined import join_codes
 from edgelm.native.registration import Operators
 from edgelm.protobuf import BYTES, message
 from edgelm.tuning import Tuning, default_threads, recall
@@ -89,15 +90,24 @@ def load_graph(
             ("session.optimized_model_external_initializers_min_size_in_bytes", "64"),
         ):
             options.add_session_config_entry(name, value)
-    if exact or OLD_WINDOWS:
-        if isinstance(model, str):
-            folder = "session.model_external_initializers_file_folder_path"
-            options.add_session_config_entry(folder, str(Path(model).parent))
-            model = Path(model).read_bytes()
+    values: list[ort.OrtValue] = []
+    joined = None
+    if isinstance(model, str):
+        file = Path(model)
+        joined = join_codes(file.read_bytes(), file.with_name(f"{file.name}.data"))
+        if joined is not None or exact or OLD_WINDOWS:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+            model = file.read_bytes() if joined is None else joined.model
+    if joined is not None:
+        values = [ort.OrtValue.ortvalue_from_numpy(codes) for codes in joined.codes.values()]
+        options.add_external_initializers(list(joined.codes), values)
+    if isinstance(model, bytes):
         model = as_this_runtime_wants(model)
         if exact:
             model = with_attribute(model, "accuracy_level", lambda _: _FLOAT_ACTIVATIONS)
-    return Graph(model, options, providers=["CPUExecutionProvider"])
+    graph = Graph(model, options, providers=["CPUExecutionProvider"])
+    graph.joined_codes = values  # which it refers to
+    return graph
 
 
 def as_this_runtime_wants(model: bytes) -> bytes:

@@ -79,12 +79,14 @@ def read_model(data: bytes) -> Model:
         raise ValueError(f"not an ONNX model: {error}") from error
 
 
-def encode_model(model: Model, nodes: Sequence[bytes], tensors: Sequence[bytes], domain: str) -> bytes:
-    """Return a model with other nodes and initializers, which may use a domain's operators of version 1."""
-    opset = message([(1, BYTES, domain.encode()), (2, VARINT, 1)])
+def encode_model(model: Model, nodes: Sequence[bytes], tensors: Sequence[bytes], domain: str | None = None) -> bytes:
+    """Return a model with other nodes and initializers, which may use a further domain's operators of version 1."""
+    opset: list[Field] = []
+    if domain is not None:
+        opset.append((_OPSET, BYTES, message([(1, BYTES, domain.encode()), (2, VARINT, 1)])))
     graph: list[Field] = [(_NODE, BYTES, node) for node in nodes]
     graph += [(_INITIALIZER, BYTES, tensor) for tensor in tensors]
-    return message([*model.rest, (_OPSET, BYTES, opset), (_GRAPH, BYTES, message([*graph, *model.graph_rest]))])
+    return message([*model.rest, *opset, (_GRAPH, BYTES, message([*graph, *model.graph_rest]))])
 
 
 def encode_node(

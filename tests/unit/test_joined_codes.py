@@ -1,0 +1,43 @@
+"""Codes of 5 and 6 bits joined before onnxruntime reads a graph: the same numbers, without the memory of every step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+import onnxruntime as ort
+
+from edgelm.bundle import open_bundle
+from edgelm.graphs import load_graph, load_packed
+from edgelm.native.joined import join_codes
+from edgelm.probe import probe
+from edgelm.tuning import Tuning
+
+SHAPES = [{"quant": "int5"}, {"quant": "int6"}, {"quant": "int4", "embedding_bits": 6}, {"quant": "int4"}]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_joined_codes_are_those_that_onnxruntime_folds(options, tied, tiny_checkpoint, export_to_cache):
+    bundle = open_bundle(export_to_cache(tiny_checkpoint(tied=tied, mlp=172), **options))
+    folded = ort.InferenceSession(str(bundle.graph), providers=["CPUExecutionProvider"])
+    joined = load_graph(str(bundle.graph), 1)
+    assert np.array_equal(probe(joined, bundle.manifest), probe(folded, bundle.manifest))
+    split = [matrix for matrix in bundle.manifest.matrices if matrix.bits in (5, 6)]
+    found = join_codes(bundle.graph.read_bytes(), bundle.graph.with_name("model.onnx.data"))
+    assert found is not None
+    assert sum(codes.size for codes in found.codes.values()) >= sum(matrix.rows * matrix.columns for matrix in split)
+    assert b"BitwiseXor" not in found.model
+
+
+def test_a_graph_without_split_codes_is_left_alone(tiny_checkpoint, export_to_cache):
+    bundle = open_bundle(export_to_cache(tiny_checkpoint(), quant="int8"))
+    assert join_codes(bundle.graph.read_bytes(), bundle.graph.with_name("model.onnx.data")) is None
+
+
+def test_onnxruntime_keeps_joined_codes_packed(tiny_checkpoint, export_to_cache, tmp_path):
+    bundle = open_bundle(export_to_cache(tiny_checkpoint(), quant="int6"))
+    expected = probe(load_graph(str(bundle.graph), 1, save_to=tmp_path), bundle.manifest)
+    assert np.allclose(probe(load_packed(tmp_path, Tuning(1)), bundle.manifest), expected, atol=1e-4)
