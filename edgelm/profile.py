@@ -263,7 +263,7 @@ def _our_product(args: Mapping[str, Any], form: Format) -> tuple[int, int, int]:
     *rows, width = _dims(args["input_type_shape"][0])
     y, scratch = (_dims(each) for each in args["output_type_shape"][:2])
     count = math.prod(rows)
-    whole = scratch[0] // (count * (form.block + ROUNDED_BYTES)) * form.block
+    whole = scratch[0] // (count * (form.block * form.code_bytes + ROUNDED_BYTES)) * form.block
     return count, width // 2 if width > whole else width, y[-1]
 
 

@@ -20,15 +20,19 @@ def normed(row, weight, epsilon):
     return [float(value) / math.sqrt(mean + epsilon) * float(w) for value, w in zip(row, weight, strict=True)]
 
 
-def quantize(row, block):
-    """A row of activations -> codes, a list of integers for each block, and the blocks' scales."""
+def quantize(row, block, bits=4):
+    """A row of activations -> codes, a list of integers for each block, and the blocks' scales.
+
+    For weights of 8 bits codes have 15 bits instead of 8.
+    """
+    most = np.float32(127 * 128 if bits == 8 else 127)
     codes, scales = [], []
     for start in range(0, len(row), block):
         values = [np.float32(value) for value in row[start : start + block]]
         largest = max(abs(value) for value in values)
-        inverse = np.float32(127) / largest if largest > 1e-30 else np.float32(0)
+        inverse = most / largest if largest > 1e-30 else np.float32(0)
         codes.append([int(np.rint(value * inverse)) for value in values])
-        scales.append(float(largest / np.float32(127)))
+        scales.append(float(largest / most))
     return codes, scales
 
 
@@ -58,7 +62,7 @@ def matmul(x, codes, scales, bits, block, bias):
     """x [rows, K], codes [N, blocks, bytes], scales [N, blocks], bias [N] or None -> [rows, N]."""
     result = np.zeros((len(x), len(codes)))
     for r, row in enumerate(x):
-        row_codes, row_scales = quantize(row, block)
+        row_codes, row_scales = quantize(row, block, bits)
         for n in range(len(codes)):
             total = 0.0 if bias is None else float(bias[n])
             for b, values in enumerate(row_codes):

@@ -108,7 +108,7 @@ def _emit_compute(module: ir.Module, target: Target, form: Format) -> None:
     blocks = b.sdiv(b.add(size, e.const(form.block - 1)), e.const(form.block))
     panels = b.sdiv(b.add(columns, e.const(COLUMNS - 1)), e.const(COLUMNS))
     cells = b.mul(rows, blocks)
-    code_bytes = b.mul(cells, e.const(form.block))
+    code_bytes = b.mul(cells, e.const(form.block * form.code_bytes))
     scratch = call.output(1, [b.add(code_bytes, b.mul(cells, e.const(ROUNDED_BYTES)))])
     put(_Task.CODES, scratch)
     put(_Task.FACTORS, e.at(scratch, code_bytes, I8))
@@ -146,7 +146,8 @@ def _emit_quantize_task(module: ir.Module, target: Target, form: Format, kind: K
         kernel,
         [
             e.at(x, e.b.mul(row, length), F32), size, blocks, norm, epsilon,
-            e.at(codes, e.b.mul(cell, e.const(form.block)), I8), e.at(factors, cell, F32), e.at(offsets, cell, I32),
+            e.at(codes, e.b.mul(cell, e.const(form.block * form.code_bytes)), I8),
+            e.at(factors, cell, F32), e.at(offsets, cell, I32),
         ],
     )  # fmt: skip
     e.b.ret_void()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from edgelm.native.emitter import BYTES, F32, HALF, I8, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
-from edgelm.native.formats import COLUMNS, Format
+from edgelm.native.formats import COLUMNS, LOW_BITS, Format
 from edgelm.native.targets import Target
 from edgelm.native.unpacking import weights_of
 
@@ -45,7 +45,7 @@ def emit_panels(module: ir.Module, target: Target, form: Format, rows: int) -> i
     b = e.b
     width = b.mul(blocks, e.const(form.block))
     taken = _Rows(
-        [e.at(codes, b.mul(width, e.const(row)), I8) for row in range(rows)],
+        [e.at(codes, b.mul(width, e.const(form.code_bytes * row)), I8) for row in range(rows)],
         [e.at(factors, b.mul(blocks, e.const(row)), F32) for row in range(rows)],
         [e.at(offsets, b.mul(blocks, e.const(row)), I32) for row in range(rows)],
     )
@@ -81,13 +81,24 @@ def _block_sums(
     b = e.b
     sums = [e.splat(e.load(rows.offsets[row], block, I32), SUMS) for row in range(rows.count)]
     here = e.at(weights, b.mul(block, e.const(COLUMNS * form.block_bytes)), I8)
-    at = b.mul(block, e.const(form.block))
+    at = b.mul(block, e.const(form.block * form.code_bytes))
+    upper = [ir.Constant(SUMS, [0] * COLUMNS)] * rows.count
+    lower = form.block // 4 * (form.code_bytes - 1)
     for fours, part in enumerate(weights_of(e, form, here, BYTES)):
         for row in range(rows.count):
-            four = e.load(e.at(rows.codes[row], at, I8), fours, I32, align=1)
-            spread = b.bitcast(e.splat(four, SUMS), BYTES)
-            sums[row] = target.dot(b, sums[row], part, spread, form.bits)
+            codes = e.at(rows.codes[row], at, I8)
+            if form.code_bytes == 2:
+                upper[row] = target.dot(b, upper[row], part, _spread(e, codes, fours), form.bits)
+            sums[row] = target.dot(b, sums[row], part, _spread(e, codes, lower + fours), form.bits)
+    if form.code_bytes == 2:
+        seven = ir.Constant(SUMS, [LOW_BITS] * COLUMNS)
+        sums = [b.add(low, b.shl(high, seven)) for low, high in zip(sums, upper, strict=True)]
     return sums
+
+
+def _spread(e: Emitter, codes: ir.Value, fours: int) -> ir.Value:
+    """Emit four codes, repeated for every column: <64 x i8>."""
+    return e.b.bitcast(e.splat(e.load(codes, fours, I32, align=1), SUMS), BYTES)
 
 
 def _with_bias(e: Emitter, values: Sequence[ir.Value], bias: ir.Value, first: ir.Value) -> list[ir.Value]:
@@ -147,7 +158,7 @@ def emit_rows(module: ir.Module, target: Target, form: Format) -> Callable[[Emit
                 kernels[rows],
                 [
                     weights, scales, blocks, start, stop,
-                    e.at(codes, e.b.mul(passed, e.const(form.block)), I8),
+                    e.at(codes, e.b.mul(passed, e.const(form.block * form.code_bytes)), I8),
                     e.at(factors, passed, F32), e.at(offsets, passed, I32), bias,
                     e.at(skip, e.b.select(is_added, before, e.const(0)), F32), e.at(y, before, F32), columns,
                 ],
