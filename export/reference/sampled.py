@@ -25,7 +25,7 @@ from ..writing import write_bundle
 from .documents import Document, calibration_tokens
 
 WRITTEN_TOKENS: Final = 24576
-"""Tokens written at most, of large models fewer: a third of what is taken from text."""
+"""Tokens written at most. Of large models fewer, two thirds of what is taken from text: writing takes time too."""
 
 TOKENS: Final = 256
 """Length of each document."""
@@ -46,12 +46,13 @@ def sampled_documents(model: Opened, context: int, progress: Progress, beside: P
         session = open_session(Bundle(Path(folder), manifest), rows=TOGETHER)
         generator = np.random.Generator(np.random.PCG64(0))
         found: list[Document] = []
-        wanted = min(WRITTEN_TOKENS, calibration_tokens(model.decoder.parameters)) // TOKENS
+        tokens = min(WRITTEN_TOKENS, calibration_tokens(model.decoder.parameters) * 2 // 3)
+        wanted = max(1, tokens // (TOKENS * TOGETHER)) * TOGETHER
         while len(found) < wanted:
             progress("sampling calibration text", len(found), wanted)
             found += _write(session, _first_tokens(model, generator), length, model.eos_tokens, generator)
         del session  # before its files go
-    return found[:wanted]
+    return found
 
 
 def write_documents(bundle: Bundle, model: Opened) -> tuple[Session, list[Document]]:
