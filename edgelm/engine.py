@@ -17,7 +17,7 @@ from edgelm.bundle import Bundle
 from edgelm.drafts import NOTHING, Drafter
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.intake import Intake
-from edgelm.memory import PREFILL_BLOCK, PREFILL_CHUNK, PREFIX_CACHE_MB, check_memory
+from edgelm.memory import PREFILL_CHUNK, PREFIX_CACHE_MB, check_memory
 from edgelm.messages import Chunk, FinishReason, Request
 from edgelm.reuse import Reuse
 from edgelm.rows import Rows
@@ -171,32 +171,16 @@ class Engine:
             return 0
         if sequence.computed == 0:  # not before: what it shares with a prompt read in the meantime is known by now
             self._reuse.begin(sequence)
-        start, end = sequence.computed, min(sequence.computed + PREFILL_CHUNK, sequence.length)
-        if not self.session.is_invariant and end < sequence.length:
-            end -= end % PREFILL_BLOCK
-        logits = self._read(sequence, end)
+        start = sequence.computed
+        end = min(start + PREFILL_CHUNK, sequence.length)
+        tokens = sequence.history[start:end].astype(np.int64)
+        logits = self.session.prefill(sequence.row, tokens, start, total=sequence.length)
+        sequence.computed = end
         if sequence.is_prefilled():
             self._reuse.keep(sequence)
             self._rows.start(sequence)
             self._advance(sequence, logits[0])
-        return end - start
-
-    def _read(self, sequence: Sequence, end: int) -> NDArray[np.float32]:
-        """Compute a prompt's tokens up to position `end`; return the last one's logits, float32 [1, V].
-
-        Where results depend on what is computed together, the passes depend on positions alone: what is in memory
-        already, or who else is answered, must not change an answer.
-        """
-        while True:
-            start = sequence.computed
-            stop = end if self.session.is_invariant else min(end, (start // PREFILL_BLOCK + 1) * PREFILL_BLOCK)
-            tokens = sequence.history[start:stop].astype(np.int64)
-            logits = self.session.prefill(sequence.row, tokens, start, total=sequence.length)
-            sequence.computed = stop
-            if stop % PREFILL_BLOCK == 0:
-                sequence.in_blocks = stop
-            if stop == end:
-                return logits
+        return len(tokens)
 
     def _decode(self, most: int) -> None:
         """Compute the newest token of every running sequence and sample the next; more of them where there is one.
@@ -209,8 +193,6 @@ class Engine:
                 self._compute_again(sequence)
         if not batch:
             return
-        if not self.session.is_invariant:
-            most = PREFILL_CHUNK  # else it would depend on how much of the prompt was in memory before
         if len(batch) == 1 and len(batch[0].pending) <= max(most, 1):
             self._decode_alone(batch[0])
             return
@@ -251,7 +233,7 @@ class Engine:
 
     def _guess(self, sequence: Sequence) -> NDArray[np.int32]:
         """Return tokens that may follow, int32 [n]; none that would outgrow the context or its embedding."""
-        if self._drafter is None or (sequence.is_repeatable and not self.session.is_invariant):
+        if self._drafter is None or (sequence.is_seeded and not self.session.is_invariant):
             return NOTHING
         most, long_from = sequence.left - 1, self.session.long_from
         if long_from is not None and sequence.length <= long_from:
@@ -269,9 +251,8 @@ class Engine:
 
     def _compute_again(self, sequence: Sequence) -> None:
         """Recompute all positions of a sequence that outgrows what its rotary embedding was made for, in this step."""
-        sequence.computed, sequence.in_blocks, sequence.is_long = 0, 0, True
-        while sequence.computed < sequence.length - 1:
-            self._read(sequence, min(sequence.computed + PREFILL_CHUNK, sequence.length - 1))
+        sequence.computed, sequence.is_long = 0, True
+        self._compute(sequence, sequence.length - 1)
 
     def _advance(self, sequence: Sequence, logits: NDArray[np.float32]) -> bool:
         """Sample a sequence's next token; return whether it goes on."""

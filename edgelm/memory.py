@@ -15,12 +15,6 @@ from edgelm.errors import EdgelmError
 PREFILL_CHUNK: Final = 256
 """Most prompt tokens computed in one pass: what a running answer can be made to wait for."""
 
-PREFILL_BLOCK: Final = 64
-"""Prompt tokens of a pass where results depend on what is computed together; passes begin at multiples of it.
-
-On onnxruntime's int4 and int8 kernels as quick as 256 at once, in float32 12 % slower (AVX2, one thread).
-"""
-
 PREFIX_CACHE_MB: Final = 64
 """Default size of the memory of earlier sequences, in 10^6 bytes."""
 

@@ -51,22 +51,11 @@ class Prefixes:
             raise AssertionError("pinned before anything is kept")
         self._root.children[int(tokens[0])] = _Node(tokens, piece, self._root, is_pinned=True)
 
-    def find(self, tokens: Tokens, *, block: int = 1) -> list[Piece]:
-        """Return pieces that together are the longest known prefix of `tokens`, int32 [n]; none where none is known.
-
-        It ends at a multiple of `block`, or where what is pinned ends.
-        """
-        passed = self._walk(tokens)
+    def find(self, tokens: Tokens, *, pinned_only: bool = False) -> list[Piece]:
+        """Return pieces that together are the longest known prefix of `tokens`, int32 [n]; none where none is known."""
+        passed = [(node, shared) for node, shared in self._walk(tokens) if node.is_pinned or not pinned_only]
         self._use(node for node, _ in passed)
-        pinned = sum(shared for node, shared in passed if node.is_pinned)
-        left = max(pinned, sum(shared for _, shared in passed) // block * block)
-        pieces = []
-        for node, shared in passed:
-            count = min(shared, left)
-            if count:
-                pieces.append([array[:, :count] for array in node.piece])
-            left -= count
-        return pieces
+        return [[array[:, :shared] for array in node.piece] for node, shared in passed]
 
     def keep(self, tokens: Tokens, read: Read) -> None:
         """Keep a sequence, int32 [n], as far as there is room; `read` is asked for what is not known yet."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from edgelm.bundle import Bundle
-from edgelm.memory import PREFILL_BLOCK
 from edgelm.prefixes import Prefixes
 from edgelm.sequence import Sequence
 from edgelm.session import Session
@@ -29,21 +28,19 @@ class Reuse:
     def begin(self, sequence: Sequence) -> None:
         """Begin a sequence's row with what is known of its prompt; the last token's logits are always computed.
 
-        Where passes matter, this leaves the same passes for the rest as there are without: it ends where a block ends,
-        or the static prefix, which is always there.
+        Where a pass's length changes its rounding, a seeded sequence begins with the static prefix at most, which is
+        always there: what was asked before would change the lengths of its passes.
         """
         long_from = self._session.long_from
         sequence.is_long = long_from is not None and sequence.length > long_from
         known, asked = self._prefixes[sequence.is_long], sequence.history[: sequence.length - 1]
-        pieces = known.find(asked, block=1 if self._session.is_invariant else PREFILL_BLOCK)
+        pieces = known.find(asked, pinned_only=sequence.is_seeded and not self._session.is_invariant)
         if pieces:
             self._session.begin_row(sequence.row, pieces)
             sequence.computed = sum(piece[0].shape[1] for piece in pieces)
-            sequence.in_blocks = sequence.computed
             sequence.cached = min(sequence.computed, sequence.prompt_tokens)
 
     def keep(self, sequence: Sequence) -> None:
-        """Keep what a sequence has computed; where passes matter, whole blocks of its prompt alone."""
-        end = sequence.computed if self._session.is_invariant else sequence.in_blocks
-        tokens, row = sequence.history[:end], sequence.row
+        """Keep what a sequence has computed."""
+        tokens, row = sequence.history[: sequence.computed], sequence.row
         self._prefixes[sequence.is_long].keep(tokens, lambda start, stop: self._session.read_row(row, start, stop))

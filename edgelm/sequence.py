@@ -51,8 +51,6 @@ class Sequence:
         self.prompt_tokens = len(prompt)
         self.computed = 0
         """Positions already in key/value memory."""
-        self.in_blocks = 0
-        """Positions in memory that were computed in whole blocks of `PREFILL_BLOCK`."""
         self.cached = 0
         """Positions of the prompt that an earlier sequence had computed."""
         self.is_long = False
@@ -94,10 +92,9 @@ class Sequence:
         return tuple(int(token) for token in self.history[self.prompt_tokens : self.length])
 
     @property
-    def is_repeatable(self) -> bool:
-        """Whether the same request alone is to give the same answer again: nothing is drawn, or from a given seed."""
-        sampling = self.request.sampling
-        return sampling.seed is not None or sampling.temperature == 0
+    def is_seeded(self) -> bool:
+        """Whether its answer is to depend on nothing that was asked before, not even by rounding."""
+        return self.request.sampling.seed is not None
 
     def is_prefilled(self) -> bool:
         """Whether the whole prompt, and what must follow it, is in key/value memory."""
