@@ -180,7 +180,7 @@ class _Rewriting:
         return _Matrix(form, size, columns, codes, high, scales.name, values, bias)
 
     def _table_of(self, node: Node) -> _Matrix | None:
-        """Return the product's matrix that a node looks rows up in; None where it does something else."""
+        """Return the matrix that a node looks rows up in; None where it stays onnxruntime's or does something else."""
         if node.operator != "GatherBlockQuantized" or len(node.inputs) != 3:
             return None
         table, indices, scales_name = node.inputs
@@ -196,7 +196,23 @@ class _Rewriting:
             alike = alike and node.attributes.get("block_size", 128) == matrix.form.block
             if alike and scales.name == matrix.scales_name:
                 return matrix if self._is_table(table, matrix) else None
-        return None
+        return self._split_table(table, int(node.attributes.get("block_size", 128)), scales)
+
+    def _split_table(self, name: str, block: int, scales: Tensor) -> _Matrix | None:
+        """Return a table of 5 or 6 bits that no product reads; onnxruntime would join its codes in every run."""
+        reshape = self._makers.get(name)
+        shape = self._joining.constant(reshape.inputs[1]) if reshape and reshape.operator == "Reshape" else None
+        if reshape is None or shape is None or len(shape) != 2 or shape[1] % block:
+            return None
+        blocks = shape[1] // block
+        parts = self._joining.parts_of(reshape.inputs[0], (shape[0], blocks, block))
+        values = self._array(scales).reshape(shape[0], blocks)
+        if parts is None or not Format(parts[0], block).has_kernels:
+            return None
+        if scales.dtype != FLOAT16 and not np.array_equal(values, values.astype(np.float16)):
+            return None
+        bits, codes, high = parts
+        return _Matrix(Format(bits, block), shape[1], shape[0], codes, high, scales.name, values, None)
 
     def _is_table(self, name: str, matrix: _Matrix) -> bool:
         """Whether a value is the codes of a matrix in rows: the same bytes under another shape, or the same nodes."""
