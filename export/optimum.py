@@ -72,17 +72,18 @@ def export_optimum(source: str | Path, stage: Path, options: Options, progress: 
     if options.verify is not None:
         text = read_text(options.verify, "--verify")
         documents = measured_documents(text, tokenizer, manifest.bos_token, manifest.context)
+    measured: dict[str, Any] = {}
     with reference_bundle(source, stage, manifest.context, progress) as beside:
         reference = BundleReference(beside)
         if options.quant != "fp32":
-            found = self_check(bundle, reference, tokenizer, progress)
+            measured["self_check"] = self_check(bundle, reference, tokenizer, progress)
             if not force:
-                refuse_broken(found)
-            manifest = seal(stage, replace(manifest, self_check=found))
+                refuse_broken(measured["self_check"])
         if documents is not None and options.verify is not None:
             agreement = measure(bundle, reference, documents, progress)
             check(agreement, options.max_kl, options.min_agreement)
-            seal(stage, replace(manifest, quality=quality(agreement, Path(options.verify).name)))
+            measured["quality"] = quality(agreement, Path(options.verify).name)
+    seal(stage, replace(manifest, **measured))
 
 
 @contextmanager
@@ -102,6 +103,10 @@ def convert(
     `MissingExtraError` where optimum-onnx, transformers or torch is not installed.
     """
     checkpoint = open_checkpoint(source)
+    if checkpoint.is_quantized:
+        raise CheckpointError(f"{checkpoint.path} is already quantized; export the checkpoint that it was made from")
+    if checkpoint.notes:
+        raise CheckpointError(f"{checkpoint.path} cannot be exported via optimum: {'; '.join(checkpoint.notes)}")
     if not isinstance(checkpoint.tensors, Safetensors):
         raise CheckpointError(f"{source}: --via optimum reads Hugging Face checkpoints only")
     with _quiet():
@@ -168,10 +173,6 @@ def _load(checkpoint: Checkpoint, libraries: _Libraries) -> Any:
             f"architecture {kind!r} is not one that optimum-onnx {version('optimum-onnx')} exports for text generation;"
             f" it knows {', '.join(supported)}"
         )
-    if checkpoint.is_quantized:
-        raise CheckpointError(f"{checkpoint.path} is already quantized; export the checkpoint that it was made from")
-    if checkpoint.notes:
-        raise CheckpointError(f"{checkpoint.path} cannot be exported via optimum: {'; '.join(checkpoint.notes)}")
     try:
         model, loading = libraries.transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.path,

@@ -282,7 +282,7 @@ def test_what_is_not_read_is_refused_with_advice(tmp_path, settings_, message):
 def test_a_format_that_only_the_tensors_tell(tmp_path, part, message):
     folder = SHAPE.write(tmp_path / "Tiny-4bit")
     save_tensors(folder, {**SHAPE.tensors(), f"model.layers.0.mlp.up_proj.{part}": np.ones(4, np.float32)})
-    with pytest.raises(CheckpointError, match=rf"\(quantization_config: {message}\): .*perhaps Tiny"):
+    with pytest.raises(CheckpointError, match=rf"\({message}\): .*perhaps Tiny"):
         open_checkpoint(folder)
 
 

@@ -232,9 +232,18 @@ json_values = st.recursive(
     max_leaves=6,
 )
 KEYS = [field.name for field in dataclasses.fields(Manifest)]
-NULLABLE = {"bos_token", "chat_template", "quality", "vocabulary", "adapter", "long_from", "needs_onnxruntime"}
+NULLABLE = {
+    *("bos_token", "chat_template", "quality", "self_check", "vocabulary", "adapter", "long_from", "needs_onnxruntime"),
+}
 FULL = dataclasses.replace(
-    EXAMPLE, chat_template="{}", quality={}, vocabulary={}, adapter="lora", long_from=4096, needs_onnxruntime="1.28"
+    EXAMPLE,
+    chat_template="{}",
+    quality={},
+    self_check={},
+    vocabulary={},
+    adapter="lora",
+    long_from=4096,
+    needs_onnxruntime="1.28",
 )
 
 
