@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 from edgelm.errors import EdgelmError
 
 
+LARGEST_NATS = 700.0
+"""Mean nats a token that a perplexity tells; that of more would be no float."""
+
+
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """A model beside its reference on the same text.
@@ -55,7 +59,7 @@ class Divergence:
         kl = np.concatenate(self._kl) if self._kl else np.zeros(0)
         if not len(kl):
             raise EdgelmError("the text is too short: it has no token to predict")
-        reference, own = (math.exp(nats / len(kl)) for nats in self._nats)
+        reference, own = (math.exp(min(nats / len(kl), LARGEST_NATS)) for nats in self._nats)
         return Agreement(
             tokens=len(kl),
             perplexity=own,

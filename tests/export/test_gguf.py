@@ -244,8 +244,8 @@ def test_logits_of_kept_blocks_are_those_of_the_dequantized_model(tmp_path, expo
 def test_matrices_in_other_formats_are_rounded_to_int8(tmp_path, run):
     kinds = {"0.ffn_up.weight": Kind.Q4_1, "token_embd.weight": Kind.Q6_K}
     file = write(tmp_path / "model.gguf", kind=Kind.Q4_0, kinds=kinds)
-    code, printed, _ = run("export", file, tmp_path / "out", "--quant", "keep")
-    assert code == 0
+    code, printed, error = run("export", file, tmp_path / "out", "--quant", "keep")
+    assert code == 0, error
     assert "kept as they were: 7 of 9 matrices" in printed
     assert "embedding, layer.0.gate_up" in printed
     manifest = open_bundle(tmp_path / "out").manifest
