@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from edgelm.errors import EdgelmError
 
-
 LARGEST_NATS = 700.0
 """Mean nats a token that a perplexity tells; that of more would be no float."""
 

@@ -79,7 +79,10 @@ def test_matrices_of_several_formats_run_side_by_side(tiny_checkpoint, export_to
     assert {tuple(form) for form in entry.note[FORMATS]} <= {(matrix.bits, matrix.block_size) for matrix in matrices}
 
 
-@pytest.mark.parametrize("options", [{"quant": "fp32"}, {"quant": "int4", "symmetric": False, "embedding_bits": 4}], ids=str)
+ASYMMETRIC = {"quant": "int4", "symmetric": False, "embedding_bits": 4}
+
+
+@pytest.mark.parametrize("options", [{"quant": "fp32"}, ASYMMETRIC], ids=str)
 def test_bundles_that_there_are_no_kernels_for_keep_onnxruntimes(
     tiny_checkpoint, export_to_cache, cache, said, options
 ):
