@@ -23,9 +23,9 @@ def normed(row, weight, epsilon):
 def quantize(row, block, bits=4):
     """A row of activations -> codes, a list of integers for each block, and the blocks' scales.
 
-    For weights of 8 bits codes have 15 bits instead of 8.
+    For weights of 8 bits codes have 16 bits instead of 8.
     """
-    most = np.float32(127 * 128 if bits == 8 else 127)
+    most = np.float32(127 * 257 if bits == 8 else 127)
     codes, scales = [], []
     for start in range(0, len(row), block):
         values = [np.float32(value) for value in row[start : start + block]]

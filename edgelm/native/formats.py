@@ -13,7 +13,7 @@ COLUMNS: Final = 16
 DOMAIN: Final = "edgelm"
 """The operators' domain."""
 
-LAYOUT: Final = 5
+LAYOUT: Final = 6
 """Changes with what the kernels compute, or with how they want matrices to lie."""
 
 ATTENTION: Final = "Attention"
@@ -23,8 +23,9 @@ MOST_QUERIES: Final = 32
 """Queries that attention takes at once: at least as many as a head of keys and values may have."""
 MOST_HEAD_SIZE: Final = 256
 
-LOW_BITS: Final = 7
-"""Bits of an activation's lower byte where it has two: the upper one counts 128 times as much."""
+LARGEST_BYTE: Final = 127
+LARGEST_WORD: Final = 127 * 256 + 127
+"""The largest code of an activation of 16 bits: two signed bytes hold it, and 32 bits 128 products with weights."""
 
 BLOCKS: Final = (16, 32, 64, 128)
 """Block sizes that there are kernels for; with 5 and 6 bits from 32 on."""
@@ -94,7 +95,7 @@ class Format:
     @property
     def largest_code(self) -> int:
         """The code of a block's largest activation."""
-        return 127 << LOW_BITS if self.code_bytes == 2 else 127
+        return LARGEST_WORD if self.code_bytes == 2 else LARGEST_BYTE
 
     @property
     def block_bytes(self) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from edgelm.native.emitter import BYTES, F32, HALF, I8, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
-from edgelm.native.formats import COLUMNS, LOW_BITS, Format
+from edgelm.native.formats import COLUMNS, Format
 from edgelm.native.targets import Target
 from edgelm.native.unpacking import weights_of
 
@@ -83,16 +83,20 @@ def _block_sums(
     here = e.at(weights, b.mul(block, e.const(COLUMNS * form.block_bytes)), I8)
     at = b.mul(block, e.const(form.block * form.code_bytes))
     upper = [ir.Constant(SUMS, [0] * COLUMNS)] * rows.count
-    lower = form.block // 4 * (form.code_bytes - 1)
+    count = form.code_bytes  # words of 32 bits that hold the codes of four activations
     for fours, part in enumerate(weights_of(e, form, here, BYTES)):
         for row in range(rows.count):
             codes = e.at(rows.codes[row], at, I8)
-            if form.code_bytes == 2:
-                upper[row] = target.dot(b, upper[row], part, _spread(e, codes, fours), form.bits)
-            sums[row] = target.dot(b, sums[row], part, _spread(e, codes, lower + fours), form.bits)
-    if form.code_bytes == 2:
-        seven = ir.Constant(SUMS, [LOW_BITS] * COLUMNS)
-        sums = [b.add(low, b.shl(high, seven)) for low, high in zip(sums, upper, strict=True)]
+            spread = [_spread(e, codes, count * fours + i) for i in range(count)]
+            if count == 2 and not target.signed_bytes:
+                sums[row] = target.dot_words(b, sums[row], part, *spread)
+                continue
+            sums[row] = target.dot(b, sums[row], part, spread[0], form.bits)
+            if count == 2:
+                upper[row] = target.dot(b, upper[row], part, spread[1], form.bits)
+    if count == 2 and target.signed_bytes:
+        eight = ir.Constant(SUMS, [8] * COLUMNS)
+        sums = [b.add(low, b.shl(high, eight)) for low, high in zip(sums, upper, strict=True)]
     return sums
 
 
@@ -146,7 +150,7 @@ def emit_rows(module: ir.Module, target: Target, form: Format) -> Callable[[Emit
 
     It takes the arguments of `emit_panels` with the number of rows in front.
     """
-    kernels = {rows: emit_panels(module, target, form, rows) for rows in target.rows}
+    kernels = {rows: emit_panels(module, target, form, rows) for rows in target.rows_of(form.bits)}
 
     def call(e: Emitter, arguments: Sequence[ir.Value]) -> None:
         count, weights, scales, blocks, start, stop, codes, factors, offsets, bias, skip, y, columns = arguments
@@ -164,6 +168,6 @@ def emit_rows(module: ir.Module, target: Target, form: Format) -> Callable[[Emit
                 ],
             )  # fmt: skip
 
-        e.in_parts(count, target.rows, part)
+        e.in_parts(count, target.rows_of(form.bits), part)
 
     return call

@@ -1,11 +1,11 @@
-"""The kernel that rounds activations to 8 bits, or 15 for weights of 8, as LLVM IR.
+"""The kernel that rounds activations to 8 bits, or 16 for weights of 8, as LLVM IR.
 
 Each block of a row has a scale of its own, as in onnxruntime's MatMulNBits at accuracy level 4.
 
-    quantize   a row of x, of gates and values, or of what is still to be normalized -> codes int8 [blocks * block],
-               scales float32 [blocks], offsets int32 [blocks]
+    quantize   a row of x, of gates and values, or of what is still to be normalized -> codes int8 or int16
+               [blocks * block], scales float32 [blocks], offsets int32 [blocks]
 
-For weights of 8 bits codes have two bytes, 128 * upper + lower: a block's upper ones, then its lower ones.
+For weights of 8 bits codes have 16 bits, in the order in which the target multiplies them (`Target.wide_codes`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llvmlite import ir
 
 from edgelm.native.elementary import silu
 from edgelm.native.emitter import F32, I8, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
-from edgelm.native.formats import COLUMNS, LOW_BITS, Format
+from edgelm.native.formats import COLUMNS, Format
 from edgelm.native.targets import Target
 
 LEAST: Final = float(np.float32(1e-30))
@@ -80,16 +80,10 @@ def emit_quantize(module: ir.Module, target: Target, form: Format, kind: Kind) -
         for i, part in enumerate(parts):
             rounded = b.fptosi(e.intrinsic("llvm.rint.v16f32", WIDE, b.fmul(part, factor)), SUMS)
             total = b.add(total, rounded)
-            bytes_ = [rounded]
-            if form.code_bytes == 2:
-                seven = ir.Constant(SUMS, [LOW_BITS] * COLUMNS)
-                half = ir.Constant(SUMS, [1 << (LOW_BITS - 1)] * COLUMNS)
-                upper = b.ashr(b.add(rounded, half), seven)
-                bytes_ = [upper, b.sub(rounded, b.shl(upper, seven))]
-            for plane, value in enumerate(bytes_):
-                narrow = b.trunc(value, ir.VectorType(I8, COLUMNS))
-                place = e.const(plane * form.block + i * COLUMNS)
-                b.store(narrow, e.at(codes, b.add(b.mul(first, e.const(form.code_bytes)), place), I8), align=1)
+            is_wide = form.code_bytes == 2
+            narrow = target.wide_codes(b, rounded) if is_wide else b.trunc(rounded, ir.VectorType(I8, COLUMNS))
+            place = e.const(i * COLUMNS * form.code_bytes)
+            b.store(narrow, e.at(codes, b.add(b.mul(first, e.const(form.code_bytes)), place), I8), align=1)
         e.store(b.fdiv(largest, most), scales, block)
         whole = e.intrinsic("llvm.vector.reduce.add.v16i32", I32, total)
         e.store(b.mul(whole, ir.Constant(I32, -target.zero_point(form.bits))), offsets, block)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from llvmlite import ir
 
-from edgelm.native.emitter import I16, I32
+from edgelm.native.emitter import I8, I16, I32
 from edgelm.native.formats import COLUMNS
 
 
@@ -17,8 +18,8 @@ class Target:
 
     `rows` are how many rows of activations a kernel takes at once, `attention_rows` how many queries, `across` how many
     vectors of 16 columns of values with these.
-    `signed_bytes` says that its instruction multiplies signed bytes by signed bytes, so that weights of 8 bits are
-    moved by 128 first.
+    `signed_bytes` says that its instruction multiplies signed bytes by signed bytes and that there is none for pairs of
+    16 bits: weights of 8 bits are moved by 128 first, and codes of 16 bits multiplied as two bytes.
     """
 
     name: str
@@ -34,14 +35,45 @@ class Target:
         """Return what stands for a weight of 0 in the dot product: a half of the range, but for moved ones."""
         return 0 if self.signed_bytes and bits == 8 else 1 << (bits - 1)
 
+    def rows_of(self, bits: int) -> tuple[int, ...]:
+        """Return how many rows a kernel takes at once: half as many where each needs two sums."""
+        return self.rows[1:] if self.signed_bytes and bits == 8 else self.rows
+
+    def wide_codes(self, b: ir.IRBuilder, codes: ir.Value) -> ir.Value:
+        """Return 16 codes, <16 x i32>, in the bytes in which they are multiplied: two words of 32 bits for every four.
+
+        These are codes 0 and 2, and 1 and 3, as the weights of a column split into pairs; with signed bytes the four
+        low bytes, and the four above, each code being 256 times the one plus the other.
+        """
+        if not self.signed_bytes:
+            order = ir.Constant(ir.VectorType(I32, 16), [4 * four + i for four in range(4) for i in (0, 2, 1, 3)])
+            words = b.trunc(codes, ir.VectorType(I16, 16))
+            return b.shuffle_vector(words, ir.Constant(words.type, ir.Undefined), order)
+        low = b.trunc(codes, ir.VectorType(I8, 16))
+        above = b.ashr(b.sub(codes, b.sext(low, codes.type)), ir.Constant(codes.type, [8] * 16))
+        places = [byte + 4 * four + i for four in range(4) for byte in (0, 16) for i in range(4)]
+        order = ir.Constant(ir.VectorType(I32, 32), places)
+        return b.shuffle_vector(low, b.trunc(above, low.type), order)
+
     def dot(self, b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Value, bits: int) -> ir.Value:
         """Add to each of the sums, <16 x i32>, the products of four weights and four activations, <64 x i8> each."""
         if self.signed_bytes and bits == 8:
             weights = b.xor(weights, ir.Constant(weights.type, [0x80] * 64))
+        return self._in_parts(b, _DOTS[self.name], sums, weights, activations)
+
+    def dot_words(self, b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, even: ir.Value, odd: ir.Value) -> ir.Value:
+        """Add to each of the sums the products of four weights, <64 x i8>, and four activations of 16 bits.
+
+        even: activations 0 and 2 for each sum, odd: 1 and 3, in <64 x i8> each.
+        """
+        return self._in_parts(b, _WORD_DOTS[self.name], sums, weights, even, odd)
+
+    def _in_parts(self, b: ir.IRBuilder, dot: Callable[..., ir.Value], sums: ir.Value, *values: ir.Value) -> ir.Value:
+        """Emit what adds to as many sums as a vector of this processor holds, for all of them."""
         parts = []
         for i in range(COLUMNS // self.lanes):
-            some_weights, some_activations = (_part(b, value, i, 4 * self.lanes) for value in (weights, activations))
-            parts.append(_DOTS[self.name](b, _part(b, sums, i, self.lanes), some_weights, some_activations, bits))
+            some = [_part(b, value, i, 4 * self.lanes) for value in values]
+            parts.append(dot(b, _part(b, sums, i, self.lanes), *some))
         while len(parts) > 1:
             parts = [_joined(b, one, other) for one, other in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]
@@ -70,24 +102,42 @@ def _call(b: ir.IRBuilder, name: str, *arguments: ir.Value) -> ir.Value:
     return b.call(function, arguments)
 
 
-def _vnni(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Value, _: int) -> ir.Value:
+def _vnni(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Value) -> ir.Value:
     words = [b.bitcast(value, sums.type) for value in (weights, activations)]
     return _call(b, "llvm.x86.avx512.vpdpbusd.512", sums, *words)
 
 
-def _avx2(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Value, bits: int) -> ir.Value:
-    """Products of bytes in 16 bits, which overflow with weights of 8 bits; those are widened first."""
+def _vnni_words(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, even: ir.Value, odd: ir.Value) -> ir.Value:
+    for pairs, activations in zip(_pairs(b, weights), (even, odd), strict=True):
+        words = [b.bitcast(value, sums.type) for value in (pairs, activations)]
+        sums = _call(b, "llvm.x86.avx512.vpdpwssd.512", sums, *words)
+    return sums
+
+
+def _avx2(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Value) -> ir.Value:
+    """Sum products of bytes by two in 16 bits, which weights of up to 6 bits fit."""
     words = ir.VectorType(I16, 2 * sums.type.count)
-    if bits < 8:
-        function = b.module.globals.get("llvm.x86.avx2.pmadd.ub.sw") or ir.Function(
-            b.module, ir.FunctionType(words, [weights.type] * 2), "llvm.x86.avx2.pmadd.ub.sw"
-        )
-        pairs = b.call(function, [weights, activations])
-        return b.add(sums, _pmaddwd(b, sums.type, pairs, ir.Constant(words, [1] * words.count)))
-    eight = ir.Constant(words, [8] * words.count)
-    w, a = (b.bitcast(value, words) for value in (weights, activations))
-    even = _pmaddwd(b, sums.type, b.and_(w, ir.Constant(words, [255] * words.count)), b.ashr(b.shl(a, eight), eight))
-    return b.add(sums, b.add(even, _pmaddwd(b, sums.type, b.lshr(w, eight), b.ashr(a, eight))))
+    function = b.module.globals.get("llvm.x86.avx2.pmadd.ub.sw") or ir.Function(
+        b.module, ir.FunctionType(words, [weights.type] * 2), "llvm.x86.avx2.pmadd.ub.sw"
+    )
+    pairs = b.call(function, [weights, activations])
+    return b.add(sums, _pmaddwd(b, sums.type, pairs, ir.Constant(words, [1] * words.count)))
+
+
+def _avx2_words(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, even: ir.Value, odd: ir.Value) -> ir.Value:
+    products = [
+        _pmaddwd(b, sums.type, pairs, b.bitcast(activations, pairs.type))
+        for pairs, activations in zip(_pairs(b, weights), (even, odd), strict=True)
+    ]
+    return b.add(sums, b.add(*products))
+
+
+def _pairs(b: ir.IRBuilder, weights: ir.Value) -> list[ir.Value]:
+    """Return weights 0 and 2, and 1 and 3, of every four in 16 bits."""
+    words = ir.VectorType(I16, weights.type.count // 2)
+    w = b.bitcast(weights, words)
+    low = b.and_(w, ir.Constant(words, [255] * words.count))
+    return [low, b.lshr(w, ir.Constant(words, [8] * words.count))]
 
 
 def _pmaddwd(b: ir.IRBuilder, result: ir.Type, one: ir.Value, other: ir.Value) -> ir.Value:
@@ -96,11 +146,12 @@ def _pmaddwd(b: ir.IRBuilder, result: ir.Type, one: ir.Value, other: ir.Value) -
     return b.call(function, [one, other])
 
 
-def _dotprod(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Value, _: int) -> ir.Value:
+def _dotprod(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Value) -> ir.Value:
     return _call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", sums, weights, activations)
 
 
 _DOTS: Final = {"avx512-vnni": _vnni, "avx2": _avx2, "dotprod": _dotprod}
+_WORD_DOTS: Final = {"avx512-vnni": _vnni_words, "avx2": _avx2_words}
 
 TARGETS: Final = (
     Target(

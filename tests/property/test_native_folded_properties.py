@@ -19,7 +19,7 @@ def assert_products_of(found, x, codes, scales, form):
     """A value that falls between two codes may go either way, so a few codes may differ by one."""
     expected = naive.matmul(x.astype(np.float32), codes, scales, form.bits, form.block, None)
     largest = abs(x).max(1, keepdims=True)
-    step = largest / 127 * float(abs(scales.astype(np.float32)).max()) * 2 ** (form.bits - 1)
+    step = largest / form.largest_code * float(abs(scales.astype(np.float32)).max()) * 2 ** (form.bits - 1)
     assert found.shape == expected.shape
     apart = abs(found - expected)
     assert (apart < 2.5 * step + 1e-5).all()

@@ -1,0 +1,101 @@
+"""Kernels for processors that this one is not: the instruction that they have and it lacks, by its definition."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from llvmlite import binding
+from native_nodes import inputs, matrix, product, run
+
+from edgelm.native import compile as compiler
+from edgelm.native.entry_points import kernels_module
+from edgelm.native.formats import Format
+from edgelm.native.targets import TARGETS
+
+FORMS = [Format(4, 16), Format(5, 32), Format(6, 64), Format(8, 16), Format(8, 128)]
+
+DOT = """define internal <{sums} x i32> @"{name}"(<{sums} x i32> %s, <{words}> %v, <{words}> %w) {{
+  %a = bitcast <{words}> %v to <{all} x i{bits}>
+  %b = bitcast <{words}> %w to <{all} x i{bits}>
+  %c = {first} <{all} x i{bits}> %a to <{all} x i32>
+  %d = sext <{all} x i{bits}> %b to <{all} x i32>
+  %p = mul <{all} x i32> %c, %d
+  {added}
+  ret <{sums} x i32> %t{each}
+}}"""
+"""Adds to each of the sums the products of what lies beside it, signed or not."""
+
+INSTRUCTIONS = {
+    "llvm.x86.avx512.vpdpbusd.512": {"sums": 16, "words": "16 x i32", "bits": 8, "each": 4, "first": "zext"},
+    "llvm.x86.avx512.vpdpwssd.512": {"sums": 16, "words": "16 x i32", "bits": 16, "each": 2, "first": "sext"},
+    "llvm.aarch64.neon.sdot.v4i32.v16i8": {"sums": 4, "words": "16 x i8", "bits": 8, "each": 4, "first": "sext"},
+}
+
+
+def definition(name, *, sums, words, bits, each, first):
+    """An instruction as LLVM IR that any processor computes."""
+    every, lines = sums * each, [f"%t0 = add <{sums} x i32> %s, zeroinitializer"]
+    for i in range(each):
+        mask = ", ".join(f"i32 {lane * each + i}" for lane in range(sums))
+        lines.append(
+            f"%q{i} = shufflevector <{every} x i32> %p, <{every} x i32> undef, <{sums} x i32> <{mask}>\n"
+            f"  %t{i + 1} = add <{sums} x i32> %t{i}, %q{i}"
+        )
+    added = "\n  ".join(lines)
+    return DOT.format(name=name, sums=sums, words=words, all=every, bits=bits, each=each, first=first, added=added)
+
+
+def without_instructions(code):
+    """The module's text with definitions where it declares what only some processors have."""
+    for name, kind in INSTRUCTIONS.items():
+        ours = name.replace("llvm.", "defined.")
+        code = re.sub(rf'declare [^\n]*@"{re.escape(name)}"[^\n]*', lambda _: definition(ours, **kind), code)  # noqa: B023
+        code = code.replace(f'@"{name}"', f'@"{ours}"')
+    return code
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """The kernels of this processor."""
+    target = compiler.this_target()
+    if target is None:
+        pytest.skip("this processor has neither AVX2 nor Arm's dot product")
+    file = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    file.write_bytes(compiler.compile_kernels(target, FORMS, "", features_of(target)))
+    return file
+
+
+def features_of(target):
+    return ",".join(f"+{name}" for name in target.features)
+
+
+@pytest.mark.parametrize("name", [target.name for target in TARGETS])
+def test_every_target_computes_the_same_to_the_last_bit(here, name, tmp_path, monkeypatch):
+    target = next(target for target in TARGETS if target.name == name)
+    if target == compiler.this_target():
+        pytest.skip("that is this processor's")
+
+    def defined(target, formats):
+        module, names = kernels_module(target, formats)
+        code = without_instructions(str(module))
+        assert code.count("define internal <") > 0
+        return code, names
+
+    monkeypatch.setattr(compiler, "kernels_module", defined)
+    library = tmp_path / "kernels.so"
+    as_here = replace(target, triple=binding.get_process_triple())
+    library.write_bytes(compiler.compile_kernels(as_here, FORMS, "", features_of(compiler.this_target())))
+    rng = np.random.default_rng(0)
+    for form in FORMS:
+        for size, columns, rows in ((150, 40, 15), (33, 5, 2)):
+            codes, scales, bias = matrix(rng, form, size, columns)
+            norm = rng.normal(size=size).astype(np.float32)
+            for options in ({"bias": bias}, {"norm": norm, "epsilon": 1e-5}, {"gated": True}):
+                x = inputs(rng, rows, 2 * size if "gated" in options else size)
+                found, expected = (
+                    run(product(each, form, size, codes, scales, **options), x) for each in (library, here)
+                )
+                np.testing.assert_array_equal(found, expected)
