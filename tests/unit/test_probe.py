@@ -1,0 +1,121 @@
+"""Kernels are refused where they compute something else, and only there: also for models that amplify rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from tiny import TinyLlama
+
+from edgelm import probe, weights
+from edgelm.bundle import open_bundle
+from edgelm.errors import EdgelmError
+from edgelm.graphs import load_graph
+from edgelm.native import attention_nodes, graph
+from edgelm.weights import try_kernels
+
+SINK = 7919 % 384
+"""The probe's first token."""
+
+
+@dataclass(frozen=True)
+class Outliers(TinyLlama):
+    """Two channels of the residual stream are `size` times as large as the others, the first token's from the start."""
+
+    size: float = 1.0
+
+    def tensors(self):
+        found = super().tensors()
+        for channel, sign in ((7, 1), (40, -1)):
+            found["model.layers.0.mlp.down_proj.weight"][channel] *= self.size
+            found["model.embed_tokens.weight"][SINK, channel] = sign * self.size
+            found["model.layers.1.self_attn.k_proj.weight"][:, channel] *= 3
+            found["model.norm.weight"][channel] = 0  # as in real models, which do not say everything in one token
+        return found
+
+
+@pytest.fixture(scope="module")
+def bundle_of(tmp_path_factory, export_to_cache):
+    made = {}
+
+    def make(size, quant):
+        if size not in made:
+            shape = Outliers(vocab=384, hidden=128, mlp=352, layers=4, size=size)
+            made[size] = shape.write(tmp_path_factory.mktemp("outliers") / "model")
+        return open_bundle(export_to_cache(made[size], quant=quant, fast=True, force=True))
+
+    return make
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8"])
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e3, 1e4])
+def test_right_kernels_are_used_whatever_the_model_makes_of_rounding(bundle_of, quant, size):
+    assert "they compute what onnxruntime's do" in try_kernels(bundle_of(size, quant), 1)
+
+
+def scales_of_other_blocks(patch):
+    packed = graph.packed_scales
+    patch.setattr(graph, "packed_scales", lambda scales: np.roll(packed(scales), 1, axis=1))
+
+
+def codes_of_other_columns(patch):
+    packed = graph.packed_codes
+    patch.setattr(graph, "packed_codes", lambda codes, *others: packed(codes[::-1], *others))
+
+
+def no_rotation(patch):
+    encode = attention_nodes.encode_node
+    patch.setattr(attention_nodes, "encode_node", lambda *a: encode(*a[:-1], {**a[-1], "HALF": 0}))
+
+
+def another_scale(patch):
+    patch.setattr(attention_nodes, "_bits", lambda value: int(np.float32(8 * value).view(np.int32)))
+
+
+@pytest.mark.parametrize("wrong", [scales_of_other_blocks, codes_of_other_columns, no_rotation, another_scale])
+@pytest.mark.parametrize("quant", ["int4", "int8"])
+@pytest.mark.parametrize("size", [1.0, 1e3])
+def test_wrong_kernels_are_refused(bundle_of, monkeypatch, wrong, quant, size):
+    wrong(monkeypatch)
+    with pytest.raises(EdgelmError, match="they compute other logits"):
+        try_kernels(bundle_of(size, quant), 1)
+
+
+def test_pieces_are_passes_of_the_same_positions(bundle, monkeypatch):
+    opened = open_bundle(bundle)
+    loaded = load_graph(str(opened.graph), 1)
+    whole = probe.probe(loaded, opened.manifest)
+    assert len(whole) == min(probe.TOKENS, opened.manifest.context)
+    np.testing.assert_allclose(probe.probe(loaded, opened.manifest, probe.PIECES), whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_logits_that_are_not_numbers_are_never_right(which):
+    logits = [np.ones((2, 8), np.float32) for _ in range(3)]
+    assert probe.check(*logits) == (0.0, 0.0)
+    logits[which][1, 3] = np.nan
+    with pytest.raises(EdgelmError, match=r"not numbers|other logits"):
+        probe.check(*logits)
+
+
+def test_products_of_onnxruntimes_may_depend_on_what_is_computed_together(bundle_of):
+    """So a graph that has some is not said to be invariant."""
+    assert not graph.computes_row_by_row(bundle_of(1.0, "int4").graph.read_bytes())
+
+
+def test_a_graph_whose_rows_depend_on_each_other_is_not_invariant(bundle_of, tmp_path, monkeypatch):
+    """Whatever its operators promise."""
+    found = weights.probe
+    calls = []
+
+    def changed(*arguments):
+        calls.append(arguments)
+        return found(*arguments) + (np.float32(1e-6) if len(arguments) == 3 else np.float32(0))
+
+    monkeypatch.setattr(weights, "probe", changed)
+    marked = []
+    monkeypatch.setattr(weights, "marked_invariant", lambda model: marked.append(model) or model)
+    try_kernels(bundle_of(1.0, "int4"), 1)
+    assert len(calls) == 4
+    assert not marked
