@@ -30,6 +30,8 @@ query's result does not depend on its company."""
 MINUS_INFINITY: Final = float("-inf")
 _FEW: Final = 4
 """Keys that are multiplied at once."""
+_MOST: Final = 4
+"""Most vectors of a position's values that are read at once: those of heads of 64, the usual size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,8 @@ class Kernels:
     dots: dict[int, ir.Function]
     soften: ir.Function
     weigh: ir.Function
-    values: dict[tuple[int, int], ir.Function]
+    values: dict[int, dict[int, ir.Function]]
+    """By the number of vectors of 16 columns too."""
 
 
 def emit_kernels(module: ir.Module, target: Target) -> Kernels:
@@ -49,7 +52,13 @@ def emit_kernels(module: ir.Module, target: Target) -> Kernels:
         {count: _emit_dots(module, target, count) for count in rows},
         _emit_soften(module),
         _emit_weigh(module),
-        {(count, across): _emit_values(module, count, across) for count in rows for across in (target.across, 1)},
+        {
+            count: {
+                across: _emit_values(module, count, across)
+                for across in (min(target.attention_sums // count, _MOST), 1)
+            }
+            for count in rows
+        },
     )
 
 

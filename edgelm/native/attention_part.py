@@ -106,23 +106,21 @@ def _add_values(e: Emitter, kernels: Kernels, count: ir.Value, arguments: Sequen
     """Emit the weighted sums of values for `count` queries, as many columns at once as there are kernels for."""
     scores, values, here, size, factors, sums = arguments
     b = e.b
-    rows_at_once = tuple(dict.fromkeys(rows for rows, _ in kernels.values))
-    widths = tuple(dict.fromkeys(across for _, across in kernels.values))
 
     def rows_of(rows: int, i: ir.Value) -> None:
         def columns_of(across: int, vector: ir.Value) -> None:
             column = b.mul(vector, e.const(COLUMNS))
             b.call(
-                kernels.values[rows, across],
+                kernels.values[rows][across],
                 [
                     e.at(scores, b.mul(i, e.const(CHUNK)), F32), e.at(values, column, F32), here, size,
                     e.at(factors, b.mul(i, e.const(2)), F32), e.at(sums, b.add(b.mul(i, size), column), F32),
                 ],
             )  # fmt: skip
 
-        e.in_parts(b.sdiv(size, e.const(COLUMNS)), widths, columns_of)
+        e.in_parts(b.sdiv(size, e.const(COLUMNS)), tuple(kernels.values[rows]), columns_of)
 
-    e.in_parts(count, rows_at_once, rows_of)
+    e.in_parts(count, tuple(kernels.values), rows_of)
 
 
 def _merge_totals(e: Emitter, totals: ir.Value, here: ir.Value, factors: ir.Value) -> None:

@@ -16,8 +16,8 @@ from edgelm.native.formats import COLUMNS
 class Target:
     """A kind of processor.
 
-    `rows` are how many rows of activations a kernel takes at once, `attention_rows` how many queries, `across` how many
-    vectors of 16 columns of values with these.
+    `rows` are how many rows of activations a kernel takes at once, `attention_rows` how many queries, `attention_sums`
+    how many vectors of 16 sums of values for all of these.
     `signed_bytes` says that its instruction multiplies signed bytes by signed bytes and that there is none for pairs of
     16 bits: weights of 8 bits are moved by 128 first, and codes of 16 bits multiplied as two bytes.
     """
@@ -28,7 +28,7 @@ class Target:
     lanes: int
     rows: tuple[int, ...]
     attention_rows: tuple[int, ...]
-    across: int
+    attention_sums: int
     signed_bytes: bool = False
 
     def zero_point(self, bits: int) -> int:
@@ -161,9 +161,9 @@ TARGETS: Final = (
         16,
         (8, 4, 2, 1),
         (4, 3, 2, 1),
-        4,
+        16,
     ),
-    Target("avx2", "x86_64-unknown-linux-gnu", ("avx2", "fma", "f16c"), 8, (4, 2, 1), (2, 1), 2),
+    Target("avx2", "x86_64-unknown-linux-gnu", ("avx2", "fma", "f16c"), 8, (4, 2, 1), (2, 1), 4),
     Target("dotprod", "aarch64-unknown-linux-gnu", ("dotprod", "fullfp16"), 4, (4, 2, 1), (1,), 4, signed_bytes=True),
 )
 """Kinds of processors, the best first, by the names that LLVM gives to instruction sets."""
