@@ -92,8 +92,9 @@ def _prefix_bytes(manifest: Manifest) -> int:
 
 
 def _packed_bytes(matrix: Matrix) -> int:
-    """Return what a matrix takes once it is packed."""
+    """Return what a matrix takes once it is packed; onnxruntime reads codes of 5 and 6 bits as 8."""
     if matrix.block_size is None:
         return matrix.rows * matrix.columns * matrix.bits // 8
     blocks = matrix.rows * -(-matrix.columns // matrix.block_size)
-    return blocks * (matrix.block_size * matrix.bits // 8 + 2 * FLOAT)
+    bits = 8 if matrix.bits in (5, 6) else matrix.bits
+    return blocks * (matrix.block_size * bits // 8 + 2 * FLOAT)

@@ -22,7 +22,7 @@ def quantize_cache(
 ) -> Manifest:
     """Change the graph of an unsealed bundle, whose cache is float32, to one in int8; return its manifest.
 
-    Scales are those of what the bundle itself keeps of the documents, or of what it makes up where there are none.
+    Scales are those of what the bundle itself keeps of the documents, or of self-generated text where there are none.
     """
     scales = measure_scales(Bundle(folder, manifest), model, documents, progress)
     file = folder / manifest.graph

@@ -71,8 +71,7 @@ def export(
         half-quadratic quantization, `gptq` is second-order and calibrated. `auto`: gptq, clip with `fast`; rtn for
         int8.
     calibrate
-        A text file like what the model will see; or `self`, the default but for int8: text that the model writes
-        itself.
+        A text file like what the model will see; or `self`, the default but for int8: self-generated text.
     fast
         Quantize without calibration: seconds instead of minutes.
     embedding_bits
@@ -96,7 +95,7 @@ def export(
         Whether to plot each matrix's error and size into report.svg.
     kv
         `fp32` (the default) or `int8`: how keys and values are kept while the model runs. int8 takes a quarter of the
-        memory; its scales come from `calibrate`, else from 4,096 tokens that the bundle makes up.
+        memory; its scales come from `calibrate`, else from 4,096 self-generated tokens.
     via
         `native` builds the graph itself; `optimum` converts optimum's export of any causal model.
 

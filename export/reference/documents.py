@@ -14,7 +14,7 @@ from edgelm.textfile import split_documents
 from edgelm.tokenizer import Tokenizer
 
 SELF: Final = "self"
-"""What `--calibrate` takes instead of a file: text that the model writes itself."""
+"""What `--calibrate` takes instead of a file: self-generated text."""
 
 CALIBRATION_LENGTH: Final = 512
 """Tokens of one calibration sequence."""

@@ -1,8 +1,8 @@
-"""Calibration text that the model writes itself, for where there is none: `--calibrate self`.
+"""Self-generated calibration text, for exports without a text file: `--calibrate self`.
 
-What a model says at temperature 1 has the distribution that it has learnt, which is nearer to what it will see than any
+Text sampled at temperature 1 has the distribution that the model has learnt, which is nearer to its later inputs than
 text picked at random (data-free quantization-aware training of Liu et al. 2023, arXiv:2305.17888, section 3.1, does the
-same). An int8 bundle, which predicts almost as the checkpoint does, does the writing.
+same). An int8 bundle, whose predictions are close to the checkpoint's, samples it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from ..writing import write_bundle
 from .documents import Document, calibration_tokens
 
 WRITTEN_TOKENS: Final = 24576
-"""Tokens written at most. Of large models fewer, two thirds of what is taken from text: writing takes time too."""
+"""Most tokens that are sampled. A large model samples fewer, two thirds of what it takes from a file, to save time."""
 
 TOKENS: Final = 256
 """Length of each document."""
 
 TOGETHER: Final = 32
-"""Documents that are written side by side: so many cost little more than one."""
+"""Documents that are sampled in one batch."""
 
 
 def sampled_documents(model: Opened, context: int, progress: Progress, beside: Path | None) -> list[Document]:
-    """Return documents of at most `TOKENS` tokens that the model makes up; the same model makes up the same.
+    """Return self-generated documents of at most `TOKENS` tokens; the same model gives the same documents.
 
     The int8 bundle lies in a directory `beside`, or among the system's temporary ones, while it is needed.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import edgelm
 from edgelm import engine
-from edgelm.bundle import open_bundle
+from edgelm.bundle import Matrix, open_bundle
 from edgelm.drafts import SIZES
 from edgelm.errors import EdgelmError
 from edgelm.memory import check_memory, plan_memory
@@ -40,6 +41,15 @@ def test_more_of_anything_never_takes_less(rows, context, prefix):
     more = [(rows + 1, context, prefix), (rows, context + 1, prefix), (rows, context, prefix + 1)]
     for r, c, p in more:
         assert plan_memory(MANIFEST, rows=r, context=c, prefix_bytes=p).total > plan.total
+
+
+@pytest.mark.parametrize("bits", [5, 6])
+def test_split_codes_count_as_the_8_bits_that_onnxruntime_keeps(bits):
+    def weights(of: int) -> int:
+        manifest = replace(MANIFEST, matrices=(Matrix("embedding", 64, 64, of, 32, method="clip", scale_bits=16),))
+        return plan_memory(manifest, rows=1, context=8, prefix_bytes=0).weights
+
+    assert weights(bits) == weights(8) > weights(4)
 
 
 @given(rows=rows, context=contexts, prefix=prefixes, limit=st.integers(1, 10**6))
