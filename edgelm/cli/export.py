@@ -97,8 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument(
         "--calibrate",
         metavar="FILE",
-        help="calibration text like what the model will see, or `self` (the default but for int8):"
-        " self-generated text",
+        help="calibration text like what the model will see, or `self` (the default but for int8): self-generated text",
     )
     calibration.add_argument(
         "--fast", action="store_true", help="quantize without calibration: seconds instead of minutes, and less exact"
