@@ -1,4 +1,4 @@
-"""Small graphs of MatMulNBits, and what is made of them for the kernels."""
+"""Small graphs of MatMulNBits, and what is made of them for the kernels. Inputs are float32, but for `ids`, int64."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ def product(name, x, y, size, columns, inputs=(), *, block=BLOCK, accuracy=4):
 def model_of(nodes, values, inputs, outputs):
     """A model in its bytes, its tensors inside."""
     info = helper.make_tensor_value_info
+    types = {"ids": TensorProto.INT64}
     graph = helper.make_graph(
-        nodes, "g", [info(name, 1, None) for name in inputs], [info(name, 1, None) for name in outputs],
+        nodes, "g", [info(name, types.get(name, TensorProto.FLOAT), None) for name in inputs],
+        [info(name, TensorProto.FLOAT, None) for name in outputs],
         [numpy_helper.from_array(value, name) for name, value in values.items()],
     )  # fmt: skip
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]

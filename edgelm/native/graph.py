@@ -170,14 +170,25 @@ class _Rewriting:
             if joined is not None:
                 bits, codes, high = joined
         form = Format(bits, block)
-        scales = self._widened(scales_name) or self._tensors.get(scales_name)
+        scales = self._scales_of(scales_name)
         bias = self._tensors.get(bias_name)
         if codes is None or scales is None or (bias_name and bias is None) or not form.has_kernels:
             return None
-        values = self._array(scales).reshape(shape[:2])
-        if scales.dtype != FLOAT16 and not np.array_equal(values, values.astype(np.float16)):
+        values = self._in_float16(scales, shape[:2])
+        return None if values is None else _Matrix(form, size, columns, codes, high, scales.name, values, bias)
+
+    def _scales_of(self, name: str) -> Tensor | None:
+        """Return the tensor of scales in float32, or in float16 that a node widens; None for all others."""
+        tensor = self._tensors.get(name)
+        return tensor if tensor is not None and tensor.dtype == FLOAT else self._widened(name)
+
+    def _in_float16(self, scales: Tensor, shape: tuple[int, ...]) -> NDArray[Any] | None:
+        """Return the scales of a matrix; None where they have another number or do not fit into float16."""
+        if np.prod(scales.shape, dtype=np.int64) != np.prod(shape, dtype=np.int64):
             return None
-        return _Matrix(form, size, columns, codes, high, scales.name, values, bias)
+        values = self._array(scales).reshape(shape)
+        fits = scales.dtype == FLOAT16 or np.array_equal(values, values.astype(np.float16))
+        return values if fits else None
 
     def _table_of(self, node: Node) -> _Matrix | None:
         """Return the matrix that a node looks rows up in; None where it stays onnxruntime's or does something else."""
@@ -185,7 +196,7 @@ class _Rewriting:
             return None
         table, indices, scales_name = node.inputs
         given = self._model.inputs.get(indices)
-        scales = self._widened(scales_name) or self._tensors.get(scales_name)
+        scales = self._scales_of(scales_name)
         if given is None or given.dtype != INT64 or scales is None:
             return None
         if node.attributes.get("gather_axis", 0) != 0 or node.attributes.get("quantize_axis", 1) != 1:
@@ -206,10 +217,8 @@ class _Rewriting:
             return None
         blocks = shape[1] // block
         parts = self._joining.parts_of(reshape.inputs[0], (shape[0], blocks, block))
-        values = self._array(scales).reshape(shape[0], blocks)
-        if parts is None or not Format(parts[0], block).has_kernels:
-            return None
-        if scales.dtype != FLOAT16 and not np.array_equal(values, values.astype(np.float16)):
+        values = self._in_float16(scales, (shape[0], blocks))
+        if parts is None or values is None or not Format(parts[0], block).has_kernels:
             return None
         bits, codes, high = parts
         return _Matrix(Format(bits, block), shape[1], shape[0], codes, high, scales.name, values, None)
