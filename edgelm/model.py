@@ -53,8 +53,9 @@ def load(
     speculation
         Whether to guess tokens from what was said before, as long as that saves time. What guesses are kept is decided
         by the model, so answers are those without, but for rounding where two tokens are almost equally likely.
-        Requests with a seed make no use of guesses and of earlier prompts, so that a seed gives the same answer again;
-        of a prefix that the bundle itself holds they do.
+        Where a pass's length changes its rounding (on onnxruntime's kernels), requests with a seed make no use of
+        guesses and of earlier prompts, so that a seed gives the same answer again; of a prefix that the bundle itself
+        holds they do.
     cache
         Whether weights laid out for this processor, and kernels compiled for it, are kept between runs, in
         EDGELM_CACHE_DIR or ~/.cache/edgelm, and mapped from there: quicker to load and to run, and no private memory.
