@@ -102,6 +102,9 @@ class Manifest:
     shapes: Mapping[str, int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     chat_template: str | None = None
+    bare_prompt: Literal["message", "text"] | None = None
+    """What a prompt is that comes alone: a user's message for the chat template, or text to complete as it stands.
+    None, in bundles of edgelm 0.1, is a message where there is a chat template."""
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     made_with: Mapping[str, str] = field(default_factory=dict)
     quality: Mapping[str, Any] | None = None
@@ -123,6 +126,11 @@ class Manifest:
     graph: str = "model.onnx"
     files: Mapping[str, File] = field(default_factory=dict)
     schema: int = SCHEMA
+
+    @property
+    def prompts_are_messages(self) -> bool:
+        """Whether a prompt that comes alone is a user's message for the chat template."""
+        return self.chat_template is not None and self.bare_prompt != "text"
 
     @property
     def bits_per_weight(self) -> float:

@@ -40,15 +40,15 @@ class Conversation:
     def ask(self, request: Request, tokenizer: Tokenizer) -> Conversation:
         """Return the conversation with a request's prompt behind it.
 
-        Raises `RequestError("bad_request")` for a text that has no tokens, messages that the template refuses, or
-        messages after plain text and the reverse.
+        Raises `RequestError("bad_request")` for a text that has no tokens, messages that the template refuses, messages
+        after plain text and the reverse, or another system message than the conversation began with.
         """
-        chat = request.chat
+        chat = request.chat(prompts_are_messages=tokenizer.prompts_are_messages)
         if self.turns and (chat is None) != (self.messages is None):
-            used, other = ("prompts", "messages") if self.messages is None else ("messages", "prompts")
-            raise RequestError("bad_request", f"this session was begun with {used}: go on with these, not with {other}")
+            used, other = ("plain text", "messages") if self.messages is None else ("messages", "plain text")
+            raise RequestError("bad_request", f"this session was begun with {used}: go on with it, not with {other}")
         if chat is not None:
-            return self._ask_in_messages(chat, request, tokenizer)
+            return self._ask_in_messages(self._opened(chat, request.system), request, tokenizer)
         if request.tokens is not None:
             new = list(request.tokens)
         elif self.turns:
@@ -67,6 +67,21 @@ class Conversation:
         text = self.text + said
         messages = (*self.messages, {"role": "assistant", "content": said})
         return Conversation(whole, self.turns + 1, messages, text, (*self.marks, (len(text), len(whole))))
+
+    def _opened(self, chat: tuple[Mapping[str, Any], ...], system: str | None) -> tuple[Mapping[str, Any], ...]:
+        """Return new messages behind a system message where the conversation begins with it."""
+        if system is None:
+            return chat
+        opening = {"role": "system", "content": system}
+        if not self.messages:
+            if chat and chat[0].get("role") == "system":
+                raise RequestError("bad_request", "system: the messages begin with a system message of their own")
+            return opening, *chat
+        if self.messages[0] != opening:
+            raise RequestError(
+                "bad_request", "system: this session was begun without it or with another: end the session to change it"
+            )
+        return chat
 
     def _ask_in_messages(
         self, new: tuple[Mapping[str, Any], ...], request: Request, tokenizer: Tokenizer

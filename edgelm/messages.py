@@ -134,6 +134,10 @@ class Request:
     """Descriptions of functions, for the chat template."""
     template_vars: Mapping[str, Any] | None = None
     """Further variables of the chat template, such as `enable_thinking`."""
+    system: str | None = None
+    """The system message that a conversation begins with."""
+    raw: bool = False
+    """Whether a prompt is completed as it stands, where it would be a user's message."""
 
     def __post_init__(self) -> None:
         given = sum(given is not None for given in (self.prompt, self.messages, self.tokens))
@@ -144,18 +148,26 @@ class Request:
         if self.session is not None and not is_session_name(self.session):
             raise RequestError("bad_request", f"session must be 1 to {MAX_SESSION_LENGTH} printable characters")
         if self.tokens is not None and self.is_templated:
-            raise RequestError("bad_request", "tools and template_vars go with a prompt or messages, not with tokens")
+            raise RequestError(
+                "bad_request", "system, tools and template_vars go with a prompt or messages, not with tokens"
+            )
+        if self.raw and (self.prompt is None or self.is_templated):
+            raise RequestError(
+                "bad_request", "raw goes with a prompt, without messages, system, tools and template_vars"
+            )
 
     @property
     def is_templated(self) -> bool:
         """Whether it brings something for the chat template besides messages."""
-        return bool(self.tools) or bool(self.template_vars)
+        return bool(self.tools) or bool(self.template_vars) or self.system is not None
 
-    @property
-    def chat(self) -> tuple[Mapping[str, Any], ...] | None:
-        """The messages for the chat template; a prompt with tools or variables for it is a user's message."""
-        if self.messages is None and self.prompt is not None and self.is_templated:
-            return ({"role": "user", "content": self.prompt},)
+    def chat(self, *, prompts_are_messages: bool) -> tuple[Mapping[str, Any], ...] | None:
+        """Return the messages for the chat template, without `system`; None for a prompt that stays as it stands.
+
+        A prompt is a user's message where the bundle says so, and where it has tools, variables or a system message.
+        """
+        if self.messages is None and self.prompt is not None and (self.is_templated or prompts_are_messages):
+            return None if self.raw else ({"role": "user", "content": self.prompt},)
         return self.messages
 
     @property

@@ -116,6 +116,8 @@ class Model:
         end_session: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_vars: Mapping[str, Any] | None = None,
+        system: str | None = None,
+        raw: bool = False,
         **sampling: Any,
     ) -> Completion:
         """Answer, and return the whole answer.
@@ -123,9 +125,10 @@ class Model:
         Parameters
         ----------
         prompt, messages, tokens
-            Exactly one: text, a conversation for the bundle's chat template, or token ids. A message's content is text
-            or a list of parts `{"type": "text", "text": ...}`; special tokens that it spells out are read as text.
-            Messages of the role `tool` and `tool_calls` of the assistant go to the template as they are.
+            Exactly one: text, a conversation for the bundle's chat template, or token ids. Where the bundle has a chat
+            template, a prompt is one message of the user (`Manifest.prompts_are_messages`). A message's content is
+            text or a list of parts `{"type": "text", "text": ...}`; special tokens that it spells out are read as
+            text. Messages of the role `tool` and `tool_calls` of the assistant go to the template as they are.
         json_schema, regex, choices
             At most one: what the answer must match. `choices` is a list, also where it holds one.
         timeout_s
@@ -142,7 +145,11 @@ class Model:
         tools, template_vars
             Data for the bundle's chat template: descriptions of functions as most templates take them,
             `[{"type": "function", "function": {"name": ..., "parameters": ...}}]`, and further variables such as
-            `{"enable_thinking": False}`. With either, `prompt` is a user's message.
+            `{"enable_thinking": False}`.
+        system
+            The system message that the conversation begins with. A session keeps the one that it was begun with.
+        raw
+            Whether to complete `prompt` as it stands, without the chat template.
         **sampling
             Fields of `SamplingParams`; those not given are the bundle's defaults.
 
@@ -154,14 +161,16 @@ class Model:
         request = self._request(
             sampling,
             prompt=prompt,
-            messages=None if messages is None else tuple(messages),
-            tokens=None if tokens is None else tuple(int(token) for token in tokens),
+            messages=messages,
+            tokens=tokens,
             constraint=constraint_of(json_schema, regex, choices),
-            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
+            timeout_s=timeout_s,
             session=session,
             end_session=end_session,
-            tools=None if tools is None else tuple(check_tools(tools) or ()),
+            tools=tools,
             template_vars=template_vars,
+            system=system,
+            raw=raw,
         )
         last = next(self._chunks(request, only_last=True))
         if last.completion is None:
@@ -182,6 +191,8 @@ class Model:
         end_session: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_vars: Mapping[str, Any] | None = None,
+        system: str | None = None,
+        raw: bool = False,
         **sampling: Any,
     ) -> Iterator[Chunk]:
         """Answer, and yield the answer as it grows; the last chunk is `done` and carries the completion.
@@ -192,14 +203,16 @@ class Model:
         request = self._request(
             sampling,
             prompt=prompt,
-            messages=None if messages is None else tuple(messages),
-            tokens=None if tokens is None else tuple(int(token) for token in tokens),
+            messages=messages,
+            tokens=tokens,
             constraint=constraint_of(json_schema, regex, choices),
-            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
+            timeout_s=timeout_s,
             session=session,
             end_session=end_session,
-            tools=None if tools is None else tuple(check_tools(tools) or ()),
+            tools=tools,
             template_vars=template_vars,
+            system=system,
+            raw=raw,
         )
         return self._chunks(request)
 
@@ -225,23 +238,30 @@ class Model:
         ids = list(tokens)
         return self.worker.call(lambda engine: engine.score(ids))
 
-    def choose(self, prompt: str, choices: Sequence[str]) -> tuple[str, float]:
-        """Return the likeliest continuation of a prompt, and its probability among the choices.
+    def choose(self, prompt: str, choices: Sequence[str], *, raw: bool = False) -> tuple[str, float]:
+        """Return the likeliest answer to a prompt, and its probability among the choices.
 
-        A choice's probability is the product of its tokens', so a long one has more to lose. Raises `RequestError` for
-        an empty prompt, no choice, an empty one, or one that does not fit the context.
+        Where the bundle has a chat template, the prompt is a message of the user and a choice the beginning of the
+        answer; elsewhere, and with `raw`, a choice continues the prompt as it stands. A choice's probability is the
+        product of its tokens', so a long one has more to lose. Raises `RequestError` for an empty prompt, no choice, an
+        empty one, or one that does not fit the context.
         """
         choices = check_choices(choices)
         tokenizer = self.worker.engine.tokenizer
-        asked = tokenizer.encode(prompt)
-        if not asked:
+        is_message = tokenizer.prompts_are_messages and not raw
+        if is_message:
+            asked = tokenizer.encode_prompt(tokenizer.prompt_of([{"role": "user", "content": prompt}]))
+        else:
+            asked = tokenizer.encode(prompt)
+        if not prompt or not asked:
             raise RequestError("bad_request", "the prompt is empty: there is nothing to continue")
         logprobs = []
         for choice in choices:
-            together = tokenizer.encode(prompt + choice)
-            whole = together if together[: len(asked)] == asked else []  # a template may end the prompt
+            together = [] if is_message else tokenizer.encode(prompt + choice)
+            whole = together if together[: len(asked)] == asked else []  # the tokenizer may end a prompt
             if len(whole) <= len(asked):
-                whole = [*asked, *tokenizer.encode(choice, add_special_tokens=False)]
+                said = choice.lstrip(" ") or choice if is_message else choice
+                whole = [*asked, *tokenizer.encode(said, add_special_tokens=False)]
             logprobs.append(float(self.score_tokens(whole)[len(asked) - 1 :].sum()))
         shares = np.exp(np.array(logprobs) - max(logprobs))
         best = int(shares.argmax())
@@ -276,8 +296,26 @@ class Model:
             given = {**given, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
         return defaults.replace(**{name: value for name, value in given.items() if value is not None or name == "seed"})
 
-    def _request(self, sampling: Mapping[str, Any], **fields: Any) -> Request:
-        return Request(id=f"local-{next(self._ids)}", sampling=self._sampling(sampling), **fields)
+    def _request(
+        self,
+        sampling: Mapping[str, Any],
+        *,
+        messages: Sequence[Mapping[str, Any]] | None,
+        tokens: Sequence[int] | None,
+        timeout_s: float | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        **fields: Any,
+    ) -> Request:
+        """Return a request: lists as tuples, and the time that is left as a point in time."""
+        return Request(
+            id=f"local-{next(self._ids)}",
+            sampling=self._sampling(sampling),
+            messages=None if messages is None else tuple(messages),
+            tokens=None if tokens is None else tuple(int(token) for token in tokens),
+            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
+            tools=None if tools is None else tuple(check_tools(tools) or ()),
+            **fields,
+        )
 
     def _chunks(self, request: Request, *, only_last: bool = False) -> Iterator[Chunk]:
         """Submit a request and yield its chunks. With `only_last` this thread sleeps until the answer is whole."""

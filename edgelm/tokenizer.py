@@ -56,6 +56,7 @@ class Tokenizer:
         *,
         special_tokens: Mapping[str, str] | None = None,
         end_tokens: Collection[int] = (),
+        prompts_are_messages: bool | None = None,
     ) -> None:
         inner.no_truncation()
         inner.no_padding()
@@ -67,6 +68,7 @@ class Tokenizer:
             **{name: text for name, text in named if text is not None},
         }
         self._end_tokens = frozenset(end_tokens)
+        self.prompts_are_messages = chat_template is not None if prompts_are_messages is None else prompts_are_messages
 
     @classmethod
     def from_file(
@@ -94,6 +96,7 @@ class Tokenizer:
             manifest.chat_template,
             special_tokens=manifest.special_tokens,
             end_tokens=manifest.eos_tokens,
+            prompts_are_messages=manifest.prompts_are_messages,
         )
 
     @property

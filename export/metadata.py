@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import version
 from math import inf
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import tokenizers
 
@@ -102,6 +102,23 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
     if template is not None and not isinstance(template, str):
         raise CheckpointError("tokenizer_config.json: chat_template must be a string or a list with a default")
     return template
+
+
+def bare_prompt(checkpoint: Checkpoint) -> Literal["message", "text"] | None:
+    """Return what a prompt is that comes alone; None where there is no chat template.
+
+    It stays text where the tokenizer writes around it what the chat template writes around one message, as that of a
+    distilled student does: such a model answers sentences and takes no conversation.
+    """
+    template = chat_template(checkpoint)
+    if template is None:
+        return None
+    tokenizer = Tokenizer(_inner(checkpoint.tokenizer_text), template, special_tokens=special_tokens(checkpoint))
+    try:
+        message = tokenizer.encode_prompt(tokenizer.prompt_of([{"role": "user", "content": PROBE_QUESTION}]))
+    except RequestError:
+        return "message"
+    return "text" if message == tokenizer.encode(PROBE_QUESTION) else "message"
 
 
 def sampling(checkpoint: Checkpoint) -> SamplingParams:

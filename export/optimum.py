@@ -145,6 +145,7 @@ def convert(
         shapes=_shapes(config, cache),
         sampling=metadata.sampling(checkpoint),
         chat_template=metadata.chat_template(checkpoint),
+        bare_prompt=metadata.bare_prompt(checkpoint),
         special_tokens=metadata.special_tokens(checkpoint),
         made_with={
             **metadata.made_with(),

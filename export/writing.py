@@ -72,6 +72,7 @@ def _manifest(model: Opened, quant: Quant, context: int, store: MatrixStore) -> 
         shapes=_shapes(d),
         sampling=metadata.sampling(checkpoint),
         chat_template=metadata.chat_template(checkpoint),
+        bare_prompt=metadata.bare_prompt(checkpoint),
         special_tokens=metadata.special_tokens(checkpoint),
         made_with={**metadata.made_with(), **checkpoint.read_with},
         vocabulary=vocabulary_facts(model, sum(matrix.bytes() for matrix in tables) / d.vocab_size),

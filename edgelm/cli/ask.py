@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import uuid
 from typing import Final
 
 from edgelm.cli.flags import (
     add_credential_flags,
+    add_raw_flag,
     add_sampling_flags,
     add_template_flags,
     broker_from,
+    read_prompt,
     sampling_from,
     template_from,
 )
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=float, metavar="S", default=TIMEOUT_S, help="seconds for the answer (%(default)g)"
     )
     add_credential_flags(parser)
+    add_raw_flag(parser)
     add_template_flags(parser)
     add_sampling_flags(parser)
 
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("give a PROMPT, or --session NAME --end-session")
     session = {"session": args.session, "end_session": args.end_session}
     ask = ask_of(
-        sys.stdin.read() if args.prompt == "-" else args.prompt,
+        None if args.prompt is None else read_prompt(args.prompt),
         stream=not (args.no_stream or args.json),
         timeout_s=args.timeout,
         **{key: value for key, value in session.items() if value is not None},

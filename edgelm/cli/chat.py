@@ -26,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = "Ctrl-C stops an answer, Ctrl-D or /exit ends the chat, /clear forgets what was said."
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or builtin")
-    parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     add_template_flags(parser)
     add_sampling_flags(parser)
     add_loading_flags(parser)
@@ -35,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read a line, answer it, until the end of input."""
     given = {**sampling_from(args), **template_from(args)}
-    opening = [{"role": "system", "content": args.system}] if args.system else []
     with edgelm.load(args.bundle, **loading_from(args), max_batch=1) as model:
         if model.manifest.chat_template is None:
             raise EdgelmError(f"{args.bundle} has no chat template; `edgelm generate` continues plain text")
@@ -52,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
             if line == "/clear":
                 model.end_session(SESSION)
             elif line:
-                begins = SESSION not in model.sessions()
-                _turn(model, [*(opening if begins else []), {"role": "user", "content": line}], given)
+                _turn(model, [{"role": "user", "content": line}], given)
 
 
 def _turn(model: Model, messages: list[dict[str, str]], given: dict[str, Any]) -> None:

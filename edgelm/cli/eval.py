@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="FILE", help="documents divided by lines <|endoftext|>: perplexity")
     parser.add_argument("--task", metavar="FILE", help='lines {"prompt", "target"}: exact match, and fields of JSON')
     parser.add_argument(
+        "--raw", action="store_true", help="complete a task's prompt as it stands, without the model's chat template"
+    )
+    parser.add_argument(
         "--long-documents",
         choices=["truncate", "window"],
         default="truncate",
@@ -69,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
             result["bits_per_byte"] = quality.bits_per_byte
             result["tokens"] = quality.tokens
         if tasks is not None:
-            result["task"] = score_tasks(tasks, _answers(model, [task.prompt for task in tasks], progress)).to_dict()
+            result["task"] = score_tasks(
+                tasks, _answers(model, [task.prompt for task in tasks], args.raw, progress)
+            ).to_dict()
     if args.reference:
         result["reference"] = _compare(args)
     if args.json:
@@ -97,11 +102,11 @@ def _read(file: str) -> str:
         raise EdgelmError(f"{file} cannot be read: {error}") from error
 
 
-def _answers(model: Model, prompts: list[str], progress: Progress) -> list[str]:
+def _answers(model: Model, prompts: list[str], raw: bool, progress: Progress) -> list[str]:
     answers = []
     for number, prompt in enumerate(prompts):
         progress("task", number, len(prompts))
-        answers.append(model.generate(prompt, max_tokens=TASK_TOKENS, temperature=0.0).text)
+        answers.append(model.generate(prompt, max_tokens=TASK_TOKENS, temperature=0.0, raw=raw).text)
     return answers
 
 

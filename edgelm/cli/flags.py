@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from edgelm.brokerconfig import BrokerConfig, BrokerUrl, read_password
-from edgelm.errors import ConfigError
+from edgelm.errors import ConfigError, EdgelmError
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +47,13 @@ def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_template_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags that `template_from` reads."""
-    group = parser.add_argument_group("chat template", "with either, a prompt is a user's message")
+    """Declare the flags that `template_from` reads; `--raw` is the command's own."""
+    group = parser.add_argument_group(
+        "chat template", "where the model has one, a prompt is one message of the user; `edgelm info` says so"
+    )
+    group.add_argument(
+        "--system", metavar="TEXT|FILE", help="the system message that the conversation begins with, or a file with it"
+    )
     group.add_argument(
         "--template-var",
         action="append",
@@ -57,12 +63,36 @@ def add_template_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tools", metavar="FILE", help="functions to offer: a JSON list, as OpenAI's API takes it")
 
 
+def add_raw_flag(parser: argparse.ArgumentParser) -> None:
+    """Declare the flag that leaves the chat template out."""
+    parser.add_argument(
+        "--raw", action="store_true", help="complete the prompt as it stands, without the model's chat template"
+    )
+
+
+def read_prompt(argument: str) -> str:
+    """Return a prompt from the command line; `-` reads standard input, without the line ends behind it.
+
+    Raises `EdgelmError` where standard input is not text.
+    """
+    if argument != "-":
+        return argument
+    try:
+        return sys.stdin.read().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise EdgelmError(f"standard input is not text in {error.encoding}: {error.reason}") from error
+
+
 def template_from(args: argparse.Namespace) -> dict[str, Any]:
     """Return what was given for the chat template, by the names of `Model.generate` and of the MQTT protocol.
 
     Raises `ConfigError` for a variable without a value, and a file that cannot be read.
     """
     given: dict[str, Any] = {}
+    if args.system is not None:
+        given["system"] = _system(args.system)
+    if getattr(args, "raw", False):
+        given["raw"] = True
     if args.template_var:
         given["template_vars"] = dict(map(_variable, args.template_var))
     if args.tools is not None:
@@ -81,6 +111,17 @@ def _variable(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except (ValueError, RecursionError):
         return name, value
+
+
+def _system(value: str) -> str:
+    """Return a text that is given as it is, or as the name of a file."""
+    try:
+        file = Path(value)
+        return file.read_text("utf-8-sig").strip() if file.is_file() else value
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--system: {value} is not a text file in UTF-8: {error.reason}") from error
+    except (OSError, ValueError):  # no name that a file can have, such as a long text; or one that may not be read
+        return value
 
 
 def _schema(path: str) -> dict[str, Any]:

@@ -10,13 +10,15 @@ from typing import Any
 import edgelm
 from edgelm.cli.flags import (
     add_loading_flags,
+    add_raw_flag,
     add_sampling_flags,
     add_template_flags,
     loading_from,
+    read_prompt,
     sampling_from,
     template_from,
 )
-from edgelm.errors import EdgelmError, UsageError
+from edgelm.errors import UsageError
 from edgelm.messages import Completion
 from edgelm.model import Model
 
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or builtin")
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; - reads it from standard input")
     parser.add_argument("--tokens", metavar="1,2,3", help="token ids instead of a prompt")
+    add_raw_flag(parser)
     add_template_flags(parser)
     add_sampling_flags(parser)
     add_loading_flags(parser)
@@ -57,14 +60,7 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
             return {"tokens": [int(word) for word in args.tokens.split(",")]}
         except ValueError:
             raise UsageError(f"--tokens takes ids such as 1,2,3; got {args.tokens!r}") from None
-    return {"prompt": _read_input() if args.prompt == "-" else args.prompt}
-
-
-def _read_input() -> str:
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise EdgelmError(f"standard input is not text in {error.encoding}: {error.reason}") from error
+    return {"prompt": read_prompt(args.prompt)}
 
 
 def _stream(model: Model, options: dict[str, Any]) -> Completion:

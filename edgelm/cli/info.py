@@ -90,6 +90,7 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
         ("", f"keys and values in {numbers}: {cache} bytes a token, {cache * m.context / 1e6:.1f} MB a full request"),
         ("sampling", ", ".join(f"{name} {value}" for name, value in sampling.items()) or "greedy"),
         ("chat template", "yes" if m.chat_template else "no"),
+        ("prompt", "a user's message" if m.prompts_are_messages else "text, completed as it stands"),
         ("prefix", prefix_text(bundle) or "none"),
         *_quality_rows(m),
         ("made with", ", ".join(f"{name} {version}" for name, version in m.made_with.items())),

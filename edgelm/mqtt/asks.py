@@ -25,7 +25,7 @@ SAMPLING_KEYS: Final = tuple(entry.name for entry in dataclasses.fields(Sampling
 _CONSTRAINT_KEYS: Final = ("json_schema", "regex", "choices")
 _OTHER_KEYS: Final = ("v", "id", "prompt", "messages", "model", "stream", "chunk_ms", "timeout_s", "response_topic")
 _SESSION_KEYS: Final = ("session", "end_session")
-_TEMPLATE_KEYS: Final = ("tools", "template_vars")
+_TEMPLATE_KEYS: Final = ("system", "raw", "tools", "template_vars")
 _MESSAGE_KEYS: Final = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 _REFUSED_KEYS: Final = {
     "priority": "this board answers in the order of arrival; leave it out or send 0",
@@ -55,6 +55,8 @@ class Ask:
     end_session: bool = False
     tools: tuple[Mapping[str, Any], ...] | None = None
     template_vars: Mapping[str, Any] | None = None
+    system: str | None = None
+    raw: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,9 @@ class Envelope:
 
 
 def open_envelope(payload: bytes, properties: Properties, new_id: str) -> Envelope:
-    """Return what a payload says of itself, never raising. A payload that is no JSON object is the prompt.
+    """Return what a payload says of itself, never raising.
+
+    A payload that does not begin with `{` is the prompt, without the line ends that a client's `echo` leaves behind it.
 
     Parameters
     ----------
@@ -139,32 +143,33 @@ def parse_ask(envelope: Envelope) -> Ask:
         end_session=ends,
         tools=_tools(body),
         template_vars=_template_vars(body),
+        system=_text(body, "system"),
+        raw=_flag(body, "raw"),
     )
 
 
 def write_ask(ask: Ask, response_topic: str | None, *, with_properties: bool) -> tuple[bytes, Properties]:
     """Return a request's payload and properties; over 3.1.1 the payload carries what properties would."""
-    body: dict[str, Any] = {"v": PROTOCOL}
-    if ask.prompt is not None:
-        body["prompt"] = ask.prompt
-    if ask.messages is not None:
-        body["messages"] = [dict(message) for message in ask.messages]
-    if ask.model is not None:
-        body["model"] = ask.model
-    body |= {key: list(value) if isinstance(value, tuple) else value for key, value in ask.sampling.items()}
+    given: dict[str, Any] = {
+        "prompt": ask.prompt,
+        "messages": None if ask.messages is None else [dict(message) for message in ask.messages],
+        "model": ask.model,
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in ask.sampling.items()},
+        "stream": ask.stream,
+        "chunk_ms": ask.chunk_ms,
+        "timeout_s": ask.timeout_s,
+        "system": ask.system,
+        "raw": ask.raw or None,
+        "tools": None if ask.tools is None else list(ask.tools),
+        "template_vars": None if ask.template_vars is None else dict(ask.template_vars),
+    }
     if ask.constraint is not None:
         value = ask.constraint.value
         schema = ask.constraint.kind == "json_schema"
-        body[ask.constraint.kind] = json.loads(str(value)) if schema else value
-    body |= {"stream": ask.stream, "chunk_ms": ask.chunk_ms}
-    if ask.timeout_s is not None:
-        body["timeout_s"] = ask.timeout_s
+        given[ask.constraint.kind] = json.loads(str(value)) if schema else value
     if ask.session is not None:
-        body |= {"session": ask.session, "end_session": ask.end_session}
-    if ask.tools is not None:
-        body["tools"] = list(ask.tools)
-    if ask.template_vars is not None:
-        body["template_vars"] = dict(ask.template_vars)
+        given |= {"session": ask.session, "end_session": ask.end_session}
+    body = {"v": PROTOCOL, **{key: value for key, value in given.items() if value is not None}}
     if with_properties:
         return write_json(body), Properties(
             response_topic=response_topic,
@@ -185,11 +190,17 @@ def _read_body(payload: bytes) -> Mapping[str, Any]:
     except UnicodeDecodeError as error:
         raise RequestError("bad_request", f"payload: is not UTF-8 (byte {error.start})") from error
     if not text.lstrip(" \t\r\n").startswith("{"):
-        return {"prompt": text}
+        return {"prompt": text.rstrip("\r\n")}
     try:
         body = json.loads(text)
-    except ValueError:
-        return {"prompt": text}
+    except json.JSONDecodeError as error:
+        raise RequestError(
+            "bad_request",
+            f"payload: begins with {{ and is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+            f' (a prompt that begins with {{ is sent as {{"prompt": "{{..."}})',
+        ) from None
+    except ValueError:  # a number with more digits than Python reads
+        raise RequestError("bad_request", "payload: holds a number that is too long") from None
     except RecursionError:
         raise RequestError("bad_request", "payload: is nested too deeply") from None
     try:

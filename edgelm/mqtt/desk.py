@@ -160,6 +160,8 @@ class Desk:
             end_session=ask.end_session,
             tools=ask.tools,
             template_vars=ask.template_vars,
+            system=ask.system,
+            raw=ask.raw,
         )
         self._worker.submit(request, answer.sink)
         self._answers[answer.key] = answer

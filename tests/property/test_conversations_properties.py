@@ -141,11 +141,39 @@ def test_a_text_that_goes_on_is_not_set_apart(before, text, plain):
 def test_prompts_and_messages_do_not_mix(plain):
     tokenizer = with_template(plain, BARE)
     said = Request("1", SAMPLING, messages=messages_of(["a"]))
-    typed = Request("1", SAMPLING, prompt="a")
-    for first, then, names in ((said, typed, "messages"), (typed, said, "prompts")):
+    typed = Request("1", SAMPLING, prompt="a", raw=True)
+    for first, then, names in ((said, typed, "messages"), (typed, said, "plain text")):
         talked = Conversation().ask(first, tokenizer).answer((), tokenizer)
         with pytest.raises(RequestError, match=f"begun with {names}"):
             talked.ask(then, tokenizer)
+
+
+def test_a_bare_prompt_is_a_message_of_the_user(plain):
+    tokenizer = with_template(plain, BARE)
+    prompts, said = Conversation(), Conversation()
+    for turn in ("a", "b"):
+        prompts = prompts.ask(Request("1", SAMPLING, prompt=turn), tokenizer)
+        said = said.ask(Request("1", SAMPLING, messages=messages_of([turn])), tokenizer)
+        assert list(prompts.tokens) == list(said.tokens)
+        prompts, said = prompts.answer((), tokenizer), said.answer((), tokenizer)
+    typed = Conversation().ask(Request("1", SAMPLING, prompt="a", raw=True), tokenizer)
+    assert list(typed.tokens) == tokenizer.encode("a")
+    assert typed.messages is None
+
+
+def test_a_conversation_keeps_the_system_message_that_it_began_with(plain):
+    tokenizer = with_template(plain, BARE)
+    first = Request("1", SAMPLING, prompt="a", system="Be brief.")
+    talked = Conversation().ask(first, tokenizer).answer((), tokenizer)
+    assert talked.messages[0] == {"role": "system", "content": "Be brief."}
+    for system in (None, "Be brief."):
+        again = talked.ask(Request("1", SAMPLING, prompt="b", system=system), tokenizer)
+        assert [message["role"] for message in again.messages] == ["system", "user", "assistant", "user"]
+    with pytest.raises(RequestError, match="end the session to change it"):
+        talked.ask(Request("1", SAMPLING, prompt="b", system="Be long."), tokenizer)
+    twice = ({"role": "system", "content": "a"}, *messages_of(["b"]))
+    with pytest.raises(RequestError, match="begin with a system message of their own"):
+        Conversation().ask(Request("1", SAMPLING, messages=twice, system="Be brief."), tokenizer)
 
 
 CONTEXT, MOST = 40, 3

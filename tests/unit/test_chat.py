@@ -250,12 +250,18 @@ def test_a_session_keeps_them_text() -> None:
 
 def test_a_prompt_with_something_for_the_template_is_a_user_s_message() -> None:
     sampling = SamplingParams()
-    plain = Request("1", sampling, prompt="hi")
-    assert plain.chat is None
-    for given in ({"tools": (LIGHT,)}, {"template_vars": {"a": 1}}):
-        assert Request("1", sampling, prompt="hi", **given).chat == ({"role": "user", "content": "hi"},)  # type: ignore[arg-type]
+    message = ({"role": "user", "content": "hi"},)
+    assert Request("1", sampling, prompt="hi").chat(prompts_are_messages=False) is None
+    assert Request("1", sampling, prompt="hi").chat(prompts_are_messages=True) == message
+    assert Request("1", sampling, prompt="hi", raw=True).chat(prompts_are_messages=True) is None
+    for given in ({"tools": (LIGHT,)}, {"template_vars": {"a": 1}}, {"system": "Be brief."}):
+        assert Request("1", sampling, prompt="hi", **given).chat(prompts_are_messages=False) == message  # type: ignore[arg-type]
         with pytest.raises(RequestError, match="tools and template_vars go with"):
             Request("1", sampling, tokens=(1,), **given)  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="raw goes with a prompt, without"):
+            Request("1", sampling, prompt="hi", raw=True, **given)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="raw goes with a prompt, without"):
+        Request("1", sampling, messages=message, raw=True)
 
 
 @pytest.mark.parametrize("choices", ["yes", "", b"yes", [], [""], ["a", 1], {"": 1}, 5, ("a", None)])

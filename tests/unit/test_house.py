@@ -180,7 +180,7 @@ def test_help_loads_no_library():
 GENERATE = """
 import edgelm
 with edgelm.load(sys.argv[1], threads=1) as model:
-    assert model.generate("Once upon", max_tokens=3, temperature=float(sys.argv[2]), ignore_eos=True).tokens
+    assert model.generate("Once upon", max_tokens=3, temperature=float(sys.argv[2]), ignore_eos=True, raw=True).tokens
 """
 
 

@@ -32,7 +32,7 @@ def wait_until(condition):
 @pytest.fixture(scope="module")
 def answer(model):
     """A greedy answer to PROMPT, computed step by step, as every `GREEDY` one is."""
-    return model.generate(PROMPT, **GREEDY, ignore_eos=True)
+    return model.generate(PROMPT, raw=True, **GREEDY, ignore_eos=True)
 
 
 def test_an_answer_says_how_it_came_about(model, answer):
@@ -55,6 +55,32 @@ def test_text_tokens_and_messages_meet(model, answer):
         RequestError, match="at least one message" if model.manifest.chat_template else "no chat template"
     ):
         model.generate(messages=[])
+
+
+def test_a_bare_prompt_is_a_message_where_there_is_a_chat_template(model, answer):
+    bare = model.generate(PROMPT, **GREEDY, ignore_eos=True)
+    assert model.manifest.prompts_are_messages == (model.manifest.chat_template is not None)
+    if not model.manifest.prompts_are_messages:
+        assert bare.tokens == answer.tokens
+        return
+    message = {"role": "user", "content": PROMPT}
+    assert bare.usage.prompt_tokens != answer.usage.prompt_tokens
+    assert model.generate(messages=[message], **GREEDY, ignore_eos=True).tokens == bare.tokens
+    system = {"role": "system", "content": "Be brief."}
+    opened = model.generate(messages=[system, message], **GREEDY, ignore_eos=True)
+    assert model.generate(PROMPT, system="Be brief.", **GREEDY, ignore_eos=True).tokens == opened.tokens
+
+
+def test_choosing_an_answer_to_a_message(model):
+    if not model.manifest.prompts_are_messages:
+        pytest.skip("this bundle completes text")
+    tokenizer = model.worker.engine.tokenizer
+    asked = tokenizer.encode_prompt(tokenizer.prompt_of([{"role": "user", "content": PROMPT}]))
+    ends = [tokenizer.encode(choice, add_special_tokens=False) for choice in ("yes", "no")]
+    sums = [model.score_tokens([*asked, *end])[len(asked) - 1 :].sum() for end in ends]
+    best, probability = model.choose(PROMPT, [" yes", "no"])
+    assert best == [" yes", "no"][int(np.argmax(sums))]
+    assert probability == pytest.approx(1 / (1 + np.exp(min(sums) - max(sums))))
 
 
 @settings(max_examples=40)
@@ -81,7 +107,7 @@ def test_a_stop_string_ends_the_answer_before_it(model, answer):
     middle = answer.text[len(answer.text) // 2 :][:3]
     assert middle
     for stop in (middle, [middle], ("unheard of", middle)):
-        done = model.generate(PROMPT, **GREEDY, ignore_eos=True, stop=stop)
+        done = model.generate(PROMPT, raw=True, **GREEDY, ignore_eos=True, stop=stop)
         assert done.finish_reason == "stop"
         assert done.text == answer.text[: answer.text.index(middle)]
         assert done.tokens == answer.tokens[: len(done.tokens)]
@@ -99,8 +125,8 @@ def test_an_end_token_ends_the_answer_and_is_not_in_it(model, answer):
 
     before = model.worker.call(declare)
     try:
-        done = model.generate(PROMPT, **GREEDY)
-        kept = model.generate(PROMPT, **GREEDY, ignore_eos=True)
+        done = model.generate(PROMPT, raw=True, **GREEDY)
+        kept = model.generate(PROMPT, raw=True, **GREEDY, ignore_eos=True)
     finally:
         model.worker.call(lambda engine: setattr(engine._intake, "_eos", before))
     assert done.finish_reason == "stop"
@@ -161,7 +187,7 @@ def test_choosing_agrees_with_scoring(model):
         pytest.skip("this bundle's tokens do not end where the prompt does")
     sums = np.array([model.score_tokens(tokens)[len(asked) - 1 :].sum() for tokens in whole])
     shares = np.exp(sums) / np.exp(sums).sum()
-    best, probability = model.choose(PROMPT, choices)
+    best, probability = model.choose(PROMPT, choices, raw=True)
     assert best == choices[int(shares.argmax())]
     assert probability == pytest.approx(shares.max())
     assert model.choose(PROMPT, ["only"]) == ("only", 1.0)

@@ -18,11 +18,30 @@ def _ask(payload: bytes | dict[str, object], properties: Properties | None = Non
     return parse_ask(open_envelope(data, properties or Properties(), "new"))
 
 
-@pytest.mark.parametrize(
-    "payload", [b"play jazz", b" [1, 2]", b"17", b'"quoted"', b'{"prompt": "cut of', "größer".encode()]
-)
+@pytest.mark.parametrize("payload", [b"play jazz", b" [1, 2]", b"17", b'"quoted"', "größer".encode()])
 def test_what_is_no_json_object_is_the_prompt(payload: bytes) -> None:
     assert _ask(payload).prompt == payload.decode()
+    assert _ask(payload + b"\r\n\n").prompt == payload.decode(), "line ends of echo and files are not the prompt's"
+
+
+@pytest.mark.parametrize(
+    ("payload", "where"),
+    [
+        (b'{"prompt": "cut of', "line 1, column 12"),
+        (b"{'prompt': 'a'}", "line 1, column 2"),
+        (b'{"prompt": "a"} x', "line 1, column 17"),
+        (b' {"prompt": "a",\n "stream": True}', "line 2, column 12"),
+    ],
+)
+def test_what_begins_with_a_brace_and_is_no_json_is_refused_with_its_place(payload: bytes, where: str) -> None:
+    with pytest.raises(RequestError, match=where):
+        _ask(payload)
+
+
+def test_a_prompt_in_json_is_taken_as_it_is() -> None:
+    ask = _ask({"prompt": " a\n", "raw": True})
+    assert (ask.prompt, ask.raw) == (" a\n", True)
+    assert _ask({"prompt": "a", "system": "Be brief."}).system == "Be brief."
 
 
 @pytest.mark.parametrize(
