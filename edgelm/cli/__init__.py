@@ -6,12 +6,14 @@ Each command is one module `edgelm.cli.<name>` with `add_arguments(parser)` and 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
-from typing import Final
+from typing import Final, NoReturn
 
 from edgelm._version import __version__
 from edgelm.errors import EdgelmError, UsageError
@@ -36,6 +38,21 @@ EPILOG: Final = """\
 Wherever a BUNDLE is expected, `builtin` names the one inside the package.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are raised: `main` makes one line of each."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UsageError`, with what may have been meant."""
+        wrong = re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)", message)
+        raise UsageError(message + (_meant(wrong[1], re.findall(r"[\w.-]+", wrong[2]), 0.8) if wrong else ""))
+
+    def options(self) -> set[str]:
+        """Return the flags of the command and of the commands below it."""
+        below = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]  # noqa: SLF001
+        found = {flag for action in self._actions for flag in action.option_strings}
+        return found.union(*(parser.options() for action in below for parser in action.choices.values()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +84,7 @@ def _explain(error: BaseException, command: str) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, UsageError):
-        return 2, f"{error} ({command} --help)"
+        return 2, f"{error} ({command.strip() if command.split()[-1] in COMMANDS else 'edgelm'} --help)"
     if isinstance(error, EdgelmError):
         return 1, str(error)
     return 1, f"internal error: {type(error).__name__}: {error} (--debug shows where)"
@@ -78,8 +95,8 @@ def _chosen(arguments: list[str]) -> str:
 
 
 def _parse(arguments: list[str], chosen: str) -> argparse.Namespace:
-    """Import the chosen command alone, so that `edgelm --help` stays instant."""
-    parser = argparse.ArgumentParser(
+    """Import the chosen command alone, so that `edgelm --help` stays instant. Raises `UsageError`."""
+    parser = Parser(
         prog="edgelm",
         description="Small language models on a board: distil, quantize, export, serve over MQTT.",
         epilog=EPILOG,
@@ -97,4 +114,19 @@ def _parse(arguments: list[str], chosen: str) -> argparse.Namespace:
             module.add_arguments(command)
             command.add_argument("--debug", action="store_true", help="show the traceback of an error")
             command.set_defaults(run=module.run)
-    return parser.parse_args(arguments)
+    if not chosen and arguments and not {"-h", "--help", "--version"}.intersection(arguments):
+        raise UsageError(f"unknown argument {arguments[0]!r}{_meant(arguments[0], parser.options())}")
+    if chosen and chosen not in COMMANDS:
+        raise UsageError(f"there is no command {chosen!r}{_meant(chosen, COMMANDS)}")
+    args, unknown = parser.parse_known_args(arguments if chosen else [*arguments, "--help"])
+    if unknown:
+        options = commands.choices[chosen].options()
+        flag = next((word for word in unknown if word.startswith("-")), unknown[0])
+        raise UsageError(f"unknown argument {flag!r}{_meant(flag.partition('=')[0], options)}")
+    return args
+
+
+def _meant(word: str, known: Iterable[str], cutoff: float = 0.7) -> str:
+    """Return a suggestion of what was mistyped; empty where nothing is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]}?" if close else ""

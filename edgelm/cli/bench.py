@@ -12,12 +12,16 @@ from typing import Final
 
 from edgelm.benchmark import Report, benchmark
 from edgelm.boardcache import BoardCache
+from edgelm.bundle import open_bundle
 from edgelm.cli.flags import add_cache_flag
 from edgelm.cli.profile_table import profile_table
 from edgelm.cli.progress import Progress
 from edgelm.errors import UsageError
 from edgelm.profiler import DECODE_STEPS, Profile, profile
 from edgelm.tuner import Trial, tune
+
+PROMPT_TOKENS: Final = 256
+NEW_TOKENS: Final = 128
 
 BUSY: Final = 0.5
 """Load average from which other programs disturb a comparison."""
@@ -26,8 +30,10 @@ BUSY: Final = 0.5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or builtin")
-    parser.add_argument("--prompt-tokens", type=int, default=256, metavar="N", help="length of the prompt (256)")
-    parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens to decode (128)")
+    parser.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help=f"length of the prompt ({PROMPT_TOKENS}, or half the context)"
+    )
+    parser.add_argument("--new-tokens", type=int, metavar="N", help=f"tokens to decode ({NEW_TOKENS}, or what is left)")
     parser.add_argument("--batch", type=_numbers, default=(1,), metavar="1,4,8", help="requests decoded together (1)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="measured rounds (5), after one unmeasured")
@@ -52,12 +58,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--tune and --profile measure different things: name one of them")
     if args.tune:
         return _tune(args, cache)
+    prompt_tokens, new_tokens = _lengths(args)
     measure: Callable[..., Report | Profile] = profile if args.profile else benchmark
     with Progress() as progress:
         report = measure(
             args.bundle,
-            prompt_tokens=args.prompt_tokens,
-            new_tokens=args.new_tokens,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
             batches=args.batch,
             threads=args.threads,
             cache=cache,
@@ -67,6 +74,17 @@ def run(args: argparse.Namespace) -> int:
     text = profile_table(report) if isinstance(report, Profile) else _table(report)
     print(json.dumps(report.to_dict()) if args.json else text)
     return 0
+
+
+def _lengths(args: argparse.Namespace) -> tuple[int, int]:
+    """Return how long prompt and answer are: what was asked for, else what the bundle's context has room for."""
+    context = open_bundle(args.bundle, verify=False).manifest.context
+    prompt, new = args.prompt_tokens, args.new_tokens
+    if prompt is None:
+        prompt = max(1, min(PROMPT_TOKENS, context // 2, context - (new or 0)))
+    if new is None:
+        new = max(1, min(NEW_TOKENS, context - prompt))
+    return prompt, new
 
 
 def _tune(args: argparse.Namespace, cache: BoardCache | None) -> int:

@@ -30,12 +30,32 @@ def test_help_names_every_command(run):
         assert re.search(rf"^ +{command} +{summary.split()[0]} ", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("arguments", [[], ["sing"], ["--verbose"], ["generate"], ["generate", "builtin", "a", "b"]])
-def test_wrong_usage_is_2(arguments, run):
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["sing"], "edgelm sing: there is no command 'sing' (edgelm --help)"),
+        (["expot"], "edgelm expot: there is no command 'expot'; did you mean export? (edgelm --help)"),
+        (["--verbose"], "edgelm: unknown argument '--verbose' (edgelm --help)"),
+        (["--versio"], "edgelm: unknown argument '--versio'; did you mean --version? (edgelm --help)"),
+        (["generate"], "edgelm generate: the following arguments are required: BUNDLE (edgelm generate --help)"),
+        (["generate", "builtin", "a", "b"], "edgelm generate: unknown argument 'b' (edgelm generate --help)"),
+        (["bench", "b", "--bach=2"], "unknown argument '--bach=2'; did you mean --batch? (edgelm bench --help)"),
+        (["devices", "smok"], "did you mean smoke? (edgelm devices --help)"),
+        (["devices", "smoke", "--bokr", "x"], "unknown argument '--bokr'; did you mean --broker?"),
+        (["export", "a", "b", "--quant", "int3"], "'int4', 'int5', 'int6', 'int8', 'mixed', 'fp32', 'keep') (edgelm"),
+    ],
+)
+def test_wrong_usage_is_2_in_one_line(arguments, told, run):
     code, out, err = run(*arguments)
     assert code == 2
     assert out == ""
-    assert "usage: edgelm" in err
+    assert told in err
+    assert err.count("\n") == 1
+
+
+def test_without_a_command_there_is_help(run):
+    assert run() == run("--help")
+    assert run()[0] == 0
 
 
 @pytest.mark.parametrize("command", ["generate", "info", "bench", "eval", "chat", "export", "serve", "ask"])
@@ -146,6 +166,13 @@ def test_eval_refuses_what_it_cannot_measure(bundle, tmp_path, run):
         assert (code, out) == (1, "")
         assert err.count("\n") == 1
         assert "internal error" not in err
+
+
+@pytest.mark.parametrize(("options", "lengths"), [([], (128, 128)), (["--new-tokens", "200"], (56, 200))])
+def test_bench_fits_its_lengths_into_the_context(options, lengths, run):
+    _, out, _ = run("bench", "builtin", "--repeat", "1", "--json", *options)
+    (measured,) = json.loads(out)["runs"]
+    assert (measured["prompt_tokens"], measured["new_tokens"]) == lengths
 
 
 def test_bench_reports_every_batch(bundle, run):

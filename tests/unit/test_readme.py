@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from edgelm.cli import _parse
+from edgelm.errors import UsageError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,7 +38,7 @@ def test_every_command_parses(line: str) -> None:
 
 
 def test_a_command_that_does_not_exist_would_be_noticed() -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError):
         _parse(["serve", "--no-such-flag"], "serve")
 
 
