@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 from edgelm.errors import RequestError
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+FinishReason = Literal["stop", "length", "repetition", "cancelled", "deadline", "error"]
 
 RANGES: Final[dict[str, tuple[float, float]]] = {
     "max_tokens": (1, 1_000_000),
@@ -53,6 +53,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int = 0
     ignore_eos: bool = False
+    repetition_guard: bool = True
+    """Whether an answer ends, with `finish_reason` "repetition", once it repeats one passage over and over
+    (`edgelm.repetition`). Constrained answers and those with `ignore_eos` go on."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
@@ -66,8 +69,9 @@ class SamplingParams:
                 raise RequestError("bad_request", f"{name} must be {'an integer' if whole else 'a number'}")
             if not low <= value <= high:
                 raise RequestError("bad_request", f"{name} must lie in [{low}, {high}], got {value}")
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError("bad_request", "ignore_eos must be true or false")
+        for name in ("ignore_eos", "repetition_guard"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError("bad_request", f"{name} must be true or false")
         if len(self.stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in self.stop):
             raise RequestError("bad_request", f"stop must be at most {MAX_STOPS} non-empty strings")
 

@@ -249,10 +249,7 @@ class Model:
         choices = check_choices(choices)
         tokenizer = self.worker.engine.tokenizer
         is_message = tokenizer.prompts_are_messages and not raw
-        if is_message:
-            asked = tokenizer.encode_prompt(tokenizer.prompt_of([{"role": "user", "content": prompt}]))
-        else:
-            asked = tokenizer.encode(prompt)
+        asked = self.message_tokens([{"role": "user", "content": prompt}]) if is_message else tokenizer.encode(prompt)
         if not prompt or not asked:
             raise RequestError("bad_request", "the prompt is empty: there is nothing to continue")
         logprobs = []
@@ -266,6 +263,25 @@ class Model:
         shares = np.exp(np.array(logprobs) - max(logprobs))
         best = int(shares.argmax())
         return choices[best], float(shares[best] / shares.sum())
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.worker.engine.context
+
+    def message_tokens(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the tokens of the prompt that the chat template makes of a conversation.
+
+        Raises `RequestError` when there is no template, or it refuses the messages.
+        """
+        tokenizer = self.worker.engine.tokenizer
+        return tokenizer.encode_prompt(tokenizer.prompt_of(messages, tools, template_vars))
 
     def document_tokens(self, text: str) -> list[int]:
         """Return a text's tokens as a document: the start token, where there is one, then the bare text."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edgelm.drafts import Drafting
 from edgelm.errors import RequestError
 from edgelm.messages import Chunk, Completion, FinishReason, Request, Timing, TokenLogprob, Usage
+from edgelm.repetition import LoopDetector
 from edgelm.sampling import Sampler
 from edgelm.tokenizer import StreamDecoder, Tokenizer
 
@@ -62,6 +63,8 @@ class Sequence:
         self.length = len(prompt)
         self._eos = frozenset() if params.ignore_eos else eos_tokens
         self._matcher = matcher
+        guarded = params.repetition_guard and matcher is None and not params.ignore_eos
+        self._loops = LoopDetector() if guarded else None
         self._sampler = Sampler(params, vocab_size)
         self._decoder = StreamDecoder(tokenizer, prompt[-PROMPT_TAIL:], params.stop)
         self._logprobs: list[TokenLogprob] = []
@@ -138,6 +141,8 @@ class Sequence:
             chunks.append(self.finish("stop"))
         elif self.left == 0:
             chunks.append(self.finish("length"))
+        elif self._loops is not None and self._loops.is_loop(self.history[self.prompt_tokens : self.length]):
+            chunks.append(self.finish("repetition"))
         return chunks
 
     def _take_forced(self) -> list[Chunk]:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
+import json
+import os
+import re
+import shlex
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import edgelm
+from edgelm.chat import check_messages
 from edgelm.cli.flags import (
     add_loading_flags,
     add_sampling_flags,
@@ -15,55 +25,325 @@ from edgelm.cli.flags import (
     sampling_from,
     template_from,
 )
+from edgelm.cli.progress import Spinner
+from edgelm.cli.tables import cut_off, speed_text
 from edgelm.errors import EdgelmError, RequestError
+from edgelm.messages import RANGES, Completion, SamplingParams
 from edgelm.model import Model
 
-SESSION: Final = "chat"
-"""The session's name: the model remembers what was said."""
+SAMPLING: Final[dict[str, Any]] = {"temperature": 0.3, "top_p": 0.9, "repetition_penalty": 1.1}
+"""How a chat samples where the checkpoint gave no defaults: without chance small models go round in circles."""
+
+ANSWER_SHARE: Final = 4
+"""One part in so many of the context is left for an answer: older turns make room."""
+
+MOST_HISTORY: Final = 1000
+"""Lines that the history file keeps."""
+
+QUOTES: Final = '"""'
+
+HELP: Final = """\
+/help              this
+/system [TEXT]     show the system message, or set it and begin anew
+/set [NAME VALUE]  show the sampling options, or set one, such as /set temperature 0.7
+/regenerate        answer the last message again
+/stats             tokens and speed of the last answer
+/save FILE         write the conversation as JSON
+/load FILE         go on from a saved conversation
+/clear             forget what was said
+/bye               end the chat, as Ctrl-D does
+Ctrl-C stops an answer. A message of several lines stands between lines that begin and end with \"\"\"."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.epilog = "Ctrl-C stops an answer, Ctrl-D or /exit ends the chat, /clear forgets what was said."
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"in the chat:\n{HELP}"
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or builtin")
+    parser.add_argument("--verbose", action="store_true", help="show tokens and speed behind each answer")
     add_template_flags(parser)
     add_sampling_flags(parser)
     add_loading_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read a line, answer it, until the end of input."""
-    given = {**sampling_from(args), **template_from(args)}
-    with edgelm.load(args.bundle, **loading_from(args), max_batch=1) as model:
+    """Read messages and commands until the end of input."""
+    given, template = sampling_from(args), template_from(args)
+    with Spinner("preparing the model for this processor"):
+        model = edgelm.load(args.bundle, **loading_from(args), max_batch=1)
+    with model, _line_editing():
         if model.manifest.chat_template is None:
             raise EdgelmError(f"{args.bundle} has no chat template; `edgelm generate` continues plain text")
-        while True:
-            try:
-                line = input("> " if sys.stdin.isatty() else "").strip()
-            except EOFError:
-                return 0
-            except KeyboardInterrupt:
-                print()
-                continue
-            if line == "/exit":
-                return 0
-            if line == "/clear":
-                model.end_session(SESSION)
-            elif line:
-                _turn(model, [{"role": "user", "content": line}], given)
+        chat = Chat(model, template, {**_defaults(model), **given}, is_verbose=args.verbose)
+        if sys.stdin.isatty():
+            print(_banner(model, args.bundle))
+        for message in _messages():
+            if not chat.take(message):
+                break
+    return 0
 
 
-def _turn(model: Model, messages: list[dict[str, str]], given: dict[str, Any]) -> None:
-    """Answer what is new; where it cannot be answered, the conversation stays as it was."""
-    stream = model.stream(messages=messages, session=SESSION, **given)
+@dataclass
+class Chat:
+    """What was said, how answers are sampled, and the commands.
+
+    The whole conversation is given to the model at each turn; what it has in common with the last one is not computed
+    again.
+    """
+
+    model: Model
+    template: dict[str, Any]
+    sampling: dict[str, Any]
+    is_verbose: bool = False
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    last: Completion | None = None
+
+    def take(self, line: str) -> bool:
+        """Answer a message or follow a command; return whether the chat goes on."""
+        command = re.match(r"/([a-z]+)(?:\s+(.*))?$", line, re.DOTALL)
+        if command is None:
+            self._answer([*self.messages, {"role": "user", "content": line}])
+            return True
+        name, rest = command[1], (command[2] or "").strip()
+        if name in {"bye", "exit", "quit"}:
+            return False
+        commands: dict[str, Callable[[str], None]] = {
+            "help": lambda _: print(HELP),
+            "system": self._system,
+            "set": self._set,
+            "regenerate": lambda _: self._regenerate(),
+            "stats": lambda _: print("nothing was answered yet" if self.last is None else speed_text(self.last)),
+            "save": self._save,
+            "load": self._load,
+            "clear": lambda _: self.messages.clear(),
+        }
+        if name not in commands:
+            meant = difflib.get_close_matches(name, [*commands, "bye"], n=1)
+            _complain(
+                f"there is no /{name}; " + (f"did you mean /{meant[0]}?" if meant else "/help lists what there is")
+            )
+            return True
+        try:
+            commands[name](rest)
+        except EdgelmError as error:
+            _complain(str(error))
+        return True
+
+    # --- answers ---
+
+    def _answer(self, messages: list[dict[str, Any]]) -> None:
+        """Answer the last of some messages; where that fails, the conversation stays as it was."""
+        try:
+            kept = self._fitted(messages)
+            said = self._stream(kept)
+        except RequestError as error:
+            _complain(str(error))
+            return
+        self.messages = [*kept, {"role": "assistant", "content": said}]
+
+    def _stream(self, messages: list[dict[str, Any]]) -> str:
+        """Print an answer as it comes; return what was said until it ended or was stopped."""
+        said = []
+        template = {name: value for name, value in self.template.items() if name != "system"}
+        stream = self.model.stream(messages=self._opened(messages), **template, **self.sampling)
+        try:
+            for chunk in stream:
+                print(chunk.delta, end="", flush=True)
+                said.append(chunk.delta)
+                self.last = chunk.completion or self.last
+        except KeyboardInterrupt:
+            print(" [stopped]")
+            return "".join(said)
+        finally:
+            stream.close()  # type: ignore[attr-defined]
+        print()
+        if self.last is not None:
+            told = cut_off(self.last, self.model.context)
+            if told is not None:
+                _complain(told)
+            if self.is_verbose:
+                print(speed_text(self.last), file=sys.stderr)
+        return "".join(said)
+
+    def _opened(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages behind the system message, where there is one."""
+        system = self.template.get("system")
+        return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+    def _fitted(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages without the oldest turns where all of them leave too little room for an answer."""
+        context = self.model.context
+        wanted = context // ANSWER_SHARE
+        room = context - min(wanted, self.sampling.get("max_tokens", wanted))
+        dropped, rest = 0, messages
+        while len(rest) > 1 and self._tokens(rest) > room:
+            following = (i for i, message in enumerate(rest[1:], 1) if message["role"] == "user")
+            rest = rest[next(following, len(rest) - 1) :]
+            dropped += 1
+        if dropped:
+            turns = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
+            _complain(f"the context of {context} tokens is full: {turns} left out")
+        return rest
+
+    def _tokens(self, messages: list[dict[str, Any]]) -> int:
+        tools, variables = self.template.get("tools"), self.template.get("template_vars")
+        return len(self.model.message_tokens(self._opened(messages), tools=tools, template_vars=variables))
+
+    # --- commands ---
+
+    def _regenerate(self) -> None:
+        asked = next((i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "user"), None)
+        if asked is None:
+            raise EdgelmError("nothing was asked yet")
+        self._answer(self.messages[: asked + 1])
+
+    def _system(self, text: str) -> None:
+        if not text:
+            print(self.template.get("system") or "no system message")
+            return
+        self.template["system"] = text
+        self.messages.clear()
+
+    def _set(self, words: str) -> None:
+        if not words:
+            shown = {**_shown(self.model.manifest.sampling), **self.sampling, "verbose": self.is_verbose}
+            print("\n".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in sorted(shown.items())))
+            return
+        name, _, text = words.partition(" ")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = {"on": True, "off": False}.get(text.strip(), text.strip())
+        if name == "verbose":
+            if not isinstance(value, bool):
+                raise EdgelmError("verbose is on or off")
+            self.is_verbose = value
+            return
+        known = [*RANGES, "repetition_guard"]
+        if name not in known:
+            raise EdgelmError(f"/set takes {', '.join(sorted([*known, 'verbose']))}")
+        SamplingParams(**{name: value})  # checks its type and range
+        self.sampling[name] = value
+
+    def _save(self, words: str) -> None:
+        file = _file(words, "/save")
+        saved = {"model": self.model.manifest.digest, "messages": self._opened(self.messages)}
+        try:
+            file.write_text(json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise EdgelmError(f"{file} cannot be written: {error.strerror}") from error
+        print(f"{len(self.messages)} messages written to {file}")
+
+    def _load(self, words: str) -> None:
+        file = _file(words, "/load")
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8-sig"))
+        except OSError as error:
+            raise EdgelmError(f"{file} cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise EdgelmError(f"{file} is not JSON: {error}") from error
+        messages = saved.get("messages") if isinstance(saved, dict) else saved
+        if not isinstance(messages, list):
+            raise EdgelmError(f'{file} holds no conversation: it must be {{"messages": [...]}}, as /save writes it')
+        check_messages(messages)
+        rest = list(messages)
+        if rest[0]["role"] == "system" and isinstance(rest[0].get("content"), str):
+            self.template["system"] = rest.pop(0)["content"]
+        else:
+            self.template.pop("system", None)
+        self.messages = rest
+        print(f"{len(rest)} messages read from {file}")
+
+
+def _file(words: str, command: str) -> Path:
+    """Return the one file that a command names; quotes may stand around it."""
     try:
-        for chunk in stream:
-            print(chunk.delta, end="", flush=True)
-    except KeyboardInterrupt:
-        print(" [stopped]", end="")
-    except RequestError as error:
-        print(f"edgelm chat: {error}; /clear starts anew", file=sys.stderr)
+        names = shlex.split(words)
+    except ValueError:
+        names = []
+    if len(names) != 1:
+        raise EdgelmError(f"{command} takes the name of one file")
+    return Path(names[0]).expanduser()
+
+
+def _defaults(model: Model) -> dict[str, Any]:
+    """Return what a chat samples with unless told otherwise: answers as long as the context allows."""
+    bundle, plain = model.manifest.sampling, SamplingParams()
+    given: dict[str, Any] = {}
+    if bundle.max_tokens == plain.max_tokens:
+        given["max_tokens"] = model.context
+    if model.manifest.prompts_are_messages and bundle.temperature == 0 and bundle.repetition_penalty == 1:
+        given |= SAMPLING
+    return given
+
+
+def _shown(sampling: SamplingParams) -> dict[str, Any]:
+    return {name: getattr(sampling, name) for name in (*RANGES, "repetition_guard")}
+
+
+def _banner(model: Model, name: str) -> str:
+    m = model.manifest
+    size = f"{m.parameters / 1e6:.0f} M" if m.parameters >= 10_000_000 else f"{m.parameters / 1e6:.2f} M"
+    return (
+        f"{Path(name).resolve().name}: {m.architecture}, {size} parameters in {m.quant}, context {model.context}\n"
+        "/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat."
+    )
+
+
+def _messages() -> Iterator[str]:
+    """Yield what is typed, a message or a command at a time, until the end of input."""
+    is_typed = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if is_typed else "").strip()
+            if line.startswith(QUOTES):
+                line = _further(line[len(QUOTES) :], is_typed)
+        except EOFError:
+            if is_typed:
+                print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        except UnicodeDecodeError as error:
+            raise EdgelmError(f"standard input is not text in {error.encoding}: {error.reason}") from error
+        if line:
+            yield line
+
+
+def _further(begun: str, is_typed: bool) -> str:
+    """Return a message of several lines, whose last one ends with three quotes."""
+    lines = [begun]
+    while not lines[-1].rstrip().endswith(QUOTES):
+        lines.append(input("... " if is_typed else ""))
+    lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
+    return "\n".join(lines).strip()
+
+
+@contextlib.contextmanager
+def _line_editing() -> Iterator[None]:
+    """Let `input` edit lines and recall earlier ones, those of earlier chats too, where Python has readline."""
+    if not sys.stdin.isatty():
+        yield
         return
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    file = Path(state).expanduser() / "edgelm" / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(file)
+    readline.set_history_length(MOST_HISTORY)
+    try:
+        yield
     finally:
-        stream.close()  # type: ignore[attr-defined]
-    print()
+        with contextlib.suppress(OSError):  # no home, or one that cannot be written
+            file.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
+            readline.write_history_file(file)
+
+
+def _complain(text: str) -> None:
+    print(f"edgelm chat: {text}", file=sys.stderr, flush=True)

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             if quality.truncated:
                 print(
                     f"{quality.truncated} of {quality.documents} documents are longer than the context of"
-                    f" {model.worker.engine.context}: {quality.skipped} tokens were cut; --long-documents window scores"
+                    f" {model.context}: {quality.skipped} tokens were cut; --long-documents window scores"
                     " them too",
                     file=sys.stderr,
                 )

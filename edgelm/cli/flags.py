@@ -26,6 +26,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     group.add_argument("--logprobs", type=int, metavar="N", help="log-probabilities with N alternatives a token")
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on to --max-tokens")
+    group.add_argument(
+        "--no-repetition-guard",
+        dest="repetition_guard",
+        action="store_false",
+        default=None,
+        help="go on where an answer repeats one passage over and over",
+    )
     form = group.add_mutually_exclusive_group()
     form.add_argument("--json-schema", metavar="FILE", help="answer with JSON that fits this schema")
     form.add_argument("--regex", metavar="PATTERN", help="answer with text that matches")
@@ -38,7 +45,7 @@ def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
     Raises `ConfigError` when the schema file cannot be read.
     """
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "logprobs")
-    given = {name: getattr(args, name) for name in (*names, "ignore_eos", "regex")}
+    given = {name: getattr(args, name) for name in (*names, "ignore_eos", "repetition_guard", "regex")}
     if args.choices is not None:
         given["choices"] = [choice.strip() for choice in args.choices.split(",")]
     if args.json_schema is not None:

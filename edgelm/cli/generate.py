@@ -18,6 +18,8 @@ from edgelm.cli.flags import (
     sampling_from,
     template_from,
 )
+from edgelm.cli.progress import Spinner
+from edgelm.cli.tables import cut_off
 from edgelm.errors import UsageError
 from edgelm.messages import Completion
 from edgelm.model import Model
@@ -40,15 +42,17 @@ def run(args: argparse.Namespace) -> int:
     """Answer the prompt."""
     asked = _asked(args)
     given = {**sampling_from(args), **template_from(args)}
-    with edgelm.load(args.bundle, **loading_from(args), max_batch=1) as model:
+    with Spinner("preparing the model for this processor"):
+        model = edgelm.load(args.bundle, **loading_from(args), max_batch=1)
+    with model:
         if args.json or args.no_stream:
             done = model.generate(**asked, **given)
             print(json.dumps(done.to_dict(), ensure_ascii=False) if args.json else done.text)
         else:
             done = _stream(model, {**asked, **given})
-    if done.finish_reason == "length" and not args.json:
-        total = done.usage.prompt_tokens + done.usage.completion_tokens
-        print(f"edgelm: stopped at {done.usage.completion_tokens} tokens ({total} with the prompt)", file=sys.stderr)
+        told = None if args.json else cut_off(done, model.context)
+    if told is not None:
+        print(f"edgelm: {told}", file=sys.stderr)
     return 0
 
 

@@ -1,14 +1,17 @@
-"""A progress line on a terminal for work over two seconds; silent when piped."""
+"""A progress line on a terminal for work over two seconds, a spinner for work of unknown length; silent when piped."""
 
 from __future__ import annotations
 
+import itertools
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Final
 
 DELAY_S: Final = 2.0
 EVERY_S: Final = 0.1
+SPINNER_DELAY_S: Final = 0.5
 WIDTH: Final = 30
 BYTES_FROM: Final = 100_000
 """From this many steps on they are bytes, and shown as megabytes."""
@@ -49,3 +52,38 @@ def bar(what: str, done: int, of: int, elapsed_s: float) -> str:
     left = f"{elapsed_s / done * max(of - done, 0):.0f} s left" if done and elapsed_s > 0 else ""
     steps = f"{done / 1e6:.1f}/{of / 1e6:.1f} MB" if of >= BYTES_FROM else f"{done}/{of}"
     return f"{what} {steps} [{'#' * filled}{'.' * (WIDTH - filled)}] {left}".rstrip()
+
+
+class Spinner:
+    """Shows on a terminal that something is going on whose length is not known, from half a second on.
+
+    A context manager.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._turn, daemon=True)
+
+    def _turn(self) -> None:
+        if self._done.wait(SPINNER_DELAY_S):
+            return
+        begun = time.monotonic()
+        for sign in itertools.cycle("|/-\\"):
+            waited = time.monotonic() - begun + SPINNER_DELAY_S
+            print(f"\r\x1b[K{sign} {self._what} ({waited:.0f} s)", end="", file=sys.stderr, flush=True)
+            if self._done.wait(EVERY_S):
+                break
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Spinner:
+        if sys.stderr.isatty():
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        if self._thread.ident is not None:
+            self._thread.join()

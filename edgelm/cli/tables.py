@@ -7,9 +7,34 @@ from itertools import groupby
 from typing import Any, Final
 
 from edgelm.bundle import Bundle, Matrix
+from edgelm.messages import Completion
 
 SHOWN: Final = 60
 """Characters of a static prefix that are shown."""
+
+
+def cut_off(done: Completion, context: int) -> str | None:
+    """Return why an answer ended before the model ended it, and what to do; None where the model did."""
+    said, total = done.usage.completion_tokens, done.usage.prompt_tokens + done.usage.completion_tokens
+    if done.finish_reason == "repetition":
+        return "the answer repeated itself and was cut (--no-repetition-guard lets it go on)"
+    if done.finish_reason == "deadline":
+        return f"the time was up after {said} tokens"
+    if done.finish_reason != "length":
+        return None
+    if total >= context:
+        return f"the answer was cut after {said} tokens: the context of {context} is full"
+    return f"the answer was cut after {said} tokens (--max-tokens)"
+
+
+def speed_text(done: Completion) -> str:
+    """Return an answer's tokens and speed, in one line."""
+    usage, timing = done.usage, done.timing
+    return (
+        f"{usage.completion_tokens} tokens, {timing.tok_s:.1f} tok/s; prompt {usage.prompt_tokens} tokens,"
+        f" {usage.cached_tokens} of them known; first token after {timing.ttft_ms:.0f} ms,"
+        f" {timing.total_ms / 1e3:.1f} s in all"
+    )
 
 
 def quality_table(quality: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 import naive_kernels as naive
 from attention_cases import Case, checked
 from naive_kernel_attention import Shape
-from native_nodes import matrix, product, run
+from native_nodes import look_up, matrix, product, run
 from edgelm.native.formats import FORMATS
 from edgelm.native.registration import Operators
 
