@@ -202,22 +202,6 @@ def test_bench_refuses_sizes_that_make_no_sense(options, code, bundle, run):
     assert "internal error" not in err
 
 
-def test_chat_answers_line_by_line(bundle, model):
-    if model.manifest.chat_template is None:
-        pytest.skip("this bundle has no chat template")
-    said = "hello\n/clear\nhello\nhow are you\n/exit\nnot read\n"
-    done = edgelm("chat", bundle, "--temperature", 0, "--max-tokens", 6, "--regex", "[a-z]{6}", stdin=said)
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
-    assert len(lines) == 3
-    assert lines[0] == lines[1]
-    for said, answer in (("hello", lines[1]), ("how are you", lines[2])):
-        messages = [{"role": "user", "content": said}]
-        done = model.generate(messages=messages, session="as in chat", temperature=0.0, max_tokens=6, regex="[a-z]{6}")
-        assert done.text == answer
-    assert done.turn == 2
-
-
 def test_chat_without_a_template_says_what_to_do(bundle, tmp_path, run):
     import dataclasses
 
