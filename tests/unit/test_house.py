@@ -19,7 +19,7 @@ FLOORS = [
     {"attributes", "brokerconfig", "messages"},
     {"bundle", "config", "tasks", "measure", "hardware", "divergence", "windows"},
     {"boardcache", "native"},
-    {"chat", "detokenizer", "drafts", "grammar", "kv", "memory", "prefixes", "profile", "sampling"},
+    {"chat", "detokenizer", "drafts", "grammar", "kv", "memory", "prefixes", "profile", "repetition", "sampling"},
     {"tuning", "tokenizer", "growing"},
     {"graphs", "static_tokens"},
     {"probe"},
