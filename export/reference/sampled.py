@@ -89,9 +89,10 @@ def _write(
     tokens[:, 0] = first
     for at in range(1, length):
         lengths = np.full(len(first), at - 1, np.int32)
-        logits = session.decode(tokens[:, at - 1], lengths).astype(np.float64)
+        logits = session.decode(tokens[:, at - 1], lengths)
         logits[:, list(ends)] = -np.inf
-        # The largest of logits with Gumbel noise is distributed as a softmax sample.
-        noise = generator.gumbel(size=logits.shape)
-        tokens[:, at] = (logits + noise).argmax(axis=1)
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        reached = np.cumsum(weights, axis=1, dtype=np.float64)
+        drawn = generator.random(len(first)) * reached[:, -1]
+        tokens[:, at] = (reached > drawn[:, None]).argmax(axis=1)
     return list(tokens)
