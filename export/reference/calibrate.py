@@ -22,7 +22,7 @@ from .layers import Layers, Part
 from .states import States
 from .sums import Sums
 
-HEAD_TOKENS: Final = 4096
+HEAD_TOKENS: Final = 2048
 """Positions, at least, that tell the moments of a tied head, for which the unquantized model has to run once more; at
 least four times as many as the head has inputs."""
 

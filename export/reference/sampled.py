@@ -30,7 +30,7 @@ WRITTEN_TOKENS: Final = 24576
 TOKENS: Final = 256
 """Length of each document."""
 
-TOGETHER: Final = 28
+TOGETHER: Final = 32
 """Documents that are sampled in one batch."""
 
 
