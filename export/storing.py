@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,10 @@ from .reference.layers import Layers
 from .reference.sensitivity import uncalibrated
 from .rows import Rows
 from .weights import Weights
+
+MOST_GROWTH: Final = 4
+"""How many times as large as a matrix's largest weight a calibrated one's may be. A channel that hardly varies takes up
+others' errors by large weights, which the text that calibrated it justifies and another one may not."""
 
 
 def planned(name: str, rows: int, columns: int, spec: Spec | None) -> Matrix:
@@ -107,7 +112,8 @@ def quantize_rows(
 def calibrated_rows(rows: Rows, spec: Spec, moments: Moments, importance: NDArray[np.float32] | None) -> Packed | None:
     """Quantize a matrix with what calibration says of its inputs, first moved to make up for earlier errors.
 
-    Returns None where the result serves the held-back positions no better than a matrix quantized without calibration.
+    Returns None where the result serves the held-back positions no better than a matrix quantized without calibration,
+    or has a value more than `MOST_GROWTH` times as large as the matrix has.
     """
     moved = rows
     if moments.cross is not None or moments.residual is not None:
@@ -116,18 +122,21 @@ def calibrated_rows(rows: Rows, spec: Spec, moments: Moments, importance: NDArra
     if moments.held_back is None:
         return packed
     plain = quantize_rows(rows, uncalibrated(spec), importance=importance)
-    errors = [_held_error(rows, each, moments.held_back) for each in (packed, plain)]
-    return packed if errors[0] < errors[1] else None
+    (error, growth), (other, _) = (_held_error(rows, each, moments.held_back) for each in (packed, plain))
+    return packed if error < other and growth <= MOST_GROWTH else None
 
 
-def _held_error(rows: Rows, packed: Packed, held: HeldBack) -> float:
-    error, start = 0.0, 0
+def _held_error(rows: Rows, packed: Packed, held: HeldBack) -> tuple[float, float]:
+    """Return the output error on held-back positions, and how many times as large the largest value has become."""
+    error, start, before, after = 0.0, 0, 0.0, 0.0
     for chunk in rows.chunks():
         stop = start + len(chunk)
         target = None if held.target is None else held.target[:, start:stop]
-        error += output_error(chunk, HeldBack(held.inputs, target), dequantize(packed.rows(start, stop)))
+        read = dequantize(packed.rows(start, stop))
+        error += output_error(chunk, HeldBack(held.inputs, target), read)
+        before, after = max(before, float(np.abs(chunk).max())), max(after, float(np.abs(read).max()))
         start = stop
-    return error
+    return error, after / before if before else 1.0
 
 
 def _relative_error(rows: Rows, read: Rows) -> float:

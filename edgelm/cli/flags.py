@@ -7,10 +7,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from edgelm.brokerconfig import BrokerConfig, BrokerUrl, read_password
 from edgelm.errors import ConfigError, EdgelmError
+
+FILES: Final = (".txt", ".md")
+"""How one word ends that names a file, also one that is not there: no system message ends so."""
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -121,14 +124,19 @@ def _variable(text: str) -> tuple[str, Any]:
 
 
 def _system(value: str) -> str:
-    """Return a text that is given as it is, or as the name of a file."""
+    """Return a text that is given as it is, or that of the file which it names. Raises `ConfigError`."""
     try:
-        file = Path(value)
-        return file.read_text("utf-8-sig").strip() if file.is_file() else value
+        is_file = Path(value).is_file()
+    except (OSError, ValueError):  # no name that a file can have, such as a long text
+        return value
+    if not is_file and not (value.endswith(FILES) and len(value.split()) == 1):
+        return value
+    try:
+        return Path(value).read_text("utf-8-sig").strip()
+    except OSError as error:
+        raise ConfigError(f"--system: cannot read {value}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--system: {value} is not a text file in UTF-8: {error.reason}") from error
-    except (OSError, ValueError):  # no name that a file can have, such as a long text; or one that may not be read
-        return value
 
 
 def _schema(path: str) -> dict[str, Any]:

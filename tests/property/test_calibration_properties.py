@@ -20,7 +20,7 @@ from edgelm_export.quantize.spec import Spec
 from edgelm_export.reference.calibrate import _inverse_mean_square
 from edgelm_export.reference.sums import Sums
 from edgelm_export.rows import Rows
-from edgelm_export.storing import calibrated_rows, quantize_rows
+from edgelm_export.storing import MOST_GROWTH, calibrated_rows, quantize_rows
 from safetensors.numpy import load_file, save_file
 
 SIZES = st.sampled_from([1.0, 1e2, 1e3, 1e4])
@@ -65,7 +65,9 @@ def test_a_calibrated_matrix_is_no_worse_on_new_positions_of_the_same_kind(given
     held = moments.held_back
     errors = [np.square(held.inputs @ dequantize(each).T - held.target).sum() for each in (packed, plain)]
     assert errors[0] < errors[1]
-    assert np.abs(dequantize(packed)).max() <= 4 * np.abs(weight).max()  # scales do not grow from layer to layer
+    assert np.abs(dequantize(packed)).max() <= MOST_GROWTH * np.abs(weight).max() * (
+        1 + 1e-6
+    )  # scales do not grow from layer to layer
 
 
 def with_outliers(checkpoint, out, size, layers):
