@@ -11,8 +11,10 @@ from edgelm.bundle import open_bundle
 from edgelm.session import open_session
 
 ROWS = 4
-MOST = 0.01
-"""Of the logits' standard deviation: how far a row's logits in a batch may lie from those alone."""
+MOST = 0.03
+"""Of the logits' standard deviation: how far a row's logits in a batch may lie from those alone, on onnxruntime's kernels.
+
+An activation that falls between two codes may go either way; 0.015 was seen once in some thousand batches."""
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])

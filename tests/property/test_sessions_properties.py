@@ -163,11 +163,12 @@ def lm(float32_bundle):
 
 @pytest.fixture
 def talk(lm):
-    """Ask in session "one", which is new; greedy, with at most 5 tokens."""
+    """Ask in session "one", which is new; greedy, with at most 5 tokens; a prompt goes on as it stands."""
     lm.end_session("one")
 
     def ask(prompt=None, **options):
-        return lm.generate(prompt, **{"session": "one", "max_tokens": 5, "temperature": 0.0, **options})
+        raw = prompt is not None
+        return lm.generate(prompt, **{"session": "one", "max_tokens": 5, "temperature": 0.0, "raw": raw, **options})
 
     return ask
 
@@ -246,7 +247,7 @@ def test_a_request_can_end_its_session_or_do_only_that(lm, talk):
 
 
 def test_an_answer_that_is_left_early_is_remembered_as_far_as_it_came(lm, talk):
-    stream = lm.stream("The cat sat", session="one", max_tokens=200, temperature=0.0, ignore_eos=True)
+    stream = lm.stream("The cat sat", session="one", raw=True, max_tokens=200, temperature=0.0, ignore_eos=True)
     next(stream)
     stream.close()
     following = talk(" on the mat")

@@ -19,7 +19,7 @@ from edgelm.cli import chat as module
 from edgelm.cli.chat import Chat
 from edgelm.messages import SamplingParams
 
-GREEDY = {"temperature": 0.0, "max_tokens": 6, "seed": 0}
+GREEDY = {"temperature": 0.0, "max_tokens": 6, "seed": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
