@@ -12,9 +12,9 @@ from edgelm.session import open_session
 
 ROWS = 4
 MOST = 0.03
-"""Of the logits' standard deviation: how far a row's logits in a batch may lie from those alone, on onnxruntime's kernels.
+"""Of the logits' standard deviation: how far a row's logits in a batch may lie from those alone.
 
-An activation that falls between two codes may go either way; 0.015 was seen once in some thousand batches."""
+On onnxruntime's kernels an activation between two codes may go either way: 0.015 in one of some thousand batches."""
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
