@@ -95,7 +95,7 @@ def export(
         Whether to plot each matrix's error and size into report.svg.
     kv
         `fp32` (the default) or `int8`: how keys and values are kept while the model runs. int8 takes a quarter of the
-        memory; its scales come from `calibrate`, else from 4,096 self-generated tokens.
+        memory; its scales come from `calibrate`, else from 8,192 self-generated tokens.
     via
         `native` builds the graph itself; `optimum` converts optimum's export of any causal model.
 

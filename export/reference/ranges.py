@@ -35,7 +35,7 @@ def measure_scales(
 ) -> list[CacheScales]:
     """Return the scales of each layer: the largest value of a channel gets the largest code.
 
-    `bundle` keeps its cache in float32, and reads the documents, or 4,096 tokens that it makes up. Keys are cached
+    `bundle` keeps its cache in float32, and reads the documents, or 8,192 self-generated tokens. Keys are cached
     rotated, and count as if each had stood at every position of the context; see `reach`.
     """
     d = model.decoder

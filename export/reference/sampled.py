@@ -56,7 +56,7 @@ def sampled_documents(model: Opened, context: int, progress: Progress, beside: P
 
 
 def write_documents(bundle: Bundle, model: Opened) -> tuple[Session, list[Document]]:
-    """Let a bundle make up `TOGETHER` documents; return the session, whose rows hold all their positions, and them."""
+    """Return a session and `TOGETHER` documents that a bundle generated in it, all of whose positions its rows hold."""
     length = min(TOKENS, bundle.manifest.context)
     session = open_session(bundle, rows=TOGETHER, context=length)
     generator = np.random.Generator(np.random.PCG64(0))
