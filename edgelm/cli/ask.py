@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import uuid
 from typing import Final
 
@@ -17,6 +18,7 @@ from edgelm.cli.flags import (
     sampling_from,
     template_from,
 )
+from edgelm.cli.tables import cut_off
 from edgelm.config import check_name, default_board
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.mqtt import asks, wire
@@ -69,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
         print(wire.write_outcome(final).decode())
     elif args.prompt is not None:
         print("" if ask.stream else final.completion.text)
+    told = None if args.json or final.error is not None else cut_off(final.completion)
+    if told is not None:
+        print(f"edgelm ask: {told}", file=sys.stderr)
     if final.error is not None:
         raise EdgelmError(f"{final.error.code}: {final.error.message}{_when_to_retry(final.error.retry_after_s)}")
     return 0

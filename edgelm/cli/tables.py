@@ -13,8 +13,11 @@ SHOWN: Final = 60
 """Characters of a static prefix that are shown."""
 
 
-def cut_off(done: Completion, context: int) -> str | None:
-    """Return why an answer ended before the model ended it, and what to do; None where the model did."""
+def cut_off(done: Completion, context: int | None = None) -> str | None:
+    """Return why an answer ended before the model ended it, and what to do; None where the model did.
+
+    `context` is how many tokens prompt and answer may have, where that is known.
+    """
     said, total = done.usage.completion_tokens, done.usage.prompt_tokens + done.usage.completion_tokens
     if done.finish_reason == "repetition":
         return "the answer repeated itself and was cut (--no-repetition-guard lets it go on)"
@@ -22,6 +25,8 @@ def cut_off(done: Completion, context: int) -> str | None:
         return f"the time was up after {said} tokens"
     if done.finish_reason != "length":
         return None
+    if context is None:
+        return f"the answer was cut after {said} tokens ({total} with the prompt): --max-tokens, or the context is full"
     if total >= context:
         return f"the answer was cut after {said} tokens: the context of {context} is full"
     return f"the answer was cut after {said} tokens (--max-tokens)"

@@ -57,15 +57,22 @@ def test_ask_streams_prints_and_pipes(broker: Broker, common: str, ask: Callable
     piped = _edgelm("ask", "-", "--broker", broker.url, "--board", common, *options, text=PROMPT)
     assert piped.returncode == 0
     assert piped.stdout.strip()
-    assert piped.stderr == ""
-    assert ask(broker.url, common, *options) == (0, piped.stdout, "")
-    assert ask(broker.url, common, *options, "--no-stream") == (0, piped.stdout, "")
+    assert piped.stderr.startswith("edgelm ask: the answer was cut after 12 tokens (")
+    assert ask(broker.url, common, *options) == (0, piped.stdout, piped.stderr)
+    assert ask(broker.url, common, *options, "--no-stream") == (0, piped.stdout, piped.stderr)
     told = ask(broker.url, common, *options, "--json", "--logprobs", "1")
     final = json.loads(told.out)
     assert final["text"] + "\n" == piped.stdout
     assert len(final["tokens"]) == len(final["logprobs"]) == 12
     assert set(final["timing"]) >= {"ttft_ms", "total_ms", "tok_s"}
     assert (told.code, told.err) == (0, "")
+
+
+def test_ask_says_where_an_answer_was_cut(broker: Broker, common: str, ask: Callable[..., Told]) -> None:
+    told = ask(broker.url, common, "--max-tokens", "2", "--ignore-eos")
+    assert told.code == 0
+    assert told.err.startswith("edgelm ask: the answer was cut after 2 tokens (")
+    assert told.err.count("\n") == 1
 
 
 def test_ask_takes_the_flags_of_generate(broker: Broker, common: str, ask: Callable[..., Told], tmp_path: Path) -> None:
