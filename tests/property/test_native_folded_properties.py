@@ -16,14 +16,18 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def assert_products_of(found, x, codes, scales, form):
-    """A value that falls between two codes may go either way, so a few codes may differ by one."""
+    """A value that falls between two codes may go either way, so a few codes may differ by one.
+
+    Codes of 16 bits are so fine that float32's own rounding moves one in some hundred: more of them may differ.
+    """
+    most, usual = (2.5, 0.1) if form.code_bytes == 1 else (6, 1)
     expected = naive.matmul(x.astype(np.float32), codes, scales, form.bits, form.block, None)
     largest = abs(x).max(1, keepdims=True)
     step = largest / form.largest_code * float(abs(scales.astype(np.float32)).max()) * 2 ** (form.bits - 1)
     assert found.shape == expected.shape
     apart = abs(found - expected)
-    assert (apart < 2.5 * step + 1e-5).all()
-    assert np.mean(apart > 0.1 * step) < 0.3
+    assert (apart < most * step + 1e-5).all()
+    assert np.mean(apart > usual * step) < 0.3
 
 
 @settings(max_examples=40, deadline=None)
