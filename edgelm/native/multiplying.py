@@ -84,12 +84,19 @@ def _block_sums(
     at = b.mul(block, e.const(form.block * form.code_bytes))
     upper = [ir.Constant(SUMS, [0] * COLUMNS)] * rows.count
     count = form.code_bytes  # words of 32 bits that hold the codes of four activations
+    most = target.most_pairs(form.bits)
+    pairs: list[ir.Value | None] = [None] * rows.count
     for fours, part in enumerate(weights_of(e, form, here, BYTES)):
         for row in range(rows.count):
             codes = e.at(rows.codes[row], at, I8)
             spread = [_spread(e, codes, count * fours + i) for i in range(count)]
             if count == 2 and not target.signed_bytes:
                 sums[row] = target.dot_words(b, sums[row], part, *spread)
+                continue
+            if most:
+                pairs[row] = target.pairs(b, pairs[row] if fours % most else None, part, spread[0])
+                if (fours + 1) % most == 0 or 4 * (fours + 1) == form.block:
+                    sums[row] = target.widened(b, sums[row], pairs[row])
                 continue
             sums[row] = target.dot(b, sums[row], part, spread[0], form.bits)
             if count == 2:

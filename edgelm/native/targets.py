@@ -9,7 +9,7 @@ from typing import Final
 from llvmlite import ir
 
 from edgelm.native.emitter import I8, I16, I32
-from edgelm.native.formats import COLUMNS
+from edgelm.native.formats import COLUMNS, LARGEST_BYTE
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +59,41 @@ class Target:
         """Add to each of the sums, <16 x i32>, the products of four weights and four activations, <64 x i8> each."""
         if self.signed_bytes and bits == 8:
             weights = b.xor(weights, ir.Constant(weights.type, [0x80] * 64))
-        return self._in_parts(b, _DOTS[self.name], sums, weights, activations)
+        return self._in_parts(b, 4, _DOTS[self.name], sums, weights, activations)
+
+    def most_pairs(self, bits: int) -> int:
+        """Return how many dot products of four `pairs` may add up in 16 bits; 0 where an instruction has 32.
+
+        Two unsigned weights and two activations are at most 2 * (2 ** bits - 1) * 127 in size.
+        """
+        return 0 if self.name != "avx2" else (1 << 15) // (2 * ((1 << bits) - 1) * LARGEST_BYTE)
+
+    def pairs(self, b: ir.IRBuilder, pairs: ir.Value | None, weights: ir.Value, activations: ir.Value) -> ir.Value:
+        """Return sums of two products each, <32 x i16>, of <64 x i8>, added to others of the kind where there are."""
+        parts = []
+        for i in range(COLUMNS // self.lanes):
+            products = _maddubs(b, *(_part(b, value, i, 4 * self.lanes) for value in (weights, activations)))
+            parts.append(products if pairs is None else b.add(products, _part(b, pairs, i, 2 * self.lanes)))
+        return _joined(b, *parts)
+
+    def widened(self, b: ir.IRBuilder, sums: ir.Value, pairs: ir.Value) -> ir.Value:
+        """Add to each of the sums, <16 x i32>, the two sums of `pairs` that belong to it."""
+        return self._in_parts(b, 2, _avx2_pairs, sums, pairs)
 
     def dot_words(self, b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, even: ir.Value, odd: ir.Value) -> ir.Value:
         """Add to each of the sums the products of four weights, <64 x i8>, and four activations of 16 bits.
 
         even: activations 0 and 2 for each sum, odd: 1 and 3, in <64 x i8> each.
         """
-        return self._in_parts(b, _WORD_DOTS[self.name], sums, weights, even, odd)
+        return self._in_parts(b, 4, _WORD_DOTS[self.name], sums, weights, even, odd)
 
-    def _in_parts(self, b: ir.IRBuilder, dot: Callable[..., ir.Value], sums: ir.Value, *values: ir.Value) -> ir.Value:
+    def _in_parts(
+        self, b: ir.IRBuilder, each: int, dot: Callable[..., ir.Value], sums: ir.Value, *values: ir.Value
+    ) -> ir.Value:
         """Emit what adds to as many sums as a vector of this processor holds, for all of them."""
         parts = []
         for i in range(COLUMNS // self.lanes):
-            some = [_part(b, value, i, 4 * self.lanes) for value in values]
+            some = [_part(b, value, i, each * self.lanes) for value in values]
             parts.append(dot(b, _part(b, sums, i, self.lanes), *some))
         while len(parts) > 1:
             parts = [_joined(b, one, other) for one, other in zip(parts[::2], parts[1::2], strict=True)]
@@ -114,14 +135,16 @@ def _vnni_words(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, even: ir.Val
     return sums
 
 
-def _avx2(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Value) -> ir.Value:
-    """Sum products of bytes by two in 16 bits, which weights of up to 6 bits fit."""
-    words = ir.VectorType(I16, 2 * sums.type.count)
-    function = b.module.globals.get("llvm.x86.avx2.pmadd.ub.sw") or ir.Function(
-        b.module, ir.FunctionType(words, [weights.type] * 2), "llvm.x86.avx2.pmadd.ub.sw"
-    )
-    pairs = b.call(function, [weights, activations])
-    return b.add(sums, _pmaddwd(b, sums.type, pairs, ir.Constant(words, [1] * words.count)))
+def _maddubs(b: ir.IRBuilder, weights: ir.Value, activations: ir.Value) -> ir.Value:
+    """Return sums of two products of bytes in 16 bits, which weights of up to 6 bits fit."""
+    words = ir.VectorType(I16, weights.type.count // 2)
+    name = "llvm.x86.avx2.pmadd.ub.sw"
+    function = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(words, [weights.type] * 2), name)
+    return b.call(function, [weights, activations])
+
+
+def _avx2_pairs(b: ir.IRBuilder, sums: ir.Value, pairs: ir.Value) -> ir.Value:
+    return b.add(sums, _pmaddwd(b, sums.type, pairs, ir.Constant(pairs.type, [1] * pairs.type.count)))
 
 
 def _avx2_words(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, even: ir.Value, odd: ir.Value) -> ir.Value:
@@ -150,7 +173,7 @@ def _dotprod(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir
     return _call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", sums, weights, activations)
 
 
-_DOTS: Final = {"avx512-vnni": _vnni, "avx2": _avx2, "dotprod": _dotprod}
+_DOTS: Final = {"avx512-vnni": _vnni, "dotprod": _dotprod}
 _WORD_DOTS: Final = {"avx512-vnni": _vnni_words, "avx2": _avx2_words}
 
 TARGETS: Final = (
