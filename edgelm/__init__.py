@@ -5,8 +5,10 @@
 ...     print(lm.generate("play some jazz by Miles Davis on spotify").text)
 
 Importing this package loads neither onnxruntime, numba nor paho: names are resolved when they are first used (PEP 562).
+It switches off what onnxruntime's and Hugging Face's libraries send to their makers, unless the environment says otherwise.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,9 @@ __all__ = [
     "load",
     "open_bundle",
 ]
+
+for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):  # read when those libraries are imported
+    os.environ.setdefault(_variable, "1")
 
 _HOMES = {
     **dict.fromkeys(("Bundle", "Manifest", "open_bundle"), "bundle"),
