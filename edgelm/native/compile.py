@@ -43,6 +43,7 @@ def compile_kernels(target: Target, formats: Sequence[Format], cpu: str, feature
     )
     options = binding.create_pipeline_tuning_options(speed_level=2)
     options.loop_vectorization = options.slp_vectorization = False  # the kernels are vectors already
+    options.loop_unrolling = False  # what is to be unrolled is written so (see `multiplying`)
     passes = binding.create_pass_builder(machine, options)
     passes.getModulePassManager().run(module, passes)
     return shared_library(machine.emit_object(module), names)

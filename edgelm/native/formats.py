@@ -13,7 +13,7 @@ COLUMNS: Final = 16
 DOMAIN: Final = "edgelm"
 """The operators' domain."""
 
-LAYOUT: Final = 6
+LAYOUT: Final = 7
 """Changes with what the kernels compute, or with how they want matrices to lie."""
 
 ATTENTION: Final = "Attention"

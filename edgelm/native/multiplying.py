@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from edgelm.native.emitter import BYTES, F32, HALF, I8, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
+from edgelm.native.emitter import BYTES, F32, HALF, I8, I16, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
 from edgelm.native.formats import COLUMNS, Format
 from edgelm.native.targets import Target
-from edgelm.native.unpacking import weights_of
+from edgelm.native.unpacking import eight_at, weights_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,8 @@ def _block_sums(
     sums = [e.splat(e.load(rows.offsets[row], block, I32), SUMS) for row in range(rows.count)]
     here = e.at(weights, b.mul(block, e.const(COLUMNS * form.block_bytes)), I8)
     at = b.mul(block, e.const(form.block * form.code_bytes))
+    if target.most_pairs(form.bits) and rows.count > 1:
+        return _block_sums_by_pairs(e, target, form, here, [e.at(codes, at, I8) for codes in rows.codes], sums)
     upper = [ir.Constant(SUMS, [0] * COLUMNS)] * rows.count
     count = form.code_bytes  # words of 32 bits that hold the codes of four activations
     most = target.most_pairs(form.bits)
@@ -105,6 +107,34 @@ def _block_sums(
         eight = ir.Constant(SUMS, [8] * COLUMNS)
         sums = [b.add(low, b.shl(high, eight)) for low, high in zip(sums, upper, strict=True)]
     return sums
+
+
+def _block_sums_by_pairs(
+    e: Emitter,
+    target: Target,
+    form: Format,
+    here: ir.Value,
+    codes: Sequence[ir.Value],
+    sums: Sequence[ir.Value],
+) -> list[ir.Value]:
+    """Emit the same where products are first summed in 16 bits, in loops that stay loops.
+
+    Unrolled, LLVM computes a block row by row, with the weights on the stack: two loads for each of them and each row,
+    where a loop's body keeps them in registers (prefill of SmolLM2-135M on AVX2: 1.2 times as fast).
+    """
+    b = e.b
+    eights = min(target.most_pairs(form.bits) // 2, form.block // 8)
+    zeros = ir.Constant(ir.VectorType(I16, 2 * COLUMNS), [0] * 2 * COLUMNS)
+    with e.loop(e.const(0), e.const(form.block // 8), eights, carried=sums) as (first, before, added):
+        stop = b.add(first, e.const(eights))
+        with e.loop(first, stop, carried=[zeros] * len(codes)) as (eight, pairs, kept):
+            place = b.mul(eight, e.const(8))
+            for i, part in enumerate(eight_at(e, form, here, eight)):
+                for row, own in enumerate(codes):
+                    pairs[row] = target.pairs(b, pairs[row], part, _spread(e, e.at(own, place, I8), i))
+            kept.extend(pairs)
+        added.extend(target.widened(b, total, more) for total, more in zip(before, kept, strict=True))
+    return added
 
 
 def _spread(e: Emitter, codes: ir.Value, fours: int) -> ir.Value:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from llvmlite import ir
 
-from edgelm.native.emitter import I8, I16, Emitter
+from edgelm.native.emitter import BYTES, I8, I16, Emitter
 from edgelm.native.formats import COLUMNS, Format
 
 _STRIDE = 4 * COLUMNS
@@ -37,6 +37,32 @@ def weights_of(e: Emitter, form: Format, here: ir.Value, kind: ir.VectorType) ->
                 yield part
             else:
                 yield b.or_(part, _above(b, high, (2 * eight + half) * bits % 8, bits))
+
+
+def eight_at(e: Emitter, form: Format, here: ir.Value, eight: ir.Value) -> list[ir.Value]:
+    """Emit the codes that `weights_of` makes of eight weights a column, of less than 8 bits: two of <64 x i8>.
+
+    here: where the block begins; eight: which of the block's eights, known at run time.
+    """
+    b, bits = e.b, form.high_bits
+    at = eight
+    if bits:  # every vector of high bits lies before the ones that it belongs to
+        together = 4 // bits
+        group = b.udiv(eight, e.const(together))
+        at = b.add(at, b.add(group, e.const(1)))
+    packed = e.load_vector(here, b.mul(at, e.const(_STRIDE)), I8, BYTES)
+    low = [b.and_(packed, _bytes(BYTES, 15)), b.and_(_shifted(e, packed, e.const(4)), _bytes(BYTES, 15))]
+    if not bits:
+        return low
+    high = e.load_vector(here, b.mul(group, e.const(_STRIDE * (1 + together))), I8, BYTES)
+    high = _shifted(e, high, b.mul(b.urem(eight, e.const(together)), e.const(2 * bits)))
+    return [b.or_(part, _above(b, high, half * bits, bits)) for half, part in enumerate(low)]
+
+
+def _shifted(e: Emitter, value: ir.Value, bits: ir.Value) -> ir.Value:
+    """Emit a shift to the right of 16 bits each: what crosses into a byte is for the caller to mask out."""
+    words = ir.VectorType(I16, value.type.count // 2)
+    return e.b.bitcast(e.b.lshr(e.b.bitcast(value, words), e.splat(e.b.trunc(bits, I16), words)), value.type)
 
 
 def _above(b: ir.IRBuilder, high: ir.Value, first: int, bits: int) -> ir.Value:
