@@ -5,7 +5,8 @@
 ...     print(lm.generate("play some jazz by Miles Davis on spotify").text)
 
 Importing this package loads neither onnxruntime, numba nor paho: names are resolved when they are first used (PEP 562).
-It switches off what onnxruntime's and Hugging Face's libraries send to their makers, unless the environment says otherwise.
+It switches off what onnxruntime's and Hugging Face's libraries send to their makers; who sets their variables otherwise
+is obeyed.
 """
 
 import os

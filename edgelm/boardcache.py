@@ -152,6 +152,13 @@ class BoardCache:
         readable = [entry for entry in map(_entry, found) if entry is not None]
         yield from sorted(readable, key=lambda entry: entry.made)
 
+    def forget(self, bundle: Path) -> int:
+        """Remove what was made of the bundle at a place; return how many bytes that frees."""
+        entries = [entry for entry in self.entries() if entry.note.get("bundle") == str(bundle)]
+        for entry in entries:
+            self._remove(entry.path)
+        return sum(entry.bytes for entry in entries)
+
     def clear(self) -> int:
         """Remove everything that this class wrote; return how many bytes that frees."""
         freed = self.kernels_bytes()

@@ -18,12 +18,12 @@ from typing import Any, Final, Literal
 from edgelm.errors import BundleError, RequestError
 from edgelm.fields import check_type
 from edgelm.messages import SamplingParams
+from edgelm.store import missing, resolve
 
 SCHEMA: Final = 1
 """Version of the manifest's schema that this program writes; it reads this one and older ones."""
 
 MANIFEST: Final = "manifest.json"
-BUILTIN: Final = "builtin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +178,14 @@ class Bundle:
 
 
 def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
-    """Open the bundle at `path`; `"builtin"` names the one inside the package.
+    """Open the bundle at `path`, or one by its name (`edgelm list`); `"builtin"` is the one inside the package.
 
     With `verify` every file's size and SHA-256 is checked. Raises `BundleError` for a missing or foreign directory,
     a newer schema, a missing file or a wrong hash.
     """
-    root = Path(__file__).parent / "builtin" if str(path) == BUILTIN else Path(path)
+    root = resolve(path)
     if not root.is_dir():
-        raise BundleError(f"{root} is not a directory; a bundle is what `edgelm export` writes")
+        raise missing(str(path))
     try:
         text = (root / MANIFEST).read_text(encoding="utf-8")
     except FileNotFoundError:

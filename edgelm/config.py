@@ -30,7 +30,7 @@ RESERVED_NAMES: Final = frozenset({"pool", "client"})
 """Topic levels that are no board."""
 
 ENVIRONMENT_PREFIX: Final = "EDGELM_"
-OTHER_VARIABLES: Final = ("EDGELM_CACHE_DIR", "EDGELM_SHARED", "EDGELM_TEST_")
+OTHER_VARIABLES: Final = ("EDGELM_CACHE_", "EDGELM_DATA_DIR", "EDGELM_SHARED", "EDGELM_TEST_")
 """Beginnings of variables with our prefix that are no setting of the service: the cache and the tests read them."""
 
 

@@ -6,20 +6,25 @@ Each command is one module `edgelm.cli.<name>` with `add_arguments(parser)` and 
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Final, NoReturn
 
 from edgelm._version import __version__
+from edgelm.cli.suggest import meant
 from edgelm.errors import EdgelmError, UsageError
 
 COMMANDS: Final[dict[str, str]] = {
     "demo": "start a broker, serve the built-in model, ask it three things, stop",
+    "models": "show the models that are known by name",
+    "pull": "fetch a model by name and convert it for this board",
+    "list": "show the models that are here",
+    "show": "show what is known of a model",
+    "rm": "remove models",
     "export": "turn a checkpoint (Hugging Face, GGUF, Ollama) into a quantized ONNX bundle",
     "prefix": "keep what prompts begin with in a bundle, computed",
     "info": "show what a bundle is: manifest, sizes, quality, memory",
@@ -35,7 +40,8 @@ COMMANDS: Final[dict[str, str]] = {
 }
 
 EPILOG: Final = """\
-Wherever a BUNDLE is expected, `builtin` names the one inside the package.
+A BUNDLE is a directory that `edgelm export` wrote, the name of a model of `edgelm list`, or `builtin`, the one inside
+the package.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
@@ -46,7 +52,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `UsageError`, with what may have been meant."""
         wrong = re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)", message)
-        raise UsageError(message + (_meant(wrong[1], re.findall(r"[\w.-]+", wrong[2]), 0.8) if wrong else ""))
+        raise UsageError(message + (meant(wrong[1], re.findall(r"[\w.-]+", wrong[2]), 0.8) if wrong else ""))
 
     def options(self) -> set[str]:
         """Return the flags of the command and of the commands below it."""
@@ -115,18 +121,12 @@ def _parse(arguments: list[str], chosen: str) -> argparse.Namespace:
             command.add_argument("--debug", action="store_true", help="show the traceback of an error")
             command.set_defaults(run=module.run)
     if not chosen and arguments and not {"-h", "--help", "--version"}.intersection(arguments):
-        raise UsageError(f"unknown argument {arguments[0]!r}{_meant(arguments[0], parser.options())}")
+        raise UsageError(f"unknown argument {arguments[0]!r}{meant(arguments[0], parser.options())}")
     if chosen and chosen not in COMMANDS:
-        raise UsageError(f"there is no command {chosen!r}{_meant(chosen, COMMANDS)}")
+        raise UsageError(f"there is no command {chosen!r}{meant(chosen, COMMANDS)}")
     args, unknown = parser.parse_known_args(arguments if chosen else [*arguments, "--help"])
     if unknown:
         options = commands.choices[chosen].options()
         flag = next((word for word in unknown if word.startswith("-")), unknown[0])
-        raise UsageError(f"unknown argument {flag!r}{_meant(flag.partition('=')[0], options)}")
+        raise UsageError(f"unknown argument {flag!r}{meant(flag.partition('=')[0], options)}")
     return args
-
-
-def _meant(word: str, known: Iterable[str], cutoff: float = 0.7) -> str:
-    """Return a suggestion of what was mistyped; empty where nothing is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {close[0]}?" if close else ""

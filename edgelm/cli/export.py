@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     package = reach("edgelm_export", "edgelm export")
     options = {name: getattr(args, name) for name in OPTIONS}
     options["symmetric"] = not args.asymmetric
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     if args.dry_run:
         with Progress() as progress:
             outline = package.outline(args.checkpoint, progress=progress, **options)
@@ -266,6 +266,6 @@ def _outline_facts(outline: Any) -> Mapping[str, Any]:
     }
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+def interrupt(_signal: int, _frame: FrameType | None) -> None:
     """End like Ctrl-C, so that a half-written bundle is removed."""
     raise KeyboardInterrupt

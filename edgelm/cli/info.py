@@ -22,14 +22,15 @@ def run(args: argparse.Namespace) -> int:
     """Verify the bundle and show it."""
     bundle = open_bundle(args.bundle)
     if args.json:
-        print(json.dumps({**dataclasses.asdict(bundle.manifest), **_derived(bundle)}))
+        print(json.dumps({**dataclasses.asdict(bundle.manifest), **derived(bundle)}))
         return 0
-    for label, value in _rows(bundle):
+    for label, value in rows(bundle):
         print(f"{label:<13} {value}")
     return 0
 
 
-def _derived(bundle: Bundle) -> dict[str, Any]:
+def derived(bundle: Bundle) -> dict[str, Any]:
+    """Return what follows from the manifest: sizes and memory."""
     manifest = bundle.manifest
     return {
         "digest": manifest.digest,
@@ -50,16 +51,16 @@ def _quality_rows(m: Manifest) -> list[tuple[str, str]]:
 
 def _extras(m: Manifest) -> list[tuple[str, str]]:
     """Say what was done to the checkpoint beside quantizing it."""
-    rows = []
+    found = []
     if m.vocabulary is not None:
         v = m.vocabulary
-        rows.append(("pruned", f"{v['tokens']} of {v['tokens_before']} tokens, {v['saved_bytes'] / 1e6:.2f} MB saved"))
+        found.append(("pruned", f"{v['tokens']} of {v['tokens_before']} tokens, {v['saved_bytes'] / 1e6:.2f} MB saved"))
     if m.adapter is not None:
-        rows.append(("adapter", m.adapter))
-    rows += [("note", note) for note in m.notes]
+        found.append(("adapter", m.adapter))
+    found += [("note", note) for note in m.notes]
     if m.needs_onnxruntime is not None:
-        rows.append(("needs", f"onnxruntime {m.needs_onnxruntime} or newer"))
-    return rows
+        found.append(("needs", f"onnxruntime {m.needs_onnxruntime} or newer"))
+    return found
 
 
 def _plan(m: Manifest) -> MemoryPlan:
@@ -67,7 +68,8 @@ def _plan(m: Manifest) -> MemoryPlan:
     return plan_memory(m, rows=2, context=m.context, prefix_bytes=PREFIX_CACHE_MB * 1_000_000)
 
 
-def _rows(bundle: Bundle) -> list[tuple[str, str]]:
+def rows(bundle: Bundle) -> list[tuple[str, str]]:
+    """Return what a person may want to know of a bundle: labels, empty where a line goes on, and values."""
     m = bundle.manifest
     cache = m.cache.bytes_per_token()
     numbers = "int8" if m.cache.bits == 8 else "float32"

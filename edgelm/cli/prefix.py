@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
-from edgelm.bundle import BUILTIN, Bundle, open_bundle
+from edgelm.bundle import Bundle, open_bundle
 from edgelm.cli.tables import prefix_text
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.static_tokens import opening_tokens, read_opening
+from edgelm.store import BUILTIN
 from edgelm.tokenizer import Tokenizer
 
 EPILOG = """\

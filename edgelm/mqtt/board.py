@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Final
 
 from edgelm.boardcache import BoardCache
-from edgelm.bundle import BUILTIN, Bundle
+from edgelm.bundle import Bundle
 from edgelm.config import ServeConfig
 from edgelm.engine import Engine
 from edgelm.errors import EdgelmError
 from edgelm.mqtt.desk import ServedModel
 from edgelm.mqtt.service import Service
 from edgelm.sampling import warm_up
+from edgelm.store import BUILTIN
 from edgelm.weights import open_verified
 from edgelm.worker import Worker
 

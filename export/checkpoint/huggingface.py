@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from edgelm.errors import CheckpointError
 
 from .checkpoint import Checkpoint
+from .hub import HUB_ID, download
 from .multimodal import text_half
 from .quantized import dequantized
 from .reading import read_json, read_text, refuse_stand_in
 from .tokenizer import as_its_class, with_special_tokens
 
-HUB_FILES: Final = ["*.json", "*.safetensors", "*.jinja"]
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 FLOATS: Final = {"F32", "F16", "BF16", "F64"}
@@ -142,20 +142,12 @@ def locate(source: str | Path) -> Path:
         return path
     if path.exists():
         raise CheckpointError(f"{path} is a file; expected a Hugging Face directory, a GGUF file or a hub id")
-    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if isinstance(source, Path) or not HUB_ID.fullmatch(source):
         raise CheckpointError(
             f"{source} does not exist; expected a Hugging Face directory, a GGUF file,"
             " ollama:NAME or a hub id (owner/name)"
         )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
-    except Exception as error:  # the library raises many unrelated types
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{source} is no directory here and cannot be fetched from the hub: {type(error).__name__}: {reason}"
-        ) from error
+    return download(source)
 
 
 def _tokenizer_config(path: Path) -> dict[str, Any]:

@@ -48,5 +48,7 @@ def test_who_sets_the_variables_is_obeyed():
     code = "import os, edgelm; print(os.environ['ORT_DISABLE_TELEMETRY'], os.environ['HF_HUB_DISABLE_TELEMETRY'])"
     kept = {name: value for name, value in os.environ.items() if not name.endswith("DISABLE_TELEMETRY")}
     for given, printed in (({}, "1 1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0 1")):
-        done = subprocess.run([sys.executable, "-c", code], env=kept | given, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=kept | given, capture_output=True, text=True, check=True
+        )
         assert done.stdout.strip() == printed

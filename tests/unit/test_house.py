@@ -15,8 +15,8 @@ from edgelm.cli.extras import extra_of
 
 REPO = Path(__file__).resolve().parents[2]
 FLOORS = [
-    {"_version", "errors", "fields", "marked", "protobuf", "textfile", "tokenizerfile"},
-    {"attributes", "brokerconfig", "messages"},
+    {"_version", "catalogue", "errors", "fields", "marked", "protobuf", "textfile", "tokenizerfile"},
+    {"attributes", "brokerconfig", "messages", "store"},
     {"bundle", "config", "tasks", "measure", "hardware", "divergence", "windows"},
     {"boardcache", "native"},
     {"chat", "detokenizer", "drafts", "grammar", "kv", "memory", "prefixes", "profile", "repetition", "sampling"},

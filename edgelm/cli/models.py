@@ -1,0 +1,43 @@
+"""`edgelm models`: which models `edgelm pull` knows."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from edgelm.catalogue import Known, catalogue
+from edgelm.hardware import memory_of_this_machine
+from edgelm.store import Store
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog = (
+        "MB: of the form that this board gets, on disk; int5 forms are made without calibration. Others of the hub:"
+        " edgelm pull owner/name. `edgelm show NAME` says more of one."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON array")
+
+
+def run(args: argparse.Namespace) -> int:
+    """List the catalogue."""
+    memory, here = memory_of_this_machine(), set(Store.default().names())
+    models = catalogue().values()
+    if args.json:
+        print(json.dumps([{**dataclasses.asdict(m), "here": m.name in here} for m in models]))
+        return 0
+    print(f"{'name':<15} {'parameters':>10} {'here as':>8} {'MB':>6} {'board':>8}  licence, good at")
+    for model in models:
+        form = model.form_for(memory)
+        quant, size = ("too big", "") if form is None else (form.quant, str(form.mb))
+        print(
+            f"{model.name:<15} {parameters(model):>10} {quant:>8} {size:>6} {f'{model.smallest_board_gb} GB':>8} "
+            f" {model.licence}{', ask first' if model.gated else ''}: {model.good_at}{' (here)' * (model.name in here)}"
+        )
+    return 0
+
+
+def parameters(model: Known) -> str:
+    """Return how many a model has, in millions or thousands of millions."""
+    return f"{model.parameters / 1e6:.0f} M" if model.parameters < 1e9 else f"{model.parameters / 1e9:.1f} G"

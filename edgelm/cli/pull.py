@@ -1,0 +1,176 @@
+"""`edgelm pull`: fetch a model by its name and convert it for this board."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from edgelm.bundle import Bundle, open_bundle
+from edgelm.catalogue import Form, Known, catalogue
+from edgelm.catalogue import check_name as check_model_name
+from edgelm.cli.export import interrupt
+from edgelm.cli.extras import reach
+from edgelm.cli.progress import Progress
+from edgelm.cli.suggest import meant
+from edgelm.cli.tables import self_check_text
+from edgelm.errors import EdgelmError, UsageError
+from edgelm.hardware import memory_of_this_machine
+from edgelm.store import BUILTIN, Origin, Store
+
+EPILOG: Final = """\
+examples:
+  edgelm pull smollm2-135m
+      from the hub, converted with the settings that the catalogue knows to be good for this board
+  edgelm pull smollm2-135m --from model/
+      the same from a checkpoint on this machine: a directory, a GGUF file or ollama:NAME
+  edgelm pull HuggingFaceTB/SmolLM2-135M-Instruct
+      any other model of the hub, by its id; its name here is the id's last part
+  edgelm pull my-model --from my-checkpoint/ --quant int8
+      a model of your own under a name
+
+A name works wherever a bundle does. Bundles lie in EDGELM_DATA_DIR, else ~/.local/share/edgelm.
+More choices than these: edgelm export.
+"""
+
+HUB_ID: Final = r"[\w-][\w.-]*/[\w-][\w.-]*"
+"""owner/name: a whole match."""
+
+BYTES_A_PARAMETER: Final = 2
+"""Of what a hub's repository holds, mostly bfloat16."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("name", metavar="NAME", help="a model of `edgelm models`, or a hub id (owner/name)")
+    parser.add_argument("--from", dest="source", metavar="CHECKPOINT", help="convert this one instead of fetching it")
+    parser.add_argument(
+        "--quant", choices=["int4", "int5", "int6", "int8", "mixed", "fp32"], help="precision, instead of the best fit"
+    )
+    parser.add_argument("--fast", action="store_true", help="convert without calibration: quicker, and less exact")
+    parser.add_argument("--context", type=int, metavar="N", help="longest conversation in tokens")
+    parser.add_argument("--force", action="store_true", help="fetch and convert again what is here already")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fetch, convert, store."""
+    store, known = Store.default(), catalogue()
+    model = known.get(args.name)
+    name = args.name.rpartition("/")[2].lower() if model is None else model.name
+    _check(args, name, model)
+    place = store.place(name)
+    if place.is_dir() and not args.force:
+        bundle = open_bundle(place, verify=False)
+        _tell(
+            args, name, bundle, None, f"{name} is here already ({_size(bundle)}); --force fetches and converts it again"
+        )
+        return 0
+    package = reach("edgelm_export", "edgelm pull")
+    options = _options(args, model)
+    signal.signal(signal.SIGTERM, interrupt)
+    start = time.monotonic()
+    source, revision = args.source, None
+    downloads = store.folder / "downloads" / name
+    if source is None:
+        source = model.hub if model is not None else args.name
+        revision = _fetch(source, model, downloads)
+    with Progress() as progress:
+        bundle = package.export(
+            downloads if args.source is None else source, place, force=args.force, progress=progress, **options
+        )
+    origin = Origin(source if args.source is None or ":" in source else str(Path(source).absolute()), revision)
+    store.remember(name, origin)
+    shutil.rmtree(downloads, ignore_errors=True)
+    check = bundle.manifest.self_check
+    lines = [f"{name}: {_size(bundle)}, {time.monotonic() - start:.0f} s"]
+    lines += [self_check_text(check)] if check is not None else []
+    _tell(args, name, bundle, origin, "\n".join(lines))
+    return 0
+
+
+def _check(args: argparse.Namespace, name: str, model: Known | None) -> None:
+    """Raise `EdgelmError` for a name that is none, or that nobody knows."""
+    if name == BUILTIN:
+        raise EdgelmError("the built-in model comes with the package: `edgelm chat builtin` needs nothing fetched")
+    if "/" in args.name and Path(args.name).exists():
+        raise UsageError(f"{args.name} is on this machine: edgelm pull NAME --from {args.name}")
+    if args.source is not None and "/" in args.name:
+        raise UsageError("with --from, NAME is what the model is to be called here: without a /")
+    if "/" in args.name and not re.fullmatch(HUB_ID, args.name):
+        raise UsageError(f"{args.name!r:.80} is no hub id, such as HuggingFaceTB/SmolLM2-135M-Instruct")
+    if model is None and args.source is None and "/" not in args.name:
+        raise EdgelmError(
+            f"{args.name!r:.80} is not in the catalogue (`edgelm models`; a hub id or --from gets any other model)"
+            + meant(args.name, catalogue(), 0.5)
+        )
+    check_model_name(name)
+
+
+def _options(args: argparse.Namespace, model: Known | None) -> dict[str, Any]:
+    """Return how to export: as asked for, else the catalogue's form that fits this board."""
+    options = {"quant": args.quant, "fast": args.fast, "context": args.context}
+    if model is None:
+        return options
+    memory = memory_of_this_machine()
+    form = model.form_for(memory)
+    if form is None and not args.quant:
+        least = min(model.forms, key=lambda form: form.memory_mb)
+        raise EdgelmError(
+            f"{model.name} takes about {least.memory_mb} MB of memory in {least.quant}, this board has {memory:.0f} MB;"
+            f" `edgelm models` shows smaller ones, and --quant converts it all the same"
+        )
+    chosen = form or Form(args.quant, 0, 0)
+    options["quant"] = args.quant or chosen.quant
+    options["fast"] = (args.fast or chosen.fast) and options["quant"] not in {"int8", "fp32"}
+    return options
+
+
+def _fetch(source: str, model: Known | None, folder: Path) -> str:
+    """Download a model of the hub; return its commit. Raises `EdgelmError` where the disk is too small."""
+    hub = reach("edgelm_export.checkpoint.hub", "edgelm pull")
+    offline = f"give it: edgelm pull {folder.name} --from model/"
+    revision: str = hub.newest(source, None if model is None else model.revision, offline=offline)
+    needs = 0 if model is None else BYTES_A_PARAMETER * model.parameters + 1_000_000 * max(f.mb for f in model.forms)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise EdgelmError(f"{folder} cannot be written: {error.strerror or error}") from error
+    if free < needs:
+        raise EdgelmError(f"{folder} has {free / 1e6:.0f} MB free, about {needs / 1e6:.0f} MB are needed")
+    print(f"fetching {source} at {revision[:12]}", file=sys.stderr)
+    hub.download(source, revision, folder, offline=offline)
+    return revision
+
+
+def _size(bundle: Bundle) -> str:
+    manifest = bundle.manifest
+    return f"{manifest.parameters / 1e6:.1f} M parameters, {manifest.quant}, {bundle.bytes / 1e6:.1f} MB"
+
+
+def _tell(args: argparse.Namespace, name: str, bundle: Bundle, origin: Origin | None, text: str) -> None:
+    if args.json:
+        facts = {
+            "name": name,
+            "bundle": str(bundle.path),
+            "bytes": bundle.bytes,
+            "quant": bundle.manifest.quant,
+            "digest": bundle.manifest.digest,
+            "source": None if origin is None else origin.source,
+            "revision": None if origin is None else origin.revision,
+            "self_check": bundle.manifest.self_check,
+        }
+        print(json.dumps(facts))
+        return
+    print(text)
+    command = "chat" if bundle.manifest.prompts_are_messages else "generate"
+    print(f"next: edgelm {command} {name}", file=sys.stderr)

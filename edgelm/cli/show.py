@@ -1,0 +1,68 @@
+"""`edgelm show`: what is known of a model, whether it is here or not."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from edgelm.bundle import open_bundle
+from edgelm.catalogue import Known, catalogue
+from edgelm.cli.info import derived, rows
+from edgelm.cli.models import parameters
+from edgelm.store import BUILTIN, Store, missing, resolve
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("name", metavar="NAME", help="a model of `edgelm models` or of `edgelm list`")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show the catalogue's entry and the stored bundle, whichever there is."""
+    known = catalogue().get(args.name)
+    is_here = resolve(args.name).is_dir()
+    if known is None and not is_here:
+        raise missing(args.name)
+    bundle = open_bundle(args.name) if is_here else None
+    origin = Store.default().origin(args.name) if is_here and args.name != BUILTIN else None
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    "name": args.name,
+                    "catalogue": known and dataclasses.asdict(known),
+                    "origin": origin and dataclasses.asdict(origin),
+                    "bundle": bundle and {**dataclasses.asdict(bundle.manifest), **derived(bundle)},
+                }
+            )
+        )
+        return 0
+    lines = [("model", args.name), *(_entry(known) if known is not None else [])]
+    if origin is not None:
+        lines.append(("from", origin.source + (f" at {origin.revision}" if origin.revision else "")))
+    if bundle is None:
+        lines.append(("here", f"no: edgelm pull {args.name}"))
+    else:
+        lines += rows(bundle)
+    for label, value in lines:
+        print(f"{label:<13} {value}")
+    return 0
+
+
+def _entry(model: Known) -> list[tuple[str, str]]:
+    """Return the catalogue's entry, row by row."""
+    account = " (asks for an account that has accepted it)" if model.gated else ""
+    forms = [
+        f"{form.quant}{', no calibration' * form.fast}: {form.mb} MB on disk, {form.memory_mb} MB of memory"
+        for form in model.forms
+    ]
+    return [
+        ("hub", f"{model.hub}{f' at {model.revision}' if model.revision else ''}"),
+        ("licence", model.licence + account),
+        ("parameters", parameters(model)),
+        ("good at", model.good_at),
+        ("boards", f"from {model.smallest_board_gb} GB of memory"),
+        *(("forms" if i == 0 else "", text) for i, text in enumerate(forms)),
+    ]
