@@ -43,6 +43,12 @@ def can_export() -> bool:
     return all(importlib.util.find_spec(name) for name in EXPORT_MODULES)
 
 
+@pytest.fixture(autouse=True)
+def own_data(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the user's own bundles out of the tests, and the tests' out of theirs."""
+    monkeypatch.setenv("EDGELM_DATA_DIR", str(tmp_path_factory.getbasetemp() / "no-data"))
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The repository's root."""

@@ -1,6 +1,6 @@
 """The command line: chooses one sub-command, imports it alone, and turns errors into one line and an exit code.
 
-Each command is one module `edgelm.cli.<name>` with `add_arguments(parser)` and `run(args) -> int`.
+Each command is one module `edgelm.cli.<name>` (`MODULES` has the exception) with `add_arguments(parser)` and `run(args) -> int`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ COMMANDS: Final[dict[str, str]] = {
     "distill": "train a small student, with or without a teacher",
     "devices": "know, check and emulate boards",
 }
+
+MODULES: Final = {"list": "listing"}
+"""Modules that are not called as their commands are: a module `list` of this package would hide the type."""
 
 EPILOG: Final = """\
 A BUNDLE is a directory that `edgelm export` wrote, the name of a model of `edgelm list`, or `builtin`, the one inside
@@ -116,7 +119,7 @@ def _parse(arguments: list[str], chosen: str) -> argparse.Namespace:
             name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
         )
         if name == chosen:
-            module = import_module(f"edgelm.cli.{name}")
+            module = import_module(f"edgelm.cli.{MODULES.get(name, name)}")
             module.add_arguments(command)
             command.add_argument("--debug", action="store_true", help="show the traceback of an error")
             command.set_defaults(run=module.run)

@@ -19,7 +19,7 @@ from edgelm.catalogue import FILE, Form, Known, catalogue
 from edgelm.memory import PREFIX_CACHE_MB, PROGRAM_BYTES
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from published import CATALOGUE, PUBLISHED  # type: ignore[import-not-found]
+from published import CATALOGUE, PUBLISHED
 
 TOKENS = 2048
 """Of the request that `memory_mb` counts."""

@@ -1,0 +1,33 @@
+"""The catalogue's sizes are those of the models' published shapes."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+from published import CATALOGUE, PUBLISHED
+
+from edgelm.catalogue import catalogue
+from tests.bench.catalogue import sized
+
+
+def test_every_model_has_recorded_shapes():
+    assert set(CATALOGUE) == set(catalogue())
+
+
+@pytest.mark.parametrize("name", sorted(catalogue()))
+def test_sizes_are_computed_from_shapes(name):
+    model = catalogue()[name]
+    assert model.parameters == PUBLISHED[CATALOGUE[name]][1]
+    for form in model.forms:
+        assert (form.mb, form.memory_mb) == sized(model, form)
+
+
+def test_a_real_bundle_is_as_large_as_the_catalogue_says(smollm2_gguf, tmp_path):
+    import edgelm_export
+
+    form = next(form for form in catalogue()["smollm2-135m"].forms if form.quant == "int8")
+    bundle = edgelm_export.export(smollm2_gguf, tmp_path / "bundle", quant="int8")
+    weights = (bundle.path / "model.onnx.data").stat().st_size
+    assert weights / 1e6 == pytest.approx(form.mb, rel=0.02)

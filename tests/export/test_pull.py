@@ -1,0 +1,210 @@
+"""`edgelm pull`: from a checkpoint here, and from a hub, which is a small server of its protocol on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+import pytest
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+constants = pytest.importorskip("huggingface_hub.constants", reason="needs pip install 'edgelm[export]'")
+
+import edgelm.cli.pull as command
+from edgelm.bundle import open_bundle
+from edgelm.catalogue import Form, Known
+from edgelm.store import Origin, Store
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OLDER = "f" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers what huggingface_hub asks of a model's repository: its commit, its files, one of them."""
+
+    def do_GET(self):
+        server = self.server
+        path = unquote(self.path.partition("?")[0])
+        server.asked.append((self.command, path))
+        repository = "/api/models/owner/tiny"
+        if path == "/api/models/owner/gated":
+            return self.answer(b"{}", 403, {"X-Error-Code": "GatedRepo"})
+        if path in (repository, f"{repository}/revision/{COMMIT}", f"{repository}/revision/{OLDER}"):
+            names = sorted(file.name for file in server.folder.iterdir())
+            sha = OLDER if path.endswith(OLDER) else COMMIT
+            body = {"id": "owner/tiny", "sha": sha, "siblings": [{"rfilename": name} for name in names]}
+            return self.answer(json.dumps(body).encode())
+        for commit in (COMMIT, OLDER):
+            name = path.removeprefix(f"/owner/tiny/resolve/{commit}/")
+            if name != path and (server.folder / name).is_file():
+                if server.fails == name and self.command == "GET":
+                    return self.answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
+                content = (server.folder / name).read_bytes()
+                tag = hashlib.sha256(content).hexdigest()
+                return self.answer(content, 200, {"ETag": f'"{tag}"', "X-Repo-Commit": commit})
+        return self.answer(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def answer(self, content, status=200, headers=()):
+        self.send_response(status)
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def server(tiny_checkpoint):
+    """A hub with one model, owner/tiny, for all tests: the library keeps connections to it."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder = tiny_checkpoint()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    """The server as the library's hub. `asked` is what it was asked for, `fails` a file that it has lost."""
+    server.asked, server.fails = [], None
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    return server
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGELM_DATA_DIR", str(tmp_path / "data"))
+    return Store.default()
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """A catalogue of one model, with a fixed commit and two forms."""
+    forms = (Form("int8", 1, 4000), Form("int4", 1, 1000))
+    model = Known("tiny", "owner/tiny", "MIT", 100_000, "tests", forms, revision=OLDER)
+    monkeypatch.setattr(command, "catalogue", lambda: {"tiny": model})
+    return model
+
+
+def memory(monkeypatch, mb):
+    monkeypatch.setattr(command, "memory_of_this_machine", lambda: mb)
+
+
+@pytest.mark.parametrize(("mb", "quant"), [(16_000, "int8"), (4_000, "int4"), (None, "int8")])
+def test_the_catalogue_says_which_commit_and_which_form(hub, store, known, monkeypatch, run, mb, quant):
+    memory(monkeypatch, mb)
+    code, out, err = run("pull", "tiny")
+    assert code == 0, err
+    assert out.startswith("tiny: 0.")
+    assert f"owner/tiny at {OLDER[:12]}" in err
+    assert err.splitlines()[-1] == "next: edgelm chat tiny"
+    assert open_bundle("tiny").manifest.quant == quant
+    assert store.origin("tiny") == Origin("owner/tiny", OLDER)
+    assert not (store.folder / "downloads" / "tiny").exists()
+    assert ("GET", f"/owner/tiny/resolve/{OLDER}/model.safetensors") in hub.asked
+    asked = len(hub.asked)
+    code, out, _ = run("pull", "tiny")
+    assert (code, len(hub.asked)) == (0, asked)  # it is here: nobody is asked
+    assert "is here already" in out
+
+
+def test_any_model_of_the_hub_has_its_ids_last_part_as_its_name(hub, store, run):
+    code, out, err = run("pull", "owner/tiny", "--quant", "int8", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert (facts["name"], facts["quant"], facts["revision"]) == ("tiny", "int8", COMMIT)
+    assert store.names() == ["tiny"]
+
+
+def test_a_board_that_is_too_small_is_told_so_before_anything_is_fetched(hub, store, known, monkeypatch, run):
+    memory(monkeypatch, 900)
+    code, out, err = run("pull", "tiny")
+    assert (code, out, err.count("\n"), hub.asked) == (1, "", 1, [])
+    assert "1000 MB" in err
+    assert "900 MB" in err
+    code, _, _ = run("pull", "tiny", "--quant", "int8")
+    assert code == 0
+
+
+def test_a_broken_download_leaves_no_bundle_and_goes_on_later(hub, store, run):
+    hub.fails = "model.safetensors"
+    code, out, err = run("pull", "owner/tiny", "--fast")
+    assert (code, out) == (1, "")
+    assert "internal error" not in err
+    assert store.names() == []
+    hub.fails = None
+    before = len(hub.asked)
+    code, _, err = run("pull", "owner/tiny", "--fast")
+    assert code == 0, err
+    assert ("GET", f"/owner/tiny/resolve/{COMMIT}/tokenizer.json") not in hub.asked[before:]
+
+
+def test_a_model_behind_a_licence_and_one_that_is_not_there(hub, store, run):
+    code, _, err = run("pull", "owner/gated")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "accepted its licence" in err
+    assert "HF_TOKEN" in err
+    code, _, err = run("pull", "owner/nothing")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "no such model" in err
+
+
+def test_without_a_network_one_line_says_what_to_do(store, known, monkeypatch, run):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    code, out, err = run("pull", "tiny")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "hf download owner/tiny --local-dir model/" in err
+    assert "edgelm pull tiny --from model/" in err
+
+
+def test_from_a_checkpoint_here(store, known, monkeypatch, tiny_checkpoint, run):
+    memory(monkeypatch, 16_000)
+    checkpoint = tiny_checkpoint()
+    code, _, err = run("pull", "tiny", "--from", checkpoint)
+    assert code == 0, err
+    assert open_bundle("tiny").manifest.quant == "int8"  # the catalogue's settings
+    assert store.origin("tiny") == Origin(str(checkpoint), None)
+    code, _, err = run("pull", "mine", "--from", checkpoint, "--fast", "--context", 64)
+    assert code == 0, err
+    assert (open_bundle("mine").manifest.quant, open_bundle("mine").manifest.context) == ("int5", 64)
+    code, _, err = run("pull", "mine", "--from", checkpoint, "--quant", "int8", "--force")
+    assert code == 0, err
+    assert open_bundle("mine").manifest.quant == "int8"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["nothing"], 1, "not in the catalogue"),
+        (["tyni"], 1, "did you mean tiny?"),
+        (["builtin"], 1, "comes with the package"),
+        (["a/b/c"], 2, "no hub id"),
+        (["../x", "--from", "here"], 2, "without a /"),
+        (["owner/x", "--from", "here"], 2, "without a /"),
+        (["UPPER", "--from", "here"], 1, "does not exist"),
+        (["a b", "--from", "here"], 1, "is no name"),
+        (["mine", "--from", "nowhere"], 1, "nowhere does not exist"),
+        (["tiny", "--quant", "int3"], 2, "int8"),
+        ([], 2, "NAME"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, code, said, store, known, run):
+    found, out, err = run("pull", *arguments)
+    assert (found, out, err.count("\n")) == (code, "", 1), err
+    assert said in err
+    assert "internal error" not in err
+    assert store.names() == []

@@ -1,0 +1,191 @@
+"""Models by name: the catalogue, a user's bundles, and what a name stands for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import edgelm
+from edgelm.bundle import open_bundle
+from edgelm.catalogue import USABLE, catalogue, check_name
+from edgelm.errors import BundleError, EdgelmError
+from edgelm.store import BUILTIN, Origin, Store, resolve
+
+BUILTIN_FOLDER = Path(edgelm.__file__).parent / "builtin"
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """An empty store that names are looked up in."""
+    monkeypatch.setenv("EDGELM_DATA_DIR", str(tmp_path / "data"))
+    return Store.default()
+
+
+def put(store, name, origin=None):
+    shutil.copytree(BUILTIN_FOLDER, store.place(name))
+    if origin is not None:
+        store.remember(name, origin)
+
+
+def test_every_entry_of_the_catalogue_is_whole():
+    models = catalogue()
+    assert len(models) >= 10
+    assert [model.parameters for model in models.values()] == sorted(model.parameters for model in models.values())
+    for name, model in models.items():
+        check_name(name)
+        owner, _, repository = model.hub.partition("/")
+        assert owner
+        assert repository
+        assert model.licence
+        assert model.good_at
+        assert model.forms
+        assert model.revision is None or len(model.revision) == 40
+        assert 1 <= model.smallest_board_gb <= 16
+
+
+@given(st.floats(1, 100_000), st.sampled_from(sorted(catalogue())))
+def test_the_first_form_that_fits_is_taken(memory, name):
+    model = catalogue()[name]
+    found = model.form_for(memory)
+    fitting = [form for form in model.forms if form.memory_mb <= USABLE * memory]
+    assert found == (fitting[0] if fitting else None)
+    assert model.form_for(None) == model.forms[0]
+    for form in model.forms:
+        assert model.form_for(None, form.quant) == form
+
+
+@given(st.text(max_size=80))
+def test_only_a_name_is_one(text):
+    allowed = set("abcdefghijklmnopqrstuvwxyz0123456789._-")
+    is_name = 1 <= len(text) <= 64 and set(text) <= allowed and text[0] not in "._-"
+    if is_name:
+        check_name(text)
+    else:
+        with pytest.raises(EdgelmError, match="is no name"):
+            check_name(text)
+
+
+def test_a_name_stands_for_a_stored_bundle(store, run):
+    put(store, "mine", Origin("owner/model", "0123456789abcdef"))
+    assert resolve("mine") == store.place("mine")
+    assert open_bundle("mine").path == store.place("mine")
+    code, out, err = run("generate", "mine", "play some jazz")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["intent"] == "PlayMusic"
+    with edgelm.load("mine") as model:
+        assert model.generate("play some jazz").text.startswith("{")
+    code, out, _ = run("info", "mine", "--json")
+    assert (code, json.loads(out)["digest"]) == (0, open_bundle(BUILTIN).manifest.digest)
+
+
+def test_a_directory_wins_over_a_name_and_builtin_over_all(store, tmp_path, monkeypatch):
+    put(store, "mine")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / BUILTIN).mkdir()
+    assert resolve("mine") == Path("mine")
+    assert resolve(BUILTIN) == BUILTIN_FOLDER
+
+
+def test_list_and_show(store, run):
+    code, out, _ = run("list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["name", "builtin"]
+    put(store, "mine", Origin("owner/model", "0123456789abcdef"))
+    (store.folder / "bundles" / "broken").mkdir()
+    code, out, _ = run("list")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert code == 0
+    assert "owner/model at 0123456789ab" in lines["mine"]
+    assert "cannot be opened" in lines["broken"]
+    found = {row["name"]: row for row in json.loads(run("list", "--json")[1])}
+    assert found["mine"]["source"] == "owner/model"
+    assert "error" in found["broken"]
+    out = run("show", "mine")[1]
+    assert "owner/model at 0123456789abcdef" in out
+    assert "architecture" in out
+    out = run("show", "qwen2.5-0.5b")[1]
+    assert "Apache-2.0" in out
+    assert "edgelm pull qwen2.5-0.5b" in out
+    facts = json.loads(run("show", "qwen2.5-0.5b", "--json")[1])
+    assert facts["catalogue"]["hub"] == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert facts["bundle"] is None
+
+
+@pytest.mark.parametrize("record", ["", "{", "[1]", '{"source": 3, "revision": null}', '{"source": "a"}', "\x00\xff"])
+def test_a_damaged_record_costs_nothing_but_itself(record, store, run):
+    put(store, "mine")
+    (store.folder / "bundles" / "mine.json").write_text(record, "latin-1")
+    assert store.origin("mine") is None
+    code, out, err = run("list")
+    assert (code, err) == (0, "")
+    assert "mine" in out
+
+
+def test_models(store, run):
+    put(store, "smollm2-135m")
+    code, out, err = run("models")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) == 1 + len(catalogue())
+    assert lines[1].endswith("(here)")
+    assert not lines[2].endswith("(here)")
+    assert {entry["name"] for entry in json.loads(run("models", "--json")[1])} == set(catalogue())
+
+
+def test_rm_removes_what_is_named_and_what_was_made_of_it(store, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGELM_CACHE_DIR", str(tmp_path / "cache"))
+    from edgelm.boardcache import BoardCache, Key
+
+    for name in ("mine", "other"):
+        put(store, name, Origin("owner/model"))
+        note = {"bundle": str(store.place(name))}
+        BoardCache.default().make(Key("weights", name, "r", "c"), 1, lambda folder, note=note: note)
+    code, out, err = run("rm", "mine")
+    assert (code, err) == (0, "")
+    assert out.startswith("removed mine: 2.1 MB")
+    assert store.names() == ["other"]
+    assert sorted(path.name for path in (store.folder / "bundles").iterdir()) == ["other", "other.json"]
+    assert [entry.note["bundle"] for entry in BoardCache.default().entries()] == [str(store.place("other"))]
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "builtin", "../mine", "", "Mine"])
+def test_rm_removes_nothing_where_one_name_is_wrong(wrong, store, run):
+    put(store, "mine")
+    code, out, err = run("rm", "mine", wrong)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert store.names() == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("smollm2-135m", "`edgelm pull smollm2-135m`"),
+        ("smolm2-135m", "did you mean smollm2-135m?"),
+        ("bultin", "did you mean builtin?"),
+        ("zzz", "`edgelm list`"),
+        ("no/where", "`edgelm list`"),
+    ],
+)
+def test_who_names_what_is_not_here_learns_what_to_do(name, remedy, store, run):
+    for command in (["generate", name, "x"], ["info", name], ["serve", "--model", name], ["show", name]):
+        code, out, err = run(*command)
+        assert (code, out, err.count("\n")) == (1, "", 1), command
+        if command[0] != "show" or name not in catalogue():
+            assert remedy in err
+        if name in catalogue():
+            break
+    with pytest.raises(BundleError):
+        edgelm.load(name)
+
+
+def test_an_empty_variable_is_named(monkeypatch, run):
+    monkeypatch.setenv("EDGELM_DATA_DIR", "")
+    code, _, err = run("list")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "EDGELM_DATA_DIR" in err
