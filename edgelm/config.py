@@ -49,7 +49,7 @@ def check_name(what: str, name: str) -> None:
         )
 
 
-def _setting(default: Any, kind: type, low: float | None = None, high: float | None = None) -> Any:
+def _setting(default: Any, kind: type | str, low: float | None = None, high: float | None = None) -> Any:
     return field(default=default, metadata={"kind": kind, "low": low, "high": high})
 
 
@@ -58,7 +58,8 @@ class ServeConfig:
     """Every setting of `edgelm serve`. Raises `ConfigError`, which names the setting, for a value not allowed."""
 
     mqtt: str = _setting("mqtt://localhost:1883", str)
-    model: str = _setting("builtin", str)
+    model: str | tuple[str, ...] = _setting("builtin", "names")
+    """One bundle, or several: `models` has them as a tuple. The first is for requests that name none."""
     board: str = field(default_factory=default_board, metadata={"kind": str})
     embedded_broker: bool = _setting(False, bool)
     username: str | None = _setting(None, str)
@@ -99,6 +100,11 @@ class ServeConfig:
             raise ConfigError(f"embedded_broker: it listens on mqtt:// only, not on {url.scheme}://")
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """What is served, in order."""
+        return (self.model,) if isinstance(self.model, str) else self.model
+
+    @property
     def broker(self) -> BrokerConfig:
         """How to reach the broker, the password file read."""
         return BrokerConfig(
@@ -119,7 +125,9 @@ def _check(setting: dataclasses.Field[Any], value: Any) -> None:
     if value is None and setting.default is None:
         return
     kind, name = setting.metadata["kind"], setting.name
-    if kind is tuple:
+    if kind == "names" and isinstance(value, str):
+        kind = str
+    if kind in (tuple, "names"):
         if not isinstance(value, tuple) or not value or not all(isinstance(item, str) and item for item in value):
             raise ConfigError(f"{name}: must be a list of non-empty strings")
         return
@@ -191,7 +199,9 @@ def _refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> No
 def _convert(name: str, text: str) -> Any:
     """Return an environment variable's text as the setting's type."""
     kind = SETTINGS[name].metadata["kind"]
-    if kind is tuple:
+    if kind == "names" and "," not in text:
+        return text
+    if kind in (tuple, "names"):
         return tuple(item.strip() for item in text.split(","))
     if kind is bool:
         words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}

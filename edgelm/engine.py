@@ -43,6 +43,7 @@ class Engine:
         speculation: bool = True,
         cache: BoardCache | None = None,
         memory_limit_mb: int | None = None,
+        spin: bool | None = None,
     ) -> None:
         if not 1 <= max_batch <= MOST_ROWS:
             raise EdgelmError(f"max_batch must lie in [1, {MOST_ROWS}], got {max_batch}")
@@ -51,8 +52,10 @@ class Engine:
         self.bundle, self.max_batch = bundle, max_batch
         rows, most = max_batch + 1, bundle.manifest.context if context is None else context
         prefix_bytes = prefix_cache_mb * 1_000_000
-        check_memory(bundle.manifest, memory_limit_mb, rows=rows, context=most, prefix_bytes=prefix_bytes)
-        self.session: Session = open_session(bundle, rows=rows, threads=threads, context=context, cache=cache)
+        self.memory = check_memory(bundle.manifest, memory_limit_mb, rows=rows, context=most, prefix_bytes=prefix_bytes)
+        self.session: Session = open_session(
+            bundle, rows=rows, threads=threads, spin=spin, context=context, cache=cache
+        )
         self.context = self.session.context
         self._intake = Intake(bundle, self.context)
         self.tokenizer, self.conversations = self._intake.tokenizer, self._intake.conversations

@@ -66,11 +66,11 @@ def plan_memory(manifest: Manifest, *, rows: int, context: int, prefix_bytes: in
     )
 
 
-def check_memory(manifest: Manifest, limit_mb: int | None, *, rows: int, context: int, prefix_bytes: int) -> None:
-    """Raise `EdgelmError`, which gives the numbers, where a plan takes more than `limit_mb` * 10^6 bytes."""
+def check_memory(manifest: Manifest, limit_mb: int | None, *, rows: int, context: int, prefix_bytes: int) -> MemoryPlan:
+    """Return the plan; raise `EdgelmError`, with the numbers, where it takes more than `limit_mb` * 10^6 bytes."""
     plan = plan_memory(manifest, rows=rows, context=context, prefix_bytes=prefix_bytes)
     if limit_mb is None or plan.total <= limit_mb * 1_000_000:
-        return
+        return plan
     left = limit_mb * 1_000_000 - (plan.total - plan.keys_and_values)
     fits = left // manifest.cache.bytes_per_token()
     if fits >= 2:  # one request needs a row to run in and one to be scored in

@@ -1,6 +1,6 @@
 """The command line: chooses one sub-command, imports it alone, and turns errors into one line and an exit code.
 
-Each command is one module `edgelm.cli.<name>` (`MODULES` has the exception) with `add_arguments(parser)` and `run(args) -> int`.
+Each command is one module `edgelm.cli.<name>`, but for `MODULES`, with `add_arguments(parser)` and `run(args) -> int`.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; - reads it from standard input")
     parser.add_argument("--broker", metavar="URL", default=url, help="where the broker is (%(default)s)")
     parser.add_argument("--board", metavar="NAME", default=board, help="whom to ask (%(default)s)")
+    parser.add_argument("--model", metavar="NAME", help="which of the board's models is to answer (its first)")
     parser.add_argument("--session", metavar="NAME", help="go on with this conversation, or begin it")
     parser.add_argument(
         "--end-session", action="store_true", default=None, help="forget it after this; without PROMPT, at once"
@@ -56,12 +57,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--end-session needs --session NAME")
     if args.prompt is None and not args.end_session:
         raise UsageError("give a PROMPT, or --session NAME --end-session")
-    session = {"session": args.session, "end_session": args.end_session}
+    whom = {"model": args.model, "session": args.session, "end_session": args.end_session}
     ask = ask_of(
         None if args.prompt is None else read_prompt(args.prompt),
         stream=not (args.no_stream or args.json),
         timeout_s=args.timeout,
-        **{key: value for key, value in session.items() if value is not None},
+        **{key: value for key, value in whom.items() if value is not None},
         **sampling_from(args),
         **template_from(args),
     )

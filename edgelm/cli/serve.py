@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mqtt", metavar="URL", nargs="?", const=DEFAULT_URL, help=f"where the broker is ({DEFAULT_URL})"
     )
-    parser.add_argument("--model", metavar="BUNDLE", help="what to serve (builtin)")
+    parser.add_argument(
+        "--model",
+        metavar="BUNDLE",
+        action="append",
+        help="what to serve (builtin); may be repeated: the first answers requests that name no model",
+    )
     parser.add_argument("--board", metavar="NAME", help="this board's name in topics (the host's name)")
     parser.add_argument("--config", metavar="FILE", help="a TOML file of settings")
     parser.add_argument(
@@ -55,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     flags = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    flags["model"] = tuple(args.model) if args.model else None
     config = load_config(args.config, None, flags)
     _log_as(config.log_format)
     with ExitStack() as stack:

@@ -38,6 +38,8 @@ class Answer:
         The worker's name for it, unique in this process.
     id, client, correlation
         The requester's name for it, and for itself.
+    model, cancel
+        Who answers: its name, and what stops the answer of a key.
     reply_topic
         Where it is answered.
     stream, chunk_ms
@@ -52,6 +54,8 @@ class Answer:
     id: str
     client: str | None
     correlation: bytes | None
+    model: str
+    cancel: Callable[[str], object]
     reply_topic: str
     stream: bool
     chunk_ms: int

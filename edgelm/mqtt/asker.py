@@ -22,7 +22,8 @@ from edgelm.mqtt.topics import BASE, BoardTopics, is_name
 
 CONNECT_WITHIN_S: Final = 15.0
 STATUS_WITHIN_S: Final = 3.0
-"""How long a 3.1.1 broker, which does not say that nobody listens, has to bring a board's retained status."""
+"""How long a broker has to bring a board's retained status. One of MQTT 5 says sooner that nobody listens, unless
+someone else reads along."""
 GRACE_S: Final = 5.0
 """How much longer than the board's own deadline we wait for its word."""
 
@@ -39,8 +40,8 @@ class Asker:
     Parameters
     ----------
     broker
-        Where, and as whom. A user name that can stand in a topic is the client's name too. Without one, sessions are
-        those of the clients without a name, so that a later run finds them again.
+        Where, and as whom. A user name that can stand in a topic is the client's name too. Without one it is one of the
+        clients without a name, so that a later run finds its sessions, and an empty cancel stops its request.
     board
         Whom to ask.
     protocol
@@ -50,15 +51,15 @@ class Asker:
     def __init__(self, broker: BrokerConfig, board: str, *, protocol: Version = "5") -> None:
         run = uuid.uuid4().hex[:12]
         user = broker.user or ""
-        self._is_named = is_name(user)
-        self.client = user if self._is_named else f"ask-{run}"
+        self.client = user if is_name(user) else None
         self._topics = BoardTopics(board)
-        self._reply_topic = f"{self._topics.response(self.client)}/{run}"
+        self._reply_topic = f"{self._topics.response(self.client or 'ask')}/{run}"
         self._url = broker.url
         self._events: SimpleQueue[events.Event] = SimpleQueue()
         self._connection = Connection(broker, f"edgelm-ask-{run}", self._events.put, protocol=protocol)
         self._boards: dict[str, bool] = {}
         """Every board heard of, and whether it is online."""
+        self._hears_boards = True
 
     def __enter__(self) -> Asker:
         self._connection.start()
@@ -85,8 +86,7 @@ class Asker:
             When nobody listens, the board goes offline, or no final comes in time.
         """
         payload, properties = asks.write_ask(ask, self._reply_topic, with_properties=self._connection.is_mqtt5)
-        client = self.client if self._is_named or ask.session is None else None
-        topic = self._topics.generate(client)
+        topic = self._topics.generate(self.client)
         sending = self._connection.publish(wire.Packet(topic, payload, qos=1, properties=properties))
         if sending is None:
             raise UnansweredError(f"the connection to {self._url} was lost")
@@ -97,7 +97,7 @@ class Asker:
                 yield answer
         finally:
             if not is_over:
-                self._connection.publish(wire.Packet(self._topics.cancel(client), ask.id.encode()))
+                self._connection.publish(wire.Packet(self._topics.cancel(self.client), ask.id.encode()))
 
     def _answers(self, ask: asks.Ask, topic: str, mid: int) -> Iterator[wire.Delta | wire.Outcome]:
         begun = time.monotonic()
@@ -142,7 +142,7 @@ class Asker:
         is_online = self._boards.get(self._topics.board)
         if is_online is False:
             raise UnansweredError(f"board {self._topics.board!r} at {self._url} is offline{self._others()}")
-        if is_online is None and waited_s > STATUS_WITHIN_S and not self._connection.is_mqtt5:
+        if is_online is None and waited_s > STATUS_WITHIN_S and self._hears_boards:
             raise self._nobody()
 
     def _nobody(self) -> UnansweredError:
@@ -181,8 +181,10 @@ class Asker:
             self._connection.subscribe(((self._reply_topic, 1), (f"{BASE}/+/status", 1)))
         elif isinstance(event, events.NeedsCare):
             self._connection.tend()
-        elif isinstance(event, events.Subscribed) and event.reasons[0] >= 0x80:
-            raise UnansweredError(f"the broker {self._url} does not let us subscribe to {self._reply_topic}")
+        elif isinstance(event, events.Subscribed):
+            if event.reasons[0] >= 0x80:
+                raise UnansweredError(f"the broker {self._url} does not let us subscribe to {self._reply_topic}")
+            self._hears_boards = event.reasons[1] < 0x80
         return event
 
     def _note_status(self, event: events.Received) -> None:

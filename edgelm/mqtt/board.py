@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -25,15 +25,37 @@ START_WITHIN_S: Final = 60.0
 
 @contextmanager
 def open_board(config: ServeConfig, on_online: Callable[[], None] | None = None) -> Iterator[Service]:
-    """Yield a service for the settings' bundle; its engine stops when the block ends.
+    """Yield a service for the settings' bundles; their engines stop when the block ends.
+
+    Several models have an engine each, whose threads sleep when they wait: requests for both run beside each other.
 
     Raises
     ------
     EdgelmError
-        When the bundle, a certificate or the password file cannot be used.
+        When a bundle, a certificate or the password file cannot be used.
     """
+    with ExitStack() as stack:
+        models: list[ServedModel] = []
+        left_mb = config.memory_limit_mb
+        for path in config.models:
+            bundle, engine = _open_engine(config, path, left_mb)
+            worker = Worker(engine, queue_size=config.queue)
+            model = describe(bundle, path, engine.context, worker)
+            if any(model.name == other.name for other in models):
+                raise EdgelmError(f"two models are called {model.name}: requests could not tell them apart")
+            models.append(model)
+            if bundle.manifest.sampling.temperature > 0:
+                warm_up()  # compiling takes seconds, which the first request would wait for
+            if left_mb is not None:
+                left_mb -= (engine.memory.total - engine.memory.program) // 1_000_000
+            worker.start()
+            stack.callback(worker.close)
+        yield Service(config, models, on_online)
+
+
+def _open_engine(config: ServeConfig, path: str, memory_limit_mb: int | None) -> tuple[Bundle, Engine]:
     cache = BoardCache.default() if config.cache else None
-    bundle = open_verified(config.model, cache)
+    bundle = open_verified(path, cache)
     engine = Engine(
         bundle,
         threads=config.threads,
@@ -42,17 +64,10 @@ def open_board(config: ServeConfig, on_online: Callable[[], None] | None = None)
         prefix_cache_mb=config.prefix_cache_mb,
         speculation=config.speculation,
         cache=cache,
-        memory_limit_mb=config.memory_limit_mb,
+        memory_limit_mb=memory_limit_mb,
+        spin=None if len(config.models) == 1 else False,
     )
-    worker = Worker(engine, queue_size=config.queue)
-    service = Service(config, worker, describe(bundle, config.model, engine.context), on_online)
-    if bundle.manifest.sampling.temperature > 0:
-        warm_up()  # compiling takes seconds, which the first request would wait for
-    worker.start()
-    try:
-        yield service
-    finally:
-        worker.close()
+    return bundle, engine
 
 
 @contextmanager
@@ -87,13 +102,14 @@ def serve_in_background(config: ServeConfig) -> Iterator[None]:
             thread.join(START_WITHIN_S)
 
 
-def describe(bundle: Bundle, path: str, context: int) -> ServedModel:
+def describe(bundle: Bundle, path: str, context: int, worker: Worker) -> ServedModel:
     """Return what clients may know of a bundle: the folder's name, not where it lies."""
     manifest = bundle.manifest
     return ServedModel(
         name=BUILTIN if path == BUILTIN else Path(path).resolve().name,
         digest=manifest.digest,
         sampling=manifest.sampling,
+        worker=worker,
         details={
             "architecture": manifest.architecture,
             "quant": manifest.quant,

@@ -12,7 +12,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -37,11 +37,13 @@ READ_LIMIT: Final = 4 * wire.MAX_PAYLOAD_BYTES
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What is served: a name, the manifest's digest and defaults."""
+    """What is served: a name, the manifest's digest and defaults, and what computes its answers."""
 
     name: str
     digest: str
     sampling: SamplingParams
+    worker: Worker
+    """Started; closed by whoever made it."""
     details: dict[str, Any] = field(default_factory=dict)
     """More for `info`."""
 
@@ -51,12 +53,10 @@ class Desk:
 
     Parameters
     ----------
-    config, topics, model
-        What this board is, how it is addressed, what it serves.
+    config, topics, models
+        What this board is, how it is addressed, what it serves: the first is for requests that name none.
     boot_id
         Names this run of the service.
-    worker
-        Computes the answers.
     connection, outbox
         Where messages go that may be lost, and that may not.
     post
@@ -67,18 +67,16 @@ class Desk:
         self,
         config: ServeConfig,
         topics: BoardTopics,
-        model: ServedModel,
+        models: Sequence[ServedModel],
         boot_id: str,
-        worker: Worker,
         connection: Connection,
         outbox: Outbox,
         post: Callable[[Grown | Finished], None],
     ) -> None:
         self._config = config
         self._topics = topics
-        self._model = model
+        self._models = models
         self._boot_id = boot_id
-        self._worker = worker
         self._connection = connection
         self._outbox = outbox
         self._post = post
@@ -135,13 +133,14 @@ class Desk:
                 "too_large", f"the payload has {len(message.payload)} bytes, the limit is {wire.MAX_PAYLOAD_BYTES}"
             )
         ask = asks.parse_ask(envelope)
-        if ask.model not in {None, self._model.name, self._model.digest}:
-            raise RequestError("model_not_found", f"model: this board serves {self._model.name!r} only")
+        model = self._chosen(ask.model)
         answer = Answer(
             key=str(next(self._keys)),
             id=ask.id,
             client=client,
             correlation=envelope.correlation,
+            model=model.name,
+            cancel=model.worker.cancel,
             reply_topic=reply_topic,
             stream=ask.stream,
             chunk_ms=ask.chunk_ms,
@@ -150,7 +149,7 @@ class Desk:
         )
         request = Request(
             id=answer.key,
-            sampling=self._model.sampling.replace(**ask.sampling),
+            sampling=model.sampling.replace(**ask.sampling),
             prompt=ask.prompt,
             messages=ask.messages,
             constraint=ask.constraint,
@@ -163,9 +162,18 @@ class Desk:
             system=ask.system,
             raw=ask.raw,
         )
-        self._worker.submit(request, answer.sink)
+        model.worker.submit(request, answer.sink)
         self._answers[answer.key] = answer
         self._tell("accepted", answer.id, client)
+
+    def _chosen(self, wanted: str | None) -> ServedModel:
+        """Return the model of that name or digest; the first where none is named."""
+        for model in self._models:
+            if wanted in {None, model.name, model.digest}:
+                return model
+        names = ", ".join(repr(model.name) for model in self._models)
+        only = " only" if len(self._models) == 1 else ""
+        raise RequestError("model_not_found", f"model: this board serves {names}{only}")
 
     def _deadline(self, message: Received, timeout_s: float | None = None) -> float:
         allowed = [self._config.max_timeout_s, timeout_s, message.properties.expiry_s]
@@ -177,7 +185,7 @@ class Desk:
         self._tell("rejected", envelope.id, client, code=error.code)
         completion = Completion(envelope.id, "", (), "error", error=error)
         left_s = self._deadline(message) - time.monotonic()
-        self._send_final(completion, 0, reply_topic, envelope.correlation, left_s)
+        self._send_final(completion, self._models[0].name, 0, reply_topic, envelope.correlation, left_s)
 
     def _cancel(self, client: str | None, payload: bytes) -> None:
         """Cancel one of the client's requests, or all where none is named."""
@@ -185,7 +193,7 @@ class Desk:
         for answer in self._answers.values():
             named = wanted in {"", "PRESS", answer.id} or payload == answer.correlation
             if answer.client == client and named:
-                self._worker.cancel(answer.key)
+                answer.cancel(answer.key)
 
     # -- out --------------------------------------------------------------------------------------------------
 
@@ -206,7 +214,7 @@ class Desk:
             error = RequestError("interrupted", "the service stopped before the answer was whole")
             completion = dataclasses.replace(completion, finish_reason="error", error=error)
         left_s = answer.deadline - time.monotonic()
-        self._send_final(completion, answer.seq, answer.reply_topic, answer.correlation, left_s)
+        self._send_final(completion, answer.model, answer.seq, answer.reply_topic, answer.correlation, left_s)
         self._tell(
             "finished",
             answer.id,
@@ -237,7 +245,7 @@ class Desk:
         """Cancel all; their finals say `interrupted`."""
         for answer in self._answers.values():
             answer.is_interrupted = True
-            self._worker.cancel(answer.key)
+            answer.cancel(answer.key)
 
     def abandon(self, error: RequestError) -> None:
         """Send the finals that the worker will not bring."""
@@ -269,10 +277,10 @@ class Desk:
         answer.not_before = now + answer.chunk_ms / 1000
 
     def _send_final(
-        self, completion: Completion, seq: int, reply_topic: str, correlation: bytes | None, left_s: float
+        self, completion: Completion, model: str, seq: int, reply_topic: str, correlation: bytes | None, left_s: float
     ) -> None:
         def packet(completion: Completion) -> wire.Packet:
-            final = wire.Outcome(completion, seq, self._topics.board, self._model.name, self._boot_id)
+            final = wire.Outcome(completion, seq, self._topics.board, model, self._boot_id)
             properties = wire.answer_properties(correlation, left_s, final.error)
             return wire.Packet(reply_topic, wire.write_outcome(final), qos=1, properties=properties)
 

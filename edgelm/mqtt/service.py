@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Final
@@ -25,7 +25,6 @@ from edgelm.mqtt.client import Connection
 from edgelm.mqtt.desk import Desk, ServedModel
 from edgelm.mqtt.outbox import Outbox
 from edgelm.mqtt.topics import BoardTopics
-from edgelm.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -56,20 +55,17 @@ class Service:
     ----------
     config
         The board's settings.
-    worker
-        Started; closed by whoever made it.
-    model
-        What the worker serves.
+    models
+        What is served, and by whom; the first is for requests that name none.
     on_online
         Called each time the board has said `online`.
     """
 
     def __init__(
-        self, config: ServeConfig, worker: Worker, model: ServedModel, on_online: Callable[[], None] | None = None
+        self, config: ServeConfig, models: Sequence[ServedModel], on_online: Callable[[], None] | None = None
     ) -> None:
         self._config = config
-        self._worker = worker
-        self._model = model
+        self._models = models
         self._on_online = on_online
         self._boot_id = uuid.uuid4().hex[:16]
         self._topics = BoardTopics(config.board)
@@ -87,9 +83,7 @@ class Service:
             protocol="3.1.1" if config.embedded_broker else "5",  # amqtt may never answer a greeting of 5
         )
         self._outbox = Outbox(self._connection)
-        self._desk = Desk(
-            config, self._topics, model, self._boot_id, worker, self._connection, self._outbox, self._events.put
-        )
+        self._desk = Desk(config, self._topics, models, self._boot_id, self._connection, self._outbox, self._events.put)
         self._failure: EdgelmError | None = None
         self._stop_by: float | None = None
         self._is_interrupted = False
@@ -159,21 +153,30 @@ class Service:
         """Do what is due now and then."""
         now = self._cared_at = time.monotonic()
         self._connection.tend()
-        if self._worker.failure is not None and self._failure is None:
-            self._fail(EdgelmError(f"the engine died: {self._worker.failure!r}"))
+        for model in self._models:
+            if model.worker.failure is not None:
+                self._fail(EdgelmError(f"the engine of {model.name} died: {model.worker.failure!r}"))
         if self._stop_by is not None and now >= self._stop_by and not self._is_interrupted:
             self._is_interrupted = True
             self._desk.interrupt()
-        stats = self._worker.stats()
-        changed = (stats.queued, stats.active) != self._state
+        changed = self._load() != self._state
         if now - self._state_at >= (STATE_CHANGED_S if changed else STATE_EVERY_S):
             self._tell_state()
+
+    def _load(self) -> tuple[int, int]:
+        """Return how many requests wait, and how many run, for all models together."""
+        stats = [model.worker.stats() for model in self._models]
+        return sum(each.queued for each in stats), sum(each.active for each in stats)
+
+    def _drain(self) -> None:
+        for model in self._models:
+            model.worker.drain()
 
     def _fail(self, error: EdgelmError) -> None:
         """Leave because of an error."""
         if self._failure is None:
             self._failure = error
-            self._worker.drain()
+            self._drain()
             self._stop_by = time.monotonic()
 
     def _is_over(self) -> bool:
@@ -214,7 +217,8 @@ class Service:
         self._outbox.send(wire.Packet(self._topics.info, wire.write_json(self._info()), qos=1, retain=True))
         self._outbox.send(self._status("online"))
         self._tell_state()
-        log.info("serving %s as %s", self._model.name, self._topics.generate())
+        names = ", ".join(model.name for model in self._models)
+        log.info("serving %s as %s", names, self._topics.generate())
         if self._on_online is not None:
             self._on_online()
 
@@ -243,7 +247,7 @@ class Service:
 
     def _on_stop(self, _event: Stop) -> None:
         again = self._stop_by is not None
-        self._worker.drain()
+        self._drain()
         self._stop_by = time.monotonic() + (0 if again else self._config.drain_s)
         log.info("stopping; %d requests under way", len(self._desk))
 
@@ -261,7 +265,7 @@ class Service:
             "boot_id": self._boot_id,
             "durable": False,
             "mqtt": self._protocol,
-            "models": [{"name": self._model.name, "digest": self._model.digest, **self._model.details}],
+            "models": [{"name": model.name, "digest": model.digest, **model.details} for model in self._models],
             "limits": {
                 "payload_bytes": wire.MAX_PAYLOAD_BYTES,
                 "queue": self._config.queue,
@@ -272,13 +276,13 @@ class Service:
         }
 
     def _tell_state(self) -> None:
-        stats = self._worker.stats()
-        self._state, self._state_at = (stats.queued, stats.active), time.monotonic()
+        self._state, self._state_at = self._load(), time.monotonic()
+        stats = [model.worker.stats() for model in self._models]
         body = {
-            "queue": stats.queued,
-            "active": stats.active,
-            "completed": stats.completed,
-            "tok_s": round(stats.tok_s, 2),
+            "queue": self._state[0],
+            "active": self._state[1],
+            "completed": sum(each.completed for each in stats),
+            "tok_s": round(sum(each.tok_s for each in stats), 2),
             "rss_mb": health.rss_mb(),
             "temp_c": health.temp_c(),
             "throttled": health.is_throttled(),

@@ -11,7 +11,9 @@ from urllib.parse import unquote
 import pytest
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
-constants = pytest.importorskip("huggingface_hub.constants", reason="needs pip install 'edgelm[export]'")
+pytest.importorskip("huggingface_hub", reason="needs pip install 'edgelm[export]'")
+
+from huggingface_hub import constants
 
 import edgelm.cli.pull as command
 from edgelm.bundle import open_bundle

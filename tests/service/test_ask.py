@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -119,6 +121,34 @@ def test_ask_says_that_nobody_listens(broker: Broker, common: str, ask: Callable
     told = ask(f"mqtt://127.0.0.1:{free_port()}", common)
     assert told.code == 1
     assert "no broker" in told.err
+
+
+def test_ask_does_not_wait_for_a_board_that_is_not_there_where_others_read_along(
+    broker: Broker, common: str, ask: Callable[..., Told]
+) -> None:
+    with Client(broker.port, "edgelm/#"):  # so that the broker has someone to hand the request to
+        begun = time.monotonic()
+        told = ask(broker.url, "nobody-here")
+    assert told.code == 1
+    assert "no board 'nobody-here'" in told.err
+    assert common in told.err
+    assert time.monotonic() - begun < 30
+
+
+def test_an_empty_cancel_stops_what_the_same_person_asked(
+    broker: Broker, config: ServeConfig, ask: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(config, monkeypatch, step_s=0.05), Client(broker.port, f"edgelm/{config.board}/event") as other:
+
+        def cancel() -> None:
+            other.wait(lambda heard: any(each.body["event"] == "started" for each in heard))
+            other.publish(f"edgelm/{config.board}/cancel", b"")
+
+        canceller = threading.Thread(target=cancel)
+        canceller.start()
+        told = ask(broker.url, config.board, "--max-tokens", "400", "--ignore-eos", "--json")
+        canceller.join()
+    assert json.loads(told.out)["finish_reason"] == "cancelled"
 
 
 def test_ask_says_that_the_board_is_offline(broker: Broker, config: ServeConfig, ask: Callable[..., Told]) -> None:
