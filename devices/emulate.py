@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import edgelm
 from edgelm.errors import DeviceError
+from edgelm.folders import user_folder
 
 from .rootfs import Say, prepare_rootfs
 
@@ -73,8 +74,7 @@ class Emulated:
 
 def default_cache() -> Path:
     """Return where emulated roots are kept: edgelm/emulate in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "edgelm" / "emulate"
+    return user_folder("cache") / "emulate"
 
 
 def emulate(profile: Profile, bundle: str, *, prompt: str | None, cache: Path, say: Say) -> Emulated:

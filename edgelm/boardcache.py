@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from edgelm.bundle import file_sha256
 from edgelm.errors import EdgelmError
+from edgelm.folders import user_folder
 
 VARIABLE: Final = "EDGELM_CACHE_DIR"
 """Environment variable that names the folder."""
@@ -83,8 +84,7 @@ class BoardCache:
             if not named:
                 raise EdgelmError(f"{VARIABLE} is empty: name a folder, or leave it unset")
             return cls(Path(named))
-        base = os.environ.get("XDG_CACHE_HOME")
-        return cls((Path(base) if base else Path("~/.cache").expanduser()) / "edgelm")
+        return cls(user_folder("cache"))
 
     def find(self, key: Key) -> Entry | None:
         """Return an intact entry; one that is not is removed, and that is logged."""

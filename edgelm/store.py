@@ -16,6 +16,7 @@ from typing import Final
 
 from edgelm.catalogue import NAME, catalogue, check_name
 from edgelm.errors import BundleError, EdgelmError
+from edgelm.folders import user_folder
 
 VARIABLE: Final = "EDGELM_DATA_DIR"
 """Environment variable that names the folder."""
@@ -47,11 +48,7 @@ class Store:
             if not named:
                 raise EdgelmError(f"{VARIABLE} is empty: name a folder, or leave it unset")
             return cls(Path(named))
-        base = os.environ.get("XDG_DATA_HOME")
-        try:
-            return cls((Path(base) if base else Path("~/.local/share").expanduser()) / "edgelm")
-        except RuntimeError:  # neither HOME nor an entry in the list of users
-            return cls(Path("/var/lib/edgelm"))
+        return cls(user_folder("data"))
 
     def place(self, name: str) -> Path:
         """Return where a bundle of that name lies, or would. Raises `EdgelmError` for what cannot be a name."""

@@ -28,6 +28,7 @@ from edgelm.cli.flags import (
 from edgelm.cli.progress import Spinner
 from edgelm.cli.tables import cut_off, speed_text
 from edgelm.errors import EdgelmError, RequestError
+from edgelm.folders import user_folder
 from edgelm.messages import RANGES, Completion, SamplingParams
 from edgelm.model import Model
 
@@ -263,7 +264,10 @@ def _file(words: str, command: str) -> Path:
         names = []
     if len(names) != 1:
         raise EdgelmError(f"{command} takes the name of one file")
-    return Path(names[0]).expanduser()
+    try:
+        return Path(names[0]).expanduser()
+    except RuntimeError as error:  # ~ without a home, ~somebody who is nobody here
+        raise EdgelmError(f"{command}: {names[0]} names the home of nobody known here") from error
 
 
 def _defaults(model: Model) -> dict[str, Any]:
@@ -331,8 +335,7 @@ def _line_editing() -> Iterator[None]:
     except ImportError:
         yield
         return
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    file = Path(state).expanduser() / "edgelm" / "chat_history"
+    file = user_folder("state") / "chat_history"
     with contextlib.suppress(OSError):
         readline.read_history_file(file)
     readline.set_history_length(MOST_HISTORY)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from edgelm.errors import CheckpointError
+from edgelm.folders import home
 
 from .checkpoint import Checkpoint
 from .gguf import open_gguf
@@ -82,7 +83,9 @@ def open_ollama(source: str) -> Checkpoint:
 def _roots() -> list[Path]:
     """Return the folders that may hold a store, the first to be looked at first."""
     given = os.environ.get("OLLAMA_MODELS")
-    return [Path(given)] if given else [Path.home() / ".ollama" / "models", SERVICE]
+    at_home = home()
+    own = [] if at_home is None else [at_home / ".ollama" / "models"]
+    return [Path(given)] if given else [*own, SERVICE]
 
 
 def _listing(roots: list[Path]) -> str:

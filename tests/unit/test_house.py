@@ -15,7 +15,7 @@ from edgelm.cli.extras import extra_of
 
 REPO = Path(__file__).resolve().parents[2]
 FLOORS = [
-    {"_version", "errors", "fields", "marked", "protobuf", "textfile", "tokenizerfile"},
+    {"_version", "errors", "fields", "folders", "marked", "protobuf", "textfile", "tokenizerfile"},
     {"attributes", "brokerconfig", "catalogue", "messages"},
     {"store"},
     {"bundle", "config", "tasks", "measure", "hardware", "divergence", "windows"},

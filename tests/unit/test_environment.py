@@ -1,0 +1,107 @@
+"""Environments that a service's user or a container has: no home, no cache, an installation that cannot be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import edgelm
+from edgelm import folders
+from edgelm.boardcache import BoardCache
+from edgelm.store import Store
+
+NOBODY = 61_234
+"""A user id that no list of users has."""
+
+
+HOMELESS = "import pwd\ndef nobody(_): raise KeyError\npwd.getpwuid = nobody\n"
+"""Makes this process's user one that no list has."""
+
+
+def is_open(*places):
+    """Whether other users can read what lies at all of these places."""
+    return all(Path(each).stat().st_mode & 0o005 == 0o005 for place in places for each in (place, *Path(place).parents))
+
+
+def run_edgelm(*arguments, environment, text=None):
+    """Run the command line without a home; as one who owns nothing, where we are root and Python is open to all."""
+    code = HOMELESS
+    if os.geteuid() == 0 and is_open(sys.prefix, sys.base_prefix, Path(edgelm.__file__).parent):
+        code += f"import os; os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
+    code += "import sys; sys.argv[0] = 'edgelm'; from edgelm.cli import main; sys.exit(main())"
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        input=text,
+        timeout=240,
+        check=False,
+        cwd="/",
+    )
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"EDGELM_CACHE_DIR": "/proc/nowhere"},
+        {"EDGELM_CACHE_DIR": "/dev/null/cache", "EDGELM_DATA_DIR": "/dev/null/data"},
+        {"HOME": "/nonexistent"},
+        {"HOME": "", "XDG_CACHE_HOME": "relative"},
+        {"EDGELM_SERVICE_PORT": "80", "HOME": "/"},
+    ],
+    ids=repr,
+)
+def test_a_user_without_anything_gets_an_answer(environment):
+    done = run_edgelm("generate", "builtin", "play some jazz", environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["intent"] == "PlayMusic"
+    assert len(done.stderr.splitlines()) <= 1, done.stderr
+    for command in (["list"], ["models"], ["cache"], ["info", "builtin"]):
+        done = run_edgelm(*command, environment=environment)
+        assert (done.returncode, done.stderr) == (0, ""), command
+
+
+def test_kernels_are_compiled_where_nothing_can_be_kept():
+    arguments = ["generate", "builtin", "play some jazz", "--temperature", "0.5", "--seed", "1"]
+    done = run_edgelm(*arguments, environment={"EDGELM_CACHE_DIR": "/dev/null/cache"})
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) <= 1, done.stderr
+
+
+def test_a_chat_without_a_home_ends_in_order():
+    done = run_edgelm("chat", "builtin", environment={}, text="play some jazz\n/save ~/x\n/bye\n")
+    assert done.returncode == 0, done.stderr
+    assert "PlayMusic" in done.stdout
+    assert "home of nobody" in done.stderr
+    assert "internal error" not in done.stderr
+
+
+@given(st.sampled_from(["cache", "data", "state"]), st.sampled_from(["", "relative/x", "/absolute", "/a b"]))
+def test_only_an_absolute_path_counts(kind, named):
+    variable = f"XDG_{kind.upper()}_HOME"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(variable, named)
+        patch.setenv("HOME", "/home/anna")
+        found = folders.user_folder(kind)
+        assert found.is_absolute()
+        assert (found == Path(named) / "edgelm") == named.startswith("/")
+        patch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
+        assert folders.user_folder(kind).is_absolute()
+
+
+def test_the_folders_of_a_user(monkeypatch):
+    for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME", "EDGELM_CACHE_DIR", "EDGELM_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/anna")
+    assert BoardCache.default().folder == Path("/home/anna/.cache/edgelm")
+    assert Store.default().folder == Path("/home/anna/.local/share/edgelm")
