@@ -1,4 +1,4 @@
-"""Turn sentences into calls: echo "what is the weather in Oslo" | python examples/intent_router.py."""
+"""Turn sentences into calls: python examples/intent_router.py "what is the weather in Oslo", or lines on stdin."""
 
 import sys
 
@@ -17,8 +17,11 @@ def get_weather(**slots: object) -> str:
 
 HANDLERS = {"PlayMusic": play_music, "GetWeather": get_weather}
 
+if not sys.argv[1:] and sys.stdin.isatty():
+    print("a command a line, such as: play some jazz (Ctrl-D ends)", file=sys.stderr)
+
 with edgelm.load("builtin") as lm:
-    for line in sys.stdin:
+    for line in sys.argv[1:] or sys.stdin:
         frame = lm.generate(line.strip(), max_tokens=128).json
         handler = HANDLERS.get(frame["intent"]) if isinstance(frame, dict) else None
         print(handler(**frame["slots"]) if handler else f"no handler for {frame}")

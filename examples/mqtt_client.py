@@ -1,7 +1,7 @@
-"""Ask a board from any MQTT 5 program, without edgelm: python examples/mqtt_client.py HOST BOARD "PROMPT"."""
+"""Ask a board from any MQTT 5 program, without edgelm: python examples/mqtt_client.py "PROMPT" --board kitchen."""
 
+import argparse
 import json
-import sys
 import uuid
 from typing import Any
 
@@ -9,7 +9,12 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-host, board, prompt = sys.argv[1:4]
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("prompt", metavar="PROMPT", help="such as: play some jazz")
+parser.add_argument("--board", default="kitchen", help="whom to ask (%(default)s): the --board of edgelm serve")
+parser.add_argument("--host", default="localhost", help="where the broker is (%(default)s)")
+parser.add_argument("--port", type=int, default=1883, help="its port (%(default)s)")
+args = parser.parse_args()
 reply_topic = f"replies/{uuid.uuid4().hex}"
 client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
 
@@ -24,8 +29,8 @@ def on_subscribe(*_: Any) -> None:
     properties = Properties(PacketTypes.PUBLISH)
     properties.ResponseTopic = reply_topic
     properties.CorrelationData = b"1"
-    body = json.dumps({"prompt": prompt, "stream": True, "max_tokens": 128})
-    client.publish(f"edgelm/{board}/generate", body, qos=1, properties=properties)
+    body = json.dumps({"prompt": args.prompt, "stream": True, "max_tokens": 128})
+    client.publish(f"edgelm/{args.board}/generate", body, qos=1, properties=properties)
 
 
 def on_message(_client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
@@ -39,5 +44,5 @@ def on_message(_client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) 
 
 
 client.on_connect, client.on_subscribe, client.on_message = on_connect, on_subscribe, on_message
-client.connect(host)
+client.connect(args.host, args.port)
 client.loop_forever()

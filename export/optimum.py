@@ -80,9 +80,9 @@ def export_optimum(source: str | Path, stage: Path, options: Options, progress: 
             if not force:
                 refuse_broken(measured["self_check"])
         if documents is not None and options.verify is not None:
-            agreement = measure(bundle, reference, documents, progress)
+            agreement = measure(bundle, reference, documents.documents, progress)
             check(agreement, options.max_kl, options.min_agreement)
-            measured["quality"] = quality(agreement, Path(options.verify).name)
+            measured["quality"] = quality(agreement, Path(options.verify).name, documents.left_out)
     seal(stage, replace(manifest, **measured))
 
 

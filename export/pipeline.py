@@ -23,6 +23,7 @@ from .progress import Progress, silent
 from .reference.documents import (
     SELF,
     Document,
+    Measured,
     calibration_documents,
     calibration_tokens,
     measured_documents,
@@ -197,9 +198,10 @@ def _export(
             refuse_broken(found)
         manifest = seal(stage, replace(manifest, self_check=found))
     if measured is not None and options.verify is not None:
-        agreement = measure(Bundle(stage, manifest), reference, measured, progress)
+        agreement = measure(Bundle(stage, manifest), reference, measured.documents, progress)
         check(agreement, options.max_kl, options.min_agreement)
-        seal(stage, replace(manifest, quality=quality(agreement, Path(options.verify).name)))
+        found = quality(agreement, Path(options.verify).name, measured.left_out)
+        seal(stage, replace(manifest, quality=found))
 
 
 def _calibration(
@@ -218,7 +220,7 @@ def _calibration(
     return calibration_documents(read_text(file, flag), model.tokenizer, model.bos_token, context, limit, flag)
 
 
-def _measured(model: Opened, options: Options, context: int) -> Sequence[Document] | None:
+def _measured(model: Opened, options: Options, context: int) -> Measured | None:
     if options.verify is None:
         return None
     return measured_documents(read_text(options.verify, "--verify"), model.tokenizer, model.bos_token, context)

@@ -22,7 +22,7 @@ from edgelm.mqtt.wire import Outcome
 BOARD: Final = "demo"
 COMMANDS: Final = (
     "play some jazz by Miles Davis on spotify",
-    "book a table for four at an italian restaurant in Boston tomorrow at noon",
+    "book a table for four at an italian restaurant in Boston tomorrow",
     "will it rain in Berlin on friday",
 )
 ANSWER_WITHIN_S: Final = 60.0
@@ -30,8 +30,8 @@ ANSWER_WITHIN_S: Final = 60.0
 NEXT: Final = """\
 Next
   edgelm serve --mqtt mqtt://localhost:1883         answer on a broker of yours
-  edgelm ask "turn the music down"                  ask it, from any machine: --broker URL --board NAME
-  edgelm export CHECKPOINT bundle/                  bring a model of your own from Hugging Face
+  edgelm ask "add Adele to my running playlist"     ask it, from any machine: --broker URL --board NAME
+  edgelm models                                     larger models, by name: edgelm pull NAME, edgelm chat NAME
 """
 
 

@@ -52,7 +52,10 @@ def quality_table(quality: Mapping[str, Any]) -> str:
         ("KL divergence, p99", "", f"{quality['kl_p99']:.4f}", "nats"),
         ("same likeliest token", "", f"{100 * quality['top1_agreement']:.2f} %", f"of {quality['tokens']} positions"),
     ]
-    return "\n".join(f"{a:<22} {b:>10} {c:>10}  {d}".rstrip() for a, b, c, d in rows)
+    lines = [f"{a:<22} {b:>10} {c:>10}  {d}".rstrip() for a, b, c, d in rows]
+    if quality.get("left_out_tokens"):
+        lines.append(f"taken evenly from the text: {quality['left_out_tokens']} tokens of it were not measured")
+    return "\n".join(lines)
 
 
 def self_check_text(found: Mapping[str, Any]) -> str:

@@ -33,8 +33,9 @@ def compare(
 ) -> dict[str, Any]:
     """Measure a bundle beside an unquantized checkpoint, merged with `adapter` if one is given.
 
-    `text` is a file of documents, each cut at `context` tokens, by default the bundle's. Returns what `--verify` writes
-    into a manifest: text, tokens, perplexity, reference_perplexity, kl_mean and kl_p99 in nats, top1_agreement in
+    `text` is a file of documents, cut into pieces of at most 1,024 tokens and `context`, by default the bundle's; of
+    more than 65,536 tokens so many are taken evenly, and `left_out_tokens` counts the others. Returns what `--verify`
+    writes into a manifest: text, tokens, perplexity, reference_perplexity, kl_mean, kl_p99 in nats, top1_agreement in
     [0, 1]. Raises `EdgelmError` when the two do not belong together or a file cannot be read.
     """
     opened = open_bundle(bundle)
@@ -42,14 +43,15 @@ def compare(
     if manifest.adapter is not None and adapter is None:
         raise EdgelmError(f"{opened.path} has the adapter {manifest.adapter} merged: name it with --adapter")
     length = manifest.context if context is None else context
-    documents = measured_documents(
+    measured = measured_documents(
         read_text(text, "--text"), Tokenizer.from_file(opened.tokenizer), manifest.bos_token, length
     )
     if manifest.via == "optimum":
         from ..optimum import reference_bundle  # heavy: torch, transformers
 
         with tempfile.TemporaryDirectory() as folder, reference_bundle(checkpoint, Path(folder), length, told) as other:
-            return quality(measure(opened, BundleReference(other), documents, told), Path(text).name)
+            found = measure(opened, BundleReference(other), measured.documents, told)
+            return quality(found, Path(text).name, measured.left_out)
     model = open_model(checkpoint, adapter)
     if manifest.vocabulary is not None:
         model = with_rows(model, _kept(opened))
@@ -58,7 +60,8 @@ def compare(
             f"{opened.path} has a vocabulary of {manifest.vocab_size}, {checkpoint} one of {model.decoder.vocab_size}:"
             " they do not belong together"
         )
-    return quality(measure(opened, CheckpointReference(model.weights, told), documents, told), Path(text).name)
+    found = measure(opened, CheckpointReference(model.weights, told), measured.documents, told)
+    return quality(found, Path(text).name, measured.left_out)
 
 
 def _kept(bundle: Bundle) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,12 @@ CALIBRATION_TOKENS: Final = 128 * CALIBRATION_LENGTH
 
 CALIBRATION_WORK: Final = 1.75e12
 """Weights times tokens from which on fewer tokens are put to use, for the sake of time: at least 12,288 of them."""
+
+MEASURED_LENGTH: Final = 1024
+"""Tokens of one sequence to measure on: logits of a whole one are in memory."""
+
+MEASURED_TOKENS: Final = 64 * MEASURED_LENGTH
+"""Tokens measured on at most: minutes with a model of a billion weights."""
 
 MOST_READ: Final = 16
 """So many times the calibration tokens are read of a long text, to be chosen from."""
@@ -79,15 +86,32 @@ def calibration_documents(
     return [found[i * len(found) // count] for i in range(count)]
 
 
-def measured_documents(text: str, tokenizer: Tokenizer, bos: int | None, context: int) -> list[Document]:
-    """Return every document with a token to predict, cut at the context.
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Sequences to measure on, and how many tokens of the text are not among them."""
 
-    Raises `EdgelmError` when there is none.
+    documents: list[Document]
+    left_out: int
+
+
+def measured_documents(text: str, tokenizer: Tokenizer, bos: int | None, context: int) -> Measured:
+    """Cut documents into sequences of at most `MEASURED_LENGTH` tokens, each with one to predict.
+
+    Of more than `MEASURED_TOKENS` tokens, sequences are taken evenly from the whole text. Each begins with the start
+    token where there is one. Raises `EdgelmError` when nothing is left.
     """
-    found = [ids[:context] for ids in _tokens(split_documents(text), tokenizer, bos) if len(ids) > 1]
+    first = [] if bos is None else [bos]
+    length = min(MEASURED_LENGTH, context) - len(first)
+    found: list[Document] = []
+    for ids in _tokens(split_documents(text), tokenizer, None):
+        pieces = (ids[start : start + length] for start in range(0, len(ids), max(length, 1)))
+        found += [np.array([*first, *piece], np.int64) for piece in pieces if len(piece) + len(first) > 1]
     if not found:
         raise EdgelmError("--verify: the text is too short: it has no token to predict")
-    return found
+    total = sum(map(len, found))
+    count = max(1, len(found) * MEASURED_TOKENS // max(total, MEASURED_TOKENS))
+    taken = [found[i * len(found) // count] for i in range(count)]
+    return Measured(taken, total - sum(map(len, taken)))
 
 
 def _tokens(documents: Sequence[str], tokenizer: Tokenizer, bos: int | None) -> Iterator[Document]:

@@ -108,8 +108,8 @@ def check(agreement: Agreement, max_kl: float | None, min_agreement: float | Non
         )
 
 
-def quality(agreement: Agreement, name: str) -> dict[str, Any]:
-    """Return what goes into the manifest; `name` is the text's file name."""
+def quality(agreement: Agreement, name: str, left_out: int = 0) -> dict[str, Any]:
+    """Return what goes into the manifest; `name` is the text's file name, of which `left_out` tokens were left out."""
     return {
         "text": name,
         "tokens": agreement.tokens,
@@ -118,4 +118,5 @@ def quality(agreement: Agreement, name: str) -> dict[str, Any]:
         "kl_mean": round(agreement.kl_mean, 8),
         "kl_p99": round(agreement.kl_p99, 8),
         "top1_agreement": round(agreement.top1_agreement, 6),
+        **({"left_out_tokens": left_out} if left_out else {}),
     }

@@ -1,0 +1,59 @@
+"""Text to measure on: all of it is, in pieces, or it is said how much was left out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+from edgelm_export.reference.documents import MEASURED_LENGTH, MEASURED_TOKENS, measured_documents
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgelm.errors import EdgelmError
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    def encode(self, text, add_special_tokens):
+        return [ord(letter) for letter in text]
+
+
+DIVIDER = "\n<|endoftext|>\n"
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=4), st.sampled_from([None, 7]), st.integers(2, 5000))
+def test_every_token_is_measured_once_where_there_are_not_too_many(lengths, bos, context):
+    texts = ["".join(chr(97 + (i + n) % 26) for n in range(length)) for i, length in enumerate(lengths)]
+    try:
+        found = measured_documents(DIVIDER.join(texts), Letters(), bos, context)
+    except EdgelmError:
+        assert bos is None
+        assert max(lengths) == 1
+        return
+    assert found.left_out == 0
+    own = 0 if bos is None else 1
+    said = "".join(chr(token) for document in found.documents for token in document[own:])
+    lost = sum(map(len, texts)) - len(said)
+    assert 0 <= lost <= (0 if own else len(texts))  # a last piece of one token, with nothing before it
+    for document in found.documents:
+        assert 2 <= len(document) <= min(MEASURED_LENGTH, context)
+        assert bos is None or document[0] == bos
+    if not lost:
+        assert said == "".join(texts)
+
+
+def test_of_a_long_text_pieces_are_taken_evenly_and_the_rest_is_counted():
+    text = "abcdefgh" * (MEASURED_TOKENS // 2)
+    found = measured_documents(text, Letters(), None, 4096)
+    taken = sum(map(len, found.documents))
+    assert taken == MEASURED_TOKENS
+    assert found.left_out == len(text) - taken
+    assert all(isinstance(document, np.ndarray) for document in found.documents)
+
+
+def test_a_text_without_anything_to_predict_is_named():
+    with pytest.raises(EdgelmError, match="--verify: the text is too short"):
+        measured_documents("a", Letters(), None, 64)
