@@ -28,6 +28,11 @@ from edgelm.folders import user_folder
 VARIABLE: Final = "EDGELM_CACHE_DIR"
 """Environment variable that names the folder."""
 
+LIMIT_VARIABLE: Final = "EDGELM_CACHE_MB"
+"""Environment variable that says how large all entries together may be, in 10^6 bytes."""
+LIMIT_MB: Final = 4000
+"""What is kept where nothing says so: some ten bundles of a board's size."""
+
 STAMP: Final = "stamp.json"
 SCHEMA: Final = 1
 UNUSED_S: Final = 60 * 86_400
@@ -78,7 +83,11 @@ class BoardCache:
 
     @classmethod
     def default(cls) -> BoardCache:
-        """Return the cache at EDGELM_CACHE_DIR, else where the system keeps a user's caches (XDG base directories)."""
+        """Return the cache at EDGELM_CACHE_DIR, else where the system keeps a user's caches (XDG base directories).
+
+        Raises `EdgelmError` for a variable that cannot be used.
+        """
+        limit_mb()
         named = os.environ.get(VARIABLE)
         if named is not None:
             if not named:
@@ -126,7 +135,9 @@ class BoardCache:
             except OSError:  # another process was quicker
                 if _fault(place, key) is not None:
                     raise
-            return _entry(place)
+            made = _entry(place)
+            self._keep_within_limit(place)
+            return made
         except OSError as error:
             LOG.warning("the board cache %s is not used: %s; it runs without", self.folder, error.strerror or error)
             return None
@@ -191,6 +202,30 @@ class BoardCache:
             if age > (ABANDONED_S if scratch else UNUSED_S):
                 self._remove(path)
 
+    def _keep_within_limit(self, newest: Path) -> None:
+        """Remove the entries that were used longest ago until the others fit the limit; the newest stays.
+
+        One that is in use goes on working: its files are mapped, and vanish with the last who maps them.
+        """
+        entries = sorted((used, path) for path, used in self._used() if path != newest)
+        left = limit_mb() * 1_000_000 - _size(newest) - sum(_size(path) for _, path in entries)
+        for _, path in entries:
+            if left >= 0:
+                break
+            left += _size(path)
+            LOG.info("the board cache is full: %s goes (%s sets its size)", path, LIMIT_VARIABLE)
+            self._remove(path)
+
+    def _used(self) -> Iterator[tuple[Path, float]]:
+        """Yield whole entries and when they were last used, in seconds since the epoch."""
+        for path in self._directories():
+            if path.name.startswith(".making-"):
+                continue
+            try:
+                yield path, (path / STAMP).stat().st_mtime
+            except OSError:  # another process was quicker
+                continue
+
     def _remove(self, path: Path) -> None:
         """Remove a directory: out of the way at once, so that no reader sees half of it."""
         if not path.is_dir():
@@ -202,6 +237,20 @@ class BoardCache:
             LOG.debug("%s cannot be removed", path, exc_info=True)
             return
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def limit_mb() -> float:
+    """Return how large all entries together may be, in 10^6 bytes. Raises `EdgelmError` for what is no size."""
+    given = os.environ.get(LIMIT_VARIABLE)
+    if given is None:
+        return LIMIT_MB
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = -1.0
+    if not 0 <= limit < 1e9:
+        raise EdgelmError(f"{LIMIT_VARIABLE} is a number of megabytes, such as {LIMIT_MB}; got {given!r:.40}")
+    return limit
 
 
 def this_cpu(root: Path = Path("/")) -> str:
@@ -270,8 +319,11 @@ def _entry(path: Path) -> Entry | None:
 
 
 def _size(path: Path) -> int:
-    """Return the size of all files below a directory; 0 where there is none."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """Return the size of all files below a directory; 0 where there is none, or it goes away."""
+    try:
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    except FileNotFoundError:
+        return 0
 
 
 def _touch(file: Path) -> None:

@@ -99,7 +99,9 @@ def open_graph(bundle: Bundle, tuning: Tuning, cache: BoardCache | None = None, 
 
 
 def _is_worth_it(bundle: Bundle) -> bool:
-    return bundle.bytes >= WORTH_BYTES and bundle.manifest.cache.kind == "shared"
+    """Whether weights are kept: not float32, of which onnxruntime would keep two copies as large as the bundle."""
+    is_small = bundle.bytes < WORTH_BYTES or bundle.manifest.quant == "fp32"
+    return not is_small and bundle.manifest.cache.kind == "shared"
 
 
 def _packed(bundle: Bundle, tuning: Tuning, cache: BoardCache, profile: Path | None) -> Graph | None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.boardcache import ABANDONED_S, STAMP, UNUSED_S, VARIABLE, BoardCache, Key, this_cpu
+from edgelm.boardcache import ABANDONED_S, LIMIT_VARIABLE, STAMP, UNUSED_S, VARIABLE, BoardCache, Key, this_cpu
 from edgelm.cli import main
 from edgelm.errors import EdgelmError
 
@@ -253,3 +253,43 @@ def test_a_processor_is_known_by_what_it_can_do(tmp_path):
     assert len(seen) == 3
     assert this_cpu(tmp_path / "nowhere")
     assert json.dumps(this_cpu())
+
+
+@given(
+    steps=st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 40)), min_size=1, max_size=15),
+    limit_kb=st.integers(0, 120),
+)
+def test_what_was_used_longest_ago_goes_first(tmp_path_factory, steps, limit_kb):
+    """Beside a model: entries in the order of their last use, dropped from its front until the others fit."""
+    cache = BoardCache(tmp_path_factory.mktemp("cache"))
+    clock = time.time() - 10_000
+    order: dict[int, int] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(LIMIT_VARIABLE, str(limit_kb / 1000))
+        for is_read, which, kilobytes in steps:
+            key = Key("weights", str(which), "r", "c")
+            if is_read:
+                assert (cache.find(key) is None) == (which not in order)
+            elif which not in order:
+                entry = put(cache, key, {"a": bytes(1000 * kilobytes)})
+                order[which] = sum(file.stat().st_size for file in entry.path.iterdir())
+                others = [other for other in order if other != which]
+                while others and sum(order.values()) > 1000 * limit_kb:
+                    del order[others.pop(0)]
+            if which in order:
+                order[which] = order.pop(which)
+                clock += 1
+                os.utime(cache.folder / key.name / STAMP, (clock, clock))
+            assert {entry.path.name for entry in cache.entries()} == {
+                Key("weights", str(other), "r", "c").name for other in order
+            }
+    assert not leftovers(cache)
+
+
+@pytest.mark.parametrize("wrong", ["", "many", "-1", "nan", "1e12"])
+def test_a_limit_that_is_none_is_named(wrong, monkeypatch, capsys):
+    monkeypatch.setenv(LIMIT_VARIABLE, wrong)
+    assert main(["cache"]) == 1
+    err = capsys.readouterr().err
+    assert LIMIT_VARIABLE in err
+    assert err.count("\n") == 1

@@ -21,7 +21,7 @@ from edgelm.weights import open_graph, open_verified
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A cache that keeps small bundles too, on a board that there are no kernels of ours for."""
-    monkeypatch.setattr(weights, "WORTH_BYTES", 0)
+    monkeypatch.setattr(weights, "_is_worth_it", lambda bundle: bundle.manifest.cache.kind == "shared")
     monkeypatch.setattr(weights, "_pack_in_panels", lambda *_: [])
     return BoardCache(tmp_path / "cache")
 
@@ -60,9 +60,11 @@ def test_they_are_packed_once(bundle, cache, monkeypatch):
     logits_of(bundle, cache)
 
 
-def test_small_bundles_do_without(bundle, tmp_path):
+@pytest.mark.parametrize("worth", [weights.WORTH_BYTES, 0])
+def test_small_bundles_and_those_in_float32_do_without(float32_bundle, tmp_path, monkeypatch, worth):
+    monkeypatch.setattr(weights, "WORTH_BYTES", worth)
     cache = BoardCache(tmp_path / "cache")
-    logits_of(bundle, cache)
+    logits_of(float32_bundle, cache)
     assert not cache.folder.exists()
 
 

@@ -137,7 +137,7 @@ def test_an_interrupted_profile_leaves_no_file(bundle, scratch, monkeypatch):
 
 
 def test_weights_packed_for_the_board_are_profiled_too(bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "WORTH_BYTES", 0)
+    monkeypatch.setattr(weights, "_is_worth_it", lambda _: True)
     cache = BoardCache(tmp_path / "cache")
     for _ in range(2):  # packed, then found
         sizes = {"prompt_tokens": 4, "new_tokens": 2, "repeat": 1, "threads": 1}
