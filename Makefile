@@ -8,6 +8,10 @@ make_venv = $(PYTHON) -m venv $(1) 2>/dev/null || { rm -rf $(1) && \
 	$(PYTHON) -m pip install -q --target .venv-maker virtualenv && \
 	PYTHONPATH=.venv-maker $(PYTHON) -m virtualenv -q $(1); }
 
+# Before pip says it in fifty lines, or installs half of it.
+check_python = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	"edgelm needs Python 3.10 or newer, $(PYTHON) is %d.%d: add PYTHON=python3.11, or another" % sys.version_info[:2])'
+
 .PHONY: demo test clean
 
 demo: $(DEMO)/ready
@@ -20,11 +24,13 @@ test: $(TEST)/ready
 	$(TEST)/bin/python -m pytest
 
 $(DEMO)/ready: pyproject.toml constraints.txt
+	@$(check_python)
 	$(call make_venv,$(DEMO))
-	$(DEMO)/bin/python -m pip install -q -c constraints.txt -e '.[cpu,broker]'
+	$(DEMO)/bin/python -m pip install -q -c constraints.txt -e '.[broker]'
 	touch $@
 
 $(TEST)/ready: pyproject.toml constraints.txt
+	@$(check_python)
 	$(call make_venv,$(TEST))
 	$(TEST)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from edgelm.errors import DeviceError
+from edgelm.installed import command_for
 
 DEBS: Final = ("python3", "libstdc++6", "libgomp1")
 """What is unpacked, with all that it depends on: Python, and what the wheels link against."""
@@ -95,7 +96,7 @@ def _pins() -> list[str]:
         return [f"{name}=={metadata.version(name)}" for name in WHEELS]
     except metadata.PackageNotFoundError as error:
         raise DeviceError(
-            f"emulation compares with this machine, which lacks {error.name}: pip install 'edgelm[cpu]'"
+            f"emulation compares with this machine, which lacks {error.name}: {command_for('cpu')}"
         ) from error
 
 

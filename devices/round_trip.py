@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from edgelm.brokerconfig import BrokerConfig, BrokerUrl
 from edgelm.config import ServeConfig
 from edgelm.errors import EdgelmError, MissingExtraError
+from edgelm.installed import command_for
 from edgelm.mqtt.asker import Asker, answer_to
 from edgelm.mqtt.asks import Ask
 from edgelm.mqtt.board import serve_in_background
@@ -41,7 +42,7 @@ def check_round_trip(bundle: str, threads: int | None, prompt: str, answer: Comp
         with start_any() as started:
             return _check_at(started.url, started.name, bundle, threads, prompt, answer)
     except MissingExtraError:
-        told = "no broker: apt-get install mosquitto, or pip install 'edgelm[broker]', or --broker URL"
+        told = f"no broker: apt-get install mosquitto, or {command_for('broker')}, or --broker URL"
         return Check("mqtt", "skipped", told)
     except EdgelmError as error:
         return Check("mqtt", "failed", str(error))

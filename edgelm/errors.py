@@ -40,9 +40,9 @@ class MissingExtraError(EdgelmError):
     """A feature needs an optional extra that is not installed."""
 
     def __init__(self, feature: str, extra: str, module: str) -> None:
-        super().__init__(
-            f"{feature} needs the module {module!r}, which is not installed: pip install 'edgelm[{extra}]'"
-        )
+        from edgelm.installed import command_for  # slow to import, and seldom wanted
+
+        super().__init__(f"{feature} needs the module {module!r}, which is not installed: {command_for(extra)}")
         self.extra = extra
         self.module = module
 

@@ -23,6 +23,7 @@ from onnx import TensorProto
 
 from edgelm.bundle import Bundle, Cache, Manifest, seal
 from edgelm.errors import CheckpointError, EdgelmError, MissingExtraError
+from edgelm.installed import command_for
 from edgelm.tokenizer import Tokenizer
 
 from . import metadata
@@ -162,7 +163,7 @@ def _import() -> _Libraries:
     except ModuleNotFoundError as error:
         raise MissingExtraError("edgelm export --via optimum", "optimum", error.name or "optimum") from error
     except ImportError as error:
-        raise EdgelmError(f"optimum cannot be imported: {_reason(error)}; pip install 'edgelm[optimum]'") from error
+        raise EdgelmError(f"optimum cannot be imported: {_reason(error)}; {command_for('optimum')}") from error
 
 
 def _load(checkpoint: Checkpoint, libraries: _Libraries) -> Any:

@@ -15,6 +15,7 @@ from edgelm.cli.extras import extra_of
 
 REPO = Path(__file__).resolve().parents[2]
 FLOORS = [
+    {"installed"},
     {"_version", "errors", "fields", "folders", "marked", "protobuf", "textfile", "tokenizerfile"},
     {"attributes", "brokerconfig", "catalogue", "messages"},
     {"store"},

@@ -1,0 +1,122 @@
+"""Which command adds an extra to an installation, by how that was made."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgelm import installed
+from edgelm.errors import MissingExtraError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An environment of its own with pip in it; a wheel with a space in its path; and what the installer wrote down."""
+    (tmp_path / "env" / "bin").mkdir(parents=True)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "env"))
+    monkeypatch.setattr(installed.shutil, "which", lambda _: str(tmp_path / "env" / "bin" / "pip"))
+    wheel = tmp_path / "a wheel.whl"
+    wheel.touch()
+
+    def record(content):
+        monkeypatch.setattr(installed, "_direct_url", lambda: content)
+        return wheel
+
+    record({})
+    return record
+
+
+def of(folder, name):
+    (Path(sys.prefix) / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        (None, "pip install"),
+        ("uv-receipt.toml", "uv tool install --force"),
+        ("pipx_metadata.json", "pipx install --force"),
+    ],
+)
+def test_by_who_installed_it(place, file, command):
+    if file is not None:
+        (Path(sys.prefix) / file).touch()
+    assert installed.command_for("export") == f"{command} 'edgelm[export]'"
+    place({"url": Path("/nowhere/x.whl").as_uri(), "archive_info": {}})
+    assert installed.command_for("export") == f"{command} 'edgelm[export]'"  # it is gone
+    wheel = place({"url": (Path(sys.prefix).parent / "a wheel.whl").as_uri(), "archive_info": {}})
+    assert shlex.split(installed.command_for("export"))[-1] == f"{wheel}[export]"
+
+
+def test_a_clone_stays_one(place):
+    folder = Path(sys.prefix).parent
+    place({"url": folder.as_uri(), "dir_info": {"editable": True}})
+    assert installed.command_for("all") == f"pip install -e '{folder}[all]'"
+    place({"url": folder.as_uri(), "dir_info": {}})
+    assert installed.command_for("all") == f"pip install '{folder}[all]'"
+
+
+def test_another_pip_is_not_taken(place, monkeypatch):
+    monkeypatch.setattr(installed.shutil, "which", lambda _: "/usr/bin/pip")
+    assert installed.command_for("all") == f"{sys.executable} -m pip install 'edgelm[all]'"
+    monkeypatch.setattr(installed.importlib.util, "find_spec", lambda _: None)
+    assert installed.command_for("all") == f"uv pip --python {sys.executable} install 'edgelm[all]'"
+
+
+RECORDS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["url", "dir_info", "editable"]), inner),
+    max_leaves=6,
+)
+
+
+@given(RECORDS)
+def test_whatever_an_installer_wrote_down(record):
+    class Distribution:
+        def read_text(self, _):
+            return json.dumps(record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(installed, "distribution", lambda _: Distribution())
+        assert "[export]" in installed.command_for("export")
+
+
+def test_the_error_has_the_command():
+    assert installed.command_for("export") in str(MissingExtraError("edgelm export", "export", "onnx"))
+
+
+@pytest.mark.parametrize("version", [(3, 9), (2, 7)])
+def test_make_names_a_python_that_is_too_old(tmp_path, version):
+    """A stand-in for an interpreter that is not installed here: it says that it is old, and runs nothing else."""
+    old = tmp_path / "old-python"
+    old.write_text(
+        f"#!{sys.executable}\n"
+        "import sys\n"
+        f"sys.version_info = type('V', (tuple,), {{}})({(*version, 0)})\n"
+        "assert sys.argv[1] == '-c', 'nothing else is run'\n"
+        "exec(sys.argv[2])\n"
+    )
+    old.chmod(0o755)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    for target in ("demo", "test"):
+        done = subprocess.run(
+            ["make", "-f", ROOT / "Makefile", target, f"PYTHON={old}"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert "edgelm needs Python 3.10 or newer" in done.stderr
+        assert len(done.stderr.splitlines()) <= 2  # make's own line is the second
