@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kl-weight", type=float, help="share of the teacher in the loss, 0 to 1 (0.7)")
     add("--temperature", type=float, help="softening of both distributions, over 0 (2)")
     add("--teacher-top-k", type=int, help="the teacher's best tokens to keep; 0: ask it for all at every step (32)")
-    add("--epochs", type=int, help="passes over the data (10)")
+    add("--epochs", type=int, help="passes over the data (10 to 60, the fewer the more data there are)")
     add("--max-seconds", dest="max_s", type=float, help="end the run after this long, whatever --epochs says")
-    add("--batch-tokens", type=int, help="tokens in a batch (4096)")
-    add("--row-length", type=int, help="tokens in a packed row: the longest example allowed (128)")
+    add("--batch-tokens", type=int, help="tokens in a batch (512 to 4096, a 32nd of the data)")
+    add("--row-length", type=int, help="tokens in a packed row: the longest example allowed (the data's)")
+    add("--held-out", type=int, metavar="N", help="examples to score with instead of training on them (a tenth)")
     add("--lr", type=float, help="peak learning rate (0.002)")
     add("--dropout", type=float, help="of the residual, 0 to 1 (0)")
     add("--averaging", type=float, help="decay of the weights' moving average, 0 to 1 (0: off)")
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--muon", action="store_true", help="orthogonalize updates of matrices: fewer, dearer steps")
     add("--bf16", action="store_true", help="multiply in bfloat16: faster where the processor has it")
     add("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
-    add("--threads", type=int, help="processor threads (all cores)")
+    add("--threads", type=int, help="processor threads (as many as a short measurement finds quickest)")
     add("--resume", action="store_true", help="go on with an interrupted run, from its last checkpoint")
     add("--force", action="store_true", help="replace OUT, discard an interrupted run")
     add("--json", action="store_true", help="print one JSON object at the end")
@@ -73,6 +74,8 @@ SETTINGS = (
 )
 """Options that are fields of `Settings`."""
 
+WHOLE_NUMBERS = ("epochs", "batch_tokens", "row_length")
+
 
 def run(args: argparse.Namespace) -> int:
     """Train; print where the student is."""
@@ -81,23 +84,27 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"--threads {args.threads} must be at least 1")
     pipeline = reach("edgelm_export.distill.pipeline", "edgelm distill")
-    if args.threads:
-        import_module("torch").set_num_threads(args.threads)
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    settings = import_module("edgelm_export.distill.settings").Settings(bf16=args.bf16, muon=args.muon, **given)
+    for name in WHOLE_NUMBERS:
+        if given.get(name, 1) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {given[name]} must be at least 1")
     with Progress() as bar:
-        progress = pipeline.distill(
+        outcome = pipeline.distill(
             args.student,
             args.data,
             args.out,
-            settings,
+            {**given, "bf16": args.bf16, "muon": args.muon},
+            held_out=args.held_out,
+            threads=args.threads,
             teacher=None if args.loss == "ce" else args.teacher,
             vocab_size=args.vocab_size,
             device=pipeline.choose_device(args.device),
             resume=args.resume,
             force=args.force,
             report=partial(show, bar),
+            told=lambda what: bar(what, 0, 1),
         )
+    progress, settings, score = outcome.progress, outcome.settings, outcome.score
     result = {
         "out": str(args.out),
         "epochs": progress.epoch + 1,
@@ -105,12 +112,40 @@ def run(args: argparse.Namespace) -> int:
         "tokens": progress.tokens,
         "loss": round(progress.loss, 4),
         "elapsed_s": round(progress.elapsed_s, 1),
+        "batch_tokens": settings.batch_tokens,
+        "row_length": settings.row_length,
+        "held_out": None if score is None else score.to_dict(),
     }
     if args.json:
         print(json.dumps(result))
     else:
         print(f"{args.out}: {progress.step} steps in {progress.elapsed_s:.0f} s, loss {progress.loss:.3f}")
+        print(score_text(score))
+    if score is not None and is_nothing(score):
+        print(
+            "edgelm distill: nothing was learnt: not one held-out answer is right. More steps (--epochs, smaller"
+            " --batch-tokens), more data or a larger student may help; so may a teacher",
+            file=sys.stderr,
+        )
+    elif not args.json:
+        print(f"next: edgelm export {args.out} {args.out}-bundle --quant int8", file=sys.stderr)
     return 0
+
+
+def is_nothing(score: Any) -> bool:
+    """Whether not one answer of a `TaskScore` is right, as text or as JSON."""
+    return not score.exact and not score.frame
+
+
+def score_text(score: Any) -> str:
+    """Return a `TaskScore` of held-out examples in one line."""
+    if score is None:
+        return "held out: nothing; --held-out N keeps N examples to score with"
+    names = {"exact": "exact", "frame": "same JSON", "intent": "same intent"}
+    parts = [f"{label} {getattr(score, name):.1%}" for name, label in names.items() if getattr(score, name) is not None]
+    if score.slot_f1 is not None:
+        parts.append(f"slot F1 {score.slot_f1:.1%}")
+    return f"held out: {score.n} examples: {', '.join(parts)}"
 
 
 def show(bar: Progress, progress: Any) -> None:

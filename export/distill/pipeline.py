@@ -8,25 +8,30 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from edgelm.errors import CheckpointError, ConfigError, EdgelmError
-from edgelm.tasks import read_tasks
+from edgelm.tasks import Task, TaskScore, read_tasks
 
 from ..staging import check_target, staged
-from .data import encode_tasks
-from .settings import Progress, Settings
+from .data import Batch, Encoded, encode_tasks, make_batches
+from .evaluate import evaluate
+from .losses import cross_entropy
+from .settings import Progress, Settings, fitted
 from .shape import Shape, parse_shape
 from .student import inherit_layers, make_student, open_model, save_student
 from .teacher import ask_teacher
 from .tokenizer import BOS, EOS, save_tokenizer, train_tokenizer
-from .trainer import Dataset, Trainer
+from .trainer import Dataset, Trainer, target_logits
 
 TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -60,19 +65,52 @@ class Start:
     write_tokenizer: Callable[[Path], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to. `score` is on examples that were held out of training; None where there were none."""
+
+    progress: Progress
+    settings: Settings
+    score: TaskScore | None
+
+
+LEAST_HELD_OUT: Final = 40
+"""From so many examples on some are held out: a tenth, at most `MOST_HELD_OUT`."""
+MOST_HELD_OUT: Final = 500
+
+
+def hold_out(tasks: Sequence[Task], count: int | None, seed: int) -> tuple[list[Task], list[Task]]:
+    """Divide tasks into those to train on and `count` to score with, drawn by the seed; None is a tenth of enough.
+
+    No prompt is in both: of several tasks with one prompt that is drawn, the first counts. Raises `ConfigError` where
+    nothing would be left to train on.
+    """
+    prompts = list(dict.fromkeys(task.prompt for task in tasks))
+    if count is None:
+        count = min(len(prompts) // 10, MOST_HELD_OUT) if len(prompts) >= LEAST_HELD_OUT else 0
+    if not 0 <= count < len(prompts):
+        raise ConfigError(f"held-out {count}: of {len(prompts)} prompts at least one must be left to train on")
+    drawn = {prompts[i] for i in np.random.default_rng([seed, 2]).permutation(len(prompts))[:count]}
+    unseen = {task.prompt: task for task in reversed(tasks) if task.prompt in drawn}
+    return [task for task in tasks if task.prompt not in drawn], list(unseen.values())
+
+
 def distill(
     student: str,
     data: Path,
     out: Path,
-    settings: Settings,
+    given: Mapping[str, Any],
     *,
+    held_out: int | None = None,
+    threads: int | None = None,
     teacher: Path | None = None,
     vocab_size: int = 2048,
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
     report: Callable[[Progress], None] = lambda _: None,
-) -> Progress:
+    told: Callable[[str], None] = lambda _: None,
+) -> Outcome:
     """Train a student on tasks and write it to `out` as a Hugging Face directory.
 
     Parameters
@@ -85,6 +123,12 @@ def distill(
         JSONL of `{"prompt", "target"}`; see `edgelm.tasks.read_tasks`.
     out
         Directory to make.
+    given
+        Fields of `Settings`; row length, batch and epochs that are not among them are chosen to suit the data.
+    held_out
+        How many examples are kept from training, to score the student with; see `hold_out`.
+    threads
+        Threads to multiply with; None measures which number is quickest. Sums differ in their last digits with it.
     teacher
         Checkpoint directory whose logits the student follows; None: plain supervised training.
     vocab_size
@@ -93,6 +137,8 @@ def distill(
         Go on from `out`.partial where there is one.
     force
         Replace `out` and discard `out`.partial.
+    report, told
+        Called with where the run stands, and with a line on what is being done beside training.
 
     Raises
     ------
@@ -100,22 +146,63 @@ def distill(
         Something given is not what it should be; `out` is then as it was.
     """
     claim(out, resume=resume, force=force)
-    tasks = read_tasks(data)
+    tasks, unseen = hold_out(read_tasks(data), held_out, int(given.get("seed") or 0))
     teacher_model = open_model(teacher, "teacher") if teacher else None
-    start = _start(student, [t for task in tasks for t in (task.prompt, task.target)], teacher, vocab_size, settings)
+    tokenizer = _tokenizer(student, tasks, teacher, vocab_size)
+    lengths = [len(each.tokens) for each in encode_tasks(tokenizer, tasks, 0, sys.maxsize)]
+    settings = fitted(lengths, given)
+    start = _start(student, tokenizer, teacher, settings)
     if teacher is not None:
         _check_same_vocabulary(start, teacher, teacher_model)
     examples = encode_tasks(start.tokenizer, tasks, start.eos[0], settings.row_length)
     if teacher_model is not None and settings.teacher_top_k:
         examples = ask_teacher(teacher_model, examples, settings, device)
         teacher_model = None
+    torch.set_num_threads(threads or _best_threads(start.model, examples, settings, device, told))
     identity = fingerprint(
-        data.read_bytes(), student, str(teacher), str(vocab_size), json.dumps(asdict(settings), sort_keys=True)
+        data.read_bytes(),
+        str(len(unseen)),
+        student,
+        str(teacher),
+        str(vocab_size),
+        json.dumps(asdict(settings), sort_keys=True),
     )
-    return train_into(
+    progress = train_into(
         out, start, lambda _epoch: examples, settings,
         teacher=teacher_model, device=device, identity=identity, resume=resume, report=report,
     )  # fmt: skip
+    if not unseen:
+        return Outcome(progress, settings, None)
+    told(f"answering {len(unseen)} held-out prompts")
+    return Outcome(progress, settings, evaluate(start.model, start.tokenizer, unseen))
+
+
+def _best_threads(
+    model: Any, examples: Sequence[Encoded], settings: Settings, device: str, told: Callable[[str], None]
+) -> int:
+    """Return the number of threads with which a step takes least time now, beside whatever else runs here."""
+    most = int(torch.get_num_threads())
+    if device != "cpu" or most == 1:
+        return most
+    told("measuring how many threads are quickest")
+    rows = max(1, settings.batch_tokens // settings.row_length)
+    batch = make_batches(examples, settings.row_length, rows, np.random.default_rng(0))[0]
+    seconds: dict[int, float] = {}
+    for count in sorted({1, *(2**power for power in range(1, 6) if 2**power < most), most}):
+        torch.set_num_threads(count)
+        seconds[count] = min(_step_seconds(model, batch) for _ in range(3))
+        if seconds[count] > 1.5 * min(seconds.values()):
+            break  # more will not help either
+    model.zero_grad(set_to_none=True)
+    best: int = min(seconds, key=lambda count: seconds[count])
+    return best
+
+
+def _step_seconds(model: Any, batch: Batch) -> float:
+    start = time.perf_counter()
+    logits, labels = target_logits(model, batch, "cpu")
+    cross_entropy(logits, labels, 0.0).backward()  # type: ignore[no-untyped-call]
+    return time.perf_counter() - start
 
 
 def train_into(
@@ -184,22 +271,31 @@ def fingerprint(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
-def _start(student: str, texts: list[str], teacher: Path | None, vocab_size: int, settings: Settings) -> Start:
+def _tokenizer(student: str, tasks: Sequence[Task], teacher: Path | None, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer of the student that is named, of the teacher, or a new one."""
+    if Path(student).is_dir():
+        return open_tokenizer(Path(student))
+    if "=" not in student:
+        raise ConfigError(f"student {student!r} is neither a directory nor a shape such as hidden=192,layers=6,heads=6")
+    parse_shape(student)
+    if teacher is not None:
+        return open_tokenizer(teacher)
+    return train_tokenizer([text for task in tasks for text in (task.prompt, task.target)], vocab_size)
+
+
+def _start(student: str, tokenizer: Tokenizer, teacher: Path | None, settings: Settings) -> Start:
     """Open the student that is named, or make the one that is described."""
     directory = Path(student)
     if directory.is_dir():
         model = open_model(directory, "student")
-        return _from_directory(model, directory, model)
-    if "=" not in student:
-        raise ConfigError(f"student {student!r} is neither a directory nor a shape such as hidden=192,layers=6,heads=6")
+        return _from_directory(model, directory, model, tokenizer)
     shape = parse_shape(student)
     if teacher is not None:
         guide = open_model(teacher, "teacher")
         context = guide.config.max_position_embeddings
         model = _make(shape, guide.config.vocab_size, context, guide.config.bos_token_id or 0, 0, settings)
         inherit_layers(model, guide)
-        return _from_directory(model, teacher, guide)
-    tokenizer = train_tokenizer(texts, vocab_size)
+        return _from_directory(model, teacher, guide, tokenizer)
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     context = settings.row_length
     model = _make(shape, tokenizer.get_vocab_size(), context, bos, eos, settings)
@@ -212,8 +308,8 @@ def _make(shape: Shape, vocab_size: int, context: int, bos: int, eos: int, setti
     return make_student(shape, vocab_size, context, bos, eos, settings.seed)
 
 
-def _from_directory(model: Any, directory: Path, owner: Any) -> Start:
-    """Take tokenizer and end tokens from `directory`, whose model is `owner`."""
+def _from_directory(model: Any, directory: Path, owner: Any, tokenizer: Tokenizer) -> Start:
+    """Take the tokenizer's files and end tokens from `directory`, whose model is `owner`."""
     eos = owner.generation_config.eos_token_id
     if eos is None:
         eos = owner.config.eos_token_id
@@ -225,7 +321,7 @@ def _from_directory(model: Any, directory: Path, owner: Any) -> Start:
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, to / name)
 
-    return Start(model, open_tokenizer(directory), eos if isinstance(eos, list) else [eos], copy)
+    return Start(model, tokenizer, eos if isinstance(eos, list) else [eos], copy)
 
 
 def open_tokenizer(directory: Path) -> Tokenizer:

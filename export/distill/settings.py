@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 from edgelm.errors import ConfigError
 
@@ -79,6 +81,32 @@ class Settings:
         for name, holds, allowed in checks:
             if not holds:
                 raise ConfigError(f"{name.replace('_', '-')} {getattr(self, name)} must be {allowed}")
+
+
+STEPS_AN_EPOCH: Final = 32
+"""So many batches the data are divided into, where that makes none of them smaller or larger than these bounds."""
+BATCH_TOKENS: Final = (512, 4096)
+LEAST_STEPS: Final = 1000
+"""What a new student needs at least: fewer leave it where it began, however little data there are."""
+EPOCHS: Final = (10, 60)
+
+
+def fitted(lengths: Sequence[int], given: Mapping[str, Any]) -> Settings:
+    """Return settings for data: what is given, and row length, batch and epochs chosen to suit where they are not.
+
+    lengths: tokens of each example; given: fields of `Settings`. A row holds the longest example. Raises `ConfigError`
+    for a value out of range.
+    """
+    longest, total = max(lengths), sum(lengths)
+    row_length = given.get("row_length") or -(-longest // 16) * 16
+    least, most = (max(bound, row_length) for bound in BATCH_TOKENS)
+    batch = given.get("batch_tokens")
+    if batch is None:
+        wanted = max(total // STEPS_AN_EPOCH, 1)
+        batch = min(max(1 << (wanted.bit_length() - 1), least), most)
+    steps = max(1, total // max(batch, 1))
+    epochs = given.get("epochs") or min(max(-(-LEAST_STEPS // steps), EPOCHS[0]), EPOCHS[1])
+    return Settings(**{**given, "row_length": row_length, "batch_tokens": batch, "epochs": epochs})
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,9 +13,15 @@ pytest.importorskip("torch", reason="pip install 'edgelm[distill]'")
 pytest.importorskip("transformers", reason="pip install 'edgelm[distill]'")
 
 import transformers
-from edgelm_export.distill import builtin
+from edgelm_export.distill import builtin, pipeline
+from edgelm_export.distill.pipeline import LEAST_HELD_OUT, MOST_HELD_OUT, hold_out
+from edgelm_export.distill.settings import BATCH_TOKENS, EPOCHS, LEAST_STEPS, fitted
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edgelm.cli import main
+from edgelm.errors import ConfigError
+from edgelm.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -30,7 +38,20 @@ def sentences(tmp_path_factory):
 
 
 SHAPE = "hidden=32,layers=1,heads=2,kv-heads=1,mlp=32"
-QUICK = ["--epochs", "2", "--batch-tokens", "256", "--row-length", "32", "--vocab-size", "300", "--threads", "1"]
+QUICK = [
+    "--held-out",
+    "0",
+    "--epochs",
+    "2",
+    "--batch-tokens",
+    "256",
+    "--row-length",
+    "32",
+    "--vocab-size",
+    "300",
+    "--threads",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +165,105 @@ def test_the_recipe_makes_a_model_that_spells_json_in_few_tokens(tmp_path, utter
     assert len(spelled) < 3 + len("Ella") + 1  # opening, name, end: one token each
     assert builtin.main([*command]) == 1
     assert "exists" in capsys.readouterr().err
+
+
+# --- what is chosen where nothing is said ---
+
+
+@given(
+    lengths=st.lists(st.integers(2, 300), min_size=1, max_size=400),
+    given_options=st.fixed_dictionaries(
+        {}, optional={"epochs": st.integers(1, 99), "batch_tokens": st.integers(400, 9000), "lr": st.floats(1e-5, 0.1)}
+    ),
+)
+def test_settings_fit_the_data_where_they_are_not_given(lengths, given_options):
+    settings = fitted(lengths, given_options)
+    assert max(lengths) <= settings.row_length < max(lengths) + 16
+    for name, value in given_options.items():
+        assert getattr(settings, name) == value
+    steps = sum(lengths) / settings.batch_tokens * settings.epochs
+    if "batch_tokens" not in given_options:
+        assert max(BATCH_TOKENS[0], settings.row_length) <= settings.batch_tokens
+        assert settings.batch_tokens <= max(BATCH_TOKENS[1], settings.row_length)
+    if "epochs" not in given_options:
+        assert EPOCHS[0] <= settings.epochs <= EPOCHS[1]
+        assert settings.epochs in EPOCHS or 0.5 * LEAST_STEPS <= steps <= 2.5 * LEAST_STEPS
+
+
+@given(st.integers(1, 6000), st.one_of(st.none(), st.integers(-2, 6001)), st.integers(0, 9), st.integers(1, 3))
+def test_held_out_prompts_are_drawn_once_and_never_trained_on(size, count, seed, times):
+    tasks = [Task(str(i), str(again), i) for again in range(times) for i in range(size)]
+    if count is not None and not 0 <= count < size:
+        with pytest.raises(ConfigError, match="held-out"):
+            hold_out(tasks, count, seed)
+        return
+    kept, unseen = hold_out(tasks, count, seed)
+    assert {task.line for task in [*kept, *unseen]} == set(range(size))
+    assert not {task.prompt for task in kept} & {task.prompt for task in unseen}
+    assert len(kept) == times * (size - len(unseen))
+    assert all(task.target == "0" for task in unseen)
+    assert (kept, unseen) == hold_out(tasks, count, seed)
+    expected = count if count is not None else (min(size // 10, MOST_HELD_OUT) if size >= LEAST_HELD_OUT else 0)
+    assert len(unseen) == expected
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """Sentences made of parts, and the JSON that says which: all that a small student has to find out."""
+    path = tmp_path_factory.mktemp("commands") / "tasks.jsonl"
+    actions, devices, rooms = ("open", "close", "dim"), ("blinds", "light", "door"), ("kitchen", "garage", "attic")
+    forms = ("{a} the {d} in the {r}", "please {a} the {r} {d}", "{a} {r} {d}", "the {r} {d}: {a} it")
+    parts = itertools.product(forms, actions, devices, rooms)
+    rows = [(form.format(a=a, d=d, r=r), json.dumps({"action": a, "device": d, "room": r})) for form, a, d, r in parts]
+    path.write_text("".join(json.dumps({"prompt": prompt, "target": target}) + "\n" for prompt, target in rows))
+    return path
+
+
+def test_without_any_settings_a_student_learns_what_there_is_to_learn(tmp_path, commands, capsys):
+    out = tmp_path / "out"
+    command = ["distill", "--student", "hidden=64,layers=2,heads=2,kv-heads=1,mlp=128", "--data", str(commands)]
+    assert main([*command, "--out", str(out), "--vocab-size", "300", "--threads", "1"]) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[0].startswith(f"{out}: ")
+    score = re.fullmatch(r"held out: 10 examples: exact ([\d.]+)%, same JSON ([\d.]+)%", lines[1])
+    assert float(score[2]) > 60
+    assert printed.err == f"next: edgelm export {out} {out}-bundle --quant int8\n"
+
+
+def test_a_run_that_learnt_nothing_says_so(tmp_path, commands, capsys):
+    options = ["--student", SHAPE, "--data", str(commands), "--out", str(tmp_path / "out"), *QUICK, "--lr", "1e-7"]
+    assert main(["distill", *options, "--row-length", "64", "--held-out", "9", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["held_out"]["exact"] == 0
+    assert "nothing was learnt" in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_threads_are_measured(tmp_path, sentences, monkeypatch):
+    """A machine on which two threads are slower than one, and four slower still."""
+    seconds = {1: 2.0, 2: 1.0, 4: 5.0, 8: 0.1}
+    chosen = [8]
+    monkeypatch.setattr(pipeline.torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(pipeline.torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(pipeline, "_step_seconds", lambda *_: seconds[chosen[-1]])
+    out = tmp_path / "out"
+    assert main(["distill", "--student", SHAPE, "--data", str(sentences), "--out", str(out), *QUICK[:-2]]) == 0
+    assert chosen == [8, 1, 2, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--epochs", "0"], "epochs"),
+        (["--batch-tokens", "-1"], "batch-tokens"),
+        (["--row-length", "0"], "row-length"),
+        (["--held-out", "80"], "held-out"),
+        (["--held-out", "-1"], "held-out"),
+        (["--threads", "0"], "threads"),
+    ],
+)
+def test_numbers_out_of_range_are_named(tmp_path, sentences, capsys, options, named):
+    base = ["--student", SHAPE, "--data", str(sentences), "--out", str(tmp_path / "out")]
+    assert named in refusal(capsys, *base, *options)
+    assert not (tmp_path / "out").exists()
