@@ -6,7 +6,6 @@ exported one, or that of EDGELM_TEST_BUNDLE, or the built-in one.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from at_hand import REPO, can_export, shared_folder
 from hypothesis import HealthCheck, settings
 from real_model import smollm2
 from tiny import TinyLlama
@@ -34,14 +34,6 @@ settings.load_profile("edgelm")
 # A shell's background job is started deaf to Ctrl-C, and so would be every program that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-REPO = Path(__file__).resolve().parents[1]
-EXPORT_MODULES = ("onnx", "safetensors", "ml_dtypes", "gguf")
-
-
-def can_export() -> bool:
-    """Whether the extra that exports is installed."""
-    return all(importlib.util.find_spec(name) for name in EXPORT_MODULES)
-
 
 @pytest.fixture(autouse=True)
 def own_data(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,9 +50,9 @@ def repo() -> Path:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of data and models that the repository does not carry."""
-    path = Path(os.environ.get("EDGELM_SHARED") or REPO.parent / "shared")
-    if not (path / "models").is_dir():
-        pytest.skip(f"{path} is absent: set EDGELM_SHARED to the folder with models/ and data/")
+    path = shared_folder()
+    if path is None:
+        pytest.skip("needs data that the repository does not carry (tests/README.md): set EDGELM_SHARED to its folder")
     return path
 
 

@@ -77,7 +77,9 @@ def test_ask_says_where_an_answer_was_cut(broker: Broker, common: str, ask: Call
     assert told.err.count("\n") == 1
 
 
-def test_ask_takes_the_flags_of_generate(broker: Broker, common: str, ask: Callable[..., Told], tmp_path: Path) -> None:
+def test_ask_takes_the_flags_of_generate(
+    shared: Path, broker: Broker, common: str, ask: Callable[..., Told], tmp_path: Path
+) -> None:  # what it says is known of stories260K
     (tmp_path / "schema.json").write_text('{"enum": [1, 2]}')
     assert ask(broker.url, common, "--choices", "yes,no").out in {"yes\n", "no\n"}
     assert ask(broker.url, common, "--regex", "[ab]{4}").out.strip("ab") == "\n"

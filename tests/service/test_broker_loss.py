@@ -87,7 +87,7 @@ def test_a_final_that_ends_while_the_broker_is_away_is_sent_when_it_is_back(
                 client.wait(lambda heard: heard)
                 mortal.kill()
             until = time.monotonic() + 40
-            while service._worker.stats().completed == 0:
+            while service._models[0].worker.stats().completed == 0:
                 assert time.monotonic() < until
                 time.sleep(0.05)
             mortal.start()
