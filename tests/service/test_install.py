@@ -27,17 +27,30 @@ FOLDERS = {
 }
 
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def readme_line(tool: str) -> str:
+    (line,) = re.findall(rf"^{tool} install .*$", README, re.MULTILINE)
+    return str(line)
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of the source, so that no build lies about in it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source, so that no build lies about in it."""
+    source = tmp_path_factory.mktemp("clone") / "edgelm"
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("edgelm", "export", "devices"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(folder), str(source)]
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(folder), str(clone)]
     subprocess.run(command, check=True, timeout=LIMIT_S, capture_output=True)
     (made,) = folder.glob("*.whl")
     return made
@@ -51,10 +64,9 @@ def shell(tmp_path: Path):
     tools = Path(sys.executable).parent  # where pip, uv and pipx are
     kept["PATH"] = os.pathsep.join([str(tmp_path / "bin"), str(tools), kept["PATH"]])
 
-    def run(line: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            shlex.split(line), env=kept, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S, check=False
-        )
+    def run(line: str, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        words = shlex.split(line, comments=True)
+        return subprocess.run(words, env=kept, cwd=cwd, capture_output=True, text=True, timeout=LIMIT_S, check=False)
 
     return run
 
@@ -68,20 +80,31 @@ def test_everything_is_in_the_wheel(wheel: Path) -> None:
                 assert f"{package}/{file.relative_to(ROOT / folder)}" in names
 
 
-@pytest.mark.parametrize("tool", ["uv tool", "pipx"])
-def test_a_tool_installs_runs_and_gets_an_extra(wheel: Path, shell, tool: str) -> None:
-    pytest.importorskip(tool.split()[0], reason="needs pip install 'edgelm[dev]'")
-    done = shell(f"{tool} install --python {shlex.quote(sys.executable)} {shlex.quote(str(wheel))}")
+@pytest.mark.parametrize("tool", ["uv tool", "pipx", "pip"])
+def test_readmes_line_brings_all_that_it_says(clone: Path, shell, tmp_path: Path, tool: str) -> None:
+    if tool == "pip":
+        subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True, timeout=LIMIT_S)
+        (tmp_path / "bin").symlink_to(tmp_path / "env" / "bin")  # what activating it does
+    else:
+        pytest.importorskip(tool.split()[0], reason="needs pip install 'edgelm[dev]'")
+    done = shell(readme_line(tool), clone)
     assert done.returncode == 0, done.stderr
     done = shell("edgelm generate builtin 'play some jazz'")
     assert json.loads(done.stdout)["intent"] == "PlayMusic"
+    assert "nowhere does not exist" in shell("edgelm pull mine --from nowhere").stderr  # the exporter is there
+    done = shell("edgelm demo --embedded-broker")
+    assert "All 3 answered" in done.stdout, done.stderr
+
+
+def test_a_tool_says_what_it_lacks_and_how_to_get_it(wheel: Path, shell) -> None:
+    pytest.importorskip("uv", reason="needs pip install 'edgelm[dev]'")
+    assert shell(f"uv tool install {shlex.quote(str(wheel))}").returncode == 0
     done = shell("edgelm export nowhere out")
     assert done.returncode == 1
     (remedy,) = re.findall(r"not installed: (.*)", done.stderr)
-    assert remedy == f"{tool} install --force '{wheel}[export]'"
+    assert remedy == f"uv tool install --force '{wheel}[export]'"
     assert shell(remedy).returncode == 0
-    done = shell("edgelm export nowhere out")
-    assert "nowhere does not exist" in done.stderr
+    assert "nowhere does not exist" in shell("edgelm export nowhere out").stderr
 
 
 def test_pip_installs_into_an_empty_environment(wheel: Path, shell, tmp_path: Path) -> None:

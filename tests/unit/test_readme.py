@@ -30,7 +30,16 @@ def commands(program: str) -> list[str]:
     return [line for line in lines if line.split(" ", 1)[0] == program]
 
 
-@pytest.mark.parametrize("line", commands("edgelm"))
+def other_commands() -> list[str]:
+    """The lines of every other README of the project that begin with `edgelm`, in blocks of shell commands."""
+    found = []
+    for file in [*ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]:
+        for block in re.findall(r"```(?:sh)?\n(.*?)```", file.read_text(encoding="utf-8"), re.DOTALL):
+            found += [line for line in block.splitlines() if re.match(r"edgelm [a-z]+ [^:]", line)]
+    return found
+
+
+@pytest.mark.parametrize("line", [*commands("edgelm"), *other_commands()])
 def test_every_command_parses(line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
     args = _parse(words, words[0])
@@ -50,7 +59,9 @@ def test_every_target_exists(line: str) -> None:
 
 def test_every_extra_exists() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    named = {name for line in commands("pip") for name in re.search(r"\[(.*)\]", line)[1].split(",")}
+    lines = [*commands("pip"), *commands("pipx"), *commands("uv")]
+    named = {name for line in lines for name in re.search(r"\[(.*)\]", line)[1].split(",")}
+    assert len(lines) == 3
     table = set(re.findall(r"^\| `(\w+)`", README, re.MULTILINE)) | set(
         re.findall(r"^\| `\w+`, `(\w+)`", README, re.MULTILINE)
     )
@@ -61,12 +72,27 @@ def test_every_extra_exists() -> None:
 def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = code_blocks("python")
     exec(compile(example, "README.md", "exec"), {})
-    assert '"intent"' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith('{"intent": "PlayMusic", "slots": {"genre": "jazz", "artist": "Miles Davis"')
+    assert '"intent": "GetWeather"' in out
+    likelier, share = re.search(r"\('(.*)', (0\.\d+)\)", out).groups()
+    assert "PlayMusic" in likelier
+    assert float(share) > 0.9
 
 
 def test_every_linked_file_exists() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for file in [
+        ROOT / "README.md",
+        *ROOT.glob("*/README.md"),
+        *ROOT.glob("*/*/README.md"),
+        *ROOT.glob("*/*/*/README.md"),
+    ]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", file.read_text(encoding="utf-8")):
+            assert (file.parent / target).exists(), (file, target)
+
+
+def test_the_front_page_is_short() -> None:
+    assert len(README.split()) <= 1500
 
 
 def test_no_figure_was_forgotten() -> None:
