@@ -70,6 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read messages and commands until the end of input."""
     given, template = sampling_from(args), template_from(args)
+    known = SamplingParams.__dataclass_fields__
+    SamplingParams().replace(
+        **{name: value for name, value in given.items() if name in known}
+    )  # before anything is typed
     with Spinner("preparing the model for this processor"):
         model = edgelm.load(args.bundle, **loading_from(args), max_batch=1)
     with model, _line_editing():

@@ -129,3 +129,80 @@ def test_the_command_takes_the_file(smollm2_gguf, tmp_path):
     facts = json.loads(done.stdout)
     assert facts["self_check"]["kl_mean"] < 0.02
     assert open_bundle(out).manifest.chat_template
+
+
+PLAIN = (
+    "What is the capital of France?",
+    "How many days are in a week?",
+    "Name three colours.",
+    "What is water made of?",
+    "Who wrote Romeo and Juliet?",
+    "What is 2 + 2?",
+    "Write one sentence about the sea.",
+    "What do bees make?",
+    "Why is the sky blue?",
+    "What is photosynthesis?",
+)
+NEAR_TIE = 0.25
+"""Nats between float32's two likeliest tokens below which int8 may prefer the other; its logits differ by some 0.05."""
+
+
+def test_ten_plain_questions_are_answered_as_by_transformers(smollm2_checkpoint, real_bundle):
+    """Token by token; where the answers part, float32 itself must have been undecided."""
+    torch = pytest.importorskip("torch", reason="needs pip install 'edgelm[distill]'")
+    transformers = pytest.importorskip("transformers", reason="needs pip install 'edgelm[distill]'")
+    network = transformers.AutoModelForCausalLM.from_pretrained(smollm2_checkpoint, dtype=torch.float32).eval()
+    same, ties, first = 0, [], 0
+    with edgelm.load(real_bundle(quant="int8")) as model:
+        for question in PLAIN:
+            prompt = model.message_tokens([{"role": "user", "content": question}])
+            with torch.inference_mode():
+                made = network.generate(
+                    torch.tensor([prompt]),
+                    attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                    max_new_tokens=24,
+                    do_sample=False,
+                    output_scores=True,
+                    return_dict_in_generate=True,
+                )
+            expected = [t for t in made.sequences[0, len(prompt) :].tolist() if t not in model.manifest.eos_tokens]
+            done = model.generate(question, max_tokens=24, temperature=0.0, repetition_guard=False)
+            said = [t for t in done.tokens if t not in model.manifest.eos_tokens]
+            at = next((i for i, (a, b) in enumerate(zip(expected, said, strict=False)) if a != b), None)
+            if at is None and len(said) != len(expected):
+                at = min(len(said), len(expected))
+            first += at != 0
+            if at is None:
+                same += 1
+                continue
+            likeliest = torch.log_softmax(made.scores[at][0], -1).topk(2).values
+            ties.append((question, at, round(float(likeliest[0] - likeliest[1]), 3)))
+    print(f"{same} of {len(PLAIN)} answers are the same; the others part at near-ties: {ties}")
+    assert all(margin < NEAR_TIE for _, _, margin in ties), ties
+    assert same >= 4
+    assert first >= 9
+
+
+def test_the_first_evening(smollm2_gguf, tmp_path, monkeypatch, run):
+    """README's conversation: a model gets a name, is listed, answers, chats, is served by its name, and goes again."""
+    monkeypatch.setenv("EDGELM_DATA_DIR", str(tmp_path / "data"))
+    code, out, err = run("pull", "smollm2-135m", "--from", smollm2_gguf)
+    assert code == 0, err
+    assert "int8" in out
+    assert err == "next: edgelm chat smollm2-135m\n"
+    assert "smollm2-135m" in run("list")[1]
+    code, out, err = run("generate", "smollm2-135m", "What is water made of?")
+    assert code == 0, err
+    assert "hydrogen" in out
+    out = run("info", "smollm2-135m")[1]
+    assert "self-check on" in out
+    assert "a user's message" in out
+    command = [sys.executable, "-m", "edgelm", "chat", "smollm2-135m", "--seed", "1"]
+    typed = "/help\nWhat is photosynthesis? Answer in one sentence.\n/stats\n/bye\n"
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, check=True, timeout=120)
+    assert "light" in done.stdout
+    assert "tok/s" in done.stdout + done.stderr
+    assert "/regenerate" in done.stdout + done.stderr
+    code, out, _ = run("rm", "smollm2-135m")
+    assert (code, "smollm2-135m" in out) == (0, True)
+    assert "smollm2-135m" not in run("list")[1]

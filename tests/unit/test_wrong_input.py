@@ -1,0 +1,136 @@
+"""Wrong input to every command: at least three kinds each, one line that says what is wrong, nothing left behind."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+import pytest
+
+from edgelm.cli import COMMANDS
+
+WRONG = {
+    "demo": [(["--nothing"], "--nothing"), (["more"], "more"), (["--embedded-broker=yes"], "embedded-broker")],
+    "models": [(["smollm2"], "smollm2"), (["--jsn"], "did you mean --json"), (["--json=1"], "--json")],
+    "pull": [(["nothing"], "nothing"), ([], "NAME"), (["a/b/c"], "hub id"), (["x", "--from", "{absent}"], "{absent}")],
+    "list": [(["all"], "all"), (["-l"], "-l"), (["--jason"], "did you mean --json")],
+    "show": [
+        ([], "NAME"),
+        (["nothing"], "nothing"),
+        (["{text}"], "not a directory"),
+        (["bultin"], "did you mean builtin"),
+    ],
+    "rm": [([], "NAME"), (["nothing"], "nothing"), (["../x"], "no name"), (["builtin"], "built-in")],
+    "export": [
+        (["{absent}", "{out}"], "does not exist"),
+        (["{text}", "{out}"], "{text}"),
+        (["{empty}", "{out}"], "config.json"),
+        (["{empty}"], "OUT"),
+        (["{empty}", "{out}", "--max-bytes", "much"], "150M"),
+        (["{empty}", "{out}", "--quant", "int3"], "int8"),
+    ],
+    "prefix": [
+        (["{absent}", "{text}"], "{absent}"),
+        (["builtin"], "--remove"),
+        (["builtin", "{text}"], "built-in"),
+        (["{empty}", "{text}"], "manifest.json"),
+    ],
+    "info": [
+        ([], "BUNDLE"),
+        (["{absent}"], "{absent}"),
+        (["{empty}"], "manifest.json"),
+        (["{text}"], "not a directory"),
+    ],
+    "generate": [
+        (["builtin"], "PROMPT"),
+        (["{absent}", "hi"], "{absent}"),
+        (["builtin", "hi", "--temperature", "hot"], "temperature"),
+        (["builtin", "hi", "--temperature", "-1"], "temperature"),
+        (["builtin", "hi", "--json-schema", "{text}"], "not JSON"),
+        (["builtin", "hi", "--tools", "{absent}"], "{absent}"),
+        (["builtin", "hi", "--regex", "("], "regex"),
+        (["builtin", "word " * 400], "context"),
+    ],
+    "chat": [
+        (["{absent}"], "{absent}"),
+        (["builtin", "--top-p", "7"], "top_p"),
+        (["builtin", "--system", "{absent}.txt"], "{absent}.txt"),
+        (["builtin", "--template-var", "x"], "NAME=VALUE"),
+    ],
+    "serve": [
+        (["--model", "{absent}"], "{absent}"),
+        (["--mqtt", "localhost"], "localhost"),
+        (["--board", "My Board"], "board"),
+        (["--config", "{absent}"], "{absent}"),
+        (["--max-batch", "0"], "max_batch"),
+        (["--mqtt", "mqtt://127.0.0.1:{port}", "--password-file", "{absent}"], "{absent}"),
+    ],
+    "ask": [
+        ([], "PROMPT"),
+        (["hi", "--broker", "mqtt://127.0.0.1:{port}"], "no broker"),
+        (["hi", "--broker", "127.0.0.1"], "mqtt://"),
+        (["hi", "--board", "a/b"], "board"),
+        (["--end-session"], "--session"),
+    ],
+    "bench": [
+        (["{absent}"], "{absent}"),
+        (["builtin", "--prompt-tokens", "none"], "prompt-tokens"),
+        (["builtin", "--prompt-tokens", "100000"], "context"),
+        (["builtin", "--threads", "0"], "threads"),
+    ],
+    "cache": [(["clear"], "clear"), (["--clea"], "did you mean --clear"), (["--json=no"], "--json")],
+    "eval": [
+        (["builtin"], "--text"),
+        (["builtin", "--text", "{absent}"], "{absent}"),
+        (["builtin", "--task", "{text}"], "line 1"),
+        (["{absent}", "--text", "{text}"], "{absent}"),
+    ],
+    "distill": [
+        (["--student", "hidden=64"], "--data"),
+        (["--student", "hidden=64", "--data", "{absent}", "--out", "{out}"], "{absent}"),
+        (["--student", "hidden=64,layers=1,heads=2", "--data", "{text}", "--out", "{out}"], "line 1"),
+        (["--student", "s", "--data", "{text}", "--out", "{out}", "--loss", "kl"], "--teacher"),
+    ],
+    "devices": [
+        ([], "detect"),
+        (["emulate", "pi7"], "pi7"),
+        (["smoke", "--nothing"], "--nothing"),
+        (["detct"], "did you mean detect"),
+    ],
+}
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Names that the arguments may use: what is absent, a text, an empty folder, a port that nobody listens at."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("not what was wanted\n")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    paths = {"absent": "absent", "text": "text.txt", "empty": "empty", "out": "out"}
+    return {**{name: str(tmp_path / file) for name, file in paths.items()}, "port": port}
+
+
+def test_every_command_has_its_wrong_inputs():
+    assert set(WRONG) == set(COMMANDS)
+    assert all(len(cases) >= 3 for cases in WRONG.values())
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [(command, *case) for command, cases in WRONG.items() for case in cases],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else value,
+)
+def test_one_line_says_what_is_wrong(command, arguments, said, places, tmp_path, run):
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(command, *(argument.format(**places) for argument in arguments))
+    assert code in (1, 2)
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith(f"edgelm {command}: ")
+    assert said.format(**places) in err
+    assert "internal error" not in err
+    assert "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before
