@@ -31,6 +31,7 @@ from edgelm.errors import EdgelmError, RequestError
 from edgelm.folders import user_folder
 from edgelm.messages import RANGES, Completion, SamplingParams
 from edgelm.model import Model
+from edgelm.sampling import warm_up
 
 SAMPLING: Final[dict[str, Any]] = {"temperature": 0.3, "top_p": 0.9, "repetition_penalty": 1.1}
 """How a chat samples where the checkpoint gave no defaults: without chance small models go round in circles."""
@@ -76,10 +77,13 @@ def run(args: argparse.Namespace) -> int:
     )  # before anything is typed
     with Spinner("preparing the model for this processor"):
         model = edgelm.load(args.bundle, **loading_from(args), max_batch=1)
+        sampling = {**_defaults(model), **given}
+        if sampling.get("temperature", model.manifest.sampling.temperature) > 0:
+            warm_up()
     with model, _line_editing():
         if model.manifest.chat_template is None:
             raise EdgelmError(f"{args.bundle} has no chat template; `edgelm generate` continues plain text")
-        chat = Chat(model, template, {**_defaults(model), **given}, is_verbose=args.verbose)
+        chat = Chat(model, template, sampling, is_verbose=args.verbose)
         if sys.stdin.isatty():
             print(_banner(model, args.bundle))
         for message in _messages():

@@ -35,7 +35,12 @@ PATIENCE_S = 600.0
 PROMPT = "> "
 LINES_SHOWN = 80
 
-CHAT = ("What is photosynthesis? Answer in one sentence.", "/stats", "Give me a name for a grey cat.", "/bye")
+CHAT = (
+    "What is photosynthesis? Answer in one sentence.",
+    "/stats",
+    "Summarize in five words: The meeting moved to Friday because the manager is ill.",
+    "/bye",
+)
 QUESTION = "Write one sentence about the sea."
 
 
