@@ -1,12 +1,13 @@
 """Decoding many requests together: `step()` admits, prefills a chunk, decodes one batch, samples, finishes.
 
-No I/O, no threads, no clock but `time.monotonic`.
+No I/O, no clock but `time.monotonic`; threads are those of onnxruntime, and one that makes constraints ready.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from concurrent.futures import FIRST_COMPLETED, wait
 from typing import Final
 
 import numpy as np
@@ -24,6 +25,9 @@ from edgelm.rows import Rows
 from edgelm.scoring import score
 from edgelm.sequence import Sequence, Waiting
 from edgelm.session import Session, open_session
+
+PATIENCE_S: Final = 0.02
+"""How long a step waits for a constraint where there is nothing else to do: then it looks at deadlines again."""
 
 MOST_ROWS: Final = 1024
 """Most requests decoded together."""
@@ -69,6 +73,10 @@ class Engine:
 
     # --- what the worker calls ---
 
+    def close(self) -> None:
+        """End what was begun beside the engine."""
+        self._intake.close()
+
     def warm_up(self) -> None:
         """Run the graph once, so that the first request does not pay for what is allocated late."""
         self.session.prefill(self.max_batch, np.zeros(1, np.int64), 0)
@@ -86,7 +94,7 @@ class Engine:
 
     def add(self, request: Request, submitted: float) -> None:
         """Queue a request; `submitted` is when it came, in seconds of `time.monotonic`."""
-        self._waiting.append(Waiting(request, submitted))
+        self._waiting.append(Waiting(request, submitted, self._intake.prepare(request)))
 
     def cancel(self, request_id: str) -> None:
         """Mark a request; the next step ends it with what it has."""
@@ -95,6 +103,8 @@ class Engine:
     def step(self) -> list[Chunk]:
         """Do one round of work; return what clients are to see, in order."""
         self._drop_ended()
+        if not self._rows.held and not any(entry.is_ready for entry in self._waiting):
+            self._await_constraints()
         self._admit()
         self._decode(PREFILL_CHUNK - self._prefill())
         return self._take_ready()
@@ -146,7 +156,7 @@ class Engine:
     def _admit(self) -> None:
         """Give free rows to those that wait, the oldest first."""
         while not self._rows.is_full:
-            entry = next((it for it in self._waiting if not self.conversations.is_answering(it.request)), None)
+            entry = self._next_waiting()
             if entry is None:
                 return
             self.conversations.begin(entry.request)
@@ -157,11 +167,29 @@ class Engine:
             self._rows.take(sequence)
             self._show(sequence, sequence.start())
 
+    def _next_waiting(self) -> Waiting | None:
+        """Return the oldest request that can begin: its constraint is ready, nothing of its session is before it."""
+        behind: set[tuple[str | None, str]] = set()
+        for entry in self._waiting:
+            request = entry.request
+            session = None if request.session is None else (request.client, request.session)
+            if not entry.is_ready:
+                if session is not None:
+                    behind.add(session)
+                continue
+            if session not in behind and not self.conversations.is_answering(request):
+                return entry
+        return None
+
+    def _await_constraints(self) -> None:
+        """Wait a little for a constraint that is being made ready, as there is nothing else to do."""
+        wait([entry.prepared for entry in self._waiting if entry.prepared], PATIENCE_S, FIRST_COMPLETED)
+
     def _open(self, entry: Waiting) -> Sequence | None:
         """Return a request's sequence, or None for one that ends here: with an error, or because it asks nothing."""
         try:
             if not entry.request.asks_nothing:
-                return self._intake.open(entry.request, entry.submitted)
+                return self._intake.open(entry.request, entry.submitted, entry.prepared)
             self._ready.append(entry.end("stop"))
         except RequestError as error:
             self._ready.append(entry.end("error", error))

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgelm.bundle import Bundle
+from edgelm.constraints import Constraints
 from edgelm.conversations import Conversations
 from edgelm.errors import RequestError
-from edgelm.messages import Constraint, Request
+from edgelm.messages import Request
 from edgelm.sequence import Sequence
 from edgelm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from edgelm.grammar import Grammar, Matcher
+    from concurrent.futures import Future
+
+    from edgelm.grammar import Matcher
 
 
 class Intake:
@@ -23,12 +26,24 @@ class Intake:
         self._bundle = bundle
         self._context = context
         self._eos = frozenset(manifest.eos_tokens)
-        self._grammar: Grammar | None = None
+        self._constraints = Constraints(bundle.tokenizer, manifest.vocab_size, manifest.eos_tokens)
         self.tokenizer = Tokenizer.of_bundle(bundle)
         self.conversations = Conversations(self.tokenizer, context)
 
-    def open(self, request: Request, submitted: float) -> Sequence:
-        """Return a request's sequence. Raises `RequestError` for a prompt or a constraint that cannot be used."""
+    def prepare(self, request: Request) -> Future[Matcher] | None:
+        """Have a request's constraint made ready on another thread; None where it has none."""
+        return None if request.constraint is None else self._constraints.prepare(request.constraint)
+
+    def close(self) -> None:
+        """Stop preparing."""
+        self._constraints.close()
+
+    def open(self, request: Request, submitted: float, prepared: Future[Matcher] | None = None) -> Sequence:
+        """Return a request's sequence. Raises `RequestError` for a prompt or a constraint that cannot be used.
+
+        `prepared` is what `prepare` returned; what is not ready yet is waited for.
+        """
+        prepared = prepared or self.prepare(request)
         return Sequence(
             request,
             self.checked(self.conversations.prompt(request)),
@@ -36,7 +51,7 @@ class Intake:
             vocab_size=self._bundle.manifest.vocab_size,
             context=self._context,
             eos_tokens=self._eos,
-            matcher=self._matcher(request.constraint),
+            matcher=None if prepared is None else prepared.result().copy(),
             submitted=submitted,
         )
 
@@ -47,13 +62,3 @@ class Intake:
         if bad is not None:
             raise RequestError("bad_request", f"token {bad} lies outside the vocabulary [0, {vocab_size})")
         return tokens
-
-    def _matcher(self, constraint: Constraint | None) -> Matcher | None:
-        if constraint is None:
-            return None
-        if self._grammar is None:
-            from edgelm.grammar import Grammar
-
-            manifest = self._bundle.manifest
-            self._grammar = Grammar(self._bundle.tokenizer, manifest.vocab_size, manifest.eos_tokens)
-        return self._grammar.start(constraint)

@@ -17,6 +17,8 @@ from edgelm.sampling import Sampler
 from edgelm.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from edgelm.grammar import Matcher
 
 PROMPT_TAIL = 8
@@ -202,6 +204,13 @@ class Waiting:
 
     request: Request
     submitted: float
+    prepared: Future[Matcher] | None = None
+    """Its constraint, which is being made ready."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has no constraint, or one that is ready or was refused."""
+        return self.prepared is None or self.prepared.done()
 
     def end(self, reason: FinishReason, error: RequestError | None = None) -> Chunk:
         """Return the only chunk of a request that never ran."""

@@ -217,6 +217,7 @@ class Worker:
             calls = list(self._calls)
             self._calls.clear()
         self._deliver(self.engine.fail_all(reason))
+        self.engine.close()
         for _, future in calls:
             future.set_exception(EdgelmError("the model is closed"))
 

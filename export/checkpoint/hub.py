@@ -5,6 +5,7 @@ Two variables of its library count: HF_ENDPOINT is another hub, HF_TOKEN an acco
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Final
@@ -38,9 +39,19 @@ def download(hub_id: str, revision: str | None = None, folder: Path | None = Non
     or tag; `offline` ends the advice where the hub does not answer. Raises `CheckpointError`, with the remedy.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # it would tell of every further try, over many lines
     try:
-        return Path(snapshot_download(hub_id, revision=revision, local_dir=folder, allow_patterns=FILES))
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                local_dir=folder,
+                allow_patterns=FILES,
+                endpoint=os.environ.get("HF_ENDPOINT"),
+            )
+        )
     except Exception as error:  # the library raises many unrelated types
         raise _refusal(error, hub_id, offline) from error
 
@@ -50,7 +61,7 @@ def newest(hub_id: str, revision: str | None = None, *, offline: str = OFFLINE) 
     from huggingface_hub import HfApi
 
     try:
-        return str(HfApi().model_info(hub_id, revision=revision, timeout=20).sha)
+        return str(HfApi(endpoint=os.environ.get("HF_ENDPOINT")).model_info(hub_id, revision=revision, timeout=20).sha)
     except Exception as error:  # the library raises many unrelated types
         raise _refusal(error, hub_id, offline) from error
 

@@ -13,8 +13,6 @@ import pytest
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 pytest.importorskip("huggingface_hub", reason="needs pip install 'edgelm[export]'")
 
-from huggingface_hub import constants
-
 import edgelm.cli.pull as command
 from edgelm.bundle import open_bundle
 from edgelm.catalogue import Form, Known
@@ -81,9 +79,7 @@ def server(tiny_checkpoint):
 def hub(server, monkeypatch):
     """The server as the library's hub. `asked` is what it was asked for, `fails` a file that it has lost."""
     server.asked, server.fails = [], None
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     return server
 
 
@@ -166,7 +162,7 @@ def test_a_model_behind_a_licence_and_one_that_is_not_there(hub, store, run):
 
 
 def test_without_a_network_one_line_says_what_to_do(store, known, monkeypatch, run):
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     code, out, err = run("pull", "tiny")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "hf download owner/tiny --local-dir model/" in err

@@ -234,14 +234,6 @@ def test_a_constraint_that_proves_too_complex_is_a_bad_request(grammar: Grammar,
     assert "<state>" not in str(caught.value)
 
 
-def test_only_the_last_constraints_are_kept(grammar: Grammar) -> None:
-    constraints = [Constraint("regex", f"a{{{number}}}") for number in range(1, 60)]
-    for constraint in constraints:
-        grammar.start(constraint)
-        grammar.start(constraints[0])
-    assert list(grammar._compiled) == [*constraints[-15:], constraints[0]]
-
-
 def test_a_missing_or_wider_tokenizer_is_a_bundle_error(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="cannot be used"):
         Grammar(tmp_path / "tokenizer.json", 100, EOS)

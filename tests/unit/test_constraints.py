@@ -1,0 +1,207 @@
+"""Constraints from strangers: tried in a process of their own, and nobody waits for another's."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import edgelm
+from edgelm import constraints as module
+from edgelm.bundle import open_bundle
+from edgelm.constraints import Constraints
+from edgelm.engine import Engine
+from edgelm.errors import RequestError
+from edgelm.messages import Constraint, Request, SamplingParams
+from edgelm.trial import LIMIT_S, Trial
+
+BUILTIN = open_bundle(Path(edgelm.__file__).parent / "builtin")
+
+
+def nested(levels, key, inner):
+    schema = inner
+    for _ in range(levels):
+        schema = {key: [schema]} if key in ("allOf", "anyOf") else {key: schema}
+    return schema
+
+
+HOSTILE = {
+    "a constant that is nearly the least": {"const": -9223372036854775807},
+    "a constant of many digits": {"const": 10**40},
+    "a minimum beyond 2^53": {"type": "integer", "minimum": 2**60},
+    "a bound in scientific notation": {"type": "number", "maximum": 1e300},
+    "multiples of a prime": {"type": "integer", "multipleOf": 9999991},
+    "multiples of several primes": {"type": "integer", "allOf": [{"multipleOf": n} for n in (9973, 9967, 9949)]},
+    "a thousand million items": {"type": "array", "items": {"type": "integer"}, "minItems": 1_000_000_000},
+    "a long pattern": {"type": "string", "pattern": "(ab){100000}"},
+    "too deep": nested(900, "items", {}),
+    "too deep in allOf": nested(400, "allOf", {}),
+}
+SURVIVED = {
+    "object": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+    "bounds": {"type": "integer", "minimum": -5, "maximum": 2**53},
+    "recursive": {"$defs": {"t": {"type": "object", "properties": {"c": {"$ref": "#/$defs/t"}}}}, "$ref": "#/$defs/t"},
+    "enumeration": {"enum": [str(i) for i in range(500)]},
+}
+
+
+@pytest.fixture(scope="module")
+def constraints():
+    manifest = BUILTIN.manifest
+    made = Constraints(BUILTIN.tokenizer, manifest.vocab_size, manifest.eos_tokens)
+    made.prepare(Constraint("regex", "a")).result(60)  # the child has started
+    yield made
+    made.close()
+
+
+def schema(value):
+    return Constraint("json_schema", json.dumps(value))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_would_end_or_stall_us_is_refused(constraints, name):
+    began = time.monotonic()
+    error = constraints.prepare(schema(HOSTILE[name])).exception(60)
+    if error is not None:  # some of these a later library may survive
+        assert error.code == "bad_request"
+        assert len(error.message) < 500
+        assert "\n" not in error.message
+    assert time.monotonic() - began < LIMIT_S + 40
+    assert constraints.prepare(Constraint("regex", "[ab]{3}")).result(60)  # the next one is tried all the same
+
+
+@pytest.mark.parametrize("name", ["a constant that is nearly the least", "a constant of many digits", "too deep"])
+def test_some_are_known_to_be_refused(constraints, name):
+    with pytest.raises(RequestError) as caught:
+        constraints.prepare(schema(HOSTILE[name])).result(60)
+    assert caught.value.code == "bad_request"
+
+
+@pytest.mark.parametrize("name", SURVIVED)
+def test_what_people_ask_for_is_prepared(constraints, name):
+    matcher = constraints.prepare(schema(SURVIVED[name])).result(60)
+    assert matcher.copy().mask().any()
+
+
+@pytest.mark.parametrize("death", ["killed", "silent"])
+def test_a_child_that_dies_or_is_silent_refuses_one_and_is_replaced(death, monkeypatch):
+    manifest = BUILTIN.manifest
+    trial = Trial(BUILTIN.tokenizer, manifest.vocab_size, manifest.eos_tokens)
+    try:
+        assert trial.run(Constraint("regex", "a")) > 0
+        child = trial._child
+        if death == "killed":
+            monkeypatch.setattr("edgelm.trial.json.dumps", lambda *_: os.kill(child.pid, 9) or "{}")
+        else:
+            monkeypatch.setattr("edgelm.trial.select.select", lambda *_: ([], [], []))
+        with pytest.raises(RequestError, match="simpler"):
+            trial.run(Constraint("regex", "b"))
+        monkeypatch.undo()
+        assert trial.run(Constraint("regex", "b")) > 0
+        assert trial._child is not child
+        assert child.poll() is not None
+    finally:
+        trial.close()
+    assert trial._child is None
+    with pytest.raises(RequestError, match="stopped"):
+        trial.run(Constraint("regex", "c"))
+
+
+def test_nothing_of_the_current_folder_is_run(tmp_path, monkeypatch):
+    for name in ("llguidance", "numpy", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('run')")
+    monkeypatch.chdir(tmp_path)
+    manifest = BUILTIN.manifest
+    trial = Trial(BUILTIN.tokenizer, manifest.vocab_size, manifest.eos_tokens)
+    try:
+        assert trial.run(Constraint("regex", "a")) > 0
+    finally:
+        trial.close()
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 40)), min_size=1, max_size=30))
+def test_what_is_kept_is_bounded_by_its_size(asked):
+    """Beside a model: constraints in the order of their last use, dropped from its front until the others fit."""
+    sizes = {}
+
+    class Known:
+        def run(self, constraint):
+            return sizes[constraint.value]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "KEPT_BYTES", 100)
+        made = Constraints(Path("none"), 1, ())
+        made._trial = Known()
+        made._compiled = lambda constraint: constraint
+        model: dict[str, int] = {}
+        for which, size in asked:
+            name = str(which)
+            sizes.setdefault(name, size)
+            before = name in model
+            future = made.prepare(Constraint("regex", name))
+            assert before == future.done()
+            assert future.result(10).value == name
+            until = time.monotonic() + 10
+            while (
+                not before and made._kept.get(Constraint("regex", name), (None, 0))[1] == 0 and time.monotonic() < until
+            ):
+                time.sleep(0.001)
+            model[name] = model.pop(name, sizes[name])
+            for other in list(model):
+                if sum(model.values()) <= 100 or other == name:
+                    break
+                del model[other]
+            assert [constraint.value for constraint in made._kept] == list(model)
+        made._asked.put(None)
+
+
+class Slow:
+    """Constraints of which one is ready only when it is told so."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        self.held: Future = Future()
+
+    def prepare(self, constraint):
+        return self.held if constraint.value == "slow" else self.inner.prepare(constraint)
+
+    def close(self):
+        """Leave the inner ones to who made them."""
+
+
+def test_nobody_waits_for_anothers_constraint(bundle):
+    engine = Engine(open_bundle(bundle), threads=1, max_batch=2)
+    engine._intake._constraints = slow = Slow(engine._intake._constraints)
+    greedy = SamplingParams(max_tokens=4, temperature=0.0)
+    requests = [
+        Request(id="slow", prompt="a", sampling=greedy, constraint=Constraint("regex", "slow"), session="s", raw=True),
+        Request(id="behind", prompt="b", sampling=greedy, session="s", raw=True),
+        Request(id="other", prompt="c", sampling=greedy, raw=True),
+        Request(id="quick", prompt="d", sampling=greedy, constraint=Constraint("regex", "[ab]{2}"), raw=True),
+    ]
+    for request in requests:
+        engine.add(request, time.monotonic())
+    order = []
+
+    def run_until(count):
+        until = time.monotonic() + 90
+        while len(order) < count and time.monotonic() < until:
+            order.extend(chunk.id for chunk in engine.step() if chunk.done)
+
+    try:
+        run_until(2)
+        assert sorted(order) == ["other", "quick"]  # and not "behind", which its session keeps waiting
+        timer = threading.Timer(0.2, slow.held.set_exception, [RequestError("bad_request", "too complex")])
+        timer.start()
+        run_until(4)
+        assert order[2:] == ["slow", "behind"]
+    finally:
+        engine._intake._constraints = slow.inner
+        engine.close()
