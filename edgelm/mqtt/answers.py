@@ -69,13 +69,16 @@ class Answer:
     """The chunk before; until it is on its way, text is merged."""
     not_before: float = 0.0
     """When the next chunk may go out, in seconds of `time.monotonic`."""
+    _said: list[str] = field(default_factory=list)
     _deltas: deque[str] = field(default_factory=deque)
     _is_posted: bool = False
 
     def sink(self, chunk: Chunk) -> None:
         """Take what the worker says. At most one `Grown` is under way at a time."""
-        if self.stream and chunk.delta:
-            self._deltas.append(chunk.delta)
+        if chunk.delta:
+            self._said.append(chunk.delta)
+            if self.stream:
+                self._deltas.append(chunk.delta)
         if chunk.completion is not None:
             self.post(Finished(self, chunk.completion))
         elif not self._is_posted and (self._deltas or not self.is_started):
@@ -88,6 +91,11 @@ class Answer:
         if not self._deltas:
             self._is_posted = False
         return is_first
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        return "".join(self._said)
 
     def due_at(self) -> float:
         """When there is a chunk to send, in seconds of `time.monotonic`; infinite where there is none."""

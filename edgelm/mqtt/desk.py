@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 RETRY_S: Final = 0.01
 """When to try a chunk again that met a connection going away, or whose forerunner is not written yet."""
+SILENCE_S: Final = 2.0
+"""How long after a deadline the worker may be silent before the final is sent without it."""
 READ_LIMIT: Final = 4 * wire.MAX_PAYLOAD_BYTES
 """How much of a payload that is too large is still read, for its id and where it wants its refusal."""
 
@@ -240,6 +242,15 @@ class Desk:
                 answer.not_before = now + RETRY_S
                 continue
             self._send_chunk(answer)
+
+    def end_overdue(self) -> None:
+        """Send the finals of answers whose worker is silent past their deadlines: it is busy with something else."""
+        now = time.monotonic()
+        for answer in list(self._answers.values()):
+            if now > answer.deadline + SILENCE_S:
+                log.warning("request %s: %s is silent past the deadline", answer.id, answer.model)
+                answer.cancel(answer.key)
+                self.on_finished(answer, Completion(answer.id, answer.text, (), "deadline"))
 
     def interrupt(self) -> None:
         """Cancel all; their finals say `interrupted`."""

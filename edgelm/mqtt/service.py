@@ -153,6 +153,7 @@ class Service:
         """Do what is due now and then."""
         now = self._cared_at = time.monotonic()
         self._connection.tend()
+        self._desk.end_overdue()
         for model in self._models:
             if model.worker.failure is not None:
                 self._fail(EdgelmError(f"the engine of {model.name} died: {model.worker.failure!r}"))
