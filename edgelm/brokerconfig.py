@@ -34,8 +34,11 @@ class BrokerUrl:
             parts = urlsplit(text)
             port, host = parts.port, parts.hostname or ""
             host.encode("idna")
-        except ValueError as error:  # a port or a host name out of range
-            raise ConfigError(f"broker URL {_without_password(text)!r}: {error}") from error
+        except ValueError:  # whose text may hold a part of a password
+            raise ConfigError(
+                f"broker URL {_without_password(text)!r}: write scheme://host or scheme://host:port, the port from 1 to"
+                " 65535"
+            ) from None
         if parts.scheme not in DEFAULT_PORTS:
             raise ConfigError(
                 f"broker URL {_without_password(text)!r}: must start with one of "
@@ -70,7 +73,8 @@ class BrokerUrl:
 
 
 def _without_password(text: str) -> str:
-    return re.sub(r"//[^/@]*@", "//...@", text)
+    """Return a URL, well formed or not, without what stands before its last @."""
+    return re.sub(r"^([a-z]+://)?.*@", r"\1...@", text, flags=re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

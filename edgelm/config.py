@@ -6,6 +6,8 @@ Owns the names, defaults and ranges of every setting. Knows nothing of MQTT's pa
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import logging
 import os
 import re
 import socket
@@ -22,6 +24,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+LOG: Final = logging.getLogger(__name__)
 
 NAME: Final = re.compile(r"[a-z0-9_-]{1,32}")
 """What a board or client may be called: a whole match."""
@@ -186,8 +190,13 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         for name, value in environment.items()
         if name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(OTHER_VARIABLES)
     }
-    _refuse_unknown(given, set(SETTINGS), "environment EDGELM_*")
-    return {name: _convert(name, value) for name, value in given.items()}
+    unknown = sorted(name for name in given if name not in SETTINGS)
+    mistyped = {name: given[name] for name in unknown if difflib.get_close_matches(name, SETTINGS, 1, 0.8)}
+    _refuse_unknown(mistyped, set(SETTINGS), "environment EDGELM_*")
+    if unknown:  # a cluster puts variables of a service's name into every environment, EDGELM_SERVICE_PORT for one
+        named = ", ".join(f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in unknown)
+        LOG.warning("no settings of the service, and not looked at: %s", named)
+    return {name: _convert(name, value) for name, value in given.items() if name in SETTINGS}
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> None:

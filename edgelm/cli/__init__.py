@@ -6,6 +6,7 @@ Each command is one module `edgelm.cli.<name>`, but for `MODULES`, with `add_arg
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -68,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = _chosen(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has no such letter shows which it is
     try:
         args = _parse(arguments, chosen)
         return int(args.run(args))

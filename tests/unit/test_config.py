@@ -142,6 +142,33 @@ def test_the_password_is_read_from_a_private_file_only(tmp_path: Path) -> None:
     assert "hunter2" not in repr(config) + str(config.broker)
 
 
+@pytest.mark.parametrize("name", ["EDGELM_SERVICE_PORT", "EDGELM_PORT_1883_TCP_ADDR", "EDGELM_X"])
+def test_what_a_cluster_puts_into_the_environment_is_said_and_left_alone(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load_config(None, {name: "1", "EDGELM_QUEUE": "3"}, {}).queue == 3
+    (record,) = caplog.records
+    assert name in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mqtt://bob:secret@@h:xx",
+        "mqtt://bob:sec/secret@h:1883",
+        "bob:secret@host",
+        "mqtt://bob:secret@h:99999",
+        "mqtt://bob:secret@h",
+        "http://bob:secret@h",
+        "mqtt://h:secret@",
+    ],
+)
+def test_a_password_in_a_broker_url_is_never_shown(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        BrokerUrl.parse(url)
+    assert "secret" not in str(caught.value)
+
+
 def test_the_password_of_the_environment_is_not_shown() -> None:
     config = load_config(None, {"EDGELM_PASSWORD": "hunter2", "EDGELM_USERNAME": "me"}, {})
     assert config.broker.password == "hunter2"

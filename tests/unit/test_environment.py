@@ -78,6 +78,13 @@ def test_kernels_are_compiled_where_nothing_can_be_kept():
     assert len(done.stderr.splitlines()) <= 1, done.stderr
 
 
+def test_a_terminal_without_a_letter_shows_which_it_is():
+    environment = {"PYTHONIOENCODING": "ascii", "HOME": "/"}
+    done = run_edgelm("generate", "builtin", "play Beyonc\u00e9", environment=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Beyonc\\xe9" in done.stdout
+
+
 def test_a_chat_without_a_home_ends_in_order():
     done = run_edgelm("chat", "builtin", environment={}, text="play some jazz\n/save ~/x\n/bye\n")
     assert done.returncode == 0, done.stderr
