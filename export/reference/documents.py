@@ -114,6 +114,11 @@ def measured_documents(text: str, tokenizer: Tokenizer, bos: int | None, context
     return Measured(taken, total - sum(map(len, taken)))
 
 
+def first_pieces(text: str, tokenizer: Tokenizer, bos: int | None, length: int) -> list[Document]:
+    """Return the first `length` tokens of each document that has a token to predict."""
+    return [ids[:length] for ids in _tokens(split_documents(text), tokenizer, bos) if len(ids) > 1]
+
+
 def _tokens(documents: Sequence[str], tokenizer: Tokenizer, bos: int | None) -> Iterator[Document]:
     for document in documents:
         ids = tokenizer.encode(document, add_special_tokens=False)

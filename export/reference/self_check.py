@@ -15,14 +15,14 @@ from edgelm.errors import EdgelmError
 from edgelm.tokenizer import Tokenizer
 
 from ..progress import Progress
-from .documents import Document, measured_documents
+from .documents import Document, first_pieces
 from .verify import Reference, measure, quality
 
 SAMPLE: Final = Path(__file__).with_name("sample.txt")
 """Five short texts of different kinds that come with the program."""
 
 CHECKED_TOKENS: Final = 128
-"""Tokens of a piece of these texts."""
+"""Tokens of each text that are looked at."""
 
 MAX_KL: Final = 1.0
 """Mean KL divergence in nats from which on a bundle counts as broken. int4 without calibration stays below 0.5."""
@@ -45,10 +45,10 @@ def self_check(bundle: Bundle, reference: Reference, tokenizer: Tokenizer, progr
 
 
 def sample_documents(bundle: Bundle, tokenizer: Tokenizer) -> list[Document]:
-    """Return the sample text as token ids, in pieces of `CHECKED_TOKENS` or the bundle's context."""
+    """Return the sample text as token ids, a document each, cut at `CHECKED_TOKENS` or the bundle's context."""
     manifest = bundle.manifest
     length = min(CHECKED_TOKENS, manifest.context)
-    return measured_documents(SAMPLE.read_text(encoding="utf-8"), tokenizer, manifest.bos_token, length).documents
+    return first_pieces(SAMPLE.read_text(encoding="utf-8"), tokenizer, manifest.bos_token, length)
 
 
 def refuse_broken(found: Mapping[str, Any]) -> None:
