@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import edgelm
+from edgelm.boardcache import BoardCache
 from edgelm.errors import DeviceError
-from edgelm.folders import user_folder
 
 from .rootfs import Say, prepare_rootfs
 
@@ -73,8 +73,8 @@ class Emulated:
 
 
 def default_cache() -> Path:
-    """Return where emulated roots are kept: edgelm/emulate in the user's cache folder."""
-    return user_folder("cache") / "emulate"
+    """Return where emulated roots are kept: `emulate` in the board cache's folder."""
+    return BoardCache.default().folder / "emulate"
 
 
 def emulate(profile: Profile, bundle: str, *, prompt: str | None, cache: Path, say: Say) -> Emulated:

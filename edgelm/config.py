@@ -75,7 +75,7 @@ class ServeConfig:
     """How many requests are decoded together."""
     queue: int = _setting(8, int, 1, 10_000)
     """How many more may wait."""
-    threads: int | None = _setting(None, int, 1, 1024)
+    threads: int | None = _setting(None, int, 1, 256)
     context: int | None = _setting(None, int, 1, 10_000_000)
     prefix_cache_mb: int = _setting(64, int, 0, 1_000_000)
     speculation: bool = _setting(True, bool)

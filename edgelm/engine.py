@@ -25,6 +25,7 @@ from edgelm.rows import Rows
 from edgelm.scoring import score
 from edgelm.sequence import Sequence, Waiting
 from edgelm.session import Session, open_session
+from edgelm.tuning import THREADS_LIMIT
 
 PATIENCE_S: Final = 0.02
 """How long a step waits for a constraint where there is nothing else to do: then it looks at deadlines again."""
@@ -51,6 +52,8 @@ class Engine:
     ) -> None:
         if not 1 <= max_batch <= MOST_ROWS:
             raise EdgelmError(f"max_batch must lie in [1, {MOST_ROWS}], got {max_batch}")
+        if threads is not None and not 1 <= threads <= THREADS_LIMIT:
+            raise EdgelmError(f"threads must lie in [1, {THREADS_LIMIT}], got {threads}")
         if prefix_cache_mb < 0:
             raise EdgelmError(f"prefix_cache_mb must be at least 0, got {prefix_cache_mb}")
         self.bundle, self.max_batch = bundle, max_batch

@@ -15,7 +15,7 @@ from edgelm.native.formats import LAYOUT
 from edgelm.native.joined import join_codes
 from edgelm.native.registration import Operators
 from edgelm.protobuf import BYTES, message
-from edgelm.tuning import Tuning, default_threads, recall
+from edgelm.tuning import THREADS_LIMIT, Tuning, default_threads, recall
 from edgelm.windows import has_windows, with_old_windows
 
 Graph: TypeAlias = ort.InferenceSession
@@ -139,8 +139,8 @@ def load_packed(folder: Path, tuning: Tuning, operators: Operators | None = None
 
 
 def _options(tuning: Tuning, profile: Path | None = None) -> ort.SessionOptions:
-    if not 1 <= tuning.threads <= 256:
-        raise EdgelmError(f"threads must lie in [1, 256], got {tuning.threads}")
+    if not 1 <= tuning.threads <= THREADS_LIMIT:
+        raise EdgelmError(f"threads must lie in [1, {THREADS_LIMIT}], got {tuning.threads}")
     options = ort.SessionOptions()
     options.intra_op_num_threads = tuning.threads
     if not tuning.spin:

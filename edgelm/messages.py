@@ -147,6 +147,8 @@ class Request:
         given = sum(given is not None for given in (self.prompt, self.messages, self.tokens))
         if given > 1 or (given == 0 and not self.end_session):
             raise RequestError("bad_request", "give exactly one of prompt, messages and tokens")
+        if self.prompt is not None and not isinstance(self.prompt, str):
+            raise RequestError("bad_request", f"prompt: must be text, got {type(self.prompt).__name__}")
         if self.session is None and self.end_session:
             raise RequestError("bad_request", "end_session needs the name of a session")
         if self.session is not None and not is_session_name(self.session):

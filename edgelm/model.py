@@ -285,6 +285,8 @@ class Model:
 
     def document_tokens(self, text: str) -> list[int]:
         """Return a text's tokens as a document: the start token, where there is one, then the bare text."""
+        if not isinstance(text, str):
+            raise RequestError("bad_request", f"the text must be text, got {type(text).__name__}")
         bare = self.worker.engine.tokenizer.encode(text, add_special_tokens=False)
         bos = self.manifest.bos_token
         return bare if bos is None else [bos, *bare]

@@ -98,6 +98,8 @@ class Store:
             place.rename(aside / name)  # gone at once, whatever happens next
             shutil.rmtree(aside)
             self._record(name).unlink(missing_ok=True)
+            for remains in place.parent.glob(f".{name}.*"):  # of a `pull` that was killed
+                shutil.rmtree(remains, ignore_errors=True)
         except OSError as error:
             raise EdgelmError(f"{place} cannot be removed: {error.strerror or error}") from error
         return freed
@@ -109,15 +111,12 @@ class Store:
 def resolve(model: str | Path) -> Path:
     """Return the directory that a name, or the path of a directory, stands for; "builtin" is inside the package.
 
-    A directory wins over a name. Raises `BundleError`, with the remedy, for what is neither.
+    A name wins over a directory that is called so, which `./name` stands for. What is neither is returned as a path.
     """
     if str(model) == BUILTIN:
         return Path(__file__).parent / "builtin"
-    path = Path(model)
-    if path.is_dir() or isinstance(model, Path):
-        return path
-    found = Store.default().find(model)
-    return path if found is None else found
+    found = None if isinstance(model, Path) else Store.default().find(model)
+    return Path(model) if found is None else found
 
 
 def missing(model: str) -> BundleError:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from typing import Final
 
 from edgelm.boardcache import BoardCache, Key
+
+THREADS_LIMIT: Final = 256
+"""Most threads that may be asked for."""
 
 
 @dataclass(frozen=True, slots=True)

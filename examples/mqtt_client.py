@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 import uuid
 from typing import Any
 
@@ -14,6 +15,7 @@ parser.add_argument("prompt", metavar="PROMPT", help="such as: play some jazz")
 parser.add_argument("--board", default="kitchen", help="whom to ask (%(default)s): the --board of edgelm serve")
 parser.add_argument("--host", default="localhost", help="where the broker is (%(default)s)")
 parser.add_argument("--port", type=int, default=1883, help="its port (%(default)s)")
+parser.add_argument("--timeout", type=float, default=60.0, help="seconds for the answer (%(default)g)")
 args = parser.parse_args()
 reply_topic = f"replies/{uuid.uuid4().hex}"
 client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
@@ -44,5 +46,11 @@ def on_message(_client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) 
 
 
 client.on_connect, client.on_subscribe, client.on_message = on_connect, on_subscribe, on_message
-client.connect(args.host, args.port)
-client.loop_forever()
+try:
+    client.connect(args.host, args.port)
+except OSError as error:
+    raise SystemExit(f"no broker at {args.host}:{args.port}: {error.strerror or error}") from error
+until = time.monotonic() + args.timeout
+while client.loop() == mqtt.MQTT_ERR_SUCCESS:
+    if time.monotonic() > until:
+        raise SystemExit(f"no answer from {args.board} within {args.timeout:g} s: does it serve at this broker?")

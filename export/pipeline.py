@@ -173,8 +173,8 @@ def _export(
     length = choose_context(options.context, model.decoder.context)
     if opening is not None:
         model = with_prefix(model, opening, length)
+    measured = _measured(model, options, length)  # first: whether the text can be read is known at once
     documents = _calibration(model, options, length, progress, stage)
-    measured = _measured(model, options, length)
     plan, outline = make_plan(model, options, length, documents, progress)
     manifest = write_bundle(
         stage,

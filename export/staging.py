@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 from edgelm.errors import EdgelmError
+
+ABANDONED_S: Final = 900
+"""What nothing was written to for so long was left by a run that was killed."""
+LEAST_BYTES: Final = 2_000_000
+"""A disk with less room counts as full."""
 
 
 def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
@@ -31,6 +38,7 @@ def staged(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) ->
     stage: Path | None = None
     missing: list[Path] = []
     try:
+        _clear_remains(target)
         exists = target.exists() and not (target.is_dir() and not any(target.iterdir()))
         if exists and not force:
             raise EdgelmError(f"{target} exists; --force replaces it")
@@ -43,14 +51,36 @@ def staged(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) ->
         yield stage
         _put(stage, target)
     except BaseException as error:
+        is_full = isinstance(error, OSError) and _is_full(target.parent)  # before what was written goes again
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
         for parent in missing:  # the innermost first; one that someone else uses by now stays
             with suppress(OSError):
                 parent.rmdir()
         if isinstance(error, OSError):
-            raise EdgelmError(f"{target} cannot be written: {error.strerror or error}") from error
+            reason = "its disk is full" if is_full else error.strerror or error
+            raise EdgelmError(f"{target} cannot be written: {reason}") from error
         raise
+
+
+def _clear_remains(target: Path) -> None:
+    """Remove what killed runs left beside the target: what nobody has written to lately."""
+    for remains in target.parent.glob(f".{target.name}.*"):
+        try:
+            files = [remains, *remains.rglob("*")]
+            is_old = time.time() - max(file.lstat().st_mtime for file in files) > ABANDONED_S
+        except OSError:  # someone else's, and at work
+            continue
+        if remains.is_dir() and not remains.is_symlink() and is_old:
+            shutil.rmtree(remains, ignore_errors=True)
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether there is no room left where a folder lies."""
+    try:
+        return shutil.disk_usage(folder).free < LEAST_BYTES
+    except OSError:
+        return False
 
 
 def _put(stage: Path, target: Path) -> None:

@@ -100,6 +100,8 @@ def _explain(error: BaseException, command: str) -> tuple[int, str]:
         return 2, f"{error} ({command.strip() if command.split()[-1] in COMMANDS else 'edgelm'} --help)"
     if isinstance(error, EdgelmError):
         return 1, str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return 1, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return 1, f"internal error: {type(error).__name__}: {error} (--debug shows where)"
 
 

@@ -29,7 +29,7 @@ BUSY: Final = 0.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or builtin")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, a name of `edgelm list`, or builtin")
     parser.add_argument(
         "--prompt-tokens", type=int, metavar="N", help=f"length of the prompt ({PROMPT_TOKENS}, or half the context)"
     )

@@ -60,8 +60,8 @@ Ctrl-C stops an answer. A message of several lines stands between lines that beg
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"in the chat:\n{HELP}"
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or builtin")
+    parser.epilog = f"in the chat:\n{HELP}\nwhat was typed is kept in ~/.local/state/edgelm/chat_history"
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, a name of `edgelm list`, or builtin")
     parser.add_argument("--verbose", action="store_true", help="show tokens and speed behind each answer")
     add_template_flags(parser)
     add_sampling_flags(parser)
@@ -109,11 +109,11 @@ class Chat:
 
     def take(self, line: str) -> bool:
         """Answer a message or follow a command; return whether the chat goes on."""
-        command = re.match(r"/([a-z]+)(?:\s+(.*))?$", line, re.DOTALL)
+        command = re.match(r"/([A-Za-z]+)(?:\s+(.*))?$", line, re.DOTALL)
         if command is None:
             self._answer([*self.messages, {"role": "user", "content": line}])
             return True
-        name, rest = command[1], (command[2] or "").strip()
+        name, rest = command[1].lower(), (command[2] or "").strip()
         if name in {"bye", "exit", "quit"}:
             return False
         commands: dict[str, Callable[[str], None]] = {
@@ -236,10 +236,16 @@ class Chat:
 
     def _save(self, words: str) -> None:
         file = _file(words, "/save")
+        if file.exists() and not _is_chat(file):
+            raise EdgelmError(f"{file} is there, and no saved chat: give another name")
         saved = {"model": self.model.manifest.digest, "messages": self._opened(self.messages)}
+        beside = file.with_name(f".{file.name}.new")
         try:
-            file.write_text(json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            beside.write_text(json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            beside.replace(file)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
             raise EdgelmError(f"{file} cannot be written: {error.strerror}") from error
         print(f"{len(self.messages)} messages written to {file}")
 
@@ -255,6 +261,8 @@ class Chat:
         if not isinstance(messages, list):
             raise EdgelmError(f'{file} holds no conversation: it must be {{"messages": [...]}}, as /save writes it')
         check_messages(messages)
+        if not all(isinstance(message.get("content"), str | list) for message in messages):
+            raise EdgelmError(f"{file}: each message needs a content")
         rest = list(messages)
         if rest[0]["role"] == "system" and isinstance(rest[0].get("content"), str):
             self.template["system"] = rest.pop(0)["content"]
@@ -262,6 +270,15 @@ class Chat:
             self.template.pop("system", None)
         self.messages = rest
         print(f"{len(rest)} messages read from {file}")
+
+
+def _is_chat(file: Path) -> bool:
+    """Whether a file holds what /save writes."""
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(saved, dict) and "messages" in saved
 
 
 def _file(words: str, command: str) -> Path:

@@ -25,7 +25,7 @@ TASK_TOKENS = 256
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or builtin")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, a name of `edgelm list`, or builtin")
     parser.add_argument("--text", metavar="FILE", help="documents divided by lines <|endoftext|>: perplexity")
     parser.add_argument("--task", metavar="FILE", help='lines {"prompt", "target"}: exact match, and fields of JSON')
     parser.add_argument(

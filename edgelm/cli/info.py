@@ -14,7 +14,7 @@ from edgelm.memory import PREFIX_CACHE_MB, MemoryPlan, plan_memory
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or builtin")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, a name of `edgelm list`, or builtin")
     parser.add_argument("--json", action="store_true", help="print the manifest and the sizes as one JSON object")
 
 

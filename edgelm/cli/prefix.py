@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or a name of `edgelm list`")
     parser.add_argument("file", metavar="FILE", nargs="?", help="text, or a JSON list of messages; replaces any other")
     parser.add_argument("--remove", action="store_true", help="take the bundle's prefix out")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from edgelm.bundle import Bundle, open_bundle
+from edgelm.bundle import MANIFEST, Bundle, open_bundle
 from edgelm.catalogue import Form, Known, catalogue
 from edgelm.catalogue import check_name as check_model_name
 from edgelm.cli.export import interrupt
@@ -20,7 +20,7 @@ from edgelm.cli.extras import reach
 from edgelm.cli.progress import Progress
 from edgelm.cli.suggest import meant
 from edgelm.cli.tables import self_check_text
-from edgelm.errors import EdgelmError, UsageError
+from edgelm.errors import BundleError, EdgelmError, UsageError
 from edgelm.hardware import memory_of_this_machine
 from edgelm.store import BUILTIN, Origin, Store
 
@@ -68,15 +68,21 @@ def run(args: argparse.Namespace) -> int:
     name = args.name.rpartition("/")[2].lower() if model is None else model.name
     _check(args, name, model)
     place = store.place(name)
-    if place.is_dir() and not args.force:
-        bundle = open_bundle(place, verify=False)
+    bundle = _whole(place)
+    if place.is_dir() and bundle is None:
+        print(f"{name} is here, and damaged: it is made again", file=sys.stderr)
+        args.force = True
+        if not (place / MANIFEST).is_file():
+            store.remove(name)
+    if bundle is not None and not args.force:
         _tell(
             args, name, bundle, None, f"{name} is here already ({_size(bundle)}); --force fetches and converts it again"
         )
         return 0
     package = reach("edgelm_export", "edgelm pull")
     options = _options(args, model)
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
     start = time.monotonic()
     source, revision = args.source, None
     downloads = store.folder / "downloads" / name
@@ -97,6 +103,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _whole(place: Path) -> Bundle | None:
+    """Return a stored bundle whose files are as its manifest says; None where there is none."""
+    try:
+        return open_bundle(place)
+    except BundleError:
+        return None
+
+
 def _check(args: argparse.Namespace, name: str, model: Known | None) -> None:
     """Raise `EdgelmError` for a name that is none, or that nobody knows."""
     if name == BUILTIN:
@@ -112,7 +126,7 @@ def _check(args: argparse.Namespace, name: str, model: Known | None) -> None:
             f"{args.name!r:.80} is not in the catalogue (`edgelm models`; a hub id or --from gets any other model)"
             + meant(args.name, catalogue(), 0.5)
         )
-    check_model_name(name)
+    check_model_name(name if args.source is None else args.name)
 
 
 def _options(args: argparse.Namespace, model: Known | None) -> dict[str, Any]:

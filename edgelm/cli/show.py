@@ -55,7 +55,7 @@ def _entry(model: Known) -> list[tuple[str, str]]:
     """Return the catalogue's entry, row by row."""
     account = " (asks for an account that has accepted it)" if model.gated else ""
     forms = [
-        f"{form.quant}{', no calibration' * form.fast}: {form.mb} MB on disk, {form.memory_mb} MB of memory"
+        f"{form.quant}{', no calibration' * form.fast}: {form.mb} MB, {form.memory_mb} MB of memory with 2,048 tokens"
         for form in model.forms
     ]
     return [

@@ -36,7 +36,7 @@ from edgelm.mqtt.greeting import Greeting, Version
 from edgelm.mqtt.guarded import guarded
 from edgelm.mqtt.properties import from_paho, greeting_properties, packet_bytes, to_paho
 from edgelm.mqtt.sending import Sending
-from edgelm.mqtt.transport import CONNECT_TIMEOUT_S, make_client, reason_of
+from edgelm.mqtt.transport import CONNECT_TIMEOUT_S, RECONNECT_S, make_client, reason_of
 from edgelm.mqtt.wire import Packet
 
 log = logging.getLogger(__name__)
@@ -166,6 +166,10 @@ class Connection:
             self._client.loop_stop()
         self._loop_thread = None
         self._connected = False
+
+    def hurry(self, is_hurried: bool) -> None:
+        """Set whether a lost connection is sought again within a second, or only now and then."""
+        self._client.reconnect_delay_set(*(RECONNECT_S if is_hurried else (RECONNECT_S[1], RECONNECT_S[1])))
 
     def subscribe(self, filters: tuple[tuple[str, int], ...]) -> None:
         """Ask for topics; the answer is a `Subscribed`."""

@@ -232,6 +232,7 @@ class Service:
             log.error(
                 "does another board call itself %r? Each needs a name of its own: --board NAME", self._config.board
             )
+        self._connection.hurry(self._quick_losses < QUICK_LOSSES)  # two would take the place from each other forever
 
     def _on_connect_failed(self, event: events.ConnectFailed) -> None:
         if event.is_final and not self._was_connected:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
@@ -184,6 +185,35 @@ def test_from_a_checkpoint_here(store, known, monkeypatch, tiny_checkpoint, run)
     assert open_bundle("mine").manifest.quant == "int8"
 
 
+def test_a_damaged_model_is_made_again(store, tiny_checkpoint, run):
+    checkpoint = tiny_checkpoint()
+    assert run("pull", "mine", "--from", checkpoint, "--fast")[0] == 0
+    for damage in ("cut", "no manifest"):
+        place = store.place("mine")
+        if damage == "cut":
+            (place / "tokenizer.json").write_bytes(b"")
+        else:
+            (place / "manifest.json").unlink()
+        code, _, err = run("pull", "mine", "--from", checkpoint, "--fast")
+        assert code == 0, err
+        assert "mine is here, and damaged" in err
+        assert open_bundle("mine")
+
+
+def test_what_killed_runs_left_goes_with_the_next_one(store, tiny_checkpoint, run):
+    folder = store.folder / "bundles"
+    for name in (".mine.old1", ".mine.young", ".mine2.old2"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.onnx.data").write_bytes(bytes(100))
+    for name in (".mine.old1", ".mine2.old2"):
+        for path in (folder / name / "model.onnx.data", folder / name):
+            os.utime(path, (1_000_000_000, 1_000_000_000))
+    assert run("pull", "mine", "--from", tiny_checkpoint(), "--fast")[0] == 0
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [".mine.young", ".mine2.old2", "mine"]
+    assert run("rm", "mine")[0] == 0
+    assert sorted(path.name for path in folder.iterdir()) == [".mine2.old2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -193,7 +223,7 @@ def test_from_a_checkpoint_here(store, known, monkeypatch, tiny_checkpoint, run)
         (["a/b/c"], 2, "no hub id"),
         (["../x", "--from", "here"], 2, "without a /"),
         (["owner/x", "--from", "here"], 2, "without a /"),
-        (["UPPER", "--from", "here"], 1, "does not exist"),
+        (["UPPER", "--from", "here"], 1, "is no name"),
         (["a b", "--from", "here"], 1, "is no name"),
         (["mine", "--from", "nowhere"], 1, "nowhere does not exist"),
         (["tiny", "--quant", "int3"], 2, "int8"),

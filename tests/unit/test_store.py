@@ -83,13 +83,16 @@ def test_a_name_stands_for_a_stored_bundle(store, run):
     assert (code, json.loads(out)["digest"]) == (0, open_bundle(BUILTIN).manifest.digest)
 
 
-def test_a_directory_wins_over_a_name_and_builtin_over_all(store, tmp_path, monkeypatch):
+def test_a_name_wins_over_a_directory_here_and_builtin_over_all(store, tmp_path, monkeypatch, run):
     put(store, "mine")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / BUILTIN).mkdir()
-    assert resolve("mine") == Path("mine")
+    for name in ("mine", "other", BUILTIN):
+        (tmp_path / name).mkdir()
+    assert resolve("mine") == store.place("mine")
+    assert resolve("./mine") == resolve("mine/") == Path("mine")
+    assert resolve("other") == Path("other")
     assert resolve(BUILTIN) == BUILTIN_FOLDER
+    assert "cannot be opened" not in run("list")[1]
 
 
 def test_list_and_show(store, run):

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import socket
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import edgelm
 from edgelm.cli import COMMANDS
+from edgelm.errors import RequestError
 
 WRONG = {
     "demo": [(["--nothing"], "--nothing"), (["more"], "more"), (["--embedded-broker=yes"], "embedded-broker")],
@@ -49,6 +54,7 @@ WRONG = {
         (["builtin", "hi", "--json-schema", "{text}"], "not JSON"),
         (["builtin", "hi", "--tools", "{absent}"], "{absent}"),
         (["builtin", "hi", "--regex", "("], "regex"),
+        (["builtin", "hi", "--threads", "0"], "threads must lie in [1, 256]"),
         (["builtin", "word " * 400], "context"),
     ],
     "chat": [
@@ -134,3 +140,23 @@ def test_one_line_says_what_is_wrong(command, arguments, said, places, tmp_path,
     assert "internal error" not in err
     assert "Traceback" not in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+@pytest.mark.parametrize("arguments", [["models"], ["generate", "builtin", "hi"], ["info", "builtin", "--json"]])
+def test_output_that_finds_no_room_is_one_line(arguments):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "edgelm", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "internal error" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("prompt", [5, b"abc", ["a"]])
+def test_python_says_what_a_prompt_must_be(prompt):
+    with edgelm.load("builtin", threads=1) as model:
+        for ask in (model.generate, model.score, lambda given: list(model.stream(given))):
+            with pytest.raises(RequestError, match="must be text, got"):
+                ask(prompt)
