@@ -94,7 +94,7 @@ def _explain(error: BaseException, command: str) -> tuple[int, str]:
         from edgelm.cli.extras import explain
 
         error = explain(error, command)
-    if isinstance(error, KeyboardInterrupt):
+    if _is_interrupt(error):
         return 130, "interrupted"
     if isinstance(error, UsageError):
         return 2, f"{error} ({command.strip() if command.split()[-1] in COMMANDS else 'edgelm'} --help)"
@@ -103,6 +103,16 @@ def _explain(error: BaseException, command: str) -> tuple[int, str]:
     if isinstance(error, OSError) and error.strerror:
         return 1, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return 1, f"internal error: {type(error).__name__}: {error} (--debug shows where)"
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: a library that is just being imported makes another one of it."""
+    seen = 0
+    while error is not None and seen < 10:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return False
 
 
 def _chosen(arguments: list[str]) -> str:

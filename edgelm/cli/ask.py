@@ -66,11 +66,22 @@ def run(args: argparse.Namespace) -> int:
         **sampling_from(args),
         **template_from(args),
     )
+    shown: list[str] = []
+
+    def show(delta: str) -> None:
+        print(delta, end="", flush=True)
+        shown.append(delta)
+
     with Asker(broker_from(args), args.board) as asker:
-        final = answer_to(asker, ask, _show if ask.stream else None)
+        try:
+            final = answer_to(asker, ask, show if ask.stream else None)
+        except BaseException:
+            if shown:
+                print()  # the error stands on a line of its own
+            raise
     if args.json:
         print(wire.write_outcome(final).decode())
-    elif args.prompt is not None:
+    elif args.prompt is not None and (final.error is None or final.completion.text):
         print("" if ask.stream else final.completion.text)
     told = None if args.json or final.error is not None else cut_off(final.completion)
     if told is not None:
@@ -84,10 +95,6 @@ def ask_of(prompt: str | None, **keys: object) -> asks.Ask:
     """Return a request; raise `RequestError`, which names the key, where the board would refuse it."""
     asked = {} if prompt is None else {"prompt": prompt}
     return asks.parse_ask(asks.Envelope(uuid.uuid4().hex[:16], None, None, {**asked, **keys}))
-
-
-def _show(delta: str) -> None:
-    print(delta, end="", flush=True)
 
 
 def _when_to_retry(seconds: float | None) -> str:

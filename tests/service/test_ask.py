@@ -161,6 +161,38 @@ def test_ask_says_that_the_board_is_offline(broker: Broker, config: ServeConfig,
     assert "offline" in told.err
 
 
+def test_an_error_in_mid_answer_stands_on_a_line_of_its_own(
+    broker: Broker, config: ServeConfig, ask: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        serving(config, monkeypatch, step_s=0.05) as service,
+        Client(broker.port, f"edgelm/{config.board}/event") as other,
+    ):
+
+        def stop() -> None:
+            other.wait(lambda heard: any(each.body["event"] == "started" for each in heard))
+            time.sleep(0.3)
+            other.publish(f"edgelm/{config.board}/status", b"offline", retain=False)
+
+        stopper = threading.Thread(target=stop)
+        stopper.start()
+        told = ask(broker.url, config.board, "--max-tokens", "200", "--ignore-eos")
+        stopper.join()
+        service.stop()
+        service.stop()
+    assert told.code == 1
+    assert told.out.strip()
+    assert told.out.endswith("\n")
+    assert told.err.startswith("edgelm ask: ")
+    assert "offline" in told.err
+
+
+def test_ask_prints_nothing_where_nothing_was_answered(broker: Broker, common: str, ask: Callable[..., Told]) -> None:
+    told = ask(broker.url, common, "--model", "nothing")
+    assert (told.code, told.out) == (1, "")
+    assert "model_not_found" in told.err
+
+
 def test_ask_gives_up_at_its_timeout_and_shows_what_there_was(
     broker: Broker, config: ServeConfig, ask: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:

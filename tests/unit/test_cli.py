@@ -121,6 +121,19 @@ def test_a_graph_that_onnxruntime_refuses_is_one_line(bundle, tmp_path, run):
     assert "cannot load" in err
 
 
+def test_ctrl_c_behind_another_error_is_an_interruption(monkeypatch, run):
+    def load(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr("edgelm.cli.info.open_bundle", load)
+    import edgelm.cli.info  # noqa: F401  so that it is the patched one
+
+    assert run("info", "builtin") == (130, "", "edgelm info: interrupted\n")
+
+
 # --- info, eval, bench, chat ---
 
 
