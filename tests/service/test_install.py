@@ -88,6 +88,8 @@ def test_readmes_line_brings_all_that_it_says(clone: Path, shell, tmp_path: Path
     else:
         pytest.importorskip(tool.split()[0], reason="needs pip install 'edgelm[dev]'")
     done = shell(readme_line(tool), clone)
+    if done.returncode and re.search(r"[Ff]ailed to fetch|dns error|error sending request", done.stderr):
+        pytest.skip(f"{tool} cannot reach a package registry: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
     done = shell("edgelm generate builtin 'play some jazz'")
     assert json.loads(done.stdout)["intent"] == "PlayMusic"
@@ -98,7 +100,10 @@ def test_readmes_line_brings_all_that_it_says(clone: Path, shell, tmp_path: Path
 
 def test_a_tool_says_what_it_lacks_and_how_to_get_it(wheel: Path, shell) -> None:
     pytest.importorskip("uv", reason="needs pip install 'edgelm[dev]'")
-    assert shell(f"uv tool install {shlex.quote(str(wheel))}").returncode == 0
+    done = shell(f"uv tool install {shlex.quote(str(wheel))}")
+    if done.returncode and re.search(r"[Ff]ailed to fetch|dns error|error sending request", done.stderr):
+        pytest.skip(f"uv cannot reach a package registry: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
     done = shell("edgelm export nowhere out")
     assert done.returncode == 1
     (remedy,) = re.findall(r"not installed: (.*)", done.stderr)
