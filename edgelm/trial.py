@@ -164,6 +164,8 @@ def _try(grammar: Any, constraint: Constraint, answer: dict[str, Any]) -> None:
         answer["error"] = error.message.removeprefix(f"{constraint.kind} ").removeprefix("is not valid: ")
     except MemoryError:
         answer["error"] = f"it takes more than {MEMORY_BYTES / 1e6:.0f} MB: make it simpler"
+    except Exception as error:  # noqa: BLE001  what is not understood is not let through
+        answer["error"] = f"it breaks its library: {error!r:.200}"
 
 
 def _tell(out: IO[str], answer: dict[str, Any]) -> None:
