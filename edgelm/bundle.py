@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -24,6 +24,21 @@ SCHEMA: Final = 1
 """Version of the manifest's schema that this program writes; it reads this one and older ones."""
 
 MANIFEST: Final = "manifest.json"
+
+MOST_MANIFEST_BYTES: Final = 16_000_000
+MOST_CONTEXT: Final = 1 << 24
+"""Positions: sixteen times the longest context that a published model has."""
+MOST_VOCABULARY: Final = 1 << 22
+MOST_LAYERS: Final = 1024
+MOST_HEADS: Final = 1024
+MOST_HEAD_SIZE: Final = 1024
+MOST_ENTRIES: Final = 100_000
+"""Matrices, and entries of every other list."""
+MOST_FILES: Final = 1000
+MOST_TEXT: Final = 1_000_000
+"""Characters of the chat template; of a name or note a hundredth."""
+MOST_SIZE: Final = 1 << 40
+"""Parameters, bytes of a file, rows or columns of a matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +202,10 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     if not root.is_dir():
         raise missing(str(path))
     try:
-        text = (root / MANIFEST).read_text(encoding="utf-8")
+        text = _read_bounded(root / MANIFEST)
     except FileNotFoundError:
         raise BundleError(f"{root} has no {MANIFEST}: it is not a bundle; `edgelm export` makes one") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BundleError(f"{root / MANIFEST} cannot be read: {error}") from error
     manifest = from_json(text, str(root / MANIFEST))
     bundle = Bundle(root, manifest)
@@ -243,8 +258,9 @@ def from_json(text: str, where: str) -> Manifest:
     except (KeyError, TypeError, ValueError, AttributeError, RequestError) as error:
         raise BundleError(f"{where} is damaged: {type(error).__name__}: {error}") from error
     cache = manifest.cache
-    if min(manifest.context, manifest.vocab_size, cache.layers, cache.kv_heads, cache.head_size) < 1:
-        raise BundleError(f"{where} is damaged: a size is not positive")
+    for name, value, low, high in _sizes(manifest):
+        if not low <= value <= high:
+            raise BundleError(f"{where} is damaged: {name} must lie in [{low}, {high}], it is {value!r:.40}")
     if cache.kind == "growing" and cache.bits != 32:
         raise BundleError(f"{where} is damaged: a growing cache has 32 bits, not {cache.bits}")
     if manifest.needs_onnxruntime is not None and not re.fullmatch(r"[0-9]+\.[0-9]+", manifest.needs_onnxruntime):
@@ -252,6 +268,51 @@ def from_json(text: str, where: str) -> Manifest:
     if manifest.prefix is not None and not _fits(manifest.prefix, manifest):
         raise BundleError(f"{where} is damaged: its static prefix is not one that this model can have")
     return manifest
+
+
+def _read_bounded(file: Path) -> str:
+    """Return a text file's content. Raises `ValueError` for one that is too large or no text, and `OSError`."""
+    with file.open("rb") as stream:
+        content = stream.read(MOST_MANIFEST_BYTES + 1)
+    if len(content) > MOST_MANIFEST_BYTES:
+        raise ValueError(f"it has more than {MOST_MANIFEST_BYTES} bytes")
+    return content.decode("utf-8")
+
+
+def _sizes(manifest: Manifest) -> Iterator[tuple[str, int, int, int]]:
+    """Yield every number that a manifest may set: its name, the number, the least and the most that it may be."""
+    cache, vocabulary = manifest.cache, manifest.vocab_size
+    yield "context", manifest.context, 1, MOST_CONTEXT
+    yield "vocab_size", vocabulary, 1, MOST_VOCABULARY
+    yield "cache.layers", cache.layers, 1, MOST_LAYERS
+    yield "cache.kv_heads", cache.kv_heads, 1, MOST_HEADS
+    yield "cache.head_size", cache.head_size, 1, MOST_HEAD_SIZE
+    yield "parameters", manifest.parameters, 0, MOST_SIZE
+    tokens = [manifest.bos_token] if manifest.bos_token is not None else []
+    yield "eos_tokens' number", len(manifest.eos_tokens), 0, MOST_ENTRIES
+    for token in (*tokens, *manifest.eos_tokens):
+        yield "a token", token, 0, vocabulary - 1
+    if manifest.long_from is not None:
+        yield "long_from", manifest.long_from, 1, MOST_CONTEXT
+    for name, entries in (("matrices", manifest.matrices), ("special_tokens", manifest.special_tokens)):
+        yield f"the number of {name}", len(entries), 0, MOST_ENTRIES
+    for matrix in manifest.matrices:
+        yield "rows", matrix.rows, 1, MOST_SIZE
+        yield "columns", matrix.columns, 1, MOST_SIZE
+        yield "bits", matrix.bits, 1, 64
+        yield "scale_bits", matrix.scale_bits, 0, 64
+        if matrix.block_size is not None:
+            yield "block_size", matrix.block_size, 1, MOST_CONTEXT
+    for number in manifest.shapes.values():
+        yield "shapes", number, 0, MOST_SIZE
+    yield "the number of files", len(manifest.files), 0, MOST_FILES
+    for file in manifest.files.values():
+        yield "bytes of a file", file.bytes, 0, MOST_SIZE
+    yield "the length of chat_template", len(manifest.chat_template or ""), 0, MOST_TEXT
+    yield "the number of notes", len(manifest.notes), 0, MOST_FILES
+    texts = (manifest.architecture, manifest.quant, manifest.graph, *manifest.notes, *manifest.files, *manifest.shapes)
+    for text in (*texts, *(value for pair in manifest.special_tokens.items() for value in pair)):
+        yield "the length of a text", len(text), 0, MOST_TEXT // 100
 
 
 def _prefix(raw: Any) -> StaticPrefix | None:
@@ -292,6 +353,8 @@ def _verify(root: Path, manifest: Manifest, known: frozenset[str]) -> None:
             raise BundleError(f"{root / MANIFEST} is damaged: it does not list {required}")
     for name, expected in manifest.files.items():
         file = root / name
+        if file.is_symlink() and root.resolve() not in file.resolve().parents:
+            raise BundleError(f"{file} is a link that leads out of the bundle: put a copy of the file in its place")
         if not file.is_file():
             raise BundleError(f"{root} is incomplete: {name} is missing; export or copy the bundle again")
         size = file.stat().st_size

@@ -11,7 +11,7 @@ from edgelm.attributes import with_attribute
 from edgelm.boardcache import BoardCache, Key, this_cpu
 from edgelm.bundle import Bundle
 from edgelm.errors import BundleError, EdgelmError
-from edgelm.native.formats import LAYOUT
+from edgelm.native.formats import INVARIANT, LAYOUT
 from edgelm.native.joined import join_codes
 from edgelm.native.registration import Operators
 from edgelm.protobuf import BYTES, message
@@ -29,9 +29,6 @@ RUNTIME: Final = tuple(map(int, ort.__version__.split(".")[:2]))
 
 OLD_WINDOWS: Final = RUNTIME < (1, 24)
 """Whether this onnxruntime sees one position more than a window says."""
-
-INVARIANT: Final = "edgelm.invariant"
-"""Metadata of a graph that computes a token to the same bits whatever is computed with it."""
 
 PACKED: Final = "model.onnx"
 """The file of a graph with packed weights, in its folder."""
@@ -115,6 +112,11 @@ def as_this_runtime_wants(model: bytes) -> bytes:
     return with_old_windows(model) if OLD_WINDOWS and has_windows(model) else model
 
 
+def reason(error: Exception) -> str:
+    """Return the first line of what an exception says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def is_invariant(graph: Graph) -> bool:
     """Tell whether a graph was marked by `marked_invariant`."""
     return bool(graph.get_modelmeta().custom_metadata_map.get(INVARIANT) == "1")
@@ -146,7 +148,7 @@ def _options(tuning: Tuning, profile: Path | None = None) -> ort.SessionOptions:
     if not tuning.spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it says as an error is raised as well
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

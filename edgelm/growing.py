@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle import Manifest
+from edgelm.errors import EdgelmError
 from edgelm.prefixes import Piece
 
 CACHE: Final = ("key", "value")
@@ -27,6 +28,9 @@ class Value(Protocol):
 
     def numpy(self) -> NDArray[np.float32]:
         """Return it as an array."""
+
+    def shape(self) -> Sequence[int]:
+        """Return its dimensions."""
 
 
 class Argument(Protocol):
@@ -152,11 +156,24 @@ class GrowingSession:
                 binding.bind_ortvalue_input(f"past_key_values.{name}", value)
         for name in ("logits", *(f"present.{name}" for name in self._names)):
             binding.bind_output(name)
-        self._graph.run_with_iobinding(binding)
+        try:
+            self._graph.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises types of its own, unrelated to each other
+            raise EdgelmError(f"the graph cannot be computed: {str(error).splitlines()[0]}") from error
         logits, *present = binding.get_outputs()
+        self._check(present, start + count)
         self._rows[row] = _Row(start + count, present)
         flat = logits.numpy()
+        if flat.shape[-1:] != self._logits.shape[1:]:
+            raise EdgelmError(f"the graph gives logits {list(flat.shape)} instead of {self._logits.shape[1]} a token")
         return flat.reshape(-1, flat.shape[-1])
+
+    def _check(self, present: Sequence[Value], length: int) -> None:
+        """Raise `EdgelmError` for keys and values that are not those of so many positions."""
+        expected = (1, self._empty.shape[1], length, self._empty.shape[3])
+        for value in present:
+            if tuple(value.shape()) != expected:
+                raise EdgelmError(f"the graph gives keys and values {list(value.shape())} instead of {list(expected)}")
 
     def _blank(self) -> _Row:
         return _Row(0, [self._empty] * len(self._names))

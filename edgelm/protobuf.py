@@ -11,6 +11,9 @@ from typing import Final
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 """Kinds of fields."""
 
+_MOST_BITS: Final = 70
+"""Bits of a number's bytes, seven each."""
+
 _SIZES: Final = {FIXED64: 8, FIXED32: 4}
 
 Field = tuple[int, int, "int | bytes"]
@@ -19,21 +22,23 @@ Field = tuple[int, int, "int | bytes"]
 
 def fields(message: bytes) -> Iterator[Field]:
     """Yield the fields of a message in their order. Raises `ValueError` for what is no message."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
+    at, end = 0, len(message)
+    while at < end:
+        key = message[at]
+        at += 1
+        if key > 0x7F:  # most numbers take one byte, and a call takes longer than all the rest
+            key, at = _varint(message, at - 1)
         number, kind = key >> 3, key & 7
-        if kind == VARINT:
-            value, at = _varint(message, at)
-            yield number, kind, value
-            continue
-        if kind == BYTES:
-            size, at = _varint(message, at)
+        if kind in (BYTES, VARINT):
+            size, at = _varint(message, at) if at >= end or message[at] > 0x7F else (message[at], at + 1)
+            if kind == VARINT:
+                yield number, kind, size
+                continue
         elif kind in _SIZES:
             size = _SIZES[kind]
         else:
             raise ValueError(f"not a protobuf message: kind {kind}")
-        if at + size > len(message):
+        if at + size > end:
             raise ValueError("not a protobuf message: it is cut short")
         yield number, kind, message[at : at + size]
         at += size
@@ -61,7 +66,9 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         value |= (data[at] & 0x7F) << shift
         at, shift = at + 1, shift + 7
         if data[at - 1] < 0x80:
-            return value, at
+            return value % (1 << 64), at
+        if shift >= _MOST_BITS:
+            raise ValueError("not a protobuf message: a number of more than ten bytes")
 
 
 def _encoded(value: int) -> bytes:

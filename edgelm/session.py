@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import Bundle
 from edgelm.errors import EdgelmError
-from edgelm.graphs import best_tuning, is_invariant
+from edgelm.graphs import best_tuning, is_invariant, reason
 from edgelm.kv import KvBuffers
 from edgelm.prefixes import Piece
 from edgelm.weights import open_graph
@@ -207,7 +207,10 @@ class SharedSession:
     def _run(self, binding: ort.IOBinding, tokens: int) -> None:
         """Run the graph; the first short pass after a long one gives back what the long one needed."""
         is_long = tokens > SMALL_PASS
-        self._graph.run_with_iobinding(binding, SHRINKING if self._is_stretched and not is_long else None)
+        try:
+            self._graph.run_with_iobinding(binding, SHRINKING if self._is_stretched and not is_long else None)
+        except Exception as error:  # onnxruntime raises types of its own, unrelated to each other
+            raise EdgelmError(f"the graph cannot be computed: {reason(error)}") from error
         self._is_stretched = is_long
 
     def _bind(self, row: int, count: int) -> ort.IOBinding:

@@ -22,6 +22,7 @@ import numpy as np
 from edgelm.boardcache import BoardCache, Entry, signature
 from edgelm.bundle import Bundle, open_bundle
 from edgelm.errors import BundleError, EdgelmError
+from edgelm.graph_check import check_graph
 from edgelm.graphs import (
     PACKED,
     VERSION,
@@ -32,6 +33,7 @@ from edgelm.graphs import (
     load_graph,
     load_packed,
     marked_invariant,
+    reason,
 )
 from edgelm.native.formats import Format
 from edgelm.native.graph import DATA, computes_row_by_row, write_panels
@@ -91,11 +93,12 @@ def open_graph(bundle: Bundle, tuning: Tuning, cache: BoardCache | None = None, 
         if graph is not None:
             return graph
     try:
+        check_graph(bundle)
         return load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin, profile=profile)
     except EdgelmError:
         raise
     except Exception as error:  # onnxruntime raises types of its own, unrelated to each other
-        raise BundleError(f"onnxruntime {VERSION} cannot load {bundle.graph}: {_reason(error)}") from error
+        raise BundleError(f"onnxruntime {VERSION} cannot load {bundle.graph}: {reason(error)}") from error
 
 
 def _is_worth_it(bundle: Bundle) -> bool:
@@ -115,6 +118,7 @@ def _packed(bundle: Bundle, tuning: Tuning, cache: BoardCache, profile: Path | N
         cache.drop(key)
         entry = None
     if entry is None:
+        check_graph(bundle)  # what is kept was checked then: the key holds the digest of graph and data
         entry = cache.make(key, GROWTH * bundle.bytes, lambda folder: _pack(bundle, tuning, folder))
         if entry is not None and UNUSABLE in entry.note:
             LOG.warning("the weights of %s stay in private memory: %s", bundle.path, entry.note[UNUSABLE])
@@ -126,7 +130,7 @@ def _mapped(entry: Entry, tuning: Tuning, profile: Path | None) -> Graph | None:
         formats = [Format(*form) for form in entry.note.get(FORMATS, [])]
         return load_packed(entry.path, tuning, _operators_in(entry.path, formats), profile)
     except Exception as error:  # noqa: BLE001  whatever onnxruntime dislikes about it: the bundle itself is there
-        LOG.warning("%s in the board cache is not used: %s", entry.path, _reason(error))
+        LOG.warning("%s in the board cache is not used: %s", entry.path, reason(error))
         return None
 
 
@@ -151,18 +155,18 @@ def _pack(bundle: Bundle, tuning: Tuning, folder: Path) -> Mapping[str, Any]:
     """
     started = time.perf_counter()
     note: dict[str, Any] = {"bundle": str(bundle.path), "files": signature(_files(bundle))}
-    reason = None
+    unusable = None
     try:
         formats = _pack_in_panels(bundle, tuning, folder)
         if formats:
             note[FORMATS] = [[form.bits, form.block] for form in formats]
         else:
-            reason = _prepack(bundle, tuning, folder)
+            unusable = _prepack(bundle, tuning, folder)
     except Exception as error:  # a bundle that cannot be loaded will say so without a cache
-        raise OSError(f"onnxruntime cannot keep packed weights: {_reason(error)}") from error
-    if reason is not None:
+        raise OSError(f"onnxruntime cannot keep packed weights: {reason(error)}") from error
+    if unusable is not None:
         _empty(folder)
-        return note | {UNUSABLE: reason}
+        return note | {UNUSABLE: unusable}
     LOG.info("packed %s for this board in %.1f s: %s", bundle.path, time.perf_counter() - started, folder.parent)
     return note
 
@@ -174,7 +178,7 @@ def _pack_in_panels(bundle: Bundle, tuning: Tuning, folder: Path) -> list[Format
     except EdgelmError as error:
         LOG.warning("edgelm's own kernels are not used for %s: %s", bundle.path, error)
     except Exception as error:  # noqa: BLE001  whatever is missing: onnxruntime's kernels are there
-        LOG.info("edgelm's own kernels are not used for %s: %s", bundle.path, _reason(error))
+        LOG.info("edgelm's own kernels are not used for %s: %s", bundle.path, reason(error))
     _empty(folder)
     return []
 
@@ -212,13 +216,14 @@ def try_kernels(bundle: Bundle, threads: int | None = None) -> str:
     reason where this board cannot have them.
     """
     started = time.perf_counter()
+    check_graph(bundle)
     with tempfile.TemporaryDirectory(prefix="edgelm-kernels-") as folder:
         try:
             formats = _write_for_kernels(bundle, Tuning(threads or default_threads()), Path(folder))
         except (EdgelmError, OSError):
             raise
         except Exception as error:
-            raise OSError(_reason(error)) from error
+            raise OSError(reason(error)) from error
     if not formats:
         raise OSError(f"there are none for matrices of {bundle.manifest.quant}")
     blocks: dict[int, list[str]] = {}
@@ -252,11 +257,6 @@ def _prepack(bundle: Bundle, tuning: Tuning, folder: Path) -> str | None:
     if np.array_equal(expected, found):
         return None
     return f"onnxruntime {VERSION} does not read back what it packed"
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of what an exception says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _empty(folder: Path) -> None:

@@ -38,7 +38,7 @@ def session_of(node, inputs, *, operators=None, threads=2):
     model = message([(1, VARINT, 8), *((8, BYTES, opset) for opset in opsets), (7, BYTES, message(graph))])
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if operators is not None:
         operators.register(options)

@@ -69,7 +69,7 @@ def run_both(library, folder, nodes, values, feeds, outputs=("y",)):
     results = []
     for graph in (model_of(nodes, values, feeds, outputs), str(folder / GRAPH)):
         options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 2, 3
+        options.intra_op_num_threads, options.log_severity_level = 2, 4
         if isinstance(graph, str):
             Operators(library, formats, folder / DATA).register(options)
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

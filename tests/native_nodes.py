@@ -100,7 +100,7 @@ def session_of(library, form, model, pieces, threads):
     """Load a model whose data file has these pieces, each at a multiple of 64 bytes."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"

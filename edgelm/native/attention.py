@@ -24,7 +24,7 @@ from edgelm.native.attention_part import emit_attend, emit_combine, part_length
 from edgelm.native.attention_task import Task, emit_rotate, fields, past_of, tables_of
 from edgelm.native.calling import Call
 from edgelm.native.emitter import F32, I32, I64, POINTER, VOID, WIDE, Emitter
-from edgelm.native.formats import ATTENTION_COMPUTE, COLUMNS, MOST_QUERIES, State
+from edgelm.native.formats import ATTENTION_COMPUTE, COLUMNS, MOST_HEAD_SIZE, MOST_QUERIES, Fault, State
 from edgelm.native.targets import Target
 
 
@@ -34,7 +34,7 @@ def emit_attention(module: ir.Module, target: Target) -> str:
     rotate = emit_rotate(module)
     store, attend = _emit_store(module, rotate), emit_attend(module, kernels, rotate)
     combine = emit_combine(module, kernels)
-    e = Emitter(module, ATTENTION_COMPUTE, VOID, [POINTER, POINTER], export=True)
+    e = Emitter(module, ATTENTION_COMPUTE, POINTER, [POINTER, POINTER], export=True)
     state, context = e.function.args
     b = e.b
     call = Call(e, state, context)
@@ -43,33 +43,35 @@ def emit_attention(module: ir.Module, target: Target) -> str:
     def put(field: Task, value: ir.Value) -> None:
         e.store(value, task, field)
 
-    query = call.input(0)
+    query, key, value, *past = (call.input(index) for index in range(5))
+    others = [call.input(index) for index in range(5, 9)]
     put(Task.QUERY, call.data(query))
-    past = [call.input(3), call.input(4)]
-    for index, field in ((5, Task.SEQLENS), (6, Task.COS), (7, Task.SIN), (8, Task.POSITIONS)):
-        put(field, call.optional(index))
+    for given, field in zip(others, (Task.SEQLENS, Task.COS, Task.SIN, Task.POSITIONS), strict=True):
+        put(field, call.optional(given))
     batch, tokens, width = call.dimensions(query, 3)
     _, kv_heads, capacity, size = shape = call.dimensions(past[0], 4)
     heads = e.load(state, State.HEADS, I64)
-    own = b.mul(heads, size)
+    own, of_keys = b.mul(heads, size), b.mul(kv_heads, size)
+    is_packed = b.icmp_signed(">", width, own)
+    _require_memory(e, call, state, [batch, tokens, *shape], past)
+    _require_projections(e, call, [batch, tokens, width, own, of_keys], [key, value])
+    longest = _require_lengths(e, call, [batch, tokens, capacity], others[0])
+    with b.if_then(b.icmp_signed(">", e.load(state, State.HALF, I64), e.const(0))):
+        _require_tables(e, call, e.load(state, State.HALF, I64), [batch, tokens, size, longest], others[1:])
     y = call.output(0, [batch, tokens, own])
     put(Task.Y, y)
     presents = [call.output(index, shape) for index in (1, 2)]
     for field, present in zip((Task.PRESENT_KEY, Task.PRESENT_VALUE), presents, strict=True):
         put(field, present)
-    is_packed = b.icmp_signed(">", width, own)
-    of_keys = b.mul(kv_heads, size)
-    key = b.select(is_packed, e.at(call.data(query), own, F32), call.optional(1))
-    value = b.select(is_packed, e.at(call.data(query), b.add(own, of_keys), F32), call.optional(2))
+    packed = call.data(query)
+    key = b.select(is_packed, e.at(packed, own, F32), call.optional(key))
+    value = b.select(is_packed, e.at(packed, b.add(own, of_keys), F32), call.optional(value))
     group = b.sdiv(heads, kv_heads)
     tile = e.larger(b.sdiv(e.const(MOST_QUERIES), group), e.const(1))
     tiles = b.sdiv(b.add(tokens, b.sub(tile, e.const(1))), tile)
-    seqlens = call.data(call.input(5))
-    with e.loop(e.const(0), batch, carried=[e.const(0)]) as (row, longest, kept):
-        kept.append(e.larger(longest[0], b.sext(e.load(seqlens, row, I32), I64)))
     queries = b.mul(b.mul(batch, tokens), heads)
     is_short = b.icmp_signed("==", tiles, e.const(1))
-    splits = b.select(is_short, b.add(b.sdiv(e.smaller(kept[0], capacity), e.const(CHUNK)), e.const(1)), e.const(1))
+    splits = b.select(is_short, b.add(b.sdiv(longest, e.const(CHUNK)), e.const(1)), e.const(1))
     parts = b.mul(b.mul(queries, splits), part_length(e, size))
     put(Task.PARTS, call.output(3, [b.select(b.icmp_signed(">", splits, e.const(1)), parts, e.const(1))]))
     for field, number in (
@@ -87,8 +89,87 @@ def emit_attention(module: ir.Module, target: Target) -> str:
     call.for_each(attend, b.mul(b.mul(b.mul(batch, kv_heads), tiles), splits), task)
     with b.if_then(b.icmp_signed(">", splits, e.const(1))):
         call.for_each(combine, queries, task)
-    b.ret_void()
+    call.end()
     return ATTENTION_COMPUTE
+
+
+def _require_memory(
+    e: Emitter, call: Call, state: ir.Value, sizes: Sequence[ir.Value], past: Sequence[ir.Value]
+) -> None:
+    """Emit faults for memory that does not fit. sizes: batch, tokens, the four dimensions of the memory of keys."""
+    b = e.b
+    batch, tokens, rows, kv_heads, capacity, size = shape = list(sizes)
+    keys = e.load(state, State.KV_HEADS, I64)
+    values = call.dimensions(past[1], 4)
+    pairs = zip(values, shape[2:], strict=True)
+    call.require_equal(Fault.MEMORY, (rows, batch), (kv_heads, keys), *pairs)
+    fits = b.icmp_signed("==", b.and_(size, e.const(COLUMNS - 1)), e.const(0))
+    fits = b.and_(fits, b.icmp_signed(">", size, e.const(0)))
+    call.require(b.and_(fits, b.icmp_signed("<=", size, e.const(MOST_HEAD_SIZE))), Fault.HEAD)
+    call.require(b.icmp_signed("<=", tokens, capacity), Fault.TOKENS)
+
+
+def _require_projections(e: Emitter, call: Call, sizes: Sequence[ir.Value], given: Sequence[ir.Value]) -> None:
+    """Emit faults for queries, keys and values that do not fit.
+
+    sizes: batch, tokens, the queries' last dimension, the widths of all heads and of those of keys. given: keys and
+    values, null where they are packed behind the queries.
+    """
+    b = e.b
+    batch, tokens, width, own, of_keys = sizes
+    is_packed = b.icmp_signed(">", width, own)
+    whole = b.select(is_packed, b.add(own, b.add(of_keys, of_keys)), own)
+    call.require_equal(Fault.PROJECTIONS, (width, whole))
+    with b.if_then(b.not_(is_packed)):
+        for each in given:
+            call.require(call.is_given(each), Fault.PROJECTIONS)
+            shape = call.dimensions(each, 3)
+            call.require_equal(Fault.PROJECTIONS, *zip(shape, (batch, tokens, of_keys), strict=True))
+
+
+def _require_lengths(e: Emitter, call: Call, sizes: Sequence[ir.Value], seqlens: ir.Value) -> ir.Value:
+    """Emit faults for lengths that do not fit, and the largest of them. sizes: batch, tokens, capacity."""
+    b = e.b
+    batch, tokens, capacity = sizes
+    call.require_equal(Fault.LENGTHS, (call.count(seqlens), batch))
+    lengths = call.data(seqlens)
+    least = b.sub(tokens, e.const(1))
+    start = [e.const(0), ir.Constant(ir.IntType(1), 1)]
+    with e.loop(e.const(0), batch, carried=start) as (row, (longest, holds), kept):
+        length = b.sext(e.load(lengths, row, I32), I64)
+        fits = b.and_(b.icmp_signed(">=", length, least), b.icmp_signed("<", length, capacity))
+        kept += [e.larger(longest, length), b.and_(holds, fits)]
+    call.require(kept[1], Fault.LENGTHS)
+    return kept[0]
+
+
+def _require_tables(
+    e: Emitter, call: Call, half: ir.Value, sizes: Sequence[ir.Value], given: Sequence[ir.Value]
+) -> None:
+    """Emit faults for rotary tables and positions that do not fit.
+
+    sizes: batch, tokens, the size of a head, the largest position where none are given. given: cosines, sines,
+    positions or null.
+    """
+    b = e.b
+    batch, tokens, size, longest = sizes
+    call.require(b.icmp_signed("<=", b.add(half, half), size), Fault.TABLES)
+    rows = e.const(0)
+    for number, table in enumerate(given[:2]):
+        call.require(call.is_given(table), Fault.TABLES)
+        height, width = call.dimensions(table, 2)
+        call.require_equal(Fault.TABLES, (width, half), (height, rows if number else height))
+        rows = height
+    with b.if_else(call.is_given(given[2])) as (told, counted):
+        with told:
+            count = b.mul(batch, tokens)
+            call.require_equal(Fault.POSITIONS, (call.count(given[2]), count))
+            positions = call.data(given[2])
+            with e.loop(e.const(0), count, carried=[ir.Constant(ir.IntType(1), 1)]) as (token, (holds,), kept):
+                kept.append(b.and_(holds, b.icmp_unsigned("<", e.load(positions, token, I64), rows)))
+            call.require(kept[0], Fault.POSITIONS)
+        with counted:
+            call.require(b.icmp_signed("<", longest, rows), Fault.TABLES)
 
 
 def _keep_past(e: Emitter, past: ir.Value, present: ir.Value, shape: Sequence[ir.Value]) -> None:

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from edgelm.native.formats import ATTENTION, COLUMNS, DOMAIN, MOST_HEAD_SIZE, MOST_QUERIES
-from edgelm.native.onnx_model import FLOAT, Model, Node, encode_node
+from edgelm.native.onnx_model import FLOAT, Model, Node, encode_node, is_theirs
 
 THEIRS: Final = "GroupQueryAttention"
 _QUERY, _KEY, _VALUE, _PAST_KEY, _PAST_VALUE, _SEQLENS, _COS, _SIN, _POSITIONS = 0, 1, 2, 3, 4, 5, 7, 8, 9
@@ -22,7 +22,7 @@ def attention_of(model: Model, node: Node) -> tuple[bytes, list[str]] | None:
 
     Memory in int8, rotation of neighbours and heads of other sizes than multiples of 16 stay onnxruntime's.
     """
-    if node.operator != THEIRS or not node.attributes.keys() <= _KNOWN or len(node.outputs) != 3:
+    if not is_theirs(node, THEIRS) or not node.attributes.keys() <= _KNOWN or len(node.outputs) != 3:
         return None
     inputs = [*node.inputs, *[""] * 10]
     past = model.inputs.get(inputs[_PAST_KEY])

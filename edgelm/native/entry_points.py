@@ -18,9 +18,9 @@ from typing import Final
 from llvmlite import ir
 
 from edgelm.native.attention import emit_attention
-from edgelm.native.calling import Call
+from edgelm.native.calling import MOST_DIMENSIONS, Call
 from edgelm.native.emitter import F32, I8, I32, I64, POINTER, VOID, Emitter
-from edgelm.native.formats import COLUMNS, DESTROY, HOOK, REGISTER, ROUNDED_BYTES, Format, State
+from edgelm.native.formats import COLUMNS, DESTROY, HOOK, REGISTER, ROUNDED_BYTES, Fault, Format, State
 from edgelm.native.looking_up import emit_look_up
 from edgelm.native.multiplying import emit_rows
 from edgelm.native.quantizing import Kind, emit_quantize
@@ -83,7 +83,7 @@ def _emit_registration(module: ir.Module) -> None:
 def _emit_compute(module: ir.Module, target: Target, form: Format) -> None:
     quantize, quantize_gated, quantize_normed = (_emit_quantize_task(module, target, form, kind) for kind in Kind)
     multiply = _emit_multiply_task(module, target, form)
-    e = Emitter(module, form.compute, VOID, [POINTER, POINTER], export=True)
+    e = Emitter(module, form.compute, POINTER, [POINTER, POINTER], export=True)
     state, context = e.function.args
     b = e.b
     call = Call(e, state, context)
@@ -94,16 +94,22 @@ def _emit_compute(module: ir.Module, target: Target, form: Format) -> None:
 
     x = call.input(0)
     put(_Task.X, call.data(x))
-    put(_Task.SKIP, call.optional(1))
+    skip = call.input(1)
+    put(_Task.SKIP, call.optional(skip))
     for field in (_Task.WEIGHTS, _Task.SCALES, _Task.BIAS, _Task.NORM, _Task.EPSILON):
         put(field, e.load(state, State[field.name], I64))
     rank = call.rank(x)
+    call.require(b.icmp_signed(">", rank, e.const(0)), Fault.RANK)
     last = b.sub(rank, e.const(1))
-    with e.loop(e.const(0), last, carried=[e.const(1)]) as (axis, counts, kept):
-        kept.append(b.mul(counts[0], e.load(call.shape, axis, I64)))
-    rows = kept[0]
+    rows = call.product(last)
     size, columns = (e.load(state, field, I64) for field in (State.K, State.N))
+    gated = b.icmp_signed("!=", e.load(state, State.GATED, I64), e.const(0))
+    width = b.select(gated, b.add(size, size), size)
+    call.require_equal(Fault.WIDTH, (e.load(call.shape, last, I64), width))
     e.store(columns, call.shape, last)
+    own = e.reserve(I64, MOST_DIMENSIONS)
+    with b.if_then(call.is_given(skip)):
+        _require_alike(e, call, rank, own, skip)
     put(_Task.Y, call.output_like_shape(0, rank))
     blocks = b.sdiv(b.add(size, e.const(form.block - 1)), e.const(form.block))
     panels = b.sdiv(b.add(columns, e.const(COLUMNS - 1)), e.const(COLUMNS))
@@ -118,11 +124,21 @@ def _emit_compute(module: ir.Module, target: Target, form: Format) -> None:
     panels_a_task = e.load(state, State.PANELS_A_TASK, I64)
     put(_Task.PANELS, panels)
     put(_Task.PANELS_A_TASK, panels_a_task)
-    gated = b.icmp_signed("!=", e.load(state, State.GATED, I64), e.const(0))
     normed = b.icmp_signed("!=", e.load(state, State.NORM, I64), e.const(0))
     call.for_each(b.select(gated, quantize_gated, b.select(normed, quantize_normed, quantize)), rows, task)
     call.for_each(multiply, b.sdiv(b.add(panels, b.sub(panels_a_task, e.const(1))), panels_a_task), task)
-    b.ret_void()
+    call.end()
+
+
+def _require_alike(e: Emitter, call: Call, rank: ir.Value, own: ir.Value, skip: ir.Value) -> None:
+    """Emit a fault where what is added has not the dimensions in `shape`, which go through `own` meanwhile."""
+    b = e.b
+    with e.loop(e.const(0), rank) as (axis, _, _):
+        e.store(e.load(call.shape, axis, I64), own, axis)
+    call.require_equal(Fault.SKIP, (call.rank(skip), rank))
+    with e.loop(e.const(0), rank, carried=[ir.Constant(ir.IntType(1), 1)]) as (axis, same, kept):
+        kept.append(b.and_(same[0], b.icmp_signed("==", e.load(call.shape, axis, I64), e.load(own, axis, I64))))
+    call.require(kept[0], Fault.SKIP)
 
 
 _NUMBERS: Final = {_Task.ROWS, _Task.K, _Task.N, _Task.BLOCKS, _Task.PANELS, _Task.PANELS_A_TASK}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from edgelm.native.onnx_model import FLOAT, Model, Node
+from edgelm.native.onnx_model import FLOAT, Model, Node, is_theirs
 
 NORM: Final = "SimplifiedLayerNormalization"
 SKIP_NORM: Final = "SkipSimplifiedLayerNormalization"
@@ -66,20 +66,25 @@ class Folding:
     def _gated(self, name: str) -> str | None:
         """Return what a value is the SwiGLU of: gates and values that were split apart; None where it is none."""
         product = self._makers.get(name)
-        if product is None or product.operator != "Mul":
+        if product is None or not is_theirs(product, "Mul"):
             return None
         gate = self._makers.get(product.inputs[0])
-        if gate is None or gate.operator != "QuickGelu" or gate.attributes.get("alpha") != 1.0:
+        if gate is None or not is_theirs(gate, "QuickGelu") or gate.attributes.get("alpha") != 1.0:
             return None
         split = self._makers.get(gate.inputs[0])
-        if split is None or split.operator != "Split" or split.attributes.get("axis") != -1:
+        if split is None or not is_theirs(split, "Split") or split.attributes.get("axis") != -1:
             return None
         return split.inputs[0] if split.outputs == (gate.inputs[0], product.inputs[1]) else None
 
     def _fold_norm(self, node: Node) -> None:
         """Fold the normalization in front of a product into it, and the addition in that into the product before."""
         norm = self._makers.get(node.inputs[0])
-        if norm is None or self._readers[node.inputs[0]] != 1 or norm.outputs[0] != node.inputs[0]:
+        if (
+            norm is None
+            or not is_theirs(norm, NORM, SKIP_NORM)
+            or self._readers[node.inputs[0]] != 1
+            or norm.outputs[0] != node.inputs[0]
+        ):
             return
         if (
             norm.operator == NORM

@@ -13,7 +13,19 @@ COLUMNS: Final = 16
 DOMAIN: Final = "edgelm"
 """The operators' domain."""
 
-LAYOUT: Final = 7
+ALIGN: Final = 64
+"""Tensors in the file of matrices begin at multiples of this: a line of the caches."""
+
+NOWHERE: Final = -1
+"""The place of what a node does not have."""
+
+INVARIANT: Final = "edgelm.invariant"
+"""Metadata of a graph that computes a token to the same bits whatever is computed with it: found out on this board."""
+
+MOST_SIZE: Final = 1 << 24
+"""Most rows or columns of a matrix: many times those of the largest vocabulary."""
+
+LAYOUT: Final = 8
 """Changes with what the kernels compute, or with how they want matrices to lie."""
 
 ATTENTION: Final = "Attention"
@@ -141,3 +153,35 @@ class State(IntEnum):
     WINDOW = 20
     SCALE = 21
     SOFTCAP = 22
+    CREATE_STATUS = 23
+    FAULTS = 24
+
+
+class Fault(IntEnum):
+    """What can be wrong with what an operator is given: places in the table of texts that FAULTS points to."""
+
+    RANK = 0
+    WIDTH = 1
+    SKIP = 2
+    PROJECTIONS = 3
+    MEMORY = 4
+    HEAD = 5
+    TOKENS = 6
+    LENGTHS = 7
+    TABLES = 8
+    POSITIONS = 9
+
+
+FAULTS: Final = {
+    Fault.RANK: "an input has another number of dimensions than the operator takes",
+    Fault.WIDTH: "the input's last dimension is not the matrix's K",
+    Fault.SKIP: "what is added has not the shape of the product",
+    Fault.PROJECTIONS: "query, key and value do not have the widths and lengths of the heads",
+    Fault.MEMORY: "the memory of keys or of values has not the shape of the heads and the batch",
+    Fault.HEAD: "the size of a head is not one that there are kernels for",
+    Fault.TOKENS: "there are more new tokens than the memory holds",
+    Fault.LENGTHS: "there are fewer lengths than rows of the batch, or a length that the memory does not hold",
+    Fault.TABLES: "the rotary tables have not the width of a head or too few rows",
+    Fault.POSITIONS: "there are fewer positions than tokens, or a position that the rotary tables do not have",
+}
+"""Texts of the faults."""

@@ -7,6 +7,7 @@ kernels do not know stays as it is, and what nothing uses any more is dropped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgelm.native.attention_nodes import attention_of
 from edgelm.native.folding import NORM, SKIP_NORM, Fold, Folding
-from edgelm.native.formats import ATTENTION, COLUMNS, DOMAIN, Format, is_operator
+from edgelm.native.formats import ALIGN, ATTENTION, COLUMNS, DOMAIN, NOWHERE, Format, is_operator
 from edgelm.native.joining import Joining
 from edgelm.native.mapping import PagedFile
 from edgelm.native.onnx_model import (
@@ -31,6 +32,7 @@ from edgelm.native.onnx_model import (
     encode_model,
     encode_node,
     encode_tensor,
+    is_theirs,
     read_model,
 )
 from edgelm.native.packing import packed_bias, packed_codes, packed_scales
@@ -44,11 +46,8 @@ _DTYPES: Final[dict[int, np.dtype[Any]]] = {
     INT64: np.dtype("<i8"),
     FLOAT16: np.dtype("<f2"),
 }
-_ALIGN: Final = 64
-"""Tensors begin at multiples of this: a line of the caches."""
 _PANELS_AT_ONCE: Final = 64
 """Panels that are packed in one go, which bounds the memory that takes."""
-_NOWHERE: Final = -1
 _MOVING: Final = frozenset({"Cast", "Gather", "GatherBlockQuantized", "Reshape", "Slice", "Split"})
 _ROW_BY_ROW: Final = _MOVING | {"Add", "FastGelu", "Gelu", "Mul", "QuickGelu", "Tanh", NORM, SKIP_NORM}
 """Operators of onnxruntime that compute each row, or each number, by itself."""
@@ -102,7 +101,8 @@ def computes_row_by_row(model: bytes) -> bool:
     Products and attention of onnxruntime's may add up in another order when more rows are computed together.
     """
     return all(
-        node.operator in _ROW_BY_ROW or node.operator == ATTENTION or is_operator(node.operator)
+        (node.domain == DOMAIN and (node.operator == ATTENTION or is_operator(node.operator)))
+        or is_theirs(node, *_ROW_BY_ROW)
         for node in read_model(model).nodes
     )
 
@@ -110,7 +110,7 @@ def computes_row_by_row(model: bytes) -> bool:
 def _is_product(node: Node) -> bool:
     """Whether a node may be a product that the kernels compute, as far as it says itself."""
     zero_points_or_groups = any(node.inputs[3:5])
-    return node.operator == "MatMulNBits" and node.attributes.get("accuracy_level") == 4 and not zero_points_or_groups
+    return is_theirs(node, "MatMulNBits") and node.attributes.get("accuracy_level") == 4 and not zero_points_or_groups
 
 
 class _Rewriting:
@@ -174,6 +174,11 @@ class _Rewriting:
         bias = self._tensors.get(bias_name)
         if codes is None or scales is None or (bias_name and bias is None) or not form.has_kernels:
             return None
+        low_bits = 4 if form.high_bits else bits
+        if codes.dtype != UINT8 or math.prod(codes.shape) != math.prod(shape) * low_bits // 8:
+            return None
+        if bias is not None and (bias.dtype != FLOAT or math.prod(bias.shape) != columns):
+            return None
         values = self._in_float16(scales, shape[:2])
         return None if values is None else _Matrix(form, size, columns, codes, high, scales.name, values, bias)
 
@@ -184,7 +189,7 @@ class _Rewriting:
 
     def _in_float16(self, scales: Tensor, shape: tuple[int, ...]) -> NDArray[Any] | None:
         """Return the scales of a matrix; None where they have another number or do not fit into float16."""
-        if np.prod(scales.shape, dtype=np.int64) != np.prod(shape, dtype=np.int64):
+        if math.prod(scales.shape) != math.prod(shape):
             return None
         values = self._array(scales).reshape(shape)
         fits = scales.dtype == FLOAT16 or np.array_equal(values, values.astype(np.float16))
@@ -192,7 +197,7 @@ class _Rewriting:
 
     def _table_of(self, node: Node) -> _Matrix | None:
         """Return the matrix that a node looks rows up in; None where it stays onnxruntime's or does something else."""
-        if node.operator != "GatherBlockQuantized" or len(node.inputs) != 3:
+        if not is_theirs(node, "GatherBlockQuantized") or len(node.inputs) != 3:
             return None
         table, indices, scales_name = node.inputs
         given = self._model.inputs.get(indices)
@@ -266,8 +271,8 @@ class _Rewriting:
             "N": matrix.columns,
             "GATED": int(fold.gated),
             **self._panels(matrix),
-            "BIAS": _NOWHERE,
-            "NORM": _NOWHERE,
+            "BIAS": NOWHERE,
+            "NORM": NOWHERE,
             "EPSILON": 0,
         }
         if bias is not None:
@@ -313,7 +318,7 @@ class _Rewriting:
         return self._places[name]
 
     def _append(self, parts: Iterable[NDArray[Any]]) -> int:
-        self._file.write(bytes(-self._file.place % _ALIGN))
+        self._file.write(bytes(-self._file.place % ALIGN))
         start = self._file.place
         for part in parts:
             self._file.write(np.ascontiguousarray(part).data)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.native.joining import Joining
-from edgelm.native.onnx_model import INT64, UINT8, Model, Tensor, encode_model, encode_tensor, read_model
+from edgelm.native.onnx_model import INT64, UINT8, Model, Tensor, encode_model, encode_tensor, is_theirs, read_model
 
 _SIGN: Final = b"BitwiseXor"
 """A graph without this operator has nothing to join."""
@@ -78,12 +78,12 @@ def _find_codes(model: Model, stored: Codes) -> dict[str, Codes]:
             codes[name] = _joined(array(low), array(high), bits).reshape(shape)
 
     for node in model.nodes:
-        if node.operator == "MatMulNBits" and node.attributes.get("bits") == 8:
+        if is_theirs(node, "MatMulNBits") and node.attributes.get("bits") == 8:
             columns, size, block = (int(node.attributes[name]) for name in ("N", "K", "block_size"))
             join(node.inputs[1], (columns, -(-size // block), block))
-        elif node.operator == "GatherBlockQuantized" and node.attributes.get("bits") == 8:
+        elif is_theirs(node, "GatherBlockQuantized") and node.attributes.get("bits") == 8:
             table = makers.get(node.inputs[0])
-            shape = None if table is None or table.operator != "Reshape" else joining.constant(table.inputs[1])
+            shape = None if table is None or not is_theirs(table, "Reshape") else joining.constant(table.inputs[1])
             if table is None or shape is None or len(shape) != 2:
                 continue
             block = int(node.attributes["block_size"])

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.native.onnx_model import INT64, UINT8, Node, Tensor
+from edgelm.native.onnx_model import INT64, UINT8, Node, Tensor, is_theirs
 
 LOW: Final = "low"
 HIGH: Final = "high"
@@ -82,7 +82,7 @@ class Joining:
         node = self._makers.get(name)
         return (
             node is not None
-            and node.operator == operator
+            and is_theirs(node, operator)
             and node.texts == ({"direction": direction} if direction else {})
             and not node.attributes
             and len(node.inputs) == len(inputs)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from edgelm.native.calling import Call
-from edgelm.native.emitter import F32, HALF, I8, I32, I64, POINTER, VOID, Emitter
+from edgelm.native.calling import MOST_DIMENSIONS, Call
+from edgelm.native.emitter import F32, HALF, I8, I32, I64, POINTER, Emitter
 from edgelm.native.formats import COLUMNS, Format, State
 from edgelm.native.unpacking import weights_of
 
@@ -21,22 +21,21 @@ FOUR = ir.VectorType(F32, 4)
 
 def emit_look_up(module: ir.Module, form: Format) -> None:
     """Emit the operator for tables of a format. Gives (code - 2^(bits-1)) * scale, in float32."""
-    e = Emitter(module, form.look_up, VOID, [POINTER, POINTER], export=True)
+    e = Emitter(module, form.look_up, POINTER, [POINTER, POINTER], export=True)
     state, context = e.function.args
     b = e.b
     call = Call(e, state, context)
     value = call.input(0)
     indices = call.data(value)
-    rank = call.rank(value)
-    with e.loop(e.const(0), rank, carried=[e.const(1)]) as (axis, counts, kept):
-        kept.append(b.mul(counts[0], e.load(call.shape, axis, I64)))
+    rank = call.rank(value, MOST_DIMENSIONS - 1)
+    count = call.product(rank)
     size, columns, weights, scales = (
         e.load(state, field, I64) for field in (State.K, State.N, State.WEIGHTS, State.SCALES)
     )
     e.store(size, call.shape, rank)
     y = call.output_like_shape(0, b.add(rank, e.const(1)))
     blocks = b.sdiv(size, e.const(form.block))
-    with e.loop(e.const(0), kept[0]) as (i, _, _):
+    with e.loop(e.const(0), count) as (i, _, _):
         given = e.load(indices, i, I64)
         counted = b.select(b.icmp_signed("<", given, e.const(0)), b.add(given, columns), given)
         column = e.smaller(e.larger(counted, e.const(0)), b.sub(columns, e.const(1)))
@@ -54,4 +53,4 @@ def emit_look_up(module: ir.Module, form: Format) -> None:
                 centred = b.sub(b.zext(part, zero.type), zero)
                 values = b.fmul(b.sitofp(centred, FOUR), factor)
                 b.store(values, e.at(y, b.add(to, e.const(4 * four)), F32), align=1)
-    b.ret_void()
+    call.end()

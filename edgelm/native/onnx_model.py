@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,40 +10,51 @@ from typing import Final
 
 from edgelm.protobuf import BYTES, FIXED32, VARINT, Field, fields, message
 
-FLOAT, UINT8, INT64, FLOAT16 = 1, 2, 7, 10
+FLOAT, UINT8, INT8, INT32, INT64, FLOAT16 = 1, 2, 3, 6, 7, 10
 """Values of TensorProto.DataType."""
+
+THEIRS: Final = frozenset({"", "ai.onnx", "com.microsoft"})
+"""Domains of ONNX's and onnxruntime's operators."""
 
 _GRAPH, _OPSET = 7, 8  # ModelProto
 _NODE, _INITIALIZER, _INPUT, _OUTPUT = 1, 5, 11, 12  # GraphProto
 _INT: Final = 2  # AttributeProto.AttributeType
+_BODIES: Final = frozenset({5, 6, 10, 11, 22, 23})  # AttributeProto
+_PLACE: Final = re.compile("[0-9]{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A NodeProto; `attributes` are its numbers, `texts` its strings."""
+    """A NodeProto; `attributes` are its numbers, `texts` its strings, `bodies` its tensors and graphs.
 
+    A body is a field of AttributeProto: 5 and 10 are tensors, 6 and 11 graphs, 22 and 23 sparse tensors.
+    """
+
+    domain: str
     operator: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: Mapping[str, float]
     texts: Mapping[str, bytes]
+    bodies: Sequence[tuple[int, bytes]]
     encoded: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A TensorProto; `place` are the bytes of the model's data file that hold its values, if they lie there."""
+    """A TensorProto; `place` are the bytes of the file `location` that hold its values, if they lie in one."""
 
     name: str
     shape: tuple[int, ...]
     dtype: int
     place: slice | None
+    location: str
     raw: bytes
     encoded: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
+class Value:
     """A ValueInfoProto: a tensor's type and its dimensions, 0 for those that are open."""
 
     dtype: int
@@ -51,14 +63,23 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A ModelProto: its nodes in their order, its initializers, inputs, the names of its outputs, and all the rest."""
+    """A ModelProto: its nodes in their order, its initializers, inputs, outputs, and all the rest.
+
+    Of tensors of one name `tensors` has the last.
+    """
 
     nodes: Sequence[Node]
+    all_tensors: Sequence[Tensor]
     tensors: Mapping[str, Tensor]
-    inputs: Mapping[str, Input]
-    outputs: frozenset[str]
+    inputs: Mapping[str, Value]
+    outputs: Mapping[str, Value]
     rest: Sequence[Field]
     graph_rest: Sequence[Field]
+
+
+def is_theirs(node: Node, *operators: str) -> bool:
+    """Whether a node is one of some operators of ONNX's or onnxruntime's: another domain may have the same names."""
+    return node.domain in THEIRS and node.operator in operators
 
 
 def read_model(data: bytes) -> Model:
@@ -66,12 +87,13 @@ def read_model(data: bytes) -> Model:
     try:
         whole = list(fields(data))
         graph = [field for number, _, value in whole if number == _GRAPH for field in fields(_content(value))]
-        tensors = [_tensor(_content(value)) for number, _, value in graph if number == _INITIALIZER]
+        tensors = [read_tensor(_content(value)) for number, _, value in graph if number == _INITIALIZER]
         return Model(
-            nodes=[_node(_content(value)) for number, _, value in graph if number == _NODE],
+            nodes=[read_node(_content(value)) for number, _, value in graph if number == _NODE],
+            all_tensors=tensors,
             tensors={tensor.name: tensor for tensor in tensors},
-            inputs={_text(value, 1): _input(_content(value)) for number, _, value in graph if number == _INPUT},
-            outputs=frozenset(_text(value, 1) for number, _, value in graph if number == _OUTPUT),
+            inputs={_text(value, 1): _value(_content(value)) for number, _, value in graph if number == _INPUT},
+            outputs={_text(value, 1): _value(_content(value)) for number, _, value in graph if number == _OUTPUT},
             rest=[field for field in whole if field[0] != _GRAPH],
             graph_rest=[field for field in graph if field[0] not in (_NODE, _INITIALIZER)],
         )
@@ -114,12 +136,14 @@ def encode_tensor(name: str, shape: Sequence[int], dtype: int, file: str, offset
     return message([*dims, (2, VARINT, dtype), (8, BYTES, name.encode()), *entries, (14, VARINT, 1)])
 
 
-def _node(encoded: bytes) -> Node:
+def read_node(encoded: bytes) -> Node:
+    """Read a NodeProto. Raises `ValueError` for what is none."""
     inputs: list[str] = []
     outputs: list[str] = []
     attributes: dict[str, float] = {}
     texts: dict[str, bytes] = {}
-    operator = ""
+    bodies: list[tuple[int, bytes]] = []
+    operator = domain = ""
     for number, _, value in fields(encoded):
         if number == 1:
             inputs.append(_content(value).decode())
@@ -128,14 +152,19 @@ def _node(encoded: bytes) -> Node:
         elif number == 4:
             operator = _content(value).decode()
         elif number == 5:
-            _read_attribute(_content(value), attributes, texts)
-    return Node(operator, tuple(inputs), tuple(outputs), attributes, texts, encoded)
+            _read_attribute(_content(value), attributes, texts, bodies)
+        elif number == 7:
+            domain = _content(value).decode()
+    return Node(domain, operator, tuple(inputs), tuple(outputs), attributes, texts, bodies, encoded)
 
 
-def _read_attribute(encoded: bytes, numbers: dict[str, float], texts: dict[str, bytes]) -> None:
+def _read_attribute(
+    encoded: bytes, numbers: dict[str, float], texts: dict[str, bytes], bodies: list[tuple[int, bytes]]
+) -> None:
     """Add an attribute to those of its type; to none where it is of another type."""
-    name = _text(encoded, 1)
-    for number, kind, value in fields(encoded):
+    parts = list(fields(encoded))
+    name = next((_content(value).decode() for number, _, value in reversed(parts) if number == 1), "")
+    for number, kind, value in parts:
         if (number, kind) == (3, VARINT):
             signed = int(value)
             numbers[name] = signed - (1 << 64) if signed >> 63 else signed
@@ -143,11 +172,14 @@ def _read_attribute(encoded: bytes, numbers: dict[str, float], texts: dict[str, 
             numbers[name] = struct.unpack("<f", _content(value))[0]
         elif (number, kind) == (4, BYTES):
             texts[name] = _content(value)
+        elif number in _BODIES:
+            bodies.append((number, _content(value)))
 
 
-def _tensor(encoded: bytes) -> Tensor:
+def read_tensor(encoded: bytes) -> Tensor:
+    """Read a TensorProto. Raises `ValueError` for what is none."""
     shape: list[int] = []
-    name, dtype, raw, external = "", 0, b"", False
+    name, dtype, raw, external, location = "", 0, b"", False, ""
     where: dict[str, int] = {}
     for number, _, value in fields(encoded):
         if number == 1:
@@ -158,20 +190,32 @@ def _tensor(encoded: bytes) -> Tensor:
             name = _content(value).decode()
         elif number == 9:
             raw = _content(value)
-        elif number == 13 and _text(value, 1) in ("offset", "length"):
-            where[_text(value, 1)] = int(_text(value, 2))
-        elif number == 14:
-            external = value == 1
+        elif number == 13:
+            external = True
+            key, told = _text(value, 1), _text(value, 2)
+            if key == "location":
+                location = told
+            elif key in ("offset", "length"):
+                where[key] = _whole(told)
+        elif number == 14 and value == 1:
+            external = True
     start = where.get("offset", 0)
     place = slice(start, start + where["length"] if "length" in where else None)
-    return Tensor(name, tuple(shape), dtype, place if external else None, raw, encoded)
+    return Tensor(name, tuple(shape), dtype, place if external else None, location, raw, encoded)
 
 
-def _input(encoded: bytes) -> Input:
+def _whole(text: str) -> int:
+    """Return a place or length in a file."""
+    if not _PLACE.fullmatch(text):
+        raise ValueError(f"a place in a file that is no number: {text!r:.40}")
+    return int(text)
+
+
+def _value(encoded: bytes) -> Value:
     tensor = _inside(_inside(encoded, 2), 1)  # ValueInfoProto.type, TypeProto.tensor_type
     dtype = next((int(value) for number, _, value in fields(tensor) if number == 1), 0)
     dims = [_content(value) for number, _, value in fields(_inside(tensor, 2)) if number == 1]
-    return Input(dtype, tuple(next((int(v) for number, _, v in fields(dim) if number == 1), 0) for dim in dims))
+    return Value(dtype, tuple(next((int(v) for number, _, v in fields(dim) if number == 1), 0) for dim in dims))
 
 
 def _inside(encoded: bytes, wanted: int) -> bytes:
@@ -180,8 +224,12 @@ def _inside(encoded: bytes, wanted: int) -> bytes:
 
 
 def _text(encoded: int | bytes, wanted: int) -> str:
-    """Return a text field of a message; empty where it has none."""
-    return next((_content(value).decode() for number, _, value in fields(_content(encoded)) if number == wanted), "")
+    """Return a text field of a message, the last one as Protobuf has it; empty where there is none."""
+    found = b""
+    for number, _, value in fields(_content(encoded)):
+        if number == wanted:
+            found = _content(value)
+    return found.decode()
 
 
 def _content(value: int | bytes) -> bytes:

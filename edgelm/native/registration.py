@@ -16,9 +16,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.native.formats import COLUMNS, DESTROY, DOMAIN, HOOK, Format, State
+from edgelm.native.formats import ALIGN, COLUMNS, DESTROY, DOMAIN, FAULTS, HOOK, NOWHERE, Format, State
 from edgelm.native.mapping import mapped
-from edgelm.native.operators import ATTENDING, Operator, look_up_of, product_of
+from edgelm.native.operators import ATTENDING, OPTIONAL_PLACES, Operator, look_up_of, product_of
 
 VERSION: Final = 17
 """Version of the C API that is asked for: the first with `KernelContext_ParallelFor`, onnxruntime 1.17."""
@@ -26,6 +26,8 @@ TASKS: Final = 16
 """Parts that a product is cut into for the threads, where it is large enough."""
 
 _REQUIRED, _OPTIONAL = 0, 1
+_FAIL = 1
+"""OrtErrorCode."""
 _CREATE_DOMAIN, _DOMAIN_ADD, _ADD_DOMAIN, _ATTRIBUTE = 26, 27, 28, 86
 _API: Final = {
     State.GET_INPUT: 90,
@@ -36,6 +38,7 @@ _API: Final = {
     State.GET_DIMENSIONS: 62,
     State.RELEASE_SHAPE: 99,
     State.PARALLEL_FOR: 274,
+    State.CREATE_STATUS: 0,
 }
 """Places of functions in OrtApi, which onnxruntime only ever adds to."""
 
@@ -48,27 +51,30 @@ class _CustomOp(Structure):
 
 _Op = POINTER(_CustomOp)
 _GET_ATTRIBUTE = CFUNCTYPE(_Status, c_void_p, c_char_p, POINTER(c_int64))
+_CREATE_STATUS = CFUNCTYPE(_Status, c_int, c_char_p)
 _NAME = CFUNCTYPE(c_void_p, _Op)
 _TYPE = CFUNCTYPE(c_int, _Op, c_size_t)
 _COUNT = CFUNCTYPE(c_size_t, _Op)
-_CREATE = CFUNCTYPE(c_void_p, _Op, c_void_p, c_void_p)
+_CREATE = CFUNCTYPE(_Status, _Op, c_void_p, c_void_p, POINTER(c_void_p))
 _NUMBER = CFUNCTYPE(c_int, _Op)
 _CustomOp._fields_ = [
     ("version", c_uint32),
-    ("create_kernel", _CREATE),
+    ("create_kernel_without_status", c_void_p),
     ("name", _NAME),
     ("provider", _NAME),
     ("input_type", _TYPE),
     ("input_count", _COUNT),
     ("output_type", _TYPE),
     ("output_count", _COUNT),
-    ("compute", c_void_p),
+    ("compute_without_status", c_void_p),
     ("destroy", c_void_p),
     ("input_kind", _TYPE),
     ("output_kind", _TYPE),
     ("input_memory", _TYPE),
     ("variadic", _NUMBER * 4),
-    ("later", c_void_p * 9),
+    ("create_kernel", _CREATE),
+    ("compute", c_void_p),
+    ("later", c_void_p * 7),
 ]
 
 
@@ -88,6 +94,8 @@ class Operators:
         self._functions_state: NDArray[np.uint64] | None = None
         """A node's state but for what differs from node to node."""
         self._get_attribute: Callable[..., int | None] = _call
+        self._create_status: Callable[..., int | None] = _call
+        self._faults = (c_char_p * len(FAULTS))(*(FAULTS[fault].encode() for fault in sorted(FAULTS)))
         self._ops = [self._operator(each) for each in (ATTENDING, *map(product_of, formats), *map(look_up_of, formats))]
         self._hook = CFUNCTYPE(_Status, c_void_p, c_void_p)(self._register)
         _alive.append(self)
@@ -126,7 +134,7 @@ class Operators:
         provider = ctypes.create_string_buffer(b"CPUExecutionProvider")
         op = _CustomOp(
             version=VERSION,
-            create_kernel=_CREATE(lambda _, api, info: self._state(of, api, info)),
+            create_kernel=_CREATE(lambda _, api, info, kernel: self._create(of, api, info, kernel)),
             name=_NAME(lambda _: ctypes.addressof(name)),
             provider=_NAME(lambda _: ctypes.addressof(provider)),
             input_type=_TYPE(lambda _, index: of.inputs[index]),
@@ -143,28 +151,52 @@ class Operators:
         self._kept += [name, provider, op]
         return op
 
-    def _state(self, of: Operator, api: int, info: int) -> int:
-        """Return the address of the state of a node."""
+    def _create(self, of: Operator, api: int, info: int, kernel: Any) -> int | None:
+        """Hand over the address of the state of a node; return an OrtStatus, or None for success."""
+        try:
+            self._learn(api)
+            kernel[0] = self._state(of, info)
+        except Exception as error:  # noqa: BLE001  it would end in onnxruntime's C++
+            return self._create_status(_FAIL, f"{of.name}: {error}".encode())
+        return None
+
+    def _learn(self, api: int) -> None:
+        """Note where onnxruntime's functions are."""
         if self._functions_state is None:
             functions = (c_void_p * (max(_API.values()) + 1)).from_address(api)
             self._functions_state = np.zeros(len(State), np.uint64)
             for field, place in _API.items():
                 self._functions_state[field] = functions[place] or 0
+            self._functions_state[State.FAULTS] = ctypes.addressof(self._faults)
+            self._create_status = _CREATE_STATUS(functions[_API[State.CREATE_STATUS]] or 0)
             self._get_attribute = _GET_ATTRIBUTE(functions[_ATTRIBUTE] or 0)
-        state = self._functions_state.copy()
+
+    def _state(self, of: Operator, info: int) -> int:
+        """Return the address of the state of a node. Raises `ValueError` for attributes that do not fit."""
         value = c_int64()
+        attributes: dict[State, int] = {}
         for field in (*of.numbers, *of.places):
-            if self._get_attribute(info, field.name.encode(), ctypes.byref(value)):
-                return 0
-            state[field] = value.value if field in of.numbers else self._place(value.value)
+            if self._get_attribute(info, field.name.encode(), ctypes.byref(value)):  # the status is lost: at load only
+                raise ValueError(f"a node has no {field.name}")
+            attributes[field] = value.value
+        if self._functions_state is None:
+            raise AssertionError("the functions were noted before")
+        state = self._functions_state.copy()
+        sizes = of.bytes_at(attributes)
+        for field, number in attributes.items():
+            state[field] = self._place(number, sizes[field], field) if field in sizes else number % (1 << 64)
         panels = -(-int(state[State.N]) // COLUMNS)
         state[State.PANELS_A_TASK] = max(1, -(-panels // TASKS))
         self._kept.append(state)
         return int(state.ctypes.data)
 
-    def _place(self, offset: int) -> int:
+    def _place(self, offset: int, size: int, field: State) -> int:
         """Return the address of something in the file; null where there is nothing."""
-        return self._data.ctypes.data + offset if offset >= 0 else 0
+        if offset == NOWHERE and field in OPTIONAL_PLACES:
+            return 0
+        if offset < 0 or offset % ALIGN or offset + size > len(self._data):
+            raise ValueError(f"{field.name} lies outside the file of matrices")
+        return int(self._data.ctypes.data) + offset
 
 
 def _call(function: int | None, *arguments: Any) -> int | None:

@@ -57,18 +57,19 @@ matrices = st.builds(
     accuracy_level=st.none() | st.integers(0, 4),
     method=st.none() | words,
 )
-SIZES = {"layers": counts, "kv_heads": counts, "head_size": counts}
+SIZES = {"layers": st.integers(1, 1024), "kv_heads": st.integers(1, 1024), "head_size": st.integers(1, 1024)}
+tokens = st.integers(0, 99)
 manifests = st.builds(
     Manifest,
     architecture=words,
-    context=counts,
-    vocab_size=counts,
+    context=st.integers(1, 2**24 - 1),
+    vocab_size=st.integers(100, 2**22),
     cache=st.builds(Cache, kind=st.just("shared"), bits=st.sampled_from([8, 32]), **SIZES)
     | st.builds(Cache, kind=st.just("growing"), **SIZES),
     quant=words,
     matrices=st.lists(matrices, max_size=4).map(tuple),
-    bos_token=st.none() | counts,
-    eos_tokens=st.lists(counts, max_size=4).map(tuple),
+    bos_token=st.none() | tokens,
+    eos_tokens=st.lists(tokens, max_size=4).map(tuple),
     parameters=counts,
     shapes=st.dictionaries(names, counts, max_size=4),
     sampling=samplings(),
@@ -265,7 +266,27 @@ def test_a_value_of_the_wrong_type_is_refused(key, value):
     "changes",
     [
         {"context": 0},
+        {"context": 2**24 + 1},
         {"vocab_size": -1},
+        {"vocab_size": 2**22 + 1},
+        {"parameters": 2**63},
+        {"long_from": 0},
+        {"eos_tokens": [100]},
+        {"eos_tokens": [-1]},
+        {"bos_token": 10**9},
+        {"eos_tokens": [1] * 100_001},
+        {"shapes": {"layers": -1}},
+        {"shapes": {"layers" * 2000: 1}},
+        {"notes": ["n"] * 1001},
+        {"notes": ["n" * 10_001]},
+        {"chat_template": "t" * 1_000_001},
+        {"matrices": [{"name": "head", "rows": 2**41, "columns": 2, "bits": 4}]},
+        {"matrices": [{"name": "head", "rows": 2, "columns": 2, "bits": 4, "block_size": 0}]},
+        {"matrices": [{"name": "head", "rows": 2, "columns": 2, "bits": 65}]},
+        {"cache": {"kind": "shared", "layers": 1025, "kv_heads": 1, "head_size": 16}},
+        {"cache": {"kind": "shared", "layers": 1, "kv_heads": 1025, "head_size": 16}},
+        {"cache": {"kind": "shared", "layers": 1, "kv_heads": 1, "head_size": 2**40}},
+        {"files": {"model.onnx": {"bytes": 2**41, "sha256": "0"}}},
         {"cache": {"kind": "shared", "layers": 0, "kv_heads": 1, "head_size": 16}},
         {"cache": {"kind": "paged", "layers": 1, "kv_heads": 1, "head_size": 16}},
         {"cache": {"kind": "shared", "layers": 1, "kv_heads": 1, "head_size": 16, "bits": 4}},
@@ -288,6 +309,12 @@ def test_a_value_of_the_wrong_type_is_refused(key, value):
 def test_a_value_of_the_wrong_kind_inside_is_refused(changes, folder):
     rewrite(folder, **changes)
     assert "damaged" in refusal(folder)
+
+
+def test_a_manifest_without_end_is_not_read(folder):
+    with (folder / MANIFEST).open("ab") as stream:
+        stream.truncate(1 << 34)  # a hole, which takes no room on the disk
+    assert "more than 16000000 bytes" in refusal(folder)
 
 
 def test_an_older_manifest_has_a_cache_in_float32(folder):

@@ -123,20 +123,19 @@ def test_a_prompt_in_pieces_gives_the_same_bits(operators, shape, tokens, sizes,
     np.testing.assert_array_equal(pieces["past_value"], feeds["past_value"])
 
 
-@pytest.mark.parametrize("seqlens", [-3, 40, 2**31 - 1])
+@pytest.mark.parametrize("seqlens", [-3, 1000, 2**31 - 1])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_nothing_is_written_outside_the_memory(operators, seqlens, tokens):
-    """Lengths that cannot be are an engine's mistake; another row's memory must not pay for it."""
+def test_lengths_that_the_memory_does_not_hold_are_refused(operators, seqlens, tokens):
+    """And no row's memory is written."""
     case = Case(Shape(2, 1, 16, scale=0.25), 0, batch=3, tokens=tokens, lengths=[30, 30, 30])
     feeds = case.feeds(rows=slice(1, 2))
     memory = np.nan_to_num(case.past)
     before = memory.copy()
     feeds |= {"past_key": memory[0][1:2], "past_value": memory[1][1:2], "seqlens": np.array([seqlens], np.int32)}
     session = session_of(ours(case.shape, feeds), feeds, operators=operators)
-    assert np.isfinite(run(session, feeds)).all()
-    np.testing.assert_array_equal(memory[:, [0, 2]], before[:, [0, 2]])
-    changed = (memory[:, 1] != before[:, 1]).any(axis=(0, 1, 3))
-    assert changed.sum() == tokens
+    with pytest.raises(RuntimeError, match="a length that the memory does not hold"):
+        run(session, feeds)
+    np.testing.assert_array_equal(memory, before)
 
 
 @pytest.mark.parametrize("size", [1e-30, 30.0, 1e3])

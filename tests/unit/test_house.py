@@ -25,6 +25,7 @@ FLOORS = [
     {"tuning", "tokenizer", "growing", "trial"},
     {"graphs", "static_tokens", "constraints"},
     {"probe"},
+    {"graph_check"},
     {"weights"},
     {"session"},
     {"sequence", "static_prefix", "conversations"},

@@ -1,0 +1,229 @@
+"""The kernels refuse what does not fit, and read and write nothing outside what they are given.
+
+A graph is a stranger's: whatever shapes and numbers reach an operator in a call, the answer is right or an error. All
+arrays end at a page that nobody may touch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from attention_cases import Case
+from attention_nodes import ours, run
+from attention_nodes import session_of as attention_session
+from guarded import guarded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive_kernel_attention import Shape
+from native_nodes import look_up, matrix, product
+from native_nodes import run as run_product
+
+from edgelm.native.formats import FAULTS, NOWHERE, Fault, Format, State
+from edgelm.native.operators import ATTENDING, look_up_of, product_of
+from edgelm.native.registration import Operators
+
+FORM = Format(4, 32)
+K, N = 48, 20
+TEXTS = "|".join(FAULTS.values())
+
+
+def refused(call, fault=None):
+    """Expect a call to end in one of the faults, or in that one."""
+    with pytest.raises(Exception, match=TEXTS if fault is None else FAULTS[fault]) as caught:
+        call()
+    assert "INVALID_ARGUMENT" in str(caught.value) or "Non-zero status" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def table():
+    rng = np.random.default_rng(3)
+    return matrix(rng, FORM, K, N)
+
+
+dims = st.lists(st.integers(0, 3), max_size=9)
+lasts = st.sampled_from([0, 1, K - 1, K, K, K, K + 1, 2 * K])
+
+
+@settings(max_examples=60, deadline=None)
+@given(dims, lasts, st.booleans(), st.sampled_from(["none", "alike", "longer", "flat", "other"]))
+def test_a_product_is_right_or_refused(library, table, leading, last, gated, skipped):
+    codes, scales, _ = table
+    skip_at = {
+        "none": None,
+        "alike": [*leading, N],
+        "longer": [1, *leading, N],
+        "flat": [N],
+        "other": [*leading, N + 1],
+    }
+    session = product(library, FORM, K, codes, scales, gated=gated, skip=skipped != "none", threads=1)
+    rng = np.random.default_rng(5)
+    x = guarded(rng.normal(size=[*leading, last]).astype(np.float32))
+    shape = skip_at[skipped]
+    skip = None if shape is None else guarded(np.ones(shape, np.float32))
+    fits = last == (2 * K if gated else K) and len(leading) < 8 and (skip is None or shape == [*leading, N])
+    if not fits:
+        refused(lambda: run_product(session, x, skip))
+        return
+    found = run_product(session, x, skip)
+    assert found.shape == (*leading, N)
+    rows = x.reshape(-1, last)
+    alone = product(library, FORM, K, codes, scales, gated=gated, threads=1)
+    for i in range(len(rows)):
+        one = run_product(alone, rows[i : i + 1])[0] + (0 if skip is None else 1)
+        np.testing.assert_allclose(found.reshape(-1, N)[i], one, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=9), st.integers(-(2**63), 2**63 - 1))
+def test_a_look_up_is_right_or_refused(library, table, shape, index):
+    codes, scales, _ = table
+    blocks = scales.shape[1]
+    indices = guarded(np.full(shape, index, np.int64))
+    if len(shape) > 7:
+        refused(lambda: look_up(library, FORM, codes, scales, indices), Fault.RANK)
+        return
+    found = look_up(library, FORM, codes, scales, indices)
+    assert found.shape == (*shape, blocks * FORM.block)
+    nearest = min(max(index + N if index < 0 else index, 0), N - 1)
+    expected = look_up(library, FORM, codes, scales, np.array([nearest]))[0]
+    for row in found.reshape(-1, blocks * FORM.block):
+        np.testing.assert_array_equal(row, expected)
+
+
+@dataclass
+class Change:
+    """One input of attention with a dimension that is another, or with other numbers."""
+
+    name: str
+    axis: int
+    by: int
+
+    def of(self, feeds):
+        value = feeds[self.name]
+        if self.name in ("seqlens", "positions") and self.axis == 3:
+            changed = value.copy()
+            changed.reshape(-1)[:1] = np.array(self.by * 10**6 if self.by > 2 else self.by, changed.dtype)
+            return {**feeds, self.name: changed}
+        if self.axis >= value.ndim:
+            return {**feeds, self.name: value.reshape(1, *value.shape)}
+        shape = list(value.shape)
+        shape[self.axis] = max(0, shape[self.axis] + self.by)
+        return {**feeds, self.name: np.zeros(shape, value.dtype)}
+
+
+def fits(shape, feeds):
+    """Whether inputs are what the operator says that it takes."""
+    q, past, other = feeds["query"], feeds["past_key"], feeds["past_value"]
+    if q.ndim != 3 or past.ndim != 4 or past.shape != other.shape:
+        return False
+    batch, tokens, width = q.shape
+    rows, kv_heads, capacity, size = past.shape
+    own, keys = shape.heads * size, kv_heads * size
+    if rows != batch or kv_heads != shape.kv_heads or size % 16 or not 0 < size <= 256 or tokens > capacity:
+        return False
+    if width > own:
+        if width != own + 2 * keys:
+            return False
+    elif width != own or any(
+        name not in feeds or feeds[name].shape != (batch, tokens, keys) for name in ("key", "value")
+    ):
+        return False
+    lengths = feeds["seqlens"].astype(np.int64)
+    if lengths.size != batch or ((lengths < tokens - 1) | (lengths >= capacity)).any() or lengths.ndim > 8:
+        return False
+    if not shape.half:
+        return True
+    cos, sin = feeds["cos"], feeds["sin"]
+    if cos.ndim != 2 or cos.shape != sin.shape or cos.shape[1] != shape.half or 2 * shape.half > size:
+        return False
+    if "positions" in feeds:
+        places = feeds["positions"]
+        return places.size == batch * tokens and ((places >= 0) & (places < len(cos))).all() and places.ndim <= 8
+    return not len(lengths) or lengths.max() < len(cos)
+
+
+names = st.sampled_from(
+    ["query", "key", "value", "past_key", "past_value", "seqlens", "cos", "sin", "positions", "query", "seqlens"]
+)
+changes = st.builds(Change, names, st.integers(0, 4), st.sampled_from([-300, -16, -1, 0, 1, 2, 16, 300]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(changes, max_size=2), st.booleans(), st.booleans(), st.sampled_from([0, 8, 3]), st.integers(1, 4))
+def test_attention_is_right_or_refused(library_operators, several, packed, told, half, tokens):
+    shape = Shape(4, 2, 16, half=half, scale=0.25)
+    case = Case(shape, 1, batch=2, tokens=tokens, longest=40, told=told)
+    feeds = case.feeds(packed)
+    for change in several:
+        if change.name in feeds:
+            feeds = change.of(feeds)
+    feeds = {name: guarded(value) for name, value in feeds.items()}
+    session = attention_session(ours(shape, feeds), feeds, operators=library_operators, threads=1)
+    before = feeds["past_key"].copy(), feeds["past_value"].copy()
+    if not fits(shape, feeds):
+        refused(lambda: run(session, feeds))
+        np.testing.assert_array_equal(feeds["past_key"], before[0])
+        np.testing.assert_array_equal(feeds["past_value"], before[1])
+        return
+    found = run(session, feeds)
+    assert found.shape == (*feeds["query"].shape[:2], shape.heads * feeds["past_key"].shape[3])
+    if not several:
+        np.testing.assert_allclose(found, case.expected()[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def library_operators(library, tmp_path_factory):
+    data = tmp_path_factory.mktemp("none") / "data"
+    data.write_bytes(b"none")
+    return Operators(library, [], data)
+
+
+HEADS = {State.HEADS: 4, State.KV_HEADS: 2, State.HALF: 8, State.WINDOW: 0, State.SCALE: 0, State.SOFTCAP: 0}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *itertools.product([State.HEADS, State.KV_HEADS], [0, -1, 3, 1 << 40]),
+        (State.HEADS, 66),
+        (State.HALF, -1),
+        (State.HALF, 129),
+        (State.WINDOW, -1),
+    ],
+)
+def test_heads_that_no_kernel_takes_are_refused(field, value):
+    assert ATTENDING.bytes_at(HEADS) == {}
+    with pytest.raises(ValueError, match=r"heads of|rotated pairs"):
+        ATTENDING.bytes_at({**HEADS, field: value})
+
+
+@pytest.mark.parametrize(("size", "columns"), [(0, 4), (-1, 4), (1 << 40, 4), (4, 0), (4, 1 << 60)])
+@pytest.mark.parametrize("operator", [product_of(FORM), look_up_of(FORM)])
+def test_sizes_that_no_matrix_has_are_refused(operator, size, columns):
+    with pytest.raises(ValueError, match="a matrix of"):
+        operator.bytes_at({State.K: size, State.N: columns})
+
+
+@pytest.mark.parametrize("place", ["WEIGHTS", "SCALES", "BIAS", "NORM"])
+@pytest.mark.parametrize("at", [-64, 1 << 44, 32, "behind", NOWHERE])
+def test_places_outside_the_file_are_refused(library, table, monkeypatch, place, at):
+    """Whoever wrote the graph: a kernel is not made for a place that the file does not have."""
+    import native_nodes
+
+    codes, scales, bias = table
+    placed = native_nodes.placed
+
+    def moved(pieces):
+        places = placed(pieces)
+        size = sum(-(-piece.nbytes // 64) * 64 for piece in pieces.values())
+        return {**places, place: size if at == "behind" else at}
+
+    monkeypatch.setattr(native_nodes, "placed", moved)
+    if at == NOWHERE and place in ("BIAS", "NORM"):
+        product(library, FORM, K, codes, scales, bias=bias, norm=np.ones(K, np.float32))
+        return
+    with pytest.raises(Exception, match=f"{place} lies outside the file"):
+        product(library, FORM, K, codes, scales, bias=bias, norm=np.ones(K, np.float32))

@@ -1,0 +1,434 @@
+"""A bundle whose manifest is right and whose graph is a stranger's: it is refused with one error, or answers.
+
+Each case is a kind of fault; each is loaded with the kernels and without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+import edgelm
+from edgelm import weights
+from edgelm.boardcache import BoardCache
+from edgelm.bundle import MANIFEST, open_bundle
+from edgelm.errors import BundleError
+from edgelm.graph_check import check_graph
+from edgelm.session import open_session
+from edgelm.weights import open_verified
+
+BUILTIN = open_bundle("builtin", verify=False).path
+
+
+class Hostile:
+    """A copy of the built-in bundle with a graph that can be changed."""
+
+    def __init__(self, folder):
+        self.folder = folder / "hostile"
+        self.folder.mkdir()
+        for name in ("tokenizer.json", "model.onnx.data"):
+            shutil.copy(BUILTIN / name, self.folder)
+        self.model = onnx.load(BUILTIN / "model.onnx", load_external_data=False)
+        self.manifest = json.loads((BUILTIN / MANIFEST).read_text("utf-8"))
+        self.unlisted = set()
+
+    def node(self, output):
+        return next(node for node in self.model.graph.node if output in node.output)
+
+    def tensor(self, name):
+        return next(tensor for tensor in self.model.graph.initializer if tensor.name == name)
+
+    def input(self, name):
+        return next(value for value in self.model.graph.input if value.name == name)
+
+    def store(self, name, array):
+        self.model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
+        return name
+
+    def add(self, before, *nodes):
+        place = list(self.model.graph.node).index(before)
+        for node in reversed(nodes):
+            self.model.graph.node.insert(place, node)
+
+    def external(self, name, **entries):
+        """Put a tensor's values into another place; None takes an entry away."""
+        tensor = self.tensor(name)
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        known = {entry.key: entry.value for entry in tensor.external_data}
+        known = {"location": "model.onnx.data", "offset": "0", "length": "768"} | known | entries
+        del tensor.external_data[:]
+        for key, value in known.items():
+            if value is not None:
+                tensor.external_data.add(key=key, value=str(value))
+
+    def set(self, output, **attributes):
+        for attribute in self.node(output).attribute:
+            if attribute.name in attributes:
+                attribute.i = attributes[attribute.name]
+
+    def sealed(self):
+        (self.folder / "model.onnx").write_bytes(self.model.SerializeToString())
+        names = [
+            file.name for file in self.folder.iterdir() if file.name not in self.unlisted and file.name != MANIFEST
+        ]
+        self.manifest["files"] = {
+            name: {
+                "bytes": (self.folder / name).stat().st_size,
+                "sha256": hashlib.sha256((self.folder / name).read_bytes()).hexdigest(),
+            }
+            for name in names
+        }
+        (self.folder / MANIFEST).write_text(json.dumps(self.manifest), "utf-8")
+        return self.folder
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    return Hostile(tmp_path)
+
+
+def own_operator(case):
+    node = case.node("layer.0.down.out")
+    own = helper.make_node(
+        "MatMulInt8Block128", [node.input[0]], ["layer.0.down.out", "scratch"], domain="edgelm",
+        K=512, N=192, GATED=0, EPSILON=0, WEIGHTS=1 << 44, SCALES=1 << 44, BIAS=-1, NORM=-1,
+    )  # fmt: skip
+    case.add(node, own)
+    case.model.graph.node.remove(node)
+
+
+def own_operator_with_its_domain(case):
+    own_operator(case)
+    case.model.opset_import.append(helper.make_opsetid("edgelm", 1))
+
+
+def own_attention(case):
+    case.node("layer.0.attention.out").domain = "edgelm"
+
+
+def foreign_domain(case):
+    case.node("layer.0.down.out").domain = "evil"
+
+
+def function(case):
+    body = [helper.make_node("Identity", ["x"], ["y"])]
+    case.model.functions.append(
+        helper.make_function("com.microsoft", "QuickGelu", ["x"], ["y"], body, [helper.make_opsetid("", 18)])
+    )
+
+
+def unknown_operator(case):
+    node = case.node("layer.0.down.out")
+    case.store("times", np.array([1, 9, 1], np.int64))
+    case.add(node, helper.make_node("Tile", [node.input[0], "times"], ["tiled"]))
+
+
+def endless(case):
+    body = helper.make_graph([helper.make_node("Identity", ["c"], ["d"])], "b", [], [])
+    case.add(case.model.graph.node[0], helper.make_node("Loop", ["", "", ""], ["never"], body=body))
+
+
+def body_with_a_file(case):
+    inside = helper.make_tensor("w", TensorProto.FLOAT, [1], bytes(4), raw=True)
+    inside.ClearField("raw_data")
+    inside.data_location = TensorProto.EXTERNAL
+    inside.external_data.add(key="location", value="/etc/hostname")
+    case.add(case.model.graph.node[0], helper.make_node("Identity", [], ["read"], value=inside))
+
+
+def two_of_a_name(case):
+    case.model.graph.initializer.append(case.tensor("norm.layer.0.mlp"))
+
+
+def read_and_nowhere_made(case):
+    case.node("layer.0.down.out").input[0] = "nothing"
+
+
+def cos_short(case):
+    for name in ("cos_cache", "sin_cache"):
+        tensor = case.tensor(name)
+        values = onnx.numpy_helper.to_array(tensor, str(BUILTIN))[:1].copy()
+        tensor.CopyFrom(numpy_helper.from_array(values, name))
+
+
+def sin_narrower(case):
+    values = onnx.numpy_helper.to_array(case.tensor("sin_cache"), str(BUILTIN))[:, :-1].copy()
+    case.tensor("sin_cache").CopyFrom(numpy_helper.from_array(values, "sin_cache"))
+
+
+def positions_of_its_own(case):
+    node = case.node("layer.0.attention.out")
+    case.store("places", np.array([[1 << 40]], np.int64))
+    node.input.extend([""] * (9 - len(node.input)) + ["places"])
+
+
+def lengths_of_its_own(case):
+    case.store("none", np.zeros(0, np.int32))
+    case.node("layer.0.attention.out").input[5] = "none"
+
+
+def memory_of_its_own(case):
+    case.store("small", np.zeros((1, 2, 1, 32), np.float32))
+    case.node("layer.0.attention.out").input[4] = "small"
+
+
+def memory_of_another_layer(case):
+    case.node("layer.0.attention.out").input[3] = "past.1.key"
+
+
+def heads(case):
+    case.set("layer.0.attention.out", num_heads=32, kv_num_heads=1)
+
+
+def more_heads_than_numbers(case):
+    case.set("layer.0.attention.out", num_heads=256)
+
+
+def bias_short(case):
+    node = case.node("layer.0.down.out")
+    node.input.extend([""] * (5 - len(node.input)) + [case.store("bias", np.zeros(1, np.float32))])
+
+
+def groups(case):
+    node = case.node("layer.0.down.out")
+    node.input.extend([""] * (4 - len(node.input)) + [case.store("groups", np.full(512, 9999, np.int32))])
+
+
+def scales_short(case):
+    case.store("few", np.ones(3, np.float32))
+    case.node("layer.0.down.out").input[2] = "few"
+
+
+def codes_short(case):
+    case.store("few", np.ones((192, 4, 1), np.uint8))
+    case.node("layer.0.down.out").input[1] = "few"
+
+
+def codes_of_another_type(case):
+    case.store("wide", np.ones((192, 4, 128), np.float32))
+    case.node("layer.0.down.out").input[1] = "wide"
+
+
+def columns_sliced(case):
+    """A product that says K = 512 and is given 4 columns."""
+    node = case.node("layer.0.down.out")
+    names = [case.store(name, np.array([value], np.int64)) for name, value in (("s", 0), ("e", 4), ("a", 2))]
+    case.add(node, helper.make_node("Slice", [node.input[0], *names], ["narrow"]))
+    node.input[0] = "narrow"
+
+
+def columns_of_the_given_tokens(case):
+    """As many columns as the token's number: right for some tokens and wrong for others."""
+    node = case.node("layer.0.down.out")
+    names = [
+        case.store(name, np.array([value], np.int64)) for name, value in (("flat", -1), ("s", 0), ("e", 1), ("a", 2))
+    ]
+    case.add(
+        node,
+        helper.make_node("Reshape", ["input_ids", names[0]], ["ids"]),
+        helper.make_node("Slice", ["ids", names[1], names[2]], ["first"]),
+        helper.make_node("Slice", [node.input[0], names[1], "first", names[3]], ["narrow"]),
+    )
+    node.input[0] = "narrow"
+
+
+def more_dimensions(case, count):
+    node = case.node("layer.0.down.out")
+    case.store("many", np.array([*[1] * count, -1, 512], np.int64))
+    case.store("few", np.array([1, -1, 192], np.int64))
+    case.add(node, helper.make_node("Reshape", [node.input[0], "many"], ["x.many"]))
+    after = helper.make_node("Reshape", ["y.many", "few"], ["layer.0.down.out"])
+    node.input[0], node.output[0] = "x.many", "y.many"
+    case.model.graph.node.insert(list(case.model.graph.node).index(node) + 1, after)
+
+
+def number(**attributes):
+    return lambda case: case.set("layer.0.down.out", **attributes)
+
+
+def dims(*sizes):
+    def change(case):
+        tensor = case.tensor("layer.0.down.codes")
+        del tensor.dims[:]
+        tensor.dims.extend(sizes)
+
+    return change
+
+
+def place(**entries):
+    return lambda case: case.external("layer.0.down.codes", **entries)
+
+
+def norm_at(location):
+    return lambda case: case.external("norm.layer.0.mlp", location=location)
+
+
+def linked(case):
+    (case.folder / "model.onnx.data").unlink()
+    (case.folder / "model.onnx.data").symlink_to(BUILTIN / "model.onnx.data")
+
+
+def unlisted(case):
+    case.unlisted.add("model.onnx.data")
+
+
+def in_the_manifest(**entries):
+    return lambda case: case.manifest.update(entries)
+
+
+def in_its_cache(**entries):
+    return lambda case: case.manifest["cache"].update(entries)
+
+
+def input_of_another_type(case):
+    case.input("seqlens_k").type.tensor_type.elem_type = TensorProto.INT64
+
+
+def input_more(case):
+    case.model.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
+
+
+def no_logits(case):
+    del case.model.graph.output[0]
+
+
+def says_that_it_is_invariant(case):
+    case.model.metadata_props.add(key="edgelm.invariant", value="1")
+
+
+REFUSED = {
+    "own operator": (own_operator, "edgelm's own domain"),
+    "own operator with its domain": (own_operator_with_its_domain, "the domain 'edgelm'"),
+    "own attention": (own_attention, "edgelm's own domain"),
+    "foreign domain": (foreign_domain, "the domain 'evil'"),
+    "function": (function, "functions of its own"),
+    "unknown operator": (unknown_operator, "'Tile', which `edgelm export` never writes"),
+    "endless": (endless, "Loop, which may never end"),
+    "a node's tensor in a file": (body_with_a_file, "a node's own tensor lies in another file"),
+    "two of a name": (two_of_a_name, "two values are called"),
+    "nowhere made": (read_and_nowhere_made, "nowhere made"),
+    "cos short": (cos_short, "rotary tables"),
+    "sin narrower": (sin_narrower, "rotary tables"),
+    "positions": (positions_of_its_own, "lengths and positions"),
+    "lengths": (lengths_of_its_own, "lengths and positions"),
+    "memory of its own": (memory_of_its_own, "memory of one layer"),
+    "memory of another layer": (memory_of_another_layer, "memory of"),
+    "heads": (heads, "32 heads of queries and 1 of keys"),
+    "more heads than numbers": (more_heads_than_numbers, "numbers a token"),
+    "bias short": (bias_short, "'bias' is"),
+    "groups": (groups, "other inputs than"),
+    "scales short": (scales_short, "'few' is"),
+    "codes short": (codes_short, "'few' is"),
+    "codes of another type": (codes_of_another_type, "'wide' is"),
+    "K negative": (number(K=-(1 << 40)), "a product has K"),
+    "N huge": (number(N=1 << 50), "a product has K"),
+    "no blocks": (number(block_size=0), "blocks of 0"),
+    "bits": (number(bits=3), "3 bits"),
+    "dimensions overflow": (dims(1 << 32, 1 << 32, 1), "bytes"),
+    "a dimension is negative": (dims(192, -4, 128), "the shape"),
+    "offset negative": (place(offset=-4096), "place in a file"),
+    "offset beyond": (place(offset=1 << 40), "bytes at"),
+    "offset no number": (place(offset="0x10"), "place in a file"),
+    "length another": (place(length=5), "bytes at"),
+    "no length": (place(length=None, offset=1 << 40), "bytes at"),
+    "outside": (norm_at("../secret"), "lies in '../secret'"),
+    "absolute": (norm_at("/proc/self/environ"), "lies in '/proc/self/environ'"),
+    "another file": (norm_at("manifest.json"), "lies in 'manifest.json'"),
+    "data behind a link": (linked, "leads out of the bundle"),
+    "data not listed": (unlisted, "which its manifest lists"),
+    "vocabulary": (in_the_manifest(vocab_size=1000), "2048 logits"),
+    "context": (in_the_manifest(context=1 << 20), "rotary tables"),
+    "layers": (in_its_cache(layers=7), "lacks the input"),
+    "fewer layers": (in_its_cache(layers=5), "unknown input"),
+    "head size": (in_its_cache(head_size=64), "the manifest says"),
+    "cache bits": (in_its_cache(bits=8), "has the type"),
+    "input of another type": (input_of_another_type, "has the type 7"),
+    "input more": (input_more, "unknown input more"),
+    "no logits": (no_logits, "does not give logits"),
+    "says that it is invariant": (says_that_it_is_invariant, "claims to be edgelm.invariant"),
+    "columns sliced": (columns_sliced, "cannot load"),
+}
+ANSWERED = {
+    "9 dimensions": lambda case: more_dimensions(case, 7),
+    "40 dimensions": lambda case: more_dimensions(case, 38),
+    "400 dimensions": lambda case: more_dimensions(case, 398),
+    "columns of the tokens": columns_of_the_given_tokens,
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Kernels compiled once for all formats of the built-in bundle."""
+    from edgelm.native.compile import main
+
+    file = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    assert main([str(file), "4:16", "4:32", "4:64", "4:128", "8:16", "8:32", "8:64", "8:128"]) is None
+    return file
+
+
+@pytest.fixture(params=["kernels", "onnxruntime"])
+def cache(request, tmp_path, monkeypatch, compiled):
+    monkeypatch.setattr(weights, "WORTH_BYTES", 0)
+    monkeypatch.setattr(weights, "_compile", lambda library, _formats: shutil.copy(compiled, library))
+    return BoardCache(tmp_path / "cache") if request.param == "kernels" else None
+
+
+def logits_of(path, cache):
+    session = open_session(open_verified(path, cache), rows=1, threads=1, cache=cache)
+    first = session.prefill(0, np.arange(2, 9), 0).copy()
+    return np.concatenate([first, session.decode(np.array([3]), np.array([7], np.int32))])
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_it_is_refused(hostile, cache, kind):
+    change, words = REFUSED[kind]
+    change(hostile)
+    with pytest.raises(BundleError) as caught:
+        logits_of(hostile.sealed(), cache)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ANSWERED)
+def test_it_answers_or_is_refused_when_it_is_computed(hostile, cache, kind):
+    ANSWERED[kind](hostile)
+    try:
+        assert logits_of(hostile.sealed(), cache).shape == (2, 2048)
+    except edgelm.EdgelmError as error:
+        said = str(error)
+    else:
+        said = ""
+    assert "\n" not in said
+
+
+def test_the_bundle_as_it_is_passes(hostile, cache):
+    assert logits_of(hostile.sealed(), cache).shape == (2, 2048)
+
+
+def test_whatever_bytes_the_graph_has(tmp_path, hostile):
+    graph = hostile.sealed() / "model.onnx"
+    whole = graph.read_bytes()
+    rng = np.random.default_rng(0)
+    cases = [
+        b"",
+        b"\0",
+        b"\xff" * 1000,
+        b"\x3a" + b"\xff" * 100_000,
+        whole[:1000],
+        bytes(rng.integers(0, 256, 5000, np.uint8)),
+    ]
+    for content in cases:
+        graph.write_bytes(content)
+        hostile.model = type("Raw", (), {"SerializeToString": lambda _, content=content: content})()
+        with pytest.raises(BundleError, match="edgelm cannot load"):
+            check_graph(open_bundle(hostile.sealed()))
