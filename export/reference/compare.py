@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgelm.bundle import Bundle, open_bundle
+from edgelm.bundle import MANIFEST, Bundle, open_bundle
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.tokenizer import Tokenizer
 
@@ -66,7 +66,9 @@ def compare(
 
 def _kept(bundle: Bundle) -> np.ndarray[Any, np.dtype[np.int64]]:
     file = bundle.path / VOCABULARY
+    if VOCABULARY not in bundle.manifest.files:
+        raise BundleError(f"{bundle.path / MANIFEST} does not list {VOCABULARY}: export the bundle again")
     try:
         return np.array(json.loads(file.read_text(encoding="utf-8")), np.int64)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
         raise BundleError(f"{file} cannot be read: {error}") from error
