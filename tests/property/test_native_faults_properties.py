@@ -103,7 +103,7 @@ class Change:
 
     def of(self, feeds):
         value = feeds[self.name]
-        if self.name in ("seqlens", "positions") and self.axis == 3:
+        if self.name in ("seqlens", "positions") and self.axis > 1:
             changed = value.copy()
             changed.reshape(-1)[:1] = np.array(self.by * 10**6 if self.by > 2 else self.by, changed.dtype)
             return {**feeds, self.name: changed}
@@ -172,6 +172,79 @@ def test_attention_is_right_or_refused(library_operators, several, packed, told,
     assert found.shape == (*feeds["query"].shape[:2], shape.heads * feeds["past_key"].shape[3])
     if not several:
         np.testing.assert_allclose(found, case.expected()[0], rtol=1e-4, atol=1e-5)
+
+
+def cut(names, rows):
+    return lambda feeds: {name: value[:rows] if name in names else value for name, value in feeds.items()}
+
+
+def numbers(name, value):
+    return lambda feeds: {**feeds, name: np.full_like(feeds[name], value)}
+
+
+def zeros(name, *shape):
+    return lambda feeds: {**feeds, name: np.zeros(shape, feeds[name].dtype)}
+
+
+def without(name):
+    return lambda feeds: {each: value for each, value in feeds.items() if each != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (zeros("query", 2, 3, 128, 1), Fault.RANK),
+        (zeros("query", *[1] * 12, 128), Fault.RANK),
+        (zeros("query", 2, 3, 127), Fault.PROJECTIONS),
+        (zeros("query", 2, 3, 129), Fault.PROJECTIONS),
+        (zeros("query", 2, 3, 64), Fault.PROJECTIONS),
+        (zeros("query", 3, 3, 128), Fault.MEMORY),
+        (zeros("query", 2, 60, 128), Fault.TOKENS),
+        (zeros("past_key", 2, 2, 50, 32), Fault.MEMORY),
+        (zeros("past_key", 2, 1, 50, 16), Fault.MEMORY),
+        (zeros("past_value", 2, 2, 49, 16), Fault.MEMORY),
+        (zeros("past_value", 2, 2, 16), Fault.RANK),
+        (zeros("seqlens"), Fault.LENGTHS),
+        (zeros("seqlens", 1), Fault.LENGTHS),
+        (zeros("seqlens", 0), Fault.LENGTHS),
+        (numbers("seqlens", 1), Fault.LENGTHS),
+        (numbers("seqlens", -1), Fault.LENGTHS),
+        (numbers("seqlens", 50), Fault.LENGTHS),
+        (numbers("seqlens", 2**31 - 1), Fault.LENGTHS),
+        (numbers("seqlens", -(2**31)), Fault.LENGTHS),
+        (cut({"cos", "sin"}, 1), Fault.TABLES),
+        (cut({"cos", "sin"}, 7), Fault.TABLES),
+        (cut({"cos"}, 40), Fault.TABLES),
+        (zeros("cos", 50, 7), Fault.TABLES),
+        (zeros("cos", 400), Fault.RANK),
+        (without("sin"), Fault.TABLES),
+        (zeros("positions", 2, 2), Fault.POSITIONS),
+        (numbers("positions", -1), Fault.POSITIONS),
+        (numbers("positions", 50), Fault.POSITIONS),
+        (numbers("positions", 1 << 40), Fault.POSITIONS),
+    ],
+)
+def test_each_fault_of_attention_has_its_name(library_operators, change, fault):
+    """Of 2 rows with 4 heads of queries, 2 of keys, of size 16; 5 positions before and 3 new ones, room for 50."""
+    shape = Shape(4, 2, 16, half=8, scale=0.25)
+    rng = np.random.default_rng(0)
+    feeds = {
+        "query": rng.normal(size=(2, 3, 128)).astype(np.float32),
+        "past_key": rng.normal(size=(2, 2, 50, 16)).astype(np.float32),
+        "past_value": rng.normal(size=(2, 2, 50, 16)).astype(np.float32),
+        "seqlens": np.full(2, 7, np.int32),
+        "cos": np.ones((50, 8), np.float32),
+        "sin": np.ones((50, 8), np.float32),
+    }
+    if fault is Fault.POSITIONS:
+        feeds["positions"] = np.full((2, 3), 49)
+
+    def call(feeds):
+        feeds = {name: guarded(value) for name, value in feeds.items()}
+        return run(attention_session(ours(shape, feeds), feeds, operators=library_operators, threads=1), feeds)
+
+    assert call(feeds).shape == (2, 3, 64)
+    refused(lambda: call(change(feeds)), fault)
 
 
 @pytest.fixture(scope="module")
