@@ -14,6 +14,7 @@ from typing import Final
 
 from edgelm.bundle import Bundle
 from edgelm.errors import BundleError
+from edgelm.graph_shapes import Shapes
 from edgelm.native.formats import DOMAIN, INVARIANT, MOST_SIZE
 from edgelm.native.onnx_model import (
     FLOAT,
@@ -40,13 +41,6 @@ MOST_GRAPH_BYTES: Final = 2_000_000_000
 MOST_DEPTH: Final = 4
 """Most graphs inside each other."""
 
-OPERATORS: Final = frozenset({
-    "Add", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Cast", "FastGelu", "Gather", "GatherBlockQuantized",
-    "Gelu", "Gemm", "GroupQueryAttention", "Identity", "MatMul", "MatMulNBits", "Mul", "QuickGelu", "Reshape",
-    "RotaryEmbedding", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "Slice", "Split", "Tanh",
-    "Unsqueeze",
-})  # fmt: skip
-"""Operators of the graphs that `edgelm export` writes itself. Those of optimum may have others."""
 ENDLESS: Final = frozenset({"Loop", "Scan"})
 """Operators that no decoder needs, and that may never end."""
 
@@ -106,6 +100,7 @@ class _GraphCheck:
         self._data = f"{bundle.manifest.graph}.data"
         self._data_bytes = _size_of(bundle, self._data)
         self._makers: dict[str, Node] = {}
+        self._shapes = Shapes(model, bundle.manifest) if bundle.manifest.cache.kind == "shared" else None
 
     def run(self) -> None:
         """Raise `_FaultError` or another `ValueError` for what does not fit."""
@@ -117,6 +112,10 @@ class _GraphCheck:
         for node in self._model.nodes:
             self._check_node(node)
             self._check_sizes(node)
+            if self._shapes is not None:
+                self._shapes.add(node)
+        if self._shapes is not None:
+            self._check_results(self._shapes)
 
     # -- the model as a whole -----------------------------------------------------------------------------------
 
@@ -203,6 +202,15 @@ class _GraphCheck:
         if width not in {(), (0,), (self._manifest.vocab_size,)}:
             raise _FaultError(f"it gives {width[0]} logits, the manifest says {self._manifest.vocab_size}")
 
+    def _check_results(self, shapes: Shapes) -> None:
+        """Refuse logits that are not one row a wanted position; presents are attention's, whose shapes are told."""
+        found = shapes.of("logits")
+        if found != ("rows", self._manifest.vocab_size):
+            raise _FaultError(f"it gives logits {list(found)}, the manifest says {self._manifest.vocab_size} tokens")
+        for name, value in self._model.outputs.items():
+            if name != "logits" and len(shapes.of(name)) != len(value.shape or (0,) * 4):
+                raise _FaultError(f"{name!r:.60} is not what it says")
+
     def _check_memory(self, name: str, value: Value) -> None:
         """Refuse keys or values that are not [batch, heads, positions, size]."""
         cache = self._manifest.cache
@@ -223,8 +231,6 @@ class _GraphCheck:
             raise _FaultError(f"it holds {node.operator!r:.40} of the domain {node.domain!r:.60}")
         if node.operator in ENDLESS:
             raise _FaultError(f"it holds {node.operator}, which may never end")
-        if self._manifest.cache.kind == "shared" and node.operator not in OPERATORS:
-            raise _FaultError(f"it holds {node.operator!r:.40}, which `edgelm export` never writes")
         for number, body in node.bodies:
             if number in _TENSORS:
                 tensor = read_tensor(body)
@@ -273,11 +279,14 @@ class _GraphCheck:
     def _check_table(self, node: Node) -> None:
         bits, block = _number(node, "bits", 4), _number(node, "block_size", 128)
         axes = _number(node, "gather_axis", 0), _number(node, "quantize_axis", 1)
-        if bits not in (4, 8) or block not in _BLOCKS or axes != (0, 1) or len(node.inputs) < 3:
+        if bits not in (4, 8) or block not in _BLOCKS or axes != (0, 1) or not 3 <= len(node.inputs) <= 4:
             raise _FaultError(f"a table has {bits} bits, blocks of {block} and the axes {axes}")
         codes, scales = self._source(node.inputs[0]), self._source(node.inputs[2])
         if scales is None or (codes is not None and _count(codes) * 8 != _count(scales) * block * bits):
             raise _FaultError("a table has not as many codes as its scales say")
+        if len(node.inputs) == 4:
+            rows, blocks = scales.shape[0], _count(scales) // max(scales.shape[0], 1)
+            self._require(node.inputs[3], rows * -(-blocks * bits // 8), (UINT8,), stored=True)
 
     def _check_attention(self, node: Node) -> None:
         cache, manifest = self._manifest.cache, self._manifest
@@ -286,7 +295,7 @@ class _GraphCheck:
             raise _FaultError(f"attention has {heads} heads of queries and {kv_heads} of keys")
         if not -1 <= _number(node, "local_window_size", -1) <= MOST_SIZE:
             raise _FaultError("attention has a window that no context fills")
-        query, key, value, past_key, past_value, lengths, total, cos, sin, positions, *others = (
+        _, key, value, past_key, past_value, lengths, total, cos, sin, positions, *others = (
             *node.inputs,
             *[""] * 14,
         )[:14]
@@ -303,11 +312,6 @@ class _GraphCheck:
             raise _FaultError("attention has inputs that `edgelm export` never gives it")
         for name in scales:
             self._require(name, kv_heads * cache.head_size, (FLOAT,), stored=True)
-        maker = self._makers.get(query)
-        if maker is not None and maker.operator == "MatMulNBits":
-            width = (heads if key else heads + 2 * kv_heads) * cache.head_size
-            if _number(maker, "N") != width:
-                raise _FaultError(f"attention is given {_number(maker, 'N')} numbers a token instead of {width}")
         if node.attributes.get("do_rotary", 0):
             is_long = manifest.long_from is not None and manifest.long_from < manifest.context
             self._check_rotary(cos, sin, manifest.context * (2 if is_long else 1))
@@ -321,11 +325,13 @@ class _GraphCheck:
             raise _FaultError(f"the rotary tables are not two of {rows} rows or more, as wide as half a head at most")
 
     def _require(self, name: str, count: int, dtypes: Sequence[int], *, stored: bool = False) -> None:
-        """Refuse a stored tensor of another size or type; what is computed is onnxruntime's matter."""
+        """Refuse a tensor of another size or type; the types of what is computed are onnxruntime's matter."""
         tensor = self._source(name) if name else None
         if tensor is None:
             if name and stored:
                 raise _FaultError(f"{name!r:.60} is not stored")
+            if name and self._shapes is not None and self._shapes.count(name) != count:
+                raise _FaultError(f"{name!r:.60} is not {count} numbers")
             return
         if _count(tensor) != count or tensor.dtype not in dtypes:
             raise _FaultError(

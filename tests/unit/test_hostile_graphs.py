@@ -17,7 +17,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-import edgelm
 from edgelm import weights
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import MANIFEST, open_bundle
@@ -252,6 +251,50 @@ def more_dimensions(case, count):
     case.model.graph.node.insert(list(case.model.graph.node).index(node) + 1, after)
 
 
+def tokens_repeated(case):
+    """More query tokens than the memory holds: onnxruntime 1.23 writes them behind its end."""
+    node = case.node("layer.5.attention.out")
+    case.store("zeros", np.zeros(20_000, np.int64))
+    case.add(node, helper.make_node("Gather", [node.input[0], "zeros"], ["many"], axis=1))
+    node.input[0] = "many"
+
+
+def out_of_order(case):
+    node = case.node("layer.0.down.out")
+    case.model.graph.node.remove(node)
+    case.model.graph.node.append(node)
+
+
+def rows_of_its_own(case):
+    case.store("which", np.array([5], np.int64))
+    next(node for node in case.model.graph.node if node.op_type == "Gather").input[1] = "which"
+
+
+def shorter_table(case):
+    node = next(node for node in case.model.graph.node if node.op_type == "GatherBlockQuantized")
+    case.store("short", np.zeros((9, 96), np.uint8))
+    case.store("scales", np.ones((9, 12), np.float32))
+    node.input[0], node.input[2] = "short", "scales"
+
+
+def norm_short(case):
+    case.store("weight", np.ones(191, np.float32))
+    next(node for node in case.model.graph.node if node.op_type == "SimplifiedLayerNormalization").input[1] = "weight"
+
+
+def halves(case):
+    node = next(node for node in case.model.graph.node if node.op_type == "Split")
+    case.store("sizes", np.array([1, 1023], np.int64))
+    node.input.append("sizes")
+    del node.attribute[:]
+    node.attribute.append(helper.make_attribute("axis", 0))
+
+
+def sum_of_others(case):
+    node = case.node("layer.0.down.out")
+    case.add(node, helper.make_node("Add", [node.input[0], "layer.0.attention.out"], ["sum"]))
+
+
 def number(**attributes):
     return lambda case: case.set("layer.0.down.out", **attributes)
 
@@ -324,7 +367,7 @@ REFUSED = {
     "memory of its own": (memory_of_its_own, "memory of one layer"),
     "memory of another layer": (memory_of_another_layer, "memory of"),
     "heads": (heads, "32 heads of queries and 1 of keys"),
-    "more heads than numbers": (more_heads_than_numbers, "numbers a token"),
+    "more heads than numbers": (more_heads_than_numbers, "attention is given"),
     "bias short": (bias_short, "'bias' is"),
     "groups": (groups, "other inputs than"),
     "scales short": (scales_short, "'few' is"),
@@ -356,13 +399,18 @@ REFUSED = {
     "input more": (input_more, "unknown input more"),
     "no logits": (no_logits, "does not give logits"),
     "says that it is invariant": (says_that_it_is_invariant, "claims to be edgelm.invariant"),
-    "columns sliced": (columns_sliced, "cannot load"),
-}
-ANSWERED = {
-    "9 dimensions": lambda case: more_dimensions(case, 7),
-    "40 dimensions": lambda case: more_dimensions(case, 38),
-    "400 dimensions": lambda case: more_dimensions(case, 398),
-    "columns of the tokens": columns_of_the_given_tokens,
+    "columns sliced": (columns_sliced, "Slice of"),
+    "9 dimensions": (lambda case: more_dimensions(case, 7), "few stored whole numbers"),
+    "400 dimensions": (lambda case: more_dimensions(case, 398), "few stored whole numbers"),
+    "5 dimensions": (lambda case: more_dimensions(case, 3), "Reshape of"),
+    "columns of the tokens": (columns_of_the_given_tokens, "Reshape of"),
+    "tokens repeated": (tokens_repeated, "Gather is given"),
+    "tokens out of order": (out_of_order, "before it is made"),
+    "rows of its own": (rows_of_its_own, "is looked up by"),
+    "a shorter table": (shorter_table, "is looked up by"),
+    "weights of a norm": (norm_short, "is normalized with"),
+    "halves of another size": (halves, "Split of"),
+    "a sum of others": (sum_of_others, "Add is given"),
 }
 
 
@@ -397,18 +445,6 @@ def test_it_is_refused(hostile, cache, kind):
         logits_of(hostile.sealed(), cache)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", ANSWERED)
-def test_it_answers_or_is_refused_when_it_is_computed(hostile, cache, kind):
-    ANSWERED[kind](hostile)
-    try:
-        assert logits_of(hostile.sealed(), cache).shape == (2, 2048)
-    except edgelm.EdgelmError as error:
-        said = str(error)
-    else:
-        said = ""
-    assert "\n" not in said
 
 
 def test_the_bundle_as_it_is_passes(hostile, cache):

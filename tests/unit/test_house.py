@@ -25,6 +25,7 @@ FLOORS = [
     {"tuning", "tokenizer", "growing", "trial"},
     {"graphs", "static_tokens", "constraints"},
     {"probe"},
+    {"graph_shapes"},
     {"graph_check"},
     {"weights"},
     {"session"},
