@@ -27,6 +27,8 @@ from edgelm.messages import Constraint
 
 LIMIT_S: Final = 3.0
 """How long a constraint may take, compiled and followed for `STEPS` tokens."""
+SPARE_CPU_S: Final = 10
+"""Processor time beside that, after which a child whose parent is gone ends by itself."""
 START_S: Final = 60.0
 """How long a child may take to read the tokenizer."""
 MEMORY_BYTES: Final = 256_000_000
@@ -133,6 +135,9 @@ def serve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     threading.stack_size(STACK_BYTES)
     for line in sys.stdin:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        spent = int(used.ru_utime + used.ru_stime + LIMIT_S) + SPARE_CPU_S
+        resource.setrlimit(resource.RLIMIT_CPU, (spent, resource.RLIM_INFINITY))  # should the parent be gone meanwhile
         asked = json.loads(line)
         value = tuple(asked["value"]) if isinstance(asked["value"], list) else asked["value"]
         answer: dict[str, Any] = {}
