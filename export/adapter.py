@@ -193,7 +193,10 @@ def open_adapter(path: str | Path, config: Mapping[str, Any]) -> Adapter:
             replacements[module.replace(".base_layer.", ".")] = key
         else:
             halves.setdefault(module, {})[kind] = key
-    products = {f"{module}.weight": _product(file, module, found, shapes, options) for module, found in halves.items()}
+    settings = options.settings(list(halves))
+    products = {
+        f"{module}.weight": _product(file, module, found, shapes, *settings[module]) for module, found in halves.items()
+    }
     _check_replacements(file, options, replacements)
     if not products and not replacements:
         raise CheckpointError(f"{file} holds no tensors: the adapter is empty")
@@ -225,7 +228,7 @@ def _split(key: str) -> tuple[str, str | None]:
 
 
 def _product(
-    file: Path, module: str, found: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], options: AdapterOptions
+    file: Path, module: str, found: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], rank: int, scale: float
 ) -> Product:
     """Pair the two factors of a module; they must agree with each other and with the rank of the options."""
     is_embedding = any(kind.startswith("embedding") for kind in found)
@@ -233,13 +236,12 @@ def _product(
     if set(found) != set(kinds):
         raise CheckpointError(f"{file}: {module} needs both LoRA factors, A and B; found {', '.join(sorted(found))}")
     a, b = (found[kind] for kind in kinds)
-    rank = options.rank(module)
     if len(shapes[a]) != 2 or len(shapes[b]) != 2 or not shapes[a][0] == shapes[b][1] == rank:
         raise CheckpointError(
             f"{file}: {module} has factors {list(shapes[a])} and {list(shapes[b])}, but {CONFIG} says rank {rank}:"
             " they do not belong together"
         )
-    return Product(a, b, options.scale(module), is_embedding)
+    return Product(a, b, scale, is_embedding)
 
 
 def _check_replacements(file: Path, options: AdapterOptions, replacements: Collection[str]) -> None:

@@ -7,14 +7,14 @@ LoRA", section 3). Options and their meaning as in PEFT 0.21.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from edgelm.errors import CheckpointError
 
+from .adapter_patterns import PatternError, first_matches
 from .checkpoint import read_json
 
 CONFIG: Final = "adapter_config.json"
@@ -57,24 +57,30 @@ class AdapterOptions:
     modules_to_save: tuple[str, ...]
     ensure_weight_tying: bool
 
-    def rank(self, module: str) -> int:
-        """Return the rank of a module's factors. Raises `CheckpointError` for a pattern that cannot be read."""
-        return int(self._matching(self.rank_pattern, self.r, module))
+    def settings(self, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """Return for each module the rank of its factors and what their product is multiplied with.
 
-    def scale(self, module: str) -> float:
-        """Return what a module's product is multiplied with. Raises as `rank` does."""
-        rank = self.rank(module)
-        return self._matching(self.alpha_pattern, self.lora_alpha, module) / (rank**0.5 if self.use_rslora else rank)
+        Raises `CheckpointError` for a pattern that cannot be read, and where matching takes too long.
+        """
+        ranks = self._matching("rank_pattern", self.rank_pattern, self.r, modules)
+        alphas = self._matching("alpha_pattern", self.alpha_pattern, self.lora_alpha, modules)
+        found = {}
+        for module, rank, alpha in zip(modules, map(int, ranks), alphas, strict=True):
+            found[module] = (rank, alpha / (rank**0.5 if self.use_rslora else rank))
+        return found
 
-    def _matching(self, patterns: Mapping[str, float], default: float, module: str) -> float:
-        """Return the value of the first pattern that is the module's name or the end of it, as PEFT matches them."""
-        for pattern, value in patterns.items():
-            try:
-                if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                    return value
-            except re.error as error:
-                raise CheckpointError(f"{self.file}: the pattern {pattern!r} cannot be read: {error}") from error
-        return default
+    def _matching(
+        self, option: str, patterns: Mapping[str, float], default: float, modules: Sequence[str]
+    ) -> list[float]:
+        """Return for each module the value of the first pattern that is its name or the end of it."""
+        values = list(patterns.values())
+        try:
+            found = first_matches(list(patterns), modules)
+        except PatternError as error:
+            raise CheckpointError(
+                f"{self.file}: {option}: {error}; write the modules' names, such as q_proj, in their place"
+            ) from error
+        return [default if i is None else values[i] for i in found]
 
 
 def read_options(folder: Path) -> AdapterOptions:

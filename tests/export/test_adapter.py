@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TinyLlama, save_tensors, write_json
 
 pytest.importorskip("safetensors", reason="needs pip install 'edgelm[export]'")
 
 from edgelm_export.adapter import Adapted, Adapter, open_adapter
+from edgelm_export.adapter_patterns import first_matches
 from edgelm_export.checkpoint import Checkpoint, open_checkpoint
 
 from edgelm.errors import CheckpointError
@@ -129,6 +132,48 @@ def test_patterns_give_a_module_its_own_rank_and_alpha(folder: Path) -> None:
         weight = BASE.tensors()[f"{module}.weight"]
         a, b = (stored[f"base_model.model.{module}.lora_{half}.weight"] for half in "AB")
         np.testing.assert_allclose(adapter.apply(f"{module}.weight", weight), weight + scale * (b @ a), atol=1e-4)
+
+
+@given(
+    patterns=st.lists(
+        st.tuples(
+            st.text("ab.", min_size=1, max_size=4), st.sampled_from(["", "", r"\.", "1+", ".*", "[ab]", "(a|b)"])
+        ).map("".join),
+        min_size=1,
+        max_size=4,
+    ),
+    names=st.lists(st.text("ab.1\n", min_size=1, max_size=8), min_size=1, max_size=4),
+)
+@settings(max_examples=60, deadline=None)
+def test_patterns_match_as_peft_matches_them(patterns: list[str], names: list[str]) -> None:
+    expected = [
+        next((i for i, each in enumerate(patterns) if re.fullmatch(rf"(.*\.)?({each})", name)), None) for name in names
+    ]
+    assert first_matches(patterns, names) == expected
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["(_|[a-z]+)+$x", "((.*)*)*y", "(.|_)*(.|_)*(.|_)*(.|_)*(.|_)*(.|_)*(.|_)*9", "q_proj_" + "(a|aa)" * 40 + "b"],
+)
+def test_a_pattern_that_never_ends_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, option: str, pattern: str
+) -> None:
+    monkeypatch.setattr("edgelm_export.adapter_patterns.LIMIT_S", 1.0)
+    module = f"{QUERY}_{'a' * 60}"
+    stored = {key.replace(QUERY, module): value for key, value in factors(QUERY, 4).items()}
+    begun = time.monotonic()
+    told = refused(save(folder, stored, **{option: {pattern: 4}}))
+    assert f"{option}: the patterns take longer than 1 s" in told
+    assert "names, such as q_proj" in told
+    assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_expressions_of_what_was_adapted_are_not_matched(folder: Path, option: str) -> None:
+    """The tensors say what was adapted."""
+    opened(save(folder, factors(QUERY, 4), **{option: "(a+)+$" * 20 + "("})).check(NAMES)
 
 
 def test_a_module_saved_whole_takes_the_place_of_the_bases(folder: Path) -> None:
