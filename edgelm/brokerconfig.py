@@ -5,6 +5,8 @@ Owns the form of a broker's URL. Knows nothing of MQTT's packets.
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Final
 from urllib.parse import unquote, urlsplit
 
 from edgelm.errors import ConfigError
+
+LOG: Final = logging.getLogger(__name__)
 
 DEFAULT_PORTS: Final[dict[str, int]] = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443, "unix": 0}
 
@@ -72,6 +76,16 @@ class BrokerUrl:
         return f"{self.scheme}://{host}:{self.port}{self.path}"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this machine's own; names are not looked up."""
+    if host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
 def _without_password(text: str) -> str:
     """Return a URL, well formed or not, without what stands before its last @."""
     return re.sub(r"^([a-z]+://)?.*@", r"\1...@", text, flags=re.DOTALL)
@@ -97,6 +111,9 @@ class BrokerConfig:
             path = getattr(self, name)
             if path and not Path(path).is_file():
                 raise ConfigError(f"{name}: there is no file {path}")
+        if self.certfile:  # without a file for the key, it stands beside the certificate
+            name, path = ("keyfile", self.keyfile) if self.keyfile else ("certfile, which holds the key", self.certfile)
+            _refuse_readable(name, Path(path))
         if self.password and not (self.username or self.url.username):
             raise ConfigError("a password needs a user name: --username NAME")
 
@@ -105,14 +122,23 @@ class BrokerConfig:
         """The user name, given by itself or in the URL."""
         return self.username or self.url.username
 
+    def warn(self) -> None:
+        """Log a warning where the password goes over a network that anyone on the way can read."""
+        url = self.url
+        if self.password and not url.is_encrypted and url.scheme != "unix" and not is_loopback(url.host):
+            LOG.warning(
+                "the password goes to %s unencrypted, and anyone on the way can read it: use %s:// (--cafile FILE where"
+                " the broker's certificate is signed by a CA of your own)",
+                url,
+                {"mqtt": "mqtts", "ws": "wss"}[url.scheme],
+            )
+
 
 def read_password(path: str) -> str:
     """Return the first line of a file that only its owner can read; raise `ConfigError` otherwise."""
     file = Path(path)
     try:
-        mode = file.stat().st_mode & 0o777
-        if mode & 0o077:
-            raise ConfigError(f"password_file: others can read {path} (mode {mode:04o}); run: chmod 600 {path}")
+        _refuse_readable("password_file", file)
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
@@ -120,3 +146,10 @@ def read_password(path: str) -> str:
     if not lines or not lines[0]:
         raise ConfigError(f"password_file: {path} is empty")
     return lines[0]
+
+
+def _refuse_readable(what: str, file: Path) -> None:
+    """Raise `ConfigError` where others than the owner can read or change a secret. Raises `OSError` without a file."""
+    mode = file.stat().st_mode & 0o777
+    if mode & 0o077:
+        raise ConfigError(f"{what}: others can read {file} (mode {mode:04o}); run: chmod 600 {file}")

@@ -102,6 +102,11 @@ class ServeConfig:
         url = BrokerUrl.parse(self.mqtt)
         if self.embedded_broker and url.scheme != "mqtt":
             raise ConfigError(f"embedded_broker: it listens on mqtt:// only, not on {url.scheme}://")
+        user = self.username or url.username
+        if self.embedded_broker and user and not (self.password or self.password_file):
+            raise ConfigError(
+                f"embedded_broker: the user name {user!r} needs a password, which it asks of clients: --password-file"
+            )
 
     @property
     def models(self) -> tuple[str, ...]:

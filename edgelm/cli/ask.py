@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
         print(delta, end="", flush=True)
         shown.append(delta)
 
-    with Asker(broker_from(args), args.board) as asker:
+    broker = broker_from(args)
+    broker.warn()
+    with Asker(broker, args.board) as asker:
         try:
             final = answer_to(asker, ask, show if ask.stream else None)
         except BaseException:

@@ -11,7 +11,6 @@ import time
 from contextlib import ExitStack
 from typing import Any, Final
 
-from edgelm.brokerconfig import BrokerUrl
 from edgelm.cli.flags import add_credential_flags, add_loading_flags
 from edgelm.config import SETTINGS, load_config
 from edgelm.mqtt.board import open_board
@@ -38,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--board", metavar="NAME", help="this board's name in topics (the host's name)")
     parser.add_argument("--config", metavar="FILE", help="a TOML file of settings")
     parser.add_argument(
-        "--embedded-broker", action="store_true", default=None, help="be the broker too (MQTT 3.1.1), at the URL"
+        "--embedded-broker",
+        action="store_true",
+        default=None,
+        help="be the broker too (MQTT 3.1.1), at the URL, for trying out; asks clients for --username and the password",
     )
     parser.add_argument("--max-batch", type=int, metavar="N", help="requests decoded together (4)")
     parser.add_argument("--queue", type=int, metavar="N", help="requests that may wait (8)")
@@ -63,10 +65,14 @@ def run(args: argparse.Namespace) -> int:
     flags["model"] = tuple(args.model) if args.model else None
     config = load_config(args.config, None, flags)
     _log_as(config.log_format)
+    broker = config.broker
     with ExitStack() as stack:
         if config.embedded_broker:
-            url = BrokerUrl.parse(config.mqtt)
-            stack.enter_context(EmbeddedBroker(url.host, url.port))
+            stack.enter_context(
+                EmbeddedBroker(broker.url.host, broker.url.port, username=broker.user, password=broker.password)
+            )
+        else:
+            broker.warn()
         service = stack.enter_context(open_board(config))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: service.stop())

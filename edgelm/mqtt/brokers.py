@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+from edgelm.brokerconfig import is_loopback
 from edgelm.errors import EdgelmError, MissingExtraError
 
 log = logging.getLogger(__name__)
@@ -118,18 +119,28 @@ class Mosquitto(LocalBroker):
 
 
 class EmbeddedBroker(LocalBroker):
-    """amqtt on a thread of its own: MQTT 3.1.1 only, nothing kept, for demonstrations and small homes.
+    """amqtt on a thread of its own: MQTT 3.1.1 only, nothing kept, for trying things out. Its limits: `mqtt.embedded`.
 
     Parameters
     ----------
     host, port
         Where to listen; by default a free port of the loopback interface.
+    username, password
+        What every client must give; without them everyone who reaches the port is let in.
     """
 
-    def __init__(self, host: str = LOOPBACK, port: int | None = None) -> None:
+    def __init__(
+        self,
+        host: str = LOOPBACK,
+        port: int | None = None,
+        *,
+        username: str | None = None,
+        password: str | None = None,
+    ) -> None:
         self.name = "amqtt, the embedded broker"
         self.port = free_port() if port is None else port
         self._host = host
+        self._username, self._password = username, password
         self._stopping: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = threading.Event()
@@ -139,11 +150,17 @@ class EmbeddedBroker(LocalBroker):
     def start(self) -> None:
         """Start amqtt; raise `MissingExtraError` where it is not installed, `EdgelmError` where it cannot listen."""
         try:
-            self._module: Any = import_module("amqtt.broker")
+            self._module: Any = import_module("edgelm.mqtt.embedded")
         except ModuleNotFoundError as error:
             raise MissingExtraError("the embedded broker", "broker", error.name or "amqtt") from error
         for noisy in ("amqtt", "transitions"):
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        if not is_loopback(self._host):
+            if self._username is None:
+                problem = "lets everyone in who reaches it: give --username and --password-file, or listen on"
+            else:
+                problem = "is given passwords unencrypted: use a broker with TLS, such as mosquitto, or listen on"
+            log.warning("the embedded broker at %s:%d %s mqtt://%s", self._host, self.port, problem, LOOPBACK)
         self._thread.start()
         self._ready.wait(START_WITHIN_S)
         if self._failure is not None:
@@ -172,7 +189,7 @@ class EmbeddedBroker(LocalBroker):
             "listeners": {"default": {"type": "tcp", "bind": f"{self._host}:{self.port}"}},
             "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
         }
-        broker = self._module.Broker(config)
+        broker = self._module.LimitedBroker(config, self._username, self._password)
         await broker.start()
         self._ready.set()
         await self._stopping.wait()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.brokerconfig import BrokerUrl
+from edgelm.brokerconfig import BrokerConfig, BrokerUrl
 from edgelm.config import NAME, RESERVED_NAMES, SETTINGS, ServeConfig, check_name, default_board, load_config
 from edgelm.errors import ConfigError
 
@@ -188,3 +188,46 @@ def test_names_are_those_that_a_topic_level_can_be(name: str) -> None:
     else:
         with pytest.raises(ConfigError, match="board"):
             check_name("board", name)
+
+
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [
+        ("mqtt://broker.example", "mqtts://"),
+        ("mqtt://192.0.2.1:1883", "mqtts://"),
+        ("ws://[2001:db8::1]:80/mqtt", "wss://"),
+        ("mqtts://broker.example", ""),
+        ("mqtt://localhost", ""),
+        ("mqtt://127.8.8.8", ""),
+        ("mqtt://[::1]", ""),
+        ("unix:///run/mosquitto.sock", ""),
+    ],
+)
+def test_a_password_that_others_can_read_on_its_way_is_warned_of(
+    url: str, warned: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = BrokerConfig(url=BrokerUrl.parse(url), username="me", password="hunter2")
+    broker.warn()
+    assert len(caplog.messages) == (1 if warned else 0)
+    assert warned in caplog.text
+    assert "hunter2" not in caplog.text
+    caplog.clear()
+    BrokerConfig(url=BrokerUrl.parse(url), username="me").warn()
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620])
+def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
+    files = {name: tmp_path / name for name in ("certificate", "key")}
+    for file in files.values():
+        file.write_text("x")
+        file.chmod(0o644)
+    files["key"].chmod(mode)
+    url = BrokerUrl.parse("mqtts://broker.example")
+    both = {"certfile": str(files["certificate"]), "keyfile": str(files["key"])}
+    with pytest.raises(ConfigError, match=r"keyfile: others can read .*chmod 600"):
+        BrokerConfig(url=url, **both)
+    files["key"].chmod(0o600)
+    BrokerConfig(url=url, **both)
+    with pytest.raises(ConfigError, match="certfile, which holds the key: others can read"):
+        BrokerConfig(url=url, certfile=str(files["certificate"]))

@@ -47,6 +47,7 @@ SOLE_IMPORTERS = {
     "llguidance": {"edgelm/grammar.py"},
     "tokenizers": {"edgelm/tokenizer.py"},
     "jinja2": {"edgelm/chat.py"},
+    "amqtt": {"edgelm/mqtt/embedded.py"},
 }
 HEAVY = {"onnx", "torch", "transformers", "optimum", "safetensors", "ml_dtypes", "huggingface_hub", "gguf"}
 RUNTIME = {
@@ -58,6 +59,7 @@ RUNTIME = {
     "jinja2",
     "llguidance",
     "paho",
+    "amqtt",  # of an extra, and imported only by name
     "tomllib",
     "tomli",
 }
