@@ -148,19 +148,20 @@ class Conversations:
         name = _name_of(request)
         return name is not None and any(_name_of(turn.request) == name for turn in self._turns.values())
 
-    def begin(self, request: Request) -> None:
-        """Take a request, none of whose session is being answered; `settle` must follow."""
+    def begin(self, request: Request) -> Conversation:
+        """Take a request, none of whose session is being answered, and return what was said; `settle` must follow."""
         name = _name_of(request)
-        if name is not None:
-            self._turns[request.id] = _Turn(request, self._known.get(name, Conversation()), ends=request.end_session)
+        if name is None:
+            return Conversation()
+        before = self._known.get(name, Conversation())
+        self._turns[request.id] = _Turn(request, before, ends=request.end_session)
+        return before
 
-    def prompt(self, request: Request) -> list[int]:
-        """Return the tokens of a request's prompt, after those of its session.
+    def asked(self, before: Conversation, request: Request) -> Conversation:
+        """Return a conversation with a request's prompt behind it. Callable from any thread.
 
         Raises `RequestError("bad_request")` as `Conversation.ask` does, and where the session outgrows the context.
         """
-        turn = self._turns.get(request.id)
-        before = Conversation() if turn is None else turn.before
         asked = before.ask(request, self._tokenizer)
         if before.turns and len(asked.tokens) >= self._context:
             raise RequestError(
@@ -168,6 +169,11 @@ class Conversations:
                 f"this session has {len(before.tokens)} tokens, {len(asked.tokens)} with what is asked now, and the"
                 f" context holds {self._context} with at least one for the answer: end the session to begin anew",
             )
+        return asked
+
+    def read(self, request: Request, asked: Conversation) -> list[int]:
+        """Note what `asked` returned for a request, and return the tokens of its prompt, after those of its session."""
+        turn = self._turns.get(request.id)
         if turn is not None:
             turn.asked = asked
         return list(asked.tokens)

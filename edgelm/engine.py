@@ -1,13 +1,14 @@
 """Decoding many requests together: `step()` admits, prefills a chunk, decodes one batch, samples, finishes.
 
-No I/O, no clock but `time.monotonic`; threads are those of onnxruntime, and one that makes constraints ready.
+No I/O, no clock but `time.monotonic`; threads are those of onnxruntime, and two beside that make constraints and long
+prompts ready.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Final
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgelm.boardcache import BoardCache
 from edgelm.bundle import Bundle
+from edgelm.conversations import Conversation
 from edgelm.drafts import NOTHING, Drafter
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.intake import Intake
@@ -28,7 +30,7 @@ from edgelm.session import Session, open_session
 from edgelm.tuning import THREADS_LIMIT
 
 PATIENCE_S: Final = 0.02
-"""How long a step waits for a constraint where there is nothing else to do: then it looks at deadlines again."""
+"""How long a step waits for a constraint or a prompt where there is nothing else to do; then it looks at deadlines."""
 
 MOST_ROWS: Final = 1024
 """Most requests decoded together."""
@@ -106,9 +108,9 @@ class Engine:
     def step(self) -> list[Chunk]:
         """Do one round of work; return what clients are to see, in order."""
         self._drop_ended()
-        if not self._rows.held and not any(entry.is_ready for entry in self._waiting):
-            self._await_constraints()
         self._admit()
+        if not self._rows.held and not self._ready and self._await_others():
+            self._admit()
         self._decode(PREFILL_CHUNK - self._prefill())
         return self._take_ready()
 
@@ -162,7 +164,6 @@ class Engine:
             entry = self._next_waiting()
             if entry is None:
                 return
-            self.conversations.begin(entry.request)
             sequence = self._open(entry)
             self._waiting.remove(entry)  # not before: were opening it to break the step, it would get no final
             if sequence is None:
@@ -171,28 +172,42 @@ class Engine:
             self._show(sequence, sequence.start())
 
     def _next_waiting(self) -> Waiting | None:
-        """Return the oldest request that can begin: its constraint is ready, nothing of its session is before it."""
+        """Return the oldest request that can begin: all is ready for it, nothing of its session is before it."""
         behind: set[tuple[str | None, str]] = set()
         for entry in self._waiting:
             request = entry.request
             session = None if request.session is None else (request.client, request.session)
-            if not entry.is_ready:
-                if session is not None:
-                    behind.add(session)
+            if session in behind:
                 continue
-            if session not in behind and not self.conversations.is_answering(request):
-                return entry
+            if entry.is_constrained and (entry.reading is not None or not self.conversations.is_answering(request)):
+                if entry.reading is None:
+                    entry.reading = self._read(request)
+                if entry.reading.done():
+                    return entry
+            if session is not None:
+                behind.add(session)
         return None
 
-    def _await_constraints(self) -> None:
-        """Wait a little for a constraint that is being made ready, as there is nothing else to do."""
-        wait([entry.prepared for entry in self._waiting if entry.prepared], PATIENCE_S, FIRST_COMPLETED)
+    def _read(self, request: Request) -> Future[Conversation]:
+        before = self.conversations.begin(request)
+        if not request.asks_nothing:
+            return self._intake.read(request, before)
+        nothing: Future[Conversation] = Future()
+        nothing.set_result(before)
+        return nothing
+
+    def _await_others(self) -> bool:
+        """Wait a little for a constraint or a prompt that is being made ready; return whether there is one."""
+        missing = [future for entry in self._waiting for future in entry.missing]
+        if missing:
+            wait(missing, PATIENCE_S, FIRST_COMPLETED)
+        return bool(missing)
 
     def _open(self, entry: Waiting) -> Sequence | None:
         """Return a request's sequence, or None for one that ends here: with an error, or because it asks nothing."""
         try:
-            if not entry.request.asks_nothing:
-                return self._intake.open(entry.request, entry.submitted, entry.prepared)
+            if not entry.request.asks_nothing and entry.reading is not None:
+                return self._intake.open(entry.request, entry.submitted, entry.reading.result(), entry.prepared)
             self._ready.append(entry.end("stop"))
         except RequestError as error:
             self._ready.append(entry.end("error", error))

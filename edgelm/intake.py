@@ -1,21 +1,29 @@
-"""Requests made ready to run: text to tokens, a constraint to its matcher, everything checked against the model."""
+"""Requests made ready to run: text to tokens, a constraint to its matcher, everything checked against the model.
+
+What can take longer than a token is done on threads beside the engine's: a long prompt (64 KB take up to 0.1 s), a
+constraint, the sampler's kernels. Short prompts are read at once.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Final
 
+from edgelm.background import Background, complete
 from edgelm.bundle import Bundle
 from edgelm.constraints import Constraints
-from edgelm.conversations import Conversations
+from edgelm.conversations import Conversation, Conversations
 from edgelm.errors import RequestError
 from edgelm.messages import Request
+from edgelm.sampling import is_loaded, needs_kernels, warm_up
 from edgelm.sequence import Sequence
 from edgelm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from edgelm.grammar import Matcher
+
+SHORT: Final = 4000
+"""Characters of a prompt, its session and what goes with it that are read at once: some milliseconds."""
 
 
 class Intake:
@@ -29,6 +37,7 @@ class Intake:
         self._constraints = Constraints(bundle.tokenizer, manifest.vocab_size, manifest.eos_tokens)
         self.tokenizer = Tokenizer.of_bundle(bundle)
         self.conversations = Conversations(self.tokenizer, context)
+        self._background = Background("edgelm-prompts")
 
     def prepare(self, request: Request) -> Future[Matcher] | None:
         """Have a request's constraint made ready on another thread; None where it has none."""
@@ -37,16 +46,48 @@ class Intake:
     def close(self) -> None:
         """Stop preparing."""
         self._constraints.close()
+        self._background.close()
 
-    def open(self, request: Request, submitted: float, prepared: Future[Matcher] | None = None) -> Sequence:
+    def read(self, request: Request, before: Conversation) -> Future[Conversation]:
+        """Return what will have a conversation with a request's prompt behind it; done already where that is quick.
+
+        `before` is what `Conversations.begin` returned. The future may hold a `RequestError`.
+        """
+        needs_loading = needs_kernels(request.sampling) and not is_loaded()
+
+        def work() -> Conversation:
+            try:
+                if needs_loading:
+                    warm_up()
+                return self.conversations.asked(before, request)
+            except RequestError:
+                raise
+            except BaseException as error:  # a library's panic is no Exception, and concerns this request alone
+                raise RequestError("internal", f"the prompt failed: {type(error).__name__}: {error}") from error
+
+        if needs_loading or not self._is_quick(request, before):
+            return self._background.run(work)
+        future: Future[Conversation] = Future()
+        complete(work, future)
+        return future
+
+    def _is_quick(self, request: Request, before: Conversation) -> bool:
+        if request.messages is None and not request.is_templated:
+            rest = request.prompt or ""
+        else:
+            rest = repr((request.prompt, request.messages, request.system, request.tools, request.template_vars))
+        return len(before.text) + len(rest) <= SHORT and not self.tokenizer.must_prepare_for(rest)
+
+    def open(
+        self, request: Request, submitted: float, asked: Conversation, prepared: Future[Matcher] | None
+    ) -> Sequence:
         """Return a request's sequence. Raises `RequestError` for a prompt or a constraint that cannot be used.
 
-        `prepared` is what `prepare` returned; what is not ready yet is waited for.
+        `asked` is what `read` gave, `prepared` what `prepare` returned; what is not ready yet is waited for.
         """
-        prepared = prepared or self.prepare(request)
         return Sequence(
             request,
-            self.checked(self.conversations.prompt(request)),
+            self.checked(self.conversations.read(request, asked)),
             tokenizer=self.tokenizer,
             vocab_size=self._bundle.manifest.vocab_size,
             context=self._context,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from edgelm.tokenizer import StreamDecoder, Tokenizer
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from edgelm.conversations import Conversation
     from edgelm.grammar import Matcher
 
 PROMPT_TAIL = 8
@@ -198,7 +199,7 @@ class Sequence:
         return chunk
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Waiting:
     """A request that has no row, and when it came, in seconds of `time.monotonic`."""
 
@@ -206,11 +207,18 @@ class Waiting:
     submitted: float
     prepared: Future[Matcher] | None = None
     """Its constraint, which is being made ready."""
+    reading: Future[Conversation] | None = None
+    """Its prompt, which is being read, once nothing of its session is before it."""
 
     @property
-    def is_ready(self) -> bool:
+    def is_constrained(self) -> bool:
         """Whether it has no constraint, or one that is ready or was refused."""
         return self.prepared is None or self.prepared.done()
+
+    @property
+    def missing(self) -> list[Future[Any]]:
+        """What it waits for that others are doing."""
+        return [each for each in (self.prepared, self.reading) if each is not None and not each.done()]
 
     def end(self, reason: FinishReason, error: RequestError | None = None) -> Chunk:
         """Return the only chunk of a request that never ran."""

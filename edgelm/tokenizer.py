@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 from functools import cached_property
@@ -135,7 +136,7 @@ class Tokenizer:
             With code "bad_request" when the text holds lone surrogates.
         """
         _check_unicode(text)
-        return list(self._inner.encode(text, add_special_tokens=add_special_tokens).ids)
+        return _ids(self._inner, text, add_special_tokens)
 
     def encode_further(self, text: str) -> list[int]:
         """Return the tokens of a text that goes on from another: no special ones are added, and no space before it.
@@ -162,7 +163,13 @@ class Tokenizer:
         if renamed is None:
             return self.encode(prompt.text, add_special_tokens=False)
         _check_unicode(renamed)
-        return list(self._renamed.encode(renamed, add_special_tokens=False).ids)
+        return _ids(self._renamed, renamed, False)
+
+    def must_prepare_for(self, text: str) -> bool:
+        """Whether a text spells a special token for the first time, which takes up to a second to prepare for."""
+        if "_renamed" in self.__dict__ or self._chat_template is None:
+            return False
+        return any(token in self._stand_ins for _, token in self._added.find(text))
 
     def _rename(self, prompt: Prompt) -> str | None:
         """Return a prompt with the special tokens of the template under the names that `_renamed` has for them.
@@ -271,6 +278,7 @@ class Tokenizer:
 
 def _read(path: str | Path, vocab_size: int | None = None) -> tokenizers.Tokenizer:
     """Read a tokenizer.json; with `vocab_size` without added tokens that lie outside it. Raises `BundleError`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it starts threads, and complains when we fork
     from tokenizers import Tokenizer as Inner
 
     if not Path(path).is_file():
@@ -282,6 +290,11 @@ def _read(path: str | Path, vocab_size: int | None = None) -> tokenizers.Tokeniz
     except Exception as error:  # the library raises plain Exception
         raise BundleError(f"{path}: not a tokenizer.json that we can read: {error}") from error
     return inner
+
+
+def _ids(inner: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """Return the tokens of a text. Other threads go on meanwhile: only the library's call for many texts lets them."""
+    return list(inner.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
 
 
 def _check_unicode(text: str) -> None:

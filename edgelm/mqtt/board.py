@@ -15,7 +15,7 @@ from edgelm.engine import Engine
 from edgelm.errors import EdgelmError
 from edgelm.mqtt.desk import ServedModel
 from edgelm.mqtt.service import Service
-from edgelm.sampling import warm_up
+from edgelm.sampling import ensure_compiled, warm_up
 from edgelm.store import BUILTIN
 from edgelm.weights import open_verified
 from edgelm.worker import Worker
@@ -46,6 +46,8 @@ def open_board(config: ServeConfig, on_online: Callable[[], None] | None = None)
             models.append(model)
             if bundle.manifest.sampling.temperature > 0:
                 warm_up()  # compiling takes seconds, which the first request would wait for
+            else:
+                ensure_compiled()  # a request may have a temperature of its own
             if left_mb is not None:
                 left_mb -= (engine.memory.total - engine.memory.program) // 1_000_000
             worker.start()

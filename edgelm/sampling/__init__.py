@@ -1,9 +1,10 @@
 """Choosing the next token: `Sampler` orders the steps, `kernels` computes them.
 
 Importing this package loads numpy alone. Numba (65 MB, 0.4 s) comes with the first request that truly samples, or
-with `warm_up`.
+with `warm_up`; `ensure_compiled` sees to it that nothing is left to compile then.
 """
 
-from edgelm.sampling.sampler import Sampler, warm_up
+from edgelm.sampling.ready import ensure_compiled
+from edgelm.sampling.sampler import Sampler, is_loaded, needs_kernels, warm_up
 
-__all__ = ["Sampler", "warm_up"]
+__all__ = ["Sampler", "ensure_compiled", "is_loaded", "needs_kernels", "warm_up"]

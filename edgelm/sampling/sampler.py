@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -55,7 +56,7 @@ class Sampler:
         self._greedy = params.temperature == 0.0
         self._penalizes = params.repetition_penalty != 1.0
         self._kernels: tuple[ModuleType, ModuleType] | None = None
-        if self._greedy and not self._penalizes:
+        if not needs_kernels(params):
             return
         self._kernels = _kernels()
         self._seen = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
@@ -142,6 +143,16 @@ def warm_up() -> None:
     A service calls this before it answers its first request.
     """
     _kernels()
+
+
+def needs_kernels(params: SamplingParams) -> bool:
+    """Whether a request that samples so needs the compiled kernels."""
+    return params.temperature != 0.0 or params.repetition_penalty != 1.0
+
+
+def is_loaded() -> bool:
+    """Whether the kernels are in this process, so that a request which needs them does not wait."""
+    return all(f"edgelm.sampling.{name}" in sys.modules for name in ("kernels", "penalties"))
 
 
 def _kernels() -> tuple[ModuleType, ModuleType]:

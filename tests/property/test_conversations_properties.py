@@ -202,15 +202,15 @@ def test_sessions_are_a_short_dictionary_of_what_was_used_last(ops, plain):
         request = Request(str(number), SAMPLING, session=session, client=client, end_session=what == "last", **given)
         before = expected.get(name)
         error = None if fault is None else RequestError(fault, "on purpose")
-        known.begin(request)
+        conversation = known.begin(request)
         assert known.is_answering(request)
         if not request.asks_nothing:
             if before and len(before) + len(tokens) >= CONTEXT:
                 with pytest.raises(RequestError, match=f"has {len(before)} tokens") as caught:
-                    known.prompt(request)
+                    known.asked(conversation, request)
                 error = caught.value
             else:
-                assert known.prompt(request) == [*(before or []), *tokens]
+                assert known.read(request, known.asked(conversation, request)) == [*(before or []), *tokens]
         done = Completion(request.id, "", (1, 2), "error" if error else "stop", error=error)
         last = Chunk(request.id, 0, "", None, True, done)
         assert known.settle(Chunk(request.id, 0, "a", 1)).completion is None
@@ -237,8 +237,7 @@ def test_a_session_that_is_answering_is_forgotten_once_it_is_done(plain):
     known = Conversations(plain, CONTEXT)
     for turn in itertools.count(1):
         request = Request(str(turn), SAMPLING, tokens=(1, 2), session="a")
-        known.begin(request)
-        known.prompt(request)
+        known.read(request, known.asked(known.begin(request), request))
         assert known.lengths() == {"a": 3 * (turn - 1)}
         if turn == 3:
             assert known.end("a")

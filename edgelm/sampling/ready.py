@@ -1,0 +1,60 @@
+"""The kernels compiled and kept before anyone wants them, without Numba in this process.
+
+A service whose bundle is greedy may never sample: it goes without Numba's 65 MB until a request has a temperature. What
+takes seconds, compiling, is done at its first start on a board, by a child process whose work the board cache keeps;
+loading that then takes a third of a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+from edgelm.boardcache import BoardCache
+from edgelm.sampling.sampler import warm_up
+
+LOG: Final = logging.getLogger(__name__)
+
+WITHIN_S: Final = 300.0
+CHILD: Final = "import sys; sys.path.insert(0, sys.argv[1]); from edgelm.sampling import warm_up; warm_up()"
+
+
+def ensure_compiled() -> None:
+    """Return when the kernels can be loaded from the board cache; where nothing can be kept, when they are loaded."""
+    marker = BoardCache.default().kernels / f"compiled-{_digest()}"
+    if marker.exists():
+        return
+    folder = str(Path(__file__).resolve().parents[2])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", CHILD, folder],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=WITHIN_S,
+            check=False,
+            start_new_session=True,  # Ctrl-C at a terminal is not for it
+        )
+        if done.returncode == 0:
+            marker.touch()
+            return
+        LOG.debug("the kernels were not compiled: %s", done.stderr.decode(errors="replace")[-500:])
+    except (OSError, subprocess.TimeoutExpired) as error:
+        LOG.debug("the kernels are not kept: %s", error)
+    warm_up()
+
+
+def _digest() -> str:
+    """Return what the compiled kernels belong to: sources, Numba, Python and processor."""
+    try:
+        numba = version("numba")
+    except PackageNotFoundError:
+        numba = ""
+    parts = [numba, platform.python_version(), platform.machine()]
+    parts += [f"{file.name} {file.stat().st_mtime_ns}" for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,204 @@
+"""Prompts and kernels made ready beside the engine: the same answers, in order, and nobody else waits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import edgelm
+from edgelm import intake
+from edgelm.bundle import MANIFEST
+from edgelm.errors import RequestError
+from edgelm.intake import SHORT
+from edgelm.model import Model
+
+if not (Path(edgelm.__file__).parent / "builtin" / MANIFEST).is_file():
+    pytest.skip(
+        "the built-in bundle is absent: python -m edgelm_export.distill.builtin makes it", allow_module_level=True
+    )
+
+LONG = "play some jazz " * (SHORT // 10)
+PATIENCE_S = 30.0
+
+
+@pytest.fixture
+def model() -> Iterator[Model]:
+    with edgelm.load("builtin", max_batch=2) as opened:
+        yield opened
+
+
+class Held:
+    """The tokenizer's encoding, which does not end for a long text until `release`."""
+
+    def __init__(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.release = threading.Event(), threading.Event()
+        self.threads: list[str] = []
+        tokenizer = model.worker.engine.tokenizer
+        encode = tokenizer.encode
+
+        def slow(text: str, add_special_tokens: bool = True) -> list[int]:
+            self.threads.append(threading.current_thread().name)
+            if len(text) > SHORT:
+                self.begun.set()
+                assert self.release.wait(PATIENCE_S)
+            return encode(text, add_special_tokens)
+
+        monkeypatch.setattr(tokenizer, "encode", slow)
+
+
+@pytest.fixture
+def held(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    holding = Held(model, monkeypatch)
+    yield holding
+    holding.release.set()
+
+
+def ended(function: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
+    """A thread that calls, and where its result or error will be."""
+    results: list[object] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except RequestError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, results
+
+
+def test_a_long_prompt_keeps_nobody_waiting(model: Model, held: Held) -> None:
+    thread, results = ended(lambda: model.generate(LONG, raw=True, max_tokens=2))
+    assert held.begun.wait(PATIENCE_S)
+    assert model.generate("play jazz", max_tokens=2).text  # meanwhile
+    assert not results
+    held.release.set()
+    thread.join(PATIENCE_S)
+    assert isinstance(results[0], RequestError)  # it is longer than the context
+    assert results[0].code == "bad_request"
+    assert "the context holds" in results[0].message
+    assert {"edgelm-prompts", "edgelm-worker"} == set(held.threads)
+
+
+def test_requests_of_a_session_stay_in_order_behind_a_long_prompt(model: Model, held: Held) -> None:
+    first, failed = ended(lambda: model.generate(LONG, raw=True, session="a", max_tokens=2))
+    assert held.begun.wait(PATIENCE_S)
+    second, answered = ended(lambda: model.generate("play jazz", raw=True, session="a", max_tokens=2))
+    time.sleep(0.2)
+    assert not answered
+    held.release.set()
+    first.join(PATIENCE_S)
+    second.join(PATIENCE_S)
+    assert isinstance(failed[0], RequestError)
+    assert getattr(answered[0], "turn", None) == 1  # the failed one left the session as it was
+
+
+def test_a_request_ends_at_its_deadline_while_its_prompt_is_read(model: Model, held: Held) -> None:
+    done = model.generate(LONG, raw=True, session="a", max_tokens=2, timeout_s=0.3)
+    assert (done.finish_reason, done.text) == ("deadline", "")
+    held.release.set()
+    assert model.generate("play jazz", raw=True, session="a", max_tokens=2).turn == 1
+
+
+def test_answers_are_the_same_whoever_reads_the_prompt(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(session: str) -> list[tuple[str, int | None]]:
+        said = [model.generate("play some jazz", session=session, max_tokens=9) for _ in range(2)]
+        said.append(model.generate(messages=[{"role": "user", "content": "set <|endoftext|> an alarm"}], max_tokens=9))
+        return [(each.text, each.turn) for each in said]
+
+    at_once = answers("a")
+    monkeypatch.setattr(intake, "SHORT", -1)
+    assert answers("b") == at_once
+
+
+def test_a_librarys_panic_fails_the_request_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        pass
+
+    def broken(text: str, add_special_tokens: bool = True) -> list[int]:
+        raise Panic("index out of bounds")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model.worker.engine.tokenizer, "encode", broken)
+        for prompt in ("short", LONG):
+            with pytest.raises(RequestError, match="Panic: index out of bounds") as caught:
+                model.generate(prompt, raw=True, max_tokens=2)
+            assert caught.value.code == "internal"
+    assert model.generate("play jazz", max_tokens=2).text
+
+
+def test_the_tokenizer_lets_other_threads_go_on(model: Model) -> None:
+    tokenizer = model.worker.engine.tokenizer
+    text = " " * 1_000_000
+    begun = time.monotonic()
+    tokenizer.encode(text)
+    alone = time.monotonic() - begun
+    thread, _ = ended(lambda: tokenizer.encode(text))
+    turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 5, f"{turns} turns while it encoded, which takes {alone:.2f} s"
+
+
+FIRST_SAMPLED = """
+import sys, threading, time
+import edgelm
+from edgelm.sampling import is_loaded, sampler
+begun, release = threading.Event(), threading.Event()
+load = sampler._kernels
+def slow():
+    begun.set()
+    assert release.wait(30)
+    return load()
+sampler._kernels = slow
+with edgelm.load("builtin", max_batch=2) as model:
+    assert not is_loaded()
+    said = []
+    thread = threading.Thread(target=lambda: said.append(model.generate("play", temperature=0.7, max_tokens=2, seed=1)))
+    thread.start()
+    assert begun.wait(30)
+    assert model.generate("play jazz", max_tokens=2).tokens  # meanwhile
+    assert not is_loaded() and not said
+    release.set()
+    thread.join(60)
+    assert is_loaded() and said[0].tokens
+"""
+
+
+def test_the_first_sampled_request_keeps_nobody_waiting() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_SAMPLED], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+ENSURE = """
+import sys, time
+from edgelm.sampling import ensure_compiled, is_loaded
+begun = time.monotonic()
+ensure_compiled()
+print(is_loaded(), "numba" in sys.modules, time.monotonic() - begun)
+"""
+
+
+def test_a_greedy_service_compiles_at_its_first_start_and_loads_nothing(tmp_path: Path) -> None:
+    def start(folder: Path) -> list[str]:
+        environment = {"EDGELM_CACHE_DIR": str(folder), "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(
+            [sys.executable, "-c", ENSURE], capture_output=True, text=True, timeout=240, check=False, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    first, second = start(tmp_path / "cache"), start(tmp_path / "cache")
+    assert first[:2] == second[:2] == ["False", "False"]
+    assert list((tmp_path / "cache").rglob("*.nbi"))
+    assert float(second[2]) < float(first[2]) / 3
