@@ -18,6 +18,7 @@ from typing import Final, NoReturn
 from edgelm._version import __version__
 from edgelm.cli.suggest import meant
 from edgelm.errors import EdgelmError, UsageError
+from edgelm.terminal import shown_output
 
 COMMANDS: Final[dict[str, str]] = {
     "demo": "start a broker, serve the built-in model, ask it three things, stop",
@@ -42,6 +43,9 @@ COMMANDS: Final[dict[str, str]] = {
 
 MODULES: Final = {"list": "listing"}
 """Modules that are not called as their commands are: a module `list` of this package would hide the type."""
+
+ANSWERING: Final = frozenset({"generate", "chat", "ask"})
+"""Commands whose output is a model's answer: piped, it is the model's own characters."""
 
 EPILOG: Final = """\
 A BUNDLE is a directory that `edgelm export` wrote, the name of a model of `edgelm list`, or `builtin`, the one inside
@@ -72,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no such letter shows which it is
+    with shown_output(answers_as_they_are=chosen in ANSWERING or "--json" in arguments):
+        return _run(arguments, chosen)
+
+
+def _run(arguments: list[str], chosen: str) -> int:
     try:
         args = _parse(arguments, chosen)
         return int(args.run(args))

@@ -9,6 +9,8 @@ import time
 from types import TracebackType
 from typing import Final
 
+from edgelm.terminal import plain, shown_on_a_line
+
 DELAY_S: Final = 2.0
 EVERY_S: Final = 0.1
 SPINNER_DELAY_S: Final = 0.5
@@ -33,7 +35,7 @@ class Progress:
             self._what, self._begun = what, now
         if not sys.stderr.isatty() or now - self._start < DELAY_S or now - self._shown < EVERY_S:
             return
-        print(f"\r\x1b[K{bar(what, done, of, now - self._begun)}", end="", file=sys.stderr, flush=True)
+        _redraw(bar(what, done, of, now - self._begun))
         self._shown, self._visible = now, True
 
     def __enter__(self) -> Progress:
@@ -43,7 +45,12 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._visible:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            _redraw("")
+
+
+def _redraw(line: str) -> None:
+    """Write a line in place of the last one."""
+    print(f"\r\x1b[K{shown_on_a_line(line)}", end="", file=plain(sys.stderr), flush=True)
 
 
 def bar(what: str, done: int, of: int, elapsed_s: float) -> str:
@@ -71,10 +78,10 @@ class Spinner:
         begun = time.monotonic()
         for sign in itertools.cycle("|/-\\"):
             waited = time.monotonic() - begun + SPINNER_DELAY_S
-            print(f"\r\x1b[K{sign} {self._what} ({waited:.0f} s)", end="", file=sys.stderr, flush=True)
+            _redraw(f"{sign} {self._what} ({waited:.0f} s)")
             if self._done.wait(EVERY_S):
                 break
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        _redraw("")
 
     def __enter__(self) -> Spinner:
         if sys.stderr.isatty():

@@ -15,6 +15,7 @@ from edgelm.cli.flags import add_credential_flags, add_loading_flags
 from edgelm.config import SETTINGS, load_config
 from edgelm.mqtt.board import open_board
 from edgelm.mqtt.brokers import EmbeddedBroker
+from edgelm.terminal import shown, shown_on_a_line
 
 DEFAULT_URL: Final = SETTINGS["mqtt"].default
 
@@ -82,11 +83,22 @@ def run(args: argparse.Namespace) -> int:
 
 def _log_as(form: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonLines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_JsonLines() if form == "json" else _TextLines("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger("edgelm")
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     root.propagate = False
+
+
+class _TextLines(logging.Formatter):
+    """One line a message, whatever a client put into it; a traceback stands below."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the library's name
+        record.message = shown_on_a_line(record.message)
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 class _JsonLines(logging.Formatter):
@@ -97,8 +109,8 @@ class _JsonLines(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created)),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": shown(record.getMessage()),
         }
         if record.exc_info:
-            line["trace"] = self.formatException(record.exc_info)
+            line["trace"] = shown(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False)

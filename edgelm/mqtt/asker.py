@@ -26,6 +26,13 @@ STATUS_WITHIN_S: Final = 3.0
 someone else reads along."""
 GRACE_S: Final = 5.0
 """How much longer than the board's own deadline we wait for its word."""
+OFFLINE_S: Final = 2.0
+"""How long a board may be called offline, and say nothing, before we believe it: anyone may have published that."""
+OTHERS_WITHIN_S: Final = 1.0
+OTHERS_QUIET_S: Final = 0.2
+"""How long to wait for other boards, for the error that names them: in all, and for one more."""
+MOST_OTHERS: Final = 100
+OTHERS_NAMED: Final = 5
 
 _NO_SUBSCRIBERS: Final = 0x10
 
@@ -57,9 +64,11 @@ class Asker:
         self._url = broker.url
         self._events: SimpleQueue[events.Event] = SimpleQueue()
         self._connection = Connection(broker, f"edgelm-ask-{run}", self._events.put, protocol=protocol)
-        self._boards: dict[str, bool] = {}
-        """Every board heard of, and whether it is online."""
-        self._hears_boards = True
+        self._is_online: bool | None = None
+        self._offline_at = 0.0
+        self._others: set[str] = set()
+        """Other boards that are online, once they have been asked for."""
+        self._hears_board = True
 
     def __enter__(self) -> Asker:
         self._connection.start()
@@ -104,12 +113,13 @@ class Asker:
         patience_s = float("inf") if ask.timeout_s is None else ask.timeout_s + GRACE_S
         early: dict[int, wire.Delta] = {}
         seq = 0
+        heard_at = begun
         while True:
             waited_s = time.monotonic() - begun
             if waited_s > patience_s:
                 raise UnansweredError(f"board {self._topics.board!r} gave no answer within {patience_s:.0f} s")
             event = self._next(min(1.0, patience_s - waited_s))
-            self._check_board(waited_s)
+            self._check_board(waited_s, heard_at)
             if isinstance(event, events.Published) and event.mid == mid:
                 self._check_sent(topic, event.reason)
             answer = self._answer_in(event, ask.id)
@@ -118,6 +128,7 @@ class Asker:
                 return
             if isinstance(answer, wire.Delta):
                 early[answer.seq] = answer
+                heard_at = time.monotonic()
             while seq in early:
                 yield early.pop(seq)
                 seq += 1
@@ -138,22 +149,32 @@ class Asker:
         if reason >= 0x80:
             raise UnansweredError(f"the broker {self._url} does not let us publish on {topic} (reason {reason})")
 
-    def _check_board(self, waited_s: float) -> None:
-        is_online = self._boards.get(self._topics.board)
-        if is_online is False:
-            raise UnansweredError(f"board {self._topics.board!r} at {self._url} is offline{self._others()}")
-        if is_online is None and waited_s > STATUS_WITHIN_S and self._hears_boards:
+    def _check_board(self, waited_s: float, heard_at: float) -> None:
+        if self._is_online is False and time.monotonic() - max(self._offline_at, heard_at) > OFFLINE_S:
+            others = self._online_others()
+            raise UnansweredError(f"board {self._topics.board!r} at {self._url} is offline{others}")
+        if self._is_online is None and waited_s > STATUS_WITHIN_S and self._hears_board:
             raise self._nobody()
 
     def _nobody(self) -> UnansweredError:
         start = f"start it with: edgelm serve --mqtt {self._url} --board {self._topics.board}"
-        return UnansweredError(
-            f"no board {self._topics.board!r} listens at {self._url}{self._others() or f'; {start}'}"
-        )
+        others = self._online_others() or f"; {start}"
+        return UnansweredError(f"no board {self._topics.board!r} listens at {self._url}{others}")
 
-    def _others(self) -> str:
-        others = sorted(board for board, is_online in self._boards.items() if is_online)
-        return f"; online: {', '.join(others)} (--board NAME)" if others else ""
+    def _online_others(self) -> str:
+        """Return which other boards are online, for an error: some of them where there are many."""
+        self._connection.subscribe(((f"{BASE}/+/status", 1),))
+        until = time.monotonic() + OTHERS_WITHIN_S
+        quiet_at = until
+        while time.monotonic() < min(until, quiet_at) and len(self._others) < MOST_OTHERS:
+            event = self._next(max(0.0, min(until, quiet_at) - time.monotonic()))
+            if isinstance(event, events.Received | events.Subscribed):
+                quiet_at = time.monotonic() + OTHERS_QUIET_S
+        if not self._others:
+            return ""
+        named = ", ".join(sorted(self._others)[:OTHERS_NAMED])
+        more = len(self._others) - OTHERS_NAMED
+        return f"; online: {named}{' and more' if more > 0 else ''} (--board NAME)"
 
     # -- events -----------------------------------------------------------------------------------------------
 
@@ -178,19 +199,28 @@ class Asker:
             self._connection.settle(event)
             self._note_status(event)
         elif isinstance(event, events.Connected):
-            self._connection.subscribe(((self._reply_topic, 1), (f"{BASE}/+/status", 1)))
+            self._connection.subscribe(((self._reply_topic, 1), (self._topics.status, 1)))
         elif isinstance(event, events.NeedsCare):
             self._connection.tend()
         elif isinstance(event, events.Subscribed):
+            if len(event.reasons) < 2:  # of the others' statuses, which we can do without
+                return event
             if event.reasons[0] >= 0x80:
                 raise UnansweredError(f"the broker {self._url} does not let us subscribe to {self._reply_topic}")
-            self._hears_boards = event.reasons[1] < 0x80
+            self._hears_board = event.reasons[1] < 0x80
         return event
 
     def _note_status(self, event: events.Received) -> None:
         levels = event.topic.split("/")
-        if len(levels) == 3 and levels[0] == BASE and levels[2] == "status":
-            self._boards[levels[1]] = event.payload == b"online"
+        if len(levels) != 3 or levels[0] != BASE or levels[2] != "status":
+            return
+        is_online = event.payload == b"online"
+        if levels[1] == self._topics.board:
+            if self._is_online is not False and not is_online:
+                self._offline_at = time.monotonic()
+            self._is_online = is_online
+        elif is_online and is_name(levels[1]) and len(self._others) < MOST_OTHERS:
+            self._others.add(levels[1])
 
 
 OnDelta = Callable[[str], None]

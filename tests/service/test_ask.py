@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 from broker import Broker
 from mqtt_client import Client
-from served_board import Process, serving
+from served_board import Process, SlowEngine, serving
 
 import edgelm
 from edgelm.brokerconfig import BrokerConfig, BrokerUrl
@@ -172,6 +172,7 @@ def test_an_error_in_mid_answer_stands_on_a_line_of_its_own(
         def stop() -> None:
             other.wait(lambda heard: any(each.body["event"] == "started" for each in heard))
             time.sleep(0.3)
+            monkeypatch.setattr(SlowEngine, "step_s", 5.0)  # as one that hangs
             other.publish(f"edgelm/{config.board}/status", b"offline", retain=False)
 
         stopper = threading.Thread(target=stop)
@@ -240,6 +241,38 @@ def test_web_sockets_and_unix_sockets(served_bundle: str, tmp_path: Path, scheme
             assert answer_to(asker, Ask("a", PROMPT, sampling={"max_tokens": 3})).completion.text
     finally:
         special.stop()
+
+
+def test_an_offline_that_anyone_may_have_published_ends_no_answer(
+    broker: Broker, config: ServeConfig, ask: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A board that takes the request and answers is there, whatever its retained status says."""
+    with (
+        serving(config, monkeypatch, step_s=0.05),
+        Client(broker.port, f"edgelm/{config.board}/event") as other,
+    ):
+        other.publish(f"edgelm/{config.board}/status", b"offline", retain=True)
+        time.sleep(0.2)
+        told = ask(broker.url, config.board, "--max-tokens", "80", "--ignore-eos")  # over 4 s
+        assert (told.code, bool(told.out.strip())) == (0, True), told.err
+
+
+def test_the_error_names_a_handful_of_many_boards(broker: Broker, common: str, ask: Callable[..., Told]) -> None:
+    names = [*(f"spoofed-{i}" for i in range(300)), "A no-name", "0" * 60_000, "\u202egnp"]
+    with Client(broker.port, "edgelm/nothing") as other:
+        for name in names:
+            other.publish(f"edgelm/{name}/status", b"online", retain=True)
+        begun = time.monotonic()
+        told = ask(broker.url, "nobody-at-all")
+        assert time.monotonic() - begun < 15
+        for name in names:
+            other.publish(f"edgelm/{name}/status", b"", retain=True)
+    assert told.code == 1
+    assert "no board 'nobody-at-all' listens" in told.err
+    assert told.err.count("spoofed-") <= 5
+    assert "and more" in told.err
+    assert len(told.err) < 300
+    assert "\u202e" not in told.err
 
 
 def test_nothing_waits_for_more_to_send(broker: Broker, common: str) -> None:
