@@ -37,18 +37,21 @@ class Conversation:
     text: str = ""
     marks: tuple[tuple[int, int], ...] = ((0, 0),)
 
-    def ask(self, request: Request, tokenizer: Tokenizer) -> Conversation:
+    def ask(self, request: Request, tokenizer: Tokenizer, context: int | None = None) -> Conversation:
         """Return the conversation with a request's prompt behind it.
 
         Raises `RequestError("bad_request")` for a text that has no tokens, messages that the template refuses, messages
-        after plain text and the reverse, or another system message than the conversation began with.
+        after plain text and the reverse, another system message than the conversation began with, or a text that is
+        too long for the `context`, as far as that is known before it is encoded.
         """
         chat = request.chat(prompts_are_messages=tokenizer.prompts_are_messages)
         if self.turns and (chat is None) != (self.messages is None):
             used, other = ("plain text", "messages") if self.messages is None else ("messages", "plain text")
             raise RequestError("bad_request", f"this session was begun with {used}: go on with it, not with {other}")
         if chat is not None:
-            return self._ask_in_messages(self._opened(chat, request.system), request, tokenizer)
+            return self._ask_in_messages(self._opened(chat, request.system), request, tokenizer, context)
+        if context is not None:
+            tokenizer.check_length(request.prompt or "", context)
         if request.tokens is not None:
             new = list(request.tokens)
         elif self.turns:
@@ -84,7 +87,7 @@ class Conversation:
         return chat
 
     def _ask_in_messages(
-        self, new: tuple[Mapping[str, Any], ...], request: Request, tokenizer: Tokenizer
+        self, new: tuple[Mapping[str, Any], ...], request: Request, tokenizer: Tokenizer, context: int | None
     ) -> Conversation:
         """Render the whole conversation, and encode what does not agree with the text known so far.
 
@@ -103,6 +106,8 @@ class Conversation:
             if self._kept(other.text) > kept:
                 messages, prompt, kept = bare, other, self._kept(other.text)
         length, count = self.marks[kept]
+        if context is not None:
+            tokenizer.check_length(prompt.text[length:] if count else prompt.text, context)
         rest = tokenizer.encode_prompt(prompt.after(length) if count else prompt, further=count > 0)
         tokens = [*self.tokens[:count], *rest]
         marks = (*self.marks[: kept + 1], (len(prompt.text), len(tokens)))
@@ -162,7 +167,7 @@ class Conversations:
 
         Raises `RequestError("bad_request")` as `Conversation.ask` does, and where the session outgrows the context.
         """
-        asked = before.ask(request, self._tokenizer)
+        asked = before.ask(request, self._tokenizer, self._context)
         if before.turns and len(asked.tokens) >= self._context:
             raise RequestError(
                 "bad_request",

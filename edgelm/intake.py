@@ -7,7 +7,7 @@ constraint, the sampler's kernels. Short prompts are read at once.
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from edgelm.background import Background, complete
 from edgelm.bundle import Bundle
@@ -17,13 +17,10 @@ from edgelm.errors import RequestError
 from edgelm.messages import Request
 from edgelm.sampling import is_loaded, needs_kernels, warm_up
 from edgelm.sequence import Sequence
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenizer import SHORT, Tokenizer
 
 if TYPE_CHECKING:
     from edgelm.grammar import Matcher
-
-SHORT: Final = 4000
-"""Characters of a prompt, its session and what goes with it that are read at once: some milliseconds."""
 
 
 class Intake:
@@ -72,6 +69,7 @@ class Intake:
         return future
 
     def _is_quick(self, request: Request, before: Conversation) -> bool:
+        """Whether a prompt, its session and what goes with it are short."""
         if request.messages is None and not request.is_templated:
             rest = request.prompt or ""
         else:

@@ -18,6 +18,7 @@ from edgelm.chat import ChatTemplate
 from edgelm.detokenizer import StreamDecoder
 from edgelm.errors import BundleError, RequestError
 from edgelm.marked import Prompt, Spellings
+from edgelm.tokenbytes import TokenBytes, token_bytes
 from edgelm.tokenizerfile import usable_text
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     import tokenizers
 
 __all__ = ["StreamDecoder", "Tokenizer"]
+
+SHORT: Final = 4000
+"""Characters of a text that is encoded in some milliseconds."""
 
 BYTE: Final = re.compile("<0x[0-9A-F]{2}>")
 """How vocabularies with byte fallback call a byte."""
@@ -164,6 +168,25 @@ class Tokenizer:
             return self.encode(prompt.text, add_special_tokens=False)
         _check_unicode(renamed)
         return _ids(self._renamed, renamed, False)
+
+    def check_length(self, text: str, context: int) -> None:
+        """Raise `RequestError` for a text that has more tokens than `context` whatever it says: it need not be encoded.
+
+        Nothing is checked for tokenizers that may drop some of a text: see `tokenbytes`.
+        """
+        if len(text) <= max(context, SHORT) or self._token_bytes is None:
+            return
+        fewest = self._token_bytes.fewest(text)
+        if fewest >= context:
+            raise RequestError(
+                "bad_request",
+                f"the prompt has at least {fewest} tokens, the context holds {context} with at least one for the"
+                " answer: shorten the prompt or load with a longer context",
+            )
+
+    @cached_property
+    def _token_bytes(self) -> TokenBytes | None:
+        return token_bytes(self._inner)
 
     def must_prepare_for(self, text: str) -> bool:
         """Whether a text spells a special token for the first time, which takes up to a second to prepare for."""

@@ -15,19 +15,8 @@ from edgelm.cli.extras import extra_of
 
 REPO = Path(__file__).resolve().parents[2]
 FLOORS = [
-    {"installed"},
-    {
-        "_version",
-        "background",
-        "errors",
-        "fields",
-        "folders",
-        "marked",
-        "protobuf",
-        "terminal",
-        "textfile",
-        "tokenizerfile",
-    },
+    {"background", "installed", "terminal", "tokenbytes"},
+    {"_version", "errors", "fields", "folders", "marked", "protobuf", "textfile", "tokenizerfile"},
     {"attributes", "brokerconfig", "catalogue", "messages"},
     {"store"},
     {"bundle", "config", "tasks", "measure", "hardware", "divergence", "windows"},

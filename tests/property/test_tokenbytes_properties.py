@@ -1,0 +1,106 @@
+"""No text has fewer tokens than its bytes by the longest token; where steps may drop text, nothing is said."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Inner
+from tokenizers.models import BPE, WordPiece
+from vocabularies import byte_fallback, byte_level
+
+from edgelm import intake
+from edgelm.conversations import Conversation
+from edgelm.errors import RequestError
+from edgelm.messages import Request, SamplingParams
+from edgelm.tokenbytes import BYTE_LETTERS, token_bytes
+from edgelm.tokenizer import Tokenizer
+
+
+def bytewise(normalizer: Any = None, splitter: Any = None, letters: Any = BYTE_LETTERS, **options: Any) -> Inner:
+    vocab = {letter: i for i, letter in enumerate(sorted(letters))}
+    vocab |= {"aa": len(vocab), "aaaa": len(vocab) + 1}
+    merges = [("a", "a"), ("aa", "aa")]
+    inner = Inner(BPE(vocab, merges, **options))
+    if normalizer is not None:
+        inner.normalizer = normalizer
+    inner.pre_tokenizer = splitter or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return inner
+
+
+KNOWN = {
+    "byte level": byte_level()._inner,
+    "byte fallback": byte_fallback()._inner,
+    "bytes": bytewise(),
+    "NFC": bytewise(normalizers.NFC()),
+    "without some bytes": bytewise(letters=set(BYTE_LETTERS) - set("<xyz\u0120")),
+    "split": bytewise(splitter=pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])),
+}
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+@given(text=st.one_of(st.text(max_size=60), st.sampled_from("a \u1100\u212a\u0301<").map(lambda letter: letter * 50)))
+@example(text="a" * 64)
+@example(text=" " * 64)
+@example(text="\u1112\u1161\u11ab" * 9)
+@example(text="\u212a" * 30)
+def test_a_text_has_no_fewer_tokens(name: str, text: str) -> None:
+    inner = KNOWN[name]
+    known = token_bytes(inner)
+    assert known is not None
+    assert len(inner.encode(text, add_special_tokens=False).ids) >= known.fewest(text)
+    if name in {"bytes", "split"}:
+        assert known.fewest(text) == -(-len(text.encode()) // 4)
+
+
+def test_nfc_shrinks_no_letter_by_more() -> None:
+    """Letters that it replaces; those that it joins are in the property."""
+    for code in (code for code in range(0x110000) if not 0xD800 <= code < 0xE000):
+        letter = chr(code)
+        for form in {letter, unicodedata.normalize("NFD", letter)}:
+            assert len(form.encode()) <= 4 * len(unicodedata.normalize("NFC", form).encode())
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        bytewise(normalizers.Strip()),
+        bytewise(normalizers.Sequence([normalizers.NFC(), normalizers.Replace("  ", " ")])),
+        bytewise(normalizers.NFKC()),
+        bytewise(splitter=pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel()])),
+        bytewise(splitter=pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel()])),
+        bytewise(normalizers.NFC(), letters=set(BYTE_LETTERS) - {"x"}),
+        bytewise(letters=set(BYTE_LETTERS) - {"x"}, unk_token="a", fuse_unk=True),
+        bytewise(splitter=pre_tokenizers.Metaspace(), unk_token="a", fuse_unk=True),
+        Inner(WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")),
+    ],
+)
+def test_nothing_is_said_where_text_may_be_dropped(inner: Inner) -> None:
+    assert token_bytes(inner) is None
+
+
+def test_nothing_is_said_where_a_token_swallows_spaces() -> None:
+    inner = bytewise()
+    inner.add_tokens([AddedToken("<s>", rstrip=True)])
+    assert token_bytes(inner) is None
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(bytewise())
+    text = "a" * (intake.SHORT // 4 * 4 + 4)
+    fewest = len(text) // 4
+    with pytest.raises(RequestError, match=f"at least {fewest} tokens, the context holds {fewest}") as caught:
+        tokenizer.check_length(text, fewest)
+    assert caught.value.code == "bad_request"
+    tokenizer.check_length(text, fewest + 1)
+    Tokenizer(bytewise(normalizers.Strip())).check_length(" " * 1_000_000, 10)
+    conversation = Conversation()
+    monkeypatch.setattr(tokenizer, "encode", lambda *_: 1 // 0)
+    with pytest.raises(RequestError, match="at least"):
+        conversation.ask(Request("1", SamplingParams(), prompt=text), tokenizer, 10)
+    with pytest.raises(ZeroDivisionError):
+        conversation.ask(Request("1", SamplingParams(), prompt="short"), tokenizer, 10)
