@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import TinyLlama, save_tensors, write_json
 
@@ -144,6 +144,7 @@ def test_patterns_give_a_module_its_own_rank_and_alpha(folder: Path) -> None:
     ),
     names=st.lists(st.text("ab.1\n", min_size=1, max_size=8), min_size=1, max_size=4),
 )
+@example(patterns=["a", "b.a"], names=["ba", "b.a", "a", "bb.a", "a\n"])
 @settings(max_examples=60, deadline=None)
 def test_patterns_match_as_peft_matches_them(patterns: list[str], names: list[str]) -> None:
     expected = [

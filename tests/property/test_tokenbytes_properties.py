@@ -24,7 +24,8 @@ from edgelm.tokenizer import Tokenizer
 def bytewise(normalizer: Any = None, splitter: Any = None, letters: Any = BYTE_LETTERS, **options: Any) -> Inner:
     vocab = {letter: i for i, letter in enumerate(sorted(letters))}
     vocab |= {"aa": len(vocab), "aaaa": len(vocab) + 1}
-    merges = [("a", "a"), ("aa", "aa")]
+    vocab |= {"KK": len(vocab), "KKKK": len(vocab) + 1}
+    merges = [("a", "a"), ("aa", "aa"), ("K", "K"), ("KK", "KK")]
     inner = Inner(BPE(vocab, merges, **options))
     if normalizer is not None:
         inner.normalizer = normalizer

@@ -181,11 +181,12 @@ def test_the_first_sampled_request_keeps_nobody_waiting() -> None:
 
 
 ENSURE = """
-import sys, time
-from edgelm.sampling import ensure_compiled, is_loaded
-begun = time.monotonic()
+import sys
+from edgelm.sampling import ensure_compiled, is_loaded, ready
+run, runs = ready.subprocess.run, []
+ready.subprocess.run = lambda *a, **k: runs.append(a) or run(*a, **k)
 ensure_compiled()
-print(is_loaded(), "numba" in sys.modules, time.monotonic() - begun)
+print(is_loaded(), "numba" in sys.modules, len(runs))
 """
 
 
@@ -199,6 +200,5 @@ def test_a_greedy_service_compiles_at_its_first_start_and_loads_nothing(tmp_path
         return done.stdout.split()
 
     first, second = start(tmp_path / "cache"), start(tmp_path / "cache")
-    assert first[:2] == second[:2] == ["False", "False"]
+    assert (first, second) == (["False", "False", "1"], ["False", "False", "0"])
     assert list((tmp_path / "cache").rglob("*.nbi"))
-    assert float(second[2]) < float(first[2]) / 3
