@@ -22,6 +22,7 @@ CHILD: Final = """
 import json, re, resource, sys
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), int(sys.argv[1])))
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))  # were its parent killed, it would go on for ever
 asked = json.load(sys.stdin)
 found, patterns = [None] * len(asked["names"]), []
 try:
