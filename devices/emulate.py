@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import edgelm
 from edgelm.boardcache import BoardCache
+from edgelm.child import command_of, paths
 from edgelm.errors import DeviceError
 
 from .rootfs import Say, prepare_rootfs
@@ -111,15 +112,12 @@ def emulate(profile: Profile, bundle: str, *, prompt: str | None, cache: Path, s
         (packages / "edgelm").symlink_to(Path(edgelm.__file__).parent)
         (packages / "edgelm_devices").symlink_to(Path(__file__).parent)
         say("running the smoke test on this machine")
-        host = _run_smoke([sys.executable], smoke, {"PYTHONPATH": str(packages)}, "this machine")
+        host = _run_smoke([sys.executable], [str(packages), *paths()], smoke, {}, "this machine")
         say(f"running it on an emulated {profile.cpu.core} (slowly: this says nothing of the board's speed)")
-        python = [qemu, "-L", str(prefix), str(rootfs.interpreter)]
-        environment = {
-            "QEMU_CPU": profile.emulation.qemu_cpu,
-            "PYTHONPATH": os.pathsep.join([str(packages), str(rootfs.site)]),
-            "PYTHONPYCACHEPREFIX": str(rootfs.folder / "pycache"),
-        }
-        return Emulated(profile, _run_smoke(python, smoke, environment, "the emulated board"), host)
+        compiled = f"pycache_prefix={rootfs.folder / 'pycache'}"
+        python = [qemu, "-L", str(prefix), str(rootfs.interpreter), "-X", compiled]
+        folders, environment = [str(packages), str(rootfs.site)], {"QEMU_CPU": profile.emulation.qemu_cpu}
+        return Emulated(profile, _run_smoke(python, folders, smoke, environment, "the emulated board"), host)
 
 
 def lay_over(prefix: Path, root: Path, profile: Profile, cpu: Cpu, emulation: Emulation) -> None:
@@ -164,9 +162,12 @@ def lay_over(prefix: Path, root: Path, profile: Profile, cpu: Cpu, emulation: Em
         path.write_text(text + "\n")
 
 
-def _run_smoke(python: Sequence[str], smoke: Sequence[str], environment: dict[str, str], side: str) -> dict[str, Any]:
-    """Run the smoke test with that interpreter; return its report."""
-    command = [*python, "-m", "edgelm", "devices", "smoke", "--json", "--threads", str(THREADS), *smoke]
+def _run_smoke(
+    python: Sequence[str], folders: Sequence[str], smoke: Sequence[str], environment: dict[str, str], side: str
+) -> dict[str, Any]:
+    """Run the smoke test with that interpreter and the packages in some folders; return its report."""
+    arguments = ["devices", "smoke", "--json", "--threads", str(THREADS), *smoke]
+    command = command_of(python, folders, "edgelm.cli", "main", *arguments)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     try:
         done = subprocess.run(

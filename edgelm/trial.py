@@ -4,7 +4,7 @@ A JSON schema of 60 bytes can take minutes, gigabytes, or more stack than there 
 interrupted. So each is compiled and followed for some tokens by a child with limits on time, memory and stack; what it
 does not survive is refused, and costs nobody else anything. A child serves until it fails or has grown.
 
-The child is `python -I -c CHILD` with the package's folder: nothing of the current folder is run.
+Nothing of the current folder is run by the child (see `edgelm.child`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import IO, Any, Final
 
 import numpy as np
 
+from edgelm.child import python_command
 from edgelm.errors import RequestError
 from edgelm.messages import Constraint
 
@@ -39,8 +40,6 @@ STEPS: Final = 24
 """Tokens that it is followed for, each drawn from those that it allows."""
 GROWN_BYTES: Final = MEMORY_BYTES // 2
 """A child that keeps more than so much is not used again."""
-
-CHILD: Final = "import sys; sys.path.insert(0, sys.argv[1]); from edgelm.trial import serve; serve()"
 
 
 class Trial:
@@ -76,9 +75,8 @@ class Trial:
     def _start(self) -> subprocess.Popen[bytes]:
         if self._is_closed:
             raise RequestError("interrupted", "the service stopped before the constraint was tried")
-        folder = str(Path(__file__).resolve().parents[1])
         self._child = subprocess.Popen(
-            [sys.executable, "-I", "-c", CHILD, folder],
+            python_command("edgelm.trial", "serve"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -8,9 +8,7 @@ the bundle, onnxruntime's kernels keep a layout of theirs (session.save_external
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,6 +19,7 @@ import numpy as np
 
 from edgelm.boardcache import BoardCache, Entry, signature
 from edgelm.bundle import Bundle, open_bundle
+from edgelm.child import python_command
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.graph_check import check_graph
 from edgelm.graphs import (
@@ -235,10 +234,9 @@ def try_kernels(bundle: Bundle, threads: int | None = None) -> str:
 
 def _compile(library: Path, formats: list[Format]) -> None:
     """Compile kernels in a process of their own. Raises `OSError` with the reason where that fails."""
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "edgelm.native.compile", str(library)]
-    command += [f"{form.bits}:{form.block}" for form in formats]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    forms = [f"{form.bits}:{form.block}" for form in formats]
+    command = python_command("edgelm.native.compile", "main", str(library.absolute()), *forms)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"the kernels cannot be compiled: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
 

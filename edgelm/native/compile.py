@@ -1,6 +1,6 @@
 """Compiling the kernels: LLVM IR to a shared library for this processor.
 
-A program of its own, so that the compiler's memory is given back: python -m edgelm.native.compile FILE 4:32 8:32 ...
+A program of its own, so that the compiler's memory is given back: see `edgelm.weights`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def compile_kernels(target: Target, formats: Sequence[Format], cpu: str, feature
     return shared_library(machine.emit_object(module), names)
 
 
-def main(arguments: Sequence[str]) -> str | None:
-    """Compile for this processor; return why that cannot be."""
+def main(arguments: Sequence[str] | None = None) -> str | None:
+    """Compile for this processor, by arguments such as FILE 4:32 8:32; return why that cannot be."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     target = this_target()
     if target is None:
         return "this processor has neither AVX2 nor Arm's dot product"
@@ -62,7 +63,3 @@ def main(arguments: Sequence[str]) -> str | None:
         return f"LLVM {binding.llvm_version_info}: {' '.join(str(error).split())[:300]}"
     Path(arguments[0]).write_bytes(library)
     return None
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

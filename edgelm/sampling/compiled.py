@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from numba import config, njit
-
 from edgelm.boardcache import BoardCache
+from edgelm.sampling.importing import import_numba
+
+_numba = import_numba()
+config, njit = _numba.config, _numba.njit
 
 LOG: Final = logging.getLogger(__name__)
 
