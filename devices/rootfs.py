@@ -22,6 +22,7 @@ from typing import Final
 
 from edgelm.errors import DeviceError
 from edgelm.installed import command_for
+from edgelm.ownership import PRIVATE, fault_above, make_private
 
 DEBS: Final = ("python3", "libstdc++6", "libgomp1")
 """What is unpacked, with all that it depends on: Python, and what the wheels link against."""
@@ -51,7 +52,7 @@ class Rootfs:
 
     @property
     def site(self) -> Path:
-        """The unzipped wheels, for PYTHONPATH."""
+        """The unzipped wheels, for sys.path."""
         return self.folder / "site"
 
     @property
@@ -73,11 +74,15 @@ def prepare_rootfs(cache: Path, say: Say) -> Rootfs:
     Raises
     ------
     DeviceError
-        Not Debian, a tool is missing, no network, or no such package.
+        Not Debian, a tool is missing, no network, no such package, or a folder that others could have written: what
+        lies there is executed.
     """
     folder, pins = rootfs_folder(cache), _pins()
+    fault = fault_above(folder)
+    if fault is not None:
+        raise DeviceError(f"{folder} is not used: {fault}; remove it, or name a folder of your own with --cache")
     if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
+        make_private(cache)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=cache) as scratch:
             _fill(Path(scratch), pins, say)
             _publish(Path(scratch) / "made", folder)
@@ -103,7 +108,8 @@ def _pins() -> list[str]:
 def _fill(scratch: Path, pins: Sequence[str], say: Say) -> None:
     """Make `scratch/made` with root/ and site/."""
     root, site = scratch / "made/root", scratch / "made/site"
-    root.mkdir(parents=True)
+    root.parent.mkdir(PRIVATE)
+    root.mkdir()
     site.mkdir()
     say(f"fetching {', '.join(DEBS)} for arm64 with apt (16 MB)")
     for deb in _fetch_debs(scratch / "apt"):
@@ -153,7 +159,7 @@ def _fetch_wheels(target: Path, pins: Sequence[str], python: str, glibc: int) ->
     options += [word for tag in platforms for word in ("--platform", tag)]
     options += [word for tag in abis for word in ("--abi", tag)]
     _run(
-        [sys.executable, "-m", "pip", "download", "-q", *options, "-d", str(target), *pins],
+        [sys.executable, "-I", "-m", "pip", "download", "-q", *options, "-d", str(target), *pins],
         "fetching aarch64 wheels with pip (is the package index within reach?)",
     )
     return sorted(target.glob("*.whl"))

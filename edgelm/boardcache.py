@@ -3,6 +3,9 @@
 An entry is a directory with a stamp that says what it was made from and what its files are. It is written beside its
 place and renamed into it, so that a reader finds a whole entry or none, and of several writers one wins. Whatever does
 not fit its stamp is made again. Knows nothing of onnxruntime.
+
+What lies here is executed: libraries by name, and Numba's files, which are pickles. So nothing is used that others than
+this user and root could have written (`edgelm.ownership`): the program then runs without, and one line says why.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Any, Final
 from edgelm.bundle import file_sha256
 from edgelm.errors import EdgelmError
 from edgelm.folders import user_folder
+from edgelm.ownership import deny_others, fault_above, fault_below, make_private
 
 VARIABLE: Final = "EDGELM_CACHE_DIR"
 """Environment variable that names the folder."""
@@ -44,6 +48,9 @@ SPARE_BYTES: Final = 100_000_000
 
 LOG: Final = logging.getLogger(__name__)
 
+_said: set[str] = set()
+"""What was said of places that are not used: once a process."""
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
@@ -63,18 +70,19 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An intact entry. `note` is what its maker wrote down about it."""
+    """An intact entry. `note` is what its maker wrote down about it, `sha256` the hash of each of its files."""
 
     path: Path
     kind: str
     note: Mapping[str, Any]
+    sha256: Mapping[str, str]
     bytes: int
     made: float
     """Seconds since the epoch."""
 
 
 class BoardCache:
-    """Entries below a folder. Nothing is created before the first entry is made."""
+    """Entries below a folder. Nothing is created before the first entry is made, and then for this user alone."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -95,10 +103,28 @@ class BoardCache:
             return cls(Path(named))
         return cls(user_folder("cache"))
 
+    def is_safe(self) -> bool:
+        """Whether nobody but this user and root could exchange what lies in the folder; else why not is said once."""
+        return self._is_without_fault(fault_above, self.folder)
+
+    def kernels_folder(self) -> Path | None:
+        """Return the folder for Numba, made where it is missing; None where it cannot be used, which is said once."""
+        try:
+            if not self.is_safe():
+                return None
+            make_private(self.kernels)
+        except OSError:
+            return None
+        usable = self.is_safe() and self._is_without_fault(fault_below, self.kernels)
+        return self.kernels if usable and os.access(self.kernels, os.W_OK) else None
+
     def find(self, key: Key) -> Entry | None:
-        """Return an intact entry; one that is not is removed, and that is logged."""
+        """Return an intact entry; one that is not is removed, and that is logged.
+
+        One that others could have written is left as it is and not used.
+        """
         path = self.folder / key.name
-        if not path.is_dir():
+        if not os.path.lexists(path) or not self._may_use(path):
             return None
         reason = _fault(path, key)
         if reason is not None:
@@ -114,8 +140,13 @@ class BoardCache:
         `fill` writes the files into an empty directory and returns the note. Whatever it raises leaves nothing behind;
         an `OSError` counts as a folder that cannot hold it. `needs` is about how many bytes it will write.
         """
+        place = self.folder / key.name
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.is_safe():
+                return None
+            make_private(self.folder)
+            if not self.is_safe() or (os.path.lexists(place) and not self._may_use(place)):
+                return None
             self._tidy()
             free = shutil.disk_usage(self.folder).free
             if free < needs + SPARE_BYTES:
@@ -129,11 +160,10 @@ class BoardCache:
         try:
             note = fill(scratch)
             _seal(scratch, key, note)
-            place = self.folder / key.name
             try:
                 scratch.rename(place)
             except OSError:  # another process was quicker
-                if _fault(place, key) is not None:
+                if not self._may_use(place) or _fault(place, key) is not None:
                     raise
             made = _entry(place)
             self._keep_within_limit(place)
@@ -182,6 +212,26 @@ class BoardCache:
     def kernels_bytes(self) -> int:
         """Return the size of all compiled kernels."""
         return _size(self.kernels)
+
+    def _may_use(self, entry: Path) -> bool:
+        """Whether nobody but this user and root could have written an entry or the folder; else why not is said."""
+        return self.is_safe() and self._is_without_fault(fault_below, entry)
+
+    def _is_without_fault(self, look: Callable[[Path], str | None], path: Path) -> bool:
+        try:
+            fault = look(path)
+        except OSError as error:
+            fault = f"{error.filename or path} cannot be looked at ({error.strerror or error})"
+        if fault is not None and fault not in _said:
+            _said.add(fault)
+            LOG.warning(
+                "%s is not used as a cache: %s, and what lies in a cache is executed; it runs without. Remove what "
+                "others could have written, keep them out (chmod go-w, chown), or set %s to a folder of your own",
+                path,
+                fault,
+                VARIABLE,
+            )
+        return fault is None
 
     def _directories(self) -> list[Path]:
         """Return entries, whole and half-written ones; nothing else that may lie in the folder."""
@@ -273,6 +323,7 @@ def _seal(path: Path, key: Key, note: Mapping[str, Any]) -> None:
     """Write the stamp after everything else has reached the disk."""
     files = {file.name: file for file in sorted(path.iterdir())}
     for file in files.values():
+        deny_others(file)
         _sync(file)
     stamp = {
         "schema": SCHEMA,
@@ -313,7 +364,8 @@ def _fault(path: Path, key: Key) -> str | None:
 def _entry(path: Path) -> Entry | None:
     try:
         stamp = json.loads((path / STAMP).read_text("utf-8"))
-        return Entry(path, Key(**stamp["key"]).kind, dict(stamp["note"]), _size(path), float(stamp["made"]))
+        kind, hashes = Key(**stamp["key"]).kind, dict(stamp["sha256"])
+        return Entry(path, kind, dict(stamp["note"]), hashes, _size(path), float(stamp["made"]))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
@@ -338,6 +390,7 @@ def _write(file: Path, text: str) -> None:
     """Replace a file as a whole."""
     scratch = file.with_name(f".{file.name}-{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")
+    deny_others(scratch)
     _sync(scratch)
     scratch.replace(file)
 

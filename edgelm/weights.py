@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from edgelm.boardcache import BoardCache, Entry, signature
-from edgelm.bundle import Bundle, open_bundle
+from edgelm.bundle import Bundle, file_sha256, open_bundle
 from edgelm.child import python_command
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.graph_check import check_graph
@@ -127,20 +127,24 @@ def _packed(bundle: Bundle, tuning: Tuning, cache: BoardCache, profile: Path | N
 def _mapped(entry: Entry, tuning: Tuning, profile: Path | None) -> Graph | None:
     try:
         formats = [Format(*form) for form in entry.note.get(FORMATS, [])]
-        return load_packed(entry.path, tuning, _operators_in(entry.path, formats), profile)
+        return load_packed(entry.path, tuning, _operators_in(entry, formats), profile)
     except Exception as error:  # noqa: BLE001  whatever onnxruntime dislikes about it: the bundle itself is there
         LOG.warning("%s in the board cache is not used: %s", entry.path, reason(error))
         return None
 
 
-def _operators_in(folder: Path, formats: list[Format]) -> Operators | None:
-    """Return the operators of an entry, opened once; None where it has none."""
+def _operators_in(entry: Entry, formats: list[Format]) -> Operators | None:
+    """Return the operators of an entry, opened once; None where it has none.
+
+    Raises `EdgelmError` when the library is not the one that was compiled for the entry.
+    """
     if not formats:
         return None
+    folder = entry.path
     data = (folder / DATA).stat()
     key = (folder, data.st_ino, data.st_mtime_ns)
     if key not in _operators:
-        _operators[key] = Operators(folder / KERNELS, formats, folder / DATA)
+        _operators[key] = Operators(folder / KERNELS, formats, folder / DATA, str(entry.sha256.get(KERNELS)))
     return _operators[key]
 
 
@@ -195,7 +199,8 @@ def _write_for_kernels(bundle: Bundle, tuning: Tuning, folder: Path) -> list[For
     graph.write_bytes(as_this_runtime_wants(graph.read_bytes()))
     _compile(folder / KERNELS, formats)
     # Not kept in `_operators`: the folder is renamed.
-    ours = load_packed(folder, tuning, Operators(folder / KERNELS, formats, folder / DATA))
+    library = folder / KERNELS
+    ours = load_packed(folder, tuning, Operators(library, formats, folder / DATA, file_sha256(library)))
     found = probe(ours, bundle.manifest)
     same = computes_row_by_row(graph.read_bytes()) and np.array_equal(found, probe(ours, bundle.manifest, PIECES))
     del ours  # one at a time: each may take as much memory as the bundle

@@ -7,6 +7,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from edgelm.bundle import file_sha256
 from edgelm.native.graph import DATA, GRAPH, write_panels
 from edgelm.native.registration import Operators
 
@@ -71,7 +72,7 @@ def run_both(library, folder, nodes, values, feeds, outputs=("y",)):
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 2, 4
         if isinstance(graph, str):
-            Operators(library, formats, folder / DATA).register(options)
+            Operators(library, formats, folder / DATA, file_sha256(library)).register(options)
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         results.append(session.run(list(outputs), feeds))
     return model, list(zip(*results, strict=True))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from edgelm.bundle import file_sha256
 from edgelm.native.formats import DOMAIN
 from edgelm.native.onnx_model import FLOAT, INT64, encode_node
 from edgelm.native.packing import packed_bias, packed_codes, packed_scales
@@ -105,7 +106,7 @@ def session_of(library, form, model, pieces, threads):
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         data.write_bytes(b"".join(piece.tobytes() + bytes(-piece.nbytes % 64) for piece in pieces.values()))
-        Operators(library, [form], data).register(options)
+        Operators(library, [form], data, file_sha256(library)).register(options)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = (
         "The folder is EDGELM_CACHE_DIR, else ~/.cache/edgelm. All of it can be made again at any time. EDGELM_CACHE_MB"
-        f" limits it ({LIMIT_MB} MB): what was used longest ago goes first."
+        f" limits it ({LIMIT_MB} MB): what was used longest ago goes first. A folder that others can write is not used."
     )
     parser.add_argument("--clear", action="store_true", help="remove it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -7,8 +7,12 @@ loaded; in a step onnxruntime calls machine code alone.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.errors import EdgelmError
 from edgelm.native.formats import ALIGN, COLUMNS, DESTROY, DOMAIN, FAULTS, HOOK, NOWHERE, Format, State
 from edgelm.native.mapping import mapped
 from edgelm.native.operators import ATTENDING, OPTIONAL_PLACES, Operator, look_up_of, product_of
@@ -78,17 +83,23 @@ _CustomOp._fields_ = [
 ]
 
 
+_spellings = itertools.count(1)
+
 _alive: list[Operators] = []
 """All there are: graphs call what they hold, and nobody tells when the last one is gone."""
 
 
 class Operators:
-    """The operators of a compiled library, whose matrices lie in a file. Lives as long as the process."""
+    """The operators of a compiled library, whose matrices lie in a file. Lives as long as the process.
 
-    def __init__(self, library: Path, formats: Sequence[Format], data: Path) -> None:
-        self.path = library
+    `sha256` is the library's hash as lowercase hex. Raises `EdgelmError` for a library of another hash, and `OSError`
+    for one that cannot be read or is a symbolic link.
+    """
+
+    def __init__(self, library: Path, formats: Sequence[Format], data: Path, sha256: str) -> None:
         self._data = mapped(data)
-        self._code = ctypes.CDLL(str(library))
+        self.path = library
+        self._code, self._loaded = _load(library, sha256)
         self._kept: list[Any] = []
         self._domain: c_void_p | None = None
         self._functions_state: NDArray[np.uint64] | None = None
@@ -101,11 +112,17 @@ class Operators:
         _alive.append(self)
 
     def register(self, options: Any) -> None:
-        """Make the operators known to graphs that are loaded with these options."""
+        """Make the operators known to graphs that are loaded with these options.
+
+        Raises `EdgelmError` when another library lies in the place of the one that was loaded.
+        """
         set_hook = getattr(self._code, HOOK)
         set_hook.restype = None
         set_hook(self._hook)
-        options.register_custom_ops_library(str(self.path))
+        with _opened(self.path) as (descriptor, path):
+            if not os.path.samestat(os.fstat(descriptor), self._loaded):
+                raise EdgelmError(f"{self.path} is no longer the library that was loaded")
+            options.register_custom_ops_library(path)  # the loader knows the file and gives the same library
 
     def _address(self, name: str) -> int:
         return ctypes.cast(getattr(self._code, name), c_void_p).value or 0
@@ -197,6 +214,34 @@ class Operators:
         if offset < 0 or offset % ALIGN or offset + size > len(self._data):
             raise ValueError(f"{field.name} lies outside the file of matrices")
         return int(self._data.ctypes.data) + offset
+
+
+@contextlib.contextmanager
+def _opened(library: Path) -> Iterator[tuple[int, str]]:
+    """Open a library; yield its descriptor and a path that leads to that file, whatever its name leads to by then.
+
+    No two of the paths are spelled alike: a loader that is given the path of a library that it has loaded before takes
+    it for that one, and descriptors are used again.
+    """
+    descriptor = os.open(library, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        spelling = "".join("./" if bit == "1" else "/" for bit in f"{next(_spellings):b}")
+        path = f"/proc/self/fd/{spelling}{descriptor}"
+        if not os.path.samestat(os.stat(path), os.fstat(descriptor)):  # noqa: PTH116  no Path for what is not ours
+            raise EdgelmError(f"{path} is another file than {library}: is /proc mounted?")
+        yield descriptor, path
+    finally:
+        os.close(descriptor)
+
+
+def _load(library: Path, sha256: str) -> tuple[ctypes.CDLL, os.stat_result]:
+    """Load the very file that is hashed; return it, and what tells that file from others."""
+    with _opened(library) as (descriptor, path):
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            found = hashlib.sha256(file.read()).hexdigest()
+        if found != sha256:
+            raise EdgelmError(f"{library} is not the library that was compiled: its SHA-256 is {found}, not {sha256}")
+        return ctypes.CDLL(path), os.fstat(descriptor)
 
 
 def _call(function: int | None, *arguments: Any) -> int | None:

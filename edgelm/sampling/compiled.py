@@ -3,11 +3,15 @@
 Numba keeps what it compiled by processor, its own version and the source's time of change; here that lies in the board
 cache, where a system-wide installation can write too, and a file torn by a power cut is made again instead of ending
 the program.
+
+Its files are pickles, so reading one is running it: they are read from the board cache alone, where nobody but this
+user and root could have written them, and compiled at every start where that is not so.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +37,10 @@ def jit(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """
 
     def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
-        with _kept_in(BoardCache.default().kernels):
+        folder = BoardCache.default().kernels_folder()
+        if folder is None:  # Numba itself would look for another one, whoever writes there
+            return _plain(signature, function)
+        with _kept_in(folder):
             try:
                 return _compile(signature, function)
             except RuntimeError:  # no directory to write to: compile at every start
@@ -60,13 +67,17 @@ def _plain(signature: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _kept_in(folder: Path) -> Iterator[None]:
-    """Have Numba keep what it compiles in a folder, and other users of Numba in this process have it as they set it."""
-    before = config.CACHE_DIR
-    config.CACHE_DIR = str(folder)
+    """Have Numba keep what it compiles in a folder, and other users of Numba in this process have it as they set it.
+
+    Its files are for this user alone meanwhile: Numba writes them with the mode that the umask leaves.
+    """
+    before, umask = config.CACHE_DIR, os.umask(0o077)
+    config.CACHE_DIR = str(folder.absolute())
     try:
         yield
     finally:
         config.CACHE_DIR = before
+        os.umask(umask)
 
 
 def _remove_kept(function: Callable[..., Any]) -> None:

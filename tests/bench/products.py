@@ -18,6 +18,8 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from edgelm.bundle import file_sha256
+from edgelm.child import python_command
 from edgelm.native.formats import Format
 from edgelm.native.graph import DATA, GRAPH, write_panels
 from edgelm.native.registration import Operators
@@ -56,15 +58,10 @@ def measure(side: str, form: Format, size: int, columns: int, rows: int, threads
         model: bytes | str = model_of(form, size, columns)
         if side == "ours":
             formats = write_panels(model, folder / "none", folder)
-            command = [
-                sys.executable,
-                "-m",
-                "edgelm.native.compile",
-                folder / "kernels.so",
-                f"{form.bits}:{form.block}",
-            ]
+            library = folder / "kernels.so"
+            command = python_command("edgelm.native.compile", "main", str(library), f"{form.bits}:{form.block}")
             subprocess.run(command, check=True)
-            Operators(folder / "kernels.so", formats, folder / DATA).register(options)
+            Operators(library, formats, folder / DATA, file_sha256(library)).register(options)
             model = str(folder / GRAPH)
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         binding = session.io_binding()

@@ -27,6 +27,7 @@ import naive_kernels as naive
 from attention_cases import Case, checked
 from naive_kernel_attention import Shape
 from native_nodes import look_up, matrix, product, run
+from edgelm.bundle import file_sha256
 from edgelm.native.formats import FORMATS
 from edgelm.native.registration import Operators
 
@@ -59,7 +60,7 @@ for form in FORMATS:
         np.testing.assert_allclose(found, naive.matmul(normed, codes, scales, form.bits, form.block, None), atol=0.2)
 data = library.with_name("data")
 data.write_bytes(b"none")
-operators = Operators(library, [], data)
+operators = Operators(library, [], data, file_sha256(library))
 for shape in (Shape(6, 2, 64, half=32, scale=0.125), Shape(7, 1, 48, half=5, window=40, softcap=20.0, scale=0.2)):
     checked(operators, Case(shape, 0, batch=2, longest=150))
     checked(operators, Case(shape, 1, tokens=20, lengths=[120]), packed=False)

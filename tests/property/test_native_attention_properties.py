@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from llvmlite import binding
 from naive_kernel_attention import Shape
 
+from edgelm.bundle import file_sha256
 from edgelm.native.compile import compile_kernels
 from edgelm.native.registration import Operators
 from edgelm.native.targets import TARGETS
@@ -35,7 +36,8 @@ def operators(request, tmp_path_factory):
     features = ",".join(f"+{name}" for name in target.features)
     (folder / "kernels.so").write_bytes(compile_kernels(target, [], "", features))
     (folder / "data").write_bytes(b"none")
-    return Operators(folder / "kernels.so", [], folder / "data")
+    library = folder / "kernels.so"
+    return Operators(library, [], folder / "data", file_sha256(library))
 
 
 @st.composite

@@ -21,6 +21,7 @@ from naive_kernel_attention import Shape
 from native_nodes import look_up, matrix, product
 from native_nodes import run as run_product
 
+from edgelm.bundle import file_sha256
 from edgelm.native.formats import FAULTS, NOWHERE, Fault, Format, State
 from edgelm.native.operators import ATTENDING, look_up_of, product_of
 from edgelm.native.registration import Operators
@@ -251,7 +252,7 @@ def test_each_fault_of_attention_has_its_name(library_operators, change, fault):
 def library_operators(library, tmp_path_factory):
     data = tmp_path_factory.mktemp("none") / "data"
     data.write_bytes(b"none")
-    return Operators(library, [], data)
+    return Operators(library, [], data, file_sha256(library))
 
 
 HEADS = {State.HEADS: 4, State.KV_HEADS: 2, State.HALF: 8, State.WINDOW: 0, State.SCALE: 0, State.SOFTCAP: 0}

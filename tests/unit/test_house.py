@@ -16,7 +16,18 @@ from edgelm.cli.extras import extra_of
 REPO = Path(__file__).resolve().parents[2]
 FLOORS = [
     {"background", "installed", "terminal", "tokenbytes"},
-    {"_version", "errors", "fields", "folders", "marked", "protobuf", "textfile", "tokenizerfile"},
+    {
+        "_version",
+        "child",
+        "errors",
+        "fields",
+        "folders",
+        "marked",
+        "ownership",
+        "protobuf",
+        "textfile",
+        "tokenizerfile",
+    },
     {"attributes", "brokerconfig", "catalogue", "messages"},
     {"store"},
     {"bundle", "config", "tasks", "measure", "hardware", "divergence", "windows"},

@@ -1,0 +1,366 @@
+"""The board cache is executed, so nothing in it is used that others than this user and root could have written."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from edgelm import boardcache, ownership, weights
+from edgelm.boardcache import STAMP, BoardCache, Key
+from edgelm.errors import DeviceError, EdgelmError
+from edgelm.native.graph import DATA
+from edgelm.native.registration import Operators
+from edgelm.ownership import fault_above, fault_below, make_private
+from edgelm.session import open_session
+from edgelm.weights import KERNELS, open_verified
+
+NOBODY = 65534
+KEY = Key("weights", "digest", "1.31.1", "x86_64 avx2")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to somebody else")
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch):
+    monkeypatch.setattr(boardcache, "_said", set())
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.WARNING, "edgelm")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return BoardCache(tmp_path / "cache")
+
+
+def put(cache, content=b"1234"):
+    return cache.make(KEY, 1, lambda folder: (folder / "a").write_bytes(content) and {})
+
+
+def mode(path):
+    return path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077], ids=oct)
+def test_the_cache_is_made_for_this_user_alone_whatever_the_umask(tmp_path, umask, said):
+    before = os.umask(umask)
+    try:
+        cache = BoardCache(tmp_path / "home" / ".cache" / "edgelm")
+        entry = put(cache)
+        assert cache.kernels_folder() == cache.kernels
+        cache.update(KEY, {"n": 1})
+    finally:
+        os.umask(before)
+    for folder in (cache.folder, cache.folder.parent, cache.folder.parent.parent, cache.kernels, entry.path):
+        assert mode(folder) == 0o700
+    assert all(not mode(file) & 0o022 for file in entry.path.iterdir())
+    assert cache.find(KEY).note == {"n": 1}
+    assert said() == []
+
+
+def test_numba_keeps_its_files_for_this_user_alone_whatever_the_umask(tmp_path):
+    code = (
+        "import os; os.umask(0); import numpy as np; from edgelm.sampling import ranking;"
+        "print(ranking.rank_of(np.int32(5)), sum(ranking.rank_of.stats.cache_hits.values()), os.umask(0o22))"
+    )
+    cache = BoardCache(tmp_path / "cache")
+    for hits in (0, 1):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "EDGELM_CACHE_DIR": str(cache.folder)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+        assert (done.stdout.split(), done.stderr) == (["5", str(hits), "0"], "")
+        files = [cache.kernels, *cache.kernels.rglob("*")]
+        assert len(files) > 3
+        assert all(not mode(file) & 0o077 for file in files)
+
+
+def give(path):
+    os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+
+
+def open_to_all(path):
+    path.chmod(path.stat().st_mode | 0o002)
+
+
+def open_to_group(path):
+    path.chmod(path.stat().st_mode | 0o020)
+
+
+def link_elsewhere(path):
+    elsewhere = path.parent.parent / f"elsewhere-{path.name}"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+WAYS = [pytest.param(give, marks=as_root), open_to_all, open_to_group]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("part", ["the folder", "the entry", "its stamp", "its file"])
+def test_an_entry_that_others_could_have_written_is_not_used(cache, said, part, way):
+    entry = put(cache)
+    place = {"the folder": cache.folder, "the entry": entry.path, "its stamp": entry.path / STAMP}
+    path = place.get(part, entry.path / "a")
+    way(path)
+    for _ in range(2):
+        assert cache.find(KEY) is None
+        assert put(cache, b"other") is None, "it is not made again beside it"
+    assert len(said()) == 1, "said once"
+    assert str(path) in said()[0]
+    assert ("belongs to user 65534" if way is give else "may write") in said()[0]
+    assert "EDGELM_CACHE_DIR" in said()[0]
+    assert (entry.path / "a").read_bytes() == b"1234", "and nothing of it is touched"
+
+
+@pytest.mark.parametrize("part", ["the entry", "its stamp", "its file"])
+def test_an_entry_that_leads_elsewhere_is_not_used(cache, said, part):
+    entry = put(cache)
+    link_elsewhere({"the entry": entry.path, "its stamp": entry.path / STAMP}.get(part, entry.path / "a"))
+    assert cache.find(KEY) is None
+    assert put(cache) is None
+    assert len(said()) == 1
+    assert "is a symbolic link" in said()[0]
+
+
+@pytest.mark.parametrize("way", [*WAYS, link_elsewhere])
+@pytest.mark.parametrize("part", ["the folder", "a folder in it", "a file in it"])
+def test_numbas_pickles_that_others_could_have_written_are_not_read(cache, said, part, way):
+    inner = cache.kernels / "sampling_1"
+    make_private(inner)
+    file = inner / "ranking.rank_of.nbi"
+    file.write_bytes(b"pickle")
+    assert cache.kernels_folder() == cache.kernels
+    way({"the folder": cache.kernels, "a folder in it": inner}.get(part, file))
+    assert cache.kernels_folder() is None
+    assert cache.kernels_folder() is None
+    assert len(said()) == 1, "said once"
+    assert said()[0].startswith(f"{cache.kernels} is not used")
+
+
+def test_without_a_safe_folder_numba_looks_for_no_other_one(tmp_path):
+    """It would unpickle what lies in ~/.cache/numba, whoever wrote that."""
+    home = tmp_path / "home"
+    (tmp_path / "cache").mkdir()
+    open_to_all(tmp_path / "cache")
+    code = "import numpy as np; from edgelm.sampling import ranking; print(ranking.rank_of(np.int32(5)))"
+    environment = {**os.environ, "HOME": str(home), "EDGELM_CACHE_DIR": str(tmp_path / "cache")}
+    environment.pop("XDG_CACHE_HOME", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.stdout == "5\n", done.stderr
+    assert done.stderr.count("is not used as a cache") == 1
+    assert not home.exists()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_parent_that_others_can_write_lets_them_exchange_the_folder(tmp_path, said, way):
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    cache = BoardCache(parent / "deep" / "cache")
+    put(cache)
+    if way is open_to_group:
+        os.chown(parent, -1, 1 if os.geteuid() == 0 else -1)
+    if way is open_to_group and os.geteuid() != 0:
+        pytest.skip("this user's own group may be private")
+    way(parent)
+    assert cache.find(KEY) is None
+    assert f"{parent} " in said()[0] or f"{parent}," in said()[0]
+    before = list(parent.iterdir())
+    assert BoardCache(parent / "another").make(KEY, 1, lambda folder: {}) is None
+    assert list(parent.iterdir()) == before, "nothing is made there"
+
+
+def test_a_sticky_folder_above_is_as_good_as_tmp(tmp_path, said):
+    parent = tmp_path / "tmp"
+    parent.mkdir()
+    parent.chmod(0o1777)
+    cache = BoardCache(parent / "cache")
+    put(cache)
+    assert cache.find(KEY) is not None
+    assert said() == []
+    assert BoardCache(parent).find(KEY) is None  # but no cache itself
+    assert put(BoardCache(parent)) is None
+    assert "everyone may write" in said()[0]
+
+
+def test_links_on_the_way_are_followed_and_judged(tmp_path, said):
+    real = tmp_path / "disk" / "cache"
+    put(BoardCache(real))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "cache").symlink_to(Path("..") / "link")
+    (tmp_path / "link").symlink_to(real)
+    cache = BoardCache(tmp_path / "home" / "cache")
+    assert cache.find(KEY) is not None
+    assert said() == []
+    open_to_all(tmp_path / "disk")
+    assert cache.find(KEY) is None
+    assert len(said()) == 1
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(OSError, match="too many symbolic links"):
+        fault_above(tmp_path / "circle" / "x")
+    assert BoardCache(tmp_path / "circle").find(KEY) is None
+    assert put(BoardCache(tmp_path / "circle")) is None
+
+
+@as_root
+def test_a_link_of_somebody_else_is_not_followed(tmp_path, said):
+    cache = BoardCache(tmp_path / "cache")
+    put(cache)
+    (tmp_path / "link").symlink_to(cache.folder)
+    give(tmp_path / "link")
+    assert BoardCache(tmp_path / "link").find(KEY) is None
+    assert "belongs to user 65534" in said()[0]
+
+
+@as_root
+def test_a_cache_of_root_serves_other_users(tmp_path, monkeypatch, said):
+    cache = BoardCache(tmp_path / "cache")
+    put(cache)
+    monkeypatch.setattr(os, "geteuid", lambda: 1234)
+    assert cache.find(KEY) is not None
+    give(cache.folder / KEY.name)
+    assert cache.find(KEY) is None
+    assert len(said()) == 1
+
+
+def test_a_private_group_is_its_user_in_the_folders_above_only(tmp_path, monkeypatch):
+    folder = tmp_path / "home" / "cache"
+    make_private(folder)
+    open_to_group(folder.parent)
+    monkeypatch.setattr(ownership, "_is_private", lambda path, status: True)
+    assert fault_above(folder) is None
+    open_to_group(folder)
+    assert "its group may write" in fault_above(folder)
+    assert "its group may write" in fault_below(folder)
+
+
+def test_what_is_no_file_is_not_used(tmp_path):
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    tmp_path.chmod(0o700)
+    assert "neither a file nor a folder" in fault_below(tmp_path)
+
+
+# --- the library ---
+
+
+@pytest.fixture
+def small(tiny_checkpoint, export_to_cache, monkeypatch):
+    monkeypatch.setattr(weights, "WORTH_BYTES", 0)
+    monkeypatch.setattr(weights, "_operators", {})
+    return export_to_cache(tiny_checkpoint(vocab=384, hidden=128, mlp=352), quant="int4")
+
+
+def logits_of(path, cache):
+    session = open_session(open_verified(path, cache), rows=1, threads=1, cache=cache)
+    return session.prefill(0, np.arange(2, 9), 0).copy()
+
+
+def test_a_library_that_is_not_the_compiled_one_is_never_loaded(small, cache, said, monkeypatch):
+    """Although size and time of change are those of the stamp: by its hash, and before it is loaded."""
+    expected = logits_of(small, cache)
+    (entry,) = cache.entries()
+    library = entry.path / KERNELS
+    was, content = library.stat(), bytearray(library.read_bytes())
+    content[-1] ^= 0xFF
+    library.unlink()
+    library.write_bytes(content)
+    library.chmod(0o600)
+    os.utime(library, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert cache.find(Key(**json.loads((entry.path / STAMP).read_text())["key"])) is not None
+    weights._operators.clear()  # as in a new process
+    loaded = []
+    plain = Operators.__init__
+    monkeypatch.setattr(Operators, "__init__", lambda self, *given: (plain(self, *given), loaded.append(given))[0])
+    np.testing.assert_array_equal(logits_of(small, cache), expected)
+    assert len(said()) == 1
+    assert "is not the library that was compiled" in said()[0]
+    assert hashlib.sha256(content).hexdigest() not in [given[3] for given in loaded]
+    (again,) = cache.entries()
+    assert again.sha256[KERNELS] == entry.sha256[KERNELS], "and compiled again"
+
+
+@pytest.fixture
+def compiled(small, cache):
+    logits_of(small, cache)
+    (entry,) = cache.entries()
+    return entry.path / KERNELS, entry.path / DATA, entry.sha256[KERNELS]
+
+
+def test_the_library_that_is_loaded_is_the_one_that_was_hashed(compiled, tmp_path, monkeypatch):
+    """Whatever is put in its place in between, and whatever onnxruntime finds there when it opens it again."""
+    library, data, digest = compiled
+    own = Path(shutil.copy(library, tmp_path / "own.so"))
+    real = hashlib.sha256
+
+    def exchange(content):
+        own.unlink()
+        own.write_bytes(b"a stranger's")
+        return real(content)
+
+    monkeypatch.setattr(hashlib, "sha256", exchange)
+    operators = Operators(own, [], data, digest)
+    assert own.read_bytes() == b"a stranger's"
+    maps = Path("/proc/self/maps").read_text()
+    assert f"{own} (deleted)" in maps
+    options = onnxruntime.SessionOptions()
+    with pytest.raises(EdgelmError, match="no longer the library that was loaded"):
+        operators.register(options)
+
+
+def test_many_libraries_are_told_apart_and_keep_no_descriptor(compiled, tmp_path):
+    library, data, digest = compiled
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    made = []
+    for number in range(20):
+        own = Path(shutil.copy(library, tmp_path / f"{number}.so"))
+        made.append(Operators(own, [], data, digest))
+        made[-1].register(onnxruntime.SessionOptions())
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+    hooks = {ctypes.cast(each._code.RegisterCustomOps, ctypes.c_void_p).value for each in made}
+    assert len(hooks) == len(made), "each is code of its own"
+
+
+def test_a_library_behind_a_link_or_of_another_hash_is_refused(compiled, tmp_path):
+    library, data, digest = compiled
+    (tmp_path / "link.so").symlink_to(library)
+    with pytest.raises(OSError, match="symbolic link"):
+        Operators(tmp_path / "link.so", [], data, digest)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(EdgelmError, match="is not the library that was compiled"):
+        Operators(library, [], data, "0" * 64)
+    with pytest.raises(EdgelmError, match="is not the library that was compiled"):
+        Operators(library, [], data, "None")
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+
+
+# --- the emulated board ---
+
+
+def test_an_emulated_root_that_others_could_have_written_is_not_run(tmp_path, monkeypatch):
+    rootfs = pytest.importorskip("edgelm_devices.rootfs")
+    folder = tmp_path / "emulate" / "root"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(rootfs, "rootfs_folder", lambda cache: cache / "root")
+    open_to_all(folder)
+    with pytest.raises(DeviceError, match=r"everyone may write .*; remove it, or name a folder"):
+        rootfs.prepare_rootfs(tmp_path / "emulate", print)
