@@ -37,6 +37,7 @@ from .reference.documents import measured_documents, read_text
 from .reference.self_check import refuse_broken, self_check
 from .reference.verify import BundleReference, check, measure, quality
 from .requantize import Requantizer
+from .transformers_config import SAFELY, plain_config
 
 TASK: Final = "text-generation-with-past"
 FED: Final = {"input_ids", "attention_mask", "position_ids"}
@@ -175,14 +176,10 @@ def _load(checkpoint: Checkpoint, libraries: _Libraries) -> Any:
             f"architecture {kind!r} is not one that optimum-onnx {version('optimum-onnx')} exports for text generation;"
             f" it knows {', '.join(supported)}"
         )
+    config = plain_config(libraries.transformers, checkpoint.path)
     try:
         model, loading = libraries.transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
-            dtype=libraries.torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
+            checkpoint.path, config=config, dtype=libraries.torch.float32, output_loading_info=True, **SAFELY
         )
     except Exception as error:  # the libraries raise many unrelated types
         raise CheckpointError(f"transformers cannot load {checkpoint.path}: {_reason(error)}") from error

@@ -110,7 +110,7 @@ def open_huggingface(source: str | Path) -> Checkpoint:
         )
     config = read_json(path / "config.json")
     tokenizer_config = _tokenizer_config(path)
-    stored = Safetensors(path, _tensor_files(path))
+    stored = Safetensors(path, tensor_files(path))
     weights, how = dequantized(stored, config, path)
     text = text_half(weights, config)
     return as_its_class(
@@ -167,10 +167,11 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _tensor_files(path: Path) -> dict[str, Path]:
+def tensor_files(path: Path) -> dict[str, Path]:
     """Map each tensor to its file: model.safetensors, else the shards that the index names, as transformers does.
 
-    Other *.safetensors files of the directory are not the model's: earlier stages, states of a training.
+    Other *.safetensors files of the directory are not the model's: earlier stages, states of a training. Raises
+    `CheckpointError` where these files are missing or not safetensors.
     """
     files: dict[str, Path] = {}
     for name in [SINGLE] if (path / SINGLE).is_file() else _shards(path):

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from edgelm.errors import CheckpointError
 
+from ..transformers_config import SAFELY, plain_config
 from .shape import Shape
 
 
@@ -68,15 +70,16 @@ def open_model(directory: Path, what: str) -> Any:
     Raises
     ------
     CheckpointError
-        The directory is no checkpoint that transformers can read.
+        The directory is no checkpoint that transformers can read, or its weights are not safetensors; code that
+        comes with it is never run.
     """
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{what} {directory} has no config.json: a Hugging Face directory is expected")
+    config = plain_config(transformers, directory)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, config=AutoConfig.from_pretrained(directory), dtype=torch.float32,
-            attn_implementation="eager", local_files_only=True,
-        )  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=torch.float32, attn_implementation="eager", **SAFELY
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{what} {directory} cannot be read: {error}") from error
     return model

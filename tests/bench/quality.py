@@ -114,7 +114,7 @@ def transformers_logits(checkpoint: Path, corpus: Corpus, threads: int) -> Logit
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    network = AutoModelForCausalLM.from_pretrained(checkpoint, torch_dtype=torch.float32).eval()
+    network = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True).eval()
     with torch.inference_mode():
         parts = [network(torch.tensor([ids])).logits[0].numpy() for _, ids in corpus.documents()]
     return np.concatenate(parts)

@@ -39,7 +39,7 @@ class Network:
             self.version = version("optimum-onnx")
         else:
             dtype = getattr(torch, job["dtype"])
-            self.model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).eval()
+            self.model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, use_safetensors=True).eval()
         self.vocab_size = self.model.config.vocab_size
         self.model.generation_config = GenerationConfig(pad_token_id=0)  # nothing ends an answer
 
