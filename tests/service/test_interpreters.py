@@ -7,45 +7,17 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from interpreters import copy_sources, find_python, run
 
 REPO = Path(__file__).resolve().parents[2]
 PAIRS = {"3.10": "onnxruntime==1.23.2", "3.13": "onnxruntime"}
-NOT_COPIED = (".git", ".venv*", "build", "dist", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis")
 ALL = ["tests/unit", "tests/property", "--ignore=tests/unit/test_readme.py"]
 QUICK = ["tests/unit/test_model.py", "tests/unit/test_worker.py", "tests/unit/test_worker_failures.py"]
 QUICK += ["tests/property/test_engine_properties.py"]
-
-
-def run(*command, cwd, **env):
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    arguments = [str(part) for part in command]
-    done = subprocess.run(
-        arguments, cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=1800, check=False
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-def find_python(version):
-    """Return an interpreter of that version: on the PATH, ours, or one of pyenv's."""
-    candidates = [sys.executable, shutil.which(f"python{version}")]
-    pyenv = shutil.which("pyenv")
-    if pyenv:
-        _, root = run(pyenv, "root", cwd=REPO)
-        candidates += sorted(Path(root.strip()).glob(f"versions/{version}.*/bin/python"), reverse=True)
-    asked = "import sys; print('.'.join(map(str, sys.version_info[:2])))"
-    for candidate in filter(None, candidates):
-        code, said = run(candidate, "-c", asked, cwd=REPO)  # a shim of pyenv may lead nowhere
-        if code == 0 and said.strip() == version:
-            return candidate
-    pytest.skip(f"no Python {version} here: install python{version} or `pyenv install {version}`")
-    return None
 
 
 def check(version, source, home, bundles):
@@ -82,7 +54,7 @@ def checks(tmp_path_factory, tiny_checkpoint, export_to_cache):
         running = {}
         for version in PAIRS:
             folder = tmp_path_factory.mktemp("python")
-            source = shutil.copytree(REPO, folder / "edgelm", ignore=shutil.ignore_patterns(*NOT_COPIED))
+            source = copy_sources(folder / "edgelm")
             running[version] = pool.submit(check, version, source, folder / "venv", bundles)
         yield running
 
