@@ -107,7 +107,7 @@ def test_make_names_a_python_that_is_too_old(tmp_path, version):
         "exec(sys.argv[2])\n"
     )
     old.chmod(0o755)
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("pyproject.toml", "constraints.txt", "requirements.txt", "requirements-test.txt"):
         (tmp_path / name).touch()
     for target in ("demo", "test"):
         done = subprocess.run(
