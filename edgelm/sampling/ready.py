@@ -11,29 +11,31 @@ import hashlib
 import logging
 import platform
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
 from edgelm.boardcache import BoardCache
+from edgelm.child import python_command
 from edgelm.sampling.sampler import warm_up
 
 LOG: Final = logging.getLogger(__name__)
 
 WITHIN_S: Final = 300.0
-CHILD: Final = "import sys; sys.path.insert(0, sys.argv[1]); from edgelm.sampling import warm_up; warm_up()"
 
 
 def ensure_compiled() -> None:
     """Return when the kernels can be loaded from the board cache; where nothing can be kept, when they are loaded."""
-    marker = BoardCache.default().kernels / f"compiled-{_digest()}"
+    folder = BoardCache.default().kernels_folder()
+    if folder is None:
+        warm_up()
+        return
+    marker = folder / f"compiled-{_digest()}"
     if marker.exists():
         return
-    folder = str(Path(__file__).resolve().parents[2])
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-c", CHILD, folder],
+            python_command("edgelm.sampling", "warm_up"),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=WITHIN_S,

@@ -119,4 +119,4 @@ def test_every_python_that_is_started_is_isolated():
                 if isinstance(node, ast.List) and node.elts and ast.unparse(node.elts[0]) == "sys.executable":
                     found += 1
                     assert len(node.elts) == 1 or ast.unparse(node.elts[1]) == "'-I'", f"{file}:{node.lineno}"
-    assert found == 3
+    assert found >= 3, "the search finds what there is"
