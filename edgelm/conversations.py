@@ -6,8 +6,9 @@ Holds tokens and texts, never key/value memory: that is found again in the tree 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,9 +16,17 @@ from typing import Any, Final
 from edgelm.errors import RequestError
 from edgelm.messages import Chunk, Request
 from edgelm.tokenizer import StreamDecoder, Tokenizer
+from edgelm.turns import UNSHARED, Shares
 
 MOST_SESSIONS: Final = 64
-"""Sessions that are kept; the least recently used is forgotten for one more."""
+"""Sessions that are kept. For one more, whoever has most of them loses the one that it used longest ago."""
+
+BYTES_PER_TOKEN: Final = 24
+"""What a session may take a token of the context, where that is more than the limit: its text twice, as the template
+rendered it and in messages, and its tokens."""
+
+_POINTER: Final = 32
+"""About what a number in a tuple takes."""
 
 Name = tuple[str | None, str]
 """A client, and what it calls its session."""
@@ -36,6 +45,14 @@ class Conversation:
     messages: tuple[Mapping[str, Any], ...] | None = None
     text: str = ""
     marks: tuple[tuple[int, int], ...] = ((0, 0),)
+    message_bytes: int = 0
+    """About how much memory the messages take, those included that the template leaves out of the text."""
+
+    @property
+    def bytes(self) -> int:
+        """About how much memory it takes."""
+        marks = 2 * _POINTER * len(self.marks)
+        return array("i").itemsize * len(self.tokens) + sys.getsizeof(self.text) + marks + self.message_bytes
 
     def ask(self, request: Request, tokenizer: Tokenizer, context: int | None = None) -> Conversation:
         """Return the conversation with a request's prompt behind it.
@@ -68,8 +85,11 @@ class Conversation:
         decoder = StreamDecoder(tokenizer, self.tokens)  # without stop strings: they were said too
         said = "".join(map(decoder.push, tokens)) + decoder.finish()
         text = self.text + said
-        messages = (*self.messages, {"role": "assistant", "content": said})
-        return Conversation(whole, self.turns + 1, messages, text, (*self.marks, (len(text), len(whole))))
+        answer = {"role": "assistant", "content": said}
+        marks = (*self.marks, (len(text), len(whole)))
+        return Conversation(
+            whole, self.turns + 1, (*self.messages, answer), text, marks, self.message_bytes + _bytes_of(answer)
+        )
 
     def _opened(self, chat: tuple[Mapping[str, Any], ...], system: str | None) -> tuple[Mapping[str, Any], ...]:
         """Return new messages behind a system message where the conversation begins with it."""
@@ -111,7 +131,8 @@ class Conversation:
         rest = tokenizer.encode_prompt(prompt.after(length) if count else prompt, further=count > 0)
         tokens = [*self.tokens[:count], *rest]
         marks = (*self.marks[: kept + 1], (len(prompt.text), len(tokens)))
-        return Conversation(tokens, self.turns, messages, prompt.text, marks)
+        message_bytes = self.message_bytes + sum(map(_bytes_of, new))
+        return Conversation(tokens, self.turns, messages, prompt.text, marks, message_bytes)
 
     def _kept(self, text: str) -> int:
         """Return the index of the last mark up to which a text is the one known so far."""
@@ -138,13 +159,18 @@ class Conversations:
     context
         Tokens that a request may hold, its answer included.
     most
-        Sessions that are kept.
+        Sessions that are kept, of all clients.
+    shares
+        What one client may have of them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: int, most: int = MOST_SESSIONS) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, context: int, most: int = MOST_SESSIONS, shares: Shares = UNSHARED
+    ) -> None:
         self._tokenizer = tokenizer
         self._context = context
         self._most = most
+        self._shares = shares
         self._known: OrderedDict[Name, Conversation] = OrderedDict()
         self._turns: dict[str, _Turn] = {}
 
@@ -165,8 +191,10 @@ class Conversations:
     def asked(self, before: Conversation, request: Request) -> Conversation:
         """Return a conversation with a request's prompt behind it. Callable from any thread.
 
-        Raises `RequestError("bad_request")` as `Conversation.ask` does, and where the session outgrows the context.
+        Raises `RequestError("bad_request")` as `Conversation.ask` does, and where the session outgrows the context;
+        `RequestError("too_large")` where it outgrows its bytes.
         """
+        self._check_bytes(request, before)
         asked = before.ask(request, self._tokenizer, self._context)
         if before.turns and len(asked.tokens) >= self._context:
             raise RequestError(
@@ -201,9 +229,44 @@ class Conversations:
             self._known.move_to_end(name)
         if turn.ends:
             self._known.pop(name, None)
-        while len(self._known) > self._most:
-            self._known.popitem(last=False)
+        self._make_room(name[0])
         return chunk
+
+    def _check_bytes(self, request: Request, before: Conversation) -> None:
+        """Raise `RequestError("too_large")` where a request makes its session larger than one may be."""
+        limit = self._shares.session_bytes
+        if limit is None or request.session is None:
+            return
+        limit = max(limit, BYTES_PER_TOKEN * self._context)
+        more = sum(map(_bytes_of, request.messages or ())) + _bytes_of(request.prompt) + _bytes_of(request.system)
+        if before.bytes + more > limit:
+            raise RequestError(
+                "too_large",
+                f"this session takes {before.bytes} bytes, {before.bytes + more} with what is asked now, and one may"
+                f" take {limit}: end the session to begin anew",
+            )
+
+    def _make_room(self, client: str | None) -> None:
+        """Forget sessions until all limits hold, after one of a client was used."""
+        own = [name for name in self._known if name[0] == client]
+        if self._shares.sessions is not None:
+            for name in own[: max(0, len(own) - self._shares.sessions)]:
+                del self._known[name]
+        while len(self._known) > self._most:
+            self._forget_oldest(Counter(owner for owner, _ in self._known))
+        limit = self._shares.all_sessions_bytes
+        while limit is not None and len(self._known) > 1:
+            sizes: Counter[str | None] = Counter()
+            for (owner, _), known in self._known.items():
+                sizes[owner] += known.bytes
+            if sum(sizes.values()) <= limit:
+                return
+            self._forget_oldest(sizes)
+
+    def _forget_oldest(self, held: Counter[str | None]) -> None:
+        """Forget what was used longest ago of those who hold most."""
+        most = max(held.values())
+        del self._known[next(name for name in self._known if held[name[0]] == most)]
 
     def end(self, session: str, client: str | None = None) -> bool:
         """Forget a session, with the answer under way once that is whole; return whether there was one."""
@@ -219,6 +282,20 @@ class Conversations:
         lengths = {name: len(known.tokens) for name, known in self._known.items()}
         lengths |= {name: 0 for name in begun if name is not None and name not in lengths}
         return {session: count for (owner, session), count in lengths.items() if owner == client}
+
+
+def _bytes_of(value: Any) -> int:
+    """Return about how much memory a value out of JSON takes."""
+    size, waiting = 0, [value]
+    while waiting:
+        each = waiting.pop()
+        size += sys.getsizeof(each)
+        if isinstance(each, Mapping):
+            waiting += each.values()  # keys are few, and mostly shared
+            size += sum(len(key) for key in each)
+        elif isinstance(each, (list, tuple)):
+            waiting += each
+    return size
 
 
 def _name_of(request: Request) -> Name | None:

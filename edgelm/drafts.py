@@ -12,11 +12,14 @@ often guesses were right in this answer. Knows nothing of sessions.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edgelm.messages import NOBODY, Owner
 
 Tokens = NDArray[np.int32]
 
@@ -28,6 +31,9 @@ GRAM: Final = 3
 
 REMEMBERED: Final = 4096
 """Tokens of earlier prompts and answers that are searched, at least."""
+
+MOST_OWNERS: Final = 16
+"""Owners whose earlier tokens are kept."""
 
 END: Final = -1
 """Stands between earlier sequences; no token."""
@@ -92,20 +98,31 @@ class Drafter:
     """Looks guesses up and learns what they cost."""
 
     def __init__(self) -> None:
-        self._earlier = Lookup()
+        self._earlier: OrderedDict[Owner, Lookup] = OrderedDict()
+        """What each owner's sequences were, the least recently added to first: a right guess makes an answer quicker,
+        and so would tell what another owner's were."""
         self._seconds: dict[int, float] = {}
         self._begun: set[int] = set()
         self._rate = HOPE
 
-    def remember(self, tokens: Tokens) -> None:
-        """Add a whole sequence, int32 [n], to what is searched."""
-        if len(self._earlier.tokens) > 2 * REMEMBERED:
-            kept, self._earlier = self._earlier.tokens[-REMEMBERED:], Lookup()
-            self._earlier.add(kept)
-        self._earlier.add([END, *tokens[-REMEMBERED:].tolist()])
+    def remember(self, tokens: Tokens, owner: Owner = None) -> None:
+        """Add a whole sequence, int32 [n], to what is searched for its owner."""
+        if owner == NOBODY:
+            return
+        earlier = self._earlier.pop(owner, None) or Lookup()
+        if len(earlier.tokens) > 2 * REMEMBERED:
+            kept, earlier = earlier.tokens[-REMEMBERED:], Lookup()
+            earlier.add(kept)
+        earlier.add([END, *tokens[-REMEMBERED:].tolist()])
+        self._earlier[owner] = earlier
+        if len(self._earlier) > MOST_OWNERS:
+            self._earlier.popitem(last=False)
 
-    def propose(self, drafting: Drafting, tokens: Tokens, most: int) -> Tokens:
-        """Return the likely continuation of `tokens`, int32 [n]: at most `most` of them, none where it does not pay."""
+    def propose(self, drafting: Drafting, tokens: Tokens, most: int, owner: Owner = None) -> Tokens:
+        """Return the likely continuation of `tokens`, int32 [n]: at most `most` of them, none where it does not pay.
+
+        It is searched for in these tokens and in what the same owner's earlier sequences were.
+        """
         if drafting.rate is None:
             drafting.rate = self._rate
         if drafting.wait > 0:
@@ -116,7 +133,7 @@ class Drafter:
             return NOTHING
         own = drafting.lookup
         own.add(tokens[len(own.tokens) :].tolist())
-        return np.array(self._continuation(own, size), np.int32)
+        return np.array(_continuation(own, self._earlier.get(owner), size), np.int32)
 
     def learn(self, drafting: Drafting, tokens: int, seconds: float, guessed: int, right: int) -> None:
         """Take note of how long a pass of so many tokens took, and how many of the guessed ones were right."""
@@ -134,22 +151,6 @@ class Drafter:
             drafting.pause = min(2 * drafting.pause, LONGEST_PAUSE)
             rate = max(rate, HOPE / 2)  # it is tried again some time
         drafting.rate = rate
-
-    def _continuation(self, own: Lookup, size: int) -> list[int]:
-        """Return up to `size` tokens that followed in this sequence, else in an earlier one.
-
-        What is this sequence's end is repeated; an earlier one's end is an end.
-        """
-        last = own.tokens[-GRAM:]
-        at = own.find(last)
-        if at is not None:
-            found = own.tokens[at : at + size]
-            return [found[i % len(found)] for i in range(size)]
-        at = self._earlier.find(last)
-        if at is None:
-            return []
-        found = self._earlier.tokens[at : at + size]
-        return found[: found.index(END)] if END in found else found
 
     def _took(self, tokens: int, seconds: float) -> None:
         """Take note of how long a pass of so many tokens took; the first one also allocates, and does not count."""
@@ -173,6 +174,23 @@ class Drafter:
     def _cost(self, tokens: int) -> float:
         """Return the time of a pass; where it was not measured yet, it is taken to be quick, so that it will be."""
         return self._seconds.get(tokens, self._seconds.get(1, 1.0) * (1 + EAGERNESS * (tokens - 1)))
+
+
+def _continuation(own: Lookup, earlier: Lookup | None, size: int) -> list[int]:
+    """Return up to `size` tokens that followed in this sequence, else in an earlier one.
+
+    What is this sequence's end is repeated; an earlier one's end is an end.
+    """
+    last = own.tokens[-GRAM:]
+    at = own.find(last)
+    if at is not None:
+        found = own.tokens[at : at + size]
+        return [found[i % len(found)] for i in range(size)]
+    at = None if earlier is None else earlier.find(last)
+    if earlier is None or at is None:
+        return []
+    found = earlier.tokens[at : at + size]
+    return found[: found.index(END)] if END in found else found
 
 
 def expected(rate: float, size: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Final
 
@@ -28,6 +29,7 @@ from edgelm.scoring import score
 from edgelm.sequence import Sequence, Waiting
 from edgelm.session import Session, open_session
 from edgelm.tuning import THREADS_LIMIT
+from edgelm.turns import UNSHARED, Shares, Turns
 
 PATIENCE_S: Final = 0.02
 """How long a step waits for a constraint or a prompt where there is nothing else to do; then it looks at deadlines."""
@@ -51,6 +53,7 @@ class Engine:
         cache: BoardCache | None = None,
         memory_limit_mb: int | None = None,
         spin: bool | None = None,
+        shares: Shares = UNSHARED,
     ) -> None:
         if not 1 <= max_batch <= MOST_ROWS:
             raise EdgelmError(f"max_batch must lie in [1, {MOST_ROWS}], got {max_batch}")
@@ -66,10 +69,11 @@ class Engine:
             bundle, rows=rows, threads=threads, spin=spin, context=context, cache=cache
         )
         self.context = self.session.context
-        self._intake = Intake(bundle, self.context)
+        self._intake = Intake(bundle, self.context, shares)
         self.tokenizer, self.conversations = self._intake.tokenizer, self._intake.conversations
         self._waiting: deque[Waiting] = deque()
         self._rows = Rows(self.session, max_batch)
+        self._turns = Turns(shares.rows)
         self._cancelled: set[str] = set()
         self._reuse = Reuse(self.session, bundle, prefix_bytes)
         self._drafter = Drafter() if speculation else None
@@ -159,20 +163,26 @@ class Engine:
         return "deadline" if request.deadline is not None and now >= request.deadline else None
 
     def _admit(self) -> None:
-        """Give free rows to those that wait, the oldest first."""
+        """Give free rows to those that wait, in turns between clients."""
         while not self._rows.is_full:
             entry = self._next_waiting()
             if entry is None:
                 return
             sequence = self._open(entry)
             self._waiting.remove(entry)  # not before: were opening it to break the step, it would get no final
+            self._turns.serve(entry.request.client, (other.request.client for other in self._waiting))
             if sequence is None:
                 continue
             self._rows.take(sequence)
             self._show(sequence, sequence.start())
 
     def _next_waiting(self) -> Waiting | None:
-        """Return the oldest request that can begin: all is ready for it, nothing of its session is before it."""
+        """Return whose turn it is: all is ready for it, nothing of its session is before it."""
+        running = [sequence.request.client for sequence in self._rows.held]
+        return self._turns.choose(self._could_begin(), running, lambda entry: entry.request.client)
+
+    def _could_begin(self) -> Iterator[Waiting]:
+        """Yield the requests that can begin, the oldest first; have those read that only want to be."""
         behind: set[tuple[str | None, str]] = set()
         for entry in self._waiting:
             request = entry.request
@@ -183,10 +193,9 @@ class Engine:
                 if entry.reading is None:
                     entry.reading = self._read(request)
                 if entry.reading.done():
-                    return entry
+                    yield entry
             if session is not None:
                 behind.add(session)
-        return None
 
     def _read(self, request: Request) -> Future[Conversation]:
         before = self.conversations.begin(request)
@@ -287,7 +296,9 @@ class Engine:
         most, long_from = sequence.left - 1, self.session.long_from
         if long_from is not None and sequence.length <= long_from:
             most = min(most, long_from - sequence.length)
-        return self._drafter.propose(sequence.drafting, sequence.history[: sequence.length], most)
+        return self._drafter.propose(
+            sequence.drafting, sequence.history[: sequence.length], most, sequence.request.owner
+        )
 
     def _compute(self, sequence: Sequence, end: int) -> int:
         """Compute a sequence's tokens up to position `end`, without their logits; return how many."""
@@ -320,6 +331,6 @@ class Engine:
         if last.error is None:
             self._reuse.keep(sequence)
             if self._drafter is not None:
-                self._drafter.remember(sequence.history[: sequence.length])
+                self._drafter.remember(sequence.history[: sequence.length], sequence.request.owner)
         self._rows.release(sequence)
         return True

@@ -18,6 +18,7 @@ from edgelm.messages import Request
 from edgelm.sampling import is_loaded, needs_kernels, warm_up
 from edgelm.sequence import Sequence
 from edgelm.tokenizer import SHORT, Tokenizer
+from edgelm.turns import UNSHARED, Shares
 
 if TYPE_CHECKING:
     from edgelm.grammar import Matcher
@@ -26,19 +27,19 @@ if TYPE_CHECKING:
 class Intake:
     """Opens requests for a bundle whose rows hold `context` tokens."""
 
-    def __init__(self, bundle: Bundle, context: int) -> None:
+    def __init__(self, bundle: Bundle, context: int, shares: Shares = UNSHARED) -> None:
         manifest = bundle.manifest
         self._bundle = bundle
         self._context = context
         self._eos = frozenset(manifest.eos_tokens)
         self._constraints = Constraints(bundle.tokenizer, manifest.vocab_size, manifest.eos_tokens)
         self.tokenizer = Tokenizer.of_bundle(bundle)
-        self.conversations = Conversations(self.tokenizer, context)
+        self.conversations = Conversations(self.tokenizer, context, shares=shares)
         self._background = Background("edgelm-prompts")
 
     def prepare(self, request: Request) -> Future[Matcher] | None:
         """Have a request's constraint made ready on another thread; None where it has none."""
-        return None if request.constraint is None else self._constraints.prepare(request.constraint)
+        return None if request.constraint is None else self._constraints.prepare(request.constraint, request.owner)
 
     def close(self) -> None:
         """Stop preparing."""

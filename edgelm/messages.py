@@ -32,6 +32,12 @@ RANGES: Final[dict[str, tuple[float, float]]] = {
 MAX_STOPS: Final = 16
 """How many stop strings a request may carry."""
 
+Owner = str | None
+"""Whose earlier work a request may use: a client's name, or None, an owner like any other."""
+
+NOBODY: Final = ""
+"""An owner that keeps nothing and finds nothing. No client's name is empty."""
+
 MAX_SESSION_LENGTH: Final = 128
 """Characters of a session's name."""
 
@@ -142,6 +148,9 @@ class Request:
     """The system message that a conversation begins with."""
     raw: bool = False
     """Whether a prompt is completed as it stands, where it would be a user's message."""
+    is_apart: bool = False
+    """Whether it uses nothing that earlier requests computed, and leaves nothing to later ones. What the bundle brings
+    along it uses."""
 
     def __post_init__(self) -> None:
         given = sum(given is not None for given in (self.prompt, self.messages, self.tokens))
@@ -161,6 +170,11 @@ class Request:
             raise RequestError(
                 "bad_request", "raw goes with a prompt, without messages, system, tools and template_vars"
             )
+
+    @property
+    def owner(self) -> Owner:
+        """Whose earlier work it may use, and to whose it adds."""
+        return NOBODY if self.is_apart else self.client
 
     @property
     def is_templated(self) -> bool:

@@ -12,6 +12,9 @@ from edgelm.static_prefix import map_prefix
 class Reuse:
     """Moves key/value memory between a session's rows and a cache of at most `max_bytes`, the static prefix beside it.
 
+    What a client's sequences computed is found by its own later ones alone, and by nobody's where they are apart: else
+    `cached_tokens`, or the time to the first token, would tell a client what others have asked.
+
     Positions embedded for the original context and for LongRoPE's long one are kept apart: they do not fit each other.
     Where a model has both, each kind has half of the bytes.
     """
@@ -34,7 +37,9 @@ class Reuse:
         long_from = self._session.long_from
         sequence.is_long = long_from is not None and sequence.length > long_from
         known, asked = self._prefixes[sequence.is_long], sequence.history[: sequence.length - 1]
-        pieces = known.find(asked, pinned_only=sequence.is_seeded and not self._session.is_invariant)
+        pieces = known.find(
+            asked, sequence.request.owner, pinned_only=sequence.is_seeded and not self._session.is_invariant
+        )
         if pieces:
             self._session.begin_row(sequence.row, pieces)
             sequence.computed = sum(piece[0].shape[1] for piece in pieces)
@@ -43,4 +48,5 @@ class Reuse:
     def keep(self, sequence: Sequence) -> None:
         """Keep what a sequence has computed."""
         tokens, row = sequence.history[: sequence.computed], sequence.row
-        self._prefixes[sequence.is_long].keep(tokens, lambda start, stop: self._session.read_row(row, start, stop))
+        known = self._prefixes[sequence.is_long]
+        known.keep(tokens, lambda start, stop: self._session.read_row(row, start, stop), sequence.request.owner)

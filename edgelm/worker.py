@@ -87,15 +87,20 @@ class Worker:
             if request.id in self._sinks:
                 raise RequestError("id_conflict", f"a request with id {request.id!r} is under way")
             if self._queue_size is not None and len(self._sinks) >= self._queue_size + self.engine.max_batch:
-                waiting = len(self._sinks) / self.engine.max_batch
                 raise RequestError(
-                    "busy",
-                    f"the queue is full ({self._queue_size} waiting)",
-                    retry_after_s=round(max(0.1, waiting * self._duration_s), 1),
+                    "busy", f"the queue is full ({self._queue_size} waiting)", retry_after_s=self._retry_after_s()
                 )
             self._sinks[request.id] = sink
             self._inbox.append((request, time.monotonic()))
             self._changed.notify()
+
+    def retry_after_s(self) -> float:
+        """Return about when what waits now will have been answered, in seconds."""
+        with self._changed:
+            return self._retry_after_s()
+
+    def _retry_after_s(self) -> float:
+        return round(max(0.1, len(self._sinks) / self.engine.max_batch * self._duration_s), 1)
 
     def cancel(self, request_id: str) -> bool:
         """End a request with what it has; return whether it was under way."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import pytest
 from hypothesis import given
@@ -14,6 +14,7 @@ from edgelm.conversations import Conversation, Conversations
 from edgelm.errors import RequestError
 from edgelm.messages import Chunk, Completion, Request, SamplingParams
 from edgelm.tokenizer import StreamDecoder, Tokenizer
+from edgelm.turns import Shares
 
 BARE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -227,7 +228,8 @@ def test_sessions_are_a_short_dictionary_of_what_was_used_last(ops, plain):
         if what == "last":
             expected.pop(name, None)
         while len(expected) > MOST:
-            expected.popitem(last=False)
+            held = Counter(owner for owner, _ in expected)
+            del expected[next(key for key in expected if held[key[0]] == max(held.values()))]
         for owner in (None, "x"):
             mine = [(key[1], len(value)) for key, value in expected.items() if key[0] == owner]
             assert list(known.lengths(owner).items()) == mine
@@ -248,3 +250,73 @@ def test_a_session_that_is_answering_is_forgotten_once_it_is_done(plain):
             break
     assert known.lengths() == {}
     assert not known.end("a")
+
+
+SHARES = Shares(sessions=2, session_bytes=60_000, all_sessions_bytes=150_000)
+
+
+def use(known, number, client, session, *, messages=None):
+    """Ask and answer in a session; return the error it was refused with, if any."""
+    given = {"tokens": (1, 2)} if messages is None else {"messages": messages}
+    request = Request(str(number), SAMPLING, session=session, client=client, **given)
+    before = known.begin(request)
+    error = None
+    try:
+        known.read(request, known.asked(before, request))
+    except RequestError as refused:
+        error = refused
+    done = Completion(request.id, "", (3,), "error" if error else "stop", error=error)
+    known.settle(Chunk(request.id, 0, "", None, True, done))
+    return error
+
+
+@given(used=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xyzw")), max_size=40))
+def test_a_client_keeps_its_share_of_sessions_and_loses_its_own_oldest(used, plain):
+    known, expected = Conversations(plain, 10_000, most=6, shares=SHARES), {}
+    for number, (client, session) in enumerate(used):
+        assert use(known, number, client, session) is None
+        mine = expected.setdefault(client, [])
+        if session in mine:
+            mine.remove(session)
+        mine.append(session)
+        del mine[: -SHARES.sessions]
+        for each in "abc":
+            assert list(known.lengths(each)) == expected.get(each, [])
+
+
+def test_many_sessions_of_many_never_push_out_one_that_holds_less(plain):
+    known = Conversations(plain, CONTEXT, most=10, shares=Shares(sessions=8))
+    use(known, 0, "quiet", "mine")
+    for number in range(1, 60):
+        use(known, number, "loud", f"s{number}")
+        use(known, 100 + number, "louder", f"s{number}")
+    assert list(known.lengths("quiet")) == ["mine"]
+    assert sum(len(known.lengths(each)) for each in ("quiet", "loud", "louder")) <= 10
+
+
+LEFT_OUT = "<{{ messages[-1]['content'] }}>"
+"""A template that renders the last message only: the others are kept all the same."""
+
+
+@given(sizes=st.lists(st.integers(0, 40_000), min_size=1, max_size=12))
+def test_a_session_is_bounded_in_bytes_whatever_the_template_leaves_out(sizes, plain):
+    known = Conversations(with_template(plain, LEFT_OUT), CONTEXT, shares=SHARES)
+    for number, size in enumerate(sizes):
+        messages = ({"role": "user", "content": "a" * size}, {"role": "user", "content": "b"})
+        error = use(known, number, "a", "s", messages=messages)
+        if error is not None and error.code != "bad_request":
+            assert error.code == "too_large"
+            assert "end the session" in error.message
+        assert sum(each.bytes for each in known._known.values()) <= SHARES.session_bytes + 1000
+        held = sum(len(m["content"]) for each in known._known.values() for m in each.messages or ())
+        assert held <= SHARES.session_bytes
+
+
+def test_sessions_of_all_are_bounded_in_bytes_and_who_holds_most_loses(plain):
+    known = Conversations(with_template(plain, LEFT_OUT), 10_000, shares=SHARES)
+    use(known, 0, "quiet", "mine", messages=({"role": "user", "content": "b"},))
+    for number in range(1, 12):
+        messages = ({"role": "user", "content": "a" * 50_000}, {"role": "user", "content": "b"})
+        assert use(known, number, f"loud {number % 4}", f"s{number}", messages=messages) is None
+        assert sum(each.bytes for each in known._known.values()) <= SHARES.all_sessions_bytes
+    assert list(known.lengths("quiet")) == ["mine"]

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.drafts import GRAM, LONGEST_PAUSE, REMEMBERED, SIZES, Drafter, Drafting
+from edgelm.drafts import GRAM, LONGEST_PAUSE, MOST_OWNERS, REMEMBERED, SIZES, Drafter, Drafting
+from edgelm.messages import NOBODY
 
 tokens_lists = st.lists(st.integers(0, 2), max_size=40)
 
@@ -65,7 +66,7 @@ def test_what_was_said_long_ago_is_forgotten_and_no_more():
         newest = 100 * i + 99
         assert is_known(drafter, newest)
         assert is_known(drafter, max(newest - REMEMBERED + 200, 50))
-        assert len(drafter._earlier.tokens) <= 2 * REMEMBERED + 101
+        assert len(drafter._earlier[None].tokens) <= 2 * REMEMBERED + 101
     assert not is_known(drafter, 50)
 
 
@@ -106,3 +107,16 @@ def test_a_pass_that_was_slow_once_is_tried_again():
     for _ in range(3000):
         drafter.learn(drafting, 1, 1.0, 0, 0)
     assert len(drafter.propose(drafting, history, 99))
+
+
+def test_what_another_owner_said_is_no_guess():
+    drafter, told = Drafter(), np.arange(10, dtype=np.int32)
+    drafter.remember(told, "a")
+    drafter.remember(np.arange(50, 60, dtype=np.int32), NOBODY)
+    assert drafter.propose(Drafting(), told[:GRAM], 1, "a").tolist() == [GRAM]
+    for other in (None, "b", NOBODY):
+        assert drafter.propose(Drafting(), told[:GRAM], 1, other).tolist() == []
+    assert drafter.propose(Drafting(), np.arange(50, 50 + GRAM, dtype=np.int32), 1, NOBODY).tolist() == []
+    for i in range(2 * MOST_OWNERS):
+        drafter.remember(told, f"owner {i}")
+    assert len(drafter._earlier) == MOST_OWNERS

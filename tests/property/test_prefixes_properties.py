@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgelm.messages import NOBODY
 from edgelm.prefixes import Prefixes
 
 TOKEN_BYTES = 2 * 3 * 5 * 4
@@ -49,9 +50,9 @@ def found(prefixes, tokens, **options):
     return length
 
 
-def bytes_of(prefixes):
+def bytes_of(prefixes, owner=None):
     """Of what is kept; what is pinned lies elsewhere."""
-    kept = [node for node in prefixes._nodes() if not node.is_pinned]
+    kept = [node for node in prefixes._nodes(owner) if not node.is_pinned]
     return sum(array.nbytes for node in kept for array in (node.tokens, *node.piece))
 
 
@@ -128,3 +129,42 @@ def test_what_it_returns_and_keeps_are_copies():
     tokens[:] = 0
     assert found(prefixes, [1, 2, 3]) == 3
     assert found(prefixes, [1, 2, 4]) == 3
+
+
+owners = st.sampled_from([None, "a", "b", "c"])
+
+
+@given(kept=st.lists(st.tuples(owners, st.lists(st.integers(0, 2), max_size=12)), max_size=20), asked=sequences)
+def test_an_owner_finds_its_own_sequences_and_the_pinned_one_and_nobody_elses(kept, asked):
+    prefixes, pinned = cache_of(1000), [0, 1, 1]
+    prefixes.pin(np.array(pinned, np.int32), piece_of(pinned, 0, 3))
+    for owner, tokens in kept:
+        prefixes.keep(np.array(tokens, np.int32), lambda a, b, tokens=tokens: piece_of(tokens, a, b), owner)
+    for owner in (None, "a", "b", "c", "newcomer", NOBODY):
+        mine = [tokens for other, tokens in kept if other == owner]
+        for tokens in asked:
+            expected = max(shared(tokens, other) for other in [pinned, *mine])
+            assert found(prefixes, tokens, owner=owner) == expected
+    assert prefixes.tokens == sum(prefixes.kept_by(owner) for owner in (None, "a", "b", "c"))
+    assert set(prefixes._roots) == {owner for owner in (None, "a", "b", "c") if prefixes.kept_by(owner)}
+
+
+@given(kept=st.lists(st.tuples(owners, st.lists(st.integers(0, 2), max_size=12)), max_size=30), room=st.integers(0, 30))
+def test_owners_share_the_room_and_only_who_holds_most_loses(kept, room):
+    prefixes, everyone = cache_of(room), (None, "a", "b", "c")
+    for owner, tokens in kept:
+        before = {each: prefixes.kept_by(each) for each in everyone}
+        prefixes.keep(np.array(tokens, np.int32), lambda a, b, tokens=tokens: piece_of(tokens, a, b), owner)
+        after = {each: prefixes.kept_by(each) for each in everyone}
+        assert prefixes.tokens == sum(after.values()) <= room
+        assert sum(bytes_of(prefixes, each) for each in everyone) == prefixes.tokens * (TOKEN_BYTES + 4)
+        for each in everyone:
+            if each != owner and after[each] < before[each]:
+                assert before[each] >= room // len(everyone), "whoever has its part or less keeps it"
+
+
+def test_nobodys_sequences_are_not_kept():
+    prefixes = cache_of(100)
+    prefixes.keep(np.array([1, 2, 3], np.int32), lambda a, b: piece_of([1, 2, 3], a, b), NOBODY)
+    assert prefixes.tokens == 0
+    assert found(prefixes, [1, 2, 3], owner=NOBODY) == 0

@@ -20,7 +20,7 @@ from edgelm.bundle import open_bundle
 from edgelm.constraints import Constraints
 from edgelm.engine import Engine
 from edgelm.errors import RequestError
-from edgelm.messages import Constraint, Request, SamplingParams
+from edgelm.messages import NOBODY, Constraint, Request, SamplingParams
 from edgelm.trial import LIMIT_S, Trial
 
 BUILTIN = open_bundle(Path(edgelm.__file__).parent / "builtin")
@@ -136,6 +136,9 @@ def test_what_is_kept_is_bounded_by_its_size(asked):
         def run(self, constraint):
             return sizes[constraint.value]
 
+        def close(self):
+            """Nothing to stop."""
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "KEPT_BYTES", 100)
         made = Constraints(Path("none"), 1, ())
@@ -154,8 +157,8 @@ def test_what_is_kept_is_bounded_by_its_size(asked):
                 if sum(model.values()) <= 100 or other == name:
                     break
                 del model[other]
-            assert [constraint.value for constraint in made._kept] == list(model)
-        made._asked.put(None)
+            assert [constraint.value for _, constraint in made._kept] == list(model)
+        made.close()
 
 
 class Slow:
@@ -165,8 +168,8 @@ class Slow:
         self.inner = inner
         self.held: Future = Future()
 
-    def prepare(self, constraint):
-        return self.held if constraint.value == "slow" else self.inner.prepare(constraint)
+    def prepare(self, constraint, owner=None):
+        return self.held if constraint.value == "slow" else self.inner.prepare(constraint, owner)
 
     def close(self):
         """Leave the inner ones to who made them."""
@@ -211,3 +214,47 @@ def test_what_a_trial_does_not_understand_is_not_let_through():
     answer = {}
     trial._try(Broken(), Constraint("regex", "a"), answer)
     assert "ZeroDivisionError" in answer["error"]
+
+
+def test_what_one_owner_brought_is_compiled_again_for_another():
+    runs = []
+
+    class Known:
+        def run(self, constraint):
+            runs.append(constraint.value)
+            return 1
+
+        def close(self):
+            """Nothing to stop."""
+
+    made = Constraints(Path("none"), 1, ())
+    made._trial = Known()
+    made._compiled = lambda constraint: constraint
+    for owner in ("a", "a", "b", None, None, NOBODY, NOBODY):
+        made.prepare(Constraint("regex", "x"), owner).result(10)
+    assert len(runs) == 5
+    made.close()
+
+
+def test_owners_constraints_are_tried_in_turns():
+    order, gate = [], threading.Event()
+
+    class Known:
+        def run(self, constraint):
+            gate.wait(10)
+            order.append(constraint.value)
+            return 1
+
+        def close(self):
+            """Nothing to stop."""
+
+    made = Constraints(Path("none"), 1, ())
+    made._trial = Known()
+    made._compiled = lambda constraint: constraint
+    many = [made.prepare(Constraint("regex", f"a{i}"), "a") for i in range(6)]
+    one = made.prepare(Constraint("regex", "b"), "b")
+    gate.set()
+    for future in [*many, one]:
+        future.result(10)
+    assert order.index("b") <= 2
+    made.close()

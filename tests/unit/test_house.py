@@ -15,7 +15,7 @@ from edgelm.cli.extras import extra_of
 
 REPO = Path(__file__).resolve().parents[2]
 FLOORS = [
-    {"background", "installed", "terminal", "tokenbytes"},
+    {"background", "installed", "terminal", "tokenbytes", "turns"},
     {
         "_version",
         "child",
