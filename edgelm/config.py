@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from edgelm.brokerconfig import BrokerConfig, BrokerUrl, read_password
 from edgelm.errors import ConfigError
+from edgelm.turns import Shares
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -87,8 +88,24 @@ class ServeConfig:
     """The longest a request may take, waiting included; also what one gets that names no time."""
     drain_s: float = _setting(10.0, float, 0, 3600)
     """How long SIGTERM lets running requests finish."""
-    reply_topics: tuple[str, ...] = _setting(("#",), tuple)
-    """Topic filters that answers may go to."""
+    reply_topics: tuple[str, ...] = _setting(("reply/#", "+/reply"), tuple)
+    """Topic filters that answers to clients without a name may go to, beside the board's own response topics."""
+    client_places: int | None = _setting(None, int, 1, 10_064)
+    """Requests that one client may have waiting and running at a time; None is half of `queue` and `max_batch`."""
+    client_rows: int | None = _setting(None, int, 1, 64)
+    """Requests of one client that are decoded at a time; None leaves one of `max_batch` to others."""
+    client_rate: float = _setting(100.0, float, 0.1, 100_000)
+    """Requests a second of one client, 4 KiB of a message counted as one more."""
+    client_burst: int = _setting(200, int, 1, 100_000)
+    """How many of them may come at once."""
+    client_sessions: int = _setting(16, int, 1, 64)
+    """Sessions of one client that are kept."""
+    session_kb: int = _setting(512, int, 1, 1_000_000)
+    """Memory of one session's messages and tokens, in kB; at least 24 bytes a token of the context."""
+    sessions_mb: int = _setting(16, int, 1, 100_000)
+    """The same of all sessions of a model, in MB."""
+    share_unnamed: bool = _setting(False, bool)
+    """Whether clients without a name share sessions and earlier prompts among themselves."""
     password: str | None = field(default=None, repr=False, metadata={"kind": str})
 
     def __post_init__(self) -> None:
@@ -112,6 +129,21 @@ class ServeConfig:
     def models(self) -> tuple[str, ...]:
         """What is served, in order."""
         return (self.model,) if isinstance(self.model, str) else self.model
+
+    @property
+    def most_places(self) -> int:
+        """Requests that one client may have waiting and running at a time."""
+        return max(1, (self.queue + self.max_batch) // 2) if self.client_places is None else self.client_places
+
+    @property
+    def shares(self) -> Shares:
+        """What one client may have of an engine."""
+        return Shares(
+            rows=max(1, self.max_batch - 1) if self.client_rows is None else self.client_rows,
+            sessions=self.client_sessions,
+            session_bytes=self.session_kb * 1000,
+            all_sessions_bytes=self.sessions_mb * 1_000_000,
+        )
 
     @property
     def broker(self) -> BrokerConfig:

@@ -17,7 +17,7 @@ parser.add_argument("--host", default="localhost", help="where the broker is (%(
 parser.add_argument("--port", type=int, default=1883, help="its port (%(default)s)")
 parser.add_argument("--timeout", type=float, default=60.0, help="seconds for the answer (%(default)g)")
 args = parser.parse_args()
-reply_topic = f"replies/{uuid.uuid4().hex}"
+reply_topic = f"reply/{uuid.uuid4().hex}"
 client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
+import re
 import sys
 import uuid
 from typing import Final
@@ -23,6 +25,7 @@ from edgelm.config import check_name, default_board
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.mqtt import asks, wire
 from edgelm.mqtt.asker import Asker, answer_to
+from edgelm.mqtt.topics import is_name
 
 TIMEOUT_S: Final = 120.0
 
@@ -36,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--board", metavar="NAME", default=board, help="whom to ask (%(default)s)")
     parser.add_argument("--model", metavar="NAME", help="which of the board's models is to answer (its first)")
     parser.add_argument("--session", metavar="NAME", help="go on with this conversation, or begin it")
+    parser.add_argument(
+        "--client", metavar="NAME", help="who asks (the broker's user; with --session else this system's user)"
+    )
     parser.add_argument(
         "--end-session", action="store_true", default=None, help="forget it after this; without PROMPT, at once"
     )
@@ -57,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--end-session needs --session NAME")
     if args.prompt is None and not args.end_session:
         raise UsageError("give a PROMPT, or --session NAME --end-session")
+    if args.client is not None:
+        check_name("--client", args.client)
     whom = {"model": args.model, "session": args.session, "end_session": args.end_session}
     ask = ask_of(
         None if args.prompt is None else read_prompt(args.prompt),
@@ -74,7 +82,10 @@ def run(args: argparse.Namespace) -> int:
 
     broker = broker_from(args)
     broker.warn()
-    with Asker(broker, args.board) as asker:
+    client = args.client
+    if client is None and args.session is not None and not is_name(broker.user or ""):
+        client = _own_name()
+    with Asker(broker, args.board, client) as asker:
         try:
             final = answer_to(asker, ask, show if ask.stream else None)
         except BaseException:
@@ -97,6 +108,16 @@ def ask_of(prompt: str | None, **keys: object) -> asks.Ask:
     """Return a request; raise `RequestError`, which names the key, where the board would refuse it."""
     asked = {} if prompt is None else {"prompt": prompt}
     return asks.parse_ask(asks.Envelope(uuid.uuid4().hex[:16], None, None, {**asked, **keys}))
+
+
+def _own_name() -> str:
+    """Return a name for whoever runs this, the same every time: a session is a named client's."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # no passwd entry, and no variable names one
+        user = ""
+    name = re.sub(r"[^a-z0-9_-]+", "-", user.lower()).strip("-")[:28]
+    return f"ask-{name}" if name else "ask"
 
 
 def _when_to_retry(seconds: float | None) -> str:

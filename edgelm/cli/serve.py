@@ -15,16 +15,21 @@ from edgelm.cli.flags import add_credential_flags, add_loading_flags
 from edgelm.config import SETTINGS, load_config
 from edgelm.mqtt.board import open_board
 from edgelm.mqtt.brokers import EmbeddedBroker
+from edgelm.mqtt.loglimit import LineLimit
 from edgelm.terminal import shown, shown_on_a_line
 
 DEFAULT_URL: Final = SETTINGS["mqtt"].default
+SWITCH_S: Final = 0.0005
+"""How long a thread may hold the interpreter while another waits. With Python's 5 ms, under a flood paho's thread would
+hold it so long each time that another one has let go of it for a system call, as it does to publish."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments; each is a setting of `ServeConfig`."""
     parser.epilog = (
         "Every flag is also a key of the TOML file (max_batch = 2) and a variable (EDGELM_MAX_BATCH=2); so are "
-        "max_timeout_s, drain_s and reply_topics. A flag wins over a variable, a variable over the file."
+        "max_timeout_s, drain_s, session_kb, sessions_mb and reply_topics. A flag wins over a variable, a variable "
+        "over the file."
     )
     parser.add_argument(
         "--mqtt", metavar="URL", nargs="?", const=DEFAULT_URL, help=f"where the broker is ({DEFAULT_URL})"
@@ -56,6 +61,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="never guess tokens from earlier text; answers are the same either way",
     )
+    parser.add_argument(
+        "--client-places", type=int, metavar="N", help="requests one client may have here (half of queue and batch)"
+    )
+    parser.add_argument(
+        "--client-rows", type=int, metavar="N", help="of these, decoded together (all but one of --max-batch)"
+    )
+    parser.add_argument(
+        "--client-rate", type=float, metavar="N", help="requests a second of one client, 4 KiB count as one more (100)"
+    )
+    parser.add_argument("--client-burst", type=int, metavar="N", help="how many of them may come at once (200)")
+    parser.add_argument("--client-sessions", type=int, metavar="N", help="sessions of one client that are kept (16)")
+    parser.add_argument(
+        "--share-unnamed",
+        action="store_true",
+        default=None,
+        help="clients without a name share sessions and earlier prompts (they have none)",
+    )
     parser.add_argument("--log-format", choices=("text", "json"), help="how to log (text)")
     add_credential_flags(parser)
 
@@ -66,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     flags["model"] = tuple(args.model) if args.model else None
     config = load_config(args.config, None, flags)
     _log_as(config.log_format)
+    sys.setswitchinterval(SWITCH_S)
     broker = config.broker
     with ExitStack() as stack:
         if config.embedded_broker:
@@ -84,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
 def _log_as(form: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines() if form == "json" else _TextLines("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(LineLimit(handler))
     root = logging.getLogger("edgelm")
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)

@@ -47,20 +47,22 @@ class Asker:
     Parameters
     ----------
     broker
-        Where, and as whom. A user name that can stand in a topic is the client's name too. Without one it is one of the
-        clients without a name, so that a later run finds its sessions, and an empty cancel stops its request.
+        Where, and as whom. A user name that can stand in a topic is the client's name too.
     board
         Whom to ask.
+    client
+        The client's name, in place of the user's. Without either it is one of the clients without a name, which have
+        no sessions and whose earlier prompts are of no use to later ones.
     protocol
         "5", which falls back to 3.1.1 where the broker knows no other, or "3.1.1".
     """
 
-    def __init__(self, broker: BrokerConfig, board: str, *, protocol: Version = "5") -> None:
+    def __init__(self, broker: BrokerConfig, board: str, client: str | None = None, *, protocol: Version = "5") -> None:
         run = uuid.uuid4().hex[:12]
-        user = broker.user or ""
-        self.client = user if is_name(user) else None
+        name = client or broker.user or ""
+        self.client = name if is_name(name) else None
         self._topics = BoardTopics(board)
-        self._reply_topic = f"{self._topics.response(self.client or 'ask')}/{run}"
+        self._reply_topic = f"{self._topics.response(self.client)}/{run}"
         self._url = broker.url
         self._events: SimpleQueue[events.Event] = SimpleQueue()
         self._connection = Connection(broker, f"edgelm-ask-{run}", self._events.put, protocol=protocol)

@@ -18,6 +18,9 @@ from edgelm.messages import MAX_SESSION_LENGTH, Constraint, SamplingParams, is_s
 from edgelm.mqtt.wire import PROTOCOL, Properties, write_json
 
 MAX_ID_LENGTH: Final = 128
+MAX_CORRELATION_BYTES: Final = 1024
+MAX_NESTING: Final = 256
+"""Levels of lists and objects in a request."""
 MAX_CHUNK_MS: Final = 10_000
 MAX_TIMEOUT_S: Final = 86_400
 
@@ -71,6 +74,19 @@ class Envelope:
     """Why `body` is empty."""
 
 
+def envelope_of(properties: Properties, new_id: str) -> Envelope:
+    """Return what a message's properties say alone, its payload unread; `new_id` is the id where they say none."""
+    correlation = properties.correlation
+    if correlation is not None and len(correlation) > MAX_CORRELATION_BYTES:
+        problem = RequestError(
+            "too_large",
+            f"correlation data: has {len(correlation)} bytes, at most {MAX_CORRELATION_BYTES} come back with an answer",
+        )
+        return Envelope(_correlation_text(correlation), None, properties.response_topic, {}, problem)
+    request_id = _correlation_text(correlation) if correlation else new_id
+    return Envelope(request_id, correlation, properties.response_topic, {})
+
+
 def open_envelope(payload: bytes, properties: Properties, new_id: str) -> Envelope:
     """Return what a payload says of itself, never raising.
 
@@ -85,22 +101,23 @@ def open_envelope(payload: bytes, properties: Properties, new_id: str) -> Envelo
     new_id
         The id where the message has none.
     """
+    told = envelope_of(properties, new_id)
+    if told.problem is not None:
+        return told
     body: Mapping[str, Any] = {}
     problem = None
     try:
         body = _read_body(payload)
     except RequestError as error:
-        problem = error
+        problem = RequestError(error.code, error.message)  # without the frames that hold the payload
     given = body.get("id")
-    request_id = new_id
-    if properties.correlation:
-        request_id = _correlation_text(properties.correlation)
-    elif isinstance(given, str) and _is_id(given):
+    request_id = told.id
+    if not told.correlation and isinstance(given, str) and _is_id(given):
         request_id = given
-    reply = properties.response_topic
+    reply = told.response_topic
     if reply is None and isinstance(body.get("response_topic"), str):
         reply = body["response_topic"]
-    return Envelope(request_id, properties.correlation, reply, body, problem)
+    return Envelope(request_id, told.correlation, reply, body, problem)
 
 
 def parse_ask(envelope: Envelope) -> Ask:
@@ -202,7 +219,9 @@ def _read_body(payload: bytes) -> Mapping[str, Any]:
     except ValueError:  # a number with more digits than Python reads
         raise RequestError("bad_request", "payload: holds a number that is too long") from None
     except RecursionError:
-        raise RequestError("bad_request", "payload: is nested too deeply") from None
+        raise RequestError("bad_request", _TOO_DEEP) from None
+    if text.count("[") + text.count("{") > MAX_NESTING and _nesting(body) > MAX_NESTING:
+        raise RequestError("bad_request", _TOO_DEEP)
     try:
         json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
@@ -210,6 +229,25 @@ def _read_body(payload: bytes) -> Mapping[str, Any]:
     except ValueError:
         raise RequestError("bad_request", "payload: holds a number that JSON does not have") from None
     return body  # type: ignore[no-any-return]
+
+
+_TOO_DEEP: Final = f"payload: is nested too deeply; at most {MAX_NESTING} levels"
+
+
+def _nesting(value: Any) -> int:
+    """Return how many levels of lists and objects a value has, at most `MAX_NESTING` + 1."""
+    level: list[Any] = [value]
+    for depth in range(MAX_NESTING + 1):
+        inner: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                inner += [item for item in each.values() if isinstance(item, (dict, list))]
+            elif isinstance(each, list):
+                inner += [item for item in each if isinstance(item, (dict, list))]
+        if not inner:
+            return depth + 1
+        level = inner
+    return MAX_NESTING + 1
 
 
 def _correlation_text(data: bytes) -> str:

@@ -68,6 +68,7 @@ def _open_engine(config: ServeConfig, path: str, memory_limit_mb: int | None) ->
         cache=cache,
         memory_limit_mb=memory_limit_mb,
         spin=None if len(config.models) == 1 else False,
+        shares=config.shares,
     )
     return bundle, engine
 

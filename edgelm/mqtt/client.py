@@ -11,15 +11,17 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
 import paho.mqtt.client as paho
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edgelm.brokerconfig import BrokerConfig
 from edgelm.errors import EdgelmError
-from edgelm.mqtt.backlog import Backlog
+from edgelm.mqtt.backlog import MESSAGE_BYTES, Backlog
 from edgelm.mqtt.events import (
     Connected,
     ConnectFailed,
@@ -32,10 +34,12 @@ from edgelm.mqtt.events import (
     Received,
     Subscribed,
 )
+from edgelm.mqtt.gate import BACKLOG_BYTES, Gate, Ticket
 from edgelm.mqtt.greeting import Greeting, Version
 from edgelm.mqtt.guarded import guarded
 from edgelm.mqtt.properties import from_paho, greeting_properties, packet_bytes, to_paho
 from edgelm.mqtt.sending import Sending
+from edgelm.mqtt.sieve import Sieve, SievedSocket
 from edgelm.mqtt.transport import CONNECT_TIMEOUT_S, RECONNECT_S, make_client, reason_of
 from edgelm.mqtt.wire import Packet
 
@@ -44,8 +48,8 @@ log = logging.getLogger(__name__)
 KEEPALIVE_S: Final = 20
 RECEIVE_MAXIMUM: Final = 64
 """Requests of QoS 1 that the broker may have under way to us."""
-BACKLOG_BYTES: Final = 16 * 1024 * 1024
-"""What may wait for the owner; beyond it messages of QoS 0 are dropped."""
+MOST_TOLD: Final = 64
+"""Messages that nobody misses much which may wait for the socket; beyond it they are dropped."""
 MAX_REVIVALS: Final = 5
 
 _UNSUPPORTED_VERSION: Final = 0x84
@@ -70,6 +74,8 @@ class Connection:
         How long the broker keeps subscriptions and QoS 1 messages for us; 0 is a clean start.
     packet_bytes
         The largest packet to be sent to us (MQTT 5).
+    gate
+        Judges every message before it is parsed; None takes all, up to `BACKLOG_BYTES` that wait for the owner.
     protocol
         "5", which falls back to 3.1.1 where the broker knows no other, or "3.1.1".
     """
@@ -84,6 +90,7 @@ class Connection:
         will_delay_s: int = 0,
         session_expiry_s: int = 0,
         packet_bytes: int | None = None,
+        gate: Gate | None = None,
         protocol: Version = "5",
     ) -> None:
         self._broker = broker
@@ -93,6 +100,7 @@ class Connection:
         self._will_delay_s = will_delay_s
         self._session_expiry_s = session_expiry_s
         self._packet_bytes = packet_bytes
+        self._gate = gate
         self._greeting = Greeting(protocol)
         self.tells_published = False
         """Whether `Published` is posted; set by a publish of QoS 1, reset by the owner when none is under way."""
@@ -103,7 +111,8 @@ class Connection:
         self._revivals = 0
         self._epoch = 0
         self._epoch_lock = threading.Lock()  # never held around publish: paho calls back with its own locks held
-        self._backlog = Backlog(BACKLOG_BYTES)
+        self._backlog = Backlog(BACKLOG_BYTES)  # where there is no gate
+        self._told: deque[Sending] = deque()
         self._loop_thread: threading.Thread | None = None
         self._client = self._make_client()
 
@@ -171,9 +180,18 @@ class Connection:
         """Set whether a lost connection is sought again within a second, or only now and then."""
         self._client.reconnect_delay_set(*(RECONNECT_S if is_hurried else (RECONNECT_S[1], RECONNECT_S[1])))
 
-    def subscribe(self, filters: tuple[tuple[str, int], ...]) -> None:
-        """Ask for topics; the answer is a `Subscribed`."""
-        self._client.subscribe(list(filters))
+    def subscribe(self, filters: tuple[tuple[str, int], ...], of_others: tuple[str, ...] = ()) -> None:
+        """Ask for topics; the answer is a `Subscribed` with their reasons in this order.
+
+        Of the topics `of_others` we get what others publish from now on, at QoS 0; over MQTT 3.1.1 also what is
+        retained, and what we publish ourselves.
+        """
+        if self.is_mqtt5:
+            wanted = [(topic, SubscribeOptions(qos=qos)) for topic, qos in filters]
+            wanted += [(topic, SubscribeOptions(qos=0, noLocal=True, retainHandling=2)) for topic in of_others]
+            self._client.subscribe(wanted)
+        else:
+            self._client.subscribe([*filters, *((topic, 0) for topic in of_others)])
 
     def publish(self, packet: Packet) -> Sending | None:
         """Send a packet; return None where it cannot go now. A `Published` follows one of QoS 1.
@@ -199,13 +217,22 @@ class Connection:
         return Sending(info)  # QoS 1 that met a dying connection: paho sends it on the next one
 
     def tell(self, packet: Packet) -> None:
-        """Send a packet of QoS 0 that nobody misses much."""
+        """Send a packet of QoS 0 that nobody misses much; drop it where others of its kind wait for the socket."""
+        while self._told and self._told[0].is_over:
+            self._told.popleft()
+        if len(self._told) >= MOST_TOLD:
+            return
         with suppress(PacketTooLargeError):
-            self.publish(packet)
+            sending = self.publish(packet)
+            if sending is not None:
+                self._told.append(sending)
 
     def settle(self, received: Received) -> None:
         """Acknowledge a message, unless its connection is gone, and free its place."""
-        self._backlog.settle(len(received.payload))
+        if self._gate is None:
+            self._backlog.settle(received.ticket.cost)
+        else:
+            self._gate.settle(received.ticket)
         if received.qos == 1:
             with self._epoch_lock:
                 if received.epoch == self._epoch:
@@ -221,6 +248,7 @@ class Connection:
             will=self._will,
             will_delay_s=self._will_delay_s,
             keeps_session=self._session_expiry_s > 0,
+            wrap=None if self._gate is None else self._sieved,
         )
         client.on_pre_connect = self._on_pre_connect
         client.on_socket_open = self._on_socket_open
@@ -243,8 +271,15 @@ class Connection:
         with suppress(OSError, AttributeError):  # a Unix socket has no such option
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
+    def _sieved(self, sock: Any) -> Any:
+        if self._gate is None:
+            return sock
+        return SievedSocket(sock, Sieve(self._gate.judge, is_5=self.is_mqtt5, count_skipped=self._gate.count_dropped))
+
     @guarded
     def _on_socket_close(self, *_: Any) -> None:
+        if self._gate is not None:
+            self._gate.forget()
         self._connected = False
         with self._epoch_lock:
             self._epoch += 1
@@ -294,11 +329,27 @@ class Connection:
 
     @guarded
     def _on_message(self, _c: paho.Client, _d: Any, message: paho.MQTTMessage) -> None:
-        topic, payload = message.topic, bytes(message.payload)
-        if not self._backlog.takes(len(payload), message.qos):
+        ticket = self._ticket(message)
+        if ticket is None or ticket.is_dropped:
+            if message.qos == 1:
+                self._client.ack(message.mid, 1)
             return
         properties = from_paho(message.properties)
-        received = Received(
-            topic, payload, message.qos, message.retain, properties, time.monotonic(), message.mid, self._epoch
+        at, payload = time.monotonic(), bytes(message.payload)
+        self._post(
+            Received(
+                message.topic, payload, message.qos, message.retain, properties, at, message.mid, self._epoch, ticket
+            )
         )
-        self._post(received)
+
+    def _ticket(self, message: paho.MQTTMessage) -> Ticket | None:
+        """Return what was decided of a message, by now at the latest; None where it is dropped."""
+        size = len(message.payload)
+        if self._gate is None:
+            ticket = Ticket(None, size + MESSAGE_BYTES)
+            return ticket if self._backlog.takes(ticket.cost, message.qos) else None
+        ticket_before = self._gate.ticket()
+        if ticket_before is not None:
+            return ticket_before
+        self._gate.judge(message.topic.encode(), message.qos, size)  # this paho let it pass by the sieve
+        return self._gate.ticket()

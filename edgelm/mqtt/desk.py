@@ -2,7 +2,7 @@
 
 Every request that can be answered gets exactly one final: refused at once, or when the worker is done with it.
 Runs on the service's thread and never waits. The journal's place is `Desk._admit`, between the queue slot and the
-acknowledgement that follows `receive`; a cap per client belongs there too.
+acknowledgement that follows `receive`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from edgelm.mqtt import asks, wire
 from edgelm.mqtt.answers import Answer, Finished, Grown
 from edgelm.mqtt.client import Connection
 from edgelm.mqtt.events import PacketTooLargeError, Received
+from edgelm.mqtt.gate import COST_BYTES
 from edgelm.mqtt.outbox import Outbox
-from edgelm.mqtt.topics import BoardTopics, check_reply_topic
+from edgelm.mqtt.rates import Bucket
+from edgelm.mqtt.refusals import Refusals
+from edgelm.mqtt.topics import BoardTopics
 from edgelm.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -33,6 +36,12 @@ RETRY_S: Final = 0.01
 """When to try a chunk again that met a connection going away, or whose forerunner is not written yet."""
 SILENCE_S: Final = 2.0
 """How long after a deadline the worker may be silent before the final is sent without it."""
+MOST_UNSENT: Final = 64
+"""Messages that the broker has not acknowledged, beyond which refusals wait."""
+MOST_UNSENT_FINALS: Final = 1000
+"""The same, beyond which no request is taken."""
+EVENTS_RATE: Final = 20.0
+"""Rejections a second that are told on the topic of events."""
 READ_LIMIT: Final = 4 * wire.MAX_PAYLOAD_BYTES
 """How much of a payload that is too large is still read, for its id and where it wants its refusal."""
 
@@ -63,6 +72,8 @@ class Desk:
         Where messages go that may be lost, and that may not.
     post
         Receives `Grown` and `Finished`, on the worker's thread; the owner hands them to `on_grown`, `on_finished`.
+    count_dropped
+        Called for each refusal that is not sent, as there are too many.
     """
 
     def __init__(
@@ -74,6 +85,7 @@ class Desk:
         connection: Connection,
         outbox: Outbox,
         post: Callable[[Grown | Finished], None],
+        count_dropped: Callable[[], None],
     ) -> None:
         self._config = config
         self._topics = topics
@@ -82,6 +94,9 @@ class Desk:
         self._connection = connection
         self._outbox = outbox
         self._post = post
+        self._count_dropped = count_dropped
+        self._refusals = Refusals()
+        self._rejections = Bucket(EVENTS_RATE, 2 * EVENTS_RATE)
         self._keys = itertools.count()
         self._answers: dict[str, Answer] = {}
 
@@ -108,13 +123,18 @@ class Desk:
             if problem is None:
                 self._cancel(client, message.payload)
             return
-        readable = message.payload if len(message.payload) <= READ_LIMIT else b""
-        envelope = asks.open_envelope(readable, message.properties, uuid.uuid4().hex)
+        new_id = "" if message.properties.correlation else uuid.uuid4().hex
+        if message.ticket.retry_after_s is not None:
+            problem = self._too_often(message.ticket.retry_after_s)
+            envelope = asks.envelope_of(message.properties, new_id)
+        else:
+            readable = message.payload if len(message.payload) <= READ_LIMIT else b""
+            envelope = asks.open_envelope(readable, message.properties, new_id)
         reply_topic = envelope.response_topic
         if reply_topic is None:
             reply_topic = self._topics.response(client)
         try:
-            check_reply_topic(reply_topic, self._config.reply_topics)
+            self._topics.check_reply(reply_topic, client, self._config.reply_topics)
         except RequestError as error:  # nowhere to answer
             self._tell("rejected", envelope.id, client, code=error.code, message=error.message)
             return
@@ -136,6 +156,7 @@ class Desk:
             )
         ask = asks.parse_ask(envelope)
         model = self._chosen(ask.model)
+        self._check_share(client, ask.session, model)
         answer = Answer(
             key=str(next(self._keys)),
             id=ask.id,
@@ -163,10 +184,37 @@ class Desk:
             template_vars=ask.template_vars,
             system=ask.system,
             raw=ask.raw,
+            is_apart=client is None and not self._config.share_unnamed,
         )
         model.worker.submit(request, answer.sink)
         self._answers[answer.key] = answer
         self._tell("accepted", answer.id, client)
+
+    def _too_often(self, retry_after_s: float) -> RequestError:
+        return RequestError(
+            "rate_limited",
+            f"one client may send {self._config.client_rate:g} requests a second, {self._config.client_burst} at once,"
+            f" {COST_BYTES} bytes of a message counted as one more",
+            retry_after_s=round(max(0.1, retry_after_s), 1),
+        )
+
+    def _check_share(self, client: str | None, session: str | None, model: ServedModel) -> None:
+        """Raise `RequestError` where a client wants more than its share, or a session that it cannot have."""
+        if client is None and session is not None and not self._config.share_unnamed:
+            raise RequestError(
+                "forbidden",
+                f"session: clients without a name have none, as others could go on with it: ask on"
+                f" {self._topics.generate()}/<name>, or serve with --share-unnamed",
+            )
+        most = self._config.most_places
+        held = sum(answer.client == client and answer.model == model.name for answer in self._answers.values())
+        if held >= most:
+            who = "clients without a name together have" if client is None else "this client has"
+            raise RequestError(
+                "busy", f"{who} {held} requests here, at most {most}", retry_after_s=model.worker.retry_after_s()
+            )
+        if len(self._outbox) >= MOST_UNSENT_FINALS:
+            raise RequestError("busy", "the broker does not take our answers", retry_after_s=1.0)
 
     def _chosen(self, wanted: str | None) -> ServedModel:
         """Return the model of that name or digest; the first where none is named."""
@@ -187,11 +235,17 @@ class Desk:
         self._tell("rejected", envelope.id, client, code=error.code)
         completion = Completion(envelope.id, "", (), "error", error=error)
         left_s = self._deadline(message) - time.monotonic()
-        self._send_final(completion, self._models[0].name, 0, reply_topic, envelope.correlation, left_s)
+        packet = self._final(completion, self._models[0].name, 0, reply_topic, envelope.correlation, left_s)
+        if not self._refusals.add(client, packet):
+            self._count_dropped()
 
     def _cancel(self, client: str | None, payload: bytes) -> None:
-        """Cancel one of the client's requests, or all where none is named."""
-        wanted = payload.decode("utf-8", "replace").strip()
+        """Cancel one of the client's requests, or all where none is named: those of a client with a name."""
+        wanted = payload[:READ_LIMIT].decode("utf-8", "replace").strip()
+        if client is None and wanted in {"", "PRESS"}:
+            self._tell("rejected", None, None, reason="cancel without an id", code="forbidden")
+            log.warning("a client without a name wants to cancel all: it may cancel by id, or ask under a name")
+            return
         for answer in self._answers.values():
             named = wanted in {"", "PRESS", answer.id} or payload == answer.correlation
             if answer.client == client and named:
@@ -230,11 +284,15 @@ class Desk:
         """When `send_due` has something to do, in seconds of `time.monotonic`."""
         if not self._connection.is_connected:
             return float("inf")
-        return min((answer.due_at() for answer in self._answers.values()), default=float("inf"))
+        due = min((answer.due_at() for answer in self._answers.values()), default=float("inf"))
+        return min(due, self._refusals.next_due(time.monotonic()))
 
     def send_due(self) -> None:
-        """Send the chunks whose time has come."""
+        """Send the chunks and the refusals whose time has come."""
         now = time.monotonic()
+        if len(self._refusals) and self._connection.is_connected:
+            for packet in self._refusals.take(now, max(0, MOST_UNSENT - len(self._outbox))):
+                self._outbox.send(packet)
         for answer in self._answers.values():
             if answer.due_at() > now or not self._connection.is_connected:
                 continue
@@ -290,19 +348,26 @@ class Desk:
     def _send_final(
         self, completion: Completion, model: str, seq: int, reply_topic: str, correlation: bytes | None, left_s: float
     ) -> None:
-        def packet(completion: Completion) -> wire.Packet:
-            final = wire.Outcome(completion, seq, self._topics.board, model, self._boot_id)
-            properties = wire.answer_properties(correlation, left_s, final.error)
-            return wire.Packet(reply_topic, wire.write_outcome(final), qos=1, properties=properties)
+        request_id, usage, timing = completion.id, completion.usage, completion.timing  # the text is kept once alone
 
         def too_large(why: str) -> wire.Packet:
             error = RequestError("too_large", f"the answer does not fit: {why}; ask for fewer tokens")
-            return packet(Completion(completion.id, "", (), "error", completion.usage, completion.timing, error=error))
+            without = Completion(request_id, "", (), "error", usage, timing, error=error)
+            return self._final(without, model, seq, reply_topic, correlation, left_s)
 
-        self._outbox.send(packet(completion), too_large)
+        self._outbox.send(self._final(completion, model, seq, reply_topic, correlation, left_s), too_large)
+
+    def _final(
+        self, completion: Completion, model: str, seq: int, reply_topic: str, correlation: bytes | None, left_s: float
+    ) -> wire.Packet:
+        final = wire.Outcome(completion, seq, self._topics.board, model, self._boot_id)
+        properties = wire.answer_properties(correlation, left_s, final.error)
+        return wire.Packet(reply_topic, wire.write_outcome(final), qos=1, properties=properties)
 
     def _tell(self, event: str, request_id: str | None, client: str | None, **more: Any) -> None:
-        """Publish what happens to a request, never what it says."""
+        """Publish what happens to a request, never what it says; of rejections so many a second."""
+        if event == "rejected" and not self._rejections.takes(time.monotonic()):
+            return
         body = {"event": event, "id": request_id, "client": client, **more}
         log.debug("%s", body)
         self._connection.tell(wire.Packet(self._topics.event, wire.write_json(body)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgelm.errors import EdgelmError
+from edgelm.mqtt.gate import ADMITTED, Ticket
 from edgelm.mqtt.wire import Properties
 
 
@@ -68,6 +69,8 @@ class Received:
     at: float
     mid: int
     epoch: int
+    ticket: Ticket = ADMITTED
+    """What was decided of it as it came in."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,15 +48,15 @@ def to_paho(properties: Properties) -> PahoProperties:
 
 
 def from_paho(properties: PahoProperties | None) -> Properties:
-    """Return what a PUBLISH brought; MQTT 3.1.1 brings none."""
+    """Return what a PUBLISH brought of what the protocol uses; MQTT 3.1.1 brings none.
+
+    User properties and the content type stay behind: nothing reads them, and they may take 200 KB.
+    """
     get = functools.partial(getattr, properties)
     return Properties(
         response_topic=get("ResponseTopic", None),
         correlation=get("CorrelationData", None),
         expiry_s=get("MessageExpiryInterval", None),
-        content_type=get("ContentType", None),
-        is_text=bool(get("PayloadFormatIndicator", 0)),
-        user=tuple((str(key), str(value)) for key, value in get("UserProperty", ())),
     )
 
 

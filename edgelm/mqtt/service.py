@@ -8,6 +8,7 @@ message in `_introduce`.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -22,9 +23,11 @@ from edgelm.errors import EdgelmError, RequestError
 from edgelm.mqtt import events, health, wire
 from edgelm.mqtt.answers import Finished, Grown
 from edgelm.mqtt.client import Connection
-from edgelm.mqtt.desk import Desk, ServedModel
+from edgelm.mqtt.desk import MOST_UNSENT, Desk, ServedModel
+from edgelm.mqtt.gate import Gate
 from edgelm.mqtt.outbox import Outbox
 from edgelm.mqtt.topics import BoardTopics
+from edgelm.turns import FairQueue
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,17 @@ QUICK_LOSSES: Final = 3
 """So many connections in a row that lived no longer: two boards of one name take them from each other."""
 CANCELLED_WITHIN_S: Final = 2.0
 LEAVE_WITHIN_S: Final = 3.0
+
+
+EVENTS_A_TURN: Final = 256
+MESSAGES_A_TURN: Final = 4
+"""Messages that are looked at before the next events."""
+PUT_RIGHT_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """Messages wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +84,39 @@ class Service:
         self._boot_id = uuid.uuid4().hex[:16]
         self._topics = BoardTopics(config.board)
         self._events: SimpleQueue[Any] = SimpleQueue()
+        self._arrived: FairQueue[events.Received] = FairQueue()
+        """Messages that wait, in turns between clients, behind all events."""
+        self._arrived_lock = threading.Lock()
+        limit = 4 * wire.MAX_PAYLOAD_BYTES
+        self._gate = Gate(self._topics, config.client_rate, config.client_burst, limit, time.monotonic)
         broker = config.broker
         self._url = broker.url
         self._connection = Connection(
             broker,
             f"edgelm-{config.board}",
-            self._events.put,
+            self._post,
             will=self._status("offline"),
             will_delay_s=WILL_DELAY_S,
             session_expiry_s=SESSION_EXPIRY_S,
-            packet_bytes=4 * wire.MAX_PAYLOAD_BYTES,
+            packet_bytes=limit,
+            gate=self._gate,
             protocol="3.1.1" if config.embedded_broker else "5",  # amqtt may never answer a greeting of 5
         )
         self._outbox = Outbox(self._connection)
-        self._desk = Desk(config, self._topics, models, self._boot_id, self._connection, self._outbox, self._events.put)
+        self._desk = Desk(
+            config,
+            self._topics,
+            models,
+            self._boot_id,
+            self._connection,
+            self._outbox,
+            self._events.put,
+            self._gate.count_dropped,
+        )
+        self._introduction: tuple[wire.Packet, ...] = ()
+        """What is retained of this board, as it was said last."""
+        self._is_overwritten = self._said_overwritten = False
+        self._put_right_at = float("-inf")
         self._failure: EdgelmError | None = None
         self._stop_by: float | None = None
         self._is_interrupted = False
@@ -105,6 +138,7 @@ class Service:
             Grown: lambda event: self._desk.on_grown(event.answer),
             Finished: lambda event: self._desk.on_finished(event.answer, event.completion),
             Stop: self._on_stop,
+            _Arrived: lambda _: None,
         }
 
     def run(self) -> None:
@@ -132,28 +166,59 @@ class Service:
     # -- the loop ---------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        """Handle one event, or what is due."""
-        wait_s = max(0.0, min(self._desk.next_due() - time.monotonic(), TICK_S))
+        """Handle the events that are there, then a few messages; wait for an event where there is nothing to do."""
+        wait_s = 0.0 if len(self._arrived) else max(0.0, min(self._desk.next_due() - time.monotonic(), TICK_S))
+        event: Any = self._next_event(wait_s)
+        handled = 0
+        while event is not None:
+            self._handle(event)
+            handled += 1
+            event = self._next_event(0.0) if handled < EVENTS_A_TURN else None
+        for _ in range(MESSAGES_A_TURN):
+            with self._arrived_lock:
+                message = self._arrived.get() if len(self._arrived) else None
+            if message is None:
+                break
+            self._handle(message)
+        self._do(self._desk.send_due)
+        if time.monotonic() - self._cared_at >= CARE_EVERY_S:
+            self._do(self._care)
+
+    def _post(self, event: events.Event) -> None:
+        """Take an event in, on any thread."""
+        if not isinstance(event, events.Received):
+            self._events.put(event)
+            return
+        with self._arrived_lock:
+            self._arrived.put(event.ticket.client, event)
+            is_first = len(self._arrived) == 1
+        if is_first:
+            self._events.put(_Arrived())
+
+    def _next_event(self, wait_s: float) -> Any:
         try:
-            event = self._events.get(timeout=wait_s)
+            return self._events.get(timeout=wait_s) if wait_s else self._events.get_nowait()
         except Empty:
-            event = None
+            return None
+
+    def _handle(self, event: Any) -> None:
+        self._do(lambda: self._handlers[type(event)](event), type(event).__name__)
+
+    def _do(self, what: Callable[[], None], name: str = "what is due") -> None:
+        """Do a part of the work, and live on where it fails."""
         try:
-            if event is not None:
-                self._handlers[type(event)](event)
-            self._desk.send_due()
-            if time.monotonic() - self._cared_at >= CARE_EVERY_S:
-                self._care()
+            what()
         except EdgelmError as error:
             self._fail(error)
         except Exception:
-            log.exception("handling %s failed", type(event).__name__)
+            log.exception("handling %s failed", name)
 
     def _care(self) -> None:
         """Do what is due now and then."""
         now = self._cared_at = time.monotonic()
         self._connection.tend()
         self._desk.end_overdue()
+        self._put_right()
         for model in self._models:
             if model.worker.failure is not None:
                 self._fail(EdgelmError(f"the engine of {model.name} died: {model.worker.failure!r}"))
@@ -203,11 +268,14 @@ class Service:
         self._said_away = False
         self._connected_at = time.monotonic()
         self._protocol = event.protocol
-        self._connection.subscribe(self._topics.subscriptions)
+        self._connection.subscribe(self._topics.subscriptions, (self._topics.status, self._topics.info))
         self._outbox.on_connected(event)
 
     def _on_subscribed(self, event: events.Subscribed) -> None:
-        if any(reason >= 0x80 for reason in event.reasons):
+        needed = len(self._topics.subscriptions)
+        if any(reason >= 0x80 for reason in event.reasons[needed:]):
+            log.info("the broker does not let us see who else publishes on %s", self._topics.status)
+        if any(reason >= 0x80 for reason in event.reasons[:needed]):
             names = ", ".join(name for name, _ in self._topics.subscriptions)
             self._fail(EdgelmError(f"the broker {self._url} does not let us subscribe to {names}: check its ACL"))
         elif self._stop_by is None:
@@ -215,8 +283,11 @@ class Service:
 
     def _introduce(self) -> None:
         """Say what this board is, then that it is there."""
-        self._outbox.send(wire.Packet(self._topics.info, wire.write_json(self._info()), qos=1, retain=True))
-        self._outbox.send(self._status("online"))
+        info = wire.Packet(self._topics.info, wire.write_json(self._info()), qos=1, retain=True)
+        self._introduction = (info, self._status("online"))
+        for packet in self._introduction:
+            self._outbox.send(packet)
+        self._is_overwritten = self._gate.is_overwritten = False
         self._tell_state()
         names = ", ".join(model.name for model in self._models)
         log.info("serving %s as %s", names, self._topics.generate())
@@ -243,9 +314,37 @@ class Service:
 
     def _on_received(self, event: events.Received) -> None:
         try:
-            self._desk.receive(event)
+            if event.topic in {self._topics.status, self._topics.info}:
+                self._note_overwritten(event)
+            else:
+                self._desk.receive(event)
         finally:
             self._connection.settle(event)
+
+    def _note_overwritten(self, event: events.Received) -> None:
+        """Note that someone published on a topic of our own; over MQTT 3.1.1 it may have been ourselves."""
+        said = {packet.topic: packet.payload for packet in self._introduction}
+        if self._connection.is_mqtt5 or event.payload != said.get(event.topic, event.payload):
+            self._is_overwritten = True
+
+    def _put_right(self) -> None:
+        """Say again what we are where someone else said something else, at most once a second."""
+        now = time.monotonic()
+        if not (self._is_overwritten or self._gate.is_overwritten) or not self._introduction:
+            return
+        if self._stop_by is not None or now - self._put_right_at < PUT_RIGHT_S or len(self._outbox) >= MOST_UNSENT:
+            return
+        self._put_right_at = now
+        self._is_overwritten = self._gate.is_overwritten = False
+        for packet in self._introduction:
+            self._outbox.send(packet)
+        if not self._said_overwritten:
+            self._said_overwritten = True
+            log.warning(
+                "someone else publishes on %s or %s: put right, now and from now on; the broker's ACL should forbid it",
+                self._topics.status,
+                self._topics.info,
+            )
 
     def _on_stop(self, _event: Stop) -> None:
         again = self._stop_by is not None
@@ -274,6 +373,13 @@ class Service:
                 "max_batch": self._config.max_batch,
                 "timeout_s": self._config.max_timeout_s,
                 "sessions": MOST_SESSIONS,
+                "client": {
+                    "places": self._config.most_places,
+                    "rows": self._config.shares.rows,
+                    "sessions": self._config.client_sessions,
+                    "rate": self._config.client_rate,
+                    "burst": self._config.client_burst,
+                },
             },
         }
 
@@ -284,6 +390,7 @@ class Service:
             "queue": self._state[0],
             "active": self._state[1],
             "completed": sum(each.completed for each in stats),
+            "dropped": self._gate.dropped,
             "tok_s": round(sum(each.tok_s for each in stats), 2),
             "rss_mb": health.rss_mb(),
             "temp_c": health.temp_c(),

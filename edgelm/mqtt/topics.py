@@ -69,6 +69,33 @@ class BoardTopics:
         """Return where answers go that name no topic."""
         return self._of("response") if client is None else f"{BASE}/client/{client}/response"
 
+    def check_reply(self, topic: str, client: str | None, allowed: tuple[str, ...]) -> None:
+        """Raise unless a client may be answered on `topic`.
+
+        A client with a name is answered on its own topics alone. One without is answered on the board's response
+        topics and on those that a filter in `allowed` covers, never on the topics of one with a name.
+
+        Raises
+        ------
+        RequestError
+            As `check_reply_topic`.
+        """
+        if client is not None:
+            check_reply_topic(topic)
+            own = f"{BASE}/client/{client}/"
+            if not topic.startswith(own) or topic == own:
+                raise RequestError(
+                    "forbidden", f"response topic: a client with a name is answered below {own}, as on {own}response"
+                )
+            return
+        response = self.response()
+        is_own = topic == response or topic.startswith(response + "/")
+        check_reply_topic(topic, ("#",) if is_own else allowed, f"{response}/#")
+        if topic.split("/")[:2] == [BASE, "client"]:
+            raise RequestError(
+                "forbidden", f"response topic: it is a client's own; ask on {self.generate()}/<its name> to use it"
+            )
+
     def parse(self, topic: str) -> Address:
         """Return what a received topic asks for; raise `RequestError("bad_request")` for a bad client name."""
         for action in ("generate", "cancel"):
@@ -91,7 +118,7 @@ def is_name(text: str) -> bool:
     return NAME.fullmatch(text) is not None and text not in RESERVED_NAMES
 
 
-def check_reply_topic(topic: str, allowed: tuple[str, ...] = ("#",)) -> None:
+def check_reply_topic(topic: str, allowed: tuple[str, ...] = ("#",), *also: str) -> None:
     """Raise unless an answer may be published on `topic`.
 
     A broker closes the connection of whoever publishes on a malformed topic, so what passes here must be
@@ -101,7 +128,7 @@ def check_reply_topic(topic: str, allowed: tuple[str, ...] = ("#",)) -> None:
     ------
     RequestError
         `bad_request` for a topic that cannot be one, `forbidden` for one that belongs to boards or that no
-        filter in `allowed` covers.
+        filter in `allowed` covers; `also` are named to the client beside these.
     """
     try:
         size = len(topic.encode("utf-8"))
@@ -118,7 +145,10 @@ def check_reply_topic(topic: str, allowed: tuple[str, ...] = ("#",)) -> None:
     if (own and levels[1] != "client") or levels[0] == "homeassistant":
         raise RequestError("forbidden", "response topic: is one that boards listen or speak on")
     if not any(matches(pattern, topic) for pattern in allowed):
-        raise RequestError("forbidden", "response topic: is not among those this board may answer on")
+        named = ", ".join([*also, *allowed])
+        raise RequestError(
+            "forbidden", f"response topic: is not among those this board may answer on: {named} (its reply_topics)"
+        )
 
 
 def _is_unfit(code: int) -> bool:

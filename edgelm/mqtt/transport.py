@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ssl
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -18,6 +19,16 @@ CONNECT_TIMEOUT_S: Final = 5.0
 RECONNECT_S: Final = (1, 30)
 
 
+class _Client(paho.Client):
+    """paho's client with another socket under it. A paho that makes its sockets elsewhere works too, unwrapped."""
+
+    wrap: Callable[[Any], Any] | None = None
+
+    def _create_socket(self) -> Any:
+        sock = super()._create_socket()
+        return sock if self.wrap is None else self.wrap(sock)
+
+
 def make_client(
     broker: BrokerConfig,
     client_id: str,
@@ -26,11 +37,15 @@ def make_client(
     will: Packet | None,
     will_delay_s: int,
     keeps_session: bool,
+    wrap: Callable[[Any], Any] | None = None,
 ) -> paho.Client:
-    """Return a client that is ready to connect; raise `EdgelmError` for a file that holds no certificate or key."""
+    """Return a client that is ready to connect; raise `EdgelmError` for a file that holds no certificate or key.
+
+    `wrap` returns what stands in for a new connection's socket.
+    """
     url = broker.url
     old = version != "5"
-    client = paho.Client(
+    client = _Client(
         CallbackAPIVersion.VERSION2,
         client_id=client_id,
         clean_session=not keeps_session if old else None,
@@ -38,6 +53,7 @@ def make_client(
         transport={"ws": "websockets", "wss": "websockets", "unix": "unix"}.get(url.scheme, "tcp"),  # type: ignore[arg-type]
         manual_ack=True,
     )
+    client.wrap = wrap
     client.connect_timeout = CONNECT_TIMEOUT_S
     client.reconnect_delay_set(*RECONNECT_S)
     client.max_inflight_messages_set(0)  # counted by the outbox, which also knows the broker's limit

@@ -1,4 +1,4 @@
-"""What waits for the owner never exceeds the limit by a message that may be dropped."""
+"""What waits for the owner never exceeds the limit, nor a client's share, by a message that may be dropped."""
 
 from __future__ import annotations
 
@@ -7,30 +7,40 @@ from hypothesis import strategies as st
 
 from edgelm.mqtt.backlog import Backlog
 
-LIMIT = 100
-messages = st.tuples(st.integers(0, 2 * LIMIT), st.sampled_from([0, 1]))
+LIMIT, SHARE = 100, 40
+messages = st.tuples(st.integers(0, 2 * LIMIT), st.sampled_from([0, 1]), st.sampled_from([None, "a", "b", "c"]))
 
 
-@given(st.lists(messages | st.none(), max_size=40))
+@given(st.lists(messages | st.none(), max_size=60))
 def test_it_takes_what_a_plain_sum_allows(arriving):
     """None settles the oldest message that was taken."""
-    backlog, waiting = Backlog(LIMIT), []
+    backlog, waiting = Backlog(LIMIT, SHARE), []
     for message in arriving:
         if message is None:
             if waiting:
-                backlog.settle(waiting.pop(0))
+                backlog.settle(*waiting.pop(0))
             continue
-        size, qos = message
-        allowed = qos == 1 or sum(waiting) + size <= LIMIT
-        assert backlog.takes(size, qos) is allowed
+        size, qos, client = message
+        mine = sum(other for other, owner in waiting if owner == client)
+        allowed = qos == 1 or (sum(other for other, _ in waiting) + size <= LIMIT and mine + size <= SHARE)
+        assert backlog.takes(size, qos, client) is allowed
         if allowed:
-            waiting.append(size)
+            waiting.append((size, client))
+        assert set(backlog._of) >= {owner for other, owner in waiting if other}
+        assert len(backlog._of) <= 4
 
 
 @given(st.lists(messages, max_size=20))
 def test_what_is_settled_leaves_room_for_everything_again(arriving):
     backlog = Backlog(LIMIT)
-    for size in [size for size, qos in arriving if backlog.takes(size, qos)]:
-        backlog.settle(size)
+    for size, client in [(size, client) for size, qos, client in arriving if backlog.takes(size, qos, client)]:
+        backlog.settle(size, client)
+    assert not backlog._of
     assert backlog.takes(LIMIT, 0)
     assert not backlog.takes(1, 0)
+
+
+def test_the_flood_of_one_client_leaves_room_for_another():
+    backlog = Backlog(LIMIT, SHARE)
+    assert sum(backlog.takes(1, 0, "flood") for _ in range(1000)) == SHARE
+    assert backlog.takes(SHARE, 0, "other")

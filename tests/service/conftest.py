@@ -45,7 +45,10 @@ def config(broker: Broker, served_bundle: str, request: pytest.FixtureRequest) -
 def common(broker: Broker, served_bundle: str, request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a board that a module's tests share."""
     name = request.module.__name__.removeprefix("test_").replace("_", "-")
-    with serving(ServeConfig(mqtt=broker.url, model=served_bundle, board=name, threads=1)):
+    config = ServeConfig(
+        mqtt=broker.url, model=served_bundle, board=name, threads=1, client_rate=10_000, client_burst=10_000
+    )
+    with serving(config):
         yield name
 
 

@@ -32,7 +32,7 @@ def _is_whole(heard: list[Heard], topic: str) -> bool:
 
 @pytest.fixture(scope="module", params=["5", "3.1.1"])
 def asker(request: pytest.FixtureRequest, broker: Broker) -> Iterator[tuple[Client, str]]:
-    with Client(broker.port, f"stream/{request.param}/#", version=request.param) as connected:
+    with Client(broker.port, f"reply/{request.param}/#", version=request.param) as connected:
         yield connected, request.param
 
 
@@ -46,7 +46,7 @@ def test_streamed_text_equals_the_final_text(
 ) -> None:
     client, version = asker
     client.heard.clear()
-    replies = [f"stream/{version}/{next(NUMBERS)}" for _ in prompts]
+    replies = [f"reply/{version}/{next(NUMBERS)}" for _ in prompts]
     for reply, prompt in zip(replies, prompts, strict=True):
         body = {
             "prompt": prompt,

@@ -144,11 +144,11 @@ def test_an_empty_cancel_stops_what_the_same_person_asked(
 
         def cancel() -> None:
             other.wait(lambda heard: any(each.body["event"] == "started" for each in heard))
-            other.publish(f"edgelm/{config.board}/cancel", b"")
+            other.publish(f"edgelm/{config.board}/cancel/me", b"")
 
         canceller = threading.Thread(target=cancel)
         canceller.start()
-        told = ask(broker.url, config.board, "--max-tokens", "400", "--ignore-eos", "--json")
+        told = ask(broker.url, config.board, "--client", "me", "--max-tokens", "400", "--ignore-eos", "--json")
         canceller.join()
     assert json.loads(told.out)["finish_reason"] == "cancelled"
 
@@ -173,6 +173,7 @@ def test_an_error_in_mid_answer_stands_on_a_line_of_its_own(
             other.wait(lambda heard: any(each.body["event"] == "started" for each in heard))
             time.sleep(0.3)
             monkeypatch.setattr(SlowEngine, "step_s", 5.0)  # as one that hangs
+            monkeypatch.setattr(service, "_put_right", lambda: None)  # and does not contradict
             other.publish(f"edgelm/{config.board}/status", b"offline", retain=False)
 
         stopper = threading.Thread(target=stop)

@@ -34,7 +34,7 @@ def test_mosquitto_rr_prints_the_final(broker: Broker, common: str) -> None:
 
 def test_mosquitto_rr_gets_its_correlation_data_back(broker: Broker, common: str) -> None:
     done = _run(
-        *("mosquitto_rr", "-p", str(broker.port), "-V", "5", "-t", f"edgelm/{common}/generate", "-e", "some/other"),
+        *("mosquitto_rr", "-p", str(broker.port), "-V", "5", "-t", f"edgelm/{common}/generate", "-e", "other/reply"),
         *("-D", "publish", "correlation-data", "job-17", "-F", "%D|%C|%P|%p", "-W", "40"),
         *("-m", json.dumps({"prompt": PROMPT, "max_tokens": 3})),
     )
@@ -45,7 +45,7 @@ def test_mosquitto_rr_gets_its_correlation_data_back(broker: Broker, common: str
 
 @pytest.mark.parametrize("version", ["5", "mqttv311"])
 def test_mosquitto_pub_asks_and_mosquitto_sub_listens(broker: Broker, common: str, version: str) -> None:
-    reply = f"some/reply/{version}"
+    reply = f"reply/some/{version}"
     listener = ["mosquitto_sub", "-p", str(broker.port), "-V", version, "-t", reply, "-C", "1", "-W", "40"]
     if shutil.which(listener[0]) is None:
         pytest.skip("mosquitto_sub is not installed: apt install mosquitto-clients")

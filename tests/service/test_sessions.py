@@ -18,11 +18,11 @@ PROMPT = "Once upon a time"
 NUMBERS = count()
 
 
-def _ask(client: Client, board: str, body: dict[str, Any], who: str = "") -> dict[str, Any]:
-    """Ask greedily, and return the final."""
+def _ask(client: Client, board: str, body: dict[str, Any], who: str = "talker") -> dict[str, Any]:
+    """Ask greedily as a client of that name, and return the final."""
     name = f"session-{next(NUMBERS)}"
     payload = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "id": name, **body}
-    client.publish(f"edgelm/{board}/generate{who}", payload, reply="reply/session")
+    client.publish(f"edgelm/{board}/generate/{who}", payload, reply=f"edgelm/client/{who}/response")
     return client.final(name)
 
 
@@ -41,13 +41,13 @@ def test_a_conversation_sends_only_what_is_new(client: Client, common: str) -> N
 
 def test_sessions_of_one_name_are_each_clients_own(client: Client, common: str) -> None:
     turns = []
-    for who in ("", "/anna", "/ben", "/anna", ""):
+    for who in ("eve", "anna", "ben", "anna", "eve"):
         final = _ask(client, common, {"prompt": PROMPT, "session": "same name"}, who)
         turns.append(final["turn"])
     assert turns == [1, 1, 1, 2, 2]
-    _ask(client, common, {"session": "same name", "end_session": True}, "/ben")
-    assert _ask(client, common, {"prompt": PROMPT, "session": "same name"}, "/anna")["turn"] == 3
-    assert _ask(client, common, {"prompt": PROMPT, "session": "same name"}, "/ben")["turn"] == 1
+    _ask(client, common, {"session": "same name", "end_session": True}, "ben")
+    assert _ask(client, common, {"prompt": PROMPT, "session": "same name"}, "anna")["turn"] == 3
+    assert _ask(client, common, {"prompt": PROMPT, "session": "same name"}, "ben")["turn"] == 1
 
 
 def test_a_full_session_is_refused_until_it_is_ended(client: Client, common: str) -> None:
@@ -64,13 +64,13 @@ def test_a_full_session_is_refused_until_it_is_ended(client: Client, common: str
 def test_requests_sent_together_are_answered_in_turn_and_may_be_cancelled(
     broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(config, monkeypatch, step_s=0.02), Client(broker.port, "reply/#") as client:
+    with serving(config, monkeypatch, step_s=0.02), Client(broker.port, "edgelm/client/queuer/#") as client:
         topic = f"edgelm/{config.board}"
         for name, tokens in (("long", 400), ("short", 2), ("last", 2)):
             body = {"prompt": PROMPT, "session": "queue", "max_tokens": tokens, "ignore_eos": True, "id": name}
-            client.publish(f"{topic}/generate", {**body, "stream": name == "long"}, reply="reply/queue")
+            client.publish(f"{topic}/generate/queuer", {**body, "stream": name == "long"})
         client.wait(lambda heard: heard, "the first chunk")
-        client.publish(f"{topic}/cancel", "long", qos=0)
+        client.publish(f"{topic}/cancel/queuer", "long", qos=0)
         finals = {name: client.final(name) for name in ("long", "short", "last")}
         order = [body["id"] for body in (heard.body for heard in client.heard) if body["done"]]
     assert order == ["long", "short", "last"]

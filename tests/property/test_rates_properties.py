@@ -1,0 +1,92 @@
+"""How often: no more than a bucket holds and gains, whoever else comes; and refusals no more than that."""
+
+from __future__ import annotations
+
+from copy import copy
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgelm.mqtt import refusals
+from edgelm.mqtt.rates import IDLE_S, NEWCOMERS_BURST, Bucket, Rates
+from edgelm.mqtt.refusals import Refusals
+from edgelm.mqtt.wire import Packet
+
+steps = st.floats(0, 3)
+
+
+@given(st.floats(0.1, 50), st.integers(1, 20), st.lists(st.tuples(steps, st.floats(0.1, 30)), max_size=60))
+def test_a_bucket_gives_no_more_than_it_holds_and_gains(rate, burst, asked):
+    bucket, now, taken = Bucket(rate, burst), 0.0, 0.0
+    for wait, cost in asked:
+        now += wait
+        until = bucket.wait_s(now, cost)
+        took = bucket.takes(now, cost)
+        assert took == (until == 0)
+        taken += min(cost, burst) if took else 0
+        assert taken <= burst + rate * now + 1e-6
+        if not took:
+            assert copy(bucket).wait_s(now + until, cost) == pytest.approx(0, abs=1e-6)
+
+
+@given(st.lists(st.tuples(steps, st.integers(0, 200)), max_size=200))
+def test_who_was_there_before_keeps_its_bucket_whatever_names_come(others):
+    rates, alone, now = Rates(2, 3), Bucket(2, 3), 0.0
+    assert rates.takes("known", now) == alone.takes(now)
+    for wait, name in others:
+        now += wait
+        rates.takes(f"other {name}", now)
+        assert rates.takes("known", now) == alone.takes(now)
+        assert len(rates) <= 64
+
+
+def test_names_that_never_end_have_one_bucket_together():
+    rates = Rates(10, 20)
+    taken = sum(rates.takes(f"name {i}", 0.0) for i in range(100_000))
+    assert taken == 20
+    assert sum(rates.takes(f"name {i}", 1.0) for i in range(100_000)) <= 10 + NEWCOMERS_BURST * 20
+    assert len(rates) <= NEWCOMERS_BURST + 2
+
+
+def test_a_client_that_was_not_seen_for_long_gives_its_bucket_to_another():
+    rates = Rates(10, 20, most=2)
+    assert [rates.takes(name, 0.0) for name in "abc"] == 3 * [True]
+    assert [rates.knows(name) for name in "abc"] == [True, True, False]
+    rates.takes("b", IDLE_S - 1)
+    rates.takes("c", IDLE_S + 1)
+    assert [rates.knows(name) for name in "abc"] == [False, True, True]
+
+
+@given(st.lists(st.tuples(st.floats(0, 0.3), st.sampled_from([None, "a", "b"]), st.integers(1, 60)), max_size=40))
+def test_refusals_are_bounded_in_number_and_rate_and_keep_their_order(arriving):
+    waiting, now, kept, sent = Refusals(), 0.0, {}, {}
+    for wait, client, count in arriving:
+        now += wait
+        for _ in range(count):
+            packet = Packet(f"to/{client}", str(len(kept.setdefault(client, []))).encode())
+            if waiting.add(client, packet):
+                kept[client].append(packet.payload)
+        for packet in waiting.take(now, 64):
+            sent.setdefault(packet.topic, []).append(packet.payload)
+        assert len(waiting) <= refusals.MOST_OF_ALL
+        for client_sent in sent.values():
+            assert len(client_sent) <= refusals.RATE * (1 + now) + 1e-6
+    for client, packets in kept.items():
+        told = sent.get(f"to/{client}", [])
+        assert told == packets[: len(told)]
+        assert len(packets) - len(told) <= refusals.MOST_WAITING
+
+
+def test_a_client_hears_of_its_refusal_though_another_floods():
+    waiting = Refusals()
+    assert sum(waiting.add("flood", Packet("flood", b"")) for _ in range(10_000)) == refusals.MOST_WAITING
+    for i in range(2000):
+        waiting.add(f"name {i}", Packet("name", b""))
+    waiting.take(0.0, 64)
+    assert waiting.add("other", Packet("other", b""))
+    told, now = [], 0.0
+    while Packet("other", b"") not in told:
+        now += 1.0
+        told += waiting.take(now, 64)
+        assert now < 10

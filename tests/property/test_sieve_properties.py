@@ -1,0 +1,165 @@
+"""The sieve beside a plain reading of whole packets: the same bytes, however they are cut."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+
+from hypothesis import given
+from hypothesis import strategies as st
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from edgelm.mqtt.sieve import Sieve, SievedSocket, Verdict
+
+USED = {"ResponseTopic", "CorrelationData", "MessageExpiryInterval", "PayloadFormatIndicator"}
+
+
+def varint(value):
+    out = bytearray()
+    while True:
+        value, low = value >> 7, value & 0x7F
+        out.append(low | (0x80 if value else 0))
+        if not value:
+            return bytes(out)
+
+
+def properties_of(given_properties, *, only=None):
+    packed = Properties(PacketTypes.PUBLISH)
+    for name, value in given_properties.items():
+        if only is None or name in only:
+            setattr(packed, name, value)
+    return packed.pack()
+
+
+def publish(topic, qos, payload, properties):
+    body = struct.pack(">H", len(topic)) + topic + (b"\0\7" if qos else b"") + properties + payload
+    return bytes([0x30 | qos << 1]) + varint(len(body)) + body
+
+
+texts = st.text("abc/é", max_size=9)
+properties = st.fixed_dictionaries(
+    {},
+    optional={
+        "ResponseTopic": texts,
+        "CorrelationData": st.binary(max_size=300),
+        "MessageExpiryInterval": st.integers(0, 2**32 - 1),
+        "PayloadFormatIndicator": st.integers(0, 1),
+        "ContentType": texts,
+        "TopicAlias": st.integers(1, 9),
+        "SubscriptionIdentifier": st.lists(st.integers(1, 2**28 - 1), min_size=1, max_size=3),
+        "UserProperty": st.lists(st.tuples(texts, st.text(max_size=200)), min_size=1, max_size=4).map(
+            lambda pairs: [(key, value.replace("\0", "").replace("\ufeff", "")) for key, value in pairs]
+        ),
+    },
+)
+messages = st.tuples(
+    st.sampled_from([b"a", b"a/b", "é".encode()]), st.integers(0, 1), st.binary(max_size=300), properties
+)
+others = st.sampled_from([b"\xd0\x00", b"\x40\x02\x00\x07", b"\x90\x04\x00\x01\x00\x01"])
+streams = st.lists(st.tuples(messages, st.sampled_from(Verdict), st.integers(1, 70)) | others, max_size=12)
+
+
+@given(stream=streams, cuts=st.lists(st.integers(1, 50), max_size=200), is_5=st.booleans())
+def test_what_passes_is_what_a_plain_reading_lets_pass(stream, cuts, is_5):
+    data, expected, verdicts, dropped = b"", b"", {}, 0
+    for each in stream:
+        if isinstance(each, bytes):
+            data += each
+            expected += each
+            continue
+        (topic, qos, payload, given_properties), verdict, count = each
+        if qos and verdict is Verdict.SKIP:
+            verdict = Verdict.EMPTY
+        topic += b"/" + str(len(verdicts)).encode()
+        verdicts[topic] = verdict
+        whole = publish(topic, qos, payload, properties_of(given_properties) if is_5 else b"")
+        kept = publish(topic, qos, payload, properties_of(given_properties, only=USED) if is_5 else b"")
+        data += whole * count
+        if verdict is Verdict.PASS:
+            expected += kept * count
+        elif verdict is Verdict.EMPTY:
+            expected += publish(topic, qos, b"", b"\0" if is_5 else b"") * count
+        else:
+            dropped += count
+    judged, skipped = [], []
+    sieve = Sieve(
+        lambda topic, qos, size: judged.append(topic) or verdicts[topic], is_5=is_5, count_skipped=skipped.append
+    )
+    passed, at = b"", 0
+    for size in [*cuts, len(data)]:
+        passed += sieve.feed(data[at : at + size])
+        at += size
+    assert passed == expected
+    assert sum(verdicts[topic] is Verdict.SKIP for topic in judged) + sum(skipped) == dropped
+
+
+@given(st.binary(max_size=200), st.lists(st.integers(1, 9), max_size=50))
+def test_bytes_that_are_no_packets_never_raise_and_are_not_made_up(data, cuts):
+    sieve = Sieve(lambda topic, qos, size: Verdict.PASS, is_5=True)
+    passed, at = b"", 0
+    for size in [*cuts, len(data)]:
+        passed += sieve.feed(data[at : at + size])
+        at += size
+    assert len(passed) <= len(data)
+
+
+def test_a_message_of_195_kb_of_user_properties_keeps_none_of_them():
+    given_properties = {"UserProperty": 3 * [("k", "v" * 65_000)], "CorrelationData": b"mine"}
+    whole = publish(b"a", 1, b"hello", properties_of(given_properties))
+    assert len(whole) > 195_000
+    assert Sieve(lambda *_: Verdict.PASS, is_5=True).feed(whole) == publish(
+        b"a", 1, b"hello", properties_of({"CorrelationData": b"mine"})
+    )
+
+
+class Pipe:
+    """A socket that has some reads to give."""
+
+    def __init__(self, *reads):
+        self.reads = list(reads)
+
+    def recv(self, _size):
+        return self.reads.pop(0)
+
+
+def test_paho_reads_what_passed_in_the_sizes_that_it_asks_for():
+    whole = publish(b"a", 0, b"hello", b"\0")
+    sock = SievedSocket(Pipe(whole[:3], whole[3:] + b"\xd0\x00", b""), Sieve(lambda *_: Verdict.PASS, is_5=True))
+    got = b""
+    while True:
+        try:
+            piece = sock.recv(2)
+        except BlockingIOError:
+            continue
+        if not piece:
+            break
+        assert len(piece) <= 2
+        got += piece
+    assert got == whole + b"\xd0\x00"
+    assert sock.pending() == 0
+
+
+def test_the_rest_of_a_large_message_is_dropped_unread_and_the_next_one_comes():
+    ours, theirs = (
+        socket.create_connection(listener.getsockname()) if made else listener
+        for listener in [socket.create_server(("127.0.0.1", 0))]
+        for made in (True, False)
+    )
+    broker = theirs.accept()[0]
+    large, small = publish(b"drop", 0, b"x" * 250_000, b"\0"), publish(b"keep", 0, b"hello", b"\0")
+    sender = threading.Thread(target=lambda: broker.sendall(8 * (large + large + small)))
+    sender.start()
+    ours.settimeout(10)
+    sock = SievedSocket(ours, Sieve(lambda topic, *_: Verdict.SKIP if topic == b"drop" else Verdict.PASS, is_5=True))
+    got = b""
+    while len(got) < 8 * len(small):
+        try:
+            got += sock.recv(100)
+        except BlockingIOError:
+            continue
+    sender.join()
+    for each in (ours, theirs, broker):
+        each.close()
+    assert got == 8 * small

@@ -1,0 +1,405 @@
+"""What one client can do to another and to the board: each promise of the threat model by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from broker import Broker
+from mqtt_client import Client
+from served_board import Process, serving
+
+import edgelm.mqtt.service as service_module
+from edgelm.config import ServeConfig
+from edgelm.mqtt.events import Subscribed
+from edgelm.mqtt.loglimit import LineLimit
+from edgelm.mqtt.sieve import SievedSocket
+
+PROMPT = "Once upon a time"
+LONG = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "timeout_s": 200}
+
+
+def _with(config: ServeConfig, **changes: Any) -> ServeConfig:
+    return dataclasses.replace(config, **changes)
+
+
+def _ask(client: Client, board: str, who: str | None, request_id: str, **body: Any) -> None:
+    """Ask as a client of that name, or as one without."""
+    topic = f"edgelm/{board}/generate" + (f"/{who}" if who else "")
+    client.publish(topic, {"max_tokens": 4, "temperature": 0, **body, "id": request_id})
+
+
+def _said(board: str) -> tuple[str, ...]:
+    return "edgelm/client/#", f"edgelm/{board}/response/#", f"edgelm/{board}/+"
+
+
+def _text(value: bytes) -> bytes:
+    return struct.pack(">H", len(value)) + value
+
+
+def _number(value: int) -> bytes:
+    out = bytearray()
+    while True:
+        value, low = value >> 7, value & 0x7F
+        out.append(low | (0x80 if value else 0))
+        if not value:
+            return bytes(out)
+
+
+def _packet(topic: str, payload: bytes, properties: bytes = b"") -> bytes:
+    """Return a PUBLISH packet of QoS 0."""
+    body = _text(topic.encode()) + _number(len(properties)) + properties + payload
+    return b"\x30" + _number(len(body)) + body
+
+
+@contextmanager
+def _flooding(port: int, packets: bytes) -> Iterator[None]:
+    """Send packets as fast as the broker takes them while the block runs."""
+    sock = socket.create_connection(("127.0.0.1", port))
+    body = _text(b"MQTT") + bytes([5, 2]) + struct.pack(">H", 600) + b"\0" + _text(b"flood")
+    sock.sendall(b"\x10" + _number(len(body)) + body)
+    sock.recv(100)
+    sock.settimeout(0.5)
+    stop = threading.Event()
+
+    def flood() -> None:
+        while not stop.is_set():
+            try:
+                sock.sendall(packets)
+            except TimeoutError:  # in the middle of a packet: what follows would be none
+                return
+            except OSError:
+                return
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(30)
+        sock.close()
+
+
+def _rss_mb(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmRSS"))
+
+
+USER_PROPERTY = b"\x26" + _text(b"k") + _text(b"v" * 65_000)
+
+
+@pytest.mark.parametrize("kind", ["empty", "user properties", "correlation data", "wrong JSON"])
+def test_a_flood_takes_bounded_memory_and_another_client_is_answered(
+    broker: Broker, served_bundle: str, tmp_path: Path, kind: str
+) -> None:
+    board = f"flood-{kind.split()[0].lower()}"
+    topic = f"edgelm/{board}/generate/flood"
+    packet = {
+        "empty": _packet(topic, b""),
+        "user properties": _packet(topic, b"", 3 * USER_PROPERTY),
+        "correlation data": _packet(topic, b"", b"\x09" + _text(b"c" * 60_000)),
+        "wrong JSON": _packet(topic, b'{"prompt":"x","q":[' + b"1," * 30_000 + b"1]}"),
+    }[kind]
+    flags = ["--mqtt", broker.url, "--board", board, "--model", served_bundle, "--threads", "1"]
+    with Process(tmp_path / "log", *flags, "--prefix-cache-mb", "1") as process:
+        process.wait_for("serving")
+        with Client(broker.port, "edgelm/client/victim/#", f"edgelm/{board}/state") as client:
+            for number in range(5):
+                _ask(client, board, "victim", f"before {number}", prompt=PROMPT)
+                client.final(f"before {number}")
+            before = _rss_mb(process.pid)
+            with _flooding(broker.port, packet * max(1, 65_536 // len(packet))):
+                for number in range(10):
+                    time.sleep(0.1)
+                    _ask(client, board, "victim", f"during {number}", prompt=PROMPT)
+                    assert client.final(f"during {number}")["error"] is None
+                grown = _rss_mb(process.pid) - before
+            client.wait(
+                lambda heard: any(each.topic.endswith("/state") and each.body["dropped"] > 0 for each in heard),
+                "the count of dropped messages",
+            )
+        assert grown < 20
+        assert "Traceback" not in process.said
+        assert process.said.count("\n") < 50
+
+
+def test_the_sieve_is_in_place_with_this_paho(broker: Broker, config: ServeConfig) -> None:
+    with serving(config) as service:
+        assert isinstance(service._connection._client._sock, SievedSocket)
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+def test_beyond_its_rate_a_client_is_told_when_to_come_again_then_dropped_and_counted(
+    broker: Broker, config: ServeConfig, qos: int
+) -> None:
+    config = _with(config, client_rate=0.5, client_burst=2)
+    topic = f"edgelm/{config.board}/generate/eager"
+    with serving(config), Client(broker.port, *_said(config.board)) as client:
+        for number in range(400):
+            client.publish(topic, {"prompt": PROMPT, "max_tokens": 1}, correlation=b"%d" % number, qos=qos)
+        finals = [client.final(str(number)) for number in range(10)]
+        assert [final["error"] and final["error"]["code"] for final in finals] == 2 * [None] + 8 * ["rate_limited"]
+        assert all(final["error"]["retry_after_s"] > 0 for final in finals[2:])
+        client.wait(
+            lambda heard: any(each.topic.endswith("/state") and each.body["dropped"] > 100 for each in heard),
+            "the count of dropped messages",
+        )
+        _ask(client, config.board, "patient", "other", prompt=PROMPT)
+        assert client.final("other")["error"] is None
+
+
+def test_one_client_has_its_places_and_its_rows_and_another_is_answered_first(
+    broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(config, monkeypatch, step_s=0.05), Client(broker.port, *_said(config.board)) as client:
+        for number in range(12):
+            _ask(client, config.board, "hog", f"hog {number}", **LONG)
+        refused = [client.final(f"hog {number}")["error"] for number in range(6, 12)]
+        assert {error["code"] for error in refused} == {"busy"}
+        assert all(error["retry_after_s"] > 0 for error in refused)
+        _ask(client, config.board, "victim", "mine", prompt=PROMPT)
+        assert client.final("mine")["usage"]["completion_tokens"] == 4
+        events = [message.body for message in client.on(f"edgelm/{config.board}/event")]
+        assert sum(each["event"] == "started" and each["client"] == "hog" for each in events) <= 3
+        assert not any(each["event"] == "finished" and each["client"] == "hog" for each in events)
+        client.publish(f"edgelm/{config.board}/cancel/hog", b"", qos=0)
+        for number in range(6):
+            assert client.final(f"hog {number}")["finish_reason"] == "cancelled"  # accepted, so it gets its final
+
+
+def test_an_unnamed_client_cancels_by_id_only(
+    broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(config, monkeypatch, step_s=0.02), Client(broker.port, *_said(config.board)) as client:
+        _ask(client, config.board, None, "mine", **LONG, stream=True)
+        client.wait(lambda heard: client.on(f"edgelm/{config.board}/response"), "the first chunk")
+        for payload in (b"", b"PRESS"):
+            client.publish(f"edgelm/{config.board}/cancel", payload, qos=0)
+        client.wait(lambda heard: sum(b"without an id" in each.payload for each in heard) == 2, "two rejections")
+        assert not any(each.body["done"] for each in client.on(f"edgelm/{config.board}/response"))
+        client.publish(f"edgelm/{config.board}/cancel", b"mine", qos=0)
+        assert client.final("mine")["finish_reason"] == "cancelled"
+
+
+def test_nobody_cancels_anothers_request(broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(config, monkeypatch, step_s=0.02), Client(broker.port, *_said(config.board)) as client:
+        _ask(client, config.board, "anna", "mine", **{**LONG, "max_tokens": 60}, stream=True)
+        client.wait(lambda heard: client.on("edgelm/client/anna/response"), "the first chunk")
+        for who in ("", "/ben"):
+            for payload in (b"mine", b"", b"PRESS"):
+                client.publish(f"edgelm/{config.board}/cancel{who}", payload, qos=0)
+        assert client.final("mine")["usage"]["completion_tokens"] == 60
+
+
+@pytest.mark.parametrize(
+    ("who", "reply", "is_answered"),
+    [
+        ("anna", "edgelm/client/anna/response", True),
+        ("anna", "edgelm/client/anna/run/7", True),
+        ("anna", "edgelm/client/ben/response", False),
+        ("anna", "edgelm/client/annabel/response", False),
+        ("anna", "edgelm/client/anna", False),
+        ("anna", "reply/anna", False),
+        (None, "edgelm/client/anna/response", False),
+        (None, "edgelm/client/ask/response/1", False),
+        (None, "reply/me", True),
+        (None, "my/reply", True),
+        (None, "light/kitchen/set", False),
+        (None, "edgelm/other/response", False),
+        (None, "own response", True),
+        (None, "own response/run", True),
+    ],
+)
+def test_where_clients_are_answered(
+    client: Client, common: str, broker: Broker, who: str | None, reply: str, is_answered: bool
+) -> None:
+    reply = reply.replace("own response", f"edgelm/{common}/response")
+    body = {"prompt": PROMPT, "max_tokens": 1, "id": "where", "response_topic": reply}
+    with Client(broker.port, reply, f"edgelm/{common}/event") as listener:
+        listener.publish(f"edgelm/{common}/generate" + (f"/{who}" if who else ""), body)
+        if is_answered:
+            assert listener.final("where")["error"] is None
+            return
+        heard = listener.wait(lambda heard: any(b'"where"' in each.payload for each in heard), "the event")
+        event = next(each.body for each in heard if b'"where"' in each.payload)
+        assert (event["event"], event["code"]) == ("rejected", "forbidden")
+        assert "response topic" in event["message"]
+        time.sleep(0.2)
+        assert not listener.on(reply)
+
+
+def test_wider_reply_topics_never_widen_a_named_clients(broker: Broker, config: ServeConfig) -> None:
+    config = _with(config, reply_topics=("#",))
+    with serving(config), Client(broker.port, "#") as client:
+        body = {"prompt": PROMPT, "max_tokens": 1}
+        topic = f"edgelm/{config.board}/generate"
+        client.publish(topic, {**body, "id": "wide"}, reply="light/kitchen/set")
+        assert client.final("wide")["error"] is None
+        client.publish(topic, {**body, "id": "spoof"}, reply="edgelm/client/anna/response")
+        client.publish(f"{topic}/anna", {**body, "id": "away"}, reply="light/kitchen/set")
+        for name in (b'"spoof"', b'"away"'):
+            client.wait(lambda heard, name=name: any(b"forbidden" in m.payload and name in m.payload for m in heard))
+        assert {each.body["id"] for each in client.on("light/kitchen/set")} == {"wide"}
+        assert not client.on("edgelm/client/anna/response")
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_earlier_prompts_are_found_by_the_same_client_alone(
+    broker: Broker, config: ServeConfig, is_shared: bool
+) -> None:
+    config = _with(config, share_unnamed=is_shared)
+    cached = []
+    with serving(config), Client(broker.port, *_said(config.board)) as client:
+        for number, who in enumerate(("anna", "ben", None, None, "anna", "ben")):
+            _ask(client, config.board, who, f"n{number}", prompt="the code of the door is 4 7 1 1")
+            cached.append(client.final(f"n{number}")["usage"]["cached_tokens"] > 0)
+    assert cached == [False, False, False, is_shared, True, True]
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_an_unnamed_client_has_sessions_only_where_a_setting_says_so(
+    broker: Broker, config: ServeConfig, is_shared: bool
+) -> None:
+    config = _with(config, share_unnamed=is_shared)
+    with serving(config), Client(broker.port, *_said(config.board)) as client:
+        for turn in (1, 2):
+            _ask(client, config.board, None, f"s{turn}", prompt=PROMPT, session="kitchen")
+            final = client.final(f"s{turn}")
+            if is_shared:
+                assert final["turn"] == turn
+            else:
+                assert final["error"]["code"] == "forbidden"
+                assert f"edgelm/{config.board}/generate/<name>" in final["error"]["message"]
+
+
+def test_sessions_of_one_client_do_not_push_out_anothers(broker: Broker, config: ServeConfig) -> None:
+    config = _with(config, client_rate=10_000, client_burst=10_000)
+    with serving(config), Client(broker.port, *_said(config.board)) as client:
+        _ask(client, config.board, "dave", "first", prompt=PROMPT, session="mine")
+        assert client.final("first")["turn"] == 1
+        for number in range(70):
+            _ask(client, config.board, "many", f"m{number}", prompt="x", session=f"s{number}", max_tokens=1)
+            client.final(f"m{number}")
+        _ask(client, config.board, "dave", "again", prompt=" and", session="mine")
+        assert client.final("again")["turn"] == 2
+        for name, session, turn in (("old", "s53", 1), ("kept", "s69", 2)):
+            _ask(client, config.board, "many", name, prompt=" x", session=session, max_tokens=1)
+            assert client.final(name)["turn"] == turn
+
+
+def test_a_session_is_bounded_in_bytes_that_its_template_leaves_out(broker: Broker, config: ServeConfig) -> None:
+    config = _with(config, model="builtin", session_kb=100)
+    messages = [{"role": "user", "content": "A" * 40_000}, {"role": "user", "content": "play some jazz"}]
+    codes = []
+    with serving(config), Client(broker.port, *_said(config.board)) as client:
+        for number in range(4):
+            _ask(client, config.board, "anna", f"n{number}", messages=messages, session="long", max_tokens=1)
+            error = client.final(f"n{number}")["error"]
+            codes.append(error and error["code"])
+    assert codes == [None, None, "too_large", "too_large"]
+    assert "end the session" in error["message"]
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+@pytest.mark.parametrize("payload", [b"offline", b"", b"{}"])
+def test_what_the_board_says_of_itself_is_put_right(
+    broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch, version: str, payload: bytes
+) -> None:
+    made = service_module.Connection
+    monkeypatch.setattr(
+        service_module, "Connection", lambda *given, **options: made(*given, **{**options, "protocol": version})
+    )
+    with serving(config), Client(broker.port, f"edgelm/{config.board}/status") as client:
+        for word in ("status", "info"):
+            client.publish(f"edgelm/{config.board}/{word}", payload, retain=True)
+        until = time.monotonic() + 20
+        while True:
+            with Client(broker.port, f"edgelm/{config.board}/status", f"edgelm/{config.board}/info") as newcomer:
+                time.sleep(0.3)
+                told = {each.topic.rsplit("/")[-1]: each for each in newcomer.heard if each.retain}
+            said = {word: each.payload for word, each in told.items()}
+            if said.get("status") == b"online" and said.get("info") not in {None, payload}:
+                break
+            assert time.monotonic() < until, told
+        assert told["info"].body["board"] == config.board
+        count = len(client.heard)
+        time.sleep(1.5)
+        assert len(client.heard) == count
+
+
+def test_the_board_puts_itself_right_once_a_second_at_most(broker: Broker, config: ServeConfig) -> None:
+    topic = f"edgelm/{config.board}/status"
+    with serving(config), Client(broker.port, topic) as client:
+        begun = time.monotonic()
+        while time.monotonic() - begun < 3:
+            client.publish(topic, b"offline", retain=True, qos=0)
+        client.wait(lambda heard: heard[-1].payload == b"online", "the last word")
+        said = sum(each.payload == b"online" and not each.retain for each in client.heard)
+        assert 1 <= said <= time.monotonic() - begun + 2
+
+
+def test_a_broker_that_does_not_let_us_watch_our_status_is_served(broker: Broker, config: ServeConfig) -> None:
+    with serving(config) as service, Client(broker.port, *_said(config.board)) as client:
+        service._events.put(Subscribed((1, 0, 0x87, 0x87)))  # mosquitto's ACL file never refuses a subscription
+        _ask(client, config.board, "anna", "after", prompt=PROMPT)
+        assert client.final("after")["error"] is None
+
+
+def test_correlation_data_that_is_too_long_is_refused_without_it(client: Client, common: str) -> None:
+    client.publish(f"edgelm/{common}/generate", PROMPT, reply="reply/long", correlation=b"c" * 2000)
+    client.wait(lambda heard: client.on("reply/long"), "the refusal")
+    (heard,) = client.on("reply/long")
+    assert heard.body["error"]["code"] == "too_large"
+    assert heard.correlation is None
+
+
+@pytest.mark.parametrize("payload", [b"[" * 3000 + b"]" * 3000, b'{"a":' * 300 + b"1" + b"}" * 300])
+def test_deep_nesting_is_refused_by_name(client: Client, common: str, payload: bytes) -> None:
+    body = b'{"prompt": "x", "json_schema": ' + payload + b"}"
+    client.publish(f"edgelm/{common}/generate", body, reply="reply/deep", correlation=b"deep")
+    assert "nested" in client.final("deep")["error"]["message"]
+    client.heard.clear()
+
+
+def test_log_lines_of_one_kind_are_few_and_counted() -> None:
+    written: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            written.append(record.getMessage())
+
+    handler, logger = Kept(), logging.Logger("some")
+    handler.addFilter(LineLimit(handler, most=3, period_s=0.5))
+    logger.addHandler(handler)
+    for number in range(535):
+        logger.warning("refused %d", number)
+    logger.warning("another kind")
+    assert written == ["refused 0", "refused 1", "refused 2", "another kind"]
+    until = time.monotonic() + 20
+    while len(written) < 5:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert written[-1] == "refused 534 (... and 531 more of this kind)"
+    logger.warning("refused %d", 1000)
+    assert written[-1] == "refused 1000"
+
+
+def test_events_and_state_name_clients_and_never_tell_what_they_ask(client: Client, common: str) -> None:
+    body = {"prompt": "a very secret prompt", "session": "hidden", "max_tokens": 2, "id": "told"}
+    client.publish(f"edgelm/{common}/generate/anna", body)
+    client.final("told")
+    client.wait(lambda heard: any(b'"finished"' in m.payload and b'"told"' in m.payload for m in heard))
+    said = [m.payload.decode() for m in client.heard if m.topic.startswith(f"edgelm/{common}/")]
+    assert any(json.loads(each).get("client") == "anna" for each in said if each.startswith("{"))
+    assert not any("secret" in each or "hidden" in each for each in said)
