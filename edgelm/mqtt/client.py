@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -52,6 +52,7 @@ MOST_TOLD: Final = 64
 """Messages that nobody misses much which may wait for the socket; beyond it they are dropped."""
 MAX_REVIVALS: Final = 5
 
+_PUBACK: Final = b"\x40\x02"
 _UNSUPPORTED_VERSION: Final = 0x84
 _TRANSIENT: Final = frozenset({0x80, 0x83, 0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F})
 """CONNACK reasons that waiting may cure."""
@@ -274,7 +275,18 @@ class Connection:
     def _sieved(self, sock: Any) -> Any:
         if self._gate is None:
             return sock
-        return SievedSocket(sock, Sieve(self._gate.judge, is_5=self.is_mqtt5, count_skipped=self._gate.count_dropped))
+        sieve = Sieve(
+            self._gate.judge,
+            is_5=self.is_mqtt5,
+            count_skipped=self._gate.count_dropped,
+            acknowledge=self._acknowledge,
+        )
+        return SievedSocket(sock, sieve)
+
+    def _acknowledge(self, dropped: Sequence[int]) -> None:
+        """Acknowledge messages that paho does not see, in one write: a broker that waits for us drops what others send."""
+        packets = b"".join(_PUBACK + mid.to_bytes(2, "big") for mid in dropped)
+        self._client._packet_queue(paho.PUBACK, packets, 0, 0)  # noqa: SLF001  `ack` takes one, and wakes paho for each
 
     @guarded
     def _on_socket_close(self, *_: Any) -> None:
@@ -330,7 +342,7 @@ class Connection:
     @guarded
     def _on_message(self, _c: paho.Client, _d: Any, message: paho.MQTTMessage) -> None:
         ticket = self._ticket(message)
-        if ticket is None or ticket.is_dropped:
+        if ticket is None:
             if message.qos == 1:
                 self._client.ack(message.mid, 1)
             return

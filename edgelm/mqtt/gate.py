@@ -51,14 +51,11 @@ class Ticket:
         Bytes that it is counted with.
     retry_after_s
         When the client may ask again, where it asks too often; None where it may now.
-    is_dropped
-        Whether it is acknowledged and no more.
     """
 
     client: str | None
     cost: int
     retry_after_s: float | None = None
-    is_dropped: bool = False
 
 
 ADMITTED: Final = Ticket(None, 0)
@@ -151,7 +148,7 @@ class Gate:
             return self._admit(Ticket(client, cost, self._requests.wait_s(client, now)), qos)
         elif topic not in self._known and topic not in self._fixed:
             self._closed_until = now + CLOSED_S
-        return self._drop(client, qos)
+        return self._drop()
 
     def ticket(self) -> Ticket | None:
         """Return the ticket of the message that has arrived next; None where nobody judged it."""
@@ -182,7 +179,7 @@ class Gate:
     ) -> Verdict:
         """Let a message pass, and remember its topic where one is given."""
         if not self._backlog.takes(ticket.cost, qos, ticket.client):
-            return self._drop(ticket.client, qos)
+            return self._drop()
         if topic is not None and known is not None and topic not in self._fixed:
             self._known[topic] = known
             self._known.move_to_end(topic)
@@ -191,9 +188,6 @@ class Gate:
         self._tickets.append(ticket)
         return Verdict.PASS
 
-    def _drop(self, client: str | None, qos: int) -> Verdict:
+    def _drop(self) -> Verdict:
         self.count_dropped()
-        if qos == 0:
-            return Verdict.SKIP
-        self._tickets.append(Ticket(client, 0, is_dropped=True))
-        return Verdict.EMPTY
+        return Verdict.SKIP

@@ -24,9 +24,8 @@ class Verdict(Enum):
     """What becomes of a message."""
 
     PASS = 1
-    EMPTY = 2
-    """It passes without properties and payload: one of QoS 1 that is only acknowledged."""
-    SKIP = 3
+    SKIP = 2
+    """It is dropped; one of QoS 1 is acknowledged, or the broker would keep it and send no other."""
 
 
 Judge = Callable[[bytes, int, int], Verdict]
@@ -55,11 +54,21 @@ class Sieve:
         Whether messages have properties.
     count_skipped
         Told how many were dropped so.
+    acknowledge
+        Given the identifiers of dropped messages of QoS 1, in their order.
     """
 
-    def __init__(self, judge: Judge, *, is_5: bool, count_skipped: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        judge: Judge,
+        *,
+        is_5: bool,
+        count_skipped: Callable[[int], None] = lambda _: None,
+        acknowledge: Callable[[list[int]], None] = lambda _: None,
+    ) -> None:
         self._judge = judge
         self._count_skipped = count_skipped
+        self._acknowledge = acknowledge
         self._is_5 = is_5
         self._held = b""
         """The beginning of a packet whose end has not come."""
@@ -85,6 +94,7 @@ class Sieve:
         if self._is_broken:
             return data
         passed: list[bytes] = []
+        dropped: list[int] = []
         at = 0
         if self._skip:
             at = min(self._skip, len(data))
@@ -128,28 +138,34 @@ class Sieve:
                 if size < end:
                     break
                 passed.append(self._packet(data[at:end], body - at, begin - at))
-            elif verdict is Verdict.EMPTY:
-                passed.append(_framed(data[at : at + 1], data[body:begin] + (b"\0" if self._is_5 else b"")))
+            elif begin > topic_end:
+                dropped.append(data[topic_end] << 8 | data[topic_end + 1])
             self._verdict = None
             self._skip = max(0, end - size)
             begun, at = at, min(end, size)
             if verdict is Verdict.SKIP and end <= size:
-                at = self._skip_alike(data, begun, topic_end, end)
+                at = self._skip_alike(data, begun, topic_end, end, dropped if begin > topic_end else None)
         self._held = data[at:]
+        if dropped:
+            self._acknowledge(dropped)
         return b"".join(passed)
 
-    def _skip_alike(self, data: bytes, begun: int, topic_end: int, end: int) -> int:
+    def _skip_alike(self, data: bytes, begun: int, topic_end: int, end: int, dropped: list[int] | None) -> int:
         """Return the place behind the messages in [end, ...) of the topic, QoS and size of the one in [begun, end).
 
-        It was dropped, and so are they: a client that floods sends thousands of them in one read.
+        It was dropped, and so are they: a client that floods sends thousands of them in one read. The identifiers of
+        those of QoS 1 are added to `dropped`, which is None for QoS 0.
         """
         step = end - begun
-        if step <= MOST_ALIKE_BYTES:
+        if step <= MOST_ALIKE_BYTES and dropped is None:
             block, wide = data[begun:end] * ALIKE_AT_ONCE, step * ALIKE_AT_ONCE
             while data.startswith(block, end):
                 end += wide
         start, size = data[begun:topic_end], len(data)
+        behind = topic_end - begun
         while end + step <= size and data.startswith(start, end):
+            if dropped is not None:
+                dropped.append(data[end + behind] << 8 | data[end + behind + 1])
             end += step
         count = (end - begun) // step - 1
         if count:

@@ -13,6 +13,7 @@ from paho.mqtt.properties import Properties
 
 from edgelm.mqtt.sieve import Sieve, SievedSocket, Verdict
 
+MID = 7
 USED = {"ResponseTopic", "CorrelationData", "MessageExpiryInterval", "PayloadFormatIndicator"}
 
 
@@ -63,15 +64,13 @@ streams = st.lists(st.tuples(messages, st.sampled_from(Verdict), st.integers(1, 
 
 @given(stream=streams, cuts=st.lists(st.integers(1, 50), max_size=200), is_5=st.booleans())
 def test_what_passes_is_what_a_plain_reading_lets_pass(stream, cuts, is_5):
-    data, expected, verdicts, dropped = b"", b"", {}, 0
+    data, expected, verdicts, dropped, acknowledged = b"", b"", {}, 0, []
     for each in stream:
         if isinstance(each, bytes):
             data += each
             expected += each
             continue
         (topic, qos, payload, given_properties), verdict, count = each
-        if qos and verdict is Verdict.SKIP:
-            verdict = Verdict.EMPTY
         topic += b"/" + str(len(verdicts)).encode()
         verdicts[topic] = verdict
         whole = publish(topic, qos, payload, properties_of(given_properties) if is_5 else b"")
@@ -79,13 +78,15 @@ def test_what_passes_is_what_a_plain_reading_lets_pass(stream, cuts, is_5):
         data += whole * count
         if verdict is Verdict.PASS:
             expected += kept * count
-        elif verdict is Verdict.EMPTY:
-            expected += publish(topic, qos, b"", b"\0" if is_5 else b"") * count
         else:
             dropped += count
-    judged, skipped = [], []
+            acknowledged += [MID] * count * qos
+    judged, skipped, told = [], [], []
     sieve = Sieve(
-        lambda topic, qos, size: judged.append(topic) or verdicts[topic], is_5=is_5, count_skipped=skipped.append
+        lambda topic, qos, size: judged.append(topic) or verdicts[topic],
+        is_5=is_5,
+        count_skipped=skipped.append,
+        acknowledge=told.extend,
     )
     passed, at = b"", 0
     for size in [*cuts, len(data)]:
@@ -93,6 +94,7 @@ def test_what_passes_is_what_a_plain_reading_lets_pass(stream, cuts, is_5):
         at += size
     assert passed == expected
     assert sum(verdicts[topic] is Verdict.SKIP for topic in judged) + sum(skipped) == dropped
+    assert told == acknowledged
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(1, 9), max_size=50))
