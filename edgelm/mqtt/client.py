@@ -284,7 +284,7 @@ class Connection:
         return SievedSocket(sock, sieve)
 
     def _acknowledge(self, dropped: Sequence[int]) -> None:
-        """Acknowledge messages that paho does not see, in one write: a broker that waits for us drops what others send."""
+        """Acknowledge messages that paho does not see, in one write: a broker that waits drops what others send."""
         packets = b"".join(_PUBACK + mid.to_bytes(2, "big") for mid in dropped)
         self._client._packet_queue(paho.PUBACK, packets, 0, 0)  # noqa: SLF001  `ack` takes one, and wakes paho for each
 
