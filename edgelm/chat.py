@@ -1,24 +1,22 @@
 """Chat templates: messages to the prompt that a model was trained on.
 
-Knows Jinja, sandboxed, as transformers sets it up, and what templates take: content as text or as parts, a system
-message or none. Knows nothing of tokens but the texts of the special ones.
+Knows what templates take: content as text or as parts, a system message or none; how they are bounded is
+`edgelm.templates`' matter. Knows nothing of tokens but the texts of the special ones.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from edgelm.errors import RequestError
+from edgelm.errors import RequestError, TemplateLimitError
 from edgelm.marked import NONCHARACTERS, Marker, Prompt, Spellings
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from edgelm.templates import Template
 
 Message = Mapping[str, Any]
 
@@ -27,10 +25,11 @@ LOG: Final = logging.getLogger(__name__)
 PROBE: Final = "Quixotic zebras juggle"
 """A text to look for in what a template made of it."""
 
+LONGEST_MESSAGE: Final = 300
+"""Characters of an error that are shown."""
+
 OWN: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 """Variables of a template that a request cannot set by name."""
-
-ESCAPED: Final = re.compile("|".join(rf"\\u{code:04x}" for code in NONCHARACTERS))
 
 
 class ChatTemplate:
@@ -61,6 +60,8 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._spellings = Spellings(control)
         self._template = _compile(_choose(source))
+        self._unusable: TemplateLimitError | None = None
+        """Why even a short text cannot be rendered."""
 
     def render(
         self,
@@ -87,25 +88,27 @@ class ChatTemplate:
         Raises
         ------
         RequestError
-            With code "bad_request" when the messages are not what the template takes, or tools or variables are not
-            what they should be.
+            With code "bad_request" when the messages are not what the template takes, tools or variables are not what
+            they should be, or the template takes longer or makes more than one may (`edgelm.templates`).
         """
         check_messages(messages)
-        given = self._fitted(messages)
         options = {"tools": check_tools(tools), **self._checked(variables)}
         try:  # a template can raise anything, which the sandbox only contains; values can be nested too deeply
+            if self._unusable is not None:
+                raise self._unusable
+            given = self._fitted(messages)
             marker = Marker(self._spellings, [given, options])
             marked = [
                 {name: marker.mark(value, ends=name != "role") for name, value in message.items()} for message in given
             ]
             return marker.read(self._render(marked, generation_prompt, marker.mark(options)))
         except Exception as error:
-            text = "".join(c for c in " ".join(str(error).split()) if ord(c) not in NONCHARACTERS)
+            text = "".join(c for c in " ".join(str(error)[:LONGEST_MESSAGE].split()) if ord(c) not in NONCHARACTERS)
             raise RequestError("bad_request", f"the model's chat template refuses the messages: {text}") from error
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool, options: Mapping[str, Any]) -> str:
         return self._template.render(
-            **{
+            {
                 "messages": messages,
                 "documents": None,
                 "add_generation_prompt": generation_prompt,
@@ -169,6 +172,9 @@ class ChatTemplate:
         """Return what the template makes of messages; None where it refuses them."""
         try:
             return self._render(messages, True, {"tools": None})
+        except TemplateLimitError as error:  # so that no further request takes as long
+            self._unusable = error
+            raise
         except Exception:  # noqa: BLE001  as in `render`
             return None
 
@@ -267,47 +273,9 @@ def _choose(source: str | Sequence[Mapping[str, str]]) -> str:
 
 
 def _compile(source: str) -> Template:
-    """Compile as transformers does, so that templates written for it work unchanged."""
-    import jinja2
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from edgelm.templates import Template as Compiled  # Jinja is slow to import, and many models have no template
 
-    class Generation(Extension):
-        """Allows `{% generation %}`, which marks what is trained on; here its body counts as it stands."""
-
-        tags = {"generation"}  # noqa: RUF012  so jinja2 declares it
-
-        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
+        return Compiled(source)
+    except ValueError as error:
         raise RequestError("internal", f"the model's chat template is not valid: {error}") from error
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Return JSON; Jinja's own filter escapes HTML. Signs of `edgelm.marked` stay what they are."""
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return ESCAPED.sub(lambda found: chr(int(found[0][2:], 16)), text) if ensure_ascii else text
-
-
-def _raise_exception(message: str) -> None:
-    raise ValueError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)

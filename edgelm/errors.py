@@ -7,9 +7,19 @@ from __future__ import annotations
 
 from typing import Final
 
+LONGEST_MESSAGE: Final = 4000
+"""Characters of an error's text."""
+
 
 class EdgelmError(Exception):
-    """Root of every error that edgelm raises on purpose. Its text is one line for a person."""
+    """Root of every error that edgelm raises on purpose. Its text is one line for a person.
+
+    It often quotes a stranger's file, which may have lines and no end.
+    """
+
+    def __str__(self) -> str:
+        text = " ".join(super().__str__().splitlines())
+        return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
 
 
 class BundleError(EdgelmError):
@@ -30,6 +40,10 @@ class ConfigError(EdgelmError):
 
 class DataError(EdgelmError):
     """A data file cannot be read, or one of its lines is not what it should be."""
+
+
+class TemplateLimitError(EdgelmError):
+    """A chat template takes longer, or makes more, than one may."""
 
 
 class DeviceError(EdgelmError):

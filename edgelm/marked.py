@@ -146,8 +146,12 @@ class Marked(str):
 
     def _cut(self, start: int, end: int) -> str:
         """Return the characters [start, end) of the bare text with their signs."""
+        return self._cuts([(start, end)])[0]
+
+    def _cuts(self, ranges: Iterable[tuple[int, int]]) -> list[str]:
+        """Return the characters of several ranges: finding the signs takes as long for one as for all."""
         raw, places = super().__str__(), self._places()
-        return self._of(raw[places[start] : places[max(start, end)]])
+        return [self._of(raw[places[start] : places[max(start, end)]]) for start, end in ranges]
 
     def _places(self) -> list[int]:
         """Where each bare character begins with its sign, and the end."""
@@ -178,7 +182,7 @@ class Marked(str):
         return isinstance(key, str) and _bare_of(key) in self.bare
 
     def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
+        return iter(self._cuts((i, i + 1) for i in range(len(self))))
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         whole = range(len(self))
@@ -186,7 +190,7 @@ class Marked(str):
             picked = whole[key]
             if picked.step == 1:
                 return self._cut(picked.start, picked.stop)
-            return self._of("".join(str.__str__(self[i]) for i in picked))
+            return self._of("".join(map(str.__str__, self._cuts((i, i + 1) for i in picked))))
         at = whole[key]
         return self._cut(at, at + 1)
 
@@ -219,11 +223,11 @@ class Marked(str):
 
     def splitlines(self, keepends: bool = False) -> list[str]:
         """See `str.splitlines`."""
-        lines, at, cut = self.bare.splitlines(keepends=True), 0, []
+        lines, at, ranges = self.bare.splitlines(keepends=True), 0, []
         for line, bare in zip(lines, self.bare.splitlines(keepends), strict=True):
-            cut.append(self._cut(at, at + len(bare)))
+            ranges.append((at, at + len(bare)))
             at += len(line)
-        return cut
+        return self._cuts(ranges)
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
         """See `str.partition`."""
@@ -255,15 +259,15 @@ class Marked(str):
 
     def _pieces(self, pieces: list[str], sep: str | None) -> list[str]:
         """Return pieces of the bare text, between which a separator or space was, with their signs."""
-        cut, at = [], 0
+        text, ranges, at = self.bare, [], 0
         for i, piece in enumerate(pieces):
             if sep is None:
-                at = self.bare.index(piece, at)
+                at = text.index(piece, at)
             elif i:
                 at += len(_bare_of(sep))
-            cut.append(self._cut(at, at + len(piece)))
+            ranges.append((at, at + len(piece)))
             at += len(piece)
-        return cut
+        return self._cuts(ranges)
 
 
 def _bare_of(value: str) -> str:
@@ -278,6 +282,7 @@ def _searching(name: str) -> Any:
         bare = tuple(map(_bare_of, part)) if isinstance(part, tuple) else _bare_of(part)
         return ask(self.bare, bare, *bounds)
 
+    method.__name__ = name
     method.__doc__ = f"See `str.{name}`."
     return method
 
@@ -289,6 +294,7 @@ def _changing(name: str) -> Any:
     def method(self: Marked, *arguments: Any) -> str:
         return self._of(change(self, *arguments))
 
+    method.__name__ = name
     method.__doc__ = f"See `str.{name}`."
     return method
 

@@ -9,6 +9,8 @@ import json
 import os
 import re
 import secrets
+import time
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -19,10 +21,10 @@ from edgelm.detokenizer import StreamDecoder
 from edgelm.errors import BundleError, RequestError
 from edgelm.marked import Prompt, Spellings
 from edgelm.tokenbytes import TokenBytes, token_bytes
-from edgelm.tokenizerfile import usable_text
+from edgelm.tokenizerfile import MOST_ADDED, check_numbers, check_replacements, patterns, usable_text
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     import tokenizers
 
@@ -33,6 +35,9 @@ SHORT: Final = 4000
 
 BYTE: Final = re.compile("<0x[0-9A-F]{2}>")
 """How vocabularies with byte fallback call a byte."""
+PROBE_S: Final = 0.05
+"""How long a text of one letter, many times, may take where there are regular expressions: usually it is 0.1 ms."""
+PROBE_LENGTHS: Final = (20, 60, 500)
 
 
 class Tokenizer:
@@ -137,7 +142,7 @@ class Tokenizer:
         Raises
         ------
         RequestError
-            With code "bad_request" when the text holds lone surrogates.
+            With code "bad_request" when the text holds lone surrogates, or the tokenizer has no tokens for it.
         """
         _check_unicode(text)
         return _ids(self._inner, text, add_special_tokens)
@@ -265,7 +270,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens; special ones and ids outside the vocabulary have none."""
-        return str(self._inner.decode(list(ids), skip_special_tokens=True))
+        with _panics_are_errors():
+            return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
     def render_chat(
         self,
@@ -307,17 +313,55 @@ def _read(path: str | Path, vocab_size: int | None = None) -> tokenizers.Tokeniz
     if not Path(path).is_file():
         raise BundleError(f"{path}: no such file; a bundle holds its tokenizer.json")
     try:
-        inner = Inner.from_file(str(path))
-        if vocab_size is not None and max(inner.get_added_tokens_decoder(), default=0) >= vocab_size:
-            inner = Inner.from_str(usable_text(Path(path).read_text(encoding="utf-8"), vocab_size))
+        check_numbers(Path(path))
+        with _panics_are_errors():
+            inner = Inner.from_file(str(path))
+            if vocab_size is not None and max(inner.get_added_tokens_decoder(), default=0) >= vocab_size:
+                inner = Inner.from_str(usable_text(Path(path).read_text(encoding="utf-8"), vocab_size))
+            _check(inner)
     except Exception as error:  # the library raises plain Exception
-        raise BundleError(f"{path}: not a tokenizer.json that we can read: {error}") from error
+        raise BundleError(f"{path}: not a tokenizer.json that we can read: {_in_one_line(error)}") from error
     return inner
 
 
 def _ids(inner: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
     """Return the tokens of a text. Other threads go on meanwhile: only the library's call for many texts lets them."""
-    return list(inner.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
+    with _panics_are_errors():
+        return list(inner.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
+
+
+def _check(inner: tokenizers.Tokenizer) -> None:
+    """Raise `ValueError` for a tokenizer that makes long texts of short ones, or takes long for them."""
+    if inner.num_special_tokens_to_add(False) > MOST_ADDED:
+        raise ValueError(f"it puts more than {MOST_ADDED} tokens around every text")
+    parts = [part and part.__getstate__() for part in (inner.normalizer, inner.pre_tokenizer, inner.decoder)]
+    check_replacements(parts[0], parts[2])
+    found = "".join(patterns(*parts))
+    if not found:
+        return
+    letters = sorted({character for character in found if character.isalnum()})[:12]
+    for length in PROBE_LENGTHS:
+        for letter in (*letters, " ", "\n", "a", "1", "."):
+            begun = time.thread_time()
+            ids = inner.encode(f"{letter * length}!\x01", add_special_tokens=False).ids
+            inner.decode(ids)
+            if time.thread_time() - begun > PROBE_S:
+                raise ValueError("its regular expressions take too long for short texts")
+
+
+@contextmanager
+def _panics_are_errors() -> Iterator[None]:
+    """Make a request's error of what the library raises: plain exceptions, and panics, which are no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if not (type(error) is Exception or type(error).__name__ == "PanicException"):
+            raise
+        raise RequestError("bad_request", f"the model's tokenizer fails: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _check_unicode(text: str) -> None:

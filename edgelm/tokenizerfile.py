@@ -1,17 +1,89 @@
 """The text of a tokenizer.json with nothing in it that a bundle's model could not follow.
 
 Files are published as they were last used: with padding or truncation on, or with an added token that the model has no
-row for. Knows the format, and loads no library.
+row for. A stranger's file may hold more: numbers for which libraries allocate as much memory, replacements that make
+a long text of a short one. Knows the format, and loads no library.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import mmap
 import re
-from typing import Final
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
 
 LENGTHS: Final = re.compile(r'"(?:padding|truncation)"\s*:\s*\{')
 IDS: Final = re.compile(r'"id"\s*:\s*(\d+)')
+LARGE: Final = re.compile(rb"[:\[,]\s*[0-9]{8,}")
+"""A number that may be a token's id, and too large for one."""
+MOST_ID: Final = 9_999_999
+"""Libraries allocate as much memory as the largest id says, and end the process where that fails."""
+MOST_ADDED: Final = 64
+"""Tokens that a tokenizer puts around every text."""
+MOST_GROWTH: Final = 64
+"""How many times longer a text may become by what is replaced in it."""
+
+
+def check_numbers(file: Path) -> None:
+    """Raise `ValueError` for a tokenizer.json with an id that is too large; `OSError` where it cannot be read."""
+    with file.open("rb") as stream:
+        if not file.stat().st_size:
+            return
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if LARGE.search(content) is None:
+                return
+    try:
+        whole = json.loads(file.read_text("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    numbers = (value for _, value in _leaves(whole) if isinstance(value, int))
+    if any(number > MOST_ID for number in numbers):
+        raise ValueError(f"it has a token with an id above {MOST_ID}")
+
+
+def check_replacements(normalizer: bytes | None, decoder: bytes | None) -> None:
+    """Raise `ValueError` where parts of a tokenizer.json, as JSON, make texts more than `MOST_GROWTH` times longer."""
+    for part in (normalizer, decoder):
+        if part is not None and b"Replace" in part and _growth(json.loads(part)) > MOST_GROWTH:
+            raise ValueError(f"it makes texts more than {MOST_GROWTH} times longer")
+
+
+def patterns(*parts: bytes | None) -> list[str]:
+    """Return the regular expressions in parts of a tokenizer.json."""
+    found = [json.loads(part) for part in parts if part is not None and b'"Regex"' in part]
+    return [str(value) for name, value in itertools.chain(*map(_leaves, found)) if name == "Regex"]
+
+
+def _growth(part: Any) -> float:
+    """Return how many times longer all replacements in a part may make a text, one after the other."""
+    factor, waiting = 1.0, [part]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, list):
+            waiting += each
+        elif isinstance(each, dict):
+            waiting += each.values()
+            if each.get("type") == "Replace":
+                pattern = each.get("pattern")
+                length = len(str(pattern["String"])) if isinstance(pattern, dict) and "String" in pattern else 1
+                factor *= max(1.0, len(str(each.get("content", "")).encode("utf-8", "replace")) / max(1, length))
+    return factor
+
+
+def _leaves(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield every value that is no list or object, with its name."""
+    waiting = [(None, value)]
+    while waiting:
+        name, each = waiting.pop()
+        if isinstance(each, dict):
+            waiting += each.items()
+        elif isinstance(each, list):
+            waiting += [(name, entry) for entry in each]
+        else:
+            yield name, each
 
 
 def usable_text(text: str, vocab_size: int) -> str:

@@ -31,7 +31,7 @@ FLOORS = [
     {"attributes", "brokerconfig", "catalogue", "messages"},
     {"store"},
     {"bundle", "config", "tasks", "measure", "hardware", "divergence", "windows"},
-    {"boardcache", "native"},
+    {"boardcache", "native", "templates"},
     {"chat", "detokenizer", "drafts", "grammar", "kv", "memory", "prefixes", "profile", "repetition", "sampling"},
     {"tuning", "tokenizer", "growing", "trial"},
     {"graphs", "static_tokens", "constraints", "conversations"},
@@ -57,7 +57,7 @@ SOLE_IMPORTERS = {
     "paho": {f"edgelm/mqtt/{name}.py" for name in ("client", "properties", "sending", "transport")},
     "llguidance": {"edgelm/grammar.py"},
     "tokenizers": {"edgelm/tokenizer.py"},
-    "jinja2": {"edgelm/chat.py"},
+    "jinja2": {"edgelm/templates.py"},
     "amqtt": {"edgelm/mqtt/embedded.py"},
 }
 HEAVY = {"onnx", "torch", "transformers", "optimum", "safetensors", "ml_dtypes", "huggingface_hub", "gguf"}
