@@ -280,8 +280,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif operator == "*":
             times, value = (left, right) if isinstance(left, int) else (right, left)
             if isinstance(times, int) and times > 0:
-                self.limits.check(times * NODE)
-                self.limits.spend(times * self.limits.weight(value))
+                self.limits.spend(times * (len(value) if isinstance(value, str | bytes) else self.limits.weight(value)))
         elif operator == "%" and isinstance(left, str):
             self._check_format(left, "%", right)
         else:
@@ -343,7 +342,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             if name in _WIDE_FILTERS:
                 widths = [abs(n) if isinstance(n, int) else len(n) for n in values[1:] if isinstance(n, int | str)]
                 if max(widths, default=0) > MOST_WIDTH:
-                    raise TemplateLimitError(f"{name} has a number above {MOST_WIDTH}")
+                    raise TemplateLimitError(f"it gives {name} a number above {MOST_WIDTH}")
                 widest = max([1, *widths])
                 limits.check(widest * _lines(values[0], name))
             elif name == "replace" and len(values) >= 3:

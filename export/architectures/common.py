@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from edgelm.bundle import MOST_HEAD_SIZE, MOST_HEADS, MOST_LAYERS
 from edgelm.errors import CheckpointError
 
 from ..decoder import Decoder, Layer, Names
 from ..rope import Rope
-from .fields import FULL, SLIDING, activation, flag, layer_list, positive_int, positive_number
+from .fields import FULL, MOST_POSITIONS, SLIDING, activation, flag, layer_list, positive_int, positive_number
 from .positions import partial_rotary_factor, read_rope
 
 
@@ -46,10 +47,10 @@ def read_shape(
     Raises `CheckpointError`.
     """
     hidden = positive_int(config, "hidden_size")
-    heads = positive_int(config, "num_attention_heads")
+    heads = positive_int(config, "num_attention_heads", most=MOST_HEADS)
     if "num_key_value_heads" in config:
         kv_heads = None  # null there means one for each head
-    groups = positive_int(config, "num_key_value_heads", heads if kv_heads is None else kv_heads)
+    groups = positive_int(config, "num_key_value_heads", heads if kv_heads is None else kv_heads, most=MOST_HEADS)
     if "head_dim" in config and config["head_dim"] is None:
         head_size = None
     if config.get("head_dim") is None and head_size is None and hidden % heads:
@@ -58,12 +59,13 @@ def read_shape(
         raise CheckpointError(
             f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
         )
-    size = positive_int(config, "head_dim", hidden // heads if head_size is None else head_size)
+    size = positive_int(config, "head_dim", hidden // heads if head_size is None else head_size, most=MOST_HEAD_SIZE)
     rotary = int(size * partial_rotary_factor(config, built=partial))
     if rotary % 2 or not rotary:
         raise CheckpointError(f"config.json: head_dim must be even for rotary embedding, got {rotary} that rotate")
-    length = positive_int(config, "max_position_embeddings", context)
-    return Shape(hidden, positive_int(config, "num_hidden_layers"), heads, groups, size, rotary, length)
+    length = positive_int(config, "max_position_embeddings", context, most=MOST_POSITIONS)
+    layers = positive_int(config, "num_hidden_layers", most=MOST_LAYERS)
+    return Shape(hidden, layers, heads, groups, size, rotary, length)
 
 
 def read_decoder(
@@ -125,7 +127,7 @@ def windows(config: Mapping[str, Any], sliding: Sequence[bool], default: int | N
         return [None] * len(sliding)
     if config.get("sliding_window", default) is None:
         raise CheckpointError("config.json: layer_types has sliding_attention, but sliding_window is not set")
-    window = positive_int(config, "sliding_window", default)
+    window = positive_int(config, "sliding_window", default, most=MOST_POSITIONS)
     return [window if slides else None for slides in sliding]
 
 
@@ -141,7 +143,7 @@ def check_no_window(config: Mapping[str, Any], shape: Shape) -> None:
     kinds = layer_list(config, "layer_types", shape.layers, (FULL, SLIDING))
     if kinds is not None and SLIDING not in kinds:
         return
-    if positive_int(config, "sliding_window") < shape.context:
+    if positive_int(config, "sliding_window", most=MOST_POSITIONS) < shape.context:
         raise CheckpointError(
             f"config.json: sliding_window = {window} is not supported in this family: expected null, or at least"
             f" max_position_embeddings {shape.context}"

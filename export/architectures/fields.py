@@ -22,13 +22,21 @@ ACTIVATIONS: Final[dict[str, Activation]] = {
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def positive_int(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """Return a positive integer of the configuration; a missing or null one is `default`."""
+MOST_WIDTH: Final = 1 << 24
+"""Of a hidden state, a vocabulary and the like: a hundred times what published models have."""
+MOST_POSITIONS: Final = 1 << 40
+"""Some configurations say so that there is no limit."""
+
+
+def positive_int(config: Mapping[str, Any], name: str, default: int | None = None, *, most: int = MOST_WIDTH) -> int:
+    """Return an integer in [1, most] of the configuration; a missing or null one is `default`."""
     value = config.get(name)
     if value is None:
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {name} must be a positive integer, got {config.get(name)!r}")
+        raise CheckpointError(f"config.json: {name} must be a positive integer, got {config.get(name)!r:.80}")
+    if value > most:
+        raise CheckpointError(f"config.json: {name} must be {most} at most, got {value!r:.80}")
     return value
 
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from ..decoder import Decoder, Layer, Names
 from .common import Family, read_decoder, read_shape, windows
-from .fields import positive_int
+from .fields import MOST_POSITIONS, positive_int
 from .positions import read_rope, rope_options
 
 OLD_NAMES: Final = {"su": "longrope", "yarn": "longrope"}
@@ -21,7 +21,11 @@ NAMES: Final = Names(
 def decoder(config: Mapping[str, Any]) -> Decoder:
     """Read a Phi 3 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     shape = read_shape(config, context=4096, partial=True)
-    original = {"original_max_position_embeddings": positive_int(config, "original_max_position_embeddings", 4096)}
+    original = {
+        "original_max_position_embeddings": positive_int(
+            config, "original_max_position_embeddings", 4096, most=MOST_POSITIONS
+        )
+    }
     rope = read_rope(
         {**config, **original}, shape.context, shape.rotary_size, options=rope_options(config), aliases=OLD_NAMES
     )

@@ -8,7 +8,7 @@ from typing import Any, Final
 from edgelm.errors import CheckpointError
 
 from ..rope import KINDS, Rope, longrope_attention_factor, yarn_attention_factor
-from .fields import flag, optional_number, positive_int, positive_number
+from .fields import MOST_POSITIONS, flag, optional_number, positive_int, positive_number
 
 KNOWN: Final[dict[str, frozenset[str]]] = {
     "default": frozenset(),
@@ -89,7 +89,7 @@ def read_rope(
     if kind in ("linear", "dynamic", "llama3", "yarn") and given.get("factor") is None:
         raise CheckpointError("config.json: rope_scaling has no factor")
     factor = positive_number(given, "factor", 1.0)
-    original = positive_int(given, "original_max_position_embeddings", context)
+    original = positive_int(given, "original_max_position_embeddings", context, most=MOST_POSITIONS)
     if kind == "llama3":
         low = positive_number(given, "low_freq_factor", 1.0)
         high = positive_number(given, "high_freq_factor", 4.0)
@@ -119,7 +119,7 @@ def read_rope(
 
 def _longrope(config: Mapping[str, Any], given: Mapping[str, Any], base: float, context: int, size: int) -> Rope:
     merged = {**given, **{k: v for k, v in config.items() if k == "original_max_position_embeddings" and v is not None}}
-    original = positive_int(merged, "original_max_position_embeddings", context)
+    original = positive_int(merged, "original_max_position_embeddings", context, most=MOST_POSITIONS)
     factor = positive_number(given, "factor", context / original)
     scale = optional_number(given, "attention_factor")
     factors = {}

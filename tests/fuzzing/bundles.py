@@ -55,8 +55,9 @@ class Report:
 class Child:
     """A process that runs cases."""
 
-    def __init__(self, work: Path, seed: int) -> None:
-        command = [sys.executable, "-m", "tests.fuzzing.child", str(work), str(seed)]
+    def __init__(self, work: Path, seed: int, before: str = "") -> None:
+        program = f"{before}\nimport sys, pathlib; from tests.fuzzing import child\nchild.main(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
+        command = [sys.executable, "-c", program, str(work), str(seed)]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, cwd=Path(HELPERS).parent
@@ -112,9 +113,19 @@ class Child:
 
 
 def run(
-    work: Path, numbers: range, seed: int, *, most_s: float = float("inf"), kinds: str = "", verbose: bool = False
+    work: Path,
+    numbers: range,
+    seed: int,
+    *,
+    most_s: float = float("inf"),
+    kinds: str = "",
+    before: str = "",
+    verbose: bool = False,
 ) -> Report:
-    """Run cases, of kinds that match a regular expression, for `most_s` seconds at most. `work` is what `cases.prepare` made."""
+    """Run cases, of kinds that match a regular expression, for `most_s` seconds at most.
+
+    `work` is what `cases.prepare` made; `before` is run in each child first.
+    """
     report, child = Report(), None
     begun = said = time.monotonic()
     for number in numbers:
@@ -123,7 +134,7 @@ def run(
         if not re.fullmatch(kinds or ".*", cases.Case(work, seed, number).kind):
             continue
         fresh = child is None
-        child = child or Child(work, seed)
+        child = child or Child(work, seed, before)
         outcome = child.ask(number, MOST_S + (40 if fresh else 0))
         report.done += 1
         if isinstance(outcome, str):

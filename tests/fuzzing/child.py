@@ -59,7 +59,3 @@ def _answer(work: Path, seed: int, number: int) -> dict[str, object]:
         "finding": finding,
         "seconds": time.monotonic() - begun,
     }
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
