@@ -6,6 +6,7 @@ time to the first token would tell a client which schemas others use.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 KEPT_BYTES: Final = 64_000_000
 """About how much compiled constraints may take that are kept for the next request which brings the same one."""
+
+RESTED: Final = 25
+"""Constraints after which the C library gives back what it holds of memory that is free: one takes up to some 100 MB
+while it is compiled, and leaves holes. It takes some milliseconds."""
 
 
 _Key = tuple[Owner, Constraint]
@@ -76,7 +81,11 @@ class Constraints:
             return None if self._is_closed else self._asked.get()
 
     def _run(self) -> None:
+        count = 0
         while (asked := self._next()) is not None:
+            count += 1
+            if count % RESTED == 0:
+                _give_back()
             key, future = asked
             constraint = key[1]
             size = 0
@@ -114,3 +123,10 @@ class Constraints:
                 if total <= KEPT_BYTES:
                     break
                 total -= self._kept.pop(other)[1]
+
+
+def _give_back() -> None:
+    """Give the system back what the C library keeps of memory that is free; where that is not glibc's, nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -15,6 +15,7 @@ from typing import Any, Final
 import tokenizers
 
 from edgelm.errors import CheckpointError
+from edgelm.tokenizerfile import check_numbers
 
 from .bpe import Bpe
 from .unigram import Unigram
@@ -68,6 +69,8 @@ def read(path: str | Path, text: str | None = None) -> Document:
     way that hangs on where tokens end.
     """
     try:
+        if text is None:
+            check_numbers(Path(path))
         inner = tokenizers.Tokenizer.from_file(str(path)) if text is None else tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path}: not a tokenizer.json that we can read: {error}") from error

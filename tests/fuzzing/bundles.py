@@ -25,6 +25,10 @@ from . import HELPERS, cases
 
 MOST_S = 20.0
 """How long a case may take."""
+START_S = 60.0
+"""How long a child may take to load what it needs."""
+MOST_CASES = 200
+"""Of a child: graphs keep the kernels that they were loaded with for as long as the process lives."""
 MOST_MB = 2500.0
 """How much memory a child may come to have."""
 
@@ -62,14 +66,23 @@ class Child:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, cwd=Path(HELPERS).parent
         )
+        ready = self._line(START_S)
+        if isinstance(ready, str):
+            raise RuntimeError(f"a child {ready}")
 
-    def ask(self, number: int, most_s: float) -> dict[str, Any] | str:
+    def ask(self, number: int) -> dict[str, Any] | str:
         """Return a case's outcome, or what ended the child; it cannot be asked again then."""
-        asked, answered = self._process.stdin, self._process.stdout
-        assert asked is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(b"%d\n" % number)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return self._ended()
+        return self._line(MOST_S)
+
+    def _line(self, most_s: float) -> dict[str, Any] | str:
+        answered = self._process.stdout
         assert answered is not None
-        asked.write(b"%d\n" % number)
-        asked.flush()
         until = time.monotonic() + most_s
         while not select.select([answered], [], [], 0.25)[0]:
             if self._memory_mb() > MOST_MB:
@@ -85,6 +98,9 @@ class Child:
         if line:
             found: dict[str, Any] = json.loads(line)
             return found
+        return self._ended()
+
+    def _ended(self) -> str:
         code = self._process.wait()
         said = self._said()
         self.close()
@@ -133,9 +149,11 @@ def run(
             break
         if not re.fullmatch(kinds or ".*", cases.Case(work, seed, number).kind):
             continue
-        fresh = child is None
+        if child is not None and report.done % MOST_CASES == 0:
+            child.close()
+            child = None
         child = child or Child(work, seed, before)
-        outcome = child.ask(number, MOST_S + (40 if fresh else 0))
+        outcome = child.ask(number)
         report.done += 1
         if isinstance(outcome, str):
             child = None
@@ -168,6 +186,7 @@ def main() -> int:
     parser.add_argument("--kinds", default="", help="only kinds that match a regular expression")
     parser.add_argument("--only", type=int, nargs="+", help="run these cases and show what they come to")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started is ended too
     with tempfile.TemporaryDirectory(prefix="edgelm-fuzz-") as folder:
         work = Path(folder) / "work"
         cases.prepare(work)

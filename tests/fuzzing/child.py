@@ -33,6 +33,7 @@ def main(work: Path, seed: int) -> None:
     pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
     limit = pages * resource.getpagesize() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    print(json.dumps({}), file=out, flush=True)
     for line in sys.stdin:
         out.write(json.dumps(_answer(work, seed, int(line))) + "\n")
         out.flush()

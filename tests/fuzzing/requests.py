@@ -49,7 +49,7 @@ WINDOW = 6
 """Requests under way together: fewer than a board takes, so that the other client finds a place."""
 CONSTRAINED = 2
 """Of these with a constraint: they are tried one after another, and the others are not to wait for them."""
-MOST_POSTPONED = 200
+MOST_POSTPONED = 20
 WARM = 0.2
 """Share of the requests after which the service is warm: caches are full, and every library is loaded."""
 
@@ -79,9 +79,13 @@ class Report:
 
     @property
     def growth_mb(self) -> float:
-        """How far memory went beyond what it was when the service was warm."""
+        """How much more memory the service has at the end than when it was warm, by the medians of a tenth of the time.
+
+        Between, a constraint that is compiled may take a good deal for a moment.
+        """
         warm = [size for number, size in self.memory if number >= WARM * self.sent]
-        return max(warm, default=0.0) - statistics.median(warm[: max(1, len(warm) // 10)] or [0.0])
+        part = max(1, len(warm) // 10)
+        return statistics.median(warm[-part:] or [0.0]) - statistics.median(warm[:part] or [0.0])
 
     def __str__(self) -> str:
         late = sum(wait > self.quiet_s + 1 for wait in self.waits_s)
@@ -92,7 +96,7 @@ class Report:
             f" {statistics.median(self.waits_s or [0]) * 1e3:.0f} ms (median) and {self.worst_s * 1e3:.0f} ms at most,"
             f" {late} of {len(self.waits_s)} times over a second longer",
             "memory in MB: " + " ".join(f"{size:.0f}" for _, size in self.memory[:: max(1, len(self.memory) // 20)])
-            + f"; grown by {self.growth_mb:.1f} once warm",
+            + f"; {self.growth_mb:+.1f} once warm, {max((size for _, size in self.memory), default=0):.0f} at most",
             f"{len(self.findings)} findings",
         ]  # fmt: skip
         return "\n".join([*lines, *self.findings[:40]])
@@ -406,6 +410,7 @@ def main() -> int:
     parser.add_argument("--most-s", type=float, default=3 * 3600.0, help="stop after so many seconds (10800)")
     parser.add_argument("--only", type=int, help="send one request and show its answer")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started is ended too
     if given.only is not None:
         only(given.only, given.seed)
         return 0
