@@ -394,7 +394,7 @@ def _to_json(
 
 
 def _raise_exception(message: Any) -> None:
-    raise ValueError(message if not isinstance(message, str) else message[:MOST_MESSAGE])
+    raise ValueError(message)
 
 
 def _strftime_now(form: str) -> str:

@@ -140,15 +140,15 @@ def test_limits_are_a_threads_own_and_a_renderings_own():
     lengths = []
 
     def render():
-        lengths.extend(len(template.render({})) for _ in range(3))
+        lengths.extend(len(template.render({})) for _ in range(4))
 
     threads = [threading.Thread(target=render) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert 4 * 50 * 99999 < templates.MOST_MADE < 9 * 2 * 50 * 99999
-    assert lengths == [50 * 99999] * 9
+    assert 2 * 50 * 99999 < templates.MOST_MADE < 4 * 2 * 50 * 99999
+    assert lengths == [50 * 99999] * 12
 
 
 def test_an_error_that_a_template_raises_is_short():
