@@ -42,11 +42,25 @@ def check_numbers(file: Path) -> None:
         if not file.stat().st_size:
             return
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            is_plain = LARGE.search(content) is None and ESCAPED.search(content) is None
-            if is_plain and content.find(CHARSMAP.encode()) < 0:
+            if not _is_suspicious(content):
                 return
+    _check_leaves(file.read_text("utf-8"))
+
+
+def check_numbers_of_text(text: str) -> None:
+    """Raise `ValueError` for the text of a tokenizer.json with an id or a size that is too large."""
+    if _is_suspicious(text.encode("utf-8", "replace")):
+        _check_leaves(text)
+
+
+def _is_suspicious(content: bytes | mmap.mmap) -> bool:
+    numbers, names = LARGE.search(content), ESCAPED.search(content)
+    return numbers is not None or names is not None or content.find(CHARSMAP.encode()) >= 0
+
+
+def _check_leaves(text: str) -> None:
     try:
-        whole = json.loads(file.read_text("utf-8"))
+        whole = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     for name, value in _leaves(whole):

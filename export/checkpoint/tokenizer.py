@@ -14,7 +14,7 @@ from typing import Any, Final
 import tokenizers
 
 from edgelm.errors import CheckpointError
-from edgelm.tokenizerfile import usable_text
+from edgelm.tokenizerfile import check_numbers_of_text, usable_text
 
 from .checkpoint import Checkpoint
 
@@ -73,13 +73,19 @@ def as_its_class(checkpoint: Checkpoint) -> Checkpoint:
 
     tokenizer.json has no padding, no truncation, no added token without a row in the model, and a post-processor that
     adds bos and eos as the tokenizer's class does. tokenizer_config has the special tokens of the class where the files
-    name none. Raises `CheckpointError` for a switch that is not true or false; a tokenizer.json that cannot be read is
-    left as it is.
+    name none. Raises `CheckpointError` for a switch that is not true or false, and for numbers that take all
+    memory; another tokenizer.json that cannot be read is left as it is.
     """
     vocab_size = checkpoint.config.get("vocab_size")
     text = checkpoint.tokenizer_text
     if isinstance(vocab_size, int) and not isinstance(vocab_size, bool):
         text = usable_text(text, vocab_size)
+    try:
+        check_numbers_of_text(text)
+    except json.JSONDecodeError:
+        return checkpoint
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.tokenizer}: not a tokenizer.json that we can read: {error}") from error
     try:
         inner = tokenizers.Tokenizer.from_str(text)
     except Exception:  # noqa: BLE001  the library raises plain Exception; `check_tokenizer` tells what is wrong

@@ -9,6 +9,7 @@ shows its answer.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ from paho.mqtt.properties import Properties
 
 from edgelm.bundle import MANIFEST, open_bundle
 from edgelm.errors import STATUS_OF_CODE
+from edgelm.mqtt.asks import MAX_CORRELATION_BYTES
 
 from . import HELPERS  # first: it makes the helpers importable
 from .messages import MOST_TOKENS, Message, message
@@ -153,6 +155,8 @@ class Attack(Link):
         self._open: dict[bytes, tuple[int, float, bool, bool]] = {}
         self._postponed: deque[tuple[Message, int]] = deque()
         self._answered: Counter[bytes] = Counter()
+        self._ids: dict[str, bytes] = {}
+        """Of requests whose correlation data is too long to come back: by the id that it becomes."""
         self._pause_s = 0.0
         super().__init__(
             port, "fuzz/#", f"edgelm/{BOARD}/response", "edgelm/client/+/response", "edgelm/other/response"
@@ -190,6 +194,8 @@ class Attack(Link):
             pause_s, self._pause_s = self._pause_s, self._pause_s * 0.9
             if made.action == "generate":
                 self._open[mark] = (number, time.monotonic(), made.is_strict, made.is_constrained)
+                if len(made.correlation or b"") > MAX_CORRELATION_BYTES:
+                    self._ids[hashlib.sha256((made.correlation or b"") + mark).hexdigest()] = mark
         if pause_s > 1e-3:
             time.sleep(pause_s)
         self._report.sent += 1
@@ -214,6 +220,7 @@ class Attack(Link):
         except ValueError:
             self._report.found(f"no JSON on {heard.topic}: {heard.payload[:80]!r}")
             return
+        mark = self._ids.get(str(body.get("id")), mark)
         if not mark.startswith(b"#") or not body.get("done"):
             return
         with self._changed:

@@ -157,3 +157,19 @@ def test_a_long_text_that_spells_tokens_is_cut_in_time(method: Callable[[str], o
     begun = time.thread_time()
     method(text)
     assert time.thread_time() - begun < 3
+
+
+def test_one_of_a_checkpoint_is_refused_before_a_library_reads_it(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors", reason="needs pip install 'edgelm[export]'")
+    import edgelm_export
+    from tiny import TinyLlama
+
+    from edgelm.errors import CheckpointError
+
+    checkpoint = TinyLlama(layers=1).write(tmp_path / "checkpoint")
+    path = checkpoint / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    charsmap(2**32 - 1)(content)
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(CheckpointError, match="precompiled_charsmap says"):
+        edgelm_export.export(checkpoint, tmp_path / "out", fast=True)
