@@ -40,13 +40,20 @@ def check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:
     Added tokens past the vocabulary are let pass: a bundle's tokenizer leaves them out.
     """
     try:
-        tokenizer = Tokenizer(_inner(checkpoint.tokenizer_text))
+        inner = _inner(checkpoint.tokenizer_text)
+        tokenizer = Tokenizer(inner)
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{checkpoint.tokenizer}: not a tokenizer that we can read: {error}") from error
     if tokenizer.base_vocab_size > vocab_size:
         raise CheckpointError(
             f"{checkpoint.tokenizer} has {tokenizer.base_vocab_size} tokens, the configuration a vocab_size of"
             f" {vocab_size}: they do not belong together"
+        )
+    highest = max(inner.get_vocab(with_added_tokens=False).values(), default=0)
+    if highest >= vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.tokenizer} has the token {highest}, the configuration a vocab_size of {vocab_size}: they do"
+            " not belong together"
         )
 
 

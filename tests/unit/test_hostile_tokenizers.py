@@ -173,3 +173,19 @@ def test_one_of_a_checkpoint_is_refused_before_a_library_reads_it(tmp_path: Path
     path.write_text(json.dumps(content), "utf-8")
     with pytest.raises(CheckpointError, match="precompiled_charsmap says"):
         edgelm_export.export(checkpoint, tmp_path / "out", fast=True)
+
+
+def test_one_of_a_checkpoint_with_a_hole_before_an_id_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors", reason="needs pip install 'edgelm[export]'")
+    import edgelm_export
+    from tiny import TinyLlama
+
+    from edgelm.errors import CheckpointError
+
+    checkpoint = TinyLlama(layers=1).write(tmp_path / "checkpoint")
+    path = checkpoint / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    content["model"]["vocab"]["e"] = 5000
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(CheckpointError, match="has the token 5000"):
+        edgelm_export.export(checkpoint, tmp_path / "out", fast=True)
