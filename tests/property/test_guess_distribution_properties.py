@@ -125,8 +125,8 @@ def test_biased_acceptance_is_found(engine, kind, biased, monkeypatch):
     wanted = {}
     propose, sample = engine._drafter.propose, Sampler.sample
 
-    def noted(drafting, tokens, most):
-        guess = propose(drafting, tokens, most)
+    def noted(drafting, tokens, most, owner):
+        guess = propose(drafting, tokens, most, owner)
         wanted.clear()
         wanted.update(enumerate(guess.tolist(), len(tokens)))
         return guess

@@ -88,7 +88,7 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(pair, asked, before,
     history = [*asked.tokens, *expected.tokens]
     turn = iter(guesses * 99)
 
-    def propose(drafting, tokens, most):
+    def propose(drafting, tokens, most, owner=None):
         """Right guesses up to a place."""
         size, wrong = next(turn)
         guess = np.array([*history[len(tokens) :], *range(9)][: min(size, most)], np.int32)

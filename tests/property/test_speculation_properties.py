@@ -82,7 +82,7 @@ def test_no_guess_changes_an_answer(engines, seed, temperature, length, most_tok
         expected = run(plain, request)[0]
     asked = iter(guesses * most_tokens)
 
-    def propose(drafting, tokens, most):
+    def propose(drafting, tokens, most, owner=None):
         size, wrong = next(asked)
         answer = [*expected.tokens, *range(9)][len(tokens) - length :]
         guess = np.array(answer[: min(size, most)], np.int32)
@@ -105,7 +105,7 @@ def test_right_guesses_save_passes(engines, monkeypatch):
     expected = run(plain, request)[0]
     following = np.array(expected.tokens, np.int32)
     monkeypatch.setattr(
-        guessing._drafter, "propose", lambda drafting, tokens, most: following[len(tokens) - 3 :][: min(7, most)]
+        guessing._drafter, "propose", lambda drafting, tokens, most, owner: following[len(tokens) - 3 :][: min(7, most)]
     )
     sizes = passes(guessing, monkeypatch)
     assert run(guessing, request)[0].tokens == expected.tokens
@@ -117,7 +117,7 @@ def test_a_seeded_answer_is_computed_step_by_step(engines, monkeypatch):
     _, guessing = engines
     sampling = SamplingParams(max_tokens=12, ignore_eos=True, seed=1)
     sizes = passes(guessing, monkeypatch)
-    monkeypatch.setattr(guessing._drafter, "propose", lambda drafting, tokens, most: tokens[:3])
+    monkeypatch.setattr(guessing._drafter, "propose", lambda drafting, tokens, most, owner: tokens[:3])
     for _ in range(2):
         sizes.clear()
         done = run(guessing, Request("one", sampling, tokens=tuple([5, 6, 7] * 9)))[0]
