@@ -12,6 +12,7 @@ import logging
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -25,7 +26,12 @@ WITHIN_S: Final = 300.0
 
 
 def ensure_compiled() -> None:
-    """Return when the kernels can be loaded from the board cache; where nothing can be kept, when they are loaded."""
+    """Return when the kernels can be loaded from the board cache; where nothing can be kept, when they are loaded.
+
+    Without Numba there is nothing to compile: a request that samples says what is missing.
+    """
+    if find_spec("numba") is None:  # a board that never samples goes without
+        return
     folder = BoardCache.default().kernels_folder()
     if folder is None:
         warm_up()

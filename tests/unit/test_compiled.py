@@ -65,3 +65,12 @@ def test_other_users_of_numba_keep_their_own_place():
 
     assert ranking is not None
     assert str(BoardCache.default().kernels) != config.CACHE_DIR
+
+
+def test_without_numba_a_greedy_service_has_nothing_to_compile(monkeypatch):
+    """A board that never samples does without Numba."""
+    from edgelm.sampling import ready
+
+    monkeypatch.setattr(ready, "find_spec", lambda name: None)
+    monkeypatch.setattr(ready, "warm_up", lambda: pytest.fail("nothing can be loaded"))
+    ready.ensure_compiled()
