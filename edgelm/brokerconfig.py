@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,6 +151,9 @@ def read_password(path: str) -> str:
 
 def _refuse_readable(what: str, file: Path) -> None:
     """Raise `ConfigError` where others than the owner can read or change a secret. Raises `OSError` without a file."""
-    mode = file.stat().st_mode & 0o777
+    status = file.stat()
+    mode = status.st_mode & 0o777
+    if status.st_uid not in (0, os.geteuid()):
+        raise ConfigError(f"{what}: {file} belongs to another user (uid {status.st_uid}), who can change it")
     if mode & 0o077:
         raise ConfigError(f"{what}: others can read {file} (mode {mode:04o}); run: chmod 600 {file}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,16 @@ def test_the_password_is_read_from_a_private_file_only(tmp_path: Path) -> None:
     file.chmod(0o600)
     assert config.broker.password == "hunter2"
     assert "hunter2" not in repr(config) + str(config.broker)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root reads what another user keeps for itself")
+def test_a_password_file_of_another_user_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("hunter2\n")
+    file.chmod(0o600)
+    os.chown(file, 65534, 65534)
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        _ = ServeConfig(username="me", password_file=str(file)).broker
 
 
 @pytest.mark.parametrize("name", ["EDGELM_SERVICE_PORT", "EDGELM_PORT_1883_TCP_ADDR", "EDGELM_X"])
