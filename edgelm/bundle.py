@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -272,6 +273,8 @@ def from_json(text: str, where: str) -> Manifest:
 
 def _read_bounded(file: Path) -> str:
     """Return a text file's content. Raises `ValueError` for one that is too large or no text, and `OSError`."""
+    if not stat.S_ISREG(file.stat().st_mode):  # a named pipe from an archive would keep the reader waiting for ever
+        raise ValueError("it is not a regular file")
     with file.open("rb") as stream:
         content = stream.read(MOST_MANIFEST_BYTES + 1)
     if len(content) > MOST_MANIFEST_BYTES:

@@ -179,6 +179,8 @@ class Metadata:
 
 def is_gguf(path: Path) -> bool:
     """Whether a file begins as a GGUF file does."""
+    if not path.is_file():
+        return False
     try:
         with path.open("rb") as stream:
             return stream.read(len(MAGIC)) == MAGIC

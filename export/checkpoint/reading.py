@@ -35,6 +35,10 @@ def refuse_stand_in(file: Path) -> None:
 
     A file that is missing or cannot be read is let pass: whoever reads it says so.
     """
+    if (
+        file.exists() and not file.is_file() and not file.is_dir()
+    ):  # a named pipe would keep the reader waiting for ever
+        raise CheckpointError(f"{file} is no regular file: download it again")
     try:
         with file.open("rb") as stream:
             start = stream.read(LOOKED_AT)

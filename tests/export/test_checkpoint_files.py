@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -107,6 +108,15 @@ def test_a_git_lfs_pointer_is_named(checkpoint, name):
     with pytest.raises(CheckpointError, match=r"is a Git LFS pointer, .*git lfs pull") as raised:
         open_checkpoint(checkpoint)
     assert str(checkpoint / name) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_named_pipe_is_not_waited_for(checkpoint, name):
+    """An archive may hold one."""
+    (checkpoint / name).unlink()
+    os.mkfifo(checkpoint / name)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(checkpoint)
 
 
 def test_a_pointer_in_the_place_of_an_index_or_a_shard(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 
 import pytest
@@ -309,6 +310,12 @@ def test_a_value_of_the_wrong_type_is_refused(key, value):
 def test_a_value_of_the_wrong_kind_inside_is_refused(changes, folder):
     rewrite(folder, **changes)
     assert "damaged" in refusal(folder)
+
+
+def test_a_manifest_that_is_a_named_pipe_is_not_waited_for(folder):
+    (folder / MANIFEST).unlink()
+    os.mkfifo(folder / MANIFEST)
+    assert "not a regular file" in refusal(folder)
 
 
 def test_a_manifest_without_end_is_not_read(folder):
