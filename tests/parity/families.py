@@ -204,7 +204,7 @@ def check_alike(ones: Sequence[edgelm.Completion], others: Sequence[edgelm.Compl
         np.testing.assert_allclose(*worth, atol=1e-4)
 
 
-def following(known: Mapping[int, np.ndarray], _: Any, tokens: np.ndarray, most: int) -> np.ndarray:
+def following(known: Mapping[int, np.ndarray], _: Any, tokens: np.ndarray, most: int, __: Any) -> np.ndarray:
     """Up to 7 tokens that follow in the one of several sequences that begins so; each is longer than its key."""
     fits = [each for n, each in known.items() if n < len(tokens) and np.array_equal(each[: len(tokens)], tokens)]
     return fits[0][len(tokens) :][: max(min(7, most), 0)] if fits else tokens[:0]
