@@ -230,7 +230,8 @@ def test_what_killed_runs_left_goes_with_the_next_one(store, tiny_checkpoint, ru
         ([], 2, "NAME"),
     ],
 )
-def test_wrong_input_is_one_line(arguments, code, said, store, known, run):
+def test_wrong_input_is_one_line(arguments, code, said, store, known, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where nothing lies beside
     found, out, err = run("pull", *arguments)
     assert (found, out, err.count("\n")) == (code, "", 1), err
     assert said in err
