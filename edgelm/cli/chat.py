@@ -42,6 +42,8 @@ ANSWER_SHARE: Final = 4
 MOST_HISTORY: Final = 1000
 """Lines that the history file keeps."""
 
+MOST_SAVED_BYTES: Final = 50_000_000
+"""Of a saved conversation."""
 QUOTES: Final = '"""'
 
 HELP: Final = """\
@@ -252,7 +254,7 @@ class Chat:
     def _load(self, words: str) -> None:
         file = _file(words, "/load")
         try:
-            saved = json.loads(file.read_text(encoding="utf-8-sig"))
+            saved = _read(file)
         except OSError as error:
             raise EdgelmError(f"{file} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
@@ -272,10 +274,19 @@ class Chat:
         print(f"{len(rest)} messages read from {file}")
 
 
+def _read(file: Path) -> Any:
+    """Return what a saved conversation holds. Raises `ValueError` for one that is too large or no JSON, and `OSError`."""
+    with file.open("rb") as stream:
+        content = stream.read(MOST_SAVED_BYTES + 1)
+    if len(content) > MOST_SAVED_BYTES:
+        raise ValueError(f"it has more than {MOST_SAVED_BYTES / 1e6:.0f} MB")
+    return json.loads(content.decode("utf-8-sig"))
+
+
 def _is_chat(file: Path) -> bool:
     """Whether a file holds what /save writes."""
     try:
-        saved = json.loads(file.read_text(encoding="utf-8-sig"))
+        saved = _read(file)
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(saved, dict) and "messages" in saved

@@ -119,6 +119,7 @@ def test_options_are_shown_and_set(chat, capsys):
         ("/save 'a", "/save takes the name of one file"),
         ("/save /nowhere/at/all.json", "cannot be written: No such file"),
         ("/load /nowhere.json", "cannot be read: No such file"),
+        ("/load /dev/zero", "more than 50 MB"),
         (f"/load {__file__}", "is not JSON"),
     ],
 )
