@@ -44,6 +44,7 @@ MOST_HISTORY: Final = 1000
 
 MOST_SAVED_BYTES: Final = 50_000_000
 """Of a saved conversation."""
+
 QUOTES: Final = '"""'
 
 HELP: Final = """\
@@ -275,7 +276,7 @@ class Chat:
 
 
 def _read(file: Path) -> Any:
-    """Return what a saved conversation holds. Raises `ValueError` for one that is too large or no JSON, and `OSError`."""
+    """Return what a saved conversation holds. Raises `ValueError` for what is too large or no JSON, and `OSError`."""
     with file.open("rb") as stream:
         content = stream.read(MOST_SAVED_BYTES + 1)
     if len(content) > MOST_SAVED_BYTES:
