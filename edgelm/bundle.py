@@ -356,7 +356,7 @@ def _verify(root: Path, manifest: Manifest, known: frozenset[str]) -> None:
             raise BundleError(f"{root / MANIFEST} is damaged: it does not list {required}")
     for name, expected in manifest.files.items():
         file = root / name
-        if file.is_symlink() and root.resolve() not in file.resolve().parents:
+        if file.is_symlink() and not _stays_within(root, file):
             raise BundleError(f"{file} is a link that leads out of the bundle: put a copy of the file in its place")
         if not file.is_file():
             raise BundleError(f"{root} is incomplete: {name} is missing; export or copy the bundle again")
@@ -365,6 +365,13 @@ def _verify(root: Path, manifest: Manifest, known: frozenset[str]) -> None:
             raise BundleError(f"{file} is damaged: it has {size} bytes, the manifest says {expected.bytes}")
         if name not in known and file_sha256(file) != expected.sha256:
             raise BundleError(f"{file} is damaged: its SHA-256 is not the manifest's; export or copy it again")
+
+
+def _stays_within(root: Path, link: Path) -> bool:
+    try:
+        return root.resolve() in link.resolve(strict=True).parents
+    except (OSError, RuntimeError):  # it leads nowhere, or round in a circle
+        return False
 
 
 def file_sha256(file: Path) -> str:

@@ -13,6 +13,8 @@ from typing import Final, Literal
 log = logging.getLogger(__name__)
 
 ANSWER_WITHIN_S: Final = 3.0
+CHANGE_EVERY_S: Final = 2.0
+"""A broker that closes the connection at either greeting is not asked again at once, but when paho would."""
 
 Version = Literal["5", "3.1.1"]
 
@@ -25,6 +27,7 @@ class Greeting:
         self.wants_change = False
         """The version was changed; what speaks the former one must go."""
         self._sent_at: float | None = None
+        self._changed_at = float("-inf")
         self._has_met = False
 
     def send(self) -> None:
@@ -55,8 +58,10 @@ class Greeting:
             self._change("it gave no answer to the greeting")
 
     def _change(self, why: str) -> bool:
-        if self._has_met or self.wants_change:
+        now = time.monotonic()
+        if self._has_met or self.wants_change or now - self._changed_at < CHANGE_EVERY_S:
             return False
+        self._changed_at = now
         former = self.version
         self.version = "3.1.1" if former == "5" else "5"
         self.wants_change = True

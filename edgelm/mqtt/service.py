@@ -23,6 +23,7 @@ from edgelm.errors import EdgelmError, RequestError
 from edgelm.mqtt import events, health, wire
 from edgelm.mqtt.answers import Finished, Grown
 from edgelm.mqtt.client import Connection
+from edgelm.mqtt.clientid import client_id
 from edgelm.mqtt.desk import MOST_UNSENT, Desk, ServedModel
 from edgelm.mqtt.gate import Gate
 from edgelm.mqtt.outbox import Outbox
@@ -93,7 +94,7 @@ class Service:
         self._url = broker.url
         self._connection = Connection(
             broker,
-            f"edgelm-{config.board}",
+            client_id(config.board),
             self._post,
             will=self._status("offline"),
             will_delay_s=WILL_DELAY_S,
@@ -341,7 +342,8 @@ class Service:
         if not self._said_overwritten:
             self._said_overwritten = True
             log.warning(
-                "someone else publishes on %s or %s: put right, now and from now on; the broker's ACL should forbid it",
+                "someone else publishes on %s or %s: put right, now and from now on; the broker's ACL should forbid it."
+                " Another board of the same name does so too: each needs a name of its own, --board NAME",
                 self._topics.status,
                 self._topics.info,
             )

@@ -120,7 +120,7 @@ def parse_answer(payload: bytes) -> Delta | Outcome:
         error = None
         if told is not None and reason not in _ENDED_EARLY:
             code = told["code"] if told["code"] in STATUS_OF_CODE else "internal"
-            error = RequestError(code, str(told["message"]), retry_after_s=told.get("retry_after_s"))
+            error = RequestError(code, str(told["message"]), retry_after_s=_seconds(told.get("retry_after_s")))
         logprobs = body.get("logprobs")
         completion = Completion(
             id=str(body["id"]),
@@ -143,6 +143,13 @@ def write_json(body: Mapping[str, Any]) -> bytes:
     """Return compact JSON; raise `ValueError` for a number that JSON does not have."""
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.encode("utf-8", "replace")
+
+
+def _seconds(value: Any) -> float | None:
+    """Return a time to wait. Raises `TypeError` for what is none."""
+    if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0):
+        raise TypeError(f"retry_after_s is {value!r:.40}")
+    return value
 
 
 def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

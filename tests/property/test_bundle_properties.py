@@ -318,6 +318,13 @@ def test_a_manifest_that_is_a_named_pipe_is_not_waited_for(folder):
     assert "not a regular file" in refusal(folder)
 
 
+@pytest.mark.parametrize("target", ["model.onnx", "../secret", "/etc/hostname", "nowhere"])
+def test_a_link_that_does_not_stay_in_the_bundle_is_refused(folder, target):
+    (folder / "model.onnx").unlink()
+    (folder / "model.onnx").symlink_to(target)
+    assert "leads out of the bundle" in refusal(folder) or "missing" in refusal(folder)
+
+
 def test_a_manifest_without_end_is_not_read(folder):
     with (folder / MANIFEST).open("ab") as stream:
         stream.truncate(1 << 34)  # a hole, which takes no room on the disk
