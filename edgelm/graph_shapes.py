@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 
@@ -101,6 +101,8 @@ class Shapes:
 
     def _bits(self, node: Node) -> list[Shape]:
         one, other = (_fixed(shape, node.operator) for shape in self._inputs(node, 2))
+        if other in (one, (1,)) and one:
+            return [one]  # as nearly always: a mask, a shift
         try:
             shape = np.broadcast_shapes(one, other)
         except ValueError:
@@ -260,10 +262,10 @@ def _is_within(value: int, most: int | str) -> bool:
 
 def _fixed(shape: Shape, what: str) -> tuple[int, ...]:
     """Return a shape of whole numbers. Raises `ShapeError` for another."""
-    sizes = tuple(size for size in shape if isinstance(size, int))
-    if len(sizes) != len(shape):
-        raise ShapeError(f"{what} changes from call to call: {_text(shape)}")
-    return _bounded(sizes)
+    for size in shape:
+        if isinstance(size, str):
+            raise ShapeError(f"{what} changes from call to call: {_text(shape)}")
+    return _bounded(cast("tuple[int, ...]", shape))
 
 
 def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
