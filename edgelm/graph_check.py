@@ -203,13 +203,14 @@ class _GraphCheck:
             raise _FaultError(f"it gives {width[0]} logits, the manifest says {self._manifest.vocab_size}")
 
     def _check_results(self, shapes: Shapes) -> None:
-        """Refuse logits that are not one row a wanted position; presents are attention's, whose shapes are told."""
+        """Refuse logits that are not one row for each wanted position, and memory that comes back in another shape."""
         found = shapes.of("logits")
         if found != ("rows", self._manifest.vocab_size):
             raise _FaultError(f"it gives logits {list(found)}, the manifest says {self._manifest.vocab_size} tokens")
-        for name, value in self._model.outputs.items():
-            if name != "logits" and len(shapes.of(name)) != len(value.shape or (0,) * 4):
-                raise _FaultError(f"{name!r:.60} is not what it says")
+        for past in self._model.inputs:
+            present = past.replace("past.", "present.", 1)
+            if past != present and shapes.of(present) != shapes.of(past):
+                raise _FaultError(f"{present} has another shape than {past}")
 
     def _check_memory(self, name: str, value: Value) -> None:
         """Refuse keys or values that are not [batch, heads, positions, size]."""

@@ -159,7 +159,9 @@ class GrowingSession:
         try:
             self._graph.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises types of its own, unrelated to each other
-            raise EdgelmError(f"the graph cannot be computed: {str(error).splitlines()[0]}") from error
+            raise EdgelmError(
+                f"the graph cannot be computed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            ) from error
         logits, *present = binding.get_outputs()
         self._check(present, start + count)
         self._rows[row] = _Row(start + count, present)

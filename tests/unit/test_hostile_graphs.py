@@ -345,6 +345,13 @@ def no_logits(case):
     del case.model.graph.output[0]
 
 
+def memory_comes_back_smaller(case):
+    """As a value that no attention makes."""
+    node = case.node("layer.0.attention.out")
+    node.output[1] = "other"
+    case.store("present.0.key", np.zeros((1, 2, 1, 32), np.float32))
+
+
 def says_that_it_is_invariant(case):
     case.model.metadata_props.add(key="edgelm.invariant", value="1")
 
@@ -399,6 +406,7 @@ REFUSED = {
     "input more": (input_more, "unknown input more"),
     "no logits": (no_logits, "does not give logits"),
     "says that it is invariant": (says_that_it_is_invariant, "claims to be edgelm.invariant"),
+    "memory comes back smaller": (memory_comes_back_smaller, "memory of its layer"),
     "columns sliced": (columns_sliced, "Slice of"),
     "9 dimensions": (lambda case: more_dimensions(case, 7), "few stored whole numbers"),
     "400 dimensions": (lambda case: more_dimensions(case, 398), "few stored whole numbers"),
