@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import edgelm
-from edgelm.boardcache import BoardCache
-from edgelm.child import command_of, paths
 from edgelm.errors import DeviceError
+from edgelm.system.board_cache import BoardCache
+from edgelm.system.isolated_python import command_of, paths
 
 from .rootfs import Say, prepare_rootfs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .profile import Cpu, Emulation, Profile
+    from .board_profile import Cpu, Emulation, Profile
 
 THREADS: Final = 2
 """Set on both sides: onnxruntime would otherwise pin threads to cores that are not there."""

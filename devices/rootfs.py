@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Final
 
 from edgelm.errors import DeviceError
-from edgelm.installed import command_for
-from edgelm.ownership import PRIVATE, fault_above, make_private
+from edgelm.system.installation import command_for
+from edgelm.system.ownership import PRIVATE, fault_above, make_private
 
 DEBS: Final = ("python3", "libstdc++6", "libgomp1")
 """What is unpacked, with all that it depends on: Python, and what the wheels link against."""

@@ -6,16 +6,16 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Final
 
-from edgelm.brokerconfig import BrokerConfig, BrokerUrl
-from edgelm.config import ServeConfig
 from edgelm.errors import EdgelmError, MissingExtraError
-from edgelm.installed import command_for
-from edgelm.mqtt.asker import Asker, answer_to
-from edgelm.mqtt.asks import Ask
 from edgelm.mqtt.board import serve_in_background
-from edgelm.mqtt.brokers import start_any
+from edgelm.mqtt.broker_url import BrokerConfig, BrokerUrl
+from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.local_broker import start_any
+from edgelm.mqtt.request_client import Asker, answer_to
+from edgelm.mqtt.request_codec import Ask
+from edgelm.system.installation import command_for
 
-from .report import Check
+from .check_report import Check
 
 if TYPE_CHECKING:
     from edgelm import Completion

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import edgelm
 from edgelm.errors import EdgelmError
-from edgelm.measure import memory_mb
-from edgelm.weights import try_kernels
+from edgelm.runtime.prepack import try_kernels
+from edgelm.system.memory import memory_mb
 
-from .board import Board, detect
-from .report import Check, Report
+from .check_report import Check, Report
+from .detect import Board, detect
 from .round_trip import check_round_trip
 
 if TYPE_CHECKING:

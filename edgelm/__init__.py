@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from edgelm._version import __version__
 
 if TYPE_CHECKING:
-    from edgelm.bundle import Bundle, Manifest, open_bundle
+    from edgelm.bundle.manifest import Bundle, Manifest, open_bundle
     from edgelm.errors import BundleError, CheckpointError, ConfigError, EdgelmError, RequestError
-    from edgelm.messages import Chunk, Completion, Request, SamplingParams, Timing, Usage
     from edgelm.model import Model, load
+    from edgelm.types import Chunk, Completion, Request, SamplingParams, Timing, Usage
 
 __all__ = [
     "Bundle",
@@ -45,9 +45,9 @@ for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):  # read 
     os.environ.setdefault(_variable, "1")
 
 _HOMES = {
-    **dict.fromkeys(("Bundle", "Manifest", "open_bundle"), "bundle"),
+    **dict.fromkeys(("Bundle", "Manifest", "open_bundle"), "bundle.manifest"),
     **dict.fromkeys(("BundleError", "CheckpointError", "ConfigError", "EdgelmError", "RequestError"), "errors"),
-    **dict.fromkeys(("Chunk", "Completion", "Request", "SamplingParams", "Timing", "Usage"), "messages"),
+    **dict.fromkeys(("Chunk", "Completion", "Request", "SamplingParams", "Timing", "Usage"), "types"),
     **dict.fromkeys(("Model", "load"), "model"),
 }
 

@@ -54,7 +54,7 @@ class MissingExtraError(EdgelmError):
     """A feature needs an optional extra that is not installed."""
 
     def __init__(self, feature: str, extra: str, module: str) -> None:
-        from edgelm.installed import command_for  # slow to import, and seldom wanted
+        from edgelm.system.installation import command_for  # slow to import, and seldom wanted
 
         super().__init__(f"{feature} needs the module {module!r}, which is not installed: {command_for(extra)}")
         self.extra = extra

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.boardcache import BoardCache
-from edgelm.bundle import Bundle, Manifest
-from edgelm.chat import check_tools
-from edgelm.engine import Engine
+from edgelm.bundle.manifest import Bundle, Manifest
+from edgelm.engine.engine import Engine
+from edgelm.engine.worker import Worker
 from edgelm.errors import RequestError
-from edgelm.memory import PREFIX_CACHE_MB
-from edgelm.messages import Chunk, Completion, Request, check_choices, constraint_of
-from edgelm.weights import open_verified
-from edgelm.worker import Worker
+from edgelm.runtime.memory_plan import PREFIX_CACHE_MB
+from edgelm.runtime.prepack import open_verified
+from edgelm.system.board_cache import BoardCache
+from edgelm.text.chat_template import check_tools
+from edgelm.types import Chunk, Completion, Request, check_choices, constraint_of
 
 
 def load(
@@ -63,7 +63,8 @@ def load(
         below 16 MB do without.
     memory_limit_mb
         Most memory, in 10^6 bytes, that the process may come to take: weights, keys and values of requests as long as
-        they may be, logits and the program itself are added up before anything is loaded (`edgelm.memory`).
+        they may be, logits and the program itself are added up before anything is
+        loaded (`edgelm.runtime.memory_plan`).
 
     Raises
     ------

@@ -2,7 +2,7 @@
 
 import edgelm  # noqa: F401  before onnxruntime: it switches telemetry off
 
+from .compare import compare
 from .pipeline import export, outline
-from .reference.compare import compare
 
 __all__ = ["compare", "export", "outline"]

@@ -9,7 +9,8 @@ from typing import Any, Final, Literal, get_args
 
 from edgelm.errors import EdgelmError, MissingExtraError
 
-from .quantize.plan import (
+from .calibration.documents import SELF
+from .quantize.matrix_plan import (
     BITS,
     BLOCK_SIZE,
     BLOCK_SIZES,
@@ -22,7 +23,6 @@ from .quantize.plan import (
     with_bits,
 )
 from .quantize.spec import METHODS, Method, Spec
-from .reference.documents import SELF
 
 UNIFORM: Final = ("fp32", "int8", "keep")
 """Precisions that embedding and head have too; nor are they calibrated unless that is asked for."""

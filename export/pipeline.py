@@ -7,20 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgelm.bundle import MANIFEST, Bundle, open_bundle, seal
+from edgelm.bundle.manifest import MANIFEST, Bundle, open_bundle, seal
 from edgelm.errors import EdgelmError
-from edgelm.graphs import check_runtime
-from edgelm.static_prefix import add_prefix
-from edgelm.static_tokens import Opening, opening_tokens, read_opening
-from edgelm.tokenizer import Tokenizer
+from edgelm.runtime.ort import check_runtime
+from edgelm.runtime.prefix_file import add_prefix
+from edgelm.text.static_prompt import Opening, opening_tokens, read_opening
+from edgelm.text.tokenizer import Tokenizer
 
-from .caching import quantize_cache
-from .graph.cache import OLDEST_RUNTIME
-from .opened import Opened, open_model, pruned, with_prefix
-from .options import Options
-from .planning import Outline, make_plan
-from .progress import Progress, silent
-from .reference.documents import (
+from .calibration.documents import (
     SELF,
     Document,
     Measured,
@@ -29,11 +23,17 @@ from .reference.documents import (
     measured_documents,
     read_text,
 )
-from .reference.sampled import sampled_documents
-from .reference.self_check import refuse_broken, self_check
-from .reference.verify import CheckpointReference, check, measure, quality
-from .staging import staged
-from .writing import write_bundle
+from .int8_kv.int8_cache_graph import OLDEST_RUNTIME
+from .int8_kv.quantize_cache import quantize_cache
+from .options import Options
+from .plan import Outline, make_plan
+from .progress_callback import Progress, silent
+from .self_generated import sampled_documents
+from .source_model import Opened, open_model, pruned, with_prefix
+from .verify.quality_gate import CheckpointReference, check, measure, quality
+from .verify.self_check import refuse_broken, self_check
+from .write.bundle import write_bundle
+from .write.staging import staged
 
 CONTEXT = 4096
 """Default limit of the context: a longer one costs memory for every request, and rotary tables on disk."""
@@ -90,8 +90,8 @@ def export(
     max_bytes
         Size that the bundle's files may have together.
     prefix
-        A file of what prompts will begin with, text or messages: `edgelm.static_tokens`. Its keys and values become a
-        part of the bundle.
+        A file of what prompts will begin with, text or messages: `edgelm.text.static_prompt`. Its keys and values
+        become a part of the bundle.
     report
         Whether to plot each matrix's error and size into report.svg.
     kv
@@ -114,7 +114,7 @@ def export(
     opening = None if chosen.prefix is None else read_opening(chosen.prefix)
     with staged(Path(out), force=force, replaceable=lambda path: (path / MANIFEST).is_file()) as stage:
         if chosen.via == "optimum":
-            from .optimum import export_optimum  # heavy: torch, transformers
+            from .optimum.via_optimum import export_optimum  # heavy: torch, transformers
 
             export_optimum(checkpoint, stage, chosen, told, force=force)
         else:

@@ -20,11 +20,11 @@ from real_model import smollm2
 from tiny import TinyLlama
 
 import edgelm
-from edgelm.bundle import MANIFEST, open_bundle
+from edgelm.bundle.manifest import MANIFEST, open_bundle
 from edgelm.cli import main
 
 if TYPE_CHECKING:
-    from edgelm.worker import Worker
+    from edgelm.engine.worker import Worker
 
 # Machines are shared and slow at times, so nothing is timed; a failing example is printed, not stored.
 settings.register_profile("edgelm", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
@@ -187,8 +187,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 @pytest.fixture
 def start_worker(bundle: Path) -> Iterator[Callable[..., Worker]]:
     """Start a worker of a fresh engine; closed after the test."""
-    from edgelm.engine import Engine
-    from edgelm.worker import Worker
+    from edgelm.engine.engine import Engine
+    from edgelm.engine.worker import Worker
 
     workers: list[Worker] = []
 

@@ -16,9 +16,9 @@ from importlib import import_module
 from typing import Final, NoReturn
 
 from edgelm._version import __version__
-from edgelm.cli.suggest import meant
+from edgelm.cli.suggestion import meant
 from edgelm.errors import EdgelmError, UsageError
-from edgelm.terminal import shown_output
+from edgelm.system.terminal import shown_output
 
 COMMANDS: Final[dict[str, str]] = {
     "demo": "start a broker, serve the built-in model, ask it three things, stop",

@@ -21,10 +21,10 @@ from edgelm.cli.flags import (
     template_from,
 )
 from edgelm.cli.tables import cut_off
-from edgelm.config import check_name, default_board
 from edgelm.errors import EdgelmError, UsageError
-from edgelm.mqtt import asks, wire
-from edgelm.mqtt.asker import Asker, answer_to
+from edgelm.mqtt import answer_codec, request_codec
+from edgelm.mqtt.config import check_name, default_board
+from edgelm.mqtt.request_client import Asker, answer_to
 from edgelm.mqtt.topics import is_name
 
 TIMEOUT_S: Final = 120.0
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
                 print()  # the error stands on a line of its own
             raise
     if args.json:
-        print(wire.write_outcome(final).decode())
+        print(answer_codec.write_outcome(final).decode())
     elif args.prompt is not None and (final.error is None or final.completion.text):
         print("" if ask.stream else final.completion.text)
     told = None if args.json or final.error is not None else cut_off(final.completion)
@@ -104,10 +104,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def ask_of(prompt: str | None, **keys: object) -> asks.Ask:
+def ask_of(prompt: str | None, **keys: object) -> request_codec.Ask:
     """Return a request; raise `RequestError`, which names the key, where the board would refuse it."""
     asked = {} if prompt is None else {"prompt": prompt}
-    return asks.parse_ask(asks.Envelope(uuid.uuid4().hex[:16], None, None, {**asked, **keys}))
+    return request_codec.parse_ask(request_codec.Envelope(uuid.uuid4().hex[:16], None, None, {**asked, **keys}))
 
 
 def _own_name() -> str:

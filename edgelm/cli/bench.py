@@ -10,15 +10,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Final
 
-from edgelm.benchmark import Report, benchmark
-from edgelm.boardcache import BoardCache
-from edgelm.bundle import open_bundle
+from edgelm.bench.autotune import Trial, tune
+from edgelm.bench.benchmark import Report, benchmark
+from edgelm.bench.profiler import DECODE_STEPS, Profile, profile
+from edgelm.bundle.manifest import open_bundle
 from edgelm.cli.flags import add_cache_flag
 from edgelm.cli.profile_table import profile_table
 from edgelm.cli.progress import Progress
 from edgelm.errors import UsageError
-from edgelm.profiler import DECODE_STEPS, Profile, profile
-from edgelm.tuner import Trial, tune
+from edgelm.system.board_cache import BoardCache
 
 PROMPT_TOKENS: Final = 256
 NEW_TOKENS: Final = 128

@@ -7,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from edgelm.boardcache import LIMIT_MB, BoardCache, Entry
+from edgelm.system.board_cache import LIMIT_MB, BoardCache, Entry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import edgelm
-from edgelm.chat import check_messages
 from edgelm.cli.flags import (
     add_loading_flags,
     add_sampling_flags,
@@ -28,10 +27,11 @@ from edgelm.cli.flags import (
 from edgelm.cli.progress import Spinner
 from edgelm.cli.tables import cut_off, speed_text
 from edgelm.errors import EdgelmError, RequestError
-from edgelm.folders import user_folder
-from edgelm.messages import RANGES, Completion, SamplingParams
 from edgelm.model import Model
 from edgelm.sampling import warm_up
+from edgelm.system.user_folders import user_folder
+from edgelm.text.chat_template import check_messages
+from edgelm.types import RANGES, Completion, SamplingParams
 
 SAMPLING: Final[dict[str, Any]] = {"temperature": 0.3, "top_p": 0.9, "repetition_penalty": 1.1}
 """How a chat samples where the checkpoint gave no defaults: without chance small models go round in circles."""

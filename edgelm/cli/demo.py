@@ -8,16 +8,16 @@ import sys
 from contextlib import ExitStack
 from typing import Final
 
-from edgelm.brokerconfig import BrokerConfig, BrokerUrl
-from edgelm.bundle import Bundle, open_bundle
+from edgelm.bundle.manifest import Bundle, open_bundle
 from edgelm.cli.ask import ask_of
-from edgelm.config import ServeConfig
 from edgelm.errors import EdgelmError
-from edgelm.mqtt.asker import Asker, answer_to
+from edgelm.mqtt.answer_codec import Outcome
 from edgelm.mqtt.board import serve_in_background
-from edgelm.mqtt.brokers import EmbeddedBroker, start_any
+from edgelm.mqtt.broker_url import BrokerConfig, BrokerUrl
+from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.local_broker import EmbeddedBroker, start_any
+from edgelm.mqtt.request_client import Asker, answer_to
 from edgelm.mqtt.topics import BoardTopics
-from edgelm.mqtt.wire import Outcome
 
 BOARD: Final = "demo"
 COMMANDS: Final = (

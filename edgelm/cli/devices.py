@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    profiles = reach("edgelm_devices.profile", "edgelm devices").load_profiles().values()
+    profiles = reach("edgelm_devices.board_profile", "edgelm devices").load_profiles().values()
     if args.json:
         print(json.dumps({"boards": [profile.to_dict() for profile in profiles]}))
         return 0
@@ -69,7 +69,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _detect(args: argparse.Namespace) -> int:
-    board = reach("edgelm_devices.board", "edgelm devices").detect()
+    board = reach("edgelm_devices.detect", "edgelm devices").detect()
     if args.json:
         print(json.dumps(board.to_dict()))
         return 0
@@ -108,7 +108,7 @@ def _smoke(args: argparse.Namespace) -> int:
 
 def _emulate(args: argparse.Namespace) -> int:
     module = reach("edgelm_devices.emulate", "edgelm devices emulate")
-    profile = reach("edgelm_devices.profile", "edgelm devices").load_profile(args.board)
+    profile = reach("edgelm_devices.board_profile", "edgelm devices").load_profile(args.board)
     result = module.emulate(
         profile,
         args.bundle,

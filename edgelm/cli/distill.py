@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--loss kl needs --teacher")
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"--threads {args.threads} must be at least 1")
-    pipeline = reach("edgelm_export.distill.pipeline", "edgelm distill")
+    pipeline = reach("edgelm_export.distill.distill", "edgelm distill")
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     for name in WHOLE_NUMBERS:
         if given.get(name, 1) < 1:

@@ -14,10 +14,10 @@ from edgelm.cli.flags import add_loading_flags, loading_from
 from edgelm.cli.progress import Progress
 from edgelm.cli.tables import quality_table
 from edgelm.errors import EdgelmError, UsageError
-from edgelm.evaluation import evaluate_text
+from edgelm.evaluation.evaluate import evaluate_text
+from edgelm.evaluation.tasks import read_tasks, score_tasks
 from edgelm.model import Model
-from edgelm.tasks import read_tasks, score_tasks
-from edgelm.textfile import split_documents
+from edgelm.text.documents import split_documents
 
 TASK_TOKENS = 256
 """Longest answer to a task."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from edgelm.bundle import Bundle, Matrix
+from edgelm.bundle.manifest import Bundle, Matrix
 from edgelm.cli.extras import reach
 from edgelm.cli.progress import Progress
 from edgelm.cli.tables import outline_table, prefix_text, quality_table, self_check_text

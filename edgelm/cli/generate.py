@@ -21,8 +21,8 @@ from edgelm.cli.flags import (
 from edgelm.cli.progress import Spinner
 from edgelm.cli.tables import cut_off
 from edgelm.errors import UsageError
-from edgelm.messages import Completion
 from edgelm.model import Model
+from edgelm.types import Completion
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

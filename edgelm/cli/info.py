@@ -7,9 +7,9 @@ import dataclasses
 import json
 from typing import Any
 
-from edgelm.bundle import Bundle, Manifest, open_bundle
+from edgelm.bundle.manifest import Bundle, Manifest, open_bundle
 from edgelm.cli.tables import prefix_text, quality_table, self_check_text
-from edgelm.memory import PREFIX_CACHE_MB, MemoryPlan, plan_memory
+from edgelm.runtime.memory_plan import PREFIX_CACHE_MB, MemoryPlan, plan_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,9 +6,9 @@ import argparse
 import json
 from typing import Any
 
-from edgelm.bundle import open_bundle
+from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.store import BUILTIN, Store
 from edgelm.errors import BundleError
-from edgelm.store import BUILTIN, Store
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import json
 
-from edgelm.catalogue import Known, catalogue
-from edgelm.hardware import memory_of_this_machine
-from edgelm.store import Store
+from edgelm.bundle.catalogue import Known, catalogue
+from edgelm.bundle.store import Store
+from edgelm.system.sensors import memory_of_this_machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 
-from edgelm.bundle import Bundle, open_bundle
+from edgelm.bundle.manifest import Bundle, open_bundle
+from edgelm.bundle.store import BUILTIN
 from edgelm.cli.tables import prefix_text
 from edgelm.errors import EdgelmError, UsageError
-from edgelm.static_tokens import opening_tokens, read_opening
-from edgelm.store import BUILTIN
-from edgelm.tokenizer import Tokenizer
+from edgelm.text.static_prompt import opening_tokens, read_opening
+from edgelm.text.tokenizer import Tokenizer
 
 EPILOG = """\
 examples:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _added(path: str, file: str, threads: int | None) -> Bundle:
-    from edgelm.static_prefix import add_prefix, open_bare
+    from edgelm.runtime.prefix_file import add_prefix, open_bare
 
     opening = read_opening(file)
     bundle = open_bare(path)
@@ -60,6 +60,6 @@ def _added(path: str, file: str, threads: int | None) -> Bundle:
 
 
 def _removed(path: str) -> Bundle:
-    from edgelm.static_prefix import remove_prefix
+    from edgelm.runtime.prefix_file import remove_prefix
 
     return remove_prefix(open_bundle(path, verify=False))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Final
 
-from edgelm.profile import Operator, Part, alike
-from edgelm.profiler import Phase, Profile
+from edgelm.bench.profiler import Phase, Profile
+from edgelm.bench.trace import Operator, Part, alike
 
 LEAST_SHARE: Final = 0.005
 """Operators below this share of the nodes' time stand on one line."""

@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import Final
 
-from edgelm.terminal import plain, shown_on_a_line
+from edgelm.system.terminal import plain, shown_on_a_line
 
 DELAY_S: Final = 2.0
 EVERY_S: Final = 0.1

@@ -12,17 +12,17 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from edgelm.bundle import MANIFEST, Bundle, open_bundle
-from edgelm.catalogue import Form, Known, catalogue
-from edgelm.catalogue import check_name as check_model_name
+from edgelm.bundle.catalogue import Form, Known, catalogue
+from edgelm.bundle.catalogue import check_name as check_model_name
+from edgelm.bundle.manifest import MANIFEST, Bundle, open_bundle
+from edgelm.bundle.store import BUILTIN, Origin, Store
 from edgelm.cli.export import interrupt
 from edgelm.cli.extras import reach
 from edgelm.cli.progress import Progress
-from edgelm.cli.suggest import meant
+from edgelm.cli.suggestion import meant
 from edgelm.cli.tables import self_check_text
 from edgelm.errors import BundleError, EdgelmError, UsageError
-from edgelm.hardware import memory_of_this_machine
-from edgelm.store import BUILTIN, Origin, Store
+from edgelm.system.sensors import memory_of_this_machine
 
 EPILOG: Final = """\
 examples:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from edgelm.boardcache import BoardCache
+from edgelm.bundle.store import BUILTIN, Store
 from edgelm.errors import EdgelmError
-from edgelm.store import BUILTIN, Store
+from edgelm.system.board_cache import BoardCache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

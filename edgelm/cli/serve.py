@@ -12,11 +12,11 @@ from contextlib import ExitStack
 from typing import Any, Final
 
 from edgelm.cli.flags import add_credential_flags, add_loading_flags
-from edgelm.config import SETTINGS, load_config
 from edgelm.mqtt.board import open_board
-from edgelm.mqtt.brokers import EmbeddedBroker
-from edgelm.mqtt.loglimit import LineLimit
-from edgelm.terminal import shown, shown_on_a_line
+from edgelm.mqtt.config import SETTINGS, load_config
+from edgelm.mqtt.local_broker import EmbeddedBroker
+from edgelm.mqtt.log_limit import LineLimit
+from edgelm.system.terminal import shown, shown_on_a_line
 
 DEFAULT_URL: Final = SETTINGS["mqtt"].default
 SWITCH_S: Final = 0.0005

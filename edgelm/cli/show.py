@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 import json
 
-from edgelm.bundle import open_bundle
-from edgelm.catalogue import Known, catalogue
+from edgelm.bundle.catalogue import Known, catalogue
+from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.store import BUILTIN, Store, missing, resolve
 from edgelm.cli.info import derived, rows
 from edgelm.cli.models import parameters
-from edgelm.store import BUILTIN, Store, missing, resolve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

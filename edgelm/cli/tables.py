@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any, Final
 
-from edgelm.bundle import Bundle, Matrix
-from edgelm.messages import Completion
+from edgelm.bundle.manifest import Bundle, Matrix
+from edgelm.types import Completion
 
 SHOWN: Final = 60
 """Characters of a static prefix that are shown."""
@@ -72,7 +72,7 @@ def prefix_text(bundle: Bundle) -> str | None:
     prefix = bundle.manifest.prefix
     if prefix is None:
         return None
-    from edgelm.tokenizer import Tokenizer
+    from edgelm.text.tokenizer import Tokenizer
 
     said = " ".join(Tokenizer.of_bundle(bundle).decode(prefix.tokens).split())
     size = bundle.manifest.files[prefix.file].bytes

@@ -8,17 +8,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from edgelm.boardcache import BoardCache
-from edgelm.bundle import Bundle
-from edgelm.config import ServeConfig
-from edgelm.engine import Engine
+from edgelm.bundle.manifest import Bundle
+from edgelm.bundle.store import BUILTIN
+from edgelm.engine.engine import Engine
+from edgelm.engine.worker import Worker
 from edgelm.errors import EdgelmError
-from edgelm.mqtt.desk import ServedModel
+from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.request_handler import ServedModel
 from edgelm.mqtt.service import Service
+from edgelm.runtime.prepack import open_verified
 from edgelm.sampling import ensure_compiled, warm_up
-from edgelm.store import BUILTIN
-from edgelm.weights import open_verified
-from edgelm.worker import Worker
+from edgelm.system.board_cache import BoardCache
 
 START_WITHIN_S: Final = 60.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from edgelm.hardware import read_temperature, read_throttling
+from edgelm.system.sensors import read_temperature, read_throttling
 
 
 def rss_mb() -> float | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from typing import Final
 
-from edgelm.mqtt.rates import Bucket
-from edgelm.mqtt.wire import Packet
-from edgelm.turns import FairQueue
+from edgelm.engine.fairness import FairQueue
+from edgelm.mqtt.answer_codec import Packet
+from edgelm.mqtt.rate_limit import Bucket
 
 RATE: Final = 20.0
 """Refusals a second to one client."""

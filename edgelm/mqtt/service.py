@@ -17,18 +17,18 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from edgelm._version import __version__
-from edgelm.config import ServeConfig
-from edgelm.conversations import MOST_SESSIONS
+from edgelm.engine.fairness import FairQueue
+from edgelm.engine.sessions import MOST_SESSIONS
 from edgelm.errors import EdgelmError, RequestError
-from edgelm.mqtt import events, health, wire
-from edgelm.mqtt.answers import Finished, Grown
-from edgelm.mqtt.client import Connection
-from edgelm.mqtt.clientid import client_id
-from edgelm.mqtt.desk import MOST_UNSENT, Desk, ServedModel
-from edgelm.mqtt.gate import Gate
+from edgelm.mqtt import answer_codec, events, health
+from edgelm.mqtt.answer import Finished, Grown
+from edgelm.mqtt.client_id import client_id
+from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.connection import Connection
+from edgelm.mqtt.message_filter import Gate
 from edgelm.mqtt.outbox import Outbox
+from edgelm.mqtt.request_handler import MOST_UNSENT, Desk, ServedModel
 from edgelm.mqtt.topics import BoardTopics
-from edgelm.turns import FairQueue
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Service:
         self._arrived: FairQueue[events.Received] = FairQueue()
         """Messages that wait, in turns between clients, behind all events."""
         self._arrived_lock = threading.Lock()
-        limit = 4 * wire.MAX_PAYLOAD_BYTES
+        limit = 4 * answer_codec.MAX_PAYLOAD_BYTES
         self._gate = Gate(self._topics, config.client_rate, config.client_burst, limit, time.monotonic)
         broker = config.broker
         self._url = broker.url
@@ -114,7 +114,7 @@ class Service:
             self._events.put,
             self._gate.count_dropped,
         )
-        self._introduction: tuple[wire.Packet, ...] = ()
+        self._introduction: tuple[answer_codec.Packet, ...] = ()
         """What is retained of this board, as it was said last."""
         self._is_overwritten = self._said_overwritten = False
         self._put_right_at = float("-inf")
@@ -284,7 +284,7 @@ class Service:
 
     def _introduce(self) -> None:
         """Say what this board is, then that it is there."""
-        info = wire.Packet(self._topics.info, wire.write_json(self._info()), qos=1, retain=True)
+        info = answer_codec.Packet(self._topics.info, answer_codec.write_json(self._info()), qos=1, retain=True)
         self._introduction = (info, self._status("online"))
         for packet in self._introduction:
             self._outbox.send(packet)
@@ -356,13 +356,13 @@ class Service:
 
     # -- what the board says of itself ---------------------------------------------------------------------------
 
-    def _status(self, word: str) -> wire.Packet:
-        properties = wire.Properties(is_text=True, user=(("boot_id", self._boot_id),))
-        return wire.Packet(self._topics.status, word.encode(), qos=1, retain=True, properties=properties)
+    def _status(self, word: str) -> answer_codec.Packet:
+        properties = answer_codec.Properties(is_text=True, user=(("boot_id", self._boot_id),))
+        return answer_codec.Packet(self._topics.status, word.encode(), qos=1, retain=True, properties=properties)
 
     def _info(self) -> dict[str, Any]:
         return {
-            "protocol": wire.PROTOCOL,
+            "protocol": answer_codec.PROTOCOL,
             "version": __version__,
             "board": self._config.board,
             "boot_id": self._boot_id,
@@ -370,7 +370,7 @@ class Service:
             "mqtt": self._protocol,
             "models": [{"name": model.name, "digest": model.digest, **model.details} for model in self._models],
             "limits": {
-                "payload_bytes": wire.MAX_PAYLOAD_BYTES,
+                "payload_bytes": answer_codec.MAX_PAYLOAD_BYTES,
                 "queue": self._config.queue,
                 "max_batch": self._config.max_batch,
                 "timeout_s": self._config.max_timeout_s,
@@ -398,4 +398,4 @@ class Service:
             "temp_c": health.temp_c(),
             "throttled": health.is_throttled(),
         }
-        self._connection.tell(wire.Packet(self._topics.state, wire.write_json(body), retain=True))
+        self._connection.tell(answer_codec.Packet(self._topics.state, answer_codec.write_json(body), retain=True))

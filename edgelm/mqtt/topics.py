@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from edgelm.config import NAME, RESERVED_NAMES
 from edgelm.errors import RequestError
+from edgelm.mqtt.config import NAME, RESERVED_NAMES
 
 BASE: Final = "edgelm"
 MAX_REPLY_BYTES: Final = 256

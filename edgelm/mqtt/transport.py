@@ -9,11 +9,11 @@ from typing import Any, Final
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
-from edgelm.brokerconfig import BrokerConfig
 from edgelm.errors import EdgelmError
-from edgelm.mqtt.greeting import Version
+from edgelm.mqtt.answer_codec import Packet
+from edgelm.mqtt.broker_url import BrokerConfig
 from edgelm.mqtt.properties import will_properties
-from edgelm.mqtt.wire import Packet
+from edgelm.mqtt.version_negotiation import Version
 
 CONNECT_TIMEOUT_S: Final = 5.0
 RECONNECT_S: Final = (1, 30)

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from edgelm.boardcache import BoardCache
 from edgelm.sampling.importing import import_numba
+from edgelm.system.board_cache import BoardCache
 
 _numba = import_numba()
 config, njit = _numba.config, _numba.njit

@@ -16,9 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from edgelm.boardcache import BoardCache
-from edgelm.child import python_command
 from edgelm.sampling.sampler import warm_up
+from edgelm.system.board_cache import BoardCache
+from edgelm.system.isolated_python import python_command
 
 LOG: Final = logging.getLogger(__name__)
 

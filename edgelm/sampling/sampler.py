@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from edgelm.errors import RequestError
-from edgelm.messages import SamplingParams, TokenLogprob
+from edgelm.types import SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -152,13 +152,13 @@ def needs_kernels(params: SamplingParams) -> bool:
 
 def is_loaded() -> bool:
     """Whether the kernels are in this process, so that a request which needs them does not wait."""
-    return all(f"edgelm.sampling.{name}" in sys.modules for name in ("kernels", "penalties"))
+    return all(f"edgelm.sampling.{name}" in sys.modules for name in ("penalties", "sampler_kernels"))
 
 
 def _kernels() -> tuple[ModuleType, ModuleType]:
-    from edgelm.sampling import kernels, penalties  # these import numba
+    from edgelm.sampling import penalties, sampler_kernels  # these import numba
 
-    return penalties, kernels
+    return penalties, sampler_kernels
 
 
 def _pick_greedy(logits: NDArray[np.float32], mask: NDArray[np.uint32] | None) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from edgelm.bundle import MOST_HEAD_SIZE, MOST_HEADS, MOST_LAYERS
+from edgelm.bundle.manifest import MOST_HEAD_SIZE, MOST_HEADS, MOST_LAYERS
 from edgelm.errors import CheckpointError
 
-from ..decoder import Decoder, Layer, Names
-from ..rope import Rope
+from .decoder import Decoder, Layer, Names
 from .fields import FULL, MOST_POSITIONS, SLIDING, activation, flag, layer_list, positive_int, positive_number
 from .positions import partial_rotary_factor, read_rope
+from .rope import Rope
 
 
 class Family(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from edgelm.errors import CheckpointError
 
-from ..decoder import Activation
+from .decoder import Activation
 
 ACTIVATIONS: Final[dict[str, Activation]] = {
     "silu": "silu",

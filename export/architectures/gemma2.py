@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..decoder import Decoder, Layer, Names
 from .common import Family, Shape, read_decoder, read_shape, rope_of, sliding_layers, windows
+from .decoder import Decoder, Layer, Names
 from .fields import activation, flag, optional_number, positive_number, refuse_unless
 
 NAMES: Final = Names(

@@ -7,12 +7,12 @@ from typing import Any, Final
 
 from edgelm.errors import CheckpointError
 
-from ..decoder import Decoder, Layer
-from ..rope import Rope
 from .common import Family, Shape, read_shape, sliding_layers, windows
+from .decoder import Decoder, Layer
 from .fields import FULL, SLIDING, positive_int, positive_number, refuse_unless
 from .gemma2 import NAMES, gemma
 from .positions import partial_rotary_factor, read_rope, rope_options
+from .rope import Rope
 
 GLOBAL_THETA: Final = 1_000_000.0
 LOCAL_THETA: Final = 10_000.0

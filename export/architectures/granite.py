@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..decoder import Decoder, Names
 from .common import Family, read_decoder
+from .decoder import Decoder, Names
 from .fields import flag, positive_number
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..decoder import Decoder, Names
 from .common import Family, check_no_window, read_decoder, read_shape
+from .decoder import Decoder, Names
 from .fields import flag
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..decoder import Decoder, Layer, Names
 from .common import Family, read_decoder, read_shape, rope_of, windows
+from .decoder import Decoder, Layer, Names
 from .fields import FULL, refuse_unless
 
 WINDOW: Final = 4096

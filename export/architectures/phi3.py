@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..decoder import Decoder, Layer, Names
 from .common import Family, read_decoder, read_shape, windows
+from .decoder import Decoder, Layer, Names
 from .fields import MOST_POSITIONS, positive_int
 from .positions import read_rope, rope_options
 

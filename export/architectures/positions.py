@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from edgelm.errors import CheckpointError
 
-from ..rope import KINDS, Rope, longrope_attention_factor, yarn_attention_factor
 from .fields import MOST_POSITIONS, flag, optional_number, positive_int, positive_number
+from .rope import KINDS, Rope, longrope_attention_factor, yarn_attention_factor
 
 KNOWN: Final[dict[str, frozenset[str]]] = {
     "default": frozenset(),

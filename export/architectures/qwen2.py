@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..decoder import Decoder, Layer, Names
 from .common import Family, optional_windows, read_decoder, read_shape, rope_of
+from .decoder import Decoder, Layer, Names
 
 
 def decoder(config: Mapping[str, Any]) -> Decoder:

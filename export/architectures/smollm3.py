@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from edgelm.errors import CheckpointError
 
-from ..decoder import Decoder, Layer, Names
 from .common import Family, read_decoder, read_shape, rope_of, sliding_layers, windows
+from .decoder import Decoder, Layer, Names
 from .fields import flag, layer_list, positive_int
 
 THETA: Final = 2_000_000.0

@@ -22,9 +22,9 @@ from edgelm.errors import CheckpointError
 from .checkpoint import Checkpoint
 from .hub import HUB_ID, download
 from .multimodal import text_half
-from .quantized import dequantized
+from .published_quantization import dequantized
 from .reading import read_json, read_text, refuse_stand_in
-from .tokenizer import as_its_class, with_special_tokens
+from .tokenizer_files import as_its_class, with_special_tokens
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"

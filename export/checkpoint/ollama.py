@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from edgelm.errors import CheckpointError
-from edgelm.folders import home
+from edgelm.system.user_folders import home
 
 from .checkpoint import Checkpoint
 from .gguf import open_gguf

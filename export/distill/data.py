@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import DataError
-from edgelm.tasks import Task
+from edgelm.evaluation.tasks import Task
 
 IGNORED: Final = -100
 """The label of a position that is not learned: prompts and padding."""

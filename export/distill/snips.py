@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelm.errors import DataError
-from edgelm.tasks import Task
+from edgelm.evaluation.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from edgelm.errors import CheckpointError
 
-from ..transformers_config import SAFELY, plain_config
+from ..checkpoint.transformers_config import SAFELY, plain_config
 from .shape import Shape
 
 

@@ -13,11 +13,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.bundle import Matrix
+from edgelm.bundle.manifest import Matrix
 
+from ..checkpoint.matrix_reader import Rows
 from ..quantize.pack import Packed
 from ..quantize.spec import Spec
-from ..rows import Rows
 from .initializers import Initializers
 from .nodes import MICROSOFT, Nodes
 

@@ -3,7 +3,7 @@
 `prune` chooses the tokens and rewrites tokenizer.json; `KeptRows` reads the rows of the weights that belong to them.
 """
 
+from .kept_rows import KeptRows
 from .pruning import PrunedVocabulary, prune
-from .rows import KeptRows
 
 __all__ = ["KeptRows", "PrunedVocabulary", "prune"]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from edgelm.errors import CheckpointError, DataError, EdgelmError
 
-from .document import Document, read
+from .tokenizer_json import Document, read
 
 MIN_TOKENS: Final = 100
 """Fewer tokens of text say nothing of a domain."""

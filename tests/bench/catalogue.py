@@ -15,10 +15,10 @@ from pathlib import Path
 
 from edgelm_export.architectures import find_family
 
-from edgelm.catalogue import FILE, Form, Known, catalogue
-from edgelm.memory import PREFIX_CACHE_MB, PROGRAM_BYTES
+from edgelm.bundle.catalogue import FILE, Form, Known, catalogue
+from edgelm.runtime.memory_plan import PREFIX_CACHE_MB, PROGRAM_BYTES
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from published import CATALOGUE, PUBLISHED
 
 TOKENS = 2048

@@ -19,17 +19,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from edgelm_export.distill.builtin import BUILTIN
+from edgelm_export.distill.builtin_recipe import BUILTIN
 from edgelm_export.distill.data import encode_tasks
-from edgelm_export.distill.evaluate import evaluate
-from edgelm_export.distill.pipeline import open_tokenizer
+from edgelm_export.distill.distill import open_tokenizer
+from edgelm_export.distill.score_student import evaluate
 from edgelm_export.distill.shape import parse_shape
 from edgelm_export.distill.snips import read_utterances
 from edgelm_export.distill.student import inherit_layers, make_student, open_model
 from edgelm_export.distill.teacher import ask_teacher
 from edgelm_export.distill.trainer import Trainer
 
-from edgelm.tasks import TaskScore
+from edgelm.evaluation.tasks import TaskScore
 
 FIGURES = ("exact", "frame", "intent", "slot_f1")
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import edgelm
-from edgelm.bundle import MANIFEST, open_bundle
-from edgelm.static_prefix import add_prefix
+from edgelm.bundle.manifest import MANIFEST, open_bundle
+from edgelm.runtime.prefix_file import add_prefix
 from tests.bench.reuse import KNOWN, NEW, spread
 
 

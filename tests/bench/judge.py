@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.divergence import Agreement, Divergence
+from edgelm.runtime.divergence import Agreement, Divergence
 
 CHUNK: Final = 1 << 22
 """Logits judged at a time."""

@@ -21,15 +21,15 @@ from itertools import accumulate
 from pathlib import Path
 
 import edgelm.mqtt.board
-from edgelm.brokerconfig import BrokerConfig, BrokerUrl
 from edgelm.cli import main
-from edgelm.engine import Engine
-from edgelm.messages import Chunk
-from edgelm.mqtt.answers import Answer
-from edgelm.mqtt.asker import Asker
-from edgelm.mqtt.asks import Ask
-from edgelm.mqtt.brokers import Mosquitto, find_mosquitto
-from edgelm.mqtt.wire import Delta
+from edgelm.engine.engine import Engine
+from edgelm.mqtt.answer import Answer
+from edgelm.mqtt.answer_codec import Delta
+from edgelm.mqtt.broker_url import BrokerConfig, BrokerUrl
+from edgelm.mqtt.local_broker import Mosquitto, find_mosquitto
+from edgelm.mqtt.request_client import Asker
+from edgelm.mqtt.request_codec import Ask
+from edgelm.types import Chunk
 
 PACE_S = 0.01
 TOKENS = 100

@@ -18,11 +18,11 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from edgelm.bundle import file_sha256
-from edgelm.child import python_command
-from edgelm.native.formats import Format
-from edgelm.native.graph import DATA, GRAPH, write_panels
-from edgelm.native.registration import Operators
+from edgelm.bundle.manifest import file_sha256
+from edgelm.kernels.custom_ops import Operators
+from edgelm.kernels.formats import Format
+from edgelm.kernels.rewrite.rewrite_graph import DATA, GRAPH, write_panels
+from edgelm.system.isolated_python import python_command
 
 SHAPES = ((896, 9728), (4864, 896), (576, 3072), (576, 576))
 """K x N of the 0.5B and of the 135M shape."""
@@ -59,7 +59,7 @@ def measure(side: str, form: Format, size: int, columns: int, rows: int, threads
         if side == "ours":
             formats = write_panels(model, folder / "none", folder)
             library = folder / "kernels.so"
-            command = python_command("edgelm.native.compile", "main", str(library), f"{form.bits}:{form.block}")
+            command = python_command("edgelm.kernels.compile", "main", str(library), f"{form.bits}:{form.block}")
             subprocess.run(command, check=True)
             Operators(library, formats, folder / DATA, file_sha256(library)).register(options)
             model = str(folder / GRAPH)

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 import edgelm
-from edgelm.bundle import Bundle
-from edgelm.memory import PREFILL_CHUNK
+from edgelm.bundle.manifest import Bundle
 from edgelm.model import Model
-from edgelm.textfile import split_documents
+from edgelm.runtime.memory_plan import PREFILL_CHUNK
+from edgelm.text.documents import split_documents
 from tests.bench.judge import Corpus, Logits, judge
 
 CALIBRATE: Final = "--calibrate"

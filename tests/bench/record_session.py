@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from fcntl import ioctl
 from pathlib import Path
 
-from edgelm.mqtt.brokers import start_any
+from edgelm.mqtt.local_broker import start_any
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "examples" / "first-evening.svg"

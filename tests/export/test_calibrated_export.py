@@ -11,9 +11,9 @@ from folders import contents
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import edgelm_export
-from edgelm_export.opened import open_model
-from edgelm_export.reference.layers import Layers
-from edgelm_export.reference.sampled import sampled_documents
+from edgelm_export.calibration.layers import Layers
+from edgelm_export.self_generated import sampled_documents
+from edgelm_export.source_model import open_model
 from tiny import TEXT
 
 import edgelm

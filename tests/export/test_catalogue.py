@@ -8,7 +8,7 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 from published import CATALOGUE, PUBLISHED
 
-from edgelm.catalogue import catalogue
+from edgelm.bundle.catalogue import catalogue
 from tests.bench.catalogue import sized
 
 

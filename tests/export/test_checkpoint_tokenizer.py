@@ -11,14 +11,13 @@ import tokenizers
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import edgelm_export
-from edgelm_export import metadata
-from edgelm_export.checkpoint import open_checkpoint
+from edgelm_export.checkpoint import metadata, open_checkpoint
 from tiny import TinyLlama, tokenizer_json, write_json
 
 import edgelm
-from edgelm.bundle import open_bundle
+from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import CheckpointError
-from edgelm.tokenizer import Tokenizer
+from edgelm.text.tokenizer import Tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -13,15 +13,15 @@ pytest.importorskip("torch", reason="pip install 'edgelm[distill]'")
 pytest.importorskip("transformers", reason="pip install 'edgelm[distill]'")
 
 import transformers
-from edgelm_export.distill import builtin, pipeline
-from edgelm_export.distill.pipeline import LEAST_HELD_OUT, MOST_HELD_OUT, hold_out
+from edgelm_export.distill import builtin_recipe, distill
+from edgelm_export.distill.distill import LEAST_HELD_OUT, MOST_HELD_OUT, hold_out
 from edgelm_export.distill.settings import BATCH_TOKENS, EPOCHS, LEAST_STEPS, fitted
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelm.cli import main
 from edgelm.errors import ConfigError
-from edgelm.tasks import Task
+from edgelm.evaluation.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -154,7 +154,9 @@ def utterances(tmp_path_factory):
 def test_the_recipe_makes_a_model_that_spells_json_in_few_tokens(tmp_path, utterances, capsys):
     out = tmp_path / "builtin"
     command = ["--data", str(utterances), "--dev", str(utterances), "--out", str(out), "--threads", "1"]
-    assert builtin.main([*command, "--shape", "hidden=64,layers=2,heads=2,kv-heads=1,mlp=64", "--epochs", "2"]) == 0
+    assert (
+        builtin_recipe.main([*command, "--shape", "hidden=64,layers=2,heads=2,kv-heads=1,mlp=64", "--epochs", "2"]) == 0
+    )
     dev = json.loads(capsys.readouterr().out)["dev"]
     assert dev["n"] == 60
     assert all(0 <= dev[name] <= 1 for name in ("exact", "frame", "intent", "slot_f1"))
@@ -163,7 +165,7 @@ def test_the_recipe_makes_a_model_that_spells_json_in_few_tokens(tmp_path, utter
     spelled = tokenizer.encode(answer, add_special_tokens=False)
     assert tokenizer.decode(spelled, skip_special_tokens=True) == answer
     assert len(spelled) < 3 + len("Ella") + 1  # opening, name, end: one token each
-    assert builtin.main([*command]) == 1
+    assert builtin_recipe.main([*command]) == 1
     assert "exists" in capsys.readouterr().err
 
 
@@ -244,9 +246,9 @@ def test_threads_are_measured(tmp_path, sentences, monkeypatch):
     """A machine on which two threads are slower than one, and four slower still."""
     seconds = {1: 2.0, 2: 1.0, 4: 5.0, 8: 0.1}
     chosen = [8]
-    monkeypatch.setattr(pipeline.torch, "get_num_threads", lambda: chosen[-1])
-    monkeypatch.setattr(pipeline.torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(pipeline, "_step_seconds", lambda *_: seconds[chosen[-1]])
+    monkeypatch.setattr(distill.torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(distill.torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(distill, "_step_seconds", lambda *_: seconds[chosen[-1]])
     out = tmp_path / "out"
     assert main(["distill", "--student", SHAPE, "--data", str(sentences), "--out", str(out), *QUICK[:-2]]) == 0
     assert chosen == [8, 1, 2, 4, 2]

@@ -11,12 +11,12 @@ from edgelm_export.distill.augment import Augmenter, Noise
 from edgelm_export.distill.data import IGNORED, PADDING, Encoded, collate, encode_tasks, make_batches, pack
 from edgelm_export.distill.shape import Shape, parse_shape
 from edgelm_export.distill.snips import Utterance, answer_pieces, read_utterances
-from edgelm_export.distill.tokenizer import ANSWER, BOS, EOS, train_tokenizer
+from edgelm_export.distill.student_tokenizer import ANSWER, BOS, EOS, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgelm.errors import ConfigError, DataError
-from edgelm.tasks import Task, read_tasks, score_tasks
+from edgelm.evaluation.tasks import Task, read_tasks, score_tasks
 
 SENTENCES = ["play some jazz by Miles Davis", "what is the weather in Paris", "rate this book 5 of 6", 'a "quote"']
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from edgelm_devices import rootfs
+from edgelm_devices.board_profile import PROFILES, load_profile
 from edgelm_devices.emulate import default_cache, emulate
-from edgelm_devices.profile import PROFILES, load_profile
 
 import edgelm
 from edgelm.cli import main

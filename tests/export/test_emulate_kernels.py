@@ -8,17 +8,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from edgelm_devices.board_profile import load_profile
 from edgelm_devices.emulate import default_cache, lay_over
-from edgelm_devices.profile import load_profile
 from edgelm_devices.rootfs import prepare_rootfs, rootfs_folder
 
 import edgelm
 from edgelm.errors import DeviceError
-from edgelm.native.compile import compile_kernels
-from edgelm.native.formats import FORMATS
-from edgelm.native.targets import TARGETS
+from edgelm.kernels.compile import compile_kernels
+from edgelm.kernels.formats import FORMATS
+from edgelm.kernels.ir.targets import TARGETS
 
-TESTS = Path(__file__).parents[1]
+HELPERS = Path(__file__).parents[1] / "support"
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -27,9 +27,9 @@ import naive_kernels as naive
 from attention_cases import Case, checked
 from naive_kernel_attention import Shape
 from native_nodes import look_up, matrix, product, run
-from edgelm.bundle import file_sha256
-from edgelm.native.formats import FORMATS
-from edgelm.native.registration import Operators
+from edgelm.bundle.manifest import file_sha256
+from edgelm.kernels.formats import FORMATS
+from edgelm.kernels.custom_ops import Operators
 
 library = Path(sys.argv[1])
 rng = np.random.default_rng(0)
@@ -90,7 +90,7 @@ def test_kernels_are_right_on_an_emulated_pi5(emulated_root, tmp_path):
     library = tmp_path / "kernels.so"
     library.write_bytes(compile_kernels(target, FORMATS, profile.emulation.qemu_cpu))
     lay_over(tmp_path / "root", rootfs.root, profile, profile.cpu, profile.emulation)
-    packages = [Path(edgelm.__file__).parents[1], TESTS, rootfs.site]
+    packages = [Path(edgelm.__file__).parents[1], HELPERS, rootfs.site]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment = {
         "QEMU_CPU": profile.emulation.qemu_cpu,

@@ -17,7 +17,7 @@ import onnx
 from tiny import TinyLlama, save_tensors, write_json
 
 import edgelm
-from edgelm.bundle import open_bundle
+from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import EdgelmError
 
 

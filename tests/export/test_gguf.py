@@ -11,20 +11,20 @@ import edgelm_export
 import gguf
 import numpy as np
 import pytest
+from edgelm_export.architectures.weights import Weights
 from edgelm_export.checkpoint import GgufTensors, open_checkpoint
 from edgelm_export.checkpoint import gguf as reading
 from edgelm_export.checkpoint.gguf_config import _share
 from edgelm_export.checkpoint.gguf_file import TYPES, GgufFile
-from edgelm_export.keeping import kept_matrix
-from edgelm_export.opened import open_model
+from edgelm_export.quantize.keep import kept_matrix
 from edgelm_export.quantize.pack import dequantize
-from edgelm_export.weights import Weights
+from edgelm_export.source_model import open_model
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import converted, interleaved, write_gguf
 from tiny import CHAT_TEMPLATE, TinyLlama, tokenizer_json
 
 import edgelm
-from edgelm.bundle import open_bundle
+from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import CheckpointError, EdgelmError
 
 SHAPE = TinyLlama(vocab=331, hidden=256, layers=2, heads=4, kv_heads=2, mlp=512)
@@ -280,7 +280,7 @@ def test_a_pruned_vocabulary_keeps_the_rows_blocks(tmp_path):
     edgelm_export.export(file, tmp_path / "out", quant="keep", vocab=text, vocab_size=300)
     kept = json.loads((tmp_path / "out" / "vocabulary.json").read_text())
     model = open_model(file)
-    small = edgelm_export.opened.with_rows(model, np.array(kept))
+    small = edgelm_export.source_model.with_rows(model, np.array(kept))
     found = dequantize(kept_matrix(small.weights, "embedding"))
     assert np.array_equal(found, model.weights.embedding().whole()[kept])
 

@@ -11,15 +11,15 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import edgelm_export
 import onnx
-from edgelm_export.graph.cache import OLDEST_RUNTIME
-from edgelm_export.opened import open_model
-from edgelm_export.reference.documents import calibration_documents
+from edgelm_export.calibration.documents import calibration_documents
+from edgelm_export.int8_kv.int8_cache_graph import OLDEST_RUNTIME
+from edgelm_export.source_model import open_model
 from onnx import numpy_helper
 from tiny import TEXT
 
 from edgelm.errors import EdgelmError
-from edgelm.graphs import RUNTIME
-from edgelm.session import open_session
+from edgelm.runtime.ort import RUNTIME
+from edgelm.runtime.runner import open_session
 
 too_old = tuple(map(int, OLDEST_RUNTIME.split("."))) > RUNTIME
 needs_runtime = pytest.mark.skipif(too_old, reason=f"needs onnxruntime {OLDEST_RUNTIME}")
@@ -94,7 +94,7 @@ def test_info_shows_it(tiny_checkpoint, tmp_path, run):
 
 
 def test_an_older_runtime_is_refused_before_any_work(tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("edgelm.graphs.RUNTIME", (1, 23))
+    monkeypatch.setattr("edgelm.runtime.ort.RUNTIME", (1, 23))
     with pytest.raises(EdgelmError, match=f"--kv int8 needs onnxruntime {OLDEST_RUNTIME} or newer"):
         edgelm_export.export(tiny_checkpoint(), tmp_path / "out", kv="int8")
     assert not (tmp_path / "out").exists()

@@ -15,8 +15,8 @@ from edgelm.errors import CheckpointError
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from edgelm_export.checkpoint.transformers_config import NAMES_CODE, SAFELY, plain_config  # noqa: E402
 from edgelm_export.distill.student import open_model  # noqa: E402
-from edgelm_export.transformers_config import NAMES_CODE, SAFELY, plain_config  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[2]
 MODULE = "own.py"

@@ -7,12 +7,11 @@ import json
 import os
 
 import pytest
-from edgelm_export import metadata
-from edgelm_export.checkpoint import open_checkpoint
+from edgelm_export.checkpoint import metadata, open_checkpoint
 from gguf_files import write_gguf
 from tiny import CHAT_TEMPLATE, TinyLlama, tokenizer_json
 
-from edgelm.bundle import open_bundle
+from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import CheckpointError
 
 IMAGE = "application/vnd.ollama.image."

@@ -15,7 +15,7 @@ import pytest
 from foreign import CONTEXT, SHAPES, VOCAB, model_of, onnx, torch, write
 
 import edgelm
-from edgelm.bundle import open_bundle
+from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import EdgelmError, RequestError
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

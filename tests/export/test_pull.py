@@ -15,9 +15,9 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 pytest.importorskip("huggingface_hub", reason="needs pip install 'edgelm[export]'")
 
 import edgelm.cli.pull as command
-from edgelm.bundle import open_bundle
-from edgelm.catalogue import Form, Known
-from edgelm.store import Origin, Store
+from edgelm.bundle.catalogue import Form, Known
+from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.store import Origin, Store
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "f" * 40

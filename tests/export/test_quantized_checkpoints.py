@@ -11,14 +11,14 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import edgelm_export
 from edgelm_export.checkpoint import open_checkpoint
-from edgelm_export.checkpoint.quantized import unquantized_name
+from edgelm_export.checkpoint.published_quantization import unquantized_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing import float8_value, pack_awq, pack_gptq, scaled_bytes, unpacked
 from tiny import TinyLlama, save_tensors, write_json
 
 import edgelm
-from edgelm.bundle import open_bundle
+from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import CheckpointError
 
 SHAPE = TinyLlama(mlp=96)
@@ -114,7 +114,7 @@ def test_awq(tmp_path, size):
 
 
 def test_the_value_of_each_byte():
-    from edgelm_export.checkpoint.quantized import FLOAT8
+    from edgelm_export.checkpoint.published_quantization import FLOAT8
 
     for byte in range(256):
         assert FLOAT8[byte] == float8_value(byte) or (np.isnan(FLOAT8[byte]) and np.isnan(float8_value(byte)))
@@ -198,7 +198,7 @@ def test_the_settings_may_lie_in_a_file_of_their_own(tmp_path):
 )
 def test_rows_of_any_shape(shape, size, seed, rows):
     """Without files: the layout alone, in every cut."""
-    from edgelm_export.checkpoint.quantized import Gptq
+    from edgelm_export.checkpoint.published_quantization import Gptq
 
     packed, weight = gptq_layer(np.random.default_rng(seed), shape, 4, size, act_order=True)
     start, stop = sorted(min(row, shape[0]) for row in rows)

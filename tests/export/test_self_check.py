@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import edgelm_export
-from edgelm_export import storing
-from edgelm_export.reference.self_check import CHECKED_TOKENS, SelfCheckError, refuse_broken
+from edgelm_export.verify.self_check import CHECKED_TOKENS, SelfCheckError, refuse_broken
+from edgelm_export.write import matrix_store
 
-from edgelm.bundle import open_bundle
+from edgelm.bundle.manifest import open_bundle
 
 GOOD = {"tokens": 100, "perplexity": 22.0, "reference_perplexity": 20.0, "kl_mean": 0.1}
 
@@ -21,14 +21,14 @@ GOOD = {"tokens": 100, "perplexity": 22.0, "reference_perplexity": 20.0, "kl_mea
 @pytest.fixture
 def broken(monkeypatch):
     """Let a quantizer mix up the rows of what it stores."""
-    quantize = storing.quantize_rows
+    quantize = matrix_store.quantize_rows
 
     def mixed_up(rows, *given, **known):
         packed = quantize(rows, *given, **known)
         packed.data[:] = np.random.default_rng(0).permutation(packed.data)
         return packed
 
-    monkeypatch.setattr(storing, "quantize_rows", mixed_up)
+    monkeypatch.setattr(matrix_store, "quantize_rows", mixed_up)
 
 
 @pytest.mark.parametrize("options", [{"quant": "int8"}, {"fast": True}, {"quant": "int4"}, {"quant": "mixed"}], ids=str)

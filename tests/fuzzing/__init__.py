@@ -6,6 +6,6 @@ Every case is made from the seed and its number alone, so that one can be run ag
 import sys
 from pathlib import Path
 
-HELPERS = str(Path(__file__).parents[1])
+HELPERS = str(Path(__file__).parents[1] / "support")
 if HELPERS not in sys.path:  # where pytest has not put it there
     sys.path.insert(0, HELPERS)

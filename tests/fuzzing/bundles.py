@@ -64,7 +64,7 @@ class Child:
         command = [sys.executable, "-c", program, str(work), str(seed)]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, cwd=Path(HELPERS).parent
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, cwd=Path(HELPERS).parents[1]
         )
         ready = self._line(START_S)
         if isinstance(ready, str):

@@ -20,13 +20,13 @@ import numpy as np
 from at_hand import can_export
 
 import edgelm
-from edgelm import weights
-from edgelm.boardcache import BoardCache
-from edgelm.bundle import MANIFEST, open_bundle
+from edgelm.bundle.manifest import MANIFEST, open_bundle
 from edgelm.errors import EdgelmError
-from edgelm.session import open_session
-from edgelm.static_prefix import add_prefix
-from edgelm.weights import open_verified
+from edgelm.runtime import prepack
+from edgelm.runtime.prefix_file import add_prefix
+from edgelm.runtime.prepack import open_verified
+from edgelm.runtime.runner import open_session
+from edgelm.system.board_cache import BoardCache
 
 from . import files
 
@@ -43,7 +43,7 @@ EXPORTED = {"configuration": 5, "tokenizer files": 3, "safetensors": 4, "GGUF": 
 
 def prepare(work: Path) -> None:
     """Make bundles, checkpoints and kernels to begin with."""
-    from edgelm.native.compile import main as compile_kernels
+    from edgelm.kernels.compile import main as compile_kernels
 
     work.mkdir(parents=True, exist_ok=True)
     bundles = work / "bundles"
@@ -198,14 +198,14 @@ class Case:
     def _kernels(self) -> Iterator[None]:
         """Have kernels used for bundles as small as these, the ones that are compiled already."""
         names = {"WORTH_BYTES": 0, "_compile": lambda library, _formats: shutil.copy(self.work / "kernels.so", library)}
-        before = {name: getattr(weights, name) for name in names}
+        before = {name: getattr(prepack, name) for name in names}
         for name, value in names.items():
-            setattr(weights, name, value)
+            setattr(prepack, name, value)
         try:
             yield
         finally:
             for name, value in before.items():
-                setattr(weights, name, value)
+                setattr(prepack, name, value)
 
     def _compute(self, path: Path, cache: BoardCache | None) -> None:
         bundle = open_verified(path, cache)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgelm.mqtt.asks import KNOWN_KEYS
-from edgelm.mqtt.wire import MAX_PAYLOAD_BYTES
+from edgelm.mqtt.answer_codec import MAX_PAYLOAD_BYTES
+from edgelm.mqtt.request_codec import KNOWN_KEYS
 
 CLIENTS = tuple(f"c{number}" for number in range(10))
 MOST_TOKENS = 3

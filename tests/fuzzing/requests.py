@@ -31,9 +31,9 @@ import paho.mqtt.client as paho
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from edgelm.bundle import MANIFEST, open_bundle
+from edgelm.bundle.manifest import MANIFEST, open_bundle
 from edgelm.errors import STATUS_OF_CODE
-from edgelm.mqtt.asks import MAX_CORRELATION_BYTES
+from edgelm.mqtt.request_codec import MAX_CORRELATION_BYTES
 
 from . import HELPERS  # first: it makes the helpers importable
 from .messages import MOST_TOKENS, Message, message
@@ -285,7 +285,7 @@ class Board:
         manifest["sampling"]["max_tokens"] = MOST_TOKENS
         (bundle / MANIFEST).write_text(json.dumps(manifest), "utf-8")
         self._log = folder / "log"
-        program = "import sys; from edgelm import cli, constraints; constraints.KEPT_BYTES //= 8; sys.exit(cli.main())"
+        program = "import sys; from edgelm import cli; from edgelm.engine import constraints; constraints.KEPT_BYTES //= 8; sys.exit(cli.main())"
         command = [sys.executable, "-c", program, "serve", "--mqtt", f"mqtt://127.0.0.1:{port}"]
         command += ["--board", BOARD, "--model", str(bundle), "--threads", "1", "--prefix-cache-mb", "4"]
         environment = {
@@ -293,7 +293,7 @@ class Board:
             "EDGELM_MAX_TIMEOUT_S": str(TIMEOUT_S),
             "EDGELM_REPLY_TOPICS": "#",
             "EDGELM_DATA_DIR": str(folder),
-            "PYTHONPATH": str(Path(HELPERS).parent),
+            "PYTHONPATH": str(Path(HELPERS).parents[1]),
         }
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)

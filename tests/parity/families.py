@@ -13,8 +13,8 @@ import pytest
 from tiny import tokenizer_json
 
 import edgelm
-from edgelm.bundle import open_bundle
-from edgelm.memory import PREFILL_CHUNK
+from edgelm.bundle.manifest import open_bundle
+from edgelm.runtime.memory_plan import PREFILL_CHUNK
 
 torch = pytest.importorskip("torch", reason="needs pip install 'edgelm[distill]'")
 transformers = pytest.importorskip("transformers", reason="needs pip install 'edgelm[distill]'")

@@ -18,8 +18,8 @@ pytest.importorskip("transformers", reason="needs pip install 'edgelm[distill]'"
 import peft
 import torch
 import transformers
-from edgelm_export.adapter import Adapted, Adapter, open_adapter
 from edgelm_export.checkpoint import Checkpoint, open_checkpoint
+from edgelm_export.checkpoint.lora import Adapted, Adapter, open_adapter
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from vocabularies import byte_level
 
-from edgelm.tokenizer import Tokenizer
+from edgelm.text.tokenizer import Tokenizer
 
 reference = pytest.importorskip(
     "transformers.utils.chat_template_utils", reason="needs the extra: pip install 'edgelm[distill]'"

@@ -6,8 +6,8 @@ import families
 import numpy as np
 import pytest
 from edgelm_export.architectures import find_family
+from edgelm_export.architectures.weights import Weights
 from edgelm_export.checkpoint import open_checkpoint
-from edgelm_export.weights import Weights
 from gguf_files import write_gguf
 from tiny import tokenizer_json
 

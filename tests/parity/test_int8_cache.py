@@ -5,11 +5,11 @@ from __future__ import annotations
 import families
 import numpy as np
 import pytest
-from edgelm_export.graph.cache import OLDEST_RUNTIME
+from edgelm_export.int8_kv.int8_cache_graph import OLDEST_RUNTIME
 
 import edgelm
-from edgelm.divergence import Divergence
-from edgelm.graphs import RUNTIME
+from edgelm.runtime.divergence import Divergence
+from edgelm.runtime.ort import RUNTIME
 
 pytestmark = [
     pytest.mark.usefixtures("one_torch_thread"),

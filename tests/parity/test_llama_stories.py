@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import edgelm
-from edgelm.textfile import split_documents
+from edgelm.text.documents import split_documents
 
 torch = pytest.importorskip("torch", reason="needs pip install 'edgelm[distill]'")
 transformers = pytest.importorskip("transformers", reason="needs pip install 'edgelm[distill]'")

@@ -8,9 +8,9 @@ import families
 import pytest
 
 import edgelm
-from edgelm.bundle import open_bundle
+from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import EdgelmError
-from edgelm.static_prefix import add_prefix
+from edgelm.runtime.prefix_file import add_prefix
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

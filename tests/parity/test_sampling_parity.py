@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgelm.messages import SamplingParams
-from edgelm.sampling import Sampler, kernels, penalties, ranking
+from edgelm.sampling import Sampler, penalties, ranking, sampler_kernels
+from edgelm.types import SamplingParams
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'edgelm[distill]'")
 process = pytest.importorskip("transformers.generation.logits_process")
@@ -53,14 +53,14 @@ def draw(logits: np.ndarray, history: np.ndarray, params: SamplingParams, unifor
     penalties.penalize(logits, history, seen, np.float32(params.repetition_penalty))
     arguments = (logits, logits.view(np.int32), float(logits.max()), 1.0 / params.temperature)
     keys = np.empty(logits.size, dtype=np.int64)
-    scratch = np.empty(kernels.scratch_size(logits.size), dtype=np.int64)
+    scratch = np.empty(sampler_kernels.scratch_size(logits.size), dtype=np.int64)
     tokens = []
     for uniform in uniforms:
         filters = (params.top_p, params.min_p, uniform, keys)
         if 0 < params.top_k < logits.size:
-            tokens.append(kernels.sample_top_k(*arguments, params.top_k, *filters))
+            tokens.append(sampler_kernels.sample_top_k(*arguments, params.top_k, *filters))
         else:
-            tokens.append(kernels.sample_all(*arguments, *filters, scratch))
+            tokens.append(sampler_kernels.sample_all(*arguments, *filters, scratch))
     return tokens
 
 

@@ -7,9 +7,9 @@ import platform
 import pytest
 from llvmlite import binding
 
-from edgelm.native.compile import compile_kernels
-from edgelm.native.formats import FORMATS
-from edgelm.native.targets import TARGETS
+from edgelm.kernels.compile import compile_kernels
+from edgelm.kernels.formats import FORMATS
+from edgelm.kernels.ir.targets import TARGETS
 
 
 def runnable(target):

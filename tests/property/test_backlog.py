@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.mqtt.backlog import Backlog
+from edgelm.mqtt.backlog_limit import Backlog
 
 LIMIT, SHARE = 100, 40
 messages = st.tuples(st.integers(0, 2 * LIMIT), st.sampled_from([0, 1]), st.sampled_from([None, "a", "b", "c"]))

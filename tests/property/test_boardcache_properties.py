@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.boardcache import ABANDONED_S, LIMIT_VARIABLE, STAMP, UNUSED_S, VARIABLE, BoardCache, Key, this_cpu
 from edgelm.cli import main
 from edgelm.errors import EdgelmError
+from edgelm.system.board_cache import ABANDONED_S, LIMIT_VARIABLE, STAMP, UNUSED_S, VARIABLE, BoardCache, Key, this_cpu
 
 KEY = Key("weights", "digest", "1.31.1", "x86_64 avx2")
 contents = st.dictionaries(st.sampled_from(["a", "b.data", "c"]), st.binary(min_size=1, max_size=50), min_size=1)

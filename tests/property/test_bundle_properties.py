@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from edgelm.bundle import (
+from edgelm.bundle.manifest import (
     MANIFEST,
     SCHEMA,
     Cache,
@@ -26,7 +26,7 @@ from edgelm.bundle import (
     to_json,
 )
 from edgelm.errors import BundleError
-from edgelm.messages import RANGES, SamplingParams
+from edgelm.types import RANGES, SamplingParams
 
 counts = st.integers(1, 2**40)
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

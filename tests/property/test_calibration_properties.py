@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import edgelm_export
-from edgelm_export.opened import open_model
+from edgelm_export.calibration.calibrate import _inverse_mean_square
+from edgelm_export.calibration.moment_sums import Sums
+from edgelm_export.checkpoint.matrix_reader import Rows
 from edgelm_export.quantize.pack import dequantize
 from edgelm_export.quantize.spec import Spec
-from edgelm_export.reference.calibrate import _inverse_mean_square
-from edgelm_export.reference.sums import Sums
-from edgelm_export.rows import Rows
-from edgelm_export.storing import MOST_GROWTH, calibrated_rows, quantize_rows
+from edgelm_export.source_model import open_model
+from edgelm_export.write.matrix_store import MOST_GROWTH, calibrated_rows, quantize_rows
 from safetensors.numpy import load_file, save_file
 
 SIZES = st.sampled_from([1.0, 1e2, 1e3, 1e4])

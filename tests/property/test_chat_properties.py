@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from vocabularies import TEXTS, byte_fallback, byte_level
 
-from edgelm.chat import ChatTemplate
-from edgelm.marked import Marked, Marker, Spellings
-from edgelm.tokenizer import Tokenizer
+from edgelm.text.chat_template import ChatTemplate
+from edgelm.text.tainted_text import Marked, Marker, Spellings
+from edgelm.text.tokenizer import Tokenizer
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "</s>", "<s>", "[INST]", "[/INST]"]
 CHATML = (

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vocabularies import byte_fallback, byte_level, bytes_of
 
-from edgelm.conversations import Conversation, Conversations
+from edgelm.engine.fairness import Shares
+from edgelm.engine.sessions import Conversation, Conversations
 from edgelm.errors import RequestError
-from edgelm.messages import Chunk, Completion, Request, SamplingParams
-from edgelm.tokenizer import StreamDecoder, Tokenizer
-from edgelm.turns import Shares
+from edgelm.text.tokenizer import StreamDecoder, Tokenizer
+from edgelm.types import Chunk, Completion, Request, SamplingParams
 
 BARE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edgelm.divergence import Divergence
 from edgelm.errors import EdgelmError
+from edgelm.runtime.divergence import Divergence
 
 LOGITS = st.floats(-30, 30, width=32)
 

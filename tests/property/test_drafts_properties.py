@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.drafts import GRAM, LONGEST_PAUSE, MOST_OWNERS, REMEMBERED, SIZES, Drafter, Drafting
-from edgelm.messages import NOBODY
+from edgelm.engine.speculation import GRAM, LONGEST_PAUSE, MOST_OWNERS, REMEMBERED, SIZES, Drafter, Drafting
+from edgelm.types import NOBODY
 
 tokens_lists = st.lists(st.integers(0, 2), max_size=40)
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelm.bundle import open_bundle
-from edgelm.engine import Engine
-from edgelm.memory import PREFILL_CHUNK
-from edgelm.messages import Request, SamplingParams
-from edgelm.session import open_session
+from edgelm.bundle.manifest import open_bundle
+from edgelm.engine.engine import Engine
+from edgelm.runtime.memory_plan import PREFILL_CHUNK
+from edgelm.runtime.runner import open_session
+from edgelm.types import Request, SamplingParams
 
 MAX_BATCH = 3
 LONGEST = 16

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelm.errors import EdgelmError
-from edgelm.evaluation import _windows, evaluate_text
-from edgelm.textfile import SEPARATOR, split_documents
+from edgelm.evaluation.evaluate import _windows, evaluate_text
+from edgelm.text.documents import SEPARATOR, split_documents
 
 lines = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r"), max_size=20)
 

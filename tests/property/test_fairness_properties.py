@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgelm.bundle import open_bundle
-from edgelm.drafts import SIZES
-from edgelm.engine import Engine
+from edgelm.bundle.manifest import open_bundle
+from edgelm.engine.engine import Engine
+from edgelm.engine.speculation import SIZES
 from edgelm.errors import RequestError
-from edgelm.memory import PREFILL_CHUNK
-from edgelm.messages import Constraint, Request, SamplingParams
+from edgelm.runtime.memory_plan import PREFILL_CHUNK
+from edgelm.types import Constraint, Request, SamplingParams
 
 MAX_BATCH = 3
 FORCED = Constraint("regex", "(yes|no)" + ", the dog" * 90 + " (home|away)")
@@ -150,7 +150,7 @@ SMALL_CHUNK = 8
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Prompts of the tests' length take many chunks."""
-    monkeypatch.setattr("edgelm.engine.PREFILL_CHUNK", SMALL_CHUNK)
+    monkeypatch.setattr("edgelm.engine.engine.PREFILL_CHUNK", SMALL_CHUNK)
 
 
 def steps_until_begun(engine, name, before_each=lambda step: None):

@@ -13,10 +13,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from edgelm.bundle import open_bundle
-from edgelm.engine import Engine
-from edgelm.messages import Request, SamplingParams
+from edgelm.bundle.manifest import open_bundle
+from edgelm.engine.engine import Engine
 from edgelm.sampling import Sampler
+from edgelm.types import Request, SamplingParams
 
 PROMPT = (5, 6, 7)
 LENGTH = 5

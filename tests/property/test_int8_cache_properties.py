@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.graph.cache import OLDEST_RUNTIME, CacheScales, with_int8_cache
-from edgelm_export.reference.ranges import reach
-from edgelm_export.rope import Rope
+from edgelm_export.architectures.rope import Rope
+from edgelm_export.int8_kv.int8_cache_graph import OLDEST_RUNTIME, CacheScales, with_int8_cache
+from edgelm_export.int8_kv.ranges import reach
 from naive_attention import Int8Layer
 from onnx import TensorProto, helper, numpy_helper
 
-from edgelm.bundle import open_bundle
-from edgelm.engine import Engine
-from edgelm.graphs import RUNTIME, check_runtime, load_graph
-from edgelm.messages import Request, SamplingParams
-from edgelm.session import open_session
+from edgelm.bundle.manifest import open_bundle
+from edgelm.engine.engine import Engine
+from edgelm.runtime.ort import RUNTIME, check_runtime, load_graph
+from edgelm.runtime.runner import open_session
+from edgelm.types import Request, SamplingParams
 
 if tuple(map(int, OLDEST_RUNTIME.split("."))) > RUNTIME:
     pytest.skip(f"needs onnxruntime {OLDEST_RUNTIME}", allow_module_level=True)
@@ -255,7 +255,7 @@ def near(one, other):
 
 
 def test_an_older_runtime_is_refused_in_one_line(quantized, monkeypatch):
-    monkeypatch.setattr("edgelm.graphs.RUNTIME", (1, 27))
+    monkeypatch.setattr("edgelm.runtime.ort.RUNTIME", (1, 27))
     with pytest.raises(Exception, match=rf"needs onnxruntime {OLDEST_RUNTIME} or newer, this is .*--kv fp32") as caught:
         open_session(quantized, rows=1)
     assert type(caught.value).__name__ == "BundleError"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_nodes import inputs, look_up, matrix, panels, product, run
 
-from edgelm.native.formats import FORMATS, Format
+from edgelm.kernels.formats import FORMATS, Format
 
 formats = st.sampled_from(FORMATS)
 seeds = st.integers(0, 2**32 - 1)
@@ -89,7 +89,7 @@ import gc, sys
 from pathlib import Path
 import numpy as np
 from native_nodes import product, run
-from edgelm.native.formats import Format
+from edgelm.kernels.formats import Format
 
 codes, scales = np.zeros((32, 2, 16), np.uint8), np.ones((32, 2), np.float16)
 session = product(Path(sys.argv[1]), Format(4, 32), 64, codes, scales)
@@ -102,7 +102,7 @@ for _ in range(100):
 
 def test_operators_outlive_what_python_remembers_of_them(library):
     """In a process of its own, since the alternative is a crash."""
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    paths = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", FORGETFUL, str(library)],
         env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.messages import NOBODY
-from edgelm.prefixes import Prefixes
+from edgelm.engine.radix_tree import Prefixes
+from edgelm.types import NOBODY
 
 TOKEN_BYTES = 2 * 3 * 5 * 4
 """Two arrays of 3 heads of 5 numbers."""

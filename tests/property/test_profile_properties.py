@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from edgelm.bundle import Cache, Manifest, Matrix
-from edgelm.profile import LAYER_PART, Run, alike, fold, part_of, runs_of
-from edgelm.profiler import _phase, _Timed
+from edgelm.bench.profiler import _phase, _Timed
+from edgelm.bench.trace import LAYER_PART, Run, alike, fold, part_of, runs_of
+from edgelm.bundle.manifest import Cache, Manifest, Matrix
 
 LAYERS = 3
 MATRICES = (

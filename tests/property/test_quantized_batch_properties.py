@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelm.bundle import open_bundle
-from edgelm.session import open_session
+from edgelm.bundle.manifest import open_bundle
+from edgelm.runtime.runner import open_session
 
 ROWS = 4
 MOST = 0.03

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelm.mqtt import refusals
-from edgelm.mqtt.rates import IDLE_S, NEWCOMERS_BURST, Bucket, Rates
+from edgelm.mqtt.answer_codec import Packet
+from edgelm.mqtt.rate_limit import IDLE_S, NEWCOMERS_BURST, Bucket, Rates
 from edgelm.mqtt.refusals import Refusals
-from edgelm.mqtt.wire import Packet
 
 steps = st.floats(0, 3)
 

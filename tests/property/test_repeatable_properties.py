@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelm import engine as engines
-from edgelm import weights
-from edgelm.boardcache import BoardCache
-from edgelm.engine import Engine
-from edgelm.messages import Constraint, Request, SamplingParams
-from edgelm.sequence import Sequence
-from edgelm.weights import open_verified
+from edgelm.engine import engine as engines
+from edgelm.engine.engine import Engine
+from edgelm.engine.sequence import Sequence
+from edgelm.runtime import prepack
+from edgelm.runtime.prepack import open_verified
+from edgelm.system.board_cache import BoardCache
+from edgelm.types import Constraint, Request, SamplingParams
 
 KINDS = ["int4", "int5", "int8"]
 SHARED = [int(token) for token in np.random.default_rng(0).integers(2, 300, 120)]
@@ -31,7 +31,7 @@ def pair(request, tiny_checkpoint, export_to_cache, tmp_path_factory):
     path = export_to_cache(tiny_checkpoint(hidden=128, mlp=352, tied=False), quant=request.param)
     cache = BoardCache(tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "WORTH_BYTES", 0)
+        patch.setattr(prepack, "WORTH_BYTES", 0)
         bundle = open_verified(path, cache)
         warm = Engine(bundle, threads=2, max_batch=3, cache=cache)
         cold = Engine(bundle, threads=1, max_batch=1, prefix_cache_mb=0, speculation=False, cache=cache)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.repetition import COPIES, LEAST, LONGEST_PERIOD, LoopDetector
+from edgelm.engine.repetition import COPIES, LEAST, LONGEST_PERIOD, LoopDetector
 
 
 def ends_at(tokens):

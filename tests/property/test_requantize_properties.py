@@ -15,14 +15,14 @@ pytest.importorskip("onnxruntime", reason="needs pip install 'edgelm[cpu]'")
 
 import onnx
 import onnxruntime as ort
+from edgelm_export.checkpoint.matrix_reader import Rows
 from edgelm_export.graph.initializers import Initializers
 from edgelm_export.graph.onnx_graph import OnnxGraph
+from edgelm_export.optimum.requantize import Requantizer
+from edgelm_export.quantize.matrix_plan import Plan
 from edgelm_export.quantize.pack import dequantize
-from edgelm_export.quantize.plan import Plan
 from edgelm_export.quantize.spec import Spec
-from edgelm_export.requantize import Requantizer
-from edgelm_export.rows import Rows
-from edgelm_export.storing import quantize_rows
+from edgelm_export.write.matrix_store import quantize_rows
 
 FLOAT, INT = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 PLANS = st.sampled_from(

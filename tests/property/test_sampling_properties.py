@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from edgelm.errors import RequestError
-from edgelm.messages import SamplingParams
-from edgelm.sampling import Sampler, kernels, penalties, ranking
+from edgelm.sampling import Sampler, penalties, ranking, sampler_kernels
+from edgelm.types import SamplingParams
 
 SEED = 5
 FINITE = st.floats(-8, 8, width=32)
@@ -133,8 +133,8 @@ def test_penalty_is_naive_and_leaves_its_scratch_clean(logits: np.ndarray, histo
 
 @given(st.floats(-62, 0))
 def test_weight_is_a_power_of_two(y: float) -> None:
-    assert abs(kernels.weight(y) / kernels.ONE - 2.0**y) <= 2.0 ** (y - 28) + 2.0**-40
-    assert kernels.weight(0.0) == kernels.ONE
+    assert abs(sampler_kernels.weight(y) / sampler_kernels.ONE - 2.0**y) <= 2.0 ** (y - 28) + 2.0**-40
+    assert sampler_kernels.weight(0.0) == sampler_kernels.ONE
 
 
 @given(st.floats(width=32, allow_nan=False), st.floats(width=32, allow_nan=False))

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm.bundle import open_bundle
-from edgelm.conversations import MOST_SESSIONS
-from edgelm.engine import Engine
+from edgelm.bundle.manifest import open_bundle
+from edgelm.engine.engine import Engine
+from edgelm.engine.sessions import MOST_SESSIONS
 from edgelm.errors import RequestError
-from edgelm.messages import Request, SamplingParams
+from edgelm.types import Request, SamplingParams
 
 NAMES = "abc"
 

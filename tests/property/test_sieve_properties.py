@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from edgelm.mqtt.sieve import Sieve, SievedSocket, Verdict
+from edgelm.mqtt.packet_filter import Sieve, SievedSocket, Verdict
 
 MID = 7
 USED = {"ResponseTopic", "CorrelationData", "MessageExpiryInterval", "PayloadFormatIndicator"}

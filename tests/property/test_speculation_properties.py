@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelm.bundle import open_bundle
-from edgelm.engine import Engine
+from edgelm.bundle.manifest import open_bundle
+from edgelm.engine.engine import Engine
 from edgelm.errors import RequestError
-from edgelm.grammar import Matcher
-from edgelm.memory import PREFILL_CHUNK
-from edgelm.messages import Constraint, Request, SamplingParams
+from edgelm.runtime.memory_plan import PREFILL_CHUNK
+from edgelm.text.grammar import Matcher
+from edgelm.types import Constraint, Request, SamplingParams
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.reference.states import States
+from edgelm_export.calibration.hidden_states import States
 
 ARRAYS = hnp.arrays(
     np.float32, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=st.floats(-(2.0**60), 2.0**60, width=32)

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelm.bundle import open_bundle
-from edgelm.engine import Engine
-from edgelm.memory import PREFILL_CHUNK
-from edgelm.messages import Request, SamplingParams
-from edgelm.static_prefix import add_prefix
-from edgelm.static_tokens import opening_tokens
-from edgelm.tokenizer import Tokenizer
+from edgelm.bundle.manifest import open_bundle
+from edgelm.engine.engine import Engine
+from edgelm.runtime.memory_plan import PREFILL_CHUNK
+from edgelm.runtime.prefix_file import add_prefix
+from edgelm.text.static_prompt import opening_tokens
+from edgelm.text.tokenizer import Tokenizer
+from edgelm.types import Request, SamplingParams
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.reference import sums
+from edgelm_export.calibration import moment_sums
 
 
 @st.composite
@@ -37,9 +37,9 @@ def passes(draw):
 def test_sums_are_those_of_all_documents(given_passes, together, columns, wide, drifts, weighted):
     weight, documents = given_passes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sums, "TOGETHER", together)
-        patch.setattr(sums, "COLUMNS", columns)
-        found = sums.Sums(weight.shape, weight, wide=wide)
+        patch.setattr(moment_sums, "TOGETHER", together)
+        patch.setattr(moment_sums, "COLUMNS", columns)
+        found = moment_sums.Sums(weight.shape, weight, wide=wide)
         for own, full, drift, weights, held in documents:
             found.add(own, full, drift if drifts else None, weights if weighted else None, hold_back=held)
         moments = found.moments()
@@ -74,7 +74,7 @@ def test_sums_are_those_of_all_documents(given_passes, together, columns, wide, 
 
 
 def test_without_the_unquantized_model_there_is_nothing_to_make_up_for():
-    found = sums.Sums((2, 3), np.ones((2, 3), np.float32))
+    found = moment_sums.Sums((2, 3), np.ones((2, 3), np.float32))
     found.add(np.ones((4, 3), np.float32))
     found.add(np.full((1, 3), 2, np.float32), hold_back=True)
     moments = found.moments()

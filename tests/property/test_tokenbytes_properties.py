@@ -13,12 +13,12 @@ from tokenizers import Tokenizer as Inner
 from tokenizers.models import BPE, WordPiece
 from vocabularies import byte_fallback, byte_level
 
-from edgelm import intake
-from edgelm.conversations import Conversation
+from edgelm.engine import admission
+from edgelm.engine.sessions import Conversation
 from edgelm.errors import RequestError
-from edgelm.messages import Request, SamplingParams
-from edgelm.tokenbytes import BYTE_LETTERS, token_bytes
-from edgelm.tokenizer import Tokenizer
+from edgelm.text.token_bytes import BYTE_LETTERS, token_bytes
+from edgelm.text.tokenizer import Tokenizer
+from edgelm.types import Request, SamplingParams
 
 
 def bytewise(normalizer: Any = None, splitter: Any = None, letters: Any = BYTE_LETTERS, **options: Any) -> Inner:
@@ -92,7 +92,7 @@ def test_nothing_is_said_where_a_token_swallows_spaces() -> None:
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer(bytewise())
-    text = "a" * (intake.SHORT // 4 * 4 + 4)
+    text = "a" * (admission.SHORT // 4 * 4 + 4)
     fewest = len(text) // 4
     with pytest.raises(RequestError, match=f"at least {fewest} tokens, the context holds {fewest}") as caught:
         tokenizer.check_length(text, fewest)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vocabularies import byte_fallback, byte_level, bytes_of, straddling
 
-from edgelm.detokenizer import TAIL, WINDOW, StopFilter
-from edgelm.tokenizer import StreamDecoder, Tokenizer
+from edgelm.text.detokenizer import TAIL, WINDOW, StopFilter
+from edgelm.text.tokenizer import StreamDecoder, Tokenizer
 
 REPLACEMENT = "\ufffd"
 PIECES = st.sampled_from(

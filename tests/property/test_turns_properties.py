@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.turns import FairQueue, Turns
+from edgelm.engine.fairness import FairQueue, Turns
 
 names = st.sampled_from([None, "a", "b", "c"])
 

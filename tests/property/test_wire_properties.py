@@ -10,10 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelm.errors import STATUS_OF_CODE, RequestError
-from edgelm.messages import RANGES, Completion, Constraint, Timing, TokenLogprob, Usage
-from edgelm.mqtt.asks import MAX_CHUNK_MS, MAX_ID_LENGTH, MAX_TIMEOUT_S, Ask, open_envelope, parse_ask, write_ask
-from edgelm.mqtt.topics import MAX_REPLY_BYTES, check_reply_topic, matches
-from edgelm.mqtt.wire import (
+from edgelm.mqtt.answer_codec import (
     Delta,
     Outcome,
     Properties,
@@ -23,6 +20,17 @@ from edgelm.mqtt.wire import (
     write_delta,
     write_outcome,
 )
+from edgelm.mqtt.request_codec import (
+    MAX_CHUNK_MS,
+    MAX_ID_LENGTH,
+    MAX_TIMEOUT_S,
+    Ask,
+    open_envelope,
+    parse_ask,
+    write_ask,
+)
+from edgelm.mqtt.topics import MAX_REPLY_BYTES, check_reply_topic, matches
+from edgelm.types import RANGES, Completion, Constraint, Timing, TokenLogprob, Usage
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 SOME_TEXT = TEXT.filter(bool)

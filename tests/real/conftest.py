@@ -19,7 +19,7 @@ WINDOWS = 3
 def smollm2_checkpoint(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model in Hugging Face form, float32, as our own reader takes it from the GGUF file."""
     from edgelm_export.checkpoint import open_checkpoint
-    from edgelm_export.opened import open_model
+    from edgelm_export.source_model import open_model
     from safetensors.numpy import save_file
 
     opened, model = open_checkpoint(smollm2_gguf), open_model(smollm2_gguf)
@@ -70,7 +70,7 @@ def real_bundle(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def windows(shared: Path, smollm2_gguf: Path) -> list[NDArray[np.int64]]:
     """A few windows of WikiText-2's validation text, from all over it."""
-    from edgelm_export.opened import open_model
+    from edgelm_export.source_model import open_model
 
     text = (shared / "data" / "wikitext2" / "valid.txt").read_text("utf-8")
     tokenizer = open_model(smollm2_gguf).tokenizer

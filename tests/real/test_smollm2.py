@@ -14,12 +14,12 @@ import pytest
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.opened import open_model
-from edgelm_export.reference.verify import CheckpointReference, measure
+from edgelm_export.source_model import open_model
+from edgelm_export.verify.quality_gate import CheckpointReference, measure
 
 import edgelm
-from edgelm.bundle import open_bundle
-from edgelm.config import ServeConfig
+from edgelm.bundle.manifest import open_bundle
+from edgelm.mqtt.config import ServeConfig
 
 SYSTEM = {"role": "system", "content": "Answer in one short sentence."}
 QUESTION = "What is the capital of France?"

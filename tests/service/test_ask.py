@@ -19,14 +19,14 @@ from mqtt_client import Client
 from served_board import Process, SlowEngine, serving
 
 import edgelm
-from edgelm.brokerconfig import BrokerConfig, BrokerUrl
-from edgelm.bundle import MANIFEST
+from edgelm.bundle.manifest import MANIFEST
 from edgelm.cli import main
-from edgelm.config import ServeConfig
-from edgelm.mqtt.asker import Asker, answer_to
-from edgelm.mqtt.asks import Ask
-from edgelm.mqtt.brokers import EmbeddedBroker, free_port
-from edgelm.mqtt.wire import Delta, Outcome
+from edgelm.mqtt.answer_codec import Delta, Outcome
+from edgelm.mqtt.broker_url import BrokerConfig, BrokerUrl
+from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.local_broker import EmbeddedBroker, free_port
+from edgelm.mqtt.request_client import Asker, answer_to
+from edgelm.mqtt.request_codec import Ask
 
 PROMPT = "Once upon a time"
 
@@ -311,7 +311,7 @@ def test_a_broker_that_knows_only_311_is_met_there(served_bundle: str) -> None:
 @pytest.fixture
 def builtin() -> None:
     if not (Path(edgelm.__file__).parent / "builtin" / MANIFEST).is_file():
-        pytest.skip("the built-in bundle is absent: python -m edgelm_export.distill.builtin makes it")
+        pytest.skip("the built-in bundle is absent: python -m edgelm_export.distill.builtin_recipe makes it")
 
 
 def _children(pid: int) -> list[str]:

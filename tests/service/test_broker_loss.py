@@ -12,12 +12,12 @@ from broker import Broker
 from mqtt_client import Client
 from served_board import SlowEngine, serving
 
-from edgelm.config import ServeConfig
 from edgelm.errors import EdgelmError
-from edgelm.mqtt import client as mqtt
+from edgelm.mqtt import connection as mqtt
+from edgelm.mqtt.answer_codec import Properties
 from edgelm.mqtt.board import open_board
+from edgelm.mqtt.config import ServeConfig
 from edgelm.mqtt.events import Received, Subscribed
-from edgelm.mqtt.wire import Properties
 
 PROMPT = "Once upon a time"
 

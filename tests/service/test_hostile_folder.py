@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import edgelm
-from edgelm import child
-from edgelm.weights import KERNELS
+from edgelm.runtime.prepack import KERNELS
+from edgelm.system import isolated_python
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = Path(edgelm.__file__).parent
@@ -36,9 +36,9 @@ MARK = "it-ran"
 
 ANSWER = """
 import sys; sys.path[:0] = sys.argv.pop(1).split("\\n")
-from edgelm import weights
+from edgelm.runtime import prepack
 from edgelm.cli import main
-weights.WORTH_BYTES = 0
+prepack.WORTH_BYTES = 0
 sys.argv[0] = "edgelm"
 sys.exit(main())
 """
@@ -62,7 +62,7 @@ def hostile(tmp_path):
 
 
 def answer(hostile, *options, **environment):
-    command = [sys.executable, "-I", "-c", ANSWER, "\n".join(child.paths()), "generate", *options]
+    command = [sys.executable, "-I", "-c", ANSWER, "\n".join(isolated_python.paths()), "generate", *options]
     cache = hostile.parent / "cache"
     done = subprocess.run(
         command,
@@ -102,16 +102,18 @@ def test_trying_a_constraint_runs_nothing_of_the_current_folder(hostile):
 
 def test_a_child_gets_the_folders_that_it_needs_and_no_relative_ones(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "relative", ".", str(tmp_path), ""]))
-    paths = child.paths()
+    paths = isolated_python.paths()
     assert paths[0] == str(PACKAGE.resolve().parent)
     assert paths[1] == str(tmp_path)
     assert all(Path(path).is_absolute() for path in paths)
     (tmp_path / "of_mine.py").write_text("import sys\ndef main():\n    return int(sys.argv[1])\n")
-    assert subprocess.run(child.python_command("of_mine", "main", "7"), check=False, timeout=60).returncode == 7
+    assert (
+        subprocess.run(isolated_python.python_command("of_mine", "main", "7"), check=False, timeout=60).returncode == 7
+    )
 
 
 def test_every_python_that_is_started_is_isolated():
-    """Whoever starts another Python by hand, and not by `edgelm.child`, has to give -I first."""
+    """Whoever starts another Python by hand, and not by `edgelm.system.isolated_python`, has to give -I first."""
     found = 0
     for folder in ("edgelm", "export", "devices", "examples"):
         for file in (REPO / folder).rglob("*.py"):

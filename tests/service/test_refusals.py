@@ -10,8 +10,8 @@ from broker import Broker
 from mqtt_client import Client
 from served_board import SlowEngine, serving
 
-from edgelm.bundle import open_bundle
-from edgelm.config import ServeConfig
+from edgelm.bundle.manifest import open_bundle
+from edgelm.mqtt.config import ServeConfig
 
 PROMPT = "Once upon a time"
 

@@ -13,12 +13,12 @@ from mqtt_client import Client
 from served_board import serving
 
 import edgelm
-from edgelm.bundle import open_bundle
+from edgelm.bundle.manifest import open_bundle
 from edgelm.cli import main
-from edgelm.config import ServeConfig, load_config
 from edgelm.errors import EdgelmError
-from edgelm.memory import PROGRAM_BYTES, plan_memory
 from edgelm.mqtt.board import open_board
+from edgelm.mqtt.config import ServeConfig, load_config
+from edgelm.runtime.memory_plan import PROGRAM_BYTES, plan_memory
 
 PROMPT = "Once upon a time"
 

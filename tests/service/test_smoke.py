@@ -11,11 +11,11 @@ import pytest
 from edgelm_devices.smoke import INTENT, PROMPT, check_answer, run_smoke
 
 from edgelm.cli import main
-from edgelm.mqtt import brokers
+from edgelm.mqtt import local_broker
 
 
 def needs_a_broker() -> None:
-    if brokers.find_mosquitto() is None:
+    if local_broker.find_mosquitto() is None:
         pytest.importorskip("amqtt", reason="no broker: apt-get install mosquitto, or pip install 'edgelm[broker]'")
 
 
@@ -41,16 +41,16 @@ def test_the_report_has_one_line_a_check(bundle: Path, capsys):
 
 def test_the_embedded_broker_will_do(bundle: Path, monkeypatch):
     pytest.importorskip("amqtt", reason="pip install 'edgelm[broker]'")
-    monkeypatch.setattr(brokers, "find_mosquitto", lambda: None)
+    monkeypatch.setattr(local_broker, "find_mosquitto", lambda: None)
     check = next(check for check in run_smoke(str(bundle), threads=1).checks if check.name == "mqtt")
     assert check.status == "ok"
     assert "amqtt" in check.told
 
 
 def test_no_broker_at_all_is_skipped_with_what_to_do(bundle: Path, monkeypatch):
-    monkeypatch.setattr(brokers, "find_mosquitto", lambda: None)
+    monkeypatch.setattr(local_broker, "find_mosquitto", lambda: None)
     monkeypatch.setitem(sys.modules, "amqtt.broker", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "edgelm.mqtt.embedded", raising=False)
+    monkeypatch.delitem(sys.modules, "edgelm.mqtt.embedded_broker", raising=False)
     report = run_smoke(str(bundle), threads=1)
     check = next(check for check in report.checks if check.name == "mqtt")
     assert (check.status, report.ok) == ("skipped", True)

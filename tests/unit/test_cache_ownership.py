@@ -16,14 +16,15 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from edgelm import boardcache, ownership, weights
-from edgelm.boardcache import STAMP, BoardCache, Key
 from edgelm.errors import DeviceError, EdgelmError
-from edgelm.native.graph import DATA
-from edgelm.native.registration import Operators
-from edgelm.ownership import fault_above, fault_below, make_private
-from edgelm.session import open_session
-from edgelm.weights import KERNELS, open_verified
+from edgelm.kernels.custom_ops import Operators
+from edgelm.kernels.rewrite.rewrite_graph import DATA
+from edgelm.runtime import prepack
+from edgelm.runtime.prepack import KERNELS, open_verified
+from edgelm.runtime.runner import open_session
+from edgelm.system import board_cache, ownership
+from edgelm.system.board_cache import STAMP, BoardCache, Key
+from edgelm.system.ownership import fault_above, fault_below, make_private
 
 NOBODY = 65534
 KEY = Key("weights", "digest", "1.31.1", "x86_64 avx2")
@@ -32,7 +33,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a fil
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(boardcache, "_said", set())
+    monkeypatch.setattr(board_cache, "_said", set())
 
 
 @pytest.fixture
@@ -265,8 +266,8 @@ def test_what_is_no_file_is_not_used(tmp_path):
 
 @pytest.fixture
 def small(tiny_checkpoint, export_to_cache, monkeypatch):
-    monkeypatch.setattr(weights, "WORTH_BYTES", 0)
-    monkeypatch.setattr(weights, "_operators", {})
+    monkeypatch.setattr(prepack, "WORTH_BYTES", 0)
+    monkeypatch.setattr(prepack, "_operators", {})
     return export_to_cache(tiny_checkpoint(vocab=384, hidden=128, mlp=352), quant="int4")
 
 
@@ -287,7 +288,7 @@ def test_a_library_that_is_not_the_compiled_one_is_never_loaded(small, cache, sa
     library.chmod(0o600)
     os.utime(library, ns=(was.st_atime_ns, was.st_mtime_ns))
     assert cache.find(Key(**json.loads((entry.path / STAMP).read_text())["key"])) is not None
-    weights._operators.clear()  # as in a new process
+    prepack._operators.clear()  # as in a new process
     loaded = []
     plain = Operators.__init__
     monkeypatch.setattr(Operators, "__init__", lambda self, *given: (plain(self, *given), loaded.append(given))[0])

@@ -11,11 +11,11 @@ import tokenizers
 from tokenizers import AddedToken
 from vocabularies import byte_level
 
-from edgelm.chat import ChatTemplate
-from edgelm.conversations import Conversation
+from edgelm.engine.sessions import Conversation
 from edgelm.errors import RequestError
-from edgelm.messages import Constraint, Request, SamplingParams, constraint_of
-from edgelm.tokenizer import Tokenizer
+from edgelm.text.chat_template import ChatTemplate
+from edgelm.text.tokenizer import Tokenizer
+from edgelm.types import Constraint, Request, SamplingParams, constraint_of
 
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 CHATML = "{% for m in messages %}" + TURN + "{% endfor %}<|im_start|>assistant\n"

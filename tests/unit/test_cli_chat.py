@@ -17,7 +17,7 @@ import pytest
 import edgelm
 from edgelm.cli import chat as module
 from edgelm.cli.chat import Chat
-from edgelm.messages import SamplingParams
+from edgelm.types import SamplingParams
 
 GREEDY = {"temperature": 0.0, "max_tokens": 6, "seed": 0, "ignore_eos": True}
 

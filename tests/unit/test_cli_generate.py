@@ -17,7 +17,7 @@ from dataclasses import replace
 import pytest
 
 from edgelm import load as model_of
-from edgelm.bundle import open_bundle, seal
+from edgelm.bundle.manifest import open_bundle, seal
 
 PROMPT = "Once upon a time"
 USAGE = {"prompt_tokens", "cached_tokens", "completion_tokens", "forced_tokens"}

@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from edgelm.mqtt.clientid import client_id
+from edgelm.mqtt.client_id import client_id
 
 
 def test_it_is_random_and_kept(tmp_path):
@@ -34,11 +34,11 @@ def test_without_a_place_it_is_one_for_this_run(tmp_path):
 
 
 def test_a_broker_that_closes_at_either_greeting_is_not_asked_again_at_once(monkeypatch):
-    from edgelm.mqtt import greeting
+    from edgelm.mqtt import version_negotiation
 
     now = [100.0]
-    monkeypatch.setattr(greeting.time, "monotonic", lambda: now[0])
-    asked = greeting.Greeting("5")
+    monkeypatch.setattr(version_negotiation.time, "monotonic", lambda: now[0])
+    asked = version_negotiation.Greeting("5")
     changes = 0
     for _ in range(100):
         asked.send()
@@ -46,6 +46,6 @@ def test_a_broker_that_closes_at_either_greeting_is_not_asked_again_at_once(monk
         asked.wants_change = False  # as who speaks the new version says
         now[0] += 0.01
     assert changes == 1
-    now[0] += greeting.CHANGE_EVERY_S
+    now[0] += version_negotiation.CHANGE_EVERY_S
     asked.send()
     assert asked.close()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from edgelm.boardcache import BoardCache
+from edgelm.system.board_cache import BoardCache
 
 SAMPLE = """
 import logging, numpy as np

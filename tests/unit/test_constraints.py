@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm import constraints as module
-from edgelm import trial
-from edgelm.bundle import open_bundle
-from edgelm.constraints import Constraints
-from edgelm.engine import Engine
+from edgelm.bundle.manifest import open_bundle
+from edgelm.engine import constraint_trial
+from edgelm.engine import constraints as module
+from edgelm.engine.constraint_trial import LIMIT_S, Trial
+from edgelm.engine.constraints import Constraints
+from edgelm.engine.engine import Engine
 from edgelm.errors import RequestError
-from edgelm.messages import NOBODY, Constraint, Request, SamplingParams
-from edgelm.trial import LIMIT_S, Trial
+from edgelm.types import NOBODY, Constraint, Request, SamplingParams
 
 BUILTIN = open_bundle(Path(edgelm.__file__).parent / "builtin")
 
@@ -99,9 +99,9 @@ def test_a_child_that_dies_or_is_silent_refuses_one_and_is_replaced(death, monke
         assert tried.run(Constraint("regex", "a")) > 0
         child = tried._child
         if death == "killed":
-            monkeypatch.setattr("edgelm.trial.json.dumps", lambda *_: os.kill(child.pid, 9) or "{}")
+            monkeypatch.setattr("edgelm.engine.constraint_trial.json.dumps", lambda *_: os.kill(child.pid, 9) or "{}")
         else:
-            monkeypatch.setattr("edgelm.trial.select.select", lambda *_: ([], [], []))
+            monkeypatch.setattr("edgelm.engine.constraint_trial.select.select", lambda *_: ([], [], []))
         with pytest.raises(RequestError, match="simpler"):
             tried.run(Constraint("regex", "b"))
         monkeypatch.undo()
@@ -212,7 +212,7 @@ def test_what_a_trial_does_not_understand_is_not_let_through():
             raise ZeroDivisionError("nobody expects it")
 
     answer = {}
-    trial._try(Broken(), Constraint("regex", "a"), answer)
+    constraint_trial._try(Broken(), Constraint("regex", "a"), answer)
     assert "ZeroDivisionError" in answer["error"]
 
 

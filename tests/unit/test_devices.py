@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from edgelm_devices.board import detect
+from edgelm_devices.board_profile import PROFILES, Profile, load_profile, load_profiles, read_profile
+from edgelm_devices.detect import detect
 from edgelm_devices.emulate import lay_over
-from edgelm_devices.profile import PROFILES, Profile, load_profile, load_profiles, read_profile
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from edgelm.cli import main
 from edgelm.errors import DeviceError
-from edgelm.hardware import read_temperature, read_throttling
+from edgelm.system.sensors import read_temperature, read_throttling
 
 EMULATED = [profile for profile in load_profiles().values() if profile.emulation]
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm import folders
-from edgelm.boardcache import BoardCache
-from edgelm.store import Store
+from edgelm.bundle.store import Store
+from edgelm.system import user_folders
+from edgelm.system.board_cache import BoardCache
 
 NOBODY = 61_234
 """A user id that no list of users has."""
@@ -99,11 +99,11 @@ def test_only_an_absolute_path_counts(kind, named):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(variable, named)
         patch.setenv("HOME", "/home/anna")
-        found = folders.user_folder(kind)
+        found = user_folders.user_folder(kind)
         assert found.is_absolute()
         assert (found == Path(named) / "edgelm") == named.startswith("/")
         patch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
-        assert folders.user_folder(kind).is_absolute()
+        assert user_folders.user_folder(kind).is_absolute()
 
 
 def test_the_folders_of_a_user(monkeypatch):

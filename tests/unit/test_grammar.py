@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from vocabularies import byte_fallback, byte_level
 
 from edgelm.errors import BundleError, RequestError
-from edgelm.grammar import Grammar, Matcher
-from edgelm.messages import Constraint, SamplingParams
 from edgelm.sampling import Sampler
-from edgelm.tokenizer import Tokenizer
+from edgelm.text.grammar import Grammar, Matcher
+from edgelm.text.tokenizer import Tokenizer
+from edgelm.types import Constraint, SamplingParams
 
 EOS = (1,)
 EXTRA = 45

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.bundle import Cache, Manifest
-from edgelm.growing import GrowingSession
+from edgelm.bundle.manifest import Cache, Manifest
+from edgelm.runtime.dynamic_runner import GrowingSession
 
 ort = pytest.importorskip("onnxruntime", reason="needs pip install 'edgelm[cpu]'")
 onnx = pytest.importorskip("onnx", reason="building the graph needs pip install 'edgelm[export]'")

@@ -17,13 +17,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgelm import weights
-from edgelm.boardcache import BoardCache
-from edgelm.bundle import MANIFEST, open_bundle
+from edgelm.bundle.manifest import MANIFEST, open_bundle
 from edgelm.errors import BundleError
-from edgelm.graph_check import check_graph
-from edgelm.session import open_session
-from edgelm.weights import open_verified
+from edgelm.graph.check import check_graph
+from edgelm.runtime import prepack
+from edgelm.runtime.prepack import open_verified
+from edgelm.runtime.runner import open_session
+from edgelm.system.board_cache import BoardCache
 
 BUILTIN = open_bundle("builtin", verify=False).path
 
@@ -425,7 +425,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """Kernels compiled once for all formats of the built-in bundle."""
-    from edgelm.native.compile import main
+    from edgelm.kernels.compile import main
 
     file = tmp_path_factory.mktemp("kernels") / "kernels.so"
     assert main([str(file), "4:16", "4:32", "4:64", "4:128", "8:16", "8:32", "8:64", "8:128"]) is None
@@ -434,8 +434,8 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(params=["kernels", "onnxruntime"])
 def cache(request, tmp_path, monkeypatch, compiled):
-    monkeypatch.setattr(weights, "WORTH_BYTES", 0)
-    monkeypatch.setattr(weights, "_compile", lambda library, _formats: shutil.copy(compiled, library))
+    monkeypatch.setattr(prepack, "WORTH_BYTES", 0)
+    monkeypatch.setattr(prepack, "_compile", lambda library, _formats: shutil.copy(compiled, library))
     return BoardCache(tmp_path / "cache") if request.param == "kernels" else None
 
 

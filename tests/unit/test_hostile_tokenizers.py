@@ -14,9 +14,9 @@ import pytest
 from vocabularies import byte_fallback, byte_level
 
 from edgelm.errors import BundleError, EdgelmError, RequestError
-from edgelm.marked import Marked, Marker, Spellings
-from edgelm.tokenizer import Tokenizer
-from edgelm.tokenizerfile import MOST_ADDED, MOST_GROWTH, MOST_ID
+from edgelm.text.tainted_text import Marked, Marker, Spellings
+from edgelm.text.tokenizer import Tokenizer
+from edgelm.text.tokenizer_file import MOST_ADDED, MOST_GROWTH, MOST_ID
 
 Change = Callable[[dict[str, Any]], None]
 

@@ -54,12 +54,12 @@ FLOORS = [
 """Rooms of edgelm/, lowest first: a room imports only from floors below its own, and within itself."""
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SOLE_IMPORTERS = {
-    "onnxruntime": {"edgelm/graphs.py", "edgelm/session.py"},
+    "onnxruntime": {"edgelm/runtime/ort.py", "edgelm/runtime/runner.py"},
     "paho": {f"edgelm/mqtt/{name}.py" for name in ("client", "properties", "sending", "transport")},
-    "llguidance": {"edgelm/grammar.py"},
-    "tokenizers": {"edgelm/tokenizer.py"},
-    "jinja2": {"edgelm/templates.py"},
-    "amqtt": {"edgelm/mqtt/embedded.py"},
+    "llguidance": {"edgelm/text/grammar.py"},
+    "tokenizers": {"edgelm/text/tokenizer.py"},
+    "jinja2": {"edgelm/text/template_sandbox.py"},
+    "amqtt": {"edgelm/mqtt/embedded_broker.py"},
 }
 HEAVY = {"onnx", "torch", "transformers", "optimum", "safetensors", "ml_dtypes", "huggingface_hub", "gguf"}
 RUNTIME = {
@@ -76,7 +76,7 @@ RUNTIME = {
     "tomli",
 }
 PACKAGES = {"edgelm": "edgelm", "export": "edgelm_export", "devices": "edgelm_devices"}
-RECIPES = {"export/distill/builtin.py"}
+RECIPES = {"export/distill/builtin_recipe.py"}
 """Run with python -m: commands in all but name, so they may use what commands share."""
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm import installed
 from edgelm.errors import MissingExtraError
+from edgelm.system import installation
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,12 +23,12 @@ def place(tmp_path, monkeypatch):
     """An environment of its own with pip in it; a wheel with a space in its path; and what the installer wrote down."""
     (tmp_path / "env" / "bin").mkdir(parents=True)
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "env"))
-    monkeypatch.setattr(installed.shutil, "which", lambda _: str(tmp_path / "env" / "bin" / "pip"))
+    monkeypatch.setattr(installation.shutil, "which", lambda _: str(tmp_path / "env" / "bin" / "pip"))
     wheel = tmp_path / "a wheel.whl"
     wheel.touch()
 
     def record(content):
-        monkeypatch.setattr(installed, "_direct_url", lambda: content)
+        monkeypatch.setattr(installation, "_direct_url", lambda: content)
         return wheel
 
     record({})
@@ -51,26 +51,26 @@ def of(folder, name):
 def test_by_who_installed_it(place, file, command):
     if file is not None:
         (Path(sys.prefix) / file).touch()
-    assert installed.command_for("export") == f"{command} 'edgelm[export]'"
+    assert installation.command_for("export") == f"{command} 'edgelm[export]'"
     place({"url": Path("/nowhere/x.whl").as_uri(), "archive_info": {}})
-    assert installed.command_for("export") == f"{command} 'edgelm[export]'"  # it is gone
+    assert installation.command_for("export") == f"{command} 'edgelm[export]'"  # it is gone
     wheel = place({"url": (Path(sys.prefix).parent / "a wheel.whl").as_uri(), "archive_info": {}})
-    assert shlex.split(installed.command_for("export"))[-1] == f"{wheel}[export]"
+    assert shlex.split(installation.command_for("export"))[-1] == f"{wheel}[export]"
 
 
 def test_a_clone_stays_one(place):
     folder = Path(sys.prefix).parent
     place({"url": folder.as_uri(), "dir_info": {"editable": True}})
-    assert installed.command_for("all") == f"pip install -e '{folder}[all]'"
+    assert installation.command_for("all") == f"pip install -e '{folder}[all]'"
     place({"url": folder.as_uri(), "dir_info": {}})
-    assert installed.command_for("all") == f"pip install '{folder}[all]'"
+    assert installation.command_for("all") == f"pip install '{folder}[all]'"
 
 
 def test_another_pip_is_not_taken(place, monkeypatch):
-    monkeypatch.setattr(installed.shutil, "which", lambda _: "/usr/bin/pip")
-    assert installed.command_for("all") == f"{sys.executable} -m pip install 'edgelm[all]'"
-    monkeypatch.setattr(installed.importlib.util, "find_spec", lambda _: None)
-    assert installed.command_for("all") == f"uv pip --python {sys.executable} install 'edgelm[all]'"
+    monkeypatch.setattr(installation.shutil, "which", lambda _: "/usr/bin/pip")
+    assert installation.command_for("all") == f"{sys.executable} -m pip install 'edgelm[all]'"
+    monkeypatch.setattr(installation.importlib.util, "find_spec", lambda _: None)
+    assert installation.command_for("all") == f"uv pip --python {sys.executable} install 'edgelm[all]'"
 
 
 RECORDS = st.recursive(
@@ -87,12 +87,12 @@ def test_whatever_an_installer_wrote_down(record):
             return json.dumps(record)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(installed, "distribution", lambda _: Distribution())
-        assert "[export]" in installed.command_for("export")
+        patch.setattr(installation, "distribution", lambda _: Distribution())
+        assert "[export]" in installation.command_for("export")
 
 
 def test_the_error_has_the_command():
-    assert installed.command_for("export") in str(MissingExtraError("edgelm export", "export", "onnx"))
+    assert installation.command_for("export") in str(MissingExtraError("edgelm export", "export", "onnx"))
 
 
 @pytest.mark.parametrize("version", [(3, 9), (2, 7)])

@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 
 import edgelm
-from edgelm import intake
-from edgelm.bundle import MANIFEST
+from edgelm.bundle.manifest import MANIFEST
+from edgelm.engine import admission
+from edgelm.engine.admission import SHORT
 from edgelm.errors import RequestError
-from edgelm.intake import SHORT
 from edgelm.model import Model
 
 if not (Path(edgelm.__file__).parent / "builtin" / MANIFEST).is_file():
     pytest.skip(
-        "the built-in bundle is absent: python -m edgelm_export.distill.builtin makes it", allow_module_level=True
+        "the built-in bundle is absent: python -m edgelm_export.distill.builtin_recipe makes it",
+        allow_module_level=True,
     )
 
 LONG = "play some jazz " * (SHORT // 10)
@@ -114,7 +115,7 @@ def test_answers_are_the_same_whoever_reads_the_prompt(model: Model, monkeypatch
         return [(each.text, each.turn) for each in said]
 
     at_once = answers("a")
-    monkeypatch.setattr(intake, "SHORT", -1)
+    monkeypatch.setattr(admission, "SHORT", -1)
     assert answers("b") == at_once
 
 

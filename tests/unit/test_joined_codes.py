@@ -9,11 +9,11 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import onnxruntime as ort
 
-from edgelm.bundle import open_bundle
-from edgelm.graphs import load_graph, load_packed
-from edgelm.native.joined import join_codes
-from edgelm.probe import probe
-from edgelm.tuning import Tuning
+from edgelm.bundle.manifest import open_bundle
+from edgelm.kernels.rewrite.widened_codes import join_codes
+from edgelm.runtime.ort import load_graph, load_packed
+from edgelm.runtime.probe import probe
+from edgelm.runtime.threads import Tuning
 
 SHAPES = [{"quant": "int5"}, {"quant": "int6"}, {"quant": "int4", "embedding_bits": 6}, {"quant": "int4"}]
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import edgelm
-from edgelm import probe, weights
-from edgelm.boardcache import BoardCache
-from edgelm.bundle import open_bundle
+from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import EdgelmError
-from edgelm.graphs import PACKED
-from edgelm.native.onnx_model import read_model
-from edgelm.session import open_session
-from edgelm.weights import FORMATS, KERNELS, open_verified, try_kernels
+from edgelm.graph.onnx_model import read_model
+from edgelm.runtime import prepack, probe
+from edgelm.runtime.ort import PACKED
+from edgelm.runtime.prepack import FORMATS, KERNELS, open_verified, try_kernels
+from edgelm.runtime.runner import open_session
+from edgelm.system.board_cache import BoardCache
 
 SHAPE = {"vocab": 16000, "hidden": 512, "mlp": 2048, "heads": 8, "kv_heads": 4}
 """Large enough to be kept without being asked to: 16 MB in int8."""
@@ -28,7 +28,7 @@ SMALL = {"vocab": 384, "hidden": 128, "mlp": 352}
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A cache that keeps small bundles too."""
-    monkeypatch.setattr(weights, "WORTH_BYTES", 0)
+    monkeypatch.setattr(prepack, "WORTH_BYTES", 0)
     return BoardCache(tmp_path / "cache")
 
 
@@ -96,16 +96,16 @@ def test_without_our_kernels_onnxruntimes_are_used(small, cache, monkeypatch, mi
     if missing == "compiler":
         monkeypatch.setattr(sys, "executable", "/bin/false")
     elif missing == "library":
-        monkeypatch.setattr(weights, "_compile", lambda library, _: library.write_bytes(b"nonsense"))
+        monkeypatch.setattr(prepack, "_compile", lambda library, _: library.write_bytes(b"nonsense"))
     else:
-        monkeypatch.setattr(weights, "write_panels", lambda *_: 1 / 0)
+        monkeypatch.setattr(prepack, "write_panels", lambda *_: 1 / 0)
     np.testing.assert_array_equal(logits_of(small, cache), plain)
     (entry,) = cache.entries()
     assert FORMATS not in entry.note
     assert not (entry.path / KERNELS).exists()
     assert said() == []
     assert any("own kernels are not used" in line for line in said(logging.INFO))
-    monkeypatch.setattr(weights, "_pack", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(prepack, "_pack", lambda *_: pytest.fail("tried again"))
     np.testing.assert_array_equal(logits_of(small, cache), plain)
 
 
@@ -113,8 +113,8 @@ def test_kernels_that_compute_something_else_are_never_used(small, cache, monkey
     plain = logits_of(small, None)
     logits = np.eye(3, 8, dtype=np.float32)
     probes = iter([-9 * logits, -9 * logits, logits, logits])  # ours, ours in pieces, onnxruntime's, exact ones
-    monkeypatch.setattr(weights, "probe", lambda *_: next(probes))
-    monkeypatch.setattr(weights, "_prepack", lambda *_: "not now")
+    monkeypatch.setattr(prepack, "probe", lambda *_: next(probes))
+    monkeypatch.setattr(prepack, "_prepack", lambda *_: "not now")
     np.testing.assert_array_equal(logits_of(small, cache), plain)
     assert "they compute other logits" in said()[0]
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm.bundle import Cache
-from edgelm.kv import KvBuffers
+from edgelm.bundle.manifest import Cache
+from edgelm.runtime.kv_cache import KvBuffers
 
 
 def private_bytes():
@@ -66,8 +66,8 @@ def test_finished_requests_leave_their_rows_empty(bundle, together):
 
 STRETCHED = """
 import sys, edgelm
-from edgelm import session
-session.SMALL_PASS = int(sys.argv[2])
+from edgelm.runtime import runner
+runner.SMALL_PASS = int(sys.argv[2])
 with edgelm.load(sys.argv[1], threads=1, max_batch=1, prefix_cache_mb=0, cache=False) as lm:
     lm.generate(tokens=[3] * 200, max_tokens=3, ignore_eos=True)
     text = open("/proc/self/smaps_rollup").read()

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm import engine
-from edgelm.bundle import Matrix, open_bundle
-from edgelm.drafts import SIZES
+from edgelm.bundle.manifest import Matrix, open_bundle
+from edgelm.engine import engine
+from edgelm.engine.speculation import SIZES
 from edgelm.errors import EdgelmError
-from edgelm.memory import check_memory, plan_memory
+from edgelm.runtime.memory_plan import check_memory, plan_memory
 
 MANIFEST = open_bundle("builtin").manifest
 rows = st.integers(1, 64)

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgelm.native.attention_nodes import attention_of
-from edgelm.native.onnx_model import read_model
+from edgelm.graph.onnx_model import read_model
+from edgelm.kernels.rewrite.attention_fusion import attention_of
 
 SIZE = 64
 INPUTS = ("packed", "", "", "past.0.key", "past.0.value", "seqlens_k", "total_sequence_length", "cos", "sin")

@@ -9,7 +9,7 @@ import struct
 import pytest
 from llvmlite import binding
 
-from edgelm.native.elf import shared_library
+from edgelm.kernels.elf import shared_library
 
 PLAIN = """
 @table = internal constant [4 x i32] [i32 10, i32 20, i32 30, i32 40]

@@ -8,21 +8,21 @@ import shutil
 import numpy as np
 import pytest
 
-from edgelm import weights
-from edgelm.boardcache import BoardCache
-from edgelm.bundle import open_bundle
+from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import BundleError
-from edgelm.graphs import PACKED, cache_key
-from edgelm.session import open_session
-from edgelm.tuning import Tuning, cores
-from edgelm.weights import open_graph, open_verified
+from edgelm.runtime import prepack
+from edgelm.runtime.ort import PACKED, cache_key
+from edgelm.runtime.prepack import open_graph, open_verified
+from edgelm.runtime.runner import open_session
+from edgelm.runtime.threads import Tuning, cores
+from edgelm.system.board_cache import BoardCache
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A cache that keeps small bundles too, on a board that there are no kernels of ours for."""
-    monkeypatch.setattr(weights, "_is_worth_it", lambda bundle: bundle.manifest.cache.kind == "shared")
-    monkeypatch.setattr(weights, "_pack_in_panels", lambda *_: [])
+    monkeypatch.setattr(prepack, "_is_worth_it", lambda bundle: bundle.manifest.cache.kind == "shared")
+    monkeypatch.setattr(prepack, "_pack_in_panels", lambda *_: [])
     return BoardCache(tmp_path / "cache")
 
 
@@ -56,13 +56,13 @@ def test_packed_weights_compute_the_same_to_the_last_bit(tiny_checkpoint, export
 
 def test_they_are_packed_once(bundle, cache, monkeypatch):
     logits_of(bundle, cache)
-    monkeypatch.setattr(weights, "_pack", lambda *_: pytest.fail("packed again"))
+    monkeypatch.setattr(prepack, "_pack", lambda *_: pytest.fail("packed again"))
     logits_of(bundle, cache)
 
 
-@pytest.mark.parametrize("worth", [weights.WORTH_BYTES, 0])
+@pytest.mark.parametrize("worth", [prepack.WORTH_BYTES, 0])
 def test_small_bundles_and_those_in_float32_do_without(float32_bundle, tmp_path, monkeypatch, worth):
-    monkeypatch.setattr(weights, "WORTH_BYTES", worth)
+    monkeypatch.setattr(prepack, "WORTH_BYTES", worth)
     cache = BoardCache(tmp_path / "cache")
     logits_of(float32_bundle, cache)
     assert not cache.folder.exists()
@@ -105,13 +105,13 @@ def test_what_onnxruntime_refuses_is_packed_again(bundle, cache, said):
 def test_a_copy_that_computes_something_else_is_never_used(bundle, cache, monkeypatch, said):
     plain = logits_of(bundle, None)
     numbers = iter(range(100))
-    monkeypatch.setattr(weights, "probe", lambda *_: np.array([next(numbers)]))
+    monkeypatch.setattr(prepack, "probe", lambda *_: np.array([next(numbers)]))
     np.testing.assert_array_equal(logits_of(bundle, cache), plain)
     assert len(said()) == 1
     assert "does not read back" in said()[0]
     (entry,) = cache.entries()
     assert entry.bytes < 10_000
-    monkeypatch.setattr(weights, "_pack", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(prepack, "_pack", lambda *_: pytest.fail("tried again"))
     np.testing.assert_array_equal(logits_of(bundle, cache), plain)
     assert len(said()) == 1, "said once"
 
@@ -143,7 +143,7 @@ def test_a_bundle_elsewhere_shares_the_packed_weights(own, bundle, cache):
     logits_of(own, cache)
     (entry,) = cache.entries()
     assert entry.note["bundle"] == str(own), "its files are known from now on"
-    assert set(weights._unchanged(open_bundle(own), entry)) == {"model.onnx", "model.onnx.data"}
+    assert set(prepack._unchanged(open_bundle(own), entry)) == {"model.onnx", "model.onnx.data"}
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_a_line(bundle, cache, tmp_path, said):

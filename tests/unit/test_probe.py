@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from tiny import TinyLlama
 
-from edgelm import probe, weights
-from edgelm.bundle import open_bundle
+from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import EdgelmError
-from edgelm.graphs import load_graph
-from edgelm.native import attention_nodes, graph
-from edgelm.weights import try_kernels
+from edgelm.kernels.rewrite import attention_fusion, rewrite_graph
+from edgelm.runtime import prepack, probe
+from edgelm.runtime.ort import load_graph
+from edgelm.runtime.prepack import try_kernels
 
 SINK = 7919 % 384
 """The probe's first token."""
@@ -55,22 +55,22 @@ def test_right_kernels_are_used_whatever_the_model_makes_of_rounding(bundle_of, 
 
 
 def scales_of_other_blocks(patch):
-    packed = graph.packed_scales
-    patch.setattr(graph, "packed_scales", lambda scales: np.roll(packed(scales), 1, axis=1))
+    packed = rewrite_graph.packed_scales
+    patch.setattr(rewrite_graph, "packed_scales", lambda scales: np.roll(packed(scales), 1, axis=1))
 
 
 def codes_of_other_columns(patch):
-    packed = graph.packed_codes
-    patch.setattr(graph, "packed_codes", lambda codes, *others: packed(codes[::-1], *others))
+    packed = rewrite_graph.packed_codes
+    patch.setattr(rewrite_graph, "packed_codes", lambda codes, *others: packed(codes[::-1], *others))
 
 
 def no_rotation(patch):
-    encode = attention_nodes.encode_node
-    patch.setattr(attention_nodes, "encode_node", lambda *a: encode(*a[:-1], {**a[-1], "HALF": 0}))
+    encode = attention_fusion.encode_node
+    patch.setattr(attention_fusion, "encode_node", lambda *a: encode(*a[:-1], {**a[-1], "HALF": 0}))
 
 
 def another_scale(patch):
-    patch.setattr(attention_nodes, "_bits", lambda value: int(np.float32(8 * value).view(np.int32)))
+    patch.setattr(attention_fusion, "_bits", lambda value: int(np.float32(8 * value).view(np.int32)))
 
 
 @pytest.mark.parametrize("wrong", [scales_of_other_blocks, codes_of_other_columns, no_rotation, another_scale])
@@ -101,21 +101,21 @@ def test_logits_that_are_not_numbers_are_never_right(which):
 
 def test_products_of_onnxruntimes_may_depend_on_what_is_computed_together(bundle_of):
     """So a graph that has some is not said to be invariant."""
-    assert not graph.computes_row_by_row(bundle_of(1.0, "int4").graph.read_bytes())
+    assert not rewrite_graph.computes_row_by_row(bundle_of(1.0, "int4").graph.read_bytes())
 
 
 def test_a_graph_whose_rows_depend_on_each_other_is_not_invariant(bundle_of, tmp_path, monkeypatch):
     """Whatever its operators promise."""
-    found = weights.probe
+    found = prepack.probe
     calls = []
 
     def changed(*arguments):
         calls.append(arguments)
         return found(*arguments) + (np.float32(1e-6) if len(arguments) == 3 else np.float32(0))
 
-    monkeypatch.setattr(weights, "probe", changed)
+    monkeypatch.setattr(prepack, "probe", changed)
     marked = []
-    monkeypatch.setattr(weights, "marked_invariant", lambda model: marked.append(model) or model)
+    monkeypatch.setattr(prepack, "marked_invariant", lambda model: marked.append(model) or model)
     try_kernels(bundle_of(1.0, "int4"), 1)
     assert len(calls) == 4
     assert not marked

@@ -7,11 +7,12 @@ import tempfile
 
 import pytest
 
-from edgelm import profiler, weights
-from edgelm.boardcache import BoardCache
-from edgelm.bundle import open_bundle
-from edgelm.native.formats import Format
-from edgelm.profile import PRODUCTS
+from edgelm.bench import profiler
+from edgelm.bench.trace import PRODUCTS
+from edgelm.bundle.manifest import open_bundle
+from edgelm.kernels.formats import Format
+from edgelm.runtime import prepack
+from edgelm.system.board_cache import BoardCache
 
 SIZES = ["--prompt-tokens", 20, "--new-tokens", 5, "--repeat", 2, "--threads", 1, "--no-cache"]
 
@@ -57,7 +58,7 @@ def test_json_adds_up(profiled, run, scratch):
 
 @pytest.mark.parametrize("ours", [False, True], ids=["onnxruntime's kernels", "ours"])
 def test_every_layer_has_its_products(profiled, ours, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "WORTH_BYTES", 0 if ours else 10**12)
+    monkeypatch.setattr(prepack, "WORTH_BYTES", 0 if ours else 10**12)
     manifest = open_bundle(profiled).manifest
     sizes = {"prompt_tokens": 20, "new_tokens": 3, "repeat": 1, "threads": 1}
     found = profiler.profile(profiled, **sizes, cache=BoardCache(tmp_path / "cache"))
@@ -137,7 +138,7 @@ def test_an_interrupted_profile_leaves_no_file(bundle, scratch, monkeypatch):
 
 
 def test_weights_packed_for_the_board_are_profiled_too(bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "_is_worth_it", lambda _: True)
+    monkeypatch.setattr(prepack, "_is_worth_it", lambda _: True)
     cache = BoardCache(tmp_path / "cache")
     for _ in range(2):  # packed, then found
         sizes = {"prompt_tokens": 4, "new_tokens": 2, "repeat": 1, "threads": 1}

@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgelm.native.onnx_model import FLOAT, encode_model, encode_node, encode_tensor, read_model
-from edgelm.protobuf import fields, message
+from edgelm.graph.onnx_model import FLOAT, encode_model, encode_node, encode_tensor, read_model
+from edgelm.graph.protobuf import fields, message
 
 names = st.text("abc.é_0", min_size=1, max_size=8)
 numbers = st.integers(-(2**63), 2**63 - 1)

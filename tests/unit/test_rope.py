@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.rope import KINDS, Rope, longrope_attention_factor, yarn_attention_factor
+from edgelm_export.architectures.rope import KINDS, Rope, longrope_attention_factor, yarn_attention_factor
 
 
 def naive_frequency(rope, i, size, long=False):

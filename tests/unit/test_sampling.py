@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from edgelm.errors import RequestError
-from edgelm.messages import SamplingParams
 from edgelm.sampling import Sampler, warm_up
+from edgelm.types import SamplingParams
 
 CHAINS = (
     {"temperature": 1.0},
@@ -71,7 +71,7 @@ def test_uncompiled_kernels_choose_the_same_tokens() -> None:
 def test_greedy_loads_no_numba() -> None:
     code = """
 import sys, numpy
-from edgelm.messages import SamplingParams
+from edgelm.types import SamplingParams
 from edgelm.sampling import Sampler, warm_up
 logits = numpy.arange(40, dtype=numpy.float32)
 sampler = Sampler(SamplingParams(logprobs=3), 40)

@@ -12,13 +12,13 @@ from folders import contents
 from tiny import TEXT
 
 import edgelm
-from edgelm.bundle import MANIFEST, File, open_bundle, to_json
-from edgelm.engine import Engine
+from edgelm.bundle.manifest import MANIFEST, File, open_bundle, to_json
+from edgelm.engine.engine import Engine
 from edgelm.errors import BundleError, EdgelmError
-from edgelm.memory import plan_memory
-from edgelm.session import open_session
-from edgelm.static_prefix import add_prefix, map_prefix, open_bare, remove_prefix
-from edgelm.static_tokens import check_tokens
+from edgelm.runtime.memory_plan import plan_memory
+from edgelm.runtime.prefix_file import add_prefix, map_prefix, open_bare, remove_prefix
+from edgelm.runtime.runner import open_session
+from edgelm.text.static_prompt import check_tokens
 
 TOKENS = [5, 9, 11, 40, 41, 42, 43]
 MESSAGES = [{"role": "system", "content": "Answer in one short sentence."}]

@@ -8,10 +8,10 @@ import pytest
 from folders import contents
 
 import edgelm
-from edgelm.bundle import open_bundle
+from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import EdgelmError
-from edgelm.static_tokens import opening_tokens, read_opening
-from edgelm.tokenizer import Tokenizer
+from edgelm.text.static_prompt import opening_tokens, read_opening
+from edgelm.text.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "system", "content": "Answer in one short sentence."}]
 

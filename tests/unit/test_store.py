@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm.bundle import open_bundle
-from edgelm.catalogue import USABLE, catalogue, check_name
+from edgelm.bundle.catalogue import USABLE, catalogue, check_name
+from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.store import BUILTIN, Origin, Store, resolve
 from edgelm.errors import BundleError, EdgelmError
-from edgelm.store import BUILTIN, Origin, Store, resolve
 
 BUILTIN_FOLDER = Path(edgelm.__file__).parent / "builtin"
 
@@ -143,7 +143,7 @@ def test_models(store, run):
 
 def test_rm_removes_what_is_named_and_what_was_made_of_it(store, run, tmp_path, monkeypatch):
     monkeypatch.setenv("EDGELM_CACHE_DIR", str(tmp_path / "cache"))
-    from edgelm.boardcache import BoardCache, Key
+    from edgelm.system.board_cache import BoardCache, Key
 
     for name in ("mine", "other"):
         put(store, name, Origin("owner/model"))

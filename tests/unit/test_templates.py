@@ -9,14 +9,14 @@ import tracemalloc
 import pytest
 from fuzzing.files import TEMPLATES
 
-from edgelm import templates
-from edgelm.chat import ChatTemplate
 from edgelm.errors import RequestError, TemplateLimitError
-from edgelm.templates import Template
+from edgelm.text import template_sandbox
+from edgelm.text.chat_template import ChatTemplate
+from edgelm.text.template_sandbox import Template
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "play <eos> music"}]
 GROW = "{% set ns = namespace(s='ab', l=[1]) %}{% for i in range(70) %}{% set ns.s = STEP %}{% endfor %}{{ ns.s | length }}"
-PROCESSOR_S = 5 * templates.LIMIT_S
+PROCESSOR_S = 5 * template_sandbox.LIMIT_S
 """A single step may be under way when the time is over."""
 
 TOO_LONG = {
@@ -103,7 +103,7 @@ def test_one_that_takes_long_is_stopped(kind):
 def test_one_that_makes_much_is_stopped(kind):
     took, most, said = seconds_and_bytes(TOO_MUCH[kind])
     assert said.startswith("TemplateLimitError: it ") or "integer" in said, said
-    assert most < 8 * templates.MOST_MADE, f"{most / 1e6:.0f} MB"
+    assert most < 8 * template_sandbox.MOST_MADE, f"{most / 1e6:.0f} MB"
     assert took < PROCESSOR_S
 
 
@@ -112,7 +112,7 @@ def test_whatever_the_fuzzer_knows_is_short():
     for source in TEMPLATES[::3]:
         took, most, _ = seconds_and_bytes(source)
         assert took < PROCESSOR_S, source[:100]
-        assert most < 8 * templates.MOST_MADE, source[:100]
+        assert most < 8 * template_sandbox.MOST_MADE, source[:100]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_one_that_fails_for_a_short_text_is_not_tried_again():
             template.render(MESSAGES)
         took = time.thread_time() - begun
     assert caught.value.code == "bad_request"
-    assert took < templates.LIMIT_S / 2
+    assert took < template_sandbox.LIMIT_S / 2
 
 
 def test_limits_are_a_threads_own_and_a_renderings_own():
@@ -147,7 +147,7 @@ def test_limits_are_a_threads_own_and_a_renderings_own():
         thread.start()
     for thread in threads:
         thread.join()
-    assert 2 * 50 * 99999 < templates.MOST_MADE < 4 * 2 * 50 * 99999
+    assert 2 * 50 * 99999 < template_sandbox.MOST_MADE < 4 * 2 * 50 * 99999
     assert lengths == [50 * 99999] * 12
 
 

@@ -20,11 +20,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm.bundle import MANIFEST
+from edgelm.bundle.manifest import MANIFEST
+from edgelm.bundle.store import Origin, Store
 from edgelm.cli import main, progress
 from edgelm.cli.serve import _JsonLines, _TextLines
-from edgelm.store import Origin, Store
-from edgelm.terminal import Shown, plain, shown, shown_on_a_line, shown_output
+from edgelm.system.terminal import Shown, plain, shown, shown_on_a_line, shown_output
 
 BUILTIN = Path(edgelm.__file__).parent / "builtin"
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\x7f\rhi"
@@ -78,7 +78,7 @@ def test_output_is_ours_again_afterwards(as_they_are: bool, capsys: pytest.Captu
 
 def need_builtin() -> None:
     if not (BUILTIN / MANIFEST).is_file():
-        pytest.skip("no built-in bundle: python -m edgelm_export.distill.builtin makes it")
+        pytest.skip("no built-in bundle: python -m edgelm_export.distill.builtin_recipe makes it")
 
 
 @pytest.fixture

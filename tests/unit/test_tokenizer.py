@@ -10,7 +10,7 @@ import pytest
 from vocabularies import byte_fallback, byte_level
 
 from edgelm.errors import BundleError, RequestError
-from edgelm.tokenizer import StreamDecoder, Tokenizer
+from edgelm.text.tokenizer import StreamDecoder, Tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

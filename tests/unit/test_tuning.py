@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.boardcache import BoardCache
-from edgelm.bundle import open_bundle
+from edgelm.bench.autotune import ALIKE, Trial, choose
+from edgelm.bundle.manifest import open_bundle
 from edgelm.cli import main
-from edgelm.graphs import best_tuning, cache_key
-from edgelm.tuner import ALIKE, Trial, choose
-from edgelm.tuning import Tuning, cores, default_threads, recall, remember
+from edgelm.runtime.ort import best_tuning, cache_key
+from edgelm.runtime.threads import Tuning, cores, default_threads, recall, remember
+from edgelm.system.board_cache import BoardCache
 
 settings = st.builds(Tuning, st.integers(1, 8), st.booleans())
 trials = st.lists(st.builds(Trial, settings, st.floats(0.1, 1e4), st.just(1.0)), min_size=1, max_size=12)

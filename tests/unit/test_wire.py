@@ -8,9 +8,9 @@ import json
 import pytest
 
 from edgelm.errors import RequestError
-from edgelm.mqtt.asks import Ask, open_envelope, parse_ask, write_ask
+from edgelm.mqtt.answer_codec import Properties
+from edgelm.mqtt.request_codec import Ask, open_envelope, parse_ask, write_ask
 from edgelm.mqtt.topics import Address, BoardTopics, check_reply_topic
-from edgelm.mqtt.wire import Properties
 
 
 def _ask(payload: bytes | dict[str, object], properties: Properties | None = None) -> Ask:

@@ -8,10 +8,10 @@ import time
 import pytest
 from clients import PATIENCE_S, Client, ask, occupy
 
-from edgelm.bundle import open_bundle
-from edgelm.engine import Engine
+from edgelm.bundle.manifest import open_bundle
+from edgelm.engine.engine import Engine
 from edgelm.errors import EdgelmError, RequestError
-from edgelm.messages import Constraint
+from edgelm.types import Constraint
 
 
 def test_answers_come_in_pieces_and_are_counted(start_worker):

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from tokenizers import Tokenizer
 
-from edgelm.textfile import split_documents
+from edgelm.text.documents import split_documents
 from tests.bench.judge import Corpus, judge
 from tests.bench.peers.building import Failed
 from tests.bench.peers.shapes import Facts

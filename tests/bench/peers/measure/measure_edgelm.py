@@ -6,7 +6,7 @@ import job as protocol
 import numpy as np
 
 from edgelm import __version__, load
-from edgelm.memory import PREFILL_CHUNK
+from edgelm.runtime.memory_plan import PREFILL_CHUNK
 
 
 class Bundle:

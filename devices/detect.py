@@ -1,0 +1,126 @@
+"""The machine at hand: which board it is, its processor, memory, temperature and throttling, as Linux tells.
+
+Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edgelm.system.sensors import ROOT, Throttling, parse_throttling, read_temperature, read_text, read_throttling
+
+from .board_profile import Profile, load_profiles
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """A machine as found. Memory in bytes, temperature in degrees Celsius; None where nothing tells."""
+
+    profile: Profile | None
+    matched_by: Literal["device tree", "processor", "machine"] | None
+    """By what the profile was chosen: another board may have the same processor."""
+    model: str | None
+    machine: str
+    processor: str | None
+    implementer: str | None
+    part: str | None
+    cores: int
+    features: tuple[str, ...]
+    memory_bytes: int | None
+    memory_available_bytes: int | None
+    temperature_c: float | None
+    throttling: Throttling | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the board as JSON-ready values, its profile by name."""
+        return dataclasses.asdict(self) | {"profile": self.profile.name if self.profile else None}
+
+
+def detect(root: Path = ROOT, machine: str | None = None) -> Board:
+    """Look at this machine, or at the one whose file system lies under `root`.
+
+    Parameters
+    ----------
+    root
+        Where proc/ and sys/ are.
+    machine
+        What `uname -m` prints there; None asks this machine.
+    """
+    machine = machine or platform.machine()
+    blocks = _read_cpuinfo(root)
+    first = blocks[0] if blocks else {}
+    model = read_text(root / "proc/device-tree/model")
+    implementer, part = first.get("CPU implementer"), first.get("CPU part")
+    profile, matched_by = _match(model, machine, implementer, part)
+    memory = _read_meminfo(root)
+    return Board(
+        profile=profile,
+        matched_by=matched_by,
+        model=model,
+        machine=machine,
+        processor=first.get("model name") or (profile.cpu.core if profile and profile.cpu else None),
+        implementer=implementer,
+        part=part,
+        cores=max(1, len(blocks)),
+        features=tuple((first.get("Features") or first.get("flags") or "").split()),
+        memory_bytes=memory.get("MemTotal"),
+        memory_available_bytes=memory.get("MemAvailable"),
+        temperature_c=read_temperature(root),
+        throttling=read_throttling(root) or (_ask_firmware() if root == ROOT else None),
+    )
+
+
+def _match(
+    model: str | None, machine: str, implementer: str | None, part: str | None
+) -> tuple[Profile | None, Literal["device tree", "processor", "machine"] | None]:
+    """Choose the profile: by the name of the board, else by its processor, else by its architecture."""
+    profiles = list(load_profiles().values())
+    if model:
+        for profile in profiles:
+            # The space keeps "Raspberry Pi 4 " from matching "Raspberry Pi 400".
+            if any(f"{model} ".startswith(start) for start in profile.match.device_tree):
+                return profile, "device tree"
+    for profile in profiles:
+        match = profile.match
+        if match.part and (match.implementer, match.part) == (implementer, part):
+            return profile, "processor"
+    for profile in profiles:
+        if not profile.match.part and profile.match.machine == machine:
+            return profile, "machine"
+    return None, None
+
+
+def _read_cpuinfo(root: Path) -> list[dict[str, str]]:
+    """Return one table for each processor of /proc/cpuinfo."""
+    blocks = []
+    for block in re.split(r"\n\s*\n", read_text(root / "proc/cpuinfo") or ""):
+        lines = (line.partition(":") for line in block.splitlines())
+        table = {key.strip(): value.strip() for key, _, value in lines}
+        if "processor" in table:
+            blocks.append(table)
+    return blocks
+
+
+def _read_meminfo(root: Path) -> dict[str, int]:
+    """Return /proc/meminfo in bytes."""
+    text = read_text(root / "proc/meminfo") or ""
+    return {key: int(kib) * 1024 for key, kib in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
+
+
+def _ask_firmware() -> Throttling | None:
+    """Ask the Raspberry Pi's own tool, for kernels that do not tell."""
+    tool = shutil.which("vcgencmd")
+    if tool is None:
+        return None
+    try:
+        done = subprocess.run([tool, "get_throttled"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return parse_throttling(done.stdout.strip().removeprefix("throttled="))

@@ -1,0 +1,1 @@
+"""Speed of a bundle on this machine: benchmark, profiler, threads."""

@@ -1,0 +1,216 @@
+"""Measuring a bundle on this machine: prefill, decode, first token, sampler, memory. Prints nothing."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from edgelm.bundle.manifest import Bundle
+from edgelm.errors import EdgelmError
+from edgelm.runtime.memory_plan import PREFILL_CHUNK
+from edgelm.runtime.ort import best_tuning
+from edgelm.runtime.prepack import open_verified
+from edgelm.runtime.runner import Session, open_session
+from edgelm.sampling import Sampler
+from edgelm.system.board_cache import BoardCache
+from edgelm.system.memory import memory_bandwidth_gb_s, memory_mb
+from edgelm.types import SamplingParams
+
+SAMPLER_ROUNDS: Final = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median, least and greatest of the repeats."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarize at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One batch size. Rates are tokens a second of the whole batch; `bandwidth_share` is of what was measured."""
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill_tok_s: Spread
+    decode_tok_s: Spread
+    ttft_ms: Spread
+    bandwidth_share: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return medians, and the ends of the decode rate."""
+        return {
+            "batch": self.batch,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "prefill_tok_s": round(self.prefill_tok_s.median, 2),
+            "decode_tok_s": round(self.decode_tok_s.median, 2),
+            "decode_tok_s_min": round(self.decode_tok_s.least, 2),
+            "decode_tok_s_max": round(self.decode_tok_s.most, 2),
+            "ttft_ms": round(self.ttft_ms.median, 3),
+            "bandwidth_share": round(self.bandwidth_share, 4),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything `edgelm bench` shows. Times in the unit that ends the name; memory in MB (10^6 bytes)."""
+
+    threads: int
+    memory_bandwidth_gb_s: float
+    load_s: float
+    sampler_us: float
+    memory: dict[str, float]
+    runs: tuple[Run, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the object that `--json` prints."""
+        return {
+            "threads": self.threads,
+            "memory_bandwidth_gb_s": round(self.memory_bandwidth_gb_s, 2),
+            "load_s": round(self.load_s, 4),
+            **{name: round(value, 2) for name, value in self.memory.items()},
+            "sampler_us": round(self.sampler_us, 2),
+            "runs": [run.to_dict() for run in self.runs],
+        }
+
+
+def benchmark(
+    path: str,
+    *,
+    prompt_tokens: int = 256,
+    new_tokens: int = 128,
+    batches: Sequence[int] = (1,),
+    threads: int | None = None,
+    repeat: int = 5,
+    cache: BoardCache | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Measure a bundle with random tokens; one unmeasured round of each batch goes first.
+
+    With a `cache` weights packed before are mapped, and `threads` are by default what was measured to be best.
+
+    Raises `EdgelmError` when prompt and answer do not fit the context, or a number is not positive.
+    """
+    start = time.perf_counter()
+    bundle = open_measured(path, prompt_tokens, new_tokens, batches, repeat, cache)
+    count = best_tuning(bundle, threads, cache).threads
+    session = open_session(bundle, rows=max(batches), threads=threads, context=prompt_tokens + new_tokens, cache=cache)
+    load_s = time.perf_counter() - start
+    rounds = {
+        batch: [
+            _round(session, bundle, batch, prompt_tokens, new_tokens)
+            for _ in _counted(repeat + 1, number, len(batches), progress)
+        ][1:]
+        for number, batch in enumerate(batches)
+    }
+    memory = memory_mb()  # before numba and the arrays of the bandwidth measurement join in
+    bandwidth = memory_bandwidth_gb_s(count)
+    runs = [_summary(bundle, batch, prompt_tokens, new_tokens, rounds[batch], bandwidth) for batch in batches]
+    return Report(count, bandwidth, load_s, _sampler_us(bundle.manifest.vocab_size), memory, tuple(runs))
+
+
+def open_measured(
+    path: str, prompt_tokens: int, new_tokens: int, batches: Sequence[int], repeat: int, cache: BoardCache | None
+) -> Bundle:
+    """Open a bundle that is to be measured so. Raises `EdgelmError` as `benchmark` does."""
+    for name, value in (
+        ("prompt tokens", prompt_tokens),
+        ("new tokens", new_tokens),
+        ("repeat", repeat),
+        *(("batch", b) for b in batches),
+    ):
+        if value < 1:
+            raise EdgelmError(f"{name} must be at least 1, got {value}")
+    bundle = open_verified(path, cache)
+    if prompt_tokens + new_tokens > bundle.manifest.context:
+        raise EdgelmError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit the context of"
+            f" {bundle.manifest.context}"
+        )
+    return bundle
+
+
+def _counted(repeat: int, number: int, of: int, progress: Callable[[str, int, int], None] | None) -> Iterator[int]:
+    for index in range(repeat):
+        if progress is not None:
+            progress("round", number * repeat + index, of * repeat)
+        yield index
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    prefill_s: float
+    first_s: float
+    decode_s: float
+
+
+def _round(session: Session, bundle: Bundle, batch: int, prompt_tokens: int, new_tokens: int) -> _Times:
+    """Prefill every row, then decode them together."""
+    generator = np.random.default_rng(0)
+    prompts = generator.integers(0, bundle.manifest.vocab_size, (batch, prompt_tokens), dtype=np.int64)
+    tokens = np.zeros(batch, np.int64)
+    first_s = 0.0
+    start = time.perf_counter()
+    for row in range(batch):
+        for at in range(0, prompt_tokens, PREFILL_CHUNK):
+            logits = session.prefill(row, prompts[row, at : at + PREFILL_CHUNK], at)
+        tokens[row] = logits[0].argmax()
+        first_s = first_s or time.perf_counter() - start
+    middle = time.perf_counter()
+    lengths = np.full(batch, prompt_tokens, np.int32)
+    for _ in range(new_tokens):
+        tokens[:] = session.decode(tokens, lengths).argmax(axis=1)
+        lengths += 1
+    return _Times(middle - start, first_s, time.perf_counter() - middle)
+
+
+def _summary(
+    bundle: Bundle, batch: int, prompt_tokens: int, new_tokens: int, rounds: Sequence[_Times], bandwidth: float
+) -> Run:
+    decode = Spread.of([batch * new_tokens / times.decode_s for times in rounds])
+    manifest = bundle.manifest
+    weights = sum(matrix.bytes() for matrix in manifest.matrices if matrix.name != "embedding" or _is_tied(bundle))
+    cache = batch * manifest.cache.bytes_per_token() * (prompt_tokens + new_tokens / 2)
+    steps_s = decode.median / batch
+    return Run(
+        batch,
+        prompt_tokens,
+        new_tokens,
+        Spread.of([batch * prompt_tokens / times.prefill_s for times in rounds]),
+        decode,
+        Spread.of([1e3 * times.first_s for times in rounds]),
+        steps_s * (weights + cache) / (bandwidth * 1e9),
+    )
+
+
+def _is_tied(bundle: Bundle) -> bool:
+    """Whether the embedding is also the head, and so is read whole in every step."""
+    return all(matrix.name != "head" for matrix in bundle.manifest.matrices)
+
+
+def _sampler_us(vocab_size: int) -> float:
+    """Median microseconds to sample a token with temperature, top-k and top-p."""
+    sampler = Sampler(SamplingParams(temperature=0.8, top_k=40, top_p=0.95, seed=1), vocab_size)
+    logits = np.random.default_rng(0).normal(0, 3, vocab_size).astype(np.float32)
+    history = np.zeros(0, np.int32)
+    times = []
+    for _ in range(SAMPLER_ROUNDS + 3):
+        fresh = logits.copy()
+        start = time.perf_counter()
+        sampler.sample(fresh, None, history)
+        times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times[3:])

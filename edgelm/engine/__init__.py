@@ -1,0 +1,1 @@
+"""Decoding many requests together: admission, scheduling, one step at a time, and the thread that owns it."""

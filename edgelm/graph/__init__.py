@@ -1,0 +1,1 @@
+"""ONNX graphs without the onnx package: read, checked and changed in their bytes."""

@@ -1,0 +1,384 @@
+"""Whether a bundle's graph is one that edgelm made, or could have made: checked once, before anything computes with it.
+
+A bundle may come from anyone, and its manifest only says that its files are those that its maker meant. So every
+operator, shape, offset and file that the graph names is compared here with what the manifest and the other tensors say;
+what can change from call to call the kernels check themselves (`edgelm.kernels.ir.ort_calls`). Knows
+nothing of onnxruntime, which checks its own operators too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from edgelm.bundle.manifest import Bundle
+from edgelm.errors import BundleError
+from edgelm.graph.onnx_model import (
+    FLOAT,
+    FLOAT16,
+    INT8,
+    INT32,
+    INT64,
+    THEIRS,
+    UINT8,
+    Model,
+    Node,
+    Tensor,
+    Value,
+    read_model,
+    read_node,
+    read_tensor,
+)
+from edgelm.graph.protobuf import fields
+from edgelm.graph.shapes import Shapes
+from edgelm.kernels.formats import DOMAIN, INVARIANT, MOST_SIZE
+
+MOST_BYTES: Final = 1 << 40
+"""Most bytes of one tensor."""
+MOST_GRAPH_BYTES: Final = 2_000_000_000
+"""Most bytes of a graph without its data file: Protobuf's own limit."""
+MOST_DEPTH: Final = 4
+"""Most graphs inside each other."""
+
+ENDLESS: Final = frozenset({"Loop", "Scan"})
+"""Operators that no decoder needs, and that may never end."""
+
+_FUNCTIONS, _TRAINING, _OPSETS, _METADATA = 25, 20, 8, 14  # ModelProto
+_SPARSE = 15  # GraphProto
+_TENSORS, _GRAPHS, _SPARSE_TENSORS = (5, 10), (6, 11), (22, 23)  # AttributeProto
+_ITEM_BYTES: Final = {
+    1: 4.0, 2: 1.0, 3: 1.0, 4: 2.0, 5: 2.0, 6: 4.0, 7: 8.0, 9: 1.0, 10: 2.0, 11: 8.0, 12: 4.0, 13: 8.0, 16: 2.0,
+    17: 1.0, 18: 1.0, 19: 1.0, 20: 1.0, 21: 0.5, 22: 0.5,
+}  # fmt: skip
+"""Bytes of a number, by TensorProto.DataType; texts and complex numbers are none that a decoder has."""
+
+_BITS: Final = (2, 4, 8)
+_BLOCKS: Final = (16, 32, 64, 128, 256)
+_FIXED: Final = {
+    "shared": {"input_ids": INT64, "seqlens_k": INT32, "total_sequence_length": INT32, "rows": INT64},
+    "growing": {"input_ids": INT64},
+}
+"""Inputs that a graph must have, by the kind of its cache, and their types."""
+_OPTIONAL: Final = {
+    "shared": {"positions": INT64},
+    "growing": {"attention_mask": INT64, "position_ids": INT64, "rows": INT64},
+}
+_PASTS: Final = {"shared": "past", "growing": "past_key_values"}
+
+
+class _FaultError(ValueError):
+    """What is wrong with a graph."""
+
+
+def check_graph(bundle: Bundle) -> None:
+    """Raise `BundleError` for a bundle whose graph does not fit its manifest, its files or itself.
+
+    The bundle's files must have been verified. Takes some 25 microseconds a node.
+    """
+    try:
+        if bundle.graph.stat().st_size > MOST_GRAPH_BYTES:
+            raise _FaultError(f"it has more than {MOST_GRAPH_BYTES} bytes")
+        model = read_model(bundle.graph.read_bytes())
+        _GraphCheck(bundle, model).run()
+    except OSError as error:
+        raise BundleError(f"{bundle.graph} cannot be read: {error.strerror or error}") from error
+    except (ValueError, OverflowError, IndexError) as error:
+        raise BundleError(
+            f"edgelm cannot load {bundle.graph}: {error}; export the model again, or get the bundle from where you"
+            " trust it"
+        ) from error
+
+
+class _GraphCheck:
+    """One pass over a model."""
+
+    def __init__(self, bundle: Bundle, model: Model) -> None:
+        self._manifest = bundle.manifest
+        self._folder = bundle.path
+        self._model = model
+        self._data = f"{bundle.manifest.graph}.data"
+        self._data_bytes = _size_of(bundle, self._data)
+        self._makers: dict[str, Node] = {}
+        self._shapes = Shapes(model, bundle.manifest) if bundle.manifest.cache.kind == "shared" else None
+
+    def run(self) -> None:
+        """Raise `_FaultError` or another `ValueError` for what does not fit."""
+        self._check_model()
+        self._check_names()
+        for tensor in self._model.all_tensors:
+            self._check_tensor(tensor)
+        self._check_values()
+        for node in self._model.nodes:
+            self._check_node(node)
+            self._check_sizes(node)
+            if self._shapes is not None:
+                self._shapes.add(node)
+        if self._shapes is not None:
+            self._check_results(self._shapes)
+
+    # -- the model as a whole -----------------------------------------------------------------------------------
+
+    def _check_model(self) -> None:
+        for number, _, value in self._model.rest:
+            if number == _FUNCTIONS:
+                raise _FaultError("it defines functions of its own")
+            if number == _METADATA and isinstance(value, bytes) and INVARIANT.encode() in value:
+                raise _FaultError(f"it claims to be {INVARIANT}, which the board finds out itself")
+            if number == _TRAINING:
+                raise _FaultError("it has a part for training")
+            if number == _OPSETS and isinstance(value, bytes):
+                domain = _domain(value)
+                if domain not in THEIRS and not domain.startswith("ai.onnx"):
+                    raise _FaultError(f"it uses operators of the domain {domain!r:.60}")
+        if any(number == _SPARSE for number, _, _ in self._model.graph_rest):
+            raise _FaultError("it has sparse tensors")
+
+    def _check_names(self) -> None:
+        """Refuse a name that is given twice: a reader may take the first or the last."""
+        seen: set[str] = set()
+        names = [tensor.name for tensor in self._model.all_tensors] + list(self._model.inputs)
+        names += [name for node in self._model.nodes for name in node.outputs if name]
+        for name in names:
+            if not name or name in seen:
+                raise _FaultError(f"two values are called {name!r:.60}")
+            seen.add(name)
+        for node in self._model.nodes:
+            if not node.outputs:
+                raise _FaultError(f"a node {node.operator!r:.40} gives nothing")
+            self._makers |= {name: node for name in node.outputs if name}
+            for name in node.inputs:
+                if name and name not in seen:
+                    raise _FaultError(f"{name!r:.60} is read and nowhere made")
+
+    # -- tensors ------------------------------------------------------------------------------------------------
+
+    def _check_tensor(self, tensor: Tensor) -> None:
+        size = _bytes_of(tensor)
+        if tensor.place is None:
+            if tensor.raw and len(tensor.raw) != size:
+                raise _FaultError(f"{tensor.name!r:.60} has {len(tensor.raw)} bytes instead of {size}")
+            return
+        name = tensor.location
+        if name != self._data or self._data_bytes is None:
+            raise _FaultError(
+                f"{tensor.name!r:.60} lies in {name!r:.80}; a bundle's weights lie in {self._data}, which its manifest"
+                " lists"
+            )
+        start = tensor.place.start
+        length = size if tensor.place.stop is None else tensor.place.stop - start
+        if length != size or start + size > self._data_bytes:
+            raise _FaultError(f"{tensor.name!r:.60} has {length} bytes at {start} of {name} instead of {size}")
+
+    def _source(self, name: str) -> Tensor | None:
+        """Return the stored tensor that a value is, or is cast from."""
+        maker = self._makers.get(name)
+        if maker is not None and maker.operator == "Cast" and maker.inputs:
+            name = maker.inputs[0]
+        return self._model.tensors.get(name)
+
+    # -- inputs and outputs -------------------------------------------------------------------------------------
+
+    def _check_values(self) -> None:
+        cache = self._manifest.cache
+        fixed, optional, past = _FIXED[cache.kind], _OPTIONAL[cache.kind], _PASTS[cache.kind]
+        pasts = [f"{past}.{layer}.{part}" for layer in range(cache.layers) for part in ("key", "value")]
+        dtype = INT8 if cache.bits == 8 else FLOAT
+        wanted = {**fixed, **dict.fromkeys(pasts, dtype)}
+        missing = wanted.keys() - self._model.inputs.keys()
+        unknown = self._model.inputs.keys() - wanted.keys() - optional.keys()
+        if missing or unknown:
+            named = ", ".join(sorted(missing or unknown)[:3])
+            raise _FaultError(f"it {'lacks the input' if missing else 'has an unknown input'} {named:.200}")
+        for name, value in self._model.inputs.items():
+            if value.dtype != {**wanted, **optional}[name]:
+                raise _FaultError(f"the input {name} has the type {value.dtype}")
+            if name in pasts:
+                self._check_memory(name, value)
+        for name in ("logits", *(f"present.{each.removeprefix(f'{past}.')}" for each in pasts)):
+            if name not in self._model.outputs:
+                raise _FaultError(f"it does not give {name}")
+        width = self._model.outputs["logits"].shape[-1:]
+        if width not in {(), (0,), (self._manifest.vocab_size,)}:
+            raise _FaultError(f"it gives {width[0]} logits, the manifest says {self._manifest.vocab_size}")
+
+    def _check_results(self, shapes: Shapes) -> None:
+        """Refuse logits that are not one row for each wanted position, and memory that comes back in another shape."""
+        found = shapes.of("logits")
+        if found != ("rows", self._manifest.vocab_size):
+            raise _FaultError(f"it gives logits {list(found)}, the manifest says {self._manifest.vocab_size} tokens")
+        for past in self._model.inputs:
+            present = past.replace("past.", "present.", 1)
+            if past != present and shapes.of(present) != shapes.of(past):
+                raise _FaultError(f"{present} has another shape than {past}")
+
+    def _check_memory(self, name: str, value: Value) -> None:
+        """Refuse keys or values that are not [batch, heads, positions, size]."""
+        cache = self._manifest.cache
+        expected = (0, cache.kv_heads, 0, cache.head_size)
+        fits = len(value.shape) == len(expected) and all(
+            has in (0, wanted) for has, wanted in zip(value.shape, expected, strict=True)
+        )
+        if not fits or (cache.kind == "shared" and value.shape[1::2] != expected[1::2]):
+            raise _FaultError(f"{name} is {list(value.shape)}, the manifest says {list(expected)}, 0 for any number")
+
+    # -- nodes --------------------------------------------------------------------------------------------------
+
+    def _check_node(self, node: Node, depth: int = 0) -> None:
+        """Refuse operators that no bundle has, and check what a node carries inside."""
+        if node.domain == DOMAIN:
+            raise _FaultError(f"it holds {node.operator!r:.40} of edgelm's own domain, which is made on the board only")
+        if node.domain not in THEIRS:
+            raise _FaultError(f"it holds {node.operator!r:.40} of the domain {node.domain!r:.60}")
+        if node.operator in ENDLESS:
+            raise _FaultError(f"it holds {node.operator}, which may never end")
+        for number, body in node.bodies:
+            if number in _TENSORS:
+                tensor = read_tensor(body)
+                _bytes_of(tensor)
+                if tensor.place is not None:
+                    raise _FaultError("a node's own tensor lies in another file")
+            elif number in _GRAPHS and depth < MOST_DEPTH:
+                self._check_body(body, depth + 1)
+            else:
+                raise _FaultError("it holds graphs too deep in each other, or a sparse tensor")
+
+    def _check_body(self, body: bytes, depth: int) -> None:
+        """Check a graph inside a node."""
+        for number, _, value in fields(body):
+            if number == 1 and isinstance(value, bytes):
+                self._check_node(read_node(value), depth)
+            elif number == 5 and isinstance(value, bytes):
+                self._check_tensor(read_tensor(value))
+            elif number == _SPARSE:
+                raise _FaultError("it has sparse tensors")
+
+    def _check_sizes(self, node: Node) -> None:
+        """Check the numbers of operators that read quantized weights, or keys and values."""
+        if node.operator == "MatMulNBits":
+            self._check_product(node)
+        elif node.operator == "GatherBlockQuantized":
+            self._check_table(node)
+        elif node.operator == "GroupQueryAttention":
+            self._check_attention(node)
+
+    def _check_product(self, node: Node) -> None:
+        bits, block, columns, size = (_number(node, name) for name in ("bits", "block_size", "N", "K"))
+        if bits not in _BITS or block not in _BLOCKS or not 1 <= size <= MOST_SIZE or not 1 <= columns <= MOST_SIZE:
+            raise _FaultError(f"a product has K {size}, N {columns}, {bits} bits and blocks of {block}")
+        _, codes, scales, zeros, groups, bias, *others = (*node.inputs, *[""] * 6)
+        if not codes or not scales or groups or any(others):
+            raise _FaultError("a product has other inputs than codes, scales, zero points and a bias")
+        blocks = -(-size // block)
+        self._require(codes, columns * blocks * block * bits // 8, (UINT8,))
+        self._require(scales, columns * blocks, (FLOAT, FLOAT16))
+        tensor = self._source(zeros) if zeros else None
+        packed = tensor is not None and tensor.dtype == UINT8
+        self._require(zeros, columns * (-(-blocks * bits // 8) if packed else blocks), (UINT8, FLOAT, FLOAT16))
+        self._require(bias, columns, (FLOAT,), stored=True)
+
+    def _check_table(self, node: Node) -> None:
+        bits, block = _number(node, "bits", 4), _number(node, "block_size", 128)
+        axes = _number(node, "gather_axis", 0), _number(node, "quantize_axis", 1)
+        if bits not in (4, 8) or block not in _BLOCKS or axes != (0, 1) or not 3 <= len(node.inputs) <= 4:
+            raise _FaultError(f"a table has {bits} bits, blocks of {block} and the axes {axes}")
+        codes, scales = self._source(node.inputs[0]), self._source(node.inputs[2])
+        if scales is None or (codes is not None and _count(codes) * 8 != _count(scales) * block * bits):
+            raise _FaultError("a table has not as many codes as its scales say")
+        if len(node.inputs) == 4:
+            rows, blocks = scales.shape[0], _count(scales) // max(scales.shape[0], 1)
+            self._require(node.inputs[3], rows * -(-blocks * bits // 8), (UINT8,), stored=True)
+
+    def _check_attention(self, node: Node) -> None:
+        cache, manifest = self._manifest.cache, self._manifest
+        heads, kv_heads = _number(node, "num_heads"), _number(node, "kv_num_heads")
+        if not 1 <= kv_heads <= heads <= MOST_SIZE or heads % kv_heads or kv_heads != cache.kv_heads:
+            raise _FaultError(f"attention has {heads} heads of queries and {kv_heads} of keys")
+        if not -1 <= _number(node, "local_window_size", -1) <= MOST_SIZE:
+            raise _FaultError("attention has a window that no context fills")
+        _, key, value, past_key, past_value, lengths, total, cos, sin, positions, *others = (
+            *node.inputs,
+            *[""] * 14,
+        )[:14]
+        layer = past_key.removeprefix("past.").removesuffix(".key")
+        memory = [f"past.{layer}.key", f"past.{layer}.value"]
+        if [past_key, past_value] != memory or not set(memory) <= self._model.inputs.keys():
+            raise _FaultError("attention does not read its keys and values from the memory of one layer")
+        if node.outputs[1:] != (f"present.{layer}.key", f"present.{layer}.value"):
+            raise _FaultError("attention does not write its keys and values into the memory of its layer")
+        if (lengths, total) != ("seqlens_k", "total_sequence_length") or positions not in ("", "positions"):
+            raise _FaultError("attention does not take lengths and positions as they are given")
+        bias, sink, *scales = others
+        if bias or sink or bool(key) != bool(value):
+            raise _FaultError("attention has inputs that `edgelm export` never gives it")
+        for name in scales:
+            self._require(name, kv_heads * cache.head_size, (FLOAT,), stored=True)
+        if node.attributes.get("do_rotary", 0):
+            is_long = manifest.long_from is not None and manifest.long_from < manifest.context
+            self._check_rotary(cos, sin, manifest.context * (2 if is_long else 1))
+
+    def _check_rotary(self, cos: str, sin: str, rows: int) -> None:
+        tables = [self._source(name) for name in (cos, sin)]
+        shapes = {None if table is None else table.shape for table in tables}
+        shape = shapes.pop()
+        fits = not shapes and shape is not None and len(shape) == 2
+        if shape is None or not fits or shape[0] < rows or not 1 <= 2 * shape[1] <= self._manifest.cache.head_size:
+            raise _FaultError(f"the rotary tables are not two of {rows} rows or more, as wide as half a head at most")
+
+    def _require(self, name: str, count: int, dtypes: Sequence[int], *, stored: bool = False) -> None:
+        """Refuse a tensor of another size or type; the types of what is computed are onnxruntime's matter."""
+        tensor = self._source(name) if name else None
+        if tensor is None:
+            if name and stored:
+                raise _FaultError(f"{name!r:.60} is not stored")
+            if name and self._shapes is not None and self._shapes.count(name) != count:
+                raise _FaultError(f"{name!r:.60} is not {count} numbers")
+            return
+        if _count(tensor) != count or tensor.dtype not in dtypes:
+            raise _FaultError(
+                f"{tensor.name!r:.60} is {list(tensor.shape)!s:.80} of type {tensor.dtype} instead of {count} numbers"
+            )
+
+
+def _size_of(bundle: Bundle, name: str) -> int | None:
+    """Return the size of a file of the bundle; None where its manifest does not list it.
+
+    A bundle that is being written has no list yet.
+    """
+    if name not in bundle.manifest.files and bundle.manifest.files:
+        return None
+    file = bundle.path / name
+    return file.stat().st_size if file.is_file() else None
+
+
+def _domain(opset: bytes) -> str:
+    """Return the domain of an OperatorSetIdProto."""
+    found = b""
+    for number, _, value in fields(opset):
+        if number == 1 and isinstance(value, bytes):
+            found = value
+    return found.decode()
+
+
+def _number(node: Node, name: str, default: int | None = None) -> int:
+    value = node.attributes.get(name, default)
+    if value is None or value != int(value):
+        raise _FaultError(f"{node.operator} has no whole number {name}")
+    return int(value)
+
+
+def _count(tensor: Tensor) -> int:
+    return math.prod(tensor.shape)
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """Return how many bytes a tensor's values take. Raises `ValueError` for a shape that no tensor has."""
+    if any(not 0 <= size <= MOST_BYTES for size in tensor.shape):
+        raise _FaultError(f"{tensor.name!r:.60} has the shape {list(tensor.shape[:9])}")
+    item = _ITEM_BYTES.get(tensor.dtype)
+    if item is None:
+        raise _FaultError(f"{tensor.name!r:.60} has the type {tensor.dtype}")
+    size = math.ceil(_count(tensor) * item) if item < 1 else _count(tensor) * int(item)
+    if size > MOST_BYTES:
+        raise _FaultError(f"{tensor.name!r:.60} has {size} bytes")
+    return size

@@ -1,0 +1,65 @@
+"""Compiling the kernels: LLVM IR to a shared library for this processor.
+
+A program of its own, so that the compiler's memory is given back: see `edgelm.runtime.prepack`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llvmlite import binding
+
+from edgelm.kernels.elf import shared_library
+from edgelm.kernels.formats import Format
+from edgelm.kernels.ir.entry_points import kernels_module
+from edgelm.kernels.ir.targets import TARGETS, Target
+
+
+def this_target() -> Target | None:
+    """Return the best target whose instruction sets this processor has; None where it has those of none."""
+    architecture = binding.get_default_triple().split("-")[0]
+    features = binding.get_host_cpu_features()
+    for target in TARGETS:
+        if target.triple.split("-")[0] == architecture and all(features.get(name) for name in target.features):
+            return target
+    return None
+
+
+def compile_kernels(target: Target, formats: Sequence[Format], cpu: str, features: str = "") -> bytes:
+    """Return a shared library with the operators of some formats.
+
+    `cpu` and `features` are LLVM's names of the processor and of what it has. Raises `RuntimeError` for what LLVM
+    refuses.
+    """
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    code, names = kernels_module(target, formats)
+    module = binding.parse_assembly(str(code))
+    module.verify()
+    machine = binding.Target.from_triple(target.triple).create_target_machine(
+        cpu=cpu, features=features, opt=3, reloc="pic", codemodel="small"
+    )
+    options = binding.create_pipeline_tuning_options(speed_level=2)
+    options.loop_vectorization = options.slp_vectorization = False  # the kernels are vectors already
+    options.loop_unrolling = False  # what is to be unrolled is written so (see `multiplying`)
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+    return shared_library(machine.emit_object(module), names)
+
+
+def main(arguments: Sequence[str] | None = None) -> str | None:
+    """Compile for this processor, by arguments such as FILE 4:32 8:32; return why that cannot be."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    target = this_target()
+    if target is None:
+        return "this processor has neither AVX2 nor Arm's dot product"
+    formats = [Format(*map(int, text.split(":"))) for text in arguments[1:]]
+    features = binding.get_host_cpu_features().flatten()
+    try:
+        library = compile_kernels(target, formats, binding.get_host_cpu_name(), features)
+    except Exception as error:  # noqa: BLE001  LLVM says it over many lines, and a traceback's last one says nothing
+        return f"LLVM {binding.llvm_version_info}: {' '.join(str(error).split())[:300]}"
+    Path(arguments[0]).write_bytes(library)
+    return None

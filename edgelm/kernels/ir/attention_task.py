@@ -1,0 +1,114 @@
+"""What the threads share while they compute attention, and what each of them needs of a token."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from llvmlite import ir
+
+from edgelm.kernels.formats import COLUMNS
+from edgelm.kernels.ir.emitter import F32, I32, I64, POINTER, VOID, WIDE, Emitter
+
+
+class Task(IntEnum):
+    """Fields of what the threads share during one call. The first ones are addresses."""
+
+    QUERY = 0
+    KEY = 1
+    VALUE = 2
+    PRESENT_KEY = 3
+    PRESENT_VALUE = 4
+    COS = 5
+    SIN = 6
+    POSITIONS = 7
+    SEQLENS = 8
+    Y = 9
+    PARTS = 10
+    QUERY_STRIDE = 11
+    KEY_STRIDE = 12
+    TOKENS = 13
+    HEADS = 14
+    KV_HEADS = 15
+    GROUP = 16
+    SIZE = 17
+    CAPACITY = 18
+    HALF = 19
+    WINDOW = 20
+    SPLITS = 21
+    TILE = 22
+    TILES = 23
+    SCALE = 24
+    SOFTCAP = 25
+
+
+def fields(e: Emitter, task: ir.Value, *wanted: Task) -> list[ir.Value]:
+    """Emit some of a task's fields."""
+    found = []
+    for field in wanted:
+        kind = F32 if field >= Task.SCALE else POINTER if field < Task.QUERY_STRIDE else I64
+        found.append(e.b.load(e.at(task, field, I64), typ=kind))
+    return found
+
+
+def emit_rotate(module: ir.Module) -> ir.Function:
+    """Emit rotate(source, target, cos, sin, half, size, scale): one head of a token, times a number."""
+    e = Emitter(module, "attention_rotate", VOID, [POINTER, POINTER, POINTER, POINTER, I64, I64, F32])
+    source, target, cos, sin, half, size, scale = e.function.args
+    b = e.b
+    wide = e.splat(scale, WIDE)
+    whole = b.and_(half, e.const(-COLUMNS))
+    with e.loop(e.const(0), whole, COLUMNS) as (at, _, _):
+        places = at, b.add(at, half)
+        one, other = (e.load_vector(source, place, F32, WIDE) for place in places)
+        c, s = (e.load_vector(table, at, F32, WIDE) for table in (cos, sin))
+        turned = b.fsub(b.fmul(one, c), b.fmul(other, s)), b.fadd(b.fmul(other, c), b.fmul(one, s))
+        for place, value in zip(places, turned, strict=True):
+            b.store(b.fmul(value, wide), e.at(target, place, F32), align=4)
+    with e.loop(whole, half) as (at, _, _):
+        places = at, b.add(at, half)
+        one, other = (e.load(source, place, F32) for place in places)
+        c, s = (e.load(table, at, F32) for table in (cos, sin))
+        turned = b.fsub(b.fmul(one, c), b.fmul(other, s)), b.fadd(b.fmul(other, c), b.fmul(one, s))
+        for place, value in zip(places, turned, strict=True):
+            e.store(b.fmul(value, scale), target, place)
+    rotated = b.add(half, half)
+    plain = b.add(rotated, b.and_(b.sub(size, rotated), e.const(-COLUMNS)))
+    with e.loop(rotated, plain, COLUMNS) as (at, _, _):
+        b.store(b.fmul(e.load_vector(source, at, F32, WIDE), wide), e.at(target, at, F32), align=4)
+    with e.loop(plain, size) as (at, _, _):
+        e.store(b.fmul(e.load(source, at, F32), scale), target, at)
+    b.ret_void()
+    return e.function
+
+
+def past_of(e: Emitter, task: ir.Value, row: ir.Value) -> ir.Value:
+    """Emit how many positions a row of the batch had before: no more than leave room for what is new."""
+    seqlens, tokens, capacity = fields(e, task, Task.SEQLENS, Task.TOKENS, Task.CAPACITY)
+    length = e.smaller(e.b.add(e.b.sext(e.load(seqlens, row, I32), I64), e.const(1)), capacity)
+    return e.larger(e.b.sub(length, tokens), e.const(0))
+
+
+def tables_of(e: Emitter, task: ir.Value, token: ir.Value, position: ir.Value) -> list[ir.Value]:
+    """Emit where a token's cosines and sines begin; `token` counts through the whole batch."""
+    b = e.b
+    positions, half, *tables = fields(e, task, Task.POSITIONS, Task.HALF, Task.COS, Task.SIN)
+    before = b.block
+    with b.if_then(b.icmp_unsigned("!=", b.ptrtoint(positions, I64), e.const(0))):
+        told = e.load(positions, token, I64)
+        inside = b.block
+    place = b.phi(I64)
+    place.add_incoming(position, before)
+    place.add_incoming(told, inside)
+    return [e.at(table, b.mul(place, half), F32) for table in tables]
+
+
+def write(e: Emitter, task: ir.Value, target: ir.Value, values: ir.Value, totals: ir.Value) -> None:
+    """Emit the output of one query of a head: weighted values by the sum of `totals`, float32 [16]."""
+    b = e.b
+    y, size = fields(e, task, Task.Y, Task.SIZE)
+    zero, all_totals = ir.Constant(F32, 0.0), e.load_vector(totals, 0, F32, WIDE)
+    total = e.intrinsic("llvm.vector.reduce.fadd.v16f32", F32, zero, all_totals)
+    wide = e.splat(b.fdiv(ir.Constant(F32, 1.0), total), WIDE)
+    with e.loop(e.const(0), size, COLUMNS) as (at, _, _):
+        value = b.fmul(e.load_vector(values, at, F32, WIDE), wide)
+        b.store(value, e.at(y, b.add(b.mul(target, size), at), F32), align=4)

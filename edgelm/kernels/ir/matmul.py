@@ -1,0 +1,210 @@
+"""The kernels that multiply rounded activations with quantized matrices, as LLVM IR: y = x W + bias + skip.
+
+The weights lie in panels of 16 columns (see `packing`). Sums of products are exact in 32 bits within a block and added
+up in float32, in the order of the blocks: a row's result does not depend on how many rows are computed with it.
+
+    panels     some rows of what `quantizing` makes x some panels -> y
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from edgelm.kernels.formats import COLUMNS, Format
+from edgelm.kernels.ir.emitter import BYTES, F32, HALF, I8, I16, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
+from edgelm.kernels.ir.targets import Target
+from edgelm.kernels.ir.unpack_weights import eight_at, weights_of
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Where each of the rows that a kernel takes at once has its codes, scales and offsets."""
+
+    codes: list[ir.Value]
+    factors: list[ir.Value]
+    offsets: list[ir.Value]
+
+    @property
+    def count(self) -> int:
+        return len(self.codes)
+
+
+def emit_panels(module: ir.Module, target: Target, form: Format, rows: int) -> ir.Function:
+    """Emit panels(weights, scales, blocks, start, stop, codes, factors, offsets, bias, skip, y, columns) for some rows.
+
+    weights: panels as `packing` lays them out; scales: float16 [panels, blocks, 16]; codes, factors and offsets: what
+    `quantizing` made of the rows, one behind the other; y: float32 [rows, columns], of which the columns of panels
+    [start, stop) are written; bias: float32 [16 * panels] or null; skip: what is added to y, like it, or null.
+    """
+    kinds = [POINTER, POINTER, I64, I64, I64, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, I64]
+    e = Emitter(module, f"panels_{form.bits}_{form.block}_{rows}", VOID, kinds)
+    weights, scales, blocks, start, stop, codes, factors, offsets, bias, skip, y, columns = e.function.args
+    b = e.b
+    width = b.mul(blocks, e.const(form.block))
+    taken = _Rows(
+        [e.at(codes, b.mul(width, e.const(form.code_bytes * row)), I8) for row in range(rows)],
+        [e.at(factors, b.mul(blocks, e.const(row)), F32) for row in range(rows)],
+        [e.at(offsets, b.mul(blocks, e.const(row)), I32) for row in range(rows)],
+    )
+    zeros = ir.Constant(WIDE, [0.0] * COLUMNS)
+    with e.loop(start, stop) as (panel, _, _):
+        passed = b.mul(panel, blocks)
+        panel_weights = e.at(weights, b.mul(passed, e.const(COLUMNS * form.block_bytes)), I8)
+        panel_scales = e.at(scales, b.mul(passed, e.const(COLUMNS)), HALF)
+        with e.loop(e.const(0), blocks, carried=[zeros] * rows) as (block, values, kept):
+            sums = _block_sums(e, target, form, panel_weights, block, taken)
+            at = b.mul(block, e.const(COLUMNS))
+            scale = b.fpext(e.load_vector(panel_scales, at, HALF, ir.VectorType(HALF, COLUMNS)), WIDE)
+            for row in range(rows):
+                factor = b.fmul(scale, e.splat(e.load(taken.factors[row], block, F32), WIDE))
+                kept.append(e.intrinsic("llvm.fma.v16f32", WIDE, b.sitofp(sums[row], WIDE), factor, values[row]))
+        first = b.mul(panel, e.const(COLUMNS))
+        results = _with_bias(e, kept, bias, first)
+        begins = [b.add(b.mul(columns, e.const(row)), first) for row in range(rows)]
+        added = b.icmp_unsigned("!=", b.ptrtoint(skip, I64), e.const(0))
+        with b.if_else(added) as (then, otherwise):
+            with then:
+                _write(e, results, y, begins, b.sub(columns, first), skip)
+            with otherwise:
+                _write(e, results, y, begins, b.sub(columns, first))
+    b.ret_void()
+    return e.function
+
+
+def _block_sums(
+    e: Emitter, target: Target, form: Format, weights: ir.Value, block: ir.Value, rows: _Rows
+) -> list[ir.Value]:
+    """Emit the sums of one block's products for each row, <16 x i32>; each part of the weights is unpacked once."""
+    b = e.b
+    sums = [e.splat(e.load(rows.offsets[row], block, I32), SUMS) for row in range(rows.count)]
+    here = e.at(weights, b.mul(block, e.const(COLUMNS * form.block_bytes)), I8)
+    at = b.mul(block, e.const(form.block * form.code_bytes))
+    if target.most_pairs(form.bits) and rows.count > 1:
+        return _block_sums_by_pairs(e, target, form, here, [e.at(codes, at, I8) for codes in rows.codes], sums)
+    upper = [ir.Constant(SUMS, [0] * COLUMNS)] * rows.count
+    count = form.code_bytes  # words of 32 bits that hold the codes of four activations
+    most = target.most_pairs(form.bits)
+    pairs: list[ir.Value | None] = [None] * rows.count
+    for fours, part in enumerate(weights_of(e, form, here, BYTES)):
+        for row in range(rows.count):
+            codes = e.at(rows.codes[row], at, I8)
+            spread = [_spread(e, codes, count * fours + i) for i in range(count)]
+            if count == 2 and not target.signed_bytes:
+                sums[row] = target.dot_words(b, sums[row], part, *spread)
+                continue
+            if most:
+                pairs[row] = target.pairs(b, pairs[row] if fours % most else None, part, spread[0])
+                if (fours + 1) % most == 0 or 4 * (fours + 1) == form.block:
+                    sums[row] = target.widened(b, sums[row], pairs[row])
+                continue
+            sums[row] = target.dot(b, sums[row], part, spread[0], form.bits)
+            if count == 2:
+                upper[row] = target.dot(b, upper[row], part, spread[1], form.bits)
+    if count == 2 and target.signed_bytes:
+        eight = ir.Constant(SUMS, [8] * COLUMNS)
+        sums = [b.add(low, b.shl(high, eight)) for low, high in zip(sums, upper, strict=True)]
+    return sums
+
+
+def _block_sums_by_pairs(
+    e: Emitter,
+    target: Target,
+    form: Format,
+    here: ir.Value,
+    codes: Sequence[ir.Value],
+    sums: Sequence[ir.Value],
+) -> list[ir.Value]:
+    """Emit the same where products are first summed in 16 bits, in loops that stay loops.
+
+    Unrolled, LLVM computes a block row by row, with the weights on the stack: two loads for each of them and each row,
+    where a loop's body keeps them in registers (prefill of SmolLM2-135M on AVX2: 1.2 times as fast).
+    """
+    b = e.b
+    eights = min(target.most_pairs(form.bits) // 2, form.block // 8)
+    zeros = ir.Constant(ir.VectorType(I16, 2 * COLUMNS), [0] * 2 * COLUMNS)
+    with e.loop(e.const(0), e.const(form.block // 8), eights, carried=sums) as (first, before, added):
+        stop = b.add(first, e.const(eights))
+        with e.loop(first, stop, carried=[zeros] * len(codes)) as (eight, pairs, kept):
+            place = b.mul(eight, e.const(8))
+            for i, part in enumerate(eight_at(e, form, here, eight)):
+                for row, own in enumerate(codes):
+                    pairs[row] = target.pairs(b, pairs[row], part, _spread(e, e.at(own, place, I8), i))
+            kept.extend(pairs)
+        added.extend(target.widened(b, total, more) for total, more in zip(before, kept, strict=True))
+    return added
+
+
+def _spread(e: Emitter, codes: ir.Value, fours: int) -> ir.Value:
+    """Emit four codes, repeated for every column: <64 x i8>."""
+    return e.b.bitcast(e.splat(e.load(codes, fours, I32, align=1), SUMS), BYTES)
+
+
+def _with_bias(e: Emitter, values: Sequence[ir.Value], bias: ir.Value, first: ir.Value) -> list[ir.Value]:
+    """Emit the addition of the panel's part of the bias, where there is one."""
+    b = e.b
+    before = b.block
+    with b.if_then(b.icmp_unsigned("!=", b.ptrtoint(bias, I64), e.const(0))):
+        part = e.load_vector(bias, first, F32, WIDE)
+        added = [b.fadd(value, part) for value in values]
+        inside = b.block
+    results = []
+    for plain, more in zip(values, added, strict=True):
+        result = b.phi(WIDE)
+        result.add_incoming(plain, before)
+        result.add_incoming(more, inside)
+        results.append(result)
+    return results
+
+
+def _write(
+    e: Emitter,
+    results: Sequence[ir.Value],
+    y: ir.Value,
+    begins: Sequence[ir.Value],
+    rest: ir.Value,
+    skip: ir.Value | None = None,
+) -> None:
+    """Emit the stores of a panel's columns, of which the last panel may have less than 16."""
+    b = e.b
+    with b.if_else(b.icmp_signed(">=", rest, e.const(COLUMNS)), likely=True) as (then, otherwise):
+        with then:
+            for begin, result in zip(begins, results, strict=True):
+                more = result if skip is None else b.fadd(result, e.load_vector(skip, begin, F32, WIDE))
+                b.store(more, e.at(y, begin, F32), align=1)
+        with otherwise, e.loop(e.const(0), rest) as (column, _, _):
+            lane = b.trunc(column, I32)
+            for begin, result in zip(begins, results, strict=True):
+                one = b.extract_element(result, lane)
+                place = b.add(begin, column)
+                e.store(one if skip is None else b.fadd(one, e.load(skip, place, F32)), y, place)
+
+
+def emit_rows(module: ir.Module, target: Target, form: Format) -> Callable[[Emitter, Sequence[ir.Value]], None]:
+    """Emit the kernels of a format; return what emits a call of them for any number of rows.
+
+    It takes the arguments of `emit_panels` with the number of rows in front.
+    """
+    kernels = {rows: emit_panels(module, target, form, rows) for rows in target.rows_of(form.bits)}
+
+    def call(e: Emitter, arguments: Sequence[ir.Value]) -> None:
+        count, weights, scales, blocks, start, stop, codes, factors, offsets, bias, skip, y, columns = arguments
+        is_added = e.b.icmp_unsigned("!=", e.b.ptrtoint(skip, I64), e.const(0))
+
+        def part(rows: int, row: ir.Value) -> None:
+            passed, before = e.b.mul(row, blocks), e.b.mul(row, columns)
+            e.b.call(
+                kernels[rows],
+                [
+                    weights, scales, blocks, start, stop,
+                    e.at(codes, e.b.mul(passed, e.const(form.block * form.code_bytes)), I8),
+                    e.at(factors, passed, F32), e.at(offsets, passed, I32), bias,
+                    e.at(skip, e.b.select(is_added, before, e.const(0)), F32), e.at(y, before, F32), columns,
+                ],
+            )  # fmt: skip
+
+        e.in_parts(count, target.rows_of(form.bits), part)
+
+    return call

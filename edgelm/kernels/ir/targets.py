@@ -1,0 +1,192 @@
+"""Processors that the kernels are written for: how each multiplies bytes, how many rows fit its registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from llvmlite import ir
+
+from edgelm.kernels.formats import COLUMNS, LARGEST_BYTE
+from edgelm.kernels.ir.emitter import I8, I16, I32
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A kind of processor.
+
+    `rows` are how many rows of activations a kernel takes at once, `attention_rows` how many queries, `attention_sums`
+    how many vectors of 16 sums of values for all of these.
+    `signed_bytes` says that its instruction multiplies signed bytes by signed bytes and that there is none for pairs of
+    16 bits: weights of 8 bits are moved by 128 first, and codes of 16 bits multiplied as two bytes.
+    """
+
+    name: str
+    triple: str
+    features: tuple[str, ...]
+    lanes: int
+    rows: tuple[int, ...]
+    attention_rows: tuple[int, ...]
+    attention_sums: int
+    signed_bytes: bool = False
+
+    def zero_point(self, bits: int) -> int:
+        """Return what stands for a weight of 0 in the dot product: a half of the range, but for moved ones."""
+        return 0 if self.signed_bytes and bits == 8 else 1 << (bits - 1)
+
+    def rows_of(self, bits: int) -> tuple[int, ...]:
+        """Return how many rows a kernel takes at once: half as many where each needs two sums."""
+        return self.rows[1:] if self.signed_bytes and bits == 8 else self.rows
+
+    def wide_codes(self, b: ir.IRBuilder, codes: ir.Value) -> ir.Value:
+        """Return 16 codes, <16 x i32>, in the bytes in which they are multiplied: two words of 32 bits for every four.
+
+        These are codes 0 and 2, and 1 and 3, as the weights of a column split into pairs; with signed bytes the four
+        low bytes, and the four above, each code being 256 times the one plus the other.
+        """
+        if not self.signed_bytes:
+            order = ir.Constant(ir.VectorType(I32, 16), [4 * four + i for four in range(4) for i in (0, 2, 1, 3)])
+            words = b.trunc(codes, ir.VectorType(I16, 16))
+            return b.shuffle_vector(words, ir.Constant(words.type, ir.Undefined), order)
+        low = b.trunc(codes, ir.VectorType(I8, 16))
+        above = b.ashr(b.sub(codes, b.sext(low, codes.type)), ir.Constant(codes.type, [8] * 16))
+        places = [byte + 4 * four + i for four in range(4) for byte in (0, 16) for i in range(4)]
+        order = ir.Constant(ir.VectorType(I32, 32), places)
+        return b.shuffle_vector(low, b.trunc(above, low.type), order)
+
+    def dot(self, b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Value, bits: int) -> ir.Value:
+        """Add to each of the sums, <16 x i32>, the products of four weights and four activations, <64 x i8> each."""
+        if self.signed_bytes and bits == 8:
+            weights = b.xor(weights, ir.Constant(weights.type, [0x80] * 64))
+        return self._in_parts(b, 4, _DOTS[self.name], sums, weights, activations)
+
+    def most_pairs(self, bits: int) -> int:
+        """Return how many dot products of four `pairs` may add up in 16 bits; 0 where an instruction has 32.
+
+        Two unsigned weights and two activations are at most 2 * (2 ** bits - 1) * 127 in size.
+        """
+        return 0 if self.name != "avx2" else (1 << 15) // (2 * ((1 << bits) - 1) * LARGEST_BYTE)
+
+    def pairs(self, b: ir.IRBuilder, pairs: ir.Value | None, weights: ir.Value, activations: ir.Value) -> ir.Value:
+        """Return sums of two products each, <32 x i16>, of <64 x i8>, added to others of the kind where there are."""
+        parts = []
+        for i in range(COLUMNS // self.lanes):
+            products = _maddubs(b, *(_part(b, value, i, 4 * self.lanes) for value in (weights, activations)))
+            parts.append(products if pairs is None else b.add(products, _part(b, pairs, i, 2 * self.lanes)))
+        return _joined(b, *parts)
+
+    def widened(self, b: ir.IRBuilder, sums: ir.Value, pairs: ir.Value) -> ir.Value:
+        """Add to each of the sums, <16 x i32>, the two sums of `pairs` that belong to it."""
+        return self._in_parts(b, 2, _avx2_pairs, sums, pairs)
+
+    def dot_words(self, b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, even: ir.Value, odd: ir.Value) -> ir.Value:
+        """Add to each of the sums the products of four weights, <64 x i8>, and four activations of 16 bits.
+
+        even: activations 0 and 2 for each sum, odd: 1 and 3, in <64 x i8> each.
+        """
+        return self._in_parts(b, 4, _WORD_DOTS[self.name], sums, weights, even, odd)
+
+    def _in_parts(
+        self, b: ir.IRBuilder, each: int, dot: Callable[..., ir.Value], sums: ir.Value, *values: ir.Value
+    ) -> ir.Value:
+        """Emit what adds to as many sums as a vector of this processor holds, for all of them."""
+        parts = []
+        for i in range(COLUMNS // self.lanes):
+            some = [_part(b, value, i, each * self.lanes) for value in values]
+            parts.append(dot(b, _part(b, sums, i, self.lanes), *some))
+        while len(parts) > 1:
+            parts = [_joined(b, one, other) for one, other in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+
+def _part(b: ir.IRBuilder, value: ir.Value, index: int, size: int) -> ir.Value:
+    """Return a slice of a vector."""
+    if value.type.count == size:
+        return value
+    picked = ir.Constant(ir.VectorType(I32, size), list(range(index * size, (index + 1) * size)))
+    return b.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), picked)
+
+
+def _joined(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
+    size = 2 * one.type.count
+    return b.shuffle_vector(one, other, ir.Constant(ir.VectorType(I32, size), list(range(size))))
+
+
+def _call(b: ir.IRBuilder, name: str, *arguments: ir.Value) -> ir.Value:
+    """Call an instruction of the processor, whose result is like its first argument."""
+    module = b.module
+    function = module.globals.get(name)
+    if function is None:
+        kind = ir.FunctionType(arguments[0].type, [value.type for value in arguments])
+        function = ir.Function(module, kind, name)
+    return b.call(function, arguments)
+
+
+def _vnni(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Value) -> ir.Value:
+    words = [b.bitcast(value, sums.type) for value in (weights, activations)]
+    return _call(b, "llvm.x86.avx512.vpdpbusd.512", sums, *words)
+
+
+def _vnni_words(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, even: ir.Value, odd: ir.Value) -> ir.Value:
+    for pairs, activations in zip(_pairs(b, weights), (even, odd), strict=True):
+        words = [b.bitcast(value, sums.type) for value in (pairs, activations)]
+        sums = _call(b, "llvm.x86.avx512.vpdpwssd.512", sums, *words)
+    return sums
+
+
+def _maddubs(b: ir.IRBuilder, weights: ir.Value, activations: ir.Value) -> ir.Value:
+    """Return sums of two products of bytes in 16 bits, which weights of up to 6 bits fit."""
+    words = ir.VectorType(I16, weights.type.count // 2)
+    name = "llvm.x86.avx2.pmadd.ub.sw"
+    function = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(words, [weights.type] * 2), name)
+    return b.call(function, [weights, activations])
+
+
+def _avx2_pairs(b: ir.IRBuilder, sums: ir.Value, pairs: ir.Value) -> ir.Value:
+    return b.add(sums, _pmaddwd(b, sums.type, pairs, ir.Constant(pairs.type, [1] * pairs.type.count)))
+
+
+def _avx2_words(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, even: ir.Value, odd: ir.Value) -> ir.Value:
+    products = [
+        _pmaddwd(b, sums.type, pairs, b.bitcast(activations, pairs.type))
+        for pairs, activations in zip(_pairs(b, weights), (even, odd), strict=True)
+    ]
+    return b.add(sums, b.add(*products))
+
+
+def _pairs(b: ir.IRBuilder, weights: ir.Value) -> list[ir.Value]:
+    """Return weights 0 and 2, and 1 and 3, of every four in 16 bits."""
+    words = ir.VectorType(I16, weights.type.count // 2)
+    w = b.bitcast(weights, words)
+    low = b.and_(w, ir.Constant(words, [255] * words.count))
+    return [low, b.lshr(w, ir.Constant(words, [8] * words.count))]
+
+
+def _pmaddwd(b: ir.IRBuilder, result: ir.Type, one: ir.Value, other: ir.Value) -> ir.Value:
+    name = "llvm.x86.avx2.pmadd.wd"
+    function = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(result, [one.type] * 2), name)
+    return b.call(function, [one, other])
+
+
+def _dotprod(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Value) -> ir.Value:
+    return _call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", sums, weights, activations)
+
+
+_DOTS: Final = {"avx512-vnni": _vnni, "dotprod": _dotprod}
+_WORD_DOTS: Final = {"avx512-vnni": _vnni_words, "avx2": _avx2_words}
+
+TARGETS: Final = (
+    Target(
+        "avx512-vnni",
+        "x86_64-unknown-linux-gnu",
+        ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "f16c"),
+        16,
+        (8, 4, 2, 1),
+        (4, 3, 2, 1),
+        16,
+    ),
+    Target("avx2", "x86_64-unknown-linux-gnu", ("avx2", "fma", "f16c"), 8, (4, 2, 1), (2, 1), 4),
+    Target("dotprod", "aarch64-unknown-linux-gnu", ("dotprod", "fullfp16"), 4, (4, 2, 1), (1,), 4, signed_bytes=True),
+)
+"""Kinds of processors, the best first, by the names that LLVM gives to instruction sets."""

@@ -1,0 +1,119 @@
+"""What stands around a product in a graph and can be computed with it: SwiGLU, RMSNorm, the residual stream.
+
+    x -> [RMSNorm | SwiGLU] -> product -> [+ skip]
+
+A normalization is folded where nothing but the product reads what it gives, an addition where nothing but it reads the
+product.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from edgelm.graph.onnx_model import FLOAT, Model, Node, is_theirs
+
+NORM: Final = "SimplifiedLayerNormalization"
+SKIP_NORM: Final = "SkipSimplifiedLayerNormalization"
+EPSILON: Final = {NORM: 1e-5, SKIP_NORM: 1e-12}
+"""What onnxruntime takes where nothing else is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """What a node reads and gives. For products: `skip` is added, `norm` the weight of the norm in front."""
+
+    x: str
+    output: str
+    skip: str | None = None
+    gated: bool = False
+    norm: str | None = None
+    epsilon: float = 0.0
+
+    @property
+    def inputs(self) -> list[str]:
+        """What a product's operator is given."""
+        return [self.x] if self.skip is None else [self.x, self.skip]
+
+
+class Folding:
+    """What of a model's nodes is folded. `is_ours` says which nodes are products that the kernels compute."""
+
+    def __init__(self, model: Model, makers: Mapping[str, Node], is_ours: Callable[[Node], bool]) -> None:
+        self._model = model
+        self._makers = makers
+        self._readers = Counter([name for node in model.nodes for name in node.inputs] + list(model.outputs))
+        self._order = {id(node): place for place, node in enumerate(model.nodes)}
+        self._products = {id(node): self._before(node) for node in model.nodes if is_ours(node)}
+        self._folded: set[int] = set()
+        for node in model.nodes:
+            if id(node) in self._products:
+                self._fold_norm(node)
+
+    def of(self, node: Node) -> Fold | None:
+        """Return what a node becomes; None where another one computes it."""
+        if id(node) in self._folded:
+            return None
+        return self._products.get(id(node)) or Fold(node.inputs[0] if node.inputs else "", node.outputs[0])
+
+    def _before(self, node: Node) -> Fold:
+        """Return a product with the SwiGLU in front of it, if there is one."""
+        gated = self._gated(node.inputs[0])
+        return Fold(gated or node.inputs[0], node.outputs[0], gated=gated is not None)
+
+    def _gated(self, name: str) -> str | None:
+        """Return what a value is the SwiGLU of: gates and values that were split apart; None where it is none."""
+        product = self._makers.get(name)
+        if product is None or not is_theirs(product, "Mul"):
+            return None
+        gate = self._makers.get(product.inputs[0])
+        if gate is None or not is_theirs(gate, "QuickGelu") or gate.attributes.get("alpha") != 1.0:
+            return None
+        split = self._makers.get(gate.inputs[0])
+        if split is None or not is_theirs(split, "Split") or split.attributes.get("axis") != -1:
+            return None
+        return split.inputs[0] if split.outputs == (gate.inputs[0], product.inputs[1]) else None
+
+    def _fold_norm(self, node: Node) -> None:
+        """Fold the normalization in front of a product into it, and the addition in that into the product before."""
+        norm = self._makers.get(node.inputs[0])
+        if (
+            norm is None
+            or not is_theirs(norm, NORM, SKIP_NORM)
+            or self._readers[node.inputs[0]] != 1
+            or norm.outputs[0] != node.inputs[0]
+        ):
+            return
+        if (
+            norm.operator == NORM
+            and norm.attributes.get("axis") == -1
+            and (len(norm.inputs), len(norm.outputs)) == (2, 1)
+        ):
+            x, weight = norm.inputs
+        elif norm.operator == SKIP_NORM and len(norm.inputs) == 3 and not any(norm.outputs[1:3]):
+            weight = norm.inputs[2]
+            x = (*norm.outputs, "", "", "")[3] or f"{norm.outputs[0]}.sum"
+        else:
+            return
+        tensor = self._model.tensors.get(weight)
+        if tensor is None or tensor.dtype != FLOAT or tensor.shape != (int(node.attributes["K"]),):
+            return
+        if norm.operator == SKIP_NORM and not self._fold_addition(norm, x):
+            return
+        self._folded.add(id(norm))
+        epsilon = norm.attributes.get("epsilon", EPSILON[norm.operator])
+        self._products[id(node)] = replace(self._products[id(node)], x=x, norm=weight, epsilon=epsilon)
+
+    def _fold_addition(self, norm: Node, output: str) -> bool:
+        """Fold the addition in a normalization into a product whose result it adds; return whether there is one."""
+        for name, other in (norm.inputs[1::-1], norm.inputs[:2]):
+            product = self._makers.get(name)
+            if product is None or id(product) not in self._products or self._readers[name] != 1:
+                continue
+            source = self._makers.get(other)  # constants and inputs may be of another shape, and be repeated
+            if source is not None and self._order[id(source)] < self._order[id(product)]:
+                self._products[id(product)] = replace(self._products[id(product)], skip=other, output=output)
+                return True
+        return False

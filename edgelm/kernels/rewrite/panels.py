@@ -1,0 +1,75 @@
+"""Matrices in panels: 16 columns side by side, so that a kernel reads one stream and sums columns in lanes.
+
+A matrix as MatMulNBits stores it has `codes` uint8 [N, blocks, block * bits / 8], low nibbles first, and scales
+[N, blocks]. A panel holds columns 16p .. 16p + 15 of it: for each block, 64 bytes for every 8 (4 bits) or 4 (8 bits)
+weights of a column. Byte 4n + j of the 64 belongs to column n: weight j, and in its high half weight 4 + j.
+
+With 5 and 6 bits the low 4 bits lie so, and before each 256 (5 bits) or 128 (6 bits) bytes of them 64 bytes with the
+bits above, as many a weight as there are: byte 4n + j has those of weights j, 4 + j, 8 + j and so on of column n, the
+first in its lowest bits. In the matrix they are uint8 [N, blocks, block * (bits - 4) / 8], the first weight's in the
+lowest bits of a byte.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.kernels.formats import COLUMNS
+
+
+def packed_codes(codes: NDArray[np.uint8], bits: int, high: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """Return codes in panels: uint8 [N, blocks, bytes] -> uint8 [ceil(N / 16), blocks, 2 * block * bits].
+
+    With 5 and 6 bits `codes` are the low 4 bits of each weight and `high` the bits above.
+    """
+    codes = _whole_panels(codes)
+    columns, blocks, size = codes.shape
+    panels = columns // COLUMNS
+    if bits == 8:
+        fours = codes.reshape(panels, COLUMNS, blocks, size // 4, 4)  # panel, column, block, four, weight
+        return np.ascontiguousarray(fours.transpose(0, 2, 3, 1, 4)).reshape(panels, blocks, COLUMNS * size)
+    pairs = codes.reshape(panels, COLUMNS, blocks, size // 4, 2, 2)  # panel, column, block, eight, half, byte
+    pairs = np.ascontiguousarray(pairs.transpose(4, 0, 2, 3, 1, 5))  # half, panel, block, eight, column, byte
+    low, above = pairs & 15, pairs >> 4
+    packed = np.empty((*pairs.shape[1:], 2), np.uint8)  # weights 0 and 1 of a byte
+    packed[..., 0] = low[0] | low[1] << 4
+    packed[..., 1] = above[0] | above[1] << 4
+    if high is None:
+        return packed.reshape(panels, blocks, COLUMNS * size)
+    planes = _packed_high(_whole_panels(high), bits - 4)
+    groups = planes.shape[2]
+    whole = np.concatenate([planes, packed.reshape(panels, blocks, groups, -1)], axis=-1)
+    return whole.reshape(panels, blocks, -1)
+
+
+def _packed_high(high: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Return the bits above the low 4: uint8 [columns, blocks, bytes] -> uint8 [panels, blocks, groups, 64]."""
+    columns, blocks, size = high.shape
+    apart = np.unpackbits(high, axis=-1, bitorder="little")
+    parts = 8 // bits  # of four weights a column, whose bits one vector holds
+    # panel, column, block, group, part, weight, bit -> panel, block, group, column, weight, part and bit
+    apart = apart.reshape(columns // COLUMNS, COLUMNS, blocks, size // 4, parts, 4, bits).transpose(0, 2, 3, 1, 5, 4, 6)
+    joined = np.packbits(apart.reshape(*apart.shape[:5], 8), axis=-1, bitorder="little")
+    return joined.reshape(columns // COLUMNS, blocks, size // 4, 4 * COLUMNS)
+
+
+def _whole_panels(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return codes with as many columns as panels have: [N, blocks, bytes] -> [16 * ceil(N / 16), blocks, bytes]."""
+    short = -len(codes) % COLUMNS
+    return np.concatenate([codes, np.zeros((short, *codes.shape[1:]), np.uint8)]) if short else codes
+
+
+def packed_scales(scales: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
+    """Return scales in panels: [N, blocks] -> float16 [ceil(N / 16), blocks, 16]."""
+    columns, blocks = scales.shape
+    padded = np.zeros((-(-columns // COLUMNS) * COLUMNS, blocks), np.float16)
+    padded[:columns] = scales
+    return np.ascontiguousarray(padded.reshape(-1, COLUMNS, blocks).transpose(0, 2, 1))
+
+
+def packed_bias(bias: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return a bias of as many columns as the panels have: [N] -> float32 [16 * ceil(N / 16)]."""
+    return np.concatenate([bias, np.zeros(-len(bias) % COLUMNS, np.float32)])

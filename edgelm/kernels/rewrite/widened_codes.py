@@ -1,0 +1,109 @@
+"""A bundle's graph for onnxruntime's own kernels, its codes of 5 and 6 bits joined to 8-bit codes beforehand.
+
+onnxruntime would join them itself, as it folds constants, but keeps every step of that until a graph is loaded: twelve
+bytes a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.graph.onnx_model import INT64, UINT8, Model, Tensor, encode_model, encode_tensor, is_theirs, read_model
+from edgelm.kernels.rewrite.split_codes import Joining
+
+_SIGN: Final = b"BitwiseXor"
+"""A graph without this operator has nothing to join."""
+
+_DTYPES: Final[dict[int, np.dtype[Any]]] = {UINT8: np.dtype("u1"), INT64: np.dtype("<i8")}
+
+_AT_ONCE: Final = 1 << 22
+"""Codes that are joined in one go."""
+
+Codes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A model whose joined codes are initializers; `codes` are their values by name, to be handed to onnxruntime."""
+
+    model: bytes
+    codes: Mapping[str, Codes]
+
+
+def join_codes(model: bytes, data: Path) -> Joined | None:
+    """Join the codes of a model, an ONNX ModelProto whose weights lie in the file `data`; None where none are split.
+
+    Raises `ValueError` for what is no model and `OSError` where the file cannot be read.
+    """
+    if _SIGN not in model:
+        return None
+    whole = read_model(model)
+    stored = np.memmap(data, np.uint8, "r") if data.exists() and data.stat().st_size else np.zeros(0, np.uint8)
+    codes = _find_codes(whole, stored)
+    if not codes:
+        return None
+    wanted = set(whole.outputs)
+    nodes: list[bytes] = []
+    for node in reversed(whole.nodes):
+        if wanted.intersection(node.outputs) and not codes.keys() & set(node.outputs):
+            nodes.append(node.encoded)
+            wanted.update(node.inputs)
+    used = {name: values for name, values in codes.items() if name in wanted}
+    tensors = [tensor.encoded for name, tensor in whole.tensors.items() if name in wanted]
+    tensors += [encode_tensor(name, each.shape, UINT8, data.name, 0, each.nbytes) for name, each in used.items()]
+    return Joined(encode_model(whole, nodes[::-1], tensors), used)
+
+
+def _find_codes(model: Model, stored: Codes) -> dict[str, Codes]:
+    """Return the joined codes of every product that reads some, and the same codes as tables of rows, by name."""
+
+    def array(tensor: Tensor) -> NDArray[Any]:
+        source = tensor.raw if tensor.place is None else stored[tensor.place]
+        return np.frombuffer(source, _DTYPES[tensor.dtype], int(np.prod(tensor.shape, dtype=np.int64)))
+
+    makers = {output: node for node in model.nodes for output in node.outputs if output}
+    joining = Joining(model.tensors, makers, array)
+    codes: dict[str, Codes] = {}
+
+    def join(name: str, shape: tuple[int, int, int]) -> None:
+        parts = None if name in codes else joining.parts_of(name, shape)
+        if parts is not None:
+            bits, low, high = parts
+            codes[name] = _joined(array(low), array(high), bits).reshape(shape)
+
+    for node in model.nodes:
+        if is_theirs(node, "MatMulNBits") and node.attributes.get("bits") == 8:
+            columns, size, block = (int(node.attributes[name]) for name in ("N", "K", "block_size"))
+            join(node.inputs[1], (columns, -(-size // block), block))
+        elif is_theirs(node, "GatherBlockQuantized") and node.attributes.get("bits") == 8:
+            table = makers.get(node.inputs[0])
+            shape = None if table is None or not is_theirs(table, "Reshape") else joining.constant(table.inputs[1])
+            if table is None or shape is None or len(shape) != 2:
+                continue
+            block = int(node.attributes["block_size"])
+            join(table.inputs[0], (shape[0], shape[1] // block, block))
+            if table.inputs[0] in codes:
+                codes[node.inputs[0]] = codes[table.inputs[0]].reshape(shape)
+    return codes
+
+
+def _joined(low: Codes, high: Codes, bits: int) -> Codes:
+    """Return 8-bit codes [n], as far from 128 as those of 5 or 6 bits are from their zero point."""
+    count, width = 2 * len(low), bits - 4
+    whole = np.empty(count, np.uint8)
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    for start in range(0, count, _AT_ONCE):
+        stop = min(start + _AT_ONCE, count)
+        packed = low[start // 2 : stop // 2]
+        whole[start:stop:2] = packed & np.uint8(15)
+        whole[start + 1 : stop : 2] = packed >> np.uint8(4)
+        above = high[start * width // 8 : stop * width // 8, None] >> shifts & np.uint8((1 << width) - 1)
+        whole[start:stop] |= above.reshape(-1) << np.uint8(4)
+        whole[start:stop] += np.uint8(128 - (1 << (bits - 1)))
+    return whole

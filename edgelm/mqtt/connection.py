@@ -1,0 +1,367 @@
+"""The connection to a broker.
+
+Runs paho's loop thread and turns what it says into events, posted from that thread; everything else is called
+from one other thread, the owner's. Knows packets, not what they mean.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+import paho.mqtt.client as paho
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from edgelm.errors import EdgelmError
+from edgelm.mqtt.answer_codec import Packet
+from edgelm.mqtt.backlog_limit import MESSAGE_BYTES, Backlog
+from edgelm.mqtt.broker_url import BrokerConfig
+from edgelm.mqtt.events import (
+    Connected,
+    ConnectFailed,
+    Disconnected,
+    Event,
+    Limits,
+    NeedsCare,
+    PacketTooLargeError,
+    Published,
+    Received,
+    Subscribed,
+)
+from edgelm.mqtt.guarded import guarded
+from edgelm.mqtt.message_filter import BACKLOG_BYTES, Gate, Ticket
+from edgelm.mqtt.packet_filter import Sieve, SievedSocket
+from edgelm.mqtt.properties import from_paho, greeting_properties, packet_bytes, to_paho
+from edgelm.mqtt.sending import Sending
+from edgelm.mqtt.transport import CONNECT_TIMEOUT_S, RECONNECT_S, make_client, reason_of
+from edgelm.mqtt.version_negotiation import Greeting, Version
+
+log = logging.getLogger(__name__)
+
+KEEPALIVE_S: Final = 20
+RECEIVE_MAXIMUM: Final = 64
+"""Requests of QoS 1 that the broker may have under way to us."""
+MOST_TOLD: Final = 64
+"""Messages that nobody misses much which may wait for the socket; beyond it they are dropped."""
+MAX_REVIVALS: Final = 5
+
+_PUBACK: Final = b"\x40\x02"
+_UNSUPPORTED_VERSION: Final = 0x84
+_TRANSIENT: Final = frozenset({0x80, 0x83, 0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F})
+"""CONNACK reasons that waiting may cure."""
+
+
+class Connection:
+    """One client at one broker, which comes back by itself.
+
+    Parameters
+    ----------
+    broker
+        Where, and as whom.
+    client_id
+        Fixed for a board, so that its session survives a short absence.
+    post
+        Receives every event, on paho's thread; must not block.
+    will
+        What the broker publishes when we are gone without a word for `will_delay_s`.
+    session_expiry_s
+        How long the broker keeps subscriptions and QoS 1 messages for us; 0 is a clean start.
+    packet_bytes
+        The largest packet to be sent to us (MQTT 5).
+    gate
+        Judges every message before it is parsed; None takes all, up to `BACKLOG_BYTES` that wait for the owner.
+    protocol
+        "5", which falls back to 3.1.1 where the broker knows no other, or "3.1.1".
+    """
+
+    def __init__(
+        self,
+        broker: BrokerConfig,
+        client_id: str,
+        post: Callable[[Event], None],
+        *,
+        will: Packet | None = None,
+        will_delay_s: int = 0,
+        session_expiry_s: int = 0,
+        packet_bytes: int | None = None,
+        gate: Gate | None = None,
+        protocol: Version = "5",
+    ) -> None:
+        self._broker = broker
+        self._client_id = client_id
+        self._post = post
+        self._will = will
+        self._will_delay_s = will_delay_s
+        self._session_expiry_s = session_expiry_s
+        self._packet_bytes = packet_bytes
+        self._gate = gate
+        self._greeting = Greeting(protocol)
+        self.tells_published = False
+        """Whether `Published` is posted; set by a publish of QoS 1, reset by the owner when none is under way."""
+        self._limits = Limits()
+        self._connected = False
+        self._was_announced = False
+        self._is_new = True
+        self._revivals = 0
+        self._epoch = 0
+        self._epoch_lock = threading.Lock()  # never held around publish: paho calls back with its own locks held
+        self._backlog = Backlog(BACKLOG_BYTES)  # where there is no gate
+        self._told: deque[Sending] = deque()
+        self._loop_thread: threading.Thread | None = None
+        self._client = self._make_client()
+
+    # -- the owner's side -------------------------------------------------------------------------------------
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a publish can go out now."""
+        return self._connected
+
+    @property
+    def is_mqtt5(self) -> bool:
+        """Whether messages carry properties."""
+        return self._greeting.version == "5"
+
+    def start(self) -> None:
+        """Begin to connect, and go on until `stop`."""
+        url = self._broker.url
+        properties = None
+        if self.is_mqtt5:
+            properties = greeting_properties(self._session_expiry_s, RECEIVE_MAXIMUM, self._packet_bytes)
+        self._client.connect_async(
+            url.host,
+            url.port or 1883,  # a Unix socket has none, and paho wants one
+            keepalive=KEEPALIVE_S,
+            clean_start=self._session_expiry_s == 0,
+            properties=properties,
+        )
+        self._client.loop_start()
+
+    def tend(self) -> None:
+        """Do what a callback cannot: change the version, and replace a loop thread that died. Call it now and then.
+
+        Raises
+        ------
+        EdgelmError
+            When the loop thread dies again and again.
+        """
+        self._greeting.check_time()
+        thread = self._loop_thread
+        died = thread is not None and not thread.is_alive() and not self._greeting.wants_change
+        if died:
+            self._revivals += 1
+            log.error("the MQTT loop thread died; starting another (%d of %d)", self._revivals, MAX_REVIVALS)
+            if self._revivals > MAX_REVIVALS:
+                raise EdgelmError("the MQTT loop thread keeps dying; see the log")
+        if died or self._greeting.wants_change:
+            self.stop()
+            self._greeting.wants_change = False
+            self._is_new = True
+            self._client = self._make_client()
+            self.start()
+
+    def stop(self, timeout_s: float = 2 * CONNECT_TIMEOUT_S) -> None:
+        """Take leave of the broker and end the loop thread, waiting `timeout_s` at most."""
+        self._client.disconnect()
+        if self._loop_thread is not None:
+            self._loop_thread.join(timeout_s)
+        if self._loop_thread is None or not self._loop_thread.is_alive():
+            self._client.loop_stop()
+        self._loop_thread = None
+        self._connected = False
+
+    def hurry(self, is_hurried: bool) -> None:
+        """Set whether a lost connection is sought again within a second, or only now and then."""
+        self._client.reconnect_delay_set(*(RECONNECT_S if is_hurried else (RECONNECT_S[1], RECONNECT_S[1])))
+
+    def subscribe(self, filters: tuple[tuple[str, int], ...], of_others: tuple[str, ...] = ()) -> None:
+        """Ask for topics; the answer is a `Subscribed` with their reasons in this order.
+
+        Of the topics `of_others` we get what others publish from now on, at QoS 0; over MQTT 3.1.1 also what is
+        retained, and what we publish ourselves.
+        """
+        if self.is_mqtt5:
+            wanted = [(topic, SubscribeOptions(qos=qos)) for topic, qos in filters]
+            wanted += [(topic, SubscribeOptions(qos=0, noLocal=True, retainHandling=2)) for topic in of_others]
+            self._client.subscribe(wanted)
+        else:
+            self._client.subscribe([*filters, *((topic, 0) for topic in of_others)])
+
+    def publish(self, packet: Packet) -> Sending | None:
+        """Send a packet; return None where it cannot go now. A `Published` follows one of QoS 1.
+
+        Raises
+        ------
+        PacketTooLargeError
+            When the broker would not take it.
+        """
+        if not self._connected:
+            return None
+        properties = to_paho(packet.properties) if self.is_mqtt5 else None
+        limit = self._limits.packet_bytes
+        if limit is not None:
+            size = packet_bytes(packet, properties)
+            if size > limit:
+                raise PacketTooLargeError(f"a packet of {size} bytes exceeds the broker's limit of {limit}")
+        if packet.qos == 1:
+            self.tells_published = True
+        info = self._client.publish(packet.topic, packet.payload, packet.qos, packet.retain, properties)
+        if packet.qos == 0 and info.rc != paho.MQTT_ERR_SUCCESS:
+            return None
+        return Sending(info)  # QoS 1 that met a dying connection: paho sends it on the next one
+
+    def tell(self, packet: Packet) -> None:
+        """Send a packet of QoS 0 that nobody misses much; drop it where others of its kind wait for the socket."""
+        while self._told and self._told[0].is_over:
+            self._told.popleft()
+        if len(self._told) >= MOST_TOLD:
+            return
+        with suppress(PacketTooLargeError):
+            sending = self.publish(packet)
+            if sending is not None:
+                self._told.append(sending)
+
+    def settle(self, received: Received) -> None:
+        """Acknowledge a message, unless its connection is gone, and free its place."""
+        if self._gate is None:
+            self._backlog.settle(received.ticket.cost)
+        else:
+            self._gate.settle(received.ticket)
+        if received.qos == 1:
+            with self._epoch_lock:
+                if received.epoch == self._epoch:
+                    self._client.ack(received.mid, received.qos)
+
+    # -- paho's side: each on its loop thread -------------------------------------------------------------------
+
+    def _make_client(self) -> paho.Client:
+        client = make_client(
+            self._broker,
+            self._client_id,
+            self._greeting.version,
+            will=self._will,
+            will_delay_s=self._will_delay_s,
+            keeps_session=self._session_expiry_s > 0,
+            wrap=None if self._gate is None else self._sieved,
+        )
+        client.on_pre_connect = self._on_pre_connect
+        client.on_socket_open = self._on_socket_open
+        client.on_socket_close = self._on_socket_close
+        client.on_connect = self._on_connect
+        client.on_connect_fail = self._on_connect_fail
+        client.on_disconnect = self._on_disconnect
+        client.on_subscribe = self._on_subscribe
+        client.on_publish = self._on_publish
+        client.on_message = self._on_message
+        return client
+
+    def _on_pre_connect(self, *_: Any) -> None:
+        self._loop_thread = threading.current_thread()
+
+    @guarded
+    def _on_socket_open(self, _client: paho.Client, _data: Any, sock: Any) -> None:
+        self._greeting.send()
+        plain = getattr(sock, "_socket", sock)  # paho's wrapper of a web socket hides the real one
+        with suppress(OSError, AttributeError):  # a Unix socket has no such option
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _sieved(self, sock: Any) -> Any:
+        if self._gate is None:
+            return sock
+        sieve = Sieve(
+            self._gate.judge,
+            is_5=self.is_mqtt5,
+            count_skipped=self._gate.count_dropped,
+            acknowledge=self._acknowledge,
+        )
+        return SievedSocket(sock, sieve)
+
+    def _acknowledge(self, dropped: Sequence[int]) -> None:
+        """Acknowledge messages that paho does not see, in one write: a broker that waits drops what others send."""
+        packets = b"".join(_PUBACK + mid.to_bytes(2, "big") for mid in dropped)
+        self._client._packet_queue(paho.PUBACK, packets, 0, 0)  # noqa: SLF001  `ack` takes one, and wakes paho for each
+
+    @guarded
+    def _on_socket_close(self, *_: Any) -> None:
+        if self._gate is not None:
+            self._gate.forget()
+        self._connected = False
+        with self._epoch_lock:
+            self._epoch += 1
+
+    @guarded
+    def _on_connect(self, _c: paho.Client, _d: Any, _flags: Any, reason: Any, properties: Any) -> None:
+        if reason.is_failure:
+            if self._greeting.refuse(for_version=reason.value == _UNSUPPORTED_VERSION):
+                self._ask_for_care()
+            else:
+                self._post(ConnectFailed(f"the broker refused: {reason}", reason.value not in _TRANSIENT))
+            return
+        self._greeting.accept()
+        self._limits = Limits(
+            packet_bytes=getattr(properties, "MaximumPacketSize", None),
+            in_flight=min(20, getattr(properties, "ReceiveMaximum", 20)),
+        )
+        self._connected = self._was_announced = True
+        is_new, self._is_new = self._is_new, False
+        self._post(Connected(self._greeting.version, self._limits, is_new))
+
+    @guarded
+    def _on_connect_fail(self, *_: Any) -> None:
+        error = sys.exc_info()[1]  # paho calls this while it handles the OSError
+        self._post(ConnectFailed(reason_of(error), is_final=False))
+
+    @guarded
+    def _on_disconnect(self, _c: paho.Client, _d: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        was_announced, self._was_announced = self._was_announced, False
+        if self._greeting.close():
+            self._ask_for_care()
+        elif was_announced:
+            self._post(Disconnected(str(reason), is_taken_over=reason.value == 0x8E))
+
+    def _ask_for_care(self) -> None:
+        self._client.disconnect()  # else paho would go on with the former version
+        self._post(NeedsCare())
+
+    @guarded
+    def _on_subscribe(self, _c: paho.Client, _d: Any, _mid: int, reasons: Any, _properties: Any) -> None:
+        self._post(Subscribed(tuple(reason.value for reason in reasons)))
+
+    @guarded
+    def _on_publish(self, _c: paho.Client, _d: Any, mid: int, reason: Any, _properties: Any) -> None:
+        if self.tells_published:  # paho calls this for QoS 0 too, and every event wakes the owner
+            self._post(Published(mid, reason.value))
+
+    @guarded
+    def _on_message(self, _c: paho.Client, _d: Any, message: paho.MQTTMessage) -> None:
+        ticket = self._ticket(message)
+        if ticket is None:
+            if message.qos == 1:
+                self._client.ack(message.mid, 1)
+            return
+        properties = from_paho(message.properties)
+        at, payload = time.monotonic(), bytes(message.payload)
+        self._post(
+            Received(
+                message.topic, payload, message.qos, message.retain, properties, at, message.mid, self._epoch, ticket
+            )
+        )
+
+    def _ticket(self, message: paho.MQTTMessage) -> Ticket | None:
+        """Return what was decided of a message, by now at the latest; None where it is dropped."""
+        size = len(message.payload)
+        if self._gate is None:
+            ticket = Ticket(None, size + MESSAGE_BYTES)
+            return ticket if self._backlog.takes(ticket.cost, message.qos) else None
+        ticket_before = self._gate.ticket()
+        if ticket_before is not None:
+            return ticket_before
+        self._gate.judge(message.topic.encode(), message.qos, size)  # this paho let it pass by the sieve
+        return self._gate.ticket()

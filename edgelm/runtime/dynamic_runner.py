@@ -1,0 +1,196 @@
+"""A session over a graph that returns a longer copy of its keys and values at each step: what `--via optimum` gives.
+
+What it costs beside `SharedSession`: each step copies the whole past of its row once more, inside the graph; rows are
+decoded one after the other, so that four requests take four times as long as one and a request's answer never depends
+on its neighbours; and for the length of a step a row's memory exists twice. Knows tokens and lengths, not requests or
+text, and reaches onnxruntime only through the graph it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.bundle.manifest import Manifest
+from edgelm.engine.radix_tree import Piece
+from edgelm.errors import EdgelmError
+
+CACHE: Final = ("key", "value")
+
+
+class Value(Protocol):
+    """A tensor that onnxruntime owns."""
+
+    def numpy(self) -> NDArray[np.float32]:
+        """Return it as an array."""
+
+    def shape(self) -> Sequence[int]:
+        """Return its dimensions."""
+
+
+class Argument(Protocol):
+    """An input of a graph."""
+
+    name: str
+
+
+class Binding(Protocol):
+    """Inputs and outputs of one run."""
+
+    def bind_cpu_input(self, name: str, arr_on_cpu: NDArray[np.float32] | NDArray[np.int64]) -> None:
+        """Feed an array, which must outlive the run."""
+
+    def bind_ortvalue_input(self, name: str, ortvalue: Value) -> None:
+        """Feed a tensor that an earlier run returned."""
+
+    def bind_output(self, name: str) -> None:
+        """Ask for an output in memory that onnxruntime allocates."""
+
+    def get_outputs(self) -> Sequence[Value]:
+        """Return the outputs in the order they were bound."""
+
+
+class Graph(Protocol):
+    """A loaded graph."""
+
+    def get_inputs(self) -> Sequence[Argument]:
+        """Return the inputs it wants."""
+
+    def io_binding(self) -> Binding:
+        """Return an empty binding."""
+
+    def run_with_iobinding(self, iobinding: Binding) -> None:
+        """Compute the outputs."""
+
+    def end_profiling(self) -> str:
+        """Write the profile and return its file."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """Keys and values of one request, [1, kv_heads, length, head_size] each; replaced, never written to."""
+
+    length: int
+    values: Sequence[Value | NDArray[np.float32]]
+
+
+class GrowingSession:
+    """Implements `edgelm.runtime.runner.Session` with one growing past a row.
+
+    A graph with the input `rows` computes logits only where they are wanted; one without computes them everywhere.
+    """
+
+    def __init__(self, graph: Graph, manifest: Manifest, rows: int, context: int) -> None:
+        self.context = context
+        self.is_invariant = False
+        self.long_from: int | None = None
+        cache = manifest.cache
+        self._graph = graph
+        self._inputs = {argument.name for argument in graph.get_inputs()}
+        self._names = [f"{i}.{part}" for i in range(cache.layers) for part in CACHE]
+        self._empty = np.zeros((1, cache.kv_heads, 0, cache.head_size), np.float32)
+        self._rows = [self._blank() for _ in range(rows)]
+        self._logits = np.zeros((rows, manifest.vocab_size), np.float32)
+
+    def prefill(
+        self, row: int, tokens: NDArray[np.int64], start: int, *, every: bool = False, total: int | None = None
+    ) -> NDArray[np.float32]:
+        """See `Session`. Positions do not depend on `total` here."""
+        del total
+        logits = self._run(row, tokens, start, every=every)
+        if every:
+            return logits
+        self._logits[0] = logits[-1]
+        return self._logits[:1]
+
+    def decode(self, tokens: NDArray[np.int64], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See `Session`. One run a row."""
+        batch = len(tokens)
+        for row in range(batch):
+            self._logits[row] = self._run(row, tokens[row : row + 1], int(lengths[row]), every=False)[-1]
+        return self._logits[:batch]
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """See `Session`. Nothing is copied: both rows name the same tensors until their next step."""
+        self._rows[target] = self._cut(self._rows[source], length)
+
+    def read_row(self, row: int, start: int, stop: int) -> Piece:
+        """See `Session`."""
+        return [array[0, :, start:stop].copy() for array in _arrays(self._rows[row])]
+
+    def begin_row(self, row: int, pieces: Sequence[Piece]) -> None:
+        """See `Session`."""
+        whole = [np.concatenate(parts, axis=1)[None] for parts in zip(*pieces, strict=True)]
+        self._rows[row] = _Row(whole[0].shape[2], whole)
+
+    def forget_row(self, row: int) -> None:
+        """See `Session`."""
+        self._rows[row] = self._blank()
+
+    def end_profile(self) -> Path:
+        """See `Session`."""
+        return Path(self._graph.end_profiling())
+
+    def _run(self, row: int, tokens: NDArray[np.int64], start: int, *, every: bool) -> NDArray[np.float32]:
+        """Compute tokens int64 [n] at positions [start, start + n); keep the row's new past; return [r, V]."""
+        count = len(tokens)
+        past = self._cut(self._rows[row], start)
+        offered = {
+            "input_ids": np.ascontiguousarray(tokens.reshape(1, count)),
+            "attention_mask": np.ones((1, start + count), np.int64),
+            "position_ids": np.arange(start, start + count, dtype=np.int64).reshape(1, count),
+            "rows": np.arange(0 if every else count - 1, count, dtype=np.int64),
+        }
+        binding = self._graph.io_binding()
+        for name in self._inputs & offered.keys():
+            binding.bind_cpu_input(name, offered[name])
+        for name, value in zip(self._names, past.values, strict=True):
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(f"past_key_values.{name}", value)
+            else:
+                binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+        for name in ("logits", *(f"present.{name}" for name in self._names)):
+            binding.bind_output(name)
+        try:
+            self._graph.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises types of its own, unrelated to each other
+            raise EdgelmError(
+                f"the graph cannot be computed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            ) from error
+        logits, *present = binding.get_outputs()
+        self._check(present, start + count)
+        self._rows[row] = _Row(start + count, present)
+        flat = logits.numpy()
+        if flat.shape[-1:] != self._logits.shape[1:]:
+            raise EdgelmError(f"the graph gives logits {list(flat.shape)} instead of {self._logits.shape[1]} a token")
+        return flat.reshape(-1, flat.shape[-1])
+
+    def _check(self, present: Sequence[Value], length: int) -> None:
+        """Raise `EdgelmError` for keys and values that are not those of so many positions."""
+        expected = (1, self._empty.shape[1], length, self._empty.shape[3])
+        for value in present:
+            if tuple(value.shape()) != expected:
+                raise EdgelmError(f"the graph gives keys and values {list(value.shape())} instead of {list(expected)}")
+
+    def _blank(self) -> _Row:
+        return _Row(0, [self._empty] * len(self._names))
+
+    def _cut(self, row: _Row, length: int) -> _Row:
+        """Return a row's first `length` positions."""
+        if length == row.length:
+            return row
+        if length == 0:
+            return self._blank()
+        if length > row.length:
+            raise AssertionError(f"a row of {row.length} positions has no first {length}")
+        return _Row(length, [np.ascontiguousarray(array[:, :, :length]) for array in _arrays(row)])
+
+
+def _arrays(row: _Row) -> list[NDArray[np.float32]]:
+    """Return keys and values of a row, [1, kv_heads, length, head_size] each."""
+    return [value if isinstance(value, np.ndarray) else value.numpy() for value in row.values]

@@ -1,0 +1,100 @@
+"""How much memory a bundle will take, told before anything is loaded.
+
+The parts are counted from the manifest's shapes; only `PROGRAM_BYTES` is a measured constant. What the operating system
+may drop at any time, the pages of mapped weights, counts like the rest: without them every token waits for the disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from edgelm.bundle.manifest import Manifest, Matrix
+from edgelm.errors import EdgelmError
+
+PREFILL_CHUNK: Final = 256
+"""Most prompt tokens computed in one pass: what a running answer can be made to wait for."""
+
+PREFIX_CACHE_MB: Final = 64
+"""Default size of the memory of earlier sequences, in 10^6 bytes."""
+
+PROGRAM_BYTES: Final = 85_000_000
+"""Resident size of Python, NumPy, onnxruntime and the tokenizer (measured: 60 to 85 MB by version; Linux, x86-64)."""
+
+FLOAT: Final = 4
+GUESSES: Final = 9
+"""Most positions whose logits one pass computes while an answer is decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of each part when every request is as long as it may be."""
+
+    program: int
+    weights: int
+    """As onnxruntime's kernels want them, codes, a scale and a sum in float32 for every block: ours take less."""
+    keys_and_values: int
+    static_prefix: int
+    activations: int
+    logits: int
+    earlier_prompts: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(getattr(self, name) for name in self.__slots__)
+
+    def __str__(self) -> str:
+        parts = (f"{name.replace('_', ' ')} {getattr(self, name) / 1e6:.1f}" for name in self.__slots__)
+        return f"{' + '.join(parts)} = {self.total / 1e6:.1f} MB"
+
+
+def plan_memory(manifest: Manifest, *, rows: int, context: int, prefix_bytes: int) -> MemoryPlan:
+    """Return what a bundle takes with `rows` requests of `context` tokens and `prefix_bytes` of earlier prompts."""
+    chunk = min(PREFILL_CHUNK, context)
+    widest = max((matrix.rows for matrix in _projections(manifest)), default=0)
+    inputs = max((matrix.columns for matrix in _projections(manifest)), default=0)
+    return MemoryPlan(
+        program=PROGRAM_BYTES,
+        weights=sum(map(_packed_bytes, manifest.matrices)),
+        keys_and_values=rows * context * manifest.cache.bytes_per_token(),
+        static_prefix=_prefix_bytes(manifest),
+        # The widest output and its halves, what goes into the next matrix, the residuals.
+        activations=FLOAT * chunk * (2 * widest + 4 * inputs),
+        logits=FLOAT * manifest.vocab_size * (rows + GUESSES),
+        earlier_prompts=prefix_bytes,
+    )
+
+
+def check_memory(manifest: Manifest, limit_mb: int | None, *, rows: int, context: int, prefix_bytes: int) -> MemoryPlan:
+    """Return the plan; raise `EdgelmError`, with the numbers, where it takes more than `limit_mb` * 10^6 bytes."""
+    plan = plan_memory(manifest, rows=rows, context=context, prefix_bytes=prefix_bytes)
+    if limit_mb is None or plan.total <= limit_mb * 1_000_000:
+        return plan
+    left = limit_mb * 1_000_000 - (plan.total - plan.keys_and_values)
+    fits = left // manifest.cache.bytes_per_token()
+    if fits >= 2:  # one request needs a row to run in and one to be scored in
+        advice = f"{fits} tokens of keys and values would fit, here {rows} requests of {context}: lower one of the two"
+    elif left + plan.earlier_prompts > 0:
+        advice = "less memory of earlier prompts, fewer requests or a shorter context are where to save"
+    else:
+        advice = "without any request it does not fit"
+    raise EdgelmError(f"a memory limit of {limit_mb} MB is too small: {plan}; {advice}")
+
+
+def _projections(manifest: Manifest) -> list[Matrix]:
+    """Return the matrices inside the layers: those of the vocabulary's size never see a whole chunk."""
+    return [matrix for matrix in manifest.matrices if matrix.rows != manifest.vocab_size]
+
+
+def _prefix_bytes(manifest: Manifest) -> int:
+    return 0 if manifest.prefix is None else manifest.files[manifest.prefix.file].bytes
+
+
+def _packed_bytes(matrix: Matrix) -> int:
+    """Return what a matrix takes once it is packed; onnxruntime reads codes of 5 and 6 bits as 8."""
+    if matrix.block_size is None:
+        return matrix.rows * matrix.columns * matrix.bits // 8
+    blocks = matrix.rows * -(-matrix.columns // matrix.block_size)
+    bits = 8 if matrix.bits in (5, 6) else matrix.bits
+    return blocks * (matrix.block_size * bits // 8 + 2 * FLOAT)

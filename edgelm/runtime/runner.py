@@ -1,0 +1,263 @@
+"""A bundle's graph with its inputs and outputs bound once.
+
+A session computes logits for rows of key/value memory. It knows tokens and lengths, not requests or text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgelm.bundle.manifest import Bundle
+from edgelm.engine.radix_tree import Piece
+from edgelm.errors import EdgelmError
+from edgelm.runtime.kv_cache import KvBuffers
+from edgelm.runtime.ort import best_tuning, is_invariant, reason
+from edgelm.runtime.prepack import open_graph
+from edgelm.system.board_cache import BoardCache
+
+SMALL_PASS: Final = 32
+"""Tokens of a pass from which on its memory is given back: as much for 256 tokens as all keys and values of 700."""
+
+SHRINKING: Final = ort.RunOptions()
+"""For a run after which onnxruntime gives unused memory back."""
+SHRINKING.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
+Tokens = NDArray[np.int64]
+Logits = NDArray[np.float32]
+
+
+class Session(Protocol):
+    """What the engine needs of a graph. `rows` of memory are numbered from 0."""
+
+    context: int
+    is_invariant: bool
+    """Whether a token's keys, values and logits are the same to the last bit in whatever pass they are computed."""
+    long_from: int | None
+    """A row that grows longer than this must be computed again from its start: its positions are embedded anew."""
+
+    def prefill(self, row: int, tokens: Tokens, start: int, *, every: bool = False, total: int | None = None) -> Logits:
+        """Compute prompt tokens at positions [start, start + n) of a row.
+
+        tokens: int64 [n]. `total` is how long the row is to become with further calls, where that is more than
+        start + n. Returns float32 [1, V], the logits after the last one, or [n, V] with `every`. The array is reused by
+        the next call.
+        """
+
+    def decode(self, tokens: Tokens, lengths: NDArray[np.int32]) -> Logits:
+        """Compute one token of each of the rows 0 .. b-1.
+
+        tokens: int64 [b]. lengths: int32 [b], positions already filled. Returns float32 [b, V], reused by the
+        next call.
+        """
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one row over another."""
+
+    def read_row(self, row: int, start: int, stop: int) -> Piece:
+        """Return copies of positions [start, stop) of a row, [kv_heads, n, head_size] each."""
+
+    def begin_row(self, row: int, pieces: Sequence[Piece]) -> None:
+        """Begin a row with what `read_row` returned, one piece after the other."""
+
+    def forget_row(self, row: int) -> None:
+        """Give back the memory of a row that nobody needs any more."""
+
+    def end_profile(self) -> Path:
+        """Write what was profiled and return the file. Only where the session was opened with `profile`."""
+
+
+def open_session(
+    bundle: Bundle,
+    *,
+    rows: int,
+    threads: int | None = None,
+    spin: bool | None = None,
+    context: int | None = None,
+    cache: BoardCache | None = None,
+    profile: Path | None = None,
+) -> Session:
+    """Load a bundle's graph on the CPU.
+
+    Parameters
+    ----------
+    bundle
+        An opened bundle.
+    rows
+        Requests that can be in memory at once.
+    threads
+        Threads of one operator; the default is what was measured on this board, else `default_threads()`.
+    spin
+        Whether idle threads wait actively; the default is what was measured on this board, else that they do.
+    context
+        Positions a row can hold, at most the bundle's.
+    cache
+        Where weights packed for this board are kept; without it they are packed into private memory.
+    profile
+        Profile every run, which slows them, into a file whose path begins so.
+
+    Raises
+    ------
+    BundleError
+        onnxruntime cannot load the graph, or is older than the bundle needs.
+    EdgelmError
+        `threads` or `context` is out of range.
+    """
+    limit = bundle.manifest.context
+    length = limit if context is None else context
+    if not 1 <= length <= limit:
+        raise EdgelmError(f"context must lie in [1, {limit}], the bundle's own limit; got {length}")
+    tuning = best_tuning(bundle, threads, cache)
+    if spin is not None:
+        tuning = dataclasses.replace(tuning, spin=spin)
+    graph = open_graph(bundle, tuning, cache, profile)
+    if bundle.manifest.cache.kind == "growing":
+        from edgelm.runtime.dynamic_runner import GrowingSession
+
+        return GrowingSession(graph, bundle.manifest, rows, length)
+    return SharedSession(graph, bundle, rows, length)
+
+
+class SharedSession:
+    """A graph whose past and present are one buffer: nothing is copied from step to step."""
+
+    def __init__(self, graph: ort.InferenceSession, bundle: Bundle, rows: int, context: int) -> None:
+        self.context = context
+        self.is_invariant = is_invariant(graph)
+        self._graph = graph
+        self._vocab_size = bundle.manifest.vocab_size
+        self._positions = _Positions(graph, bundle)
+        self.long_from = self._positions.long_from
+        self._kv = KvBuffers(bundle.manifest.cache, rows, context)
+        self._steps: dict[int, _Step] = {}
+        self._logits = np.zeros((rows, self._vocab_size), np.float32)
+        """Of a decoding step; every batch size has its first rows."""
+        self._rows: dict[int, ort.IOBinding] = {}
+        """Each row by itself, bound as past and present."""
+        self._last = np.zeros((1, self._vocab_size), np.float32)
+        self._is_stretched = False
+        """Whether onnxruntime holds memory for a longer pass than most are."""
+
+    def prefill(self, row: int, tokens: Tokens, start: int, *, every: bool = False, total: int | None = None) -> Logits:
+        """See `Session`."""
+        count = len(tokens)
+        logits = np.empty((count, self._vocab_size), np.float32) if every else self._last
+        binding = self._rows.get(row)
+        if binding is None:
+            binding = self._rows[row] = self._bind(row, 1)
+        inputs = {
+            "input_ids": tokens.reshape(1, count),
+            "seqlens_k": np.array([start + count - 1], np.int32),
+            "total_sequence_length": np.array([start + count], np.int32),
+            "rows": np.arange(count, dtype=np.int64) if every else np.array([count - 1], np.int64),
+        }
+        if self._positions.wanted:
+            first = start + int(self._positions.offset(np.int64(max(start + count, total or 0))))
+            inputs["positions"] = np.arange(first, first + count, dtype=np.int64).reshape(1, count)
+        kept = [ort.OrtValue.ortvalue_from_numpy(array) for array in (*inputs.values(), logits)]
+        for name, value in zip(inputs, kept, strict=False):
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output("logits", kept[-1])
+        self._run(binding, count)
+        return logits
+
+    def decode(self, tokens: Tokens, lengths: NDArray[np.int32]) -> Logits:
+        """See `Session`."""
+        batch = len(tokens)
+        step = self._steps.get(batch)
+        if step is None:
+            step = self._steps[batch] = _Step(self._bind(0, batch), self._logits[:batch], self._positions.wanted)
+        if self._positions.wanted:
+            step.positions[:, 0] = lengths + self._positions.offset(lengths + 1)
+        step.tokens[:, 0] = tokens
+        step.seqlens[:] = lengths
+        step.total[0] = lengths.max() + 1
+        self._run(step.binding, batch)
+        return step.logits
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """See `Session`."""
+        self._kv.copy(source, target, length)
+
+    def read_row(self, row: int, start: int, stop: int) -> Piece:
+        """See `Session`."""
+        return self._kv.read(row, start, stop)
+
+    def begin_row(self, row: int, pieces: Sequence[Piece]) -> None:
+        """See `Session`."""
+        start = 0
+        for piece in pieces:
+            self._kv.write(row, start, piece)
+            start += piece[0].shape[1]
+
+    def forget_row(self, row: int) -> None:
+        """See `Session`."""
+        self._kv.forget(row)
+
+    def end_profile(self) -> Path:
+        """See `Session`."""
+        return Path(self._graph.end_profiling())
+
+    def _run(self, binding: ort.IOBinding, tokens: int) -> None:
+        """Run the graph; the first short pass after a long one gives back what the long one needed."""
+        is_long = tokens > SMALL_PASS
+        try:
+            self._graph.run_with_iobinding(binding, SHRINKING if self._is_stretched and not is_long else None)
+        except Exception as error:  # onnxruntime raises types of its own, unrelated to each other
+            raise EdgelmError(f"the graph cannot be computed: {reason(error)}") from error
+        self._is_stretched = is_long
+
+    def _bind(self, row: int, count: int) -> ort.IOBinding:
+        """Bind rows of the buffers as past and present alike."""
+        binding = self._graph.io_binding()
+        for name, view in zip(self._kv.names, self._kv.views(row, count), strict=True):
+            value = ort.OrtValue.ortvalue_from_numpy(view)
+            binding.bind_ortvalue_input(f"past.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        return binding
+
+
+class _Positions:
+    """Rows of the rotary tables, for graphs that want to be told them."""
+
+    def __init__(self, graph: ort.InferenceSession, bundle: Bundle) -> None:
+        self.wanted = any(entry.name == "positions" for entry in graph.get_inputs())
+        self.long_from = bundle.manifest.long_from
+        self._rows = bundle.manifest.context
+
+    def offset(self, lengths: np.integer[Any] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Return where the tables start for sequences of these lengths."""
+        if self.long_from is None:
+            return np.zeros_like(lengths, np.int64)
+        return np.where(lengths > self.long_from, np.int64(self._rows), np.int64(0))
+
+
+class _Step:
+    """Inputs and outputs of a decoding step of one batch size, allocated and bound once."""
+
+    def __init__(self, binding: ort.IOBinding, logits: Logits, positions: bool) -> None:
+        batch = len(logits)
+        self.binding = binding
+        self.logits = logits
+        self.tokens = np.zeros((batch, 1), np.int64)
+        self.seqlens = np.zeros(batch, np.int32)
+        self.total = np.zeros(1, np.int32)
+        self.positions = np.zeros((batch, 1), np.int64)
+        self._rows = np.arange(batch, dtype=np.int64)
+        inputs = {
+            "input_ids": self.tokens,
+            "seqlens_k": self.seqlens,
+            "total_sequence_length": self.total,
+            "rows": self._rows,
+        }
+        if positions:
+            inputs["positions"] = self.positions
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))

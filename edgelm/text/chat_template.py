@@ -1,0 +1,283 @@
+"""Chat templates: messages to the prompt that a model was trained on.
+
+Knows what templates take: content as text or as parts, a system message or none; how they are bounded is
+`edgelm.text.template_sandbox`' matter. Knows nothing of tokens but the texts of the special ones.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+from edgelm.errors import RequestError, TemplateLimitError
+from edgelm.text.tainted_text import NONCHARACTERS, Marker, Prompt, Spellings
+
+if TYPE_CHECKING:
+    from edgelm.text.template_sandbox import Template
+
+Message = Mapping[str, Any]
+
+LOG: Final = logging.getLogger(__name__)
+
+PROBE: Final = "Quixotic zebras juggle"
+"""A text to look for in what a template made of it."""
+
+LONGEST_MESSAGE: Final = 300
+"""Characters of an error that are shown."""
+
+OWN: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""Variables of a template that a request cannot set by name."""
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Parameters
+    ----------
+    source
+        A template, or several as transformers stores them, `[{"name": ..., "template": ...}]`: then "default"
+        is used, or the only one.
+    special_tokens
+        Names that the template may use, such as `bos_token`, and their texts.
+    control
+        Texts that are special tokens where the template writes them, and plain text where a message does.
+
+    Raises
+    ------
+    RequestError
+        With code "internal" when the template is no valid Jinja, or several have no default.
+    """
+
+    def __init__(
+        self,
+        source: str | Sequence[Mapping[str, str]],
+        special_tokens: Mapping[str, str],
+        control: Collection[str] = (),
+    ) -> None:
+        self._special_tokens = dict(special_tokens)
+        self._spellings = Spellings(control)
+        self._template = _compile(_choose(source))
+        self._unusable: TemplateLimitError | None = None
+        """Why even a short text cannot be rendered."""
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        *,
+        generation_prompt: bool = True,
+    ) -> Prompt:
+        """Return the prompt of a conversation, up to where the assistant speaks.
+
+        Parameters
+        ----------
+        messages
+            Each with a `role` and usually `content`, text or a list of parts `{"type": "text", "text": ...}`; at least
+            one. A system message is put before the first user's where the template takes none.
+        tools
+            Descriptions of functions, for templates that have a use for them.
+        variables
+            Further variables of the template, such as `enable_thinking`, of JSON's types.
+        generation_prompt
+            Whether the assistant is to speak next.
+
+        Raises
+        ------
+        RequestError
+            With code "bad_request" when the messages are not what the template takes, tools or variables are not what
+            they should be, or the template takes longer or makes more than one may (`edgelm.text.template_sandbox`).
+        """
+        check_messages(messages)
+        options = {"tools": check_tools(tools), **self._checked(variables)}
+        try:  # a template can raise anything, which the sandbox only contains; values can be nested too deeply
+            if self._unusable is not None:
+                raise self._unusable
+            given = self._fitted(messages)
+            marker = Marker(self._spellings, [given, options])
+            marked = [
+                {name: marker.mark(value, ends=name != "role") for name, value in message.items()} for message in given
+            ]
+            return marker.read(self._render(marked, generation_prompt, marker.mark(options)))
+        except Exception as error:
+            text = "".join(c for c in " ".join(str(error)[:LONGEST_MESSAGE].split()) if ord(c) not in NONCHARACTERS)
+            raise RequestError("bad_request", f"the model's chat template refuses the messages: {text}") from error
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool, options: Mapping[str, Any]) -> str:
+        return self._template.render(
+            {
+                "messages": messages,
+                "documents": None,
+                "add_generation_prompt": generation_prompt,
+                **self._special_tokens,
+                **options,
+            }
+        )
+
+    def _checked(self, variables: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        given = {} if variables is None else variables
+        if not isinstance(given, Mapping):
+            raise RequestError("bad_request", "template_vars must be an object of names and values")
+        for name in given:
+            if not isinstance(name, str) or not name.isidentifier():
+                raise RequestError("bad_request", f"template_vars: {name!r:.80} is not the name of a variable")
+            if name in OWN or name in self._special_tokens:
+                raise RequestError(
+                    "bad_request", f"template_vars: {name} is set by the model, the messages or the tools"
+                )
+        return given
+
+    # --- what the template takes ---
+
+    def _fitted(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Return the messages in the form that the template takes."""
+        fitted = [_with_arguments(message) for message in messages]
+        if any(isinstance(message.get("content"), list) for message in fitted) and not self._takes_parts:
+            fitted = [_with_text(message) for message in fitted]
+        if fitted[0]["role"] == "system" and self._refuses_system:
+            fitted = _merged(fitted)
+        if self._takes_parts and not self._takes_text:
+            fitted = [_with_parts(message) for message in fitted]
+        return fitted
+
+    @cached_property
+    def _takes_text(self) -> bool:
+        return PROBE in (self._try([{"role": "user", "content": PROBE}]) or "")
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether content may be a list of parts, of which the template writes the texts alone."""
+        rendered = self._try([{"role": "user", "content": [{"type": "text", "text": PROBE}]}]) or ""
+        return PROBE in rendered and "'text'" not in rendered
+
+    @cached_property
+    def _refuses_system(self) -> bool:
+        """Whether the template raises an error for a system message, and none for the user's alone.
+
+        One that leaves a system message out is followed, as transformers follows it.
+        """
+        content: Any = [{"type": "text", "text": PROBE}] if self._takes_parts and not self._takes_text else PROBE
+        user = {"role": "user", "content": content}
+        refuses = self._try([{"role": "system", "content": content}, user]) is None and self._try([user]) is not None
+        if refuses:
+            LOG.warning(
+                "this model's chat template takes no system message: it is put at the beginning of the first user's"
+            )
+        return refuses
+
+    def _try(self, messages: Sequence[Message]) -> str | None:
+        """Return what the template makes of messages; None where it refuses them."""
+        try:
+            return self._render(messages, True, {"tools": None})
+        except TemplateLimitError as error:  # so that no further request takes as long
+            self._unusable = error
+            raise
+        except Exception:  # noqa: BLE001  as in `render`
+            return None
+
+
+def check_messages(messages: Any) -> None:
+    """Raise `RequestError("bad_request")` unless messages are objects with a role, and content that can be text."""
+    if not messages:
+        raise RequestError("bad_request", "messages must hold at least one message")
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RequestError("bad_request", "each message must be an object with a string role and content")
+        content = message.get("content")
+        for part in content if isinstance(content, (list, tuple)) else ():
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise RequestError(
+                    "bad_request",
+                    'messages: a part of a content must be {"type": "text", "text": "..."}; the model reads nothing'
+                    f" but text, got {part if kind in (None, 'text') else kind!s:.80}",
+                )
+
+
+def check_tools(tools: Any) -> list[Mapping[str, Any]] | None:
+    """Return the descriptions of tools; None where there are none. Raises `RequestError("bad_request")`."""
+    if tools is None:
+        return None
+    if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence):
+        raise RequestError("bad_request", "tools must be a list of objects, each a function with a name and parameters")
+    for tool in tools:
+        if not isinstance(tool, Mapping):
+            raise RequestError("bad_request", f"tools: each must be an object that describes one, got {tool!r:.80}")
+    return list(tools) or None
+
+
+def _with_arguments(message: Message) -> dict[str, Any]:
+    """Return a message whose calls have their arguments as objects, as templates take them; clients send JSON text."""
+    calls = message.get("tool_calls")
+    fitted = {name: list(value) if isinstance(value, tuple) else value for name, value in message.items()}
+    if isinstance(calls, (list, tuple)):
+        fitted["tool_calls"] = [_with_object(call) for call in calls]
+    return fitted
+
+
+def _with_object(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_object(call["function"])}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "arguments": value} if isinstance(value, dict) else call
+
+
+def _with_text(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": _text_of(content)} if isinstance(content, list) else message
+
+
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _text_of(content: Any) -> str:
+    """Return content as text: parts follow each other as templates that take them write them, with nothing between."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else ""
+
+
+def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with the first one, the system's, at the beginning of the first user's."""
+    system, *rest = messages
+    at = next((i for i, message in enumerate(rest) if message["role"] == "user"), None)
+    if at is None:
+        return [{**system, "role": "user"}, *rest]
+    text = f"{_text_of(system.get('content'))}\n\n{_text_of(rest[at].get('content'))}"
+    return [*rest[:at], {**rest[at], "content": text}, *rest[at + 1 :]]
+
+
+def _choose(source: str | Sequence[Mapping[str, str]]) -> str:
+    if isinstance(source, str):
+        return source
+    named = {entry["name"]: entry["template"] for entry in source}
+    if "default" in named:
+        return named["default"]
+    if len(named) == 1:
+        return next(iter(named.values()))
+    names = ", ".join(sorted(named)) or "none"
+    raise RequestError("internal", f"the model has several chat templates and no default: {names}")
+
+
+def _compile(source: str) -> Template:
+    from edgelm.text.template_sandbox import (
+        Template as Compiled,  # Jinja is slow to import, and many models have no template
+    )
+
+    try:
+        return Compiled(source)
+    except ValueError as error:
+        raise RequestError("internal", f"the model's chat template is not valid: {error}") from error

@@ -1,0 +1,201 @@
+"""Constraints on answers: a JSON schema, regular expression, Lark grammar or list of choices as a token mask.
+
+The only importer of llguidance. Knows nothing of logits: it says which tokens keep the text a valid prefix.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from edgelm.errors import BundleError, RequestError
+from edgelm.text.tokenizer_file import usable_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from edgelm.types import Constraint
+
+JSON_DEFAULTS: Final[dict[str, Any]] = {"whitespace_pattern": r"[ \t\r\n]{1,32}"}
+"""Small models can get lost in whitespace, which JSON allows without end. A schema's `x-guidance` overrules."""
+
+LARGEST_NUMBER: Final = 2**53
+"""Beyond, JSON's numbers are not exact everywhere (RFC 8259, section 6), and the library's not either."""
+DEEPEST: Final = 200
+"""Levels of a schema."""
+
+LONGEST_MESSAGE: Final = 300
+"""Characters of an error that are shown: some repeat the whole constraint."""
+
+
+class Grammar:
+    """Compiles constraints for one vocabulary.
+
+    Parameters
+    ----------
+    tokenizer
+        The bundle's tokenizer.json. Padding, truncation and added tokens outside the vocabulary count as left out.
+    vocab_size
+        Width V of the model's logits; at least the tokenizer's vocabulary.
+    eos_tokens
+        Tokens that end an answer: allowed exactly where the constraint is satisfied.
+
+    Raises
+    ------
+    BundleError
+        When the tokenizer cannot be used with constraints, or is larger than `vocab_size`.
+    """
+
+    def __init__(self, tokenizer: str | Path, vocab_size: int, eos_tokens: Iterable[int]) -> None:
+        import llguidance
+
+        self._library: Any = llguidance
+        self._vocab_size = vocab_size
+        try:
+            self._tokenizer: Any = llguidance.LLTokenizer(
+                usable_text(Path(tokenizer).read_text(encoding="utf-8"), vocab_size),
+                n_vocab=vocab_size,
+                eos_token=list(eos_tokens) or None,
+            )
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{tokenizer}: cannot be used for constrained answers: {error}") from error
+
+    def start(self, constraint: Constraint) -> Matcher:
+        """Return a matcher at the beginning of an answer; `Matcher.copy` makes others of it.
+
+        A regular expression is in the syntax of Rust's regex crate: no look-around, and its digits are Unicode's.
+
+        Raises
+        ------
+        RequestError
+            With code "bad_request" when the constraint is not valid or uses something that is not supported.
+        """
+        try:
+            with panics_are_errors():
+                source = self._source_of(constraint)
+                compiled = self._library.LLMatcher(self._tokenizer, source, log_level=0)
+        except (ValueError, RecursionError) as error:
+            raise RequestError("bad_request", f"{constraint.kind} is not valid: {_in_one_line(error)}") from error
+        if compiled.is_error():
+            message = _in_one_line(compiled.get_error())
+            raise RequestError("bad_request", f"{constraint.kind} is not valid: {message}")
+        return Matcher(compiled, self._vocab_size)
+
+    def _source_of(self, constraint: Constraint) -> str:
+        """Return the constraint in llguidance's own notation."""
+        matcher, value = self._library.LLMatcher, constraint.value
+        if constraint.kind == "choices":
+            choices = " | ".join(json.dumps(choice) for choice in value)
+            return str(matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}"))  # one terminal: no row limit
+        if constraint.kind == "json_schema":
+            _check_schema(json.loads(str(value)))
+            return str(matcher.grammar_from_json_schema(value, defaults=JSON_DEFAULTS))
+        if constraint.kind == "regex":
+            return str(matcher.grammar_from_regex(value))
+        return str(matcher.grammar_from_lark(value))
+
+
+@contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """Make a request's error of a panic in the library: PyO3 raises it as a kind that no `except Exception` sees."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RequestError("bad_request", f"the constraint breaks its library: {_in_one_line(error)}") from error
+
+
+def _check_schema(schema: object) -> None:
+    """Raise `ValueError` for numbers that are too large, and for what is nested too deep."""
+    level = [schema]
+    for _ in range(DEEPEST):
+        deeper: list[object] = []
+        for each in level:
+            if isinstance(each, dict):
+                deeper += each.values()
+            elif isinstance(each, list):
+                deeper += each
+            elif isinstance(each, int | float) and not abs(each) <= LARGEST_NUMBER:
+                raise ValueError(f"{each:.6g} is beyond 2^53, where numbers are not exact")
+        level = deeper
+        if not level:
+            return
+    raise ValueError(f"it has more than {DEEPEST} levels")
+
+
+class Matcher:
+    """Follows one answer token by token. Made by `Grammar.start`."""
+
+    def __init__(self, inner: Any, vocab_size: int) -> None:
+        self._inner = inner
+        self._mask = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+
+    def copy(self) -> Matcher:
+        """Return another one that stands where this one does."""
+        return Matcher(self._inner.deep_copy(), 32 * len(self._mask))
+
+    def mask(self) -> NDArray[np.uint32]:
+        """Return which tokens may come next: uint32 [ceil(V / 32)], bit i % 32 of word i // 32 for token i.
+
+        The array is overwritten by the next call. Tokens that the tokenizer does not have are never allowed. Where
+        nothing can follow, only the end tokens are.
+
+        Raises
+        ------
+        RequestError
+            With code "bad_request" when the constraint turns out to be too complex.
+        """
+        with panics_are_errors():
+            self._inner.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+            self._check()
+        return self._mask
+
+    def accept(self, token: int) -> None:
+        """Take the token that was chosen.
+
+        Raises
+        ------
+        RequestError
+            With code "internal" when the mask does not allow the token; "bad_request" when the constraint turns out
+            to be too complex.
+        """
+        with panics_are_errors():
+            if self._inner.validate_tokens([token]) != 1:
+                raise RequestError("internal", f"token {token} was chosen, which the constraint does not allow")
+            self._inner.consume_token(token)
+            self._check()
+
+    def forced_tokens(self) -> list[int]:
+        """Return the tokens that must come next, empty where there is a choice. They are not accepted yet."""
+        with panics_are_errors():
+            return [int(token) for token in self._inner.compute_ff_tokens()]
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether the answer satisfies the constraint if it ends here."""
+        return bool(self._inner.is_accepting())
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the answer satisfies the constraint and nothing can follow."""
+        return bool(self._inner.is_stopped())
+
+    def _check(self) -> None:
+        if self._inner.is_error():
+            message = _in_one_line(self._inner.get_error())
+            raise RequestError("bad_request", f"the constraint cannot be followed further: {message}")
+
+
+def _in_one_line(message: object) -> str:
+    """Return llguidance's message without its state dump and its markers under the source, cut where it is long."""
+    lines = str(message).split("<state>")[0].splitlines()
+    text = " ".join(line.strip() for line in lines if line.strip(" ^"))
+    return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "..."

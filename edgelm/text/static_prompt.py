@@ -1,0 +1,81 @@
+"""What prompts begin with, read from a file: text as it is, or the messages that open a conversation, as tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from edgelm.errors import EdgelmError, RequestError
+from edgelm.text.tokenizer import Tokenizer
+
+Opening = str | Sequence[Mapping[str, Any]]
+"""Text, or messages for the chat template."""
+
+PROBES: Final = ("a", "7")
+"""Two messages that may follow: what differs between them is not part of the prefix."""
+
+
+def read_opening(file: str | Path) -> Opening:
+    """Read what prompts are to begin with.
+
+    A JSON list of objects holds messages, as a file named *.json must; everything else is text. Raises `EdgelmError`
+    when the file cannot be read, is empty, or is not what its name says.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise EdgelmError(f"the prefix {file} cannot be read: {reason}") from error
+    if not text.strip():
+        raise EdgelmError(f"the prefix {file} is empty: it must hold text, or a JSON list of messages")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        return value
+    if Path(file).suffix.lower() == ".json":
+        raise EdgelmError(
+            f'the prefix {file} must be a JSON list of messages, [{{"role": "system", "content": "..."}}]'
+        )
+    return text
+
+
+def opening_tokens(opening: Opening, tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens that every prompt with this opening begins with.
+
+    Text is encoded like a prompt, with the start token where the tokenizer adds one. Of messages it is what the prompts
+    of two different user messages after them have in common. Raises `EdgelmError` when the chat template is missing or
+    refuses them, or when nothing is in common.
+    """
+    try:
+        if isinstance(opening, str):
+            return tokenizer.encode(opening)
+        following = ([*opening, {"role": "user", "content": probe}] for probe in PROBES)
+        one, other = (tokenizer.encode_prompt(tokenizer.prompt_of(chat)) for chat in following)
+    except RequestError as error:
+        raise EdgelmError(f"the prefix cannot be made into tokens: {error}") from error
+    shared = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    if shared == 0:
+        raise EdgelmError("the prefix holds messages of which the model's chat template shows nothing at the start")
+    return one[:shared]
+
+
+def check_tokens(tokens: Sequence[int], *, context: int, vocab_size: int, long_from: int | None) -> None:
+    """Raise `EdgelmError` unless prompts can begin with these tokens: at least one position must follow them.
+
+    `context` and `long_from` are lengths in tokens; from beyond `long_from` (LongRoPE) on positions are embedded
+    otherwise, and a prefix would not fit.
+    """
+    limit = min(context, context if long_from is None else long_from) - 1
+    if not tokens:
+        raise EdgelmError("the prefix has no tokens")
+    if len(tokens) > limit:
+        raise EdgelmError(
+            f"the prefix has {len(tokens)} tokens; the context leaves room for {max(limit, 0)}: shorten it"
+        )
+    bad = next((token for token in tokens if not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise EdgelmError(f"the prefix holds the token {bad}, which lies outside the vocabulary [0, {vocab_size})")

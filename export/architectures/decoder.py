@@ -1,0 +1,130 @@
+"""What a decoder-only transformer is, as numbers: the shapes and options that every family maps onto.
+
+Knows neither Hugging Face names nor ONNX.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from edgelm.bundle.manifest import Cache
+
+from .rope import Rope
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+ROTARY_UNIT: Final = 16
+"""The attention kernel rotates by itself where what rotates is a multiple of this."""
+
+HEAD_UNIT: Final = 8
+"""The attention kernel wants head sizes that are a multiple of this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What may differ between layers: `window` positions are seen, a token's own included; None rotates nothing."""
+
+    rope: Rope | None
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Shapes and options of a gated, grouped-query decoder.
+
+    Widths count elements; `context` counts positions. A branch (attention, MLP) reads the residual stream through a
+    norm (`pre_norm`), and its result may be normed before it is added (`post_norm`). Norms are RMS norms (Zhang &
+    Sennrich 2019, arXiv:1910.07467) times `norm_offset` + the stored weight. `qk_norm` norms queries and keys before
+    rotation, each head by itself or the whole projection. Soft caps bound a score x to cap * tanh(x / cap). Scales
+    multiply embeddings, each branch, and the logits.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[Layer, ...]
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp_size: int
+    context: int
+    norm_epsilon: float
+    tied: bool
+    attention_scale: float
+    rotary_size: int
+    activation: Activation = "silu"
+    pre_norm: bool = True
+    post_norm: bool = False
+    norm_offset: float = 0.0
+    qk_norm: Literal["head", "projection"] | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    branch_scale: float = 1.0
+    logit_scale: float = 1.0
+
+    @property
+    def padded_head_size(self) -> int:
+        """Head size in the graph, a multiple of what the attention kernel takes."""
+        return -(-self.head_size // HEAD_UNIT) * HEAD_UNIT
+
+    @property
+    def cache(self) -> Cache:
+        """Keys and values as the graph keeps them."""
+        return Cache("shared", len(self.layers), self.kv_heads, self.padded_head_size)
+
+    @property
+    def rotates_inside(self) -> bool:
+        """Whether the attention kernel can rotate; if not, a node before it does."""
+        return self.rotary_size % ROTARY_UNIT == 0 and self.padded_head_size % ROTARY_UNIT == 0
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotary embeddings of the layers, in order of first use."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights of the checkpoint, padding not counted, a tied head once."""
+        heads = (self.heads + 2 * self.kv_heads) * self.head_size
+        layer = self.hidden_size * (heads + self.heads * self.head_size + 3 * self.mlp_size)
+        layer += self.hidden_size * 2 * (self.pre_norm + self.post_norm)
+        layer += {None: 0, "head": 2, "projection": self.heads + self.kv_heads}[self.qk_norm] * self.head_size
+        layer += self.qkv_bias * heads + self.output_bias * self.hidden_size
+        layer += self.mlp_bias * (2 * self.mlp_size + self.hidden_size)
+        tables = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        return tables + len(self.layers) * layer + self.hidden_size
+
+    def long_from(self, context: int) -> int | None:
+        """Return the length past which sequences need long factors, where a rope of this context has them."""
+        return next((switch for rope in self.ropes if (switch := rope.switch(context)) is not None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Where a checkpoint keeps each tensor; `{i}` stands for the layer. A bias is its weight's name with `.bias`.
+
+    Empty names are tensors that the family does not have. `qkv` and `gate_up` name projections stored as one.
+    """
+
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    final_norm: str = "model.norm.weight"
+    attention_norm: str = "model.layers.{i}.input_layernorm.weight"
+    attention_post_norm: str = ""
+    query: str = "model.layers.{i}.self_attn.q_proj.weight"
+    key: str = "model.layers.{i}.self_attn.k_proj.weight"
+    value: str = "model.layers.{i}.self_attn.v_proj.weight"
+    qkv: str = ""
+    query_norm: str = "model.layers.{i}.self_attn.q_norm.weight"
+    key_norm: str = "model.layers.{i}.self_attn.k_norm.weight"
+    output: str = "model.layers.{i}.self_attn.o_proj.weight"
+    mlp_norm: str = "model.layers.{i}.post_attention_layernorm.weight"
+    mlp_post_norm: str = ""
+    gate: str = "model.layers.{i}.mlp.gate_proj.weight"
+    up: str = "model.layers.{i}.mlp.up_proj.weight"
+    gate_up: str = ""
+    down: str = "model.layers.{i}.mlp.down_proj.weight"

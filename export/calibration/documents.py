@@ -1,0 +1,125 @@
+"""Text to calibrate on and to measure with: documents, divided by lines that hold only `<|endoftext|>`, as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import EdgelmError
+from edgelm.text.documents import split_documents
+from edgelm.text.tokenizer import Tokenizer
+
+SELF: Final = "self"
+"""What `--calibrate` takes instead of a file: self-generated text."""
+
+CALIBRATION_LENGTH: Final = 512
+"""Tokens of one calibration sequence."""
+
+CALIBRATION_TOKENS: Final = 128 * CALIBRATION_LENGTH
+"""Calibration tokens put to use at most; GPTQ (arXiv:2210.17323, section 4) takes 128 segments too, of 2,048 each."""
+
+CALIBRATION_WORK: Final = 1.75e12
+"""Weights times tokens from which on fewer tokens are put to use, for the sake of time: at least 12,288 of them."""
+
+MEASURED_LENGTH: Final = 1024
+"""Tokens of one sequence to measure on: logits of a whole one are in memory."""
+
+MEASURED_TOKENS: Final = 64 * MEASURED_LENGTH
+"""Tokens measured on at most: minutes with a model of a billion weights."""
+
+MOST_READ: Final = 16
+"""So many times the calibration tokens are read of a long text, to be chosen from."""
+
+LEAST_CALIBRATION_TOKENS: Final = 512
+"""Fewer say too little of what a model sees."""
+
+Document = NDArray[np.int64]
+
+
+def read_text(file: str | Path, option: str) -> str:
+    """Return a text file. Raises `EdgelmError` naming the option when it cannot be read or is empty."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise EdgelmError(f"{option}: {file} cannot be read: {reason}") from error
+    if not text.strip():
+        raise EdgelmError(f"{option}: {file} is empty")
+    return text
+
+
+def calibration_tokens(parameters: int) -> int:
+    """Return how many tokens a model of so many weights is calibrated on."""
+    wanted = int(CALIBRATION_WORK / max(parameters, 1)) // CALIBRATION_LENGTH * CALIBRATION_LENGTH
+    return min(max(wanted, CALIBRATION_TOKENS * 3 // 16), CALIBRATION_TOKENS)
+
+
+def calibration_documents(
+    text: str, tokenizer: Tokenizer, bos: int | None, context: int, limit: int, option: str = "--calibrate"
+) -> list[Document]:
+    """Cut documents into sequences of at most 512 tokens, and return those of `limit` tokens.
+
+    Where there are more, sequences are taken evenly from the whole text. `option` names the text in errors. Raises
+    `EdgelmError` for a text of fewer than `LEAST_CALIBRATION_TOKENS` tokens.
+    """
+    length = min(CALIBRATION_LENGTH, context)
+    found: list[Document] = []
+    total = 0
+    for ids in _tokens(split_documents(text), tokenizer, bos):
+        found += [ids[start : start + length] for start in range(0, len(ids), length)]
+        total += len(ids)
+        if total >= MOST_READ * limit:
+            break
+    if total < LEAST_CALIBRATION_TOKENS:
+        raise EdgelmError(
+            f"{option}: the text has {total} tokens; at least {LEAST_CALIBRATION_TOKENS} are needed, and"
+            f" {limit} are put to use"
+        )
+    if total <= limit:
+        return found
+    count = max(1, len(found) * limit // total)
+    return [found[i * len(found) // count] for i in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Sequences to measure on, and how many tokens of the text are not among them."""
+
+    documents: list[Document]
+    left_out: int
+
+
+def measured_documents(text: str, tokenizer: Tokenizer, bos: int | None, context: int) -> Measured:
+    """Cut documents into sequences of at most `MEASURED_LENGTH` tokens, each with one to predict.
+
+    Of more than `MEASURED_TOKENS` tokens, sequences are taken evenly from the whole text. Each begins with the start
+    token where there is one. Raises `EdgelmError` when nothing is left.
+    """
+    first = [] if bos is None else [bos]
+    length = min(MEASURED_LENGTH, context) - len(first)
+    found: list[Document] = []
+    for ids in _tokens(split_documents(text), tokenizer, None):
+        pieces = (ids[start : start + length] for start in range(0, len(ids), max(length, 1)))
+        found += [np.array([*first, *piece], np.int64) for piece in pieces if len(piece) + len(first) > 1]
+    if not found:
+        raise EdgelmError("--verify: the text is too short: it has no token to predict")
+    total = sum(map(len, found))
+    count = max(1, len(found) * MEASURED_TOKENS // max(total, MEASURED_TOKENS))
+    taken = [found[i * len(found) // count] for i in range(count)]
+    return Measured(taken, total - sum(map(len, taken)))
+
+
+def first_pieces(text: str, tokenizer: Tokenizer, bos: int | None, length: int) -> list[Document]:
+    """Return the first `length` tokens of each document that has a token to predict."""
+    return [ids[:length] for ids in _tokens(split_documents(text), tokenizer, bos) if len(ids) > 1]
+
+
+def _tokens(documents: Sequence[str], tokenizer: Tokenizer, bos: int | None) -> Iterator[Document]:
+    for document in documents:
+        ids = tokenizer.encode(document, add_special_tokens=False)
+        yield np.array(ids if bos is None else [bos, *ids], np.int64)

@@ -1,0 +1,88 @@
+"""How much each matrix costs when it alone is quantized: KL divergence of the whole model, measured, not guessed.
+
+Per-matrix measurement over the real network, rather than an error of the weights, is what mixed-precision methods since
+HAWQ (Dong et al. 2019, arXiv:1905.03696) argue for; here the network is small enough to simply try.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from edgelm.runtime.divergence import Divergence
+
+from ..architectures.weights import LAYER_PARTS
+from ..checkpoint.matrix_reader import Rows
+from ..progress_callback import Progress
+from ..quantize.matrix_plan import Plan
+from ..quantize.pack import dequantize
+from ..quantize.quantizer import Quantizer
+from ..quantize.spec import Spec
+from ..verify.quality_gate import pieces
+from .documents import Document
+from .layers import Layers
+
+SAMPLED_ROWS: Final = 1024
+"""Rows that an estimate of a matrix's error looks at, at least."""
+
+
+def measure_sensitivity(
+    layers: Layers, documents: Sequence[Document], plan: Plan, progress: Progress
+) -> dict[str, float]:
+    """Return the mean KL divergence, in nats, from each matrix by itself stored as the plan says, by name.
+
+    Every layer is loaded once; hidden states are kept once for every matrix below.
+    """
+    weights, count = layers.weights, len(layers.weights.decoder.layers)
+    streams = {"embedding": layers.embed(documents, _rounded(weights.embedding(), plan.spec("embedding")))}
+    base = layers.embed(documents)
+    for i in range(count):
+        progress("sensitivity", i, count)
+        plain = layers.layer(i)
+        streams = {name: plain.step(hidden) for name, hidden in streams.items()}
+        for part in LAYER_PARTS:
+            name = f"layer.{i}.{part}"
+            rounded = _rounded(Rows.of(weights.layer(i, part)), plan.spec(name)).whole()
+            streams[name] = plain.replaced(layers.part(i, part, rounded)).step(base)
+        base = plain.step(base)
+    head = layers.head().whole()
+    tied = weights.decoder.tied
+    rounded = _rounded(layers.head(), plan.spec("embedding" if tied else "head")).whole()
+    heads = {name: rounded if tied and name == "embedding" else head for name in streams}
+    if not tied:
+        streams["head"], heads["head"] = base, rounded
+    divergences = {name: Divergence() for name in streams}
+    for number, document in enumerate(documents):
+        for start, stop in pieces(document):
+            following = document[start + 1 : stop + 1]
+            expected = layers.logits(layers.final(base[number][start:stop]), head)
+            for name, hidden in streams.items():
+                found = layers.logits(layers.final(hidden[number][start:stop]), heads[name])
+                divergences[name].add(expected, found, following)
+    return {name: divergence.result().kl_mean for name, divergence in divergences.items()}
+
+
+def relative_error(rows: Rows, spec: Spec | None) -> float:
+    """Return the squared error of a matrix, stored so, over its squared size; by a sample of rows where it is large."""
+    if spec is None:
+        return 0.0
+    step = max(1, rows.shape[0] // SAMPLED_ROWS)
+    weight = np.concatenate([chunk[::step] for chunk in rows.chunks()])
+    error = dequantize(Quantizer(uncalibrated(spec)).quantize(weight)).astype(np.float64) - weight
+    return float(np.square(error).sum() / max(np.square(weight, dtype=np.float64).sum(), 1e-30))
+
+
+def uncalibrated(spec: Spec) -> Spec:
+    """Return the same storage by the clip search where gptq was asked for: it needs no inputs, and ranks alike."""
+    return dataclasses.replace(spec, method="clip") if spec.method == "gptq" else spec
+
+
+def _rounded(rows: Rows, spec: Spec | None) -> Rows:
+    """Return a matrix as it is read back when stored so."""
+    if spec is None:
+        return rows
+    quantizer = Quantizer(uncalibrated(spec))
+    return Rows(rows.shape, lambda start, stop: dequantize(quantizer.quantize(rows.read(start, stop))))

@@ -1,0 +1,70 @@
+"""Opening a checkpoint with transformers so that nothing in it is run: plain configuration, safetensors, no network.
+
+`trust_remote_code=False` is not enough: up to transformers 5.2 a configuration's `_attn_implementation_internal` names
+a repository whose code is loaded all the same (CVE-2026-4372), and an adapter's names a model to load instead. So the
+configuration is read here, and what could name code is left out of it before transformers sees it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from edgelm.errors import CheckpointError
+
+from .huggingface import tensor_files
+from .reading import read_json
+
+SAFELY: Final = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+"""What every `from_pretrained` of a model is called with, beside a configuration of `plain_config`."""
+
+NAMES_CODE: Final = {
+    "attn_implementation",
+    "auto_map",
+    "custom_generate",
+    "custom_pipelines",
+    "experts_implementation",
+    "kernel_config",
+    "name_or_path",
+    "transformers_weights",
+    "use_kernels",
+}
+"""Fields that can name code, or files outside the directory. So can those that begin with an underscore."""
+PLAIN: Final = {"_sliding_window_pattern"}
+"""The one of those that belongs to a model (Gemma 3) and not to transformers."""
+
+
+def plain_config(transformers: Any, directory: Path) -> Any:
+    """Return a checkpoint's configuration as transformers' own class for its `model_type`, without what names code.
+
+    Raises `CheckpointError` for a directory without one, for a type that transformers does not have itself, for an
+    adapter, and for one whose weights are not safetensors.
+    """
+    if (directory / "adapter_config.json").exists():
+        raise CheckpointError(f"{directory} has an adapter_config.json: merge the adapter into its model first")
+    tensor_files(directory)  # whatever an index names is opened as safetensors
+    fields = read_json(directory / "config.json")
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        own = "; the code that comes with a checkpoint is never run" if "auto_map" in fields else ""
+        raise CheckpointError(
+            f"{directory / 'config.json'}: model_type {kind!r:.80} is not one of transformers"
+            f" {transformers.__version__}{own}"
+        )
+    try:
+        return transformers.CONFIG_MAPPING[kind].from_dict(_without_code(fields))
+    except Exception as error:  # each class checks its fields in its own way
+        raise CheckpointError(f"{directory / 'config.json'} cannot be read: {error!s:.300}") from error
+
+
+def _without_code(value: Any) -> Any:
+    """Return a JSON value without the fields that can name code, all the way down."""
+    if isinstance(value, list):
+        return [_without_code(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _without_code(inner)
+        for name, inner in value.items()
+        if name not in NAMES_CODE and (not name.startswith("_") or name in PLAIN)
+    }

@@ -1,0 +1,74 @@
+"""A finished bundle beside the checkpoint it came from: what `edgelm eval --reference` measures."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelm.bundle.manifest import MANIFEST, Bundle, open_bundle
+from edgelm.errors import BundleError, EdgelmError
+from edgelm.text.tokenizer import Tokenizer
+
+from .calibration.documents import measured_documents, read_text
+from .progress_callback import Progress, silent
+from .source_model import open_model, with_rows
+from .verify.quality_gate import BundleReference, CheckpointReference, measure, quality
+
+VOCABULARY = "vocabulary.json"
+"""File of a bundle with a pruned vocabulary: the old id of each token, in order."""
+
+
+def compare(
+    bundle: str | Path,
+    checkpoint: str | Path,
+    text: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    context: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a bundle beside an unquantized checkpoint, merged with `adapter` if one is given.
+
+    `text` is a file of documents, cut into pieces of at most 1,024 tokens and `context`, by default the bundle's; of
+    more than 65,536 tokens so many are taken evenly, and `left_out_tokens` counts the others. Returns what `--verify`
+    writes into a manifest: text, tokens, perplexity, reference_perplexity, kl_mean, kl_p99 in nats, top1_agreement in
+    [0, 1]. Raises `EdgelmError` when the two do not belong together or a file cannot be read.
+    """
+    opened = open_bundle(bundle)
+    manifest, told = opened.manifest, progress or silent
+    if manifest.adapter is not None and adapter is None:
+        raise EdgelmError(f"{opened.path} has the adapter {manifest.adapter} merged: name it with --adapter")
+    length = manifest.context if context is None else context
+    measured = measured_documents(
+        read_text(text, "--text"), Tokenizer.from_file(opened.tokenizer), manifest.bos_token, length
+    )
+    if manifest.via == "optimum":
+        from .optimum.via_optimum import reference_bundle  # heavy: torch, transformers
+
+        with tempfile.TemporaryDirectory() as folder, reference_bundle(checkpoint, Path(folder), length, told) as other:
+            found = measure(opened, BundleReference(other), measured.documents, told)
+            return quality(found, Path(text).name, measured.left_out)
+    model = open_model(checkpoint, adapter)
+    if manifest.vocabulary is not None:
+        model = with_rows(model, _kept(opened))
+    if model.decoder.vocab_size != manifest.vocab_size:
+        raise EdgelmError(
+            f"{opened.path} has a vocabulary of {manifest.vocab_size}, {checkpoint} one of {model.decoder.vocab_size}:"
+            " they do not belong together"
+        )
+    found = measure(opened, CheckpointReference(model.weights, told), measured.documents, told)
+    return quality(found, Path(text).name, measured.left_out)
+
+
+def _kept(bundle: Bundle) -> np.ndarray[Any, np.dtype[np.int64]]:
+    file = bundle.path / VOCABULARY
+    if VOCABULARY not in bundle.manifest.files:
+        raise BundleError(f"{bundle.path / MANIFEST} does not list {VOCABULARY}: export the bundle again")
+    try:
+        return np.array(json.loads(file.read_text(encoding="utf-8")), np.int64)
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
+        raise BundleError(f"{file} cannot be read: {error}") from error

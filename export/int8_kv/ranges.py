@@ -1,0 +1,94 @@
+"""How large the cached keys and values of a model become, channel by channel: the scales of an int8 cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.bundle.manifest import Bundle
+from edgelm.engine.radix_tree import Piece
+from edgelm.runtime.runner import open_session
+
+from ..architectures.rope import Rope
+from ..calibration.documents import Document
+from ..progress_callback import Progress
+from ..self_generated import write_documents
+from ..source_model import Opened
+from .int8_cache_graph import CacheScales
+
+READ_TOKENS: Final = 16384
+"""Calibration tokens, about, whose keys and values are looked at."""
+
+LARGEST_CODE: Final = 127
+
+FLOOR: Final = 1e-3
+"""A channel that stays smaller than this share of its layer's largest, or is padding, has the scale of this share."""
+
+Array = NDArray[np.float32]
+
+
+def measure_scales(
+    bundle: Bundle, model: Opened, documents: Sequence[Document] | None, progress: Progress
+) -> list[CacheScales]:
+    """Return the scales of each layer: the largest value of a channel gets the largest code.
+
+    `bundle` keeps its cache in float32, and reads the documents, or 8,192 self-generated tokens. Keys are cached
+    rotated, and count as if each had stood at every position of the context; see `reach`.
+    """
+    d = model.decoder
+    shape = 2 * len(d.layers), d.kv_heads, d.padded_head_size
+    largest = np.zeros(shape, np.float32)
+    for piece in _filled(bundle, model, documents, progress):
+        for i, array in enumerate(piece):
+            rope = d.layers[i // 2].rope if i % 2 == 0 else None
+            size = np.abs(array) if rope is None else reach(array, rope, bundle.manifest.context, d.rotary_size)
+            np.maximum(largest[i], size.max(axis=1), out=largest[i])
+    tops = largest.max(axis=(1, 2), keepdims=True)
+    scales = np.maximum(largest, np.where(tops > 0, FLOOR * tops, 1)) / np.float32(LARGEST_CODE)
+    return [CacheScales(key, value) for key, value in zip(scales[::2], scales[1::2], strict=True)]
+
+
+def _filled(bundle: Bundle, model: Opened, documents: Sequence[Document] | None, progress: Progress) -> Iterator[Piece]:
+    """Yield keys and values of every layer, float32 [kv_heads, n, head_size] each, of one document after the other."""
+    if documents is None:
+        session, written = write_documents(bundle, model)
+        for row, document in enumerate(written):
+            yield session.read_row(row, 0, len(document))
+        return
+    chosen = documents[:: max(1, sum(map(len, documents)) // READ_TOKENS)]
+    session = open_session(bundle, rows=1, context=max(map(len, chosen)))
+    for number, document in enumerate(chosen):
+        progress("ranges of keys and values: document", number + 1, len(chosen))
+        session.prefill(0, document, 0)
+        yield session.read_row(0, 0, len(document))
+
+
+def reach(keys: Array, rope: Rope, context: int, rotary_size: int) -> Array:
+    """Return the largest size that each channel has at any position of the context.
+
+    keys: float32 [kv_heads, n, head_size], rotated to the positions 0 .. n - 1; so is what is returned. Two channels
+    that rotate together turn on a circle, slow ones a part of it: a scale for the whole circle would be coarser for
+    one of the two (stories260K: KL .0040 instead of .0012). LongRoPE, whose keys turn at either of two speeds, gets
+    the whole circle.
+    """
+    size, half = np.abs(keys), rotary_size // 2
+    first, second = keys[..., :half].astype(np.float64), keys[..., half : 2 * half].astype(np.float64)
+    radius = np.hypot(first, second)
+    if rope.switch(context) is not None:
+        size[..., :half] = size[..., half : 2 * half] = radius
+        return size
+    cosines, sines = rope.tables(2, rotary_size)
+    step = np.arctan2(sines[1], cosines[1]).astype(np.float64)  # radians a position, [half]
+    start = np.arctan2(second, first) - np.arange(keys.shape[1])[:, None] * step
+    size[..., :half] = radius * _peak(start, (context - 1) * step)
+    size[..., half : 2 * half] = radius * _peak(start - np.pi / 2, (context - 1) * step)
+    return size
+
+
+def _peak(start: NDArray[np.float64], turn: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the largest |cos| on the arcs [start, start + turn]: 1 where one passes a multiple of pi."""
+    passes = np.floor(start / np.pi) < np.floor((start + turn) / np.pi)
+    return np.where(passes, 1.0, np.maximum(np.abs(np.cos(start)), np.abs(np.cos(start + turn))))

@@ -1,0 +1,1 @@
+"""Architectures without a file of their own: optimum's export, then our quantizer."""

@@ -1,0 +1,128 @@
+"""`--quant keep`: matrices that a GGUF file stores in blocks like ours are carried over code by code.
+
+Q4_0 and Q8_0 are symmetric blocks of 32 weights with a float16 scale, which is what `quantize.pack` stores. A matrix of
+the graph is kept where all tensors that it is made of have one of the two formats; others are rounded to int8.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Final
+
+import numpy as np
+
+from edgelm.errors import EdgelmError
+
+from ..architectures.decoder import Decoder
+from ..architectures.weights import Weights
+from ..checkpoint import Blocks, Checkpoint, GgufTensors, Source
+from ..checkpoint.matrix_reader import CHUNK_BYTES
+from ..vocabulary import KeptRows
+from .matrix_plan import BLOCK_SIZE, Plan
+from .pack import Packed, pack
+from .spec import Spec
+
+FORMATS: Final = {"Q4_0": 4, "Q8_0": 8}
+"""Formats that are kept, and their bits."""
+
+SMALLEST: Final = 2.0**-24
+"""Scale of a block of zeros: the least that float16 holds, since a scale may not be zero."""
+
+
+def keeping_plan(weights: Weights) -> Plan:
+    """Return the plan that keeps what can be kept. Raises `EdgelmError` where that is nothing."""
+    kept: dict[str, Spec | None] = {}
+    for name, _ in weights.shapes():
+        bits = _bits(weights, name)
+        if bits is not None:
+            kept[name] = Spec(bits, BLOCK_SIZE, method="keep")
+    if not kept:
+        kinds = Counter(
+            _kind(weights.source, part) for name, _ in weights.shapes() for part, _ in _parts(weights, name)
+        )
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        raise EdgelmError(
+            f"--quant keep: none of the matrices is stored in {' or '.join(FORMATS)} blocks (there are {found});"
+            " choose another precision, such as --quant int8"
+        )
+    return Plan(Spec(8, BLOCK_SIZE, method="rtn"), kept)
+
+
+def kept_matrix(weights: Weights, name: str) -> Packed:
+    """Return a matrix as it is stored, some rows at a time. Raises `CheckpointError` for a damaged one."""
+    pieces = []
+    for part, shape in _parts(weights, name):
+        step = max(1, CHUNK_BYTES // (4 * shape[1]))
+        for start in range(0, shape[0], step):
+            blocks = _blocks(weights.source, part, shape, slice(start, min(start + step, shape[0])))
+            if blocks is None:
+                raise AssertionError(f"{part} is not stored in blocks that can be kept")
+            pieces.append(_packed(blocks, weights.decoder.branch_scale if _is_scaled(weights.decoder, name) else None))
+    return Packed.join(pieces)
+
+
+def scale_bits(decoder: Decoder, name: str) -> int:
+    """Return the bits of each scale of a kept matrix: 32 where the decoder multiplies it by a number of its own."""
+    return 32 if _is_scaled(decoder, name) else 16
+
+
+def _packed(blocks: Blocks, factor: float | None) -> Packed:
+    codes = blocks.codes.reshape(*blocks.scales.shape, BLOCK_SIZE)
+    empty = blocks.scales == 0
+    codes[empty] = 1 << (blocks.bits - 1)
+    scales = np.where(empty, np.float16(SMALLEST), blocks.scales)
+    stored = scales if factor is None else scales.astype(np.float32) * np.float32(factor)
+    return pack(codes.reshape(blocks.codes.shape), stored, None, blocks.bits, blocks.codes.shape[1])
+
+
+def _bits(weights: Weights, name: str) -> int | None:
+    """Return the bits of a matrix that can be kept, else None."""
+    d = weights.decoder
+    if d.padded_head_size != d.head_size and name.endswith((".qkv", ".output")):
+        return None  # zeros come between its rows or columns
+    kinds = {_kind(weights.source, part) for part, _ in _parts(weights, name)}
+    return FORMATS.get(kinds.pop()) if len(kinds) == 1 else None
+
+
+def _is_scaled(d: Decoder, name: str) -> bool:
+    return d.branch_scale != 1 and name.endswith((".output", ".down"))
+
+
+def _parts(weights: Weights, name: str) -> list[tuple[str, tuple[int, int]]]:
+    """Return the tensors whose rows, one after the other, are a matrix, with their shapes."""
+    d, n = weights.decoder, weights.names
+    if name in ("embedding", "head"):
+        return [(n.embedding if name == "embedding" else n.head, (d.vocab_size, d.hidden_size))]
+    _, i, part = name.split(".")
+    queries, keys = d.heads * d.head_size, d.kv_heads * d.head_size
+    split = {
+        "qkv": [(n.query, queries), (n.key, keys), (n.value, keys)],
+        "output": [(n.output, d.hidden_size)],
+        "gate_up": [(n.gate, d.mlp_size), (n.up, d.mlp_size)],
+        "down": [(n.down, d.hidden_size)],
+    }
+    fused = {"qkv": n.qkv, "gate_up": n.gate_up}.get(part)
+    parts = [(fused, sum(rows for _, rows in split[part]))] if fused else split[part]
+    columns = {"output": queries, "down": d.mlp_size}.get(part, d.hidden_size)
+    return [(tensor.format(i=i), (rows, columns)) for tensor, rows in parts]
+
+
+def _kind(source: Source, name: str) -> str:
+    """Return the format that a tensor is stored in."""
+    if isinstance(source, KeptRows):
+        return _kind(source.source, name)
+    tensors = source.tensors if isinstance(source, Checkpoint) else source
+    return tensors.kind(name) if isinstance(tensors, GgufTensors) else "of a checkpoint that is no GGUF file"
+
+
+def _blocks(source: Source, name: str, shape: tuple[int, int], rows: slice) -> Blocks | None:
+    """Return some rows of a tensor as they are stored."""
+    if isinstance(source, KeptRows):
+        if name not in source.names:
+            return _blocks(source.source, name, shape, rows)
+        old = source.kept[rows]
+        first = int(old.min())
+        found = _blocks(source.source, name, (source.rows, shape[1]), slice(first, int(old.max()) + 1))
+        return found and Blocks(found.codes[old - first], found.scales[old - first], found.bits)
+    tensors = source.tensors if isinstance(source, Checkpoint) else source
+    return tensors.blocks(name, shape, rows) if isinstance(tensors, GgufTensors) else None

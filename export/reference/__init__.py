@@ -1,1 +1,0 @@
-"""The unquantized model, run piece by piece, and what it tells: calibration, sensitivity, the quality gate."""

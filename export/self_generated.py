@@ -1,0 +1,98 @@
+"""Self-generated calibration text, for exports without a text file: `--calibrate self`.
+
+Text sampled at temperature 1 has the distribution that the model has learnt, which is nearer to its later inputs than
+text picked at random (data-free quantization-aware training of Liu et al. 2023, arXiv:2305.17888, section 3.1, does the
+same). An int8 bundle, whose predictions are close to the checkpoint's, samples it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.bundle.manifest import Bundle
+from edgelm.runtime.runner import Session, open_session
+
+from .calibration.documents import Document, calibration_tokens
+from .progress_callback import Progress, silent
+from .quantize.matrix_plan import BLOCK_SIZE, Plan
+from .quantize.spec import Spec
+from .source_model import Opened
+from .write.bundle import write_bundle
+
+WRITTEN_TOKENS: Final = 24576
+"""Most tokens that are sampled. A large model samples fewer, two thirds of what it takes from a file, to save time."""
+
+TOKENS: Final = 256
+"""Length of each document."""
+
+TOGETHER: Final = 32
+"""Documents that are sampled in one batch."""
+
+
+def sampled_documents(model: Opened, context: int, progress: Progress, beside: Path | None) -> list[Document]:
+    """Return self-generated documents of at most `TOKENS` tokens; the same model gives the same documents.
+
+    The int8 bundle lies in a directory `beside`, or among the system's temporary ones, while it is needed.
+    """
+    length = min(TOKENS, context)
+    with tempfile.TemporaryDirectory(prefix=".sampled.", dir=beside) as folder:
+        plan = Plan(Spec(8, BLOCK_SIZE, True, "rtn"))
+        manifest = write_bundle(Path(folder), model, plan, "int8", length, silent)
+        session = open_session(Bundle(Path(folder), manifest), rows=TOGETHER)
+        generator = np.random.Generator(np.random.PCG64(0))
+        found: list[Document] = []
+        tokens = min(WRITTEN_TOKENS, calibration_tokens(model.decoder.parameters) * 2 // 3)
+        wanted = max(1, tokens // (TOKENS * TOGETHER)) * TOGETHER
+        while len(found) < wanted:
+            progress("sampling calibration text", len(found), wanted)
+            found += _write(session, _first_tokens(model, generator), length, model.eos_tokens, generator)
+        del session  # before its files go
+    return found
+
+
+def write_documents(bundle: Bundle, model: Opened) -> tuple[Session, list[Document]]:
+    """Return a session and `TOGETHER` documents that a bundle generated in it, all of whose positions its rows hold."""
+    length = min(TOKENS, bundle.manifest.context)
+    session = open_session(bundle, rows=TOGETHER, context=length)
+    generator = np.random.Generator(np.random.PCG64(0))
+    written = _write(session, _first_tokens(model, generator), length, model.eos_tokens, generator)
+    session.decode(np.stack(written)[:, -1], np.full(TOGETHER, length - 1, np.int32))
+    return session, written
+
+
+def _first_tokens(model: Opened, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Return the start token, where there is one, for every second document, and any of the tokenizer's for others.
+
+    What follows a start token alone may be all of one kind: conversations, where a model was trained to hold them.
+    """
+    limit = min(model.decoder.vocab_size, model.tokenizer.base_vocab_size)
+    tokens = generator.integers(0, limit, TOGETHER, dtype=np.int64)
+    if model.bos_token is not None:
+        tokens[::2] = model.bos_token
+    return tokens
+
+
+def _write(
+    session: Session,
+    first: NDArray[np.int64],
+    length: int,
+    ends: tuple[int, ...],
+    generator: np.random.Generator,
+) -> list[Document]:
+    """Sample documents together, one token a step; none ends before its length."""
+    tokens = np.empty((len(first), length), np.int64)
+    tokens[:, 0] = first
+    for at in range(1, length):
+        lengths = np.full(len(first), at - 1, np.int32)
+        logits = session.decode(tokens[:, at - 1], lengths)
+        logits[:, list(ends)] = -np.inf
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        reached = np.cumsum(weights, axis=1, dtype=np.float64)
+        drawn = generator.random(len(first)) * reached[:, -1]
+        tokens[:, at] = (reached > drawn[:, None]).argmax(axis=1)
+    return list(tokens)

@@ -1,0 +1,138 @@
+"""A checkpoint made ready for export: its adapter merged, its vocabulary pruned, both as the weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from edgelm.errors import CheckpointError
+from edgelm.text.static_prompt import Opening, check_tokens, opening_tokens
+from edgelm.text.tokenizer import Tokenizer
+
+from .architectures import find_family
+from .architectures.decoder import Decoder
+from .architectures.weights import Weights
+from .calibration.documents import read_text
+from .checkpoint import Checkpoint, Source, metadata, open_checkpoint
+from .checkpoint.lora import Adapted, open_adapter
+from .vocabulary import KeptRows, PrunedVocabulary, prune
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What an export, a calibration and a comparison read.
+
+    tokenizer_text: the bundle's tokenizer.json. vocabulary: what pruning kept, where it was asked for. adapter: the
+    name of the adapter merged into `weights`, where there is one. prefix: tokens of the static prefix.
+    """
+
+    checkpoint: Checkpoint
+    weights: Weights
+    tokenizer_text: str
+    vocabulary: PrunedVocabulary | None = None
+    adapter: str | None = None
+    prefix: tuple[int, ...] = ()
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder's shapes and options."""
+        return self.weights.decoder
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the bundle to be."""
+        return Tokenizer(tokenizers.Tokenizer.from_str(self.tokenizer_text))
+
+    @property
+    def bos_token(self) -> int | None:
+        """The id that starts a text, where the checkpoint has one."""
+        old = metadata.bos_token(self.checkpoint)
+        return None if old is None else self._new(old)
+
+    @property
+    def eos_tokens(self) -> tuple[int, ...]:
+        """The ids that end an answer."""
+        return tuple(self._new(old) for old in metadata.eos_tokens(self.checkpoint))
+
+    def _new(self, old: int) -> int:
+        if self.vocabulary is None:
+            return old
+        new = self.vocabulary.new_id(old)
+        if new is None:
+            raise AssertionError(f"pruning dropped the required token {old}")
+        return new
+
+
+def open_model(source: str | Path, adapter: str | Path | None = None) -> Opened:
+    """Open a checkpoint with its adapter. Raises `CheckpointError`."""
+    checkpoint = open_checkpoint(source)
+    family = find_family(checkpoint.config)
+    decoder = family.decoder(checkpoint.config)
+    metadata.check_tokenizer(checkpoint, decoder.vocab_size)
+    tensors: Source = checkpoint
+    if adapter is not None:
+        opened = open_adapter(adapter, {**checkpoint.config, "tie_word_embeddings": decoder.tied})
+        opened.check(checkpoint.names)
+        tensors = Adapted(checkpoint, opened)
+    weights = Weights(tensors, decoder, family.names)
+    name = None if adapter is None else Path(adapter).name
+    return Opened(checkpoint, weights, checkpoint.tokenizer_text, adapter=name)
+
+
+def pruned(model: Opened, text_file: str | Path, size: int) -> Opened:
+    """Return the model with a vocabulary of `size` tokens for the domain of a text. Raises `EdgelmError`."""
+    vocabulary = prune(
+        model.checkpoint.tokenizer,
+        read_text(text_file, "--vocab"),
+        size,
+        model_vocab_size=model.decoder.vocab_size,
+        required=metadata.required_tokens(model.checkpoint),
+        contents=model.checkpoint.tokenizer_text,
+    )
+    return replace(with_rows(model, vocabulary.kept), tokenizer_text=vocabulary.tokenizer, vocabulary=vocabulary)
+
+
+def with_prefix(model: Opened, opening: Opening, context: int) -> Opened:
+    """Return the model with the static prefix that the bundle is to have. Raises `EdgelmError` where it cannot."""
+    special = metadata.special_tokens(model.checkpoint)
+    tokenizer = Tokenizer(
+        tokenizers.Tokenizer.from_str(model.tokenizer_text),
+        metadata.chat_template(model.checkpoint),
+        special_tokens=special,
+        end_tokens=model.eos_tokens,
+    )
+    tokens = opening_tokens(opening, tokenizer)
+    d = model.decoder
+    check_tokens(tokens, context=context, vocab_size=d.vocab_size, long_from=d.long_from(context))
+    return replace(model, prefix=tuple(tokens))
+
+
+def with_rows(model: Opened, kept: NDArray[np.int64]) -> Opened:
+    """Return the model with only some tokens' rows in its embedding and head. Raises `CheckpointError`."""
+    d, names = model.decoder, model.weights.names
+    if len(kept) and int(kept.max()) >= d.vocab_size:
+        raise CheckpointError(f"{model.checkpoint.path} has {d.vocab_size} tokens, and the bundle keeps {kept.max()}")
+    tensors = KeptRows(model.weights.source, kept, d.vocab_size, (names.embedding, names.head))
+    smaller = replace(d, vocab_size=len(kept))
+    return replace(model, weights=Weights(tensors, smaller, names))
+
+
+def vocabulary_facts(model: Opened, row_bytes: float) -> dict[str, Any] | None:
+    """Return what pruning did, for the manifest; `row_bytes` is what a token takes in the bundle's tables."""
+    if model.vocabulary is None:
+        return None
+    dropped = find_family(model.checkpoint.config).decoder(model.checkpoint.config).vocab_size - model.vocabulary.size
+    return {
+        "tokens_before": model.vocabulary.size + dropped,
+        "tokens": model.vocabulary.size,
+        "saved_bytes": round(dropped * row_bytes),
+        "text_tokens_before": model.vocabulary.tokens_before,
+        "text_tokens": model.vocabulary.tokens_after,
+        "text_tokens_lost": model.vocabulary.tokens_lost,
+        "sufficient_size": model.vocabulary.sufficient_size,
+    }

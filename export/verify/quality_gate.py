@@ -1,0 +1,122 @@
+"""The quality gate: a new bundle beside the unquantized checkpoint it was made from, on the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.bundle.manifest import Bundle
+from edgelm.errors import EdgelmError
+from edgelm.runtime.divergence import Agreement, Divergence
+from edgelm.runtime.runner import open_session
+
+from ..architectures.weights import Weights
+from ..calibration.documents import Document
+from ..calibration.layers import Layers
+from ..progress_callback import Progress
+
+PIECE: Final = 64
+"""Positions compared at once: bounds the logits in memory."""
+
+Array = NDArray[np.float32]
+
+
+class Reference(Protocol):
+    """Something that predicts documents."""
+
+    def logits(self, documents: Sequence[Document]) -> Iterator[Array]:
+        """Yield float32 [n, V] for pieces of `PIECE` positions, in the order of `pieces`."""
+
+
+class CheckpointReference:
+    """The unquantized checkpoint, through our own float32 graph, a layer at a time."""
+
+    def __init__(self, weights: Weights, progress: Progress) -> None:
+        self._weights = weights
+        self._progress = progress
+
+    def logits(self, documents: Sequence[Document]) -> Iterator[Array]:
+        """See `Reference`. All documents' hidden states are in memory, and the head's matrix."""
+        layers = Layers(self._weights, max(len(document) for document in documents))
+        hidden, count = layers.embed(documents), len(self._weights.decoder.layers)
+        for i in range(count):
+            self._progress("reference layers", i, count)
+            hidden = layers.layer(i).step(hidden)
+        head = layers.head().whole()
+        for document, states in zip(documents, hidden, strict=True):
+            for start, stop in pieces(document):
+                yield layers.logits(layers.final(states[start:stop]), head)
+
+
+class BundleReference:
+    """Another bundle."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+
+    def logits(self, documents: Sequence[Document]) -> Iterator[Array]:
+        """See `Reference`."""
+        session = open_session(self._bundle, rows=1, context=max(len(document) for document in documents))
+        for document in documents:
+            for start, stop in pieces(document):
+                yield session.prefill(0, document[start:stop], start, every=True, total=len(document))
+
+
+def pieces(document: Document) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of a document's positions that have a next token, `PIECE` at a time."""
+    for start in range(0, len(document) - 1, PIECE):
+        yield start, min(start + PIECE, len(document) - 1)
+
+
+def measure(
+    bundle: Bundle, reference: Reference, documents: Sequence[Document], progress: Progress, what: str = "verify"
+) -> Agreement:
+    """Compare a bundle with its reference at every position that has a next token; `what` is told of the progress.
+
+    Raises `EdgelmError` when the two do not have the same vocabulary.
+    """
+    divergence = Divergence()
+    expected, found = reference.logits(documents), BundleReference(bundle).logits(documents)
+    for number, document in enumerate(documents):
+        for start, stop in pieces(document):
+            first, second = next(expected), next(found)
+            if first.shape != second.shape:
+                raise EdgelmError(
+                    f"the bundle has a vocabulary of {second.shape[1]}, its reference one of {first.shape[1]}:"
+                    " they do not belong together"
+                )
+            divergence.add(first, second, document[start + 1 : stop + 1])
+        progress(f"{what}: document", number + 1, len(documents))
+    return divergence.result()
+
+
+def check(agreement: Agreement, max_kl: float | None, min_agreement: float | None) -> None:
+    """Raise `EdgelmError` when a bundle is further from its checkpoint than asked for."""
+    if max_kl is not None and agreement.kl_mean > max_kl:
+        raise EdgelmError(
+            f"the bundle's mean KL divergence is {agreement.kl_mean:.4f}, --max-kl allows {max_kl}: calibrate with"
+            " --method gptq, take a smaller --block-size or more bits"
+        )
+    if min_agreement is not None and agreement.top1_agreement < min_agreement:
+        raise EdgelmError(
+            f"the bundle and its checkpoint agree on {agreement.top1_agreement:.4f} of the likeliest tokens,"
+            f" --min-agreement asks for {min_agreement}: calibrate with --method gptq, take a smaller --block-size or"
+            " more bits"
+        )
+
+
+def quality(agreement: Agreement, name: str, left_out: int = 0) -> dict[str, Any]:
+    """Return what goes into the manifest; `name` is the text's file name, of which `left_out` tokens were left out."""
+    return {
+        "text": name,
+        "tokens": agreement.tokens,
+        "perplexity": round(agreement.perplexity, 6),
+        "reference_perplexity": round(agreement.reference_perplexity, 6),
+        "kl_mean": round(agreement.kl_mean, 8),
+        "kl_p99": round(agreement.kl_p99, 8),
+        "top1_agreement": round(agreement.top1_agreement, 6),
+        **({"left_out_tokens": left_out} if left_out else {}),
+    }
