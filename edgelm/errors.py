@@ -53,10 +53,8 @@ class DeviceError(EdgelmError):
 class MissingExtraError(EdgelmError):
     """A feature needs an optional extra that is not installed."""
 
-    def __init__(self, feature: str, extra: str, module: str) -> None:
-        from edgelm.system.installation import command_for  # slow to import, and seldom wanted
-
-        super().__init__(f"{feature} needs the module {module!r}, which is not installed: {command_for(extra)}")
+    def __init__(self, feature: str, extra: str, module: str, command: str) -> None:
+        super().__init__(f"{feature} needs the module {module!r}, which is not installed: {command}")
         self.extra = extra
         self.module = module
 

@@ -11,15 +11,13 @@ import numpy as np
 
 from edgelm.bundle.manifest import MANIFEST, Bundle, open_bundle
 from edgelm.errors import BundleError, EdgelmError
+from edgelm.text.documents import read_text
 from edgelm.text.tokenizer import Tokenizer
 
-from .calibration.documents import measured_documents, read_text
+from .calibration.text_samples import measured_documents
 from .progress_callback import Progress, silent
-from .source_model import open_model, with_rows
+from .source_model import VOCABULARY, open_model, with_rows
 from .verify.quality_gate import BundleReference, CheckpointReference, measure, quality
-
-VOCABULARY = "vocabulary.json"
-"""File of a bundle with a pruned vocabulary: the old id of each token, in order."""
 
 
 def compare(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from edgelm.errors import EdgelmError, MissingExtraError
+from edgelm.errors import EdgelmError
+from edgelm.system.installation import missing_extra
 
-from .calibration.documents import SELF
 from .quantize.matrix_plan import (
     BITS,
     BLOCK_SIZE,
@@ -23,6 +23,12 @@ from .quantize.matrix_plan import (
     with_bits,
 )
 from .quantize.spec import METHODS, Method, Spec
+
+SELF: Final = "self"
+"""What `--calibrate` takes instead of a file: self-generated text."""
+
+CONTEXT: Final = 4096
+"""Default limit of the context: a longer one costs memory for every request, and rotary tables on disk."""
 
 UNIFORM: Final = ("fp32", "int8", "keep")
 """Precisions that embedding and head have too; nor are they calibrated unless that is asked for."""
@@ -63,7 +69,7 @@ class Options:
         if self.via == "optimum":
             self._check_optimum()
         if self.report and importlib.util.find_spec("matplotlib") is None:
-            raise MissingExtraError("edgelm export --report", "report", "matplotlib")
+            raise missing_extra("edgelm export --report", "report", "matplotlib")
 
     @property
     def plan(self) -> Plan:
@@ -177,3 +183,12 @@ class Options:
         wrong = next((name for name, value in given.items() if value is not None), None)
         if wrong is not None:
             raise EdgelmError(f"{wrong} does not go with --via optimum: it needs a builder of our own")
+
+
+def choose_context(wanted: int | None, limit: int) -> int:
+    """Return the bundle's context: what was asked for, else the checkpoint's up to `CONTEXT`."""
+    if wanted is None:
+        return min(limit, CONTEXT)
+    if not 1 <= wanted <= limit:
+        raise EdgelmError(f"context must lie in [1, {limit}], the checkpoint's own limit; got {wanted}")
+    return wanted

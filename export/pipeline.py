@@ -11,21 +11,14 @@ from edgelm.bundle.manifest import MANIFEST, Bundle, open_bundle, seal
 from edgelm.errors import EdgelmError
 from edgelm.runtime.ort import check_runtime
 from edgelm.runtime.prefix_file import add_prefix
+from edgelm.text.documents import read_text
 from edgelm.text.static_prompt import Opening, opening_tokens, read_opening
 from edgelm.text.tokenizer import Tokenizer
 
-from .calibration.documents import (
-    SELF,
-    Document,
-    Measured,
-    calibration_documents,
-    calibration_tokens,
-    measured_documents,
-    read_text,
-)
+from .calibration.text_samples import Document, Measured, calibration_documents, calibration_tokens, measured_documents
 from .int8_kv.int8_cache_graph import OLDEST_RUNTIME
 from .int8_kv.quantize_cache import quantize_cache
-from .options import Options
+from .options import SELF, Options, choose_context
 from .plan import Outline, make_plan
 from .progress_callback import Progress, silent
 from .self_generated import sampled_documents
@@ -34,9 +27,6 @@ from .verify.quality_gate import CheckpointReference, check, measure, quality
 from .verify.self_check import refuse_broken, self_check
 from .write.bundle import write_bundle
 from .write.staging import staged
-
-CONTEXT = 4096
-"""Default limit of the context: a longer one costs memory for every request, and rotary tables on disk."""
 
 
 def export(
@@ -140,15 +130,6 @@ def outline(checkpoint: str | Path, *, progress: Progress | None = None, **optio
         model = with_prefix(model, read_opening(chosen.prefix), length)
     told = progress or silent
     return make_plan(model, chosen, length, _calibration(model, chosen, length, told), told)[1]
-
-
-def choose_context(wanted: int | None, limit: int) -> int:
-    """Return the bundle's context: what was asked for, else the checkpoint's up to `CONTEXT`."""
-    if wanted is None:
-        return min(limit, CONTEXT)
-    if not 1 <= wanted <= limit:
-        raise EdgelmError(f"context must lie in [1, {limit}], the checkpoint's own limit; got {wanted}")
-    return wanted
 
 
 def _checked(given: Mapping[str, Any]) -> Options:

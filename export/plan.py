@@ -13,9 +13,9 @@ import numpy as np
 from edgelm.bundle.manifest import Matrix
 from edgelm.errors import EdgelmError
 
-from .calibration.documents import Document
 from .calibration.layers import Layers
 from .calibration.sensitivity import measure_sensitivity, relative_error
+from .calibration.text_samples import Document
 from .graph.decoder_graph import DecoderGraph
 from .graph.initializers import SizedConstants
 from .graph.matrices import tensors_of

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgelm.bundle.manifest import Bundle
 from edgelm.runtime.runner import Session, open_session
 
-from .calibration.documents import Document, calibration_tokens
+from .calibration.text_samples import Document, calibration_tokens
 from .progress_callback import Progress, silent
 from .quantize.matrix_plan import BLOCK_SIZE, Plan
 from .quantize.spec import Spec

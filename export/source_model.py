@@ -11,16 +11,19 @@ import tokenizers
 from numpy.typing import NDArray
 
 from edgelm.errors import CheckpointError
+from edgelm.text.documents import read_text
 from edgelm.text.static_prompt import Opening, check_tokens, opening_tokens
 from edgelm.text.tokenizer import Tokenizer
 
 from .architectures import find_family
 from .architectures.decoder import Decoder
 from .architectures.weights import Weights
-from .calibration.documents import read_text
 from .checkpoint import Checkpoint, Source, metadata, open_checkpoint
 from .checkpoint.lora import Adapted, open_adapter
 from .vocabulary import KeptRows, PrunedVocabulary, prune
+
+VOCABULARY = "vocabulary.json"
+"""File of a bundle with a pruned vocabulary: the old id of each token, in order."""
 
 
 @dataclass(frozen=True, slots=True)

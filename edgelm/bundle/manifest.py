@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 from edgelm.bundle.field_types import check_type
 from edgelm.bundle.store import missing, resolve
 from edgelm.errors import BundleError, RequestError
+from edgelm.system.digest import file_sha256
 from edgelm.types import SamplingParams
 
 SCHEMA: Final = 1
@@ -372,12 +373,3 @@ def _stays_within(root: Path, link: Path) -> bool:
         return root.resolve() in link.resolve(strict=True).parents
     except (OSError, RuntimeError):  # it leads nowhere, or round in a circle
         return False
-
-
-def file_sha256(file: Path) -> str:
-    """Return the SHA-256 (hex) of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

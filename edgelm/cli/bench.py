@@ -16,9 +16,9 @@ from edgelm.bench.profiler import DECODE_STEPS, Profile, profile
 from edgelm.bundle.manifest import open_bundle
 from edgelm.cli.flags import add_cache_flag
 from edgelm.cli.profile_table import profile_table
-from edgelm.cli.progress import Progress
 from edgelm.errors import UsageError
 from edgelm.system.board_cache import BoardCache
+from edgelm.system.progress_bar import Progress
 
 PROMPT_TOKENS: Final = 256
 NEW_TOKENS: Final = 128

@@ -24,11 +24,11 @@ from edgelm.cli.flags import (
     sampling_from,
     template_from,
 )
-from edgelm.cli.progress import Spinner
 from edgelm.cli.tables import cut_off, speed_text
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.model import Model
 from edgelm.sampling import warm_up
+from edgelm.system.progress_bar import Spinner
 from edgelm.system.user_folders import user_folder
 from edgelm.text.chat_template import check_messages
 from edgelm.types import RANGES, Completion, SamplingParams

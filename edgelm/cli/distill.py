@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edgelm.cli.extras import reach
-from edgelm.cli.progress import Progress
 from edgelm.errors import ConfigError, UsageError
+from edgelm.system.progress_bar import Progress
 
 EPILOG = """\
 DATA holds one {"prompt", "target"} object a line; only targets are learned.
@@ -101,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             device=pipeline.choose_device(args.device),
             resume=args.resume,
             force=args.force,
-            report=partial(show, bar),
+            report=lambda state: bar(state.summary, round(100 * state.share), 100),
             told=lambda what: bar(what, 0, 1),
         )
     progress, settings, score = outcome.progress, outcome.settings, outcome.score
@@ -146,8 +145,3 @@ def score_text(score: Any) -> str:
     if score.slot_f1 is not None:
         parts.append(f"slot F1 {score.slot_f1:.1%}")
     return f"held out: {score.n} examples: {', '.join(parts)}"
-
-
-def show(bar: Progress, progress: Any) -> None:
-    """Show a run's `edgelm_export.distill.settings.Progress` on the terminal."""
-    bar(f"epoch {progress.epoch + 1}, loss {progress.loss:.3f}", round(100 * progress.share), 100)

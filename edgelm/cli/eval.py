@@ -11,12 +11,12 @@ from typing import Any
 import edgelm
 from edgelm.cli.extras import reach
 from edgelm.cli.flags import add_loading_flags, loading_from
-from edgelm.cli.progress import Progress
 from edgelm.cli.tables import quality_table
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.evaluation.evaluate import evaluate_text
 from edgelm.evaluation.tasks import read_tasks, score_tasks
 from edgelm.model import Model
+from edgelm.system.progress_bar import Progress
 from edgelm.text.documents import split_documents
 
 TASK_TOKENS = 256

@@ -13,9 +13,9 @@ from typing import Any
 
 from edgelm.bundle.manifest import Bundle, Matrix
 from edgelm.cli.extras import reach
-from edgelm.cli.progress import Progress
 from edgelm.cli.tables import outline_table, prefix_text, quality_table, self_check_text
 from edgelm.errors import UsageError
+from edgelm.system.progress_bar import Progress
 
 EXAMPLES = """\
 examples:

@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires
 from types import ModuleType
 
-from edgelm.errors import MissingExtraError
+from edgelm.system.installation import missing_extra
 
 
 def reach(module: str, feature: str) -> ModuleType:
@@ -25,7 +25,7 @@ def explain(error: ModuleNotFoundError, feature: str) -> Exception:
     """Return the error that names the extra to install, or the one given where no extra brings its module."""
     missing = (error.name or "").partition(".")[0]
     extra = extra_of(missing)
-    return error if extra is None else MissingExtraError(feature, extra, missing)
+    return error if extra is None else missing_extra(feature, extra, missing)
 
 
 def extra_of(module: str) -> str | None:

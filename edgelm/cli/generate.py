@@ -18,10 +18,10 @@ from edgelm.cli.flags import (
     sampling_from,
     template_from,
 )
-from edgelm.cli.progress import Spinner
 from edgelm.cli.tables import cut_off
 from edgelm.errors import UsageError
 from edgelm.model import Model
+from edgelm.system.progress_bar import Spinner
 from edgelm.types import Completion
 
 

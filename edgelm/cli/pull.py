@@ -18,10 +18,10 @@ from edgelm.bundle.manifest import MANIFEST, Bundle, open_bundle
 from edgelm.bundle.store import BUILTIN, Origin, Store
 from edgelm.cli.export import interrupt
 from edgelm.cli.extras import reach
-from edgelm.cli.progress import Progress
 from edgelm.cli.suggestion import meant
 from edgelm.cli.tables import self_check_text
 from edgelm.errors import BundleError, EdgelmError, UsageError
+from edgelm.system.progress_bar import Progress
 from edgelm.system.sensors import memory_of_this_machine
 
 EPILOG: Final = """\

@@ -9,16 +9,11 @@ owner's sequences were. Knows nothing of sessions: a piece is a list of arrays w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edgelm.runtime.kv_cache import Piece, Tokens
 from edgelm.types import NOBODY, Owner
-
-Tokens = NDArray[np.int32]
-Piece = list[NDArray[Any]]
-"""Keys and values of every layer at some positions, float32 or int8 [kv_heads, n, head_size] each."""
 
 Read = Callable[[int, int], Piece]
 """Copies positions [start, stop) out of a row."""

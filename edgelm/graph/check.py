@@ -14,6 +14,7 @@ from typing import Final
 
 from edgelm.bundle.manifest import Bundle
 from edgelm.errors import BundleError
+from edgelm.graph.domain import DOMAIN, INVARIANT, MOST_SIZE
 from edgelm.graph.onnx_model import (
     FLOAT,
     FLOAT16,
@@ -32,7 +33,6 @@ from edgelm.graph.onnx_model import (
 )
 from edgelm.graph.protobuf import fields
 from edgelm.graph.shapes import Shapes
-from edgelm.kernels.formats import DOMAIN, INVARIANT, MOST_SIZE
 
 MOST_BYTES: Final = 1 << 40
 """Most bytes of one tensor."""

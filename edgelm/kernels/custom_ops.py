@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import EdgelmError
-from edgelm.kernels.formats import ALIGN, COLUMNS, DESTROY, DOMAIN, FAULTS, HOOK, NOWHERE, Format, State
+from edgelm.graph.domain import DOMAIN
+from edgelm.kernels.formats import ALIGN, COLUMNS, DESTROY, FAULTS, HOOK, NOWHERE, Format, State
 from edgelm.kernels.huge_page_file import mapped
 from edgelm.kernels.operators import ATTENDING, OPTIONAL_PLACES, Operator, look_up_of, product_of
 

@@ -10,20 +10,11 @@ from typing import Final
 COLUMNS: Final = 16
 """Columns of a panel: as many 32-bit sums as the widest vector holds; narrower ones take several."""
 
-DOMAIN: Final = "edgelm"
-"""The operators' domain."""
-
 ALIGN: Final = 64
 """Tensors in the file of matrices begin at multiples of this: a line of the caches."""
 
 NOWHERE: Final = -1
 """The place of what a node does not have."""
-
-INVARIANT: Final = "edgelm.invariant"
-"""Metadata of a graph that computes a token to the same bits whatever is computed with it: found out on this board."""
-
-MOST_SIZE: Final = 1 << 24
-"""Most rows or columns of a matrix: many times those of the largest vocabulary."""
 
 LAYOUT: Final = 8
 """Changes with what the kernels compute, or with how they want matrices to lie."""

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from edgelm.errors import EdgelmError, MissingExtraError
+from edgelm.errors import EdgelmError
 from edgelm.mqtt.broker_url import is_loopback
+from edgelm.system.installation import missing_extra
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class EmbeddedBroker(LocalBroker):
         try:
             self._module: Any = import_module("edgelm.mqtt.embedded_broker")
         except ModuleNotFoundError as error:
-            raise MissingExtraError("the embedded broker", "broker", error.name or "amqtt") from error
+            raise missing_extra("the embedded broker", "broker", error.name or "amqtt") from error
         for noisy in ("amqtt", "transitions"):
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         if not is_loopback(self._host):

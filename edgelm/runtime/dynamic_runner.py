@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle.manifest import Manifest
-from edgelm.engine.radix_tree import Piece
 from edgelm.errors import EdgelmError
+from edgelm.runtime.kv_cache import Piece
 
 CACHE: Final = ("key", "value")
 

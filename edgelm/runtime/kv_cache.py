@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 
 from edgelm.bundle.manifest import Cache
 
+Tokens = NDArray[np.int32]
+Piece = list[NDArray[Any]]
+"""Keys and values of every layer at some positions, float32 or int8 [kv_heads, n, head_size] each."""
+
 SMALL_PAGES: Final[int | None] = getattr(mmap, "MADV_NOHUGEPAGE", None)
 """Advice to the system not to use huge pages; only Linux takes it."""
 

@@ -19,8 +19,8 @@ from typing import Any, Final
 import numpy as np
 
 from edgelm.bundle.manifest import MANIFEST, Bundle, File, Manifest, StaticPrefix, open_bundle, to_json
-from edgelm.engine.radix_tree import Piece, Tokens
 from edgelm.errors import BundleError, EdgelmError
+from edgelm.runtime.kv_cache import Piece, Tokens
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
 from edgelm.runtime.runner import open_session
 from edgelm.text.static_prompt import check_tokens

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from edgelm.bundle.manifest import Bundle, file_sha256, open_bundle
+from edgelm.bundle.manifest import Bundle, open_bundle
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.graph.check import check_graph
 from edgelm.kernels.custom_ops import Operators
@@ -38,6 +38,7 @@ from edgelm.runtime.ort import (
 from edgelm.runtime.probe import PIECES, check, probe
 from edgelm.runtime.threads import Tuning, cores, default_threads
 from edgelm.system.board_cache import BoardCache, Entry, signature
+from edgelm.system.digest import file_sha256
 from edgelm.system.isolated_python import python_command
 
 WORTH_BYTES: Final = 16_000_000

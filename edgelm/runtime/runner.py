@@ -15,9 +15,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgelm.bundle.manifest import Bundle
-from edgelm.engine.radix_tree import Piece
 from edgelm.errors import EdgelmError
-from edgelm.runtime.kv_cache import KvBuffers
+from edgelm.runtime.kv_cache import KvBuffers, Piece
 from edgelm.runtime.ort import best_tuning, is_invariant, reason
 from edgelm.runtime.prepack import open_graph
 from edgelm.system.board_cache import BoardCache

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from edgelm.bundle.manifest import file_sha256
 from edgelm.errors import EdgelmError
+from edgelm.system.digest import file_sha256
 from edgelm.system.ownership import deny_others, fault_above, fault_below, make_private
 from edgelm.system.user_folders import user_folder
 

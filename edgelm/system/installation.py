@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from edgelm.errors import MissingExtraError
+
 
 def command_for(extra: str) -> str:
     """Return the command that adds an extra to this installation."""
@@ -21,6 +23,11 @@ def command_for(extra: str) -> str:
     if (prefix / "pipx_metadata.json").is_file():
         return f"pipx install --force {what}"
     return f"{_installer(prefix)} install {'-e ' if is_editable else ''}{what}"
+
+
+def missing_extra(feature: str, extra: str, module: str) -> MissingExtraError:
+    """Return the error that says which command adds the extra that brings a module."""
+    return MissingExtraError(feature, extra, module, command_for(extra))
 
 
 def _installer(prefix: Path) -> str:

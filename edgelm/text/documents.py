@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
+
+from edgelm.errors import EdgelmError
 
 SEPARATOR: Final = "<|endoftext|>"
 """A line of its own that divides documents."""
+
+
+def read_text(file: str | Path, option: str) -> str:
+    """Return a text file. Raises `EdgelmError` naming the option when it cannot be read or is empty."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise EdgelmError(f"{option}: {file} cannot be read: {reason}") from error
+    if not text.strip():
+        raise EdgelmError(f"{option}: {file} is empty")
+    return text
 
 
 def split_documents(text: str) -> list[str]:

@@ -16,11 +16,11 @@ from ..architectures.weights import LAYER_PARTS
 from ..checkpoint.matrix_reader import Rows
 from ..progress_callback import Progress
 from ..quantize.moments import Moments, with_lookup
-from .documents import Document
 from .hidden_states import States
 from .layers import Layers, Part
 from .moment_sums import Sums
 from .release_memory import give_back
+from .text_samples import Document
 
 HEAD_TOKENS: Final = 2048
 """Positions, at least, that tell the moments of a tied head, for which the unquantized model has to run once more; at

@@ -23,7 +23,7 @@ from ..graph.attention_nodes import needs_positions
 from ..graph.decoder_graph import DecoderGraph
 from ..graph.initializers import InlineConstants
 from ..graph.nodes import Nodes
-from .documents import Document
+from .text_samples import Document
 
 Array = NDArray[np.float32]
 

@@ -21,9 +21,8 @@ from ..quantize.matrix_plan import Plan
 from ..quantize.pack import dequantize
 from ..quantize.quantizer import Quantizer
 from ..quantize.spec import Spec
-from ..verify.quality_gate import pieces
-from .documents import Document
 from .layers import Layers
+from .text_samples import Document, pieces
 
 SAMPLED_ROWS: Final = 1024
 """Rows that an estimate of a matrix's error looks at, at least."""

@@ -20,7 +20,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.errors import CheckpointError, MissingExtraError
+from edgelm.errors import CheckpointError
+from edgelm.system.installation import missing_extra
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
@@ -193,7 +194,7 @@ def library() -> ModuleType:
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise MissingExtraError("reading GGUF", "export", "gguf") from error
+        raise missing_extra("reading GGUF", "export", "gguf") from error
     module: ModuleType = gguf
     return module
 

@@ -10,16 +10,14 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
 
-from edgelm.cli.distill import show
-from edgelm.cli.progress import Progress as Bar
 from edgelm.errors import EdgelmError
+from edgelm.system.progress_bar import Progress as Bar
 
 from .augment import Augmenter, Noise
 from .data import Encoded, encode_tasks
@@ -131,7 +129,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = Recipe(parse_shape(args.shape), replace(BUILTIN.settings, epochs=args.epochs, seed=args.seed))
         with Bar() as bar:
             start, progress = train_builtin(
-                args.data, args.out, recipe, resume=args.resume, force=args.force, report=partial(show, bar)
+                args.data,
+                args.out,
+                recipe,
+                resume=args.resume,
+                force=args.force,
+                report=lambda state: bar(state.summary, round(100 * state.share), 100),
             )
         result: dict[str, object] = {"steps": progress.step, "loss": progress.loss, "elapsed_s": progress.elapsed_s}
         if args.dev:

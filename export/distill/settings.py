@@ -134,6 +134,11 @@ class Progress:
     tokens: int
     elapsed_s: float
 
+    @property
+    def summary(self) -> str:
+        """Epoch, counted from 1, and loss, for a progress bar."""
+        return f"epoch {self.epoch + 1}, loss {self.loss:.3f}"
+
 
 def learning_rate(share: float, settings: Settings) -> float:
     """Return the rate at `share` of the run: linear warm-up, then a cosine down to 1 % of the peak."""

@@ -10,7 +10,7 @@ import onnx
 
 from edgelm.bundle.manifest import Bundle, Manifest
 
-from ..calibration.documents import Document
+from ..calibration.text_samples import Document
 from ..progress_callback import Progress
 from ..source_model import Opened
 from .int8_cache_graph import OLDEST_RUNTIME, with_int8_cache

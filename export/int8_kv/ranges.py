@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle.manifest import Bundle
-from edgelm.engine.radix_tree import Piece
+from edgelm.runtime.kv_cache import Piece
 from edgelm.runtime.runner import open_session
 
 from ..architectures.rope import Rope
-from ..calibration.documents import Document
+from ..calibration.text_samples import Document
 from ..progress_callback import Progress
 from ..self_generated import write_documents
 from ..source_model import Opened

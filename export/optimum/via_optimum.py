@@ -22,16 +22,17 @@ from typing import Any, Final
 from onnx import TensorProto
 
 from edgelm.bundle.manifest import Bundle, Cache, Manifest, seal
-from edgelm.errors import CheckpointError, EdgelmError, MissingExtraError
-from edgelm.system.installation import command_for
+from edgelm.errors import CheckpointError, EdgelmError
+from edgelm.system.installation import command_for, missing_extra
+from edgelm.text.documents import read_text
 from edgelm.text.tokenizer import Tokenizer
 
-from ..calibration.documents import measured_documents, read_text
+from ..calibration.text_samples import measured_documents
 from ..checkpoint import Checkpoint, Safetensors, metadata, open_checkpoint
 from ..checkpoint.transformers_config import SAFELY, plain_config
 from ..graph.initializers import Initializers
 from ..graph.onnx_graph import OnnxGraph, dims
-from ..options import Options
+from ..options import CONTEXT, Options, choose_context
 from ..progress_callback import Progress
 from ..quantize.matrix_plan import Plan, Quant
 from ..verify.quality_gate import BundleReference, check, measure, quality
@@ -161,7 +162,7 @@ def _import() -> _Libraries:
         names = ("torch", "transformers", "optimum.exporters.onnx", "optimum.exporters.onnx.model_configs")
         return _Libraries(*map(import_module, names))
     except ModuleNotFoundError as error:
-        raise MissingExtraError("edgelm export --via optimum", "optimum", error.name or "optimum") from error
+        raise missing_extra("edgelm export --via optimum", "optimum", error.name or "optimum") from error
     except ImportError as error:
         raise EdgelmError(f"optimum cannot be imported: {_reason(error)}; {command_for('optimum')}") from error
 
@@ -233,8 +234,6 @@ def _vocab_size(graph: OnnxGraph) -> int:
 
 def _context(config: Any, wanted: int | None) -> int:
     """Return the bundle's context; positions past a sliding window would need a cache that drops the oldest."""
-    from ..pipeline import CONTEXT, choose_context
-
     limit = next((value for name in LIMITS if isinstance(value := getattr(config, name, None), int)), CONTEXT)
     window = getattr(config, "sliding_window", None)
     return choose_context(wanted, limit if not window else min(limit, window - 1))

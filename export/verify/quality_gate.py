@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,9 @@ from edgelm.runtime.divergence import Agreement, Divergence
 from edgelm.runtime.runner import open_session
 
 from ..architectures.weights import Weights
-from ..calibration.documents import Document
 from ..calibration.layers import Layers
+from ..calibration.text_samples import Document, pieces
 from ..progress_callback import Progress
-
-PIECE: Final = 64
-"""Positions compared at once: bounds the logits in memory."""
 
 Array = NDArray[np.float32]
 
@@ -63,12 +60,6 @@ class BundleReference:
         for document in documents:
             for start, stop in pieces(document):
                 yield session.prefill(0, document[start:stop], start, every=True, total=len(document))
-
-
-def pieces(document: Document) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of a document's positions that have a next token, `PIECE` at a time."""
-    for start in range(0, len(document) - 1, PIECE):
-        yield start, min(start + PIECE, len(document) - 1)
 
 
 def measure(

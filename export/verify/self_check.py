@@ -14,7 +14,7 @@ from edgelm.bundle.manifest import Bundle
 from edgelm.errors import EdgelmError
 from edgelm.text.tokenizer import Tokenizer
 
-from ..calibration.documents import Document, first_pieces
+from ..calibration.text_samples import Document, first_pieces
 from ..progress_callback import Progress
 from .quality_gate import Reference, measure, quality
 

@@ -9,15 +9,14 @@ from pathlib import Path
 from edgelm.bundle.manifest import Manifest, Matrix
 
 from ..architectures.decoder import Decoder
-from ..calibration.documents import Document
+from ..calibration.text_samples import Document
 from ..checkpoint import metadata
-from ..compare import VOCABULARY
 from ..graph.decoder_graph import DecoderGraph
 from ..graph.initializers import Initializers
 from ..graph.nodes import Nodes
 from ..progress_callback import Progress
 from ..quantize.matrix_plan import TABLES, Plan, Quant
-from ..source_model import Opened, vocabulary_facts
+from ..source_model import VOCABULARY, Opened, vocabulary_facts
 from .matrix_store import MatrixStore, store_matrices
 
 REPORT = "report.svg"

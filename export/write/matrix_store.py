@@ -13,9 +13,9 @@ from edgelm.bundle.manifest import Matrix
 
 from ..architectures.weights import Weights
 from ..calibration.calibrate import calibrate
-from ..calibration.documents import Document
 from ..calibration.layers import Layers
 from ..calibration.sensitivity import uncalibrated
+from ..calibration.text_samples import Document
 from ..checkpoint.matrix_reader import Rows
 from ..graph.initializers import Initializers
 from ..graph.matrices import store_float, store_packed

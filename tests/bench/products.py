@@ -18,10 +18,10 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from edgelm.bundle.manifest import file_sha256
 from edgelm.kernels.custom_ops import Operators
 from edgelm.kernels.formats import Format
 from edgelm.kernels.rewrite.rewrite_graph import DATA, GRAPH, write_panels
+from edgelm.system.digest import file_sha256
 from edgelm.system.isolated_python import python_command
 
 SHAPES = ((896, 9728), (4864, 896), (576, 3072), (576, 576))

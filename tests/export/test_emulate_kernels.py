@@ -27,7 +27,7 @@ import naive_kernels as naive
 from attention_cases import Case, checked
 from naive_kernel_attention import Shape
 from native_nodes import look_up, matrix, product, run
-from edgelm.bundle.manifest import file_sha256
+from edgelm.system.digest import file_sha256
 from edgelm.kernels.formats import FORMATS
 from edgelm.kernels.custom_ops import Operators
 

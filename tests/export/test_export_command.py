@@ -11,7 +11,7 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 from tiny import TEXT
 
 from edgelm.cli.export import byte_count
-from edgelm.cli.progress import bar
+from edgelm.system.progress_bar import bar
 
 
 @pytest.fixture

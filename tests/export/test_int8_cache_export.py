@@ -11,7 +11,7 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import edgelm_export
 import onnx
-from edgelm_export.calibration.documents import calibration_documents
+from edgelm_export.calibration.text_samples import calibration_documents
 from edgelm_export.int8_kv.int8_cache_graph import OLDEST_RUNTIME
 from edgelm_export.source_model import open_model
 from onnx import numpy_helper

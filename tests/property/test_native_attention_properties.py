@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from llvmlite import binding
 from naive_kernel_attention import Shape
 
-from edgelm.bundle.manifest import file_sha256
 from edgelm.kernels.compile import compile_kernels
 from edgelm.kernels.custom_ops import Operators
 from edgelm.kernels.ir.targets import TARGETS
+from edgelm.system.digest import file_sha256
 
 seeds = st.integers(0, 2**32 - 1)
 

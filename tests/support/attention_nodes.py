@@ -6,9 +6,10 @@ import numpy as np
 import onnxruntime as ort
 from native_nodes import value_info
 
+from edgelm.graph.domain import DOMAIN
 from edgelm.graph.onnx_model import FLOAT, encode_node
 from edgelm.graph.protobuf import BYTES, VARINT, message
-from edgelm.kernels.formats import ATTENTION, DOMAIN
+from edgelm.kernels.formats import ATTENTION
 
 INT32, INT64 = 6, 7
 TYPES = {"seqlens": INT32, "total": INT32, "positions": INT64}

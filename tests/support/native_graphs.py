@@ -7,9 +7,9 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from edgelm.bundle.manifest import file_sha256
 from edgelm.kernels.custom_ops import Operators
 from edgelm.kernels.rewrite.rewrite_graph import DATA, GRAPH, write_panels
+from edgelm.system.digest import file_sha256
 
 BLOCK = 32
 

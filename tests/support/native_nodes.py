@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from edgelm.bundle.manifest import file_sha256
+from edgelm.graph.domain import DOMAIN
 from edgelm.graph.onnx_model import FLOAT, INT64, encode_node
 from edgelm.graph.protobuf import BYTES, VARINT, message
 from edgelm.kernels.custom_ops import Operators
-from edgelm.kernels.formats import DOMAIN
 from edgelm.kernels.rewrite.panels import packed_bias, packed_codes, packed_scales
+from edgelm.system.digest import file_sha256
 
 
 def matrix(rng, form, size, columns):

@@ -15,47 +15,43 @@ from edgelm.cli import COMMANDS, MODULES, main
 from edgelm.cli.extras import extra_of
 
 REPO = Path(__file__).resolve().parents[2]
+PACKAGES = {"edgelm": "edgelm", "export": "edgelm_export", "devices": "edgelm_devices"}
 FLOORS = [
-    {"background", "installed", "terminal", "tokenbytes", "turns"},
-    {
-        "_version",
-        "child",
-        "errors",
-        "fields",
-        "folders",
-        "marked",
-        "ownership",
-        "protobuf",
-        "textfile",
-        "tokenizerfile",
-    },
-    {"attributes", "brokerconfig", "catalogue", "messages"},
-    {"store"},
-    {"bundle", "config", "tasks", "measure", "hardware", "divergence", "windows"},
-    {"boardcache", "native", "templates"},
-    {"chat", "detokenizer", "drafts", "grammar", "kv", "memory", "prefixes", "profile", "repetition", "sampling"},
-    {"tuning", "tokenizer", "growing", "trial"},
-    {"graphs", "static_tokens", "constraints", "conversations"},
-    {"probe"},
-    {"graph_shapes"},
-    {"graph_check"},
-    {"weights"},
-    {"session"},
-    {"sequence", "static_prefix"},
-    {"reuse", "intake", "rows", "scoring"},
-    {"engine"},
-    {"worker"},
-    {"model"},
-    {"evaluation", "benchmark", "tuner"},
-    {"profiler"},
-    {"mqtt"},
-    {"cli"},
+    ["_version", "errors"],
+    ["system", "types"],
+    ["bundle"],
+    ["graph", "text"],
+    ["kernels", "sampling"],
+    ["runtime"],
+    ["engine"],
+    ["model"],
+    ["evaluation", "bench", "builtin"],
+    ["mqtt"],
+    ["edgelm_export"],
+    ["edgelm_devices"],
+    ["cli"],
+    ["__init__", "__main__"],
 ]
-"""Rooms of edgelm/, lowest first: a room imports only from floors below its own, and within itself."""
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+"""Packages and top-level files of edgelm/, and the two packages beside it, lowest first."""
+EXPORT_FLOORS = [
+    ["progress_callback"],
+    ["checkpoint"],
+    ["architectures"],
+    ["vocabulary"],
+    ["quantize"],
+    ["source_model", "graph", "options"],
+    ["calibration"],
+    ["verify", "write"],
+    ["self_generated"],
+    ["int8_kv"],
+    ["plan", "optimum"],
+    ["compare", "pipeline", "distill"],
+    ["__init__"],
+]
+"""The same inside export/."""
 SOLE_IMPORTERS = {
     "onnxruntime": {"edgelm/runtime/ort.py", "edgelm/runtime/runner.py"},
-    "paho": {f"edgelm/mqtt/{name}.py" for name in ("client", "properties", "sending", "transport")},
+    "paho": {f"edgelm/mqtt/{name}.py" for name in ("connection", "properties", "sending", "transport")},
     "llguidance": {"edgelm/text/grammar.py"},
     "tokenizers": {"edgelm/text/tokenizer.py"},
     "jinja2": {"edgelm/text/template_sandbox.py"},
@@ -75,58 +71,123 @@ RUNTIME = {
     "tomllib",
     "tomli",
 }
-PACKAGES = {"edgelm": "edgelm", "export": "edgelm_export", "devices": "edgelm_devices"}
-RECIPES = {"export/distill/builtin_recipe.py"}
-"""Run with python -m: commands in all but name, so they may use what commands share."""
 
 
 def sources(folder):
     return sorted(path.relative_to(REPO) for path in (REPO / folder).rglob("*.py"))
 
 
+def module_of(path):
+    """The dotted name of a file, as it ships."""
+    parts = [PACKAGES[path.parts[0]], *path.with_suffix("").parts[1:]]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES_OF_OURS = {module_of(path): path for folder in PACKAGES for path in sources(folder)}
+
+
 def imports(path):
-    """Absolute names that a file imports, wherever in it; `from edgelm import x` counts as edgelm.x."""
+    """Absolute names that a file imports, wherever in it, relative ones resolved; `from a import b` counts as a.b."""
+    package = module_of(path).split(".")
+    if path.name != "__init__.py":
+        package.pop()
     found = set()
     for node in ast.walk(ast.parse((REPO / path).read_text("utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            found |= {f"{base}.{alias.name}" for alias in node.names}
     return found
 
 
-def rooms(path):
-    """Rooms of edgelm that a file imports; the package itself stands for its public names."""
-    parts = [name.split(".") for name in imports(path) if name.split(".")[0] == "edgelm"]
-    return {name[1] for name in parts if len(name) > 1 and name[1] in FLOOR_OF}
+def ours(path):
+    """Files of ours that a file imports."""
+    named = {name if name in MODULES_OF_OURS else name.rpartition(".")[0] for name in imports(path)}
+    return {MODULES_OF_OURS[name] for name in named if name in MODULES_OF_OURS} - {path}
+
+
+def room(path):
+    """The package or top-level file of edgelm/ that a file belongs to; export/ and devices/ are one each."""
+    return path.parts[1].removesuffix(".py") if path.parts[0] == "edgelm" else PACKAGES[path.parts[0]]
+
+
+def export_room(path):
+    return path.parts[1].removesuffix(".py")
+
+
+def upward(paths, room_of, floors):
+    """Imports that do not go down, as (importer, imported); the public faces may be imported from anywhere."""
+    floor_of = {name: floor for floor, names in enumerate(floors) for name in names}
+    return [
+        (path.as_posix(), other.as_posix())
+        for path in paths
+        for other in ours(path)
+        if other in paths and room_of(other) not in (room_of(path), "__init__")
+        if floor_of[room_of(other)] >= floor_of[room_of(path)]
+    ]
+
+
+def circles(paths):
+    """Sets of files that import each other in a circle (Tarjan 1972, strongly connected components)."""
+    number, lowest, stack, found = {}, {}, [], []
+
+    def visit(path):
+        number[path] = lowest[path] = len(number)
+        stack.append(path)
+        for other in ours(path) & paths:
+            if other not in number:
+                visit(other)
+            if other in stack:
+                lowest[path] = min(lowest[path], lowest[other])
+        if lowest[path] == number[path]:
+            ring = [stack.pop()]
+            while ring[-1] != path:
+                ring.append(stack.pop())
+            if len(ring) > 1:
+                found.append(sorted(each.as_posix() for each in ring))
+
+    for path in sorted(paths):
+        if path not in number:
+            visit(path)
+    return found
+
+
+EVERY = frozenset(MODULES_OF_OURS.values())
 
 
 def test_every_room_has_a_floor():
-    found = {path.parts[1].removesuffix(".py") for path in sources("edgelm")}
-    assert found - {"__init__", "__main__", "builtin"} == set(FLOOR_OF)
+    assert {room(path) for path in EVERY} == {name for names in FLOORS for name in names}
+    assert {export_room(path) for path in sources("export")} == {name for names in EXPORT_FLOORS for name in names}
 
 
-@pytest.mark.parametrize("path", sources("edgelm"), ids=str)
-def test_rooms_import_from_floors_below(path):
-    room = path.parts[1].removesuffix(".py")
-    if room in ("__init__", "__main__", "builtin"):
-        return
-    allowed = {other for other, floor in FLOOR_OF.items() if floor < FLOOR_OF[room]} | {room}
-    assert rooms(path) <= allowed
-    assert {name.split(".")[0] for name in imports(path)} <= RUNTIME | {"edgelm"} | set(sys.stdlib_module_names)
+def test_no_arrow_runs_upwards():
+    assert not upward(EVERY, room, FLOORS)
+    assert not upward(frozenset(sources("export")), export_room, EXPORT_FLOORS)
 
 
-@pytest.mark.parametrize(
-    ("folder", "top"),
-    [("export", "static_prefix"), ("devices", "mqtt")],
-    ids=["export-below-engine", "devices-below-cli"],
-)
-def test_the_other_packages_stay_below_their_floor(folder, top):
-    for path in sources(folder):
-        if path.as_posix() in RECIPES:
-            continue
-        above = {room for room in rooms(path) if FLOOR_OF[room] > FLOOR_OF[top]}
-        assert not above, f"{path} imports {above}"
+def test_no_files_import_each_other_in_a_circle():
+    faces = {path for path in EVERY if path in (Path("edgelm/__init__.py"), Path("export/__init__.py"))}
+    assert not circles(EVERY - faces)
+
+
+def test_relative_imports_are_seen():
+    """They were not once, and a circle of seven files stayed unseen."""
+    assert Path("export/options.py") in ours(Path("export/pipeline.py"))
+    assert Path("export/graph/nodes.py") in ours(Path("export/graph/decoder_graph.py"))
+
+
+def test_the_runtime_imports_no_other_library():
+    for path in sources("edgelm"):
+        others = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+        assert others <= RUNTIME | {"edgelm"}, path
+
+
+def test_no_two_files_share_a_name():
+    """Inside a package of sub-packages a name says what a file is; `cli` names its files after commands."""
+    names = [path.stem for path in EVERY if path.stem != "__init__" and path.parts[1] != "cli"]
+    assert not {name for name in names if names.count(name) > 1}
 
 
 def test_devices_need_no_heavy_library():

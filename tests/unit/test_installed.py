@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.errors import MissingExtraError
 from edgelm.system import installation
+from edgelm.system.installation import missing_extra
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,7 +92,7 @@ def test_whatever_an_installer_wrote_down(record):
 
 
 def test_the_error_has_the_command():
-    assert installation.command_for("export") in str(MissingExtraError("edgelm export", "export", "onnx"))
+    assert installation.command_for("export") in str(missing_extra("edgelm export", "export", "onnx"))
 
 
 @pytest.mark.parametrize("version", [(3, 9), (2, 7)])

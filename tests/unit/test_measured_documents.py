@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.calibration.documents import MEASURED_LENGTH, MEASURED_TOKENS, measured_documents
+from edgelm_export.calibration.text_samples import MEASURED_LENGTH, MEASURED_TOKENS, measured_documents
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.graph.domain import DOMAIN
 from edgelm.graph.onnx_model import (
     FLOAT,
     FLOAT16,
@@ -30,7 +31,7 @@ from edgelm.graph.onnx_model import (
     is_theirs,
     read_model,
 )
-from edgelm.kernels.formats import ALIGN, ATTENTION, COLUMNS, DOMAIN, NOWHERE, Format, is_operator
+from edgelm.kernels.formats import ALIGN, ATTENTION, COLUMNS, NOWHERE, Format, is_operator
 from edgelm.kernels.huge_page_file import PagedFile
 from edgelm.kernels.rewrite.attention_fusion import attention_of
 from edgelm.kernels.rewrite.fusion import NORM, SKIP_NORM, Fold, Folding

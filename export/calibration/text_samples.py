@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -13,9 +12,6 @@ from numpy.typing import NDArray
 from edgelm.errors import EdgelmError
 from edgelm.text.documents import split_documents
 from edgelm.text.tokenizer import Tokenizer
-
-SELF: Final = "self"
-"""What `--calibrate` takes instead of a file: self-generated text."""
 
 CALIBRATION_LENGTH: Final = 512
 """Tokens of one calibration sequence."""
@@ -38,19 +34,10 @@ MOST_READ: Final = 16
 LEAST_CALIBRATION_TOKENS: Final = 512
 """Fewer say too little of what a model sees."""
 
+PIECE: Final = 64
+"""Positions compared at once: bounds the logits in memory."""
+
 Document = NDArray[np.int64]
-
-
-def read_text(file: str | Path, option: str) -> str:
-    """Return a text file. Raises `EdgelmError` naming the option when it cannot be read or is empty."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise EdgelmError(f"{option}: {file} cannot be read: {reason}") from error
-    if not text.strip():
-        raise EdgelmError(f"{option}: {file} is empty")
-    return text
 
 
 def calibration_tokens(parameters: int) -> int:
@@ -84,6 +71,12 @@ def calibration_documents(
         return found
     count = max(1, len(found) * limit // total)
     return [found[i * len(found) // count] for i in range(count)]
+
+
+def pieces(document: Document) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of a document's positions that have a next token, `PIECE` at a time."""
+    for start in range(0, len(document) - 1, PIECE):
+        yield start, min(start + PIECE, len(document) - 1)
 
 
 @dataclass(frozen=True, slots=True)
