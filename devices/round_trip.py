@@ -7,12 +7,12 @@ import uuid
 from typing import TYPE_CHECKING, Final
 
 from edgelm.errors import EdgelmError, MissingExtraError
-from edgelm.mqtt.board import serve_in_background
-from edgelm.mqtt.broker_url import BrokerConfig, BrokerUrl
-from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl
 from edgelm.mqtt.local_broker import start_any
 from edgelm.mqtt.request_client import Asker, answer_to
 from edgelm.mqtt.request_codec import Ask
+from edgelm.mqtt.service_config import ServeConfig
+from edgelm.mqtt.service_setup import serve_in_background
 from edgelm.system.installation import command_for
 
 from .check_report import Check

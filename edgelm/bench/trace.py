@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any, Final
 
 from edgelm.bundle.manifest import Manifest, Matrix
-from edgelm.kernels.formats import ROUNDED_BYTES, Format
+from edgelm.kernels.abi import ROUNDED_BYTES, Format
 
 PRODUCTS: Final = {"MatMulNBits", "MatMul", "Gemm", "FusedMatMul", "FusedGemm"}
 SUFFIX: Final = "_kernel_time"

@@ -22,9 +22,9 @@ from edgelm.cli.flags import (
 )
 from edgelm.cli.tables import cut_off
 from edgelm.errors import EdgelmError, UsageError
-from edgelm.mqtt import answer_codec, request_codec
-from edgelm.mqtt.config import check_name, default_board
+from edgelm.mqtt import request_codec, response_codec
 from edgelm.mqtt.request_client import Asker, answer_to
+from edgelm.mqtt.service_config import check_name, default_board
 from edgelm.mqtt.topics import is_name
 
 TIMEOUT_S: Final = 120.0
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
                 print()  # the error stands on a line of its own
             raise
     if args.json:
-        print(answer_codec.write_outcome(final).decode())
+        print(response_codec.write_outcome(final).decode())
     elif args.prompt is not None and (final.error is None or final.completion.text):
         print("" if ask.stream else final.completion.text)
     told = None if args.json or final.error is not None else cut_off(final.completion)

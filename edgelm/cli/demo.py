@@ -11,12 +11,12 @@ from typing import Final
 from edgelm.bundle.manifest import Bundle, open_bundle
 from edgelm.cli.ask import ask_of
 from edgelm.errors import EdgelmError
-from edgelm.mqtt.answer_codec import Outcome
-from edgelm.mqtt.board import serve_in_background
-from edgelm.mqtt.broker_url import BrokerConfig, BrokerUrl
-from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl
 from edgelm.mqtt.local_broker import EmbeddedBroker, start_any
 from edgelm.mqtt.request_client import Asker, answer_to
+from edgelm.mqtt.response_codec import Outcome
+from edgelm.mqtt.service_config import ServeConfig
+from edgelm.mqtt.service_setup import serve_in_background
 from edgelm.mqtt.topics import BoardTopics
 
 BOARD: Final = "demo"

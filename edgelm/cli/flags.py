@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from edgelm.errors import ConfigError, EdgelmError
-from edgelm.mqtt.broker_url import BrokerConfig, BrokerUrl, read_password
+from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl, read_password
 
 FILES: Final = (".txt", ".md")
 """How one word ends that names a file, also one that is not there: no system message ends so."""

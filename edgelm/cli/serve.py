@@ -12,10 +12,10 @@ from contextlib import ExitStack
 from typing import Any, Final
 
 from edgelm.cli.flags import add_credential_flags, add_loading_flags
-from edgelm.mqtt.board import open_board
-from edgelm.mqtt.config import SETTINGS, load_config
 from edgelm.mqtt.local_broker import EmbeddedBroker
-from edgelm.mqtt.log_limit import LineLimit
+from edgelm.mqtt.log_rate_limit import LineLimit
+from edgelm.mqtt.service_config import SETTINGS, load_config
+from edgelm.mqtt.service_setup import open_board
 from edgelm.system.terminal import shown, shown_on_a_line
 
 DEFAULT_URL: Final = SETTINGS["mqtt"].default

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from edgelm.errors import EdgelmError
 from edgelm.graph.domain import DOMAIN
-from edgelm.kernels.formats import ALIGN, COLUMNS, DESTROY, FAULTS, HOOK, NOWHERE, Format, State
-from edgelm.kernels.huge_page_file import mapped
-from edgelm.kernels.operators import ATTENDING, OPTIONAL_PLACES, Operator, look_up_of, product_of
+from edgelm.kernels.abi import ALIGN, COLUMNS, DESTROY, FAULTS, HOOK, NOWHERE, Format, State
+from edgelm.kernels.huge_pages import mapped
+from edgelm.kernels.op_schemas import ATTENDING, OPTIONAL_PLACES, Operator, look_up_of, product_of
 
 VERSION: Final = 17
 """Version of the C API that is asked for: the first with `KernelContext_ParallelFor`, onnxruntime 1.17."""

@@ -6,6 +6,7 @@ from one other thread, the owner's. Knows packets, not what they mean.
 
 from __future__ import annotations
 
+import functools
 import logging
 import socket
 import sys
@@ -14,16 +15,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import paho.mqtt.client as paho
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edgelm.errors import EdgelmError
-from edgelm.mqtt.answer_codec import Packet
 from edgelm.mqtt.backlog_limit import MESSAGE_BYTES, Backlog
-from edgelm.mqtt.broker_url import BrokerConfig
-from edgelm.mqtt.events import (
+from edgelm.mqtt.broker_config import BrokerConfig
+from edgelm.mqtt.connection_events import (
     Connected,
     ConnectFailed,
     Disconnected,
@@ -35,12 +35,11 @@ from edgelm.mqtt.events import (
     Received,
     Subscribed,
 )
-from edgelm.mqtt.guarded import guarded
-from edgelm.mqtt.message_filter import BACKLOG_BYTES, Gate, Ticket
+from edgelm.mqtt.inbound_policy import BACKLOG_BYTES, Gate, Ticket
 from edgelm.mqtt.packet_filter import Sieve, SievedSocket
-from edgelm.mqtt.properties import from_paho, greeting_properties, packet_bytes, to_paho
-from edgelm.mqtt.sending import Sending
-from edgelm.mqtt.transport import CONNECT_TIMEOUT_S, RECONNECT_S, make_client, reason_of
+from edgelm.mqtt.packets import Packet
+from edgelm.mqtt.paho_client import CONNECT_TIMEOUT_S, RECONNECT_S, make_client, reason_of
+from edgelm.mqtt.paho_properties import from_paho, greeting_properties, packet_bytes, to_paho
 from edgelm.mqtt.version_negotiation import Greeting, Version
 
 log = logging.getLogger(__name__)
@@ -56,6 +55,40 @@ _PUBACK: Final = b"\x40\x02"
 _UNSUPPORTED_VERSION: Final = 0x84
 _TRANSIENT: Final = frozenset({0x80, 0x83, 0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F})
 """CONNACK reasons that waiting may cure."""
+
+
+_Callback = TypeVar("_Callback", bound=Callable[..., None])
+
+
+def guarded(callback: _Callback) -> _Callback:
+    """Return the callback with its exceptions logged instead of raised."""
+
+    @functools.wraps(callback)
+    def wrapped(*args: Any) -> None:
+        try:
+            callback(*args)
+        except Exception:
+            log.exception("%s failed", callback.__name__)
+
+    return wrapped  # type: ignore[return-value]
+
+
+class Sending:
+    """A packet handed to paho. `mid` is what its `Published` will carry."""
+
+    __slots__ = ("_info", "mid")
+
+    def __init__(self, info: paho.MQTTMessageInfo) -> None:
+        self._info = info
+        self.mid = info.mid
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was written (QoS 0) or acknowledged (QoS 1), or was lost with its connection."""
+        try:
+            return self._info.is_published()
+        except (RuntimeError, ValueError):  # how paho says that it is lost
+            return True
 
 
 class Connection:

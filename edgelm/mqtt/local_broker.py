@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from edgelm.errors import EdgelmError
-from edgelm.mqtt.broker_url import is_loopback
+from edgelm.mqtt.broker_config import is_loopback
 from edgelm.system.installation import missing_extra
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class EmbeddedBroker(LocalBroker):
     def start(self) -> None:
         """Start amqtt; raise `MissingExtraError` where it is not installed, `EdgelmError` where it cannot listen."""
         try:
-            self._module: Any = import_module("edgelm.mqtt.embedded_broker")
+            self._module: Any = import_module("edgelm.mqtt.amqtt_broker")
         except ModuleNotFoundError as error:
             raise missing_extra("the embedded broker", "broker", error.name or "amqtt") from error
         for noisy in ("amqtt", "transitions"):

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgelm.mqtt.answer_codec import Packet
 from edgelm.mqtt.connection import Connection
-from edgelm.mqtt.events import Connected, PacketTooLargeError, Published
+from edgelm.mqtt.connection_events import Connected, PacketTooLargeError, Published
+from edgelm.mqtt.packets import Packet
 
 log = logging.getLogger(__name__)
 

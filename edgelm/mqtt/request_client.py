@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Final
 
 from edgelm.errors import EdgelmError
-from edgelm.mqtt import answer_codec, events, request_codec
-from edgelm.mqtt.broker_url import BrokerConfig
+from edgelm.mqtt import connection_events, packets, request_codec, response_codec
+from edgelm.mqtt.broker_config import BrokerConfig
 from edgelm.mqtt.connection import Connection
 from edgelm.mqtt.topics import BASE, BoardTopics, is_name
 from edgelm.mqtt.version_negotiation import Version
@@ -64,7 +64,7 @@ class Asker:
         self._topics = BoardTopics(board)
         self._reply_topic = f"{self._topics.response(self.client)}/{run}"
         self._url = broker.url
-        self._events: SimpleQueue[events.Event] = SimpleQueue()
+        self._events: SimpleQueue[connection_events.Event] = SimpleQueue()
         self._connection = Connection(broker, f"edgelm-ask-{run}", self._events.put, protocol=protocol)
         self._is_online: bool | None = None
         self._offline_at = 0.0
@@ -75,7 +75,7 @@ class Asker:
     def __enter__(self) -> Asker:
         self._connection.start()
         try:
-            self._wait_for(events.Subscribed, CONNECT_WITHIN_S)
+            self._wait_for(connection_events.Subscribed, CONNECT_WITHIN_S)
         except BaseException:
             self._connection.stop()
             raise
@@ -86,7 +86,7 @@ class Asker:
     ) -> None:
         self._connection.stop()
 
-    def stream(self, ask: request_codec.Ask) -> Iterator[answer_codec.Delta | answer_codec.Outcome]:
+    def stream(self, ask: request_codec.Ask) -> Iterator[response_codec.Delta | response_codec.Outcome]:
         """Ask, and yield the chunks in order without gaps, then the final, whose text is the truth.
 
         Leaving the loop early cancels the request.
@@ -98,24 +98,24 @@ class Asker:
         """
         payload, properties = request_codec.write_ask(ask, self._reply_topic, with_properties=self._connection.is_mqtt5)
         topic = self._topics.generate(self.client)
-        sending = self._connection.publish(answer_codec.Packet(topic, payload, qos=1, properties=properties))
+        sending = self._connection.publish(packets.Packet(topic, payload, qos=1, properties=properties))
         if sending is None:
             raise UnansweredError(f"the connection to {self._url} was lost")
         is_over = False
         try:
             for answer in self._answers(ask, topic, sending.mid):
-                is_over = isinstance(answer, answer_codec.Outcome)
+                is_over = isinstance(answer, response_codec.Outcome)
                 yield answer
         finally:
             if not is_over:
-                self._connection.publish(answer_codec.Packet(self._topics.cancel(self.client), ask.id.encode()))
+                self._connection.publish(packets.Packet(self._topics.cancel(self.client), ask.id.encode()))
 
     def _answers(
         self, ask: request_codec.Ask, topic: str, mid: int
-    ) -> Iterator[answer_codec.Delta | answer_codec.Outcome]:
+    ) -> Iterator[response_codec.Delta | response_codec.Outcome]:
         begun = time.monotonic()
         patience_s = float("inf") if ask.timeout_s is None else ask.timeout_s + GRACE_S
-        early: dict[int, answer_codec.Delta] = {}
+        early: dict[int, response_codec.Delta] = {}
         seq = 0
         heard_at = begun
         while True:
@@ -124,13 +124,13 @@ class Asker:
                 raise UnansweredError(f"board {self._topics.board!r} gave no answer within {patience_s:.0f} s")
             event = self._next(min(1.0, patience_s - waited_s))
             self._check_board(waited_s, heard_at)
-            if isinstance(event, events.Published) and event.mid == mid:
+            if isinstance(event, connection_events.Published) and event.mid == mid:
                 self._check_sent(topic, event.reason)
             answer = self._answer_in(event, ask.id)
-            if isinstance(answer, answer_codec.Outcome):
+            if isinstance(answer, response_codec.Outcome):
                 yield answer
                 return
-            if isinstance(answer, answer_codec.Delta):
+            if isinstance(answer, response_codec.Delta):
                 early[answer.seq] = answer
                 heard_at = time.monotonic()
             while seq in early:
@@ -138,15 +138,15 @@ class Asker:
                 seq += 1
 
     def _answer_in(
-        self, event: events.Event | None, request_id: str
-    ) -> answer_codec.Delta | answer_codec.Outcome | None:
-        if not isinstance(event, events.Received) or event.topic != self._reply_topic:
+        self, event: connection_events.Event | None, request_id: str
+    ) -> response_codec.Delta | response_codec.Outcome | None:
+        if not isinstance(event, connection_events.Received) or event.topic != self._reply_topic:
             return None
         try:
-            answer = answer_codec.parse_answer(event.payload)
-        except answer_codec.WireError:  # someone else's message on our topic
+            answer = response_codec.parse_answer(event.payload)
+        except response_codec.WireError:  # someone else's message on our topic
             return None
-        given = answer.id if isinstance(answer, answer_codec.Delta) else answer.completion.id
+        given = answer.id if isinstance(answer, response_codec.Delta) else answer.completion.id
         return answer if given == request_id else None
 
     def _check_sent(self, topic: str, reason: int) -> None:
@@ -174,7 +174,7 @@ class Asker:
         quiet_at = until
         while time.monotonic() < min(until, quiet_at) and len(self._others) < MOST_OTHERS:
             event = self._next(max(0.0, min(until, quiet_at) - time.monotonic()))
-            if isinstance(event, events.Received | events.Subscribed):
+            if isinstance(event, connection_events.Received | connection_events.Subscribed):
                 quiet_at = time.monotonic() + OTHERS_QUIET_S
         if not self._others:
             return ""
@@ -188,27 +188,27 @@ class Asker:
         until = time.monotonic() + within_s
         while time.monotonic() < until:
             event = self._next(until - time.monotonic())
-            if isinstance(event, events.ConnectFailed):
+            if isinstance(event, connection_events.ConnectFailed):
                 raise UnansweredError(f"no broker at {self._url}: {event.reason}")
             if isinstance(event, kind):
                 return
         raise UnansweredError(f"no broker at {self._url}: it gave no answer within {within_s:.0f} s")
 
-    def _next(self, wait_s: float) -> events.Event | None:
+    def _next(self, wait_s: float) -> connection_events.Event | None:
         """Return the next event, having done what the connection needs."""
         try:
             event = self._events.get(timeout=max(0.0, wait_s))
         except Empty:
             self._connection.tend()
             return None
-        if isinstance(event, events.Received):
+        if isinstance(event, connection_events.Received):
             self._connection.settle(event)
             self._note_status(event)
-        elif isinstance(event, events.Connected):
+        elif isinstance(event, connection_events.Connected):
             self._connection.subscribe(((self._reply_topic, 1), (self._topics.status, 1)))
-        elif isinstance(event, events.NeedsCare):
+        elif isinstance(event, connection_events.NeedsCare):
             self._connection.tend()
-        elif isinstance(event, events.Subscribed):
+        elif isinstance(event, connection_events.Subscribed):
             if len(event.reasons) < 2:  # of the others' statuses, which we can do without
                 return event
             if event.reasons[0] >= 0x80:
@@ -216,7 +216,7 @@ class Asker:
             self._hears_board = event.reasons[1] < 0x80
         return event
 
-    def _note_status(self, event: events.Received) -> None:
+    def _note_status(self, event: connection_events.Received) -> None:
         levels = event.topic.split("/")
         if len(levels) != 3 or levels[0] != BASE or levels[2] != "status":
             return
@@ -233,7 +233,7 @@ OnDelta = Callable[[str], None]
 """Receives each further piece of an answer's text."""
 
 
-def answer_to(asker: Asker, ask: request_codec.Ask, on_delta: OnDelta | None = None) -> answer_codec.Outcome:
+def answer_to(asker: Asker, ask: request_codec.Ask, on_delta: OnDelta | None = None) -> response_codec.Outcome:
     """Ask, and return the final; `on_delta` gets the text as it grows, together exactly the final's text.
 
     Where a chunk was lost, the rest comes at once with the final. A final that does not go on from what was
@@ -241,7 +241,7 @@ def answer_to(asker: Asker, ask: request_codec.Ask, on_delta: OnDelta | None = N
     """
     told = ""
     for answer in asker.stream(ask):
-        if isinstance(answer, answer_codec.Outcome):
+        if isinstance(answer, response_codec.Outcome):
             text = answer.completion.text
             if on_delta is not None and text != told:
                 on_delta(text[len(told) :] if text.startswith(told) else f"\n{text}")

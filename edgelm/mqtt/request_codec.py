@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from edgelm.errors import RequestError
-from edgelm.mqtt.answer_codec import PROTOCOL, Properties, write_json
+from edgelm.mqtt.packets import PROTOCOL, Properties, write_json
 from edgelm.types import MAX_SESSION_LENGTH, Constraint, SamplingParams, is_session_name
 
 MAX_ID_LENGTH: Final = 128

@@ -18,15 +18,15 @@ from typing import Any, Final
 
 from edgelm.engine.worker import Worker
 from edgelm.errors import RequestError
-from edgelm.mqtt import answer_codec, request_codec
-from edgelm.mqtt.answer import Answer, Finished, Grown
-from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt import packets, request_codec, response_codec
 from edgelm.mqtt.connection import Connection
-from edgelm.mqtt.events import PacketTooLargeError, Received
-from edgelm.mqtt.message_filter import COST_BYTES
+from edgelm.mqtt.connection_events import PacketTooLargeError, Received
+from edgelm.mqtt.inbound_policy import COST_BYTES
 from edgelm.mqtt.outbox import Outbox
+from edgelm.mqtt.pending_response import Answer, Finished, Grown
 from edgelm.mqtt.rate_limit import Bucket
-from edgelm.mqtt.refusals import Refusals
+from edgelm.mqtt.rejection_queue import Refusals
+from edgelm.mqtt.service_config import ServeConfig
 from edgelm.mqtt.topics import BoardTopics
 from edgelm.types import Completion, Request, SamplingParams
 
@@ -42,7 +42,7 @@ MOST_UNSENT_FINALS: Final = 1000
 """The same, beyond which no request is taken."""
 EVENTS_RATE: Final = 20.0
 """Rejections a second that are told on the topic of events."""
-READ_LIMIT: Final = 4 * answer_codec.MAX_PAYLOAD_BYTES
+READ_LIMIT: Final = 4 * packets.MAX_PAYLOAD_BYTES
 """How much of a payload that is too large is still read, for its id and where it wants its refusal."""
 
 
@@ -150,10 +150,10 @@ class Desk:
             self._refuse(message, envelope, client, reply_topic, trouble)
 
     def _admit(self, message: Received, envelope: request_codec.Envelope, client: str | None, reply_topic: str) -> None:
-        if len(message.payload) > answer_codec.MAX_PAYLOAD_BYTES:
+        if len(message.payload) > packets.MAX_PAYLOAD_BYTES:
             raise RequestError(
                 "too_large",
-                f"the payload has {len(message.payload)} bytes, the limit is {answer_codec.MAX_PAYLOAD_BYTES}",
+                f"the payload has {len(message.payload)} bytes, the limit is {packets.MAX_PAYLOAD_BYTES}",
             )
         ask = request_codec.parse_ask(envelope)
         model = self._chosen(ask.model)
@@ -332,10 +332,10 @@ class Desk:
         if not text:
             return
         now = time.monotonic()
-        packet = answer_codec.Packet(
+        packet = packets.Packet(
             answer.reply_topic,
-            answer_codec.write_delta(answer_codec.Delta(answer.id, answer.seq, text)),
-            properties=answer_codec.answer_properties(answer.correlation, answer.deadline - now),
+            response_codec.write_delta(response_codec.Delta(answer.id, answer.seq, text)),
+            properties=response_codec.answer_properties(answer.correlation, answer.deadline - now),
         )
         try:
             sending = self._connection.publish(packet)
@@ -356,7 +356,7 @@ class Desk:
     ) -> None:
         request_id, usage, timing = completion.id, completion.usage, completion.timing  # the text is kept once alone
 
-        def too_large(why: str) -> answer_codec.Packet:
+        def too_large(why: str) -> packets.Packet:
             error = RequestError("too_large", f"the answer does not fit: {why}; ask for fewer tokens")
             without = Completion(request_id, "", (), "error", usage, timing, error=error)
             return self._final(without, model, seq, reply_topic, correlation, left_s)
@@ -365,10 +365,10 @@ class Desk:
 
     def _final(
         self, completion: Completion, model: str, seq: int, reply_topic: str, correlation: bytes | None, left_s: float
-    ) -> answer_codec.Packet:
-        final = answer_codec.Outcome(completion, seq, self._topics.board, model, self._boot_id)
-        properties = answer_codec.answer_properties(correlation, left_s, final.error)
-        return answer_codec.Packet(reply_topic, answer_codec.write_outcome(final), qos=1, properties=properties)
+    ) -> packets.Packet:
+        final = response_codec.Outcome(completion, seq, self._topics.board, model, self._boot_id)
+        properties = response_codec.answer_properties(correlation, left_s, final.error)
+        return packets.Packet(reply_topic, response_codec.write_outcome(final), qos=1, properties=properties)
 
     def _tell(self, event: str, request_id: str | None, client: str | None, **more: Any) -> None:
         """Publish what happens to a request, never what it says; of rejections so many a second."""
@@ -376,4 +376,4 @@ class Desk:
             return
         body = {"event": event, "id": request_id, "client": client, **more}
         log.debug("%s", body)
-        self._connection.tell(answer_codec.Packet(self._topics.event, answer_codec.write_json(body)))
+        self._connection.tell(packets.Packet(self._topics.event, packets.write_json(body)))

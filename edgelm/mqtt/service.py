@@ -20,14 +20,14 @@ from edgelm._version import __version__
 from edgelm.engine.fairness import FairQueue
 from edgelm.engine.sessions import MOST_SESSIONS
 from edgelm.errors import EdgelmError, RequestError
-from edgelm.mqtt import answer_codec, events, health
-from edgelm.mqtt.answer import Finished, Grown
+from edgelm.mqtt import board_health, connection_events, packets
 from edgelm.mqtt.client_id import client_id
-from edgelm.mqtt.config import ServeConfig
 from edgelm.mqtt.connection import Connection
-from edgelm.mqtt.message_filter import Gate
+from edgelm.mqtt.inbound_policy import Gate
 from edgelm.mqtt.outbox import Outbox
+from edgelm.mqtt.pending_response import Finished, Grown
 from edgelm.mqtt.request_handler import MOST_UNSENT, Desk, ServedModel
+from edgelm.mqtt.service_config import ServeConfig
 from edgelm.mqtt.topics import BoardTopics
 
 log = logging.getLogger(__name__)
@@ -85,10 +85,10 @@ class Service:
         self._boot_id = uuid.uuid4().hex[:16]
         self._topics = BoardTopics(config.board)
         self._events: SimpleQueue[Any] = SimpleQueue()
-        self._arrived: FairQueue[events.Received] = FairQueue()
+        self._arrived: FairQueue[connection_events.Received] = FairQueue()
         """Messages that wait, in turns between clients, behind all events."""
         self._arrived_lock = threading.Lock()
-        limit = 4 * answer_codec.MAX_PAYLOAD_BYTES
+        limit = 4 * packets.MAX_PAYLOAD_BYTES
         self._gate = Gate(self._topics, config.client_rate, config.client_burst, limit, time.monotonic)
         broker = config.broker
         self._url = broker.url
@@ -114,7 +114,7 @@ class Service:
             self._events.put,
             self._gate.count_dropped,
         )
-        self._introduction: tuple[answer_codec.Packet, ...] = ()
+        self._introduction: tuple[packets.Packet, ...] = ()
         """What is retained of this board, as it was said last."""
         self._is_overwritten = self._said_overwritten = False
         self._put_right_at = float("-inf")
@@ -129,13 +129,13 @@ class Service:
         self._cared_at = self._state_at = float("-inf")
         self._state: tuple[int, int] = (0, 0)
         self._handlers: dict[type, Callable[[Any], None]] = {
-            events.Connected: self._on_connected,
-            events.Disconnected: self._on_disconnected,
-            events.ConnectFailed: self._on_connect_failed,
-            events.Subscribed: self._on_subscribed,
-            events.Published: self._outbox.on_published,
-            events.Received: self._on_received,
-            events.NeedsCare: lambda _: self._connection.tend(),
+            connection_events.Connected: self._on_connected,
+            connection_events.Disconnected: self._on_disconnected,
+            connection_events.ConnectFailed: self._on_connect_failed,
+            connection_events.Subscribed: self._on_subscribed,
+            connection_events.Published: self._outbox.on_published,
+            connection_events.Received: self._on_received,
+            connection_events.NeedsCare: lambda _: self._connection.tend(),
             Grown: lambda event: self._desk.on_grown(event.answer),
             Finished: lambda event: self._desk.on_finished(event.answer, event.completion),
             Stop: self._on_stop,
@@ -185,9 +185,9 @@ class Service:
         if time.monotonic() - self._cared_at >= CARE_EVERY_S:
             self._do(self._care)
 
-    def _post(self, event: events.Event) -> None:
+    def _post(self, event: connection_events.Event) -> None:
         """Take an event in, on any thread."""
-        if not isinstance(event, events.Received):
+        if not isinstance(event, connection_events.Received):
             self._events.put(event)
             return
         with self._arrived_lock:
@@ -263,7 +263,7 @@ class Service:
 
     # -- events -----------------------------------------------------------------------------------------------
 
-    def _on_connected(self, event: events.Connected) -> None:
+    def _on_connected(self, event: connection_events.Connected) -> None:
         log.info("connected to %s (MQTT %s)", self._url, event.protocol)
         self._was_connected = True
         self._said_away = False
@@ -272,7 +272,7 @@ class Service:
         self._connection.subscribe(self._topics.subscriptions, (self._topics.status, self._topics.info))
         self._outbox.on_connected(event)
 
-    def _on_subscribed(self, event: events.Subscribed) -> None:
+    def _on_subscribed(self, event: connection_events.Subscribed) -> None:
         needed = len(self._topics.subscriptions)
         if any(reason >= 0x80 for reason in event.reasons[needed:]):
             log.info("the broker does not let us see who else publishes on %s", self._topics.status)
@@ -284,7 +284,7 @@ class Service:
 
     def _introduce(self) -> None:
         """Say what this board is, then that it is there."""
-        info = answer_codec.Packet(self._topics.info, answer_codec.write_json(self._info()), qos=1, retain=True)
+        info = packets.Packet(self._topics.info, packets.write_json(self._info()), qos=1, retain=True)
         self._introduction = (info, self._status("online"))
         for packet in self._introduction:
             self._outbox.send(packet)
@@ -295,7 +295,7 @@ class Service:
         if self._on_online is not None:
             self._on_online()
 
-    def _on_disconnected(self, event: events.Disconnected) -> None:
+    def _on_disconnected(self, event: connection_events.Disconnected) -> None:
         log.warning("lost the broker %s (%s); trying again until it is back", self._url, event.reason)
         self._said_away = True
         is_quick = time.monotonic() - self._connected_at < QUICK_LOSS_S
@@ -306,14 +306,14 @@ class Service:
             )
         self._connection.hurry(self._quick_losses < QUICK_LOSSES)  # two would take the place from each other forever
 
-    def _on_connect_failed(self, event: events.ConnectFailed) -> None:
+    def _on_connect_failed(self, event: connection_events.ConnectFailed) -> None:
         if event.is_final and not self._was_connected:
             self._fail(EdgelmError(f"broker {self._url}: {event.reason}"))
         elif not self._said_away:
             log.warning("no broker at %s (%s); trying again until there is one", self._url, event.reason)
             self._said_away = True
 
-    def _on_received(self, event: events.Received) -> None:
+    def _on_received(self, event: connection_events.Received) -> None:
         try:
             if event.topic in {self._topics.status, self._topics.info}:
                 self._note_overwritten(event)
@@ -322,7 +322,7 @@ class Service:
         finally:
             self._connection.settle(event)
 
-    def _note_overwritten(self, event: events.Received) -> None:
+    def _note_overwritten(self, event: connection_events.Received) -> None:
         """Note that someone published on a topic of our own; over MQTT 3.1.1 it may have been ourselves."""
         said = {packet.topic: packet.payload for packet in self._introduction}
         if self._connection.is_mqtt5 or event.payload != said.get(event.topic, event.payload):
@@ -356,13 +356,13 @@ class Service:
 
     # -- what the board says of itself ---------------------------------------------------------------------------
 
-    def _status(self, word: str) -> answer_codec.Packet:
-        properties = answer_codec.Properties(is_text=True, user=(("boot_id", self._boot_id),))
-        return answer_codec.Packet(self._topics.status, word.encode(), qos=1, retain=True, properties=properties)
+    def _status(self, word: str) -> packets.Packet:
+        properties = packets.Properties(is_text=True, user=(("boot_id", self._boot_id),))
+        return packets.Packet(self._topics.status, word.encode(), qos=1, retain=True, properties=properties)
 
     def _info(self) -> dict[str, Any]:
         return {
-            "protocol": answer_codec.PROTOCOL,
+            "protocol": packets.PROTOCOL,
             "version": __version__,
             "board": self._config.board,
             "boot_id": self._boot_id,
@@ -370,7 +370,7 @@ class Service:
             "mqtt": self._protocol,
             "models": [{"name": model.name, "digest": model.digest, **model.details} for model in self._models],
             "limits": {
-                "payload_bytes": answer_codec.MAX_PAYLOAD_BYTES,
+                "payload_bytes": packets.MAX_PAYLOAD_BYTES,
                 "queue": self._config.queue,
                 "max_batch": self._config.max_batch,
                 "timeout_s": self._config.max_timeout_s,
@@ -394,8 +394,8 @@ class Service:
             "completed": sum(each.completed for each in stats),
             "dropped": self._gate.dropped,
             "tok_s": round(sum(each.tok_s for each in stats), 2),
-            "rss_mb": health.rss_mb(),
-            "temp_c": health.temp_c(),
-            "throttled": health.is_throttled(),
+            "rss_mb": board_health.rss_mb(),
+            "temp_c": board_health.temp_c(),
+            "throttled": board_health.is_throttled(),
         }
-        self._connection.tell(answer_codec.Packet(self._topics.state, answer_codec.write_json(body), retain=True))
+        self._connection.tell(packets.Packet(self._topics.state, packets.write_json(body), retain=True))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from edgelm.errors import RequestError
-from edgelm.mqtt.config import NAME, RESERVED_NAMES
+from edgelm.mqtt.service_config import NAME, RESERVED_NAMES
 
 BASE: Final = "edgelm"
 MAX_REPLY_BYTES: Final = 256

@@ -12,10 +12,10 @@ from edgelm.errors import BundleError, EdgelmError
 from edgelm.graph.domain import INVARIANT
 from edgelm.graph.node_attributes import with_attribute
 from edgelm.graph.protobuf import BYTES, message
+from edgelm.kernels.abi import LAYOUT
 from edgelm.kernels.custom_ops import Operators
-from edgelm.kernels.formats import LAYOUT
-from edgelm.kernels.rewrite.widened_codes import join_codes
-from edgelm.runtime.attention_windows import has_windows, with_old_windows
+from edgelm.kernels.rewrite.code_expansion import join_codes
+from edgelm.runtime.sliding_window import has_windows, with_old_windows
 from edgelm.runtime.threads import THREADS_LIMIT, Tuning, default_threads, recall
 from edgelm.system.board_cache import BoardCache, Key, this_cpu
 

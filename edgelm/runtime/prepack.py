@@ -19,10 +19,10 @@ import numpy as np
 
 from edgelm.bundle.manifest import Bundle, open_bundle
 from edgelm.errors import BundleError, EdgelmError
-from edgelm.graph.check import check_graph
+from edgelm.graph.graph_check import check_graph
+from edgelm.kernels.abi import Format
 from edgelm.kernels.custom_ops import Operators
-from edgelm.kernels.formats import Format
-from edgelm.kernels.rewrite.rewrite_graph import DATA, computes_row_by_row, write_panels
+from edgelm.kernels.rewrite.graph_rewriter import DATA, computes_row_by_row, write_panels
 from edgelm.runtime.ort import (
     PACKED,
     VERSION,
@@ -241,7 +241,7 @@ def try_kernels(bundle: Bundle, threads: int | None = None) -> str:
 def _compile(library: Path, formats: list[Format]) -> None:
     """Compile kernels in a process of their own. Raises `OSError` with the reason where that fails."""
     forms = [f"{form.bits}:{form.block}" for form in formats]
-    command = python_command("edgelm.kernels.compile", "main", str(library.absolute()), *forms)
+    command = python_command("edgelm.kernels.compiler", "main", str(library.absolute()), *forms)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"the kernels cannot be compiled: {(done.stderr.strip() or 'killed').splitlines()[-1]}")

@@ -20,15 +20,15 @@ from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 
-import edgelm.mqtt.board
+import edgelm.mqtt.service_setup
 from edgelm.cli import main
 from edgelm.engine.engine import Engine
-from edgelm.mqtt.answer import Answer
-from edgelm.mqtt.answer_codec import Delta
-from edgelm.mqtt.broker_url import BrokerConfig, BrokerUrl
+from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl
 from edgelm.mqtt.local_broker import Mosquitto, find_mosquitto
+from edgelm.mqtt.pending_response import Answer
 from edgelm.mqtt.request_client import Asker
 from edgelm.mqtt.request_codec import Ask
+from edgelm.mqtt.response_codec import Delta
 from edgelm.types import Chunk
 
 PACE_S = 0.01
@@ -59,7 +59,7 @@ def serve(record: Path, url: str, bundle: str) -> int:
         real(answer, chunk)
 
     Answer.sink = noted  # type: ignore[method-assign]
-    edgelm.mqtt.board.Engine = PacedEngine  # type: ignore[misc]
+    edgelm.mqtt.service_setup.Engine = PacedEngine  # type: ignore[misc]
     code = main(["serve", "--mqtt", url, "--model", bundle, "--board", BOARD, "--threads", "1"])
     record.write_text(json.dumps({"left": left, "cpu": cpu}))
     return code

@@ -18,9 +18,9 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from edgelm.kernels.abi import Format
 from edgelm.kernels.custom_ops import Operators
-from edgelm.kernels.formats import Format
-from edgelm.kernels.rewrite.rewrite_graph import DATA, GRAPH, write_panels
+from edgelm.kernels.rewrite.graph_rewriter import DATA, GRAPH, write_panels
 from edgelm.system.digest import file_sha256
 from edgelm.system.isolated_python import python_command
 
@@ -59,7 +59,7 @@ def measure(side: str, form: Format, size: int, columns: int, rows: int, threads
         if side == "ours":
             formats = write_panels(model, folder / "none", folder)
             library = folder / "kernels.so"
-            command = python_command("edgelm.kernels.compile", "main", str(library), f"{form.bits}:{form.block}")
+            command = python_command("edgelm.kernels.compiler", "main", str(library), f"{form.bits}:{form.block}")
             subprocess.run(command, check=True)
             Operators(library, formats, folder / DATA, file_sha256(library)).register(options)
             model = str(folder / GRAPH)

@@ -14,8 +14,8 @@ from edgelm_devices.rootfs import prepare_rootfs, rootfs_folder
 
 import edgelm
 from edgelm.errors import DeviceError
-from edgelm.kernels.compile import compile_kernels
-from edgelm.kernels.formats import FORMATS
+from edgelm.kernels.abi import FORMATS
+from edgelm.kernels.compiler import compile_kernels
 from edgelm.kernels.ir.targets import TARGETS
 
 HELPERS = Path(__file__).parents[1] / "support"

@@ -43,7 +43,7 @@ EXPORTED = {"configuration": 5, "tokenizer files": 3, "safetensors": 4, "GGUF": 
 
 def prepare(work: Path) -> None:
     """Make bundles, checkpoints and kernels to begin with."""
-    from edgelm.kernels.compile import main as compile_kernels
+    from edgelm.kernels.compiler import main as compile_kernels
 
     work.mkdir(parents=True, exist_ok=True)
     bundles = work / "bundles"

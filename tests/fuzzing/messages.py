@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgelm.mqtt.answer_codec import MAX_PAYLOAD_BYTES
+from edgelm.mqtt.packets import MAX_PAYLOAD_BYTES
 from edgelm.mqtt.request_codec import KNOWN_KEYS
 
 CLIENTS = tuple(f"c{number}" for number in range(10))

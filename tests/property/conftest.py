@@ -7,8 +7,8 @@ import platform
 import pytest
 from llvmlite import binding
 
-from edgelm.kernels.compile import compile_kernels
-from edgelm.kernels.formats import FORMATS
+from edgelm.kernels.abi import FORMATS
+from edgelm.kernels.compiler import compile_kernels
 from edgelm.kernels.ir.targets import TARGETS
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llvmlite import binding
 from naive_kernel_attention import Shape
 
-from edgelm.kernels.compile import compile_kernels
+from edgelm.kernels.compiler import compile_kernels
 from edgelm.kernels.custom_ops import Operators
 from edgelm.kernels.ir.targets import TARGETS
 from edgelm.system.digest import file_sha256

@@ -21,9 +21,9 @@ from naive_kernel_attention import Shape
 from native_nodes import look_up, matrix, product
 from native_nodes import run as run_product
 
+from edgelm.kernels.abi import FAULTS, NOWHERE, Fault, Format, State
 from edgelm.kernels.custom_ops import Operators
-from edgelm.kernels.formats import FAULTS, NOWHERE, Fault, Format, State
-from edgelm.kernels.operators import ATTENDING, look_up_of, product_of
+from edgelm.kernels.op_schemas import ATTENDING, look_up_of, product_of
 from edgelm.system.digest import file_sha256
 
 FORM = Format(4, 32)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_nodes import inputs, look_up, matrix, panels, product, run
 
-from edgelm.kernels.formats import FORMATS, Format
+from edgelm.kernels.abi import FORMATS, Format
 
 formats = st.sampled_from(FORMATS)
 seeds = st.integers(0, 2**32 - 1)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.mqtt import refusals
-from edgelm.mqtt.answer_codec import Packet
+from edgelm.mqtt import rejection_queue
+from edgelm.mqtt.packets import Packet
 from edgelm.mqtt.rate_limit import IDLE_S, NEWCOMERS_BURST, Bucket, Rates
-from edgelm.mqtt.refusals import Refusals
+from edgelm.mqtt.rejection_queue import Refusals
 
 steps = st.floats(0, 3)
 
@@ -69,18 +69,18 @@ def test_refusals_are_bounded_in_number_and_rate_and_keep_their_order(arriving):
                 kept[client].append(packet.payload)
         for packet in waiting.take(now, 64):
             sent.setdefault(packet.topic, []).append(packet.payload)
-        assert len(waiting) <= refusals.MOST_OF_ALL
+        assert len(waiting) <= rejection_queue.MOST_OF_ALL
         for client_sent in sent.values():
-            assert len(client_sent) <= refusals.RATE * (1 + now) + 1e-6
+            assert len(client_sent) <= rejection_queue.RATE * (1 + now) + 1e-6
     for client, packets in kept.items():
         told = sent.get(f"to/{client}", [])
         assert told == packets[: len(told)]
-        assert len(packets) - len(told) <= refusals.MOST_WAITING
+        assert len(packets) - len(told) <= rejection_queue.MOST_WAITING
 
 
 def test_a_client_hears_of_its_refusal_though_another_floods():
     waiting = Refusals()
-    assert sum(waiting.add("flood", Packet("flood", b"")) for _ in range(10_000)) == refusals.MOST_WAITING
+    assert sum(waiting.add("flood", Packet("flood", b"")) for _ in range(10_000)) == rejection_queue.MOST_WAITING
     for i in range(2000):
         waiting.add(f"name {i}", Packet("name", b""))
     waiting.take(0.0, 64)

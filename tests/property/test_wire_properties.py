@@ -10,16 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelm.errors import STATUS_OF_CODE, RequestError
-from edgelm.mqtt.answer_codec import (
-    Delta,
-    Outcome,
-    Properties,
-    WireError,
-    answer_properties,
-    parse_answer,
-    write_delta,
-    write_outcome,
-)
+from edgelm.mqtt.packets import Properties
 from edgelm.mqtt.request_codec import (
     MAX_CHUNK_MS,
     MAX_ID_LENGTH,
@@ -28,6 +19,15 @@ from edgelm.mqtt.request_codec import (
     open_envelope,
     parse_ask,
     write_ask,
+)
+from edgelm.mqtt.response_codec import (
+    Delta,
+    Outcome,
+    WireError,
+    answer_properties,
+    parse_answer,
+    write_delta,
+    write_outcome,
 )
 from edgelm.mqtt.topics import MAX_REPLY_BYTES, check_reply_topic, matches
 from edgelm.types import RANGES, Completion, Constraint, Timing, TokenLogprob, Usage

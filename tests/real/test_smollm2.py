@@ -19,7 +19,7 @@ from edgelm_export.verify.quality_gate import CheckpointReference, measure
 
 import edgelm
 from edgelm.bundle.manifest import open_bundle
-from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.service_config import ServeConfig
 
 SYSTEM = {"role": "system", "content": "Answer in one short sentence."}
 QUESTION = "What is the capital of France?"

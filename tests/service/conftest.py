@@ -10,7 +10,7 @@ from broker import Broker
 from mqtt_client import Client
 from served_board import serving
 
-from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.service_config import ServeConfig
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mqtt_client import Client, Heard
 from served_board import serving
 
-from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.service_config import ServeConfig
 
 PROMPT = "Once upon a time"
 NUMBERS = count()

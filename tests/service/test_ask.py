@@ -21,12 +21,12 @@ from served_board import Process, SlowEngine, serving
 import edgelm
 from edgelm.bundle.manifest import MANIFEST
 from edgelm.cli import main
-from edgelm.mqtt.answer_codec import Delta, Outcome
-from edgelm.mqtt.broker_url import BrokerConfig, BrokerUrl
-from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl
 from edgelm.mqtt.local_broker import EmbeddedBroker, free_port
 from edgelm.mqtt.request_client import Asker, answer_to
 from edgelm.mqtt.request_codec import Ask
+from edgelm.mqtt.response_codec import Delta, Outcome
+from edgelm.mqtt.service_config import ServeConfig
 
 PROMPT = "Once upon a time"
 

@@ -14,10 +14,10 @@ from served_board import SlowEngine, serving
 
 from edgelm.errors import EdgelmError
 from edgelm.mqtt import connection as mqtt
-from edgelm.mqtt.answer_codec import Properties
-from edgelm.mqtt.board import open_board
-from edgelm.mqtt.config import ServeConfig
-from edgelm.mqtt.events import Received, Subscribed
+from edgelm.mqtt.connection_events import Received, Subscribed
+from edgelm.mqtt.packets import Properties
+from edgelm.mqtt.service_config import ServeConfig
+from edgelm.mqtt.service_setup import open_board
 
 PROMPT = "Once upon a time"
 

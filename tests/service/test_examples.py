@@ -12,7 +12,7 @@ import pytest
 from broker import Broker
 from served_board import serving
 
-from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.service_config import ServeConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

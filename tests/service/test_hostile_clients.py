@@ -20,10 +20,10 @@ from mqtt_client import Client
 from served_board import Process, serving
 
 import edgelm.mqtt.service as service_module
-from edgelm.mqtt.config import ServeConfig
-from edgelm.mqtt.events import Subscribed
-from edgelm.mqtt.log_limit import LineLimit
+from edgelm.mqtt.connection_events import Subscribed
+from edgelm.mqtt.log_rate_limit import LineLimit
 from edgelm.mqtt.packet_filter import SievedSocket
+from edgelm.mqtt.service_config import ServeConfig
 
 PROMPT = "Once upon a time"
 LONG = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "timeout_s": 200}

@@ -7,7 +7,7 @@ from broker import Broker
 from mqtt_client import Client
 from served_board import serving
 
-from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.service_config import ServeConfig
 
 HOSTILE = [
     {"json_schema": {"const": -9223372036854775807}},

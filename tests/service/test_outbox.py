@@ -11,11 +11,11 @@ import pytest
 from broker import Broker
 from mqtt_client import Client
 
-from edgelm.mqtt.answer_codec import Packet
-from edgelm.mqtt.broker_url import BrokerConfig, BrokerUrl
+from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl
 from edgelm.mqtt.connection import Connection
-from edgelm.mqtt.events import Connected, Event, NeedsCare, PacketTooLargeError, Published
+from edgelm.mqtt.connection_events import Connected, Event, NeedsCare, PacketTooLargeError, Published
 from edgelm.mqtt.outbox import Outbox
+from edgelm.mqtt.packets import Packet
 
 PATIENCE_S = 40.0
 WINDOW = 3

@@ -11,7 +11,7 @@ from mqtt_client import Client
 from served_board import SlowEngine, serving
 
 from edgelm.bundle.manifest import open_bundle
-from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.service_config import ServeConfig
 
 PROMPT = "Once upon a time"
 

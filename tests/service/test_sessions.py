@@ -12,7 +12,7 @@ from mqtt_client import Client
 from served_board import serving
 
 from edgelm.cli import main
-from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.service_config import ServeConfig
 
 PROMPT = "Once upon a time"
 NUMBERS = count()

@@ -16,8 +16,8 @@ import edgelm
 from edgelm.bundle.manifest import open_bundle
 from edgelm.cli import main
 from edgelm.errors import EdgelmError
-from edgelm.mqtt.board import open_board
-from edgelm.mqtt.config import ServeConfig, load_config
+from edgelm.mqtt.service_config import ServeConfig, load_config
+from edgelm.mqtt.service_setup import open_board
 from edgelm.runtime.memory_plan import PROGRAM_BYTES, plan_memory
 
 PROMPT = "Once upon a time"

@@ -9,7 +9,7 @@ from broker import Broker
 from mqtt_client import Client
 from served_board import SlowEngine, serving
 
-from edgelm.mqtt.config import ServeConfig
+from edgelm.mqtt.service_config import ServeConfig
 
 
 def test_the_service_itself_ends_what_is_past_its_deadline(

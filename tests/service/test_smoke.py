@@ -50,7 +50,7 @@ def test_the_embedded_broker_will_do(bundle: Path, monkeypatch):
 def test_no_broker_at_all_is_skipped_with_what_to_do(bundle: Path, monkeypatch):
     monkeypatch.setattr(local_broker, "find_mosquitto", lambda: None)
     monkeypatch.setitem(sys.modules, "amqtt.broker", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "edgelm.mqtt.embedded_broker", raising=False)
+    monkeypatch.delitem(sys.modules, "edgelm.mqtt.amqtt_broker", raising=False)
     report = run_smoke(str(bundle), threads=1)
     check = next(check for check in report.checks if check.name == "mqtt")
     assert (check.status, report.ok) == ("skipped", True)

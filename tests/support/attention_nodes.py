@@ -9,7 +9,7 @@ from native_nodes import value_info
 from edgelm.graph.domain import DOMAIN
 from edgelm.graph.onnx_model import FLOAT, encode_node
 from edgelm.graph.protobuf import BYTES, VARINT, message
-from edgelm.kernels.formats import ATTENTION
+from edgelm.kernels.abi import ATTENTION
 
 INT32, INT64 = 6, 7
 TYPES = {"seqlens": INT32, "total": INT32, "positions": INT64}

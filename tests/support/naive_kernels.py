@@ -73,7 +73,7 @@ def matmul(x, codes, scales, bits, block, bias):
 
 
 def packed(codes, bits):
-    """The bytes of every panel, in their order, as `edgelm.kernels.rewrite.panels` describes them."""
+    """The bytes of every panel, in their order, as `edgelm.kernels.rewrite.panel_layout` describes them."""
     columns, blocks, size = codes.shape
     found = []
     for panel in range(-(-columns // 16)):

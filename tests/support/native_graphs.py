@@ -8,7 +8,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from edgelm.kernels.custom_ops import Operators
-from edgelm.kernels.rewrite.rewrite_graph import DATA, GRAPH, write_panels
+from edgelm.kernels.rewrite.graph_rewriter import DATA, GRAPH, write_panels
 from edgelm.system.digest import file_sha256
 
 BLOCK = 32

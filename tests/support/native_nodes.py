@@ -12,7 +12,7 @@ from edgelm.graph.domain import DOMAIN
 from edgelm.graph.onnx_model import FLOAT, INT64, encode_node
 from edgelm.graph.protobuf import BYTES, VARINT, message
 from edgelm.kernels.custom_ops import Operators
-from edgelm.kernels.rewrite.panels import packed_bias, packed_codes, packed_scales
+from edgelm.kernels.rewrite.panel_layout import packed_bias, packed_codes, packed_scales
 from edgelm.system.digest import file_sha256
 
 

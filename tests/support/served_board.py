@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-import edgelm.mqtt.board
+import edgelm.mqtt.service_setup
 from edgelm.engine.engine import Engine
-from edgelm.mqtt.board import open_board
-from edgelm.mqtt.config import ServeConfig
 from edgelm.mqtt.service import Service
+from edgelm.mqtt.service_config import ServeConfig
+from edgelm.mqtt.service_setup import open_board
 from edgelm.types import Chunk
 
 PATIENCE_S = 40.0
@@ -45,7 +45,7 @@ def serving(
     if monkeypatch is not None:
         monkeypatch.setattr(SlowEngine, "step_s", step_s)
         monkeypatch.setattr(SlowEngine, "failure", None)
-        monkeypatch.setattr(edgelm.mqtt.board, "Engine", SlowEngine)
+        monkeypatch.setattr(edgelm.mqtt.service_setup, "Engine", SlowEngine)
     online, raised = threading.Event(), []
     with open_board(config, online.set) as service:
 

@@ -18,7 +18,7 @@ import pytest
 
 from edgelm.errors import DeviceError, EdgelmError
 from edgelm.kernels.custom_ops import Operators
-from edgelm.kernels.rewrite.rewrite_graph import DATA
+from edgelm.kernels.rewrite.graph_rewriter import DATA
 from edgelm.runtime import prepack
 from edgelm.runtime.prepack import KERNELS, open_verified
 from edgelm.runtime.runner import open_session

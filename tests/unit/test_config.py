@@ -11,8 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelm.errors import ConfigError
-from edgelm.mqtt.broker_url import BrokerConfig, BrokerUrl
-from edgelm.mqtt.config import NAME, RESERVED_NAMES, SETTINGS, ServeConfig, check_name, default_board, load_config
+from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl
+from edgelm.mqtt.service_config import (
+    NAME,
+    RESERVED_NAMES,
+    SETTINGS,
+    ServeConfig,
+    check_name,
+    default_board,
+    load_config,
+)
 
 
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:

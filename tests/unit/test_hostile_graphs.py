@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgelm.bundle.manifest import MANIFEST, open_bundle
 from edgelm.errors import BundleError
-from edgelm.graph.check import check_graph
+from edgelm.graph.graph_check import check_graph
 from edgelm.runtime import prepack
 from edgelm.runtime.prepack import open_verified
 from edgelm.runtime.runner import open_session
@@ -425,7 +425,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """Kernels compiled once for all formats of the built-in bundle."""
-    from edgelm.kernels.compile import main
+    from edgelm.kernels.compiler import main
 
     file = tmp_path_factory.mktemp("kernels") / "kernels.so"
     assert main([str(file), "4:16", "4:32", "4:64", "4:128", "8:16", "8:32", "8:64", "8:128"]) is None

@@ -51,11 +51,11 @@ EXPORT_FLOORS = [
 """The same inside export/."""
 SOLE_IMPORTERS = {
     "onnxruntime": {"edgelm/runtime/ort.py", "edgelm/runtime/runner.py"},
-    "paho": {f"edgelm/mqtt/{name}.py" for name in ("connection", "properties", "sending", "transport")},
+    "paho": {f"edgelm/mqtt/{name}.py" for name in ("connection", "paho_client", "paho_properties")},
     "llguidance": {"edgelm/text/grammar.py"},
     "tokenizers": {"edgelm/text/tokenizer.py"},
     "jinja2": {"edgelm/text/template_sandbox.py"},
-    "amqtt": {"edgelm/mqtt/embedded_broker.py"},
+    "amqtt": {"edgelm/mqtt/amqtt_broker.py"},
 }
 HEAVY = {"onnx", "torch", "transformers", "optimum", "safetensors", "ml_dtypes", "huggingface_hub", "gguf"}
 RUNTIME = {

@@ -10,7 +10,7 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 import onnxruntime as ort
 
 from edgelm.bundle.manifest import open_bundle
-from edgelm.kernels.rewrite.widened_codes import join_codes
+from edgelm.kernels.rewrite.code_expansion import join_codes
 from edgelm.runtime.ort import load_graph, load_packed
 from edgelm.runtime.probe import probe
 from edgelm.runtime.threads import Tuning

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgelm.graph.onnx_model import read_model
-from edgelm.kernels.rewrite.attention_fusion import attention_of
+from edgelm.kernels.rewrite.attention_lowering import attention_of
 
 SIZE = 64
 INPUTS = ("packed", "", "", "past.0.key", "past.0.value", "seqlens_k", "total_sequence_length", "cos", "sin")

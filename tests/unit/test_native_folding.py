@@ -10,7 +10,7 @@ import numpy as np
 from native_graphs import BLOCK, assert_close, attributes, matrix, product, rewritten, run_both, stored
 from onnx import helper
 
-from edgelm.kernels import compile as compiler
+from edgelm.kernels import compiler as compiler
 
 IN, SIZE, OUT = 96, 40, 20
 OURS = "MatMulInt4Block32"

@@ -10,8 +10,8 @@ import numpy as np
 from native_graphs import BLOCK, attributes, matrix, product, rewritten, stored
 from onnx import helper
 
-from edgelm.kernels.formats import Format
-from edgelm.kernels.rewrite.panels import packed_bias, packed_codes, packed_scales
+from edgelm.kernels.abi import Format
+from edgelm.kernels.rewrite.panel_layout import packed_bias, packed_codes, packed_scales
 
 SIZE, COLUMNS = 70, 40
 """So that the last block and the last panel are short, and the scales do not fill lines of the cache."""

@@ -15,8 +15,8 @@ from edgelm_export.quantize.spec import Spec
 from native_graphs import assert_close, rewritten, run_both
 from onnx import helper, numpy_helper
 
-from edgelm.kernels import compile as compiler
-from edgelm.kernels.formats import FORMATS, Format
+from edgelm.kernels import compiler as compiler
+from edgelm.kernels.abi import FORMATS, Format
 
 COLUMNS = 40
 SPLIT = [form for form in FORMATS if form.high_bits]

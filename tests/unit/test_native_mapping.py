@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.kernels import huge_page_file
-from edgelm.kernels.huge_page_file import PagedFile, mapped
+from edgelm.kernels import huge_pages
+from edgelm.kernels.huge_pages import PagedFile, mapped
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_pages():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huge_page_file, "PAGE", 16)
+        patch.setattr(huge_pages, "PAGE", 16)
         yield
 
 

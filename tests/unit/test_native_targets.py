@@ -10,9 +10,9 @@ import pytest
 from llvmlite import binding
 from native_nodes import inputs, matrix, product, run
 
-from edgelm.kernels import compile as compiler
-from edgelm.kernels.formats import Format
-from edgelm.kernels.ir.entry_points import kernels_module
+from edgelm.kernels import compiler as compiler
+from edgelm.kernels.abi import Format
+from edgelm.kernels.ir.matmul_operator import kernels_module
 from edgelm.kernels.ir.targets import TARGETS
 
 FORMS = [Format(4, 16), Format(4, 32), Format(5, 32), Format(6, 64), Format(8, 16), Format(8, 128)]

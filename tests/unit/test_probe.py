@@ -10,7 +10,7 @@ from tiny import TinyLlama
 
 from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import EdgelmError
-from edgelm.kernels.rewrite import attention_fusion, rewrite_graph
+from edgelm.kernels.rewrite import attention_lowering, graph_rewriter
 from edgelm.runtime import prepack, probe
 from edgelm.runtime.ort import load_graph
 from edgelm.runtime.prepack import try_kernels
@@ -55,22 +55,22 @@ def test_right_kernels_are_used_whatever_the_model_makes_of_rounding(bundle_of, 
 
 
 def scales_of_other_blocks(patch):
-    packed = rewrite_graph.packed_scales
-    patch.setattr(rewrite_graph, "packed_scales", lambda scales: np.roll(packed(scales), 1, axis=1))
+    packed = graph_rewriter.packed_scales
+    patch.setattr(graph_rewriter, "packed_scales", lambda scales: np.roll(packed(scales), 1, axis=1))
 
 
 def codes_of_other_columns(patch):
-    packed = rewrite_graph.packed_codes
-    patch.setattr(rewrite_graph, "packed_codes", lambda codes, *others: packed(codes[::-1], *others))
+    packed = graph_rewriter.packed_codes
+    patch.setattr(graph_rewriter, "packed_codes", lambda codes, *others: packed(codes[::-1], *others))
 
 
 def no_rotation(patch):
-    encode = attention_fusion.encode_node
-    patch.setattr(attention_fusion, "encode_node", lambda *a: encode(*a[:-1], {**a[-1], "HALF": 0}))
+    encode = attention_lowering.encode_node
+    patch.setattr(attention_lowering, "encode_node", lambda *a: encode(*a[:-1], {**a[-1], "HALF": 0}))
 
 
 def another_scale(patch):
-    patch.setattr(attention_fusion, "_bits", lambda value: int(np.float32(8 * value).view(np.int32)))
+    patch.setattr(attention_lowering, "_bits", lambda value: int(np.float32(8 * value).view(np.int32)))
 
 
 @pytest.mark.parametrize("wrong", [scales_of_other_blocks, codes_of_other_columns, no_rotation, another_scale])
@@ -101,7 +101,7 @@ def test_logits_that_are_not_numbers_are_never_right(which):
 
 def test_products_of_onnxruntimes_may_depend_on_what_is_computed_together(bundle_of):
     """So a graph that has some is not said to be invariant."""
-    assert not rewrite_graph.computes_row_by_row(bundle_of(1.0, "int4").graph.read_bytes())
+    assert not graph_rewriter.computes_row_by_row(bundle_of(1.0, "int4").graph.read_bytes())
 
 
 def test_a_graph_whose_rows_depend_on_each_other_is_not_invariant(bundle_of, tmp_path, monkeypatch):

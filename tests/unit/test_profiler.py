@@ -10,7 +10,7 @@ import pytest
 from edgelm.bench import profiler
 from edgelm.bench.trace import PRODUCTS
 from edgelm.bundle.manifest import open_bundle
-from edgelm.kernels.formats import Format
+from edgelm.kernels.abi import Format
 from edgelm.runtime import prepack
 from edgelm.system.board_cache import BoardCache
 

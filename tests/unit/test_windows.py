@@ -10,7 +10,7 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import onnx
 
-from edgelm.runtime.attention_windows import has_windows, with_old_windows
+from edgelm.runtime.sliding_window import has_windows, with_old_windows
 
 WINDOWS = st.lists(st.one_of(st.none(), st.integers(1, 2**31)), max_size=4)
 

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from edgelm.errors import RequestError
-from edgelm.mqtt.answer_codec import Properties
+from edgelm.mqtt.packets import Properties
 from edgelm.mqtt.request_codec import Ask, open_envelope, parse_ask, write_ask
 from edgelm.mqtt.topics import Address, BoardTopics, check_reply_topic
 

@@ -19,9 +19,9 @@ from typing import Final
 
 from llvmlite import ir
 
-from edgelm.kernels.formats import COLUMNS
-from edgelm.kernels.ir.elementary import exp, tanh
+from edgelm.kernels.abi import COLUMNS
 from edgelm.kernels.ir.emitter import F32, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
+from edgelm.kernels.ir.math_functions import exp, tanh
 from edgelm.kernels.ir.targets import Target
 
 CHUNK: Final = 128

@@ -8,7 +8,7 @@ from typing import Final
 
 from llvmlite import ir
 
-from edgelm.kernels.formats import COLUMNS
+from edgelm.kernels.abi import COLUMNS
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32: Final = ir.FloatType()

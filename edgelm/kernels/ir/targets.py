@@ -8,7 +8,7 @@ from typing import Final
 
 from llvmlite import ir
 
-from edgelm.kernels.formats import COLUMNS, LARGEST_BYTE
+from edgelm.kernels.abi import COLUMNS, LARGEST_BYTE
 from edgelm.kernels.ir.emitter import I8, I16, I32
 
 

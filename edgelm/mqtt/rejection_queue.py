@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from typing import Final
 
 from edgelm.engine.fairness import FairQueue
-from edgelm.mqtt.answer_codec import Packet
+from edgelm.mqtt.packets import Packet
 from edgelm.mqtt.rate_limit import Bucket
 
 RATE: Final = 20.0

@@ -13,9 +13,9 @@ from edgelm.bundle.store import BUILTIN
 from edgelm.engine.engine import Engine
 from edgelm.engine.worker import Worker
 from edgelm.errors import EdgelmError
-from edgelm.mqtt.config import ServeConfig
 from edgelm.mqtt.request_handler import ServedModel
 from edgelm.mqtt.service import Service
+from edgelm.mqtt.service_config import ServeConfig
 from edgelm.runtime.prepack import open_verified
 from edgelm.sampling import ensure_compiled, warm_up
 from edgelm.system.board_cache import BoardCache

@@ -10,9 +10,9 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from edgelm.errors import EdgelmError
-from edgelm.mqtt.answer_codec import Packet
-from edgelm.mqtt.broker_url import BrokerConfig
-from edgelm.mqtt.properties import will_properties
+from edgelm.mqtt.broker_config import BrokerConfig
+from edgelm.mqtt.packets import Packet
+from edgelm.mqtt.paho_properties import will_properties
 from edgelm.mqtt.version_negotiation import Version
 
 CONNECT_TIMEOUT_S: Final = 5.0

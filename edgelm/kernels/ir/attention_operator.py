@@ -19,12 +19,12 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from edgelm.kernels.formats import ATTENTION_COMPUTE, COLUMNS, MOST_HEAD_SIZE, MOST_QUERIES, Fault, State
+from edgelm.kernels.abi import ATTENTION_COMPUTE, COLUMNS, MOST_HEAD_SIZE, MOST_QUERIES, Fault, State
 from edgelm.kernels.ir.attention_kernels import CHUNK, emit_kernels
-from edgelm.kernels.ir.attention_part import emit_attend, emit_combine, part_length
-from edgelm.kernels.ir.attention_task import Task, emit_rotate, fields, past_of, tables_of
+from edgelm.kernels.ir.attention_params import Task, emit_rotate, fields, past_of, tables_of
+from edgelm.kernels.ir.attention_tile import emit_attend, emit_combine, part_length
 from edgelm.kernels.ir.emitter import F32, I32, I64, POINTER, VOID, WIDE, Emitter
-from edgelm.kernels.ir.ort_calls import Call
+from edgelm.kernels.ir.kernel_context import Call
 from edgelm.kernels.ir.targets import Target
 
 

@@ -31,11 +31,11 @@ from edgelm.graph.onnx_model import (
     is_theirs,
     read_model,
 )
-from edgelm.kernels.formats import ALIGN, ATTENTION, COLUMNS, NOWHERE, Format, is_operator
-from edgelm.kernels.huge_page_file import PagedFile
-from edgelm.kernels.rewrite.attention_fusion import attention_of
+from edgelm.kernels.abi import ALIGN, ATTENTION, COLUMNS, NOWHERE, Format, is_operator
+from edgelm.kernels.huge_pages import PagedFile
+from edgelm.kernels.rewrite.attention_lowering import attention_of
 from edgelm.kernels.rewrite.fusion import NORM, SKIP_NORM, Fold, Folding
-from edgelm.kernels.rewrite.panels import packed_bias, packed_codes, packed_scales
+from edgelm.kernels.rewrite.panel_layout import packed_bias, packed_codes, packed_scales
 from edgelm.kernels.rewrite.split_codes import Joining
 
 GRAPH: Final = "model.onnx"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from llvmlite import ir
 
-from edgelm.kernels.formats import COLUMNS, Format
+from edgelm.kernels.abi import COLUMNS, Format
 from edgelm.kernels.ir.emitter import BYTES, I8, I16, Emitter
 
 _STRIDE = 4 * COLUMNS

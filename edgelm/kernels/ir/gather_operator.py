@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from edgelm.kernels.formats import COLUMNS, Format, State
+from edgelm.kernels.abi import COLUMNS, Format, State
 from edgelm.kernels.ir.emitter import F32, HALF, I8, I32, I64, POINTER, Emitter
-from edgelm.kernels.ir.ort_calls import MOST_DIMENSIONS, Call
-from edgelm.kernels.ir.unpack_weights import weights_of
+from edgelm.kernels.ir.kernel_context import MOST_DIMENSIONS, Call
+from edgelm.kernels.ir.panel_decoder import weights_of
 
 FOUR = ir.VectorType(F32, 4)
 

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 from llvmlite import ir
 
-from edgelm.kernels.formats import COLUMNS
+from edgelm.kernels.abi import COLUMNS
 from edgelm.kernels.ir.emitter import F32, I32, I64, POINTER, VOID, WIDE, Emitter
 
 

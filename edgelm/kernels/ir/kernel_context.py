@@ -11,7 +11,7 @@ from typing import Final
 
 from llvmlite import ir
 
-from edgelm.kernels.formats import Fault, State
+from edgelm.kernels.abi import Fault, State
 from edgelm.kernels.ir.emitter import I64, POINTER, VOID, Emitter
 
 MOST_DIMENSIONS: Final = 8

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.kernels.formats import COLUMNS
+from edgelm.kernels.abi import COLUMNS
 
 
 def packed_codes(codes: NDArray[np.uint8], bits: int, high: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:

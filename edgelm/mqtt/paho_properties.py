@@ -7,7 +7,7 @@ import functools
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties as PahoProperties
 
-from edgelm.mqtt.answer_codec import Packet, Properties
+from edgelm.mqtt.packets import Packet, Properties
 
 
 def greeting_properties(session_expiry_s: int, receive_maximum: int, packet_bytes: int | None) -> PahoProperties:

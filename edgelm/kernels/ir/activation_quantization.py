@@ -17,9 +17,9 @@ from typing import Final
 import numpy as np
 from llvmlite import ir
 
-from edgelm.kernels.formats import COLUMNS, Format
-from edgelm.kernels.ir.elementary import silu
+from edgelm.kernels.abi import COLUMNS, Format
 from edgelm.kernels.ir.emitter import F32, I8, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
+from edgelm.kernels.ir.math_functions import silu
 from edgelm.kernels.ir.targets import Target
 
 LEAST: Final = float(np.float32(1e-30))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgelm.errors import EdgelmError
-from edgelm.mqtt.answer_codec import Properties
-from edgelm.mqtt.message_filter import ADMITTED, Ticket
+from edgelm.mqtt.inbound_policy import ADMITTED, Ticket
+from edgelm.mqtt.packets import Properties
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from edgelm.mqtt.sending import Sending
+from edgelm.mqtt.connection import Sending
 from edgelm.types import Chunk, Completion
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from llvmlite import binding
 
+from edgelm.kernels.abi import Format
 from edgelm.kernels.elf import shared_library
-from edgelm.kernels.formats import Format
-from edgelm.kernels.ir.entry_points import kernels_module
+from edgelm.kernels.ir.matmul_operator import kernels_module
 from edgelm.kernels.ir.targets import TARGETS, Target
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgelm.graph.domain import DOMAIN
 from edgelm.graph.onnx_model import FLOAT, Model, Node, encode_node, is_theirs
-from edgelm.kernels.formats import ATTENTION, COLUMNS, MOST_HEAD_SIZE, MOST_QUERIES
+from edgelm.kernels.abi import ATTENTION, COLUMNS, MOST_HEAD_SIZE, MOST_QUERIES
 
 THEIRS: Final = "GroupQueryAttention"
 _QUERY, _KEY, _VALUE, _PAST_KEY, _PAST_VALUE, _SEQLENS, _COS, _SIN, _POSITIONS = 0, 1, 2, 3, 4, 5, 7, 8, 9

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from edgelm.engine.fairness import Shares
 from edgelm.errors import ConfigError
-from edgelm.mqtt.broker_url import BrokerConfig, BrokerUrl, read_password
+from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl, read_password
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from edgelm.kernels.formats import COLUMNS, MOST_HEAD_SIZE, MOST_QUERIES
+from edgelm.kernels.abi import COLUMNS, MOST_HEAD_SIZE, MOST_QUERIES
 from edgelm.kernels.ir.attention_kernels import CHUNK, MINUS_INFINITY, Kernels, merged
-from edgelm.kernels.ir.attention_task import Task, fields, past_of, tables_of, write
+from edgelm.kernels.ir.attention_params import Task, fields, past_of, tables_of, write
 from edgelm.kernels.ir.emitter import F32, I64, POINTER, VOID, WIDE, Emitter
 
 

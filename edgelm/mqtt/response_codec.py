@@ -9,15 +9,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from edgelm.errors import STATUS_OF_CODE, EdgelmError, RequestError
+from edgelm.mqtt.packets import Properties, write_json
 from edgelm.types import Completion, Timing, TokenLogprob, Usage
-
-PROTOCOL: Final = 1
-MAX_PAYLOAD_BYTES: Final = 64 * 1024
-"""The largest request."""
 
 _ENDED_EARLY: Final = {
     "cancelled": "cancelled on request; text is what there was until then",
@@ -27,30 +24,6 @@ _ENDED_EARLY: Final = {
 
 class WireError(EdgelmError):
     """Bytes that should be an answer are none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Properties:
-    """The MQTT 5 properties that the protocol uses; all absent over 3.1.1."""
-
-    response_topic: str | None = None
-    correlation: bytes | None = None
-    expiry_s: int | None = None
-    content_type: str | None = None
-    is_text: bool = False
-    """Payload Format Indicator: the payload is UTF-8."""
-    user: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Packet:
-    """One message to publish."""
-
-    topic: str
-    payload: bytes
-    qos: int = 0
-    retain: bool = False
-    properties: Properties = field(default_factory=Properties)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +110,6 @@ def parse_answer(payload: bytes) -> Delta | Outcome:
         return Outcome(completion, int(body["seq"]), attempt=int(body["attempt"]), **names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WireError(f"not an answer: {type(error).__name__}: {error}") from error
-
-
-def write_json(body: Mapping[str, Any]) -> bytes:
-    """Return compact JSON; raise `ValueError` for a number that JSON does not have."""
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.encode("utf-8", "replace")
 
 
 def _seconds(value: Any) -> float | None:

@@ -17,13 +17,13 @@ from typing import Final
 
 from llvmlite import ir
 
-from edgelm.kernels.formats import COLUMNS, DESTROY, HOOK, REGISTER, ROUNDED_BYTES, Fault, Format, State
-from edgelm.kernels.ir.attention import emit_attention
-from edgelm.kernels.ir.embedding_lookup import emit_look_up
+from edgelm.kernels.abi import COLUMNS, DESTROY, HOOK, REGISTER, ROUNDED_BYTES, Fault, Format, State
+from edgelm.kernels.ir.activation_quantization import Kind, emit_quantize
+from edgelm.kernels.ir.attention_operator import emit_attention
 from edgelm.kernels.ir.emitter import F32, I8, I32, I64, POINTER, VOID, Emitter
-from edgelm.kernels.ir.matmul import emit_rows
-from edgelm.kernels.ir.ort_calls import MOST_DIMENSIONS, Call
-from edgelm.kernels.ir.quantize_activations import Kind, emit_quantize
+from edgelm.kernels.ir.gather_operator import emit_look_up
+from edgelm.kernels.ir.kernel_context import MOST_DIMENSIONS, Call
+from edgelm.kernels.ir.matmul_kernels import emit_rows
 from edgelm.kernels.ir.targets import Target
 
 

@@ -2,7 +2,7 @@
 
 A bundle may come from anyone, and its manifest only says that its files are those that its maker meant. So every
 operator, shape, offset and file that the graph names is compared here with what the manifest and the other tensors say;
-what can change from call to call the kernels check themselves (`edgelm.kernels.ir.ort_calls`). Knows
+what can change from call to call the kernels check themselves (`edgelm.kernels.ir.kernel_context`). Knows
 nothing of onnxruntime, which checks its own operators too.
 """
 
@@ -32,7 +32,7 @@ from edgelm.graph.onnx_model import (
     read_tensor,
 )
 from edgelm.graph.protobuf import fields
-from edgelm.graph.shapes import Shapes
+from edgelm.graph.shape_inference import Shapes
 
 MOST_BYTES: Final = 1 << 40
 """Most bytes of one tensor."""

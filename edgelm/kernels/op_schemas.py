@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from edgelm.graph.domain import MOST_SIZE
-from edgelm.kernels.formats import ATTENTION, ATTENTION_COMPUTE, COLUMNS, MOST_HEAD_SIZE, MOST_QUERIES, Format, State
+from edgelm.kernels.abi import ATTENTION, ATTENTION_COMPUTE, COLUMNS, MOST_HEAD_SIZE, MOST_QUERIES, Format, State
 
 OPTIONAL_PLACES: Final = frozenset({State.BIAS, State.NORM})
 """Places of what a node may do without."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from llvmlite import ir
 
-from edgelm.kernels.formats import COLUMNS
+from edgelm.kernels.abi import COLUMNS
 from edgelm.kernels.ir.emitter import SUMS, WIDE, Emitter
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from edgelm.kernels.formats import COLUMNS, Format
+from edgelm.kernels.abi import COLUMNS, Format
 from edgelm.kernels.ir.emitter import BYTES, F32, HALF, I8, I16, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
+from edgelm.kernels.ir.panel_decoder import eight_at, weights_of
 from edgelm.kernels.ir.targets import Target
-from edgelm.kernels.ir.unpack_weights import eight_at, weights_of
 
 
 @dataclass(frozen=True, slots=True)
