@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from at_hand import REPO, can_export, shared_folder
 from hypothesis import HealthCheck, settings
 from real_model import smollm2
+from shared_data import REPO, can_export, shared_folder
 from tiny import TinyLlama
 
 import edgelm

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from folders import contents
+from folder_hashes import contents
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 

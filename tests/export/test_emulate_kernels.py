@@ -26,7 +26,7 @@ import numpy as np
 import naive_kernels as naive
 from attention_cases import Case, checked
 from naive_kernel_attention import Shape
-from native_nodes import look_up, matrix, product, run
+from kernel_nodes import look_up, matrix, product, run
 from edgelm.system.digest import file_sha256
 from edgelm.kernels.formats import FORMATS
 from edgelm.kernels.custom_ops import Operators

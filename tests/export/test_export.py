@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from folders import contents
+from folder_hashes import contents
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from foreign import CONTEXT, SHAPES, VOCAB, model_of, onnx, torch, write
+from foreign_models import CONTEXT, SHAPES, VOCAB, model_of, onnx, torch, write
 
 import edgelm
 from edgelm.bundle.manifest import open_bundle

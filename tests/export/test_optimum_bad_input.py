@@ -9,7 +9,7 @@ from pathlib import Path
 
 import edgelm_export
 import pytest
-from foreign import CONTEXT, model_of, torch, write
+from foreign_models import CONTEXT, model_of, torch, write
 from safetensors.numpy import load_file, save_file
 from tiny import write_json
 

@@ -14,7 +14,7 @@ from edgelm_export.checkpoint import open_checkpoint
 from edgelm_export.checkpoint.published_quantization import unquantized_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packing import float8_value, pack_awq, pack_gptq, scaled_bytes, unpacked
+from naive_packing import float8_value, pack_awq, pack_gptq, scaled_bytes, unpacked
 from tiny import TinyLlama, save_tensors, write_json
 
 import edgelm

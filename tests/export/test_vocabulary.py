@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from prunable import BYTES, DOMAIN, tokenizer_json, write
+from prunable_tokenizers import BYTES, DOMAIN, tokenizer_json, write
 from tokenizers import decoders, models, pre_tokenizers
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")

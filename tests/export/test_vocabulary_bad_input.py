@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from prunable import DOMAIN, tokenizer_json, write
+from prunable_tokenizers import DOMAIN, tokenizer_json, write
 from tokenizers import models
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from at_hand import can_export
+from shared_data import can_export
 
 import edgelm
 from edgelm.bundle.manifest import MANIFEST, open_bundle

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-import naive
+import naive_sampling
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -59,8 +59,8 @@ def test_sample_is_what_the_naive_chain_draws(
     row: tuple[np.ndarray, np.ndarray], params: SamplingParams, history: list[int]
 ) -> None:
     logits, mask = row
-    expected = naive.penalize(naive.mask_logits(logits, mask), history, params.repetition_penalty)
-    kept = naive.keep(expected, params)
+    expected = naive_sampling.penalize(naive_sampling.mask_logits(logits, mask), history, params.repetition_penalty)
+    kept = naive_sampling.keep(expected, params)
     token = Sampler(params, logits.size).sample(logits, mask, np.array(history, dtype=np.int32))
     assert mask[token // 32] >> (token % 32) & 1
     assert expected[token] > -math.inf
@@ -73,7 +73,7 @@ def test_sample_is_what_the_naive_chain_draws(
 def test_greedy_limits(row: tuple[np.ndarray, np.ndarray], params: SamplingParams) -> None:
     logits, mask = row
     params = params.replace(repetition_penalty=1.0)
-    allowed = naive.mask_logits(logits, mask)
+    allowed = naive_sampling.mask_logits(logits, mask)
     first_best = min(token for token, logit in enumerate(allowed) if logit == max(allowed))
     for narrow in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.0}, {"top_p": 1e-12}):
         assert Sampler(params.replace(**narrow), logits.size).sample(logits.copy(), mask) == first_best
@@ -113,7 +113,7 @@ def test_logprobs_are_the_log_softmax(logits: np.ndarray, count: int, at: int) -
     token = int(possible[at % possible.size])
     before = logits.copy()
     result = Sampler(SamplingParams(logprobs=count), logits.size).logprobs(logits, token)
-    expected = naive.log_softmax(logits.astype(float).tolist())
+    expected = naive_sampling.log_softmax(logits.astype(float).tolist())
     assert np.array_equal(logits, before)
     assert result.token == token
     assert result.logprob == pytest.approx(expected[token], abs=1e-5)
@@ -125,7 +125,7 @@ def test_logprobs_are_the_log_softmax(logits: np.ndarray, count: int, at: int) -
 @given(LOGITS, HISTORY, st.floats(0.01, 100))
 def test_penalty_is_naive_and_leaves_its_scratch_clean(logits: np.ndarray, history: list[int], penalty: float) -> None:
     seen = np.zeros(-(-logits.size // 32), dtype=np.uint32)
-    expected = naive.penalize(logits, history, penalty)
+    expected = naive_sampling.penalize(logits, history, penalty)
     penalties.penalize(logits, np.array(history, dtype=np.int32), seen, np.float32(penalty))
     assert logits.tolist() == expected
     assert not seen.any()

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from prunable import DOMAIN, KINDS, write
+from prunable_tokenizers import DOMAIN, KINDS, write
 from tiny import TinyLlama
 from vocabularies import TEXTS
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from at_hand import can_export, shared_folder
 from broker import Broker
 from mqtt_client import Client
 from served_board import serving
+from shared_data import can_export, shared_folder
 
 from edgelm.mqtt.service_config import ServeConfig
 

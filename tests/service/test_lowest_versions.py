@@ -15,7 +15,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-TESTS = ["tests/unit/test_model.py", "tests/unit/test_wire.py", "tests/property/test_bundle_properties.py"]
+TESTS = ["tests/unit/test_model.py", "tests/unit/test_codecs.py", "tests/property/test_bundle_properties.py"]
 OFFLINE = re.compile(r"[Ff]ailed to fetch|dns error|error sending request|No solution found.*network", re.DOTALL)
 
 

@@ -6,7 +6,7 @@ import ast
 import re
 
 import pytest
-from at_hand import REPO
+from shared_data import REPO
 
 PAPERS = ["SECURITY.md", "edgelm/mqtt/README.md"]
 NAME = re.compile(r"`(test_\w+)`")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import naive
+import naive_sampling
 import numpy as np
 import pytest
 
@@ -93,7 +93,7 @@ def test_tokens_are_distributed_as_the_model_says(chain: dict[str, float]) -> No
     params = SamplingParams(seed=2024, **chain)
     logits = make_logits(64, 99) / np.float32(2)
     history = np.array([1, 5, 9], dtype=np.int32)
-    kept = naive.keep(naive.penalize(logits, history.tolist(), params.repetition_penalty), params)
+    kept = naive_sampling.keep(naive_sampling.penalize(logits, history.tolist(), params.repetition_penalty), params)
     sampler = Sampler(params, 64)
     counts = np.zeros(64)
     for _ in range(draws):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from folders import contents
+from folder_hashes import contents
 
 import edgelm
 from edgelm.bundle.manifest import open_bundle

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 import edgelm
 from edgelm.bundle.manifest import MANIFEST
 from edgelm.bundle.store import Origin, Store
-from edgelm.cli import main, progress
+from edgelm.cli import main
 from edgelm.cli.serve import _JsonLines, _TextLines
+from edgelm.system import progress_bar
 from edgelm.system.terminal import Shown, plain, shown, shown_on_a_line, shown_output
 
 BUILTIN = Path(edgelm.__file__).parent / "builtin"
@@ -183,9 +184,9 @@ def test_a_progress_line_is_redrawn_and_shows_names(monkeypatch: pytest.MonkeyPa
 
     out = Terminal()
     monkeypatch.setattr(sys, "stderr", Shown(out))  # type: ignore[arg-type]
-    monkeypatch.setattr(progress, "DELAY_S", 0.0)
-    monkeypatch.setattr(progress, "EVERY_S", 0.0)
-    with progress.Progress() as bar:
+    monkeypatch.setattr(progress_bar, "DELAY_S", 0.0)
+    monkeypatch.setattr(progress_bar, "EVERY_S", 0.0)
+    with progress_bar.Progress() as bar:
         bar(f"{EVIL}\nfetching", 1, 3)
     drawn = out.getvalue()
     assert drawn.startswith("\r\x1b[K")

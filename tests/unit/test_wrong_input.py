@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from at_hand import can_export
+from shared_data import can_export
 
 import edgelm
 from edgelm.cli import COMMANDS

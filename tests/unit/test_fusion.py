@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import numpy as np
-from native_graphs import BLOCK, assert_close, attributes, matrix, product, rewritten, run_both, stored
+from kernel_graphs import BLOCK, assert_close, attributes, matrix, product, rewritten, run_both, stored
 from onnx import helper
 
 from edgelm.kernels import compiler as compiler

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import numpy as np
-from native_graphs import BLOCK, attributes, matrix, product, rewritten, stored
+from kernel_graphs import BLOCK, attributes, matrix, product, rewritten, stored
 from onnx import helper
 
 from edgelm.kernels.abi import Format

@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 import pytest
-from folders import contents
+from folder_hashes import contents
 from tiny import TEXT
 
 import edgelm

@@ -14,12 +14,12 @@ import pytest
 from attention_cases import Case
 from attention_nodes import ours, run
 from attention_nodes import session_of as attention_session
-from guarded import guarded
+from guard_pages import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_nodes import look_up, matrix, product
+from kernel_nodes import run as run_product
 from naive_kernel_attention import Shape
-from native_nodes import look_up, matrix, product
-from native_nodes import run as run_product
 
 from edgelm.kernels.abi import FAULTS, NOWHERE, Fault, Format, State
 from edgelm.kernels.custom_ops import Operators
@@ -285,17 +285,17 @@ def test_sizes_that_no_matrix_has_are_refused(operator, size, columns):
 @pytest.mark.parametrize("at", [-64, 1 << 44, 32, "behind", NOWHERE])
 def test_places_outside_the_file_are_refused(library, table, monkeypatch, place, at):
     """Whoever wrote the graph: a kernel is not made for a place that the file does not have."""
-    import native_nodes
+    import kernel_nodes
 
     codes, scales, bias = table
-    placed = native_nodes.placed
+    placed = kernel_nodes.placed
 
     def moved(pieces):
         places = placed(pieces)
         size = sum(-(-piece.nbytes // 64) * 64 for piece in pieces.values())
         return {**places, place: size if at == "behind" else at}
 
-    monkeypatch.setattr(native_nodes, "placed", moved)
+    monkeypatch.setattr(kernel_nodes, "placed", moved)
     if at == NOWHERE and place in ("BIAS", "NORM"):
         product(library, FORM, K, codes, scales, bias=bias, norm=np.ones(K, np.float32))
         return

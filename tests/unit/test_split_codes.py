@@ -12,7 +12,7 @@ from edgelm_export.graph.matrices import look_up, multiply, store_packed
 from edgelm_export.graph.nodes import Nodes
 from edgelm_export.quantize.pack import pack
 from edgelm_export.quantize.spec import Spec
-from native_graphs import assert_close, rewritten, run_both
+from kernel_graphs import assert_close, rewritten, run_both
 from onnx import helper, numpy_helper
 
 from edgelm.kernels import compiler as compiler

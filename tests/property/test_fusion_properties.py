@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_nodes import inputs, matrix, product, run
+from kernel_nodes import inputs, matrix, product, run
 
 from edgelm.kernels.abi import FORMATS, Format
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from kernel_nodes import inputs, matrix, product, run
 from llvmlite import binding
-from native_nodes import inputs, matrix, product, run
 
 from edgelm.kernels import compiler as compiler
 from edgelm.kernels.abi import Format

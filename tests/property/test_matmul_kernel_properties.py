@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_nodes import inputs, look_up, matrix, panels, product, run
+from kernel_nodes import inputs, look_up, matrix, panels, product, run
 
 from edgelm.kernels.abi import FORMATS, Format
 
@@ -88,7 +88,7 @@ FORGETFUL = """
 import gc, sys
 from pathlib import Path
 import numpy as np
-from native_nodes import product, run
+from kernel_nodes import product, run
 from edgelm.kernels.formats import Format
 
 codes, scales = np.zeros((32, 2, 16), np.uint8), np.ones((32, 2), np.float16)
