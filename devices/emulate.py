@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import edgelm
 from edgelm.errors import DeviceError
 from edgelm.system.board_cache import BoardCache
-from edgelm.system.isolated_python import command_of, paths
+from edgelm.system.isolated_python import build_command, paths
 
 from .rootfs import Say, prepare_rootfs
 
@@ -167,7 +167,7 @@ def _run_smoke(
 ) -> dict[str, Any]:
     """Run the smoke test with that interpreter and the packages in some folders; return its report."""
     arguments = ["devices", "smoke", "--json", "--threads", str(THREADS), *smoke]
-    command = command_of(python, folders, "edgelm.cli", "main", *arguments)
+    command = build_command(python, folders, "edgelm.cli", "main", *arguments)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     try:
         done = subprocess.run(

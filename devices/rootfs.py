@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Final
 
 from edgelm.errors import DeviceError
-from edgelm.system.installation import command_for
-from edgelm.system.ownership import PRIVATE, fault_above, make_private
+from edgelm.system.installation import install_command
+from edgelm.system.ownership import PRIVATE, find_path_fault, make_private
 
 DEBS: Final = ("python3", "libstdc++6", "libgomp1")
 """What is unpacked, with all that it depends on: Python, and what the wheels link against."""
@@ -78,7 +78,7 @@ def prepare_rootfs(cache: Path, say: Say) -> Rootfs:
         lies there is executed.
     """
     folder, pins = rootfs_folder(cache), _pins()
-    fault = fault_above(folder)
+    fault = find_path_fault(folder)
     if fault is not None:
         raise DeviceError(f"{folder} is not used: {fault}; remove it, or name a folder of your own with --cache")
     if not folder.exists():
@@ -101,7 +101,7 @@ def _pins() -> list[str]:
         return [f"{name}=={metadata.version(name)}" for name in WHEELS]
     except metadata.PackageNotFoundError as error:
         raise DeviceError(
-            f"emulation compares with this machine, which lacks {error.name}: {command_for('cpu')}"
+            f"emulation compares with this machine, which lacks {error.name}: {install_command('cpu')}"
         ) from error
 
 

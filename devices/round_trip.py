@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Final
 
 from edgelm.errors import EdgelmError, MissingExtraError
 from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl
-from edgelm.mqtt.local_broker import start_any
-from edgelm.mqtt.request_client import Asker, answer_to
-from edgelm.mqtt.request_codec import Ask
+from edgelm.mqtt.local_broker import make_local_broker
+from edgelm.mqtt.request_client import RequestClient, run_request
+from edgelm.mqtt.request_codec import GenerateRequest
 from edgelm.mqtt.service_config import ServeConfig
 from edgelm.mqtt.service_setup import serve_in_background
-from edgelm.system.installation import command_for
+from edgelm.system.installation import install_command
 
 from .check_report import Check
 
@@ -39,10 +39,10 @@ def check_round_trip(bundle: str, threads: int | None, prompt: str, answer: Comp
     try:
         if broker is not None:
             return _check_at(broker, broker, bundle, threads, prompt, answer)
-        with start_any() as started:
+        with make_local_broker() as started:
             return _check_at(started.url, started.name, bundle, threads, prompt, answer)
     except MissingExtraError:
-        told = f"no broker: apt-get install mosquitto, or {command_for('broker')}, or --broker URL"
+        told = f"no broker: apt-get install mosquitto, or {install_command('broker')}, or --broker URL"
         return Check("mqtt", "skipped", told)
     except EdgelmError as error:
         return Check("mqtt", "failed", str(error))
@@ -52,11 +52,13 @@ def _check_at(url: str, name: str, bundle: str, threads: int | None, prompt: str
     board = f"smoke-{uuid.uuid4().hex[:8]}"
     config = ServeConfig(mqtt=url, board=board, model=bundle, threads=threads, max_batch=1)
     sampling = {"max_tokens": max(1, len(answer.tokens)), "temperature": 0.0, "seed": 0}
-    ask = Ask(uuid.uuid4().hex, prompt=prompt, sampling=sampling, stream=True, timeout_s=ANSWER_WITHIN_S)
-    with serve_in_background(config), Asker(BrokerConfig(url=BrokerUrl.parse(url)), board) as asker:
+    request = GenerateRequest(
+        uuid.uuid4().hex, prompt=prompt, sampling=sampling, stream=True, timeout_s=ANSWER_WITHIN_S
+    )
+    with serve_in_background(config), RequestClient(BrokerConfig(url=BrokerUrl.parse(url)), board) as request_client:
         started = time.perf_counter()
         pieces: list[str] = []
-        outcome = answer_to(asker, ask, pieces.append)
+        outcome = run_request(request_client, request, pieces.append)
         elapsed_ms = 1000 * (time.perf_counter() - started)
     if outcome.error is not None:
         return Check("mqtt", "failed", f"{outcome.error.code}: {outcome.error.message}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import edgelm
 from edgelm.errors import EdgelmError
-from edgelm.runtime.prepack import try_kernels
+from edgelm.runtime.prepack import verify_kernels
 from edgelm.system.memory import memory_mb
 
 from .check_report import Check, Report
@@ -123,7 +123,7 @@ def check_answer(answer: Completion, intent: str | None) -> Check:
 def _check_kernels(model: Model, threads: int | None) -> Check:
     """Small bundles run on onnxruntime's kernels; whether larger ones can have ours on this board is tried out."""
     try:
-        return Check("kernels", "ok", try_kernels(model.bundle, threads))
+        return Check("kernels", "ok", verify_kernels(model.bundle, threads))
     except EdgelmError as error:
         return Check("kernels", "failed", str(error))
     except OSError as error:

@@ -282,7 +282,7 @@ class Model:
         Raises `RequestError` when there is no template, or it refuses the messages.
         """
         tokenizer = self.worker.engine.tokenizer
-        return tokenizer.encode_prompt(tokenizer.prompt_of(messages, tools, template_vars))
+        return tokenizer.encode_prompt(tokenizer.build_prompt(messages, tools, template_vars))
 
     def document_tokens(self, text: str) -> list[int]:
         """Return a text's tokens as a document: the start token, where there is one, then the bare text."""

@@ -35,7 +35,7 @@ MAX_STOPS: Final = 16
 Owner = str | None
 """Whose earlier work a request may use: a client's name, or None, an owner like any other."""
 
-NOBODY: Final = ""
+UNCACHED_OWNER: Final = ""
 """An owner that keeps nothing and finds nothing. No client's name is empty."""
 
 MAX_SESSION_LENGTH: Final = 128
@@ -148,7 +148,7 @@ class Request:
     """The system message that a conversation begins with."""
     raw: bool = False
     """Whether a prompt is completed as it stands, where it would be a user's message."""
-    is_apart: bool = False
+    is_cache_isolated: bool = False
     """Whether it uses nothing that earlier requests computed, and leaves nothing to later ones. What the bundle brings
     along it uses."""
 
@@ -174,7 +174,7 @@ class Request:
     @property
     def owner(self) -> Owner:
         """Whose earlier work it may use, and to whose it adds."""
-        return NOBODY if self.is_apart else self.client
+        return UNCACHED_OWNER if self.is_cache_isolated else self.client
 
     @property
     def is_templated(self) -> bool:
@@ -191,7 +191,7 @@ class Request:
         return self.messages
 
     @property
-    def asks_nothing(self) -> bool:
+    def is_end_session_only(self) -> bool:
         """Whether it only ends a session."""
         return self.prompt is None and self.messages is None and self.tokens is None
 

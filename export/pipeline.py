@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgelm.bundle.manifest import MANIFEST, Bundle, open_bundle, seal
+from edgelm.bundle.manifest import MANIFEST, Bundle, open_bundle, write_manifest
 from edgelm.errors import EdgelmError
-from edgelm.runtime.ort import check_runtime
+from edgelm.runtime.ort import check_ort_version
 from edgelm.runtime.prefix_file import add_prefix
 from edgelm.text.documents import read_text
-from edgelm.text.static_prompt import Opening, opening_tokens, read_opening
+from edgelm.text.static_prompt import PrefixText, read_prefix_text, tokenize_prefix
 from edgelm.text.tokenizer import Tokenizer
 
 from .calibration.text_samples import Document, Measured, calibration_documents, calibration_tokens, measured_documents
@@ -101,7 +101,7 @@ def export(
     """
     chosen = _checked(options)
     told = progress or silent
-    opening = None if chosen.prefix is None else read_opening(chosen.prefix)
+    opening = None if chosen.prefix is None else read_prefix_text(chosen.prefix)
     with staged(Path(out), force=force, replaceable=lambda path: (path / MANIFEST).is_file()) as stage:
         if chosen.via == "optimum":
             from .optimum.via_optimum import export_optimum  # heavy: torch, transformers
@@ -112,7 +112,7 @@ def export(
         if opening is not None:
             told("static prefix", 0, 1)
             written = open_bundle(stage, verify=False)
-            add_prefix(written, opening_tokens(opening, Tokenizer.of_bundle(written)))
+            add_prefix(written, tokenize_prefix(opening, Tokenizer.of_bundle(written)))
         size = open_bundle(stage, verify=False).bytes
         if chosen.max_bytes is not None and size > chosen.max_bytes:
             raise EdgelmError(f"the bundle has {size} bytes, --max-bytes allows {chosen.max_bytes}")
@@ -127,7 +127,7 @@ def outline(checkpoint: str | Path, *, progress: Progress | None = None, **optio
     model = _open(checkpoint, chosen)
     length = choose_context(chosen.context, model.decoder.context)
     if chosen.prefix is not None:
-        model = with_prefix(model, read_opening(chosen.prefix), length)
+        model = with_prefix(model, read_prefix_text(chosen.prefix), length)
     told = progress or silent
     return make_plan(model, chosen, length, _calibration(model, chosen, length, told), told)[1]
 
@@ -136,7 +136,7 @@ def _checked(given: Mapping[str, Any]) -> Options:
     quant = given.get("quant") or ("int5" if given.get("fast") else "int4")
     options = Options(**{**given, "quant": quant})
     if options.kv == "int8":
-        check_runtime(OLDEST_RUNTIME, "--kv int8")
+        check_ort_version(OLDEST_RUNTIME, "--kv int8")
     return options
 
 
@@ -148,7 +148,13 @@ def _open(checkpoint: str | Path, options: Options) -> Opened:
 
 
 def _export(
-    checkpoint: str | Path, stage: Path, options: Options, opening: Opening | None, progress: Progress, *, force: bool
+    checkpoint: str | Path,
+    stage: Path,
+    options: Options,
+    opening: PrefixText | None,
+    progress: Progress,
+    *,
+    force: bool,
 ) -> None:
     model = _open(checkpoint, options)
     length = choose_context(options.context, model.decoder.context)
@@ -171,18 +177,18 @@ def _export(
     if options.kv == "int8":
         text = documents if options.chosen_calibration is not None else None  # a budget may look at --verify's text
         manifest = quantize_cache(stage, manifest, model, text, progress)
-    manifest = seal(stage, manifest)
+    manifest = write_manifest(stage, manifest)
     reference = CheckpointReference(model.weights, progress)
     if options.quant != "fp32":
         found = self_check(Bundle(stage, manifest), reference, model.tokenizer, progress)
         if not force:
             refuse_broken(found)
-        manifest = seal(stage, replace(manifest, self_check=found))
+        manifest = write_manifest(stage, replace(manifest, self_check=found))
     if measured is not None and options.verify is not None:
         agreement = measure(Bundle(stage, manifest), reference, measured.documents, progress)
         check(agreement, options.max_kl, options.min_agreement)
         found = quality(agreement, Path(options.verify).name, measured.left_out)
-        seal(stage, replace(manifest, quality=found))
+        write_manifest(stage, replace(manifest, quality=found))
 
 
 def _calibration(

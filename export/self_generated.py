@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle.manifest import Bundle
-from edgelm.runtime.runner import Session, open_session
+from edgelm.runtime.runner import Runner, open_runner
 
 from .calibration.text_samples import Document, calibration_tokens
 from .progress_callback import Progress, silent
@@ -43,7 +43,7 @@ def sampled_documents(model: Opened, context: int, progress: Progress, beside: P
     with tempfile.TemporaryDirectory(prefix=".sampled.", dir=beside) as folder:
         plan = Plan(Spec(8, BLOCK_SIZE, True, "rtn"))
         manifest = write_bundle(Path(folder), model, plan, "int8", length, silent)
-        session = open_session(Bundle(Path(folder), manifest), rows=TOGETHER)
+        session = open_runner(Bundle(Path(folder), manifest), rows=TOGETHER)
         generator = np.random.Generator(np.random.PCG64(0))
         found: list[Document] = []
         tokens = min(WRITTEN_TOKENS, calibration_tokens(model.decoder.parameters) * 2 // 3)
@@ -55,10 +55,10 @@ def sampled_documents(model: Opened, context: int, progress: Progress, beside: P
     return found
 
 
-def write_documents(bundle: Bundle, model: Opened) -> tuple[Session, list[Document]]:
+def write_documents(bundle: Bundle, model: Opened) -> tuple[Runner, list[Document]]:
     """Return a session and `TOGETHER` documents that a bundle generated in it, all of whose positions its rows hold."""
     length = min(TOKENS, bundle.manifest.context)
-    session = open_session(bundle, rows=TOGETHER, context=length)
+    session = open_runner(bundle, rows=TOGETHER, context=length)
     generator = np.random.Generator(np.random.PCG64(0))
     written = _write(session, _first_tokens(model, generator), length, model.eos_tokens, generator)
     session.decode(np.stack(written)[:, -1], np.full(TOGETHER, length - 1, np.int32))
@@ -78,7 +78,7 @@ def _first_tokens(model: Opened, generator: np.random.Generator) -> NDArray[np.i
 
 
 def _write(
-    session: Session,
+    session: Runner,
     first: NDArray[np.int64],
     length: int,
     ends: tuple[int, ...],

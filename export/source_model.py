@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgelm.errors import CheckpointError
 from edgelm.text.documents import read_text
-from edgelm.text.static_prompt import Opening, check_tokens, opening_tokens
+from edgelm.text.static_prompt import PrefixText, check_prefix_tokens, tokenize_prefix
 from edgelm.text.tokenizer import Tokenizer
 
 from .architectures import find_family
@@ -100,7 +100,7 @@ def pruned(model: Opened, text_file: str | Path, size: int) -> Opened:
     return replace(with_rows(model, vocabulary.kept), tokenizer_text=vocabulary.tokenizer, vocabulary=vocabulary)
 
 
-def with_prefix(model: Opened, opening: Opening, context: int) -> Opened:
+def with_prefix(model: Opened, opening: PrefixText, context: int) -> Opened:
     """Return the model with the static prefix that the bundle is to have. Raises `EdgelmError` where it cannot."""
     special = metadata.special_tokens(model.checkpoint)
     tokenizer = Tokenizer(
@@ -109,9 +109,9 @@ def with_prefix(model: Opened, opening: Opening, context: int) -> Opened:
         special_tokens=special,
         end_tokens=model.eos_tokens,
     )
-    tokens = opening_tokens(opening, tokenizer)
+    tokens = tokenize_prefix(opening, tokenizer)
     d = model.decoder
-    check_tokens(tokens, context=context, vocab_size=d.vocab_size, long_from=d.long_from(context))
+    check_prefix_tokens(tokens, context=context, vocab_size=d.vocab_size, long_from=d.long_from(context))
     return replace(model, prefix=tuple(tokens))
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from edgelm.bundle.manifest import Bundle
 from edgelm.errors import EdgelmError
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
-from edgelm.runtime.ort import best_tuning
+from edgelm.runtime.ort import resolve_thread_settings
 from edgelm.runtime.prepack import open_verified
-from edgelm.runtime.runner import Session, open_session
+from edgelm.runtime.runner import Runner, open_runner
 from edgelm.sampling import Sampler
 from edgelm.system.board_cache import BoardCache
 from edgelm.system.memory import memory_bandwidth_gb_s, memory_mb
@@ -39,7 +39,7 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class BatchResult:
     """One batch size. Rates are tokens a second of the whole batch; `bandwidth_share` is of what was measured."""
 
     batch: int
@@ -66,7 +66,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class BenchmarkReport:
     """Everything `edgelm bench` shows. Times in the unit that ends the name; memory in MB (10^6 bytes)."""
 
     threads: int
@@ -74,7 +74,7 @@ class Report:
     load_s: float
     sampler_us: float
     memory: dict[str, float]
-    runs: tuple[Run, ...]
+    runs: tuple[BatchResult, ...]
 
     def to_dict(self) -> dict[str, object]:
         """Return the object that `--json` prints."""
@@ -98,7 +98,7 @@ def benchmark(
     repeat: int = 5,
     cache: BoardCache | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-) -> Report:
+) -> BenchmarkReport:
     """Measure a bundle with random tokens; one unmeasured round of each batch goes first.
 
     With a `cache` weights packed before are mapped, and `threads` are by default what was measured to be best.
@@ -106,9 +106,9 @@ def benchmark(
     Raises `EdgelmError` when prompt and answer do not fit the context, or a number is not positive.
     """
     start = time.perf_counter()
-    bundle = open_measured(path, prompt_tokens, new_tokens, batches, repeat, cache)
-    count = best_tuning(bundle, threads, cache).threads
-    session = open_session(bundle, rows=max(batches), threads=threads, context=prompt_tokens + new_tokens, cache=cache)
+    bundle = open_for_benchmark(path, prompt_tokens, new_tokens, batches, repeat, cache)
+    count = resolve_thread_settings(bundle, threads, cache).threads
+    session = open_runner(bundle, rows=max(batches), threads=threads, context=prompt_tokens + new_tokens, cache=cache)
     load_s = time.perf_counter() - start
     rounds = {
         batch: [
@@ -120,10 +120,10 @@ def benchmark(
     memory = memory_mb()  # before numba and the arrays of the bandwidth measurement join in
     bandwidth = memory_bandwidth_gb_s(count)
     runs = [_summary(bundle, batch, prompt_tokens, new_tokens, rounds[batch], bandwidth) for batch in batches]
-    return Report(count, bandwidth, load_s, _sampler_us(bundle.manifest.vocab_size), memory, tuple(runs))
+    return BenchmarkReport(count, bandwidth, load_s, _sampler_us(bundle.manifest.vocab_size), memory, tuple(runs))
 
 
-def open_measured(
+def open_for_benchmark(
     path: str, prompt_tokens: int, new_tokens: int, batches: Sequence[int], repeat: int, cache: BoardCache | None
 ) -> Bundle:
     """Open a bundle that is to be measured so. Raises `EdgelmError` as `benchmark` does."""
@@ -154,46 +154,46 @@ def _counted(repeat: int, number: int, of: int, progress: Callable[[str, int, in
 @dataclass(frozen=True, slots=True)
 class _Times:
     prefill_s: float
-    first_s: float
+    ttft_s: float
     decode_s: float
 
 
-def _round(session: Session, bundle: Bundle, batch: int, prompt_tokens: int, new_tokens: int) -> _Times:
+def _round(session: Runner, bundle: Bundle, batch: int, prompt_tokens: int, new_tokens: int) -> _Times:
     """Prefill every row, then decode them together."""
     generator = np.random.default_rng(0)
     prompts = generator.integers(0, bundle.manifest.vocab_size, (batch, prompt_tokens), dtype=np.int64)
     tokens = np.zeros(batch, np.int64)
-    first_s = 0.0
+    ttft_s = 0.0
     start = time.perf_counter()
     for row in range(batch):
         for at in range(0, prompt_tokens, PREFILL_CHUNK):
             logits = session.prefill(row, prompts[row, at : at + PREFILL_CHUNK], at)
         tokens[row] = logits[0].argmax()
-        first_s = first_s or time.perf_counter() - start
+        ttft_s = ttft_s or time.perf_counter() - start
     middle = time.perf_counter()
     lengths = np.full(batch, prompt_tokens, np.int32)
     for _ in range(new_tokens):
         tokens[:] = session.decode(tokens, lengths).argmax(axis=1)
         lengths += 1
-    return _Times(middle - start, first_s, time.perf_counter() - middle)
+    return _Times(middle - start, ttft_s, time.perf_counter() - middle)
 
 
 def _summary(
     bundle: Bundle, batch: int, prompt_tokens: int, new_tokens: int, rounds: Sequence[_Times], bandwidth: float
-) -> Run:
+) -> BatchResult:
     decode = Spread.of([batch * new_tokens / times.decode_s for times in rounds])
     manifest = bundle.manifest
     weights = sum(matrix.bytes() for matrix in manifest.matrices if matrix.name != "embedding" or _is_tied(bundle))
     cache = batch * manifest.cache.bytes_per_token() * (prompt_tokens + new_tokens / 2)
-    steps_s = decode.median / batch
-    return Run(
+    steps_per_s = decode.median / batch
+    return BatchResult(
         batch,
         prompt_tokens,
         new_tokens,
         Spread.of([batch * prompt_tokens / times.prefill_s for times in rounds]),
         decode,
-        Spread.of([1e3 * times.first_s for times in rounds]),
-        steps_s * (weights + cache) / (bandwidth * 1e9),
+        Spread.of([1e3 * times.ttft_s for times in rounds]),
+        steps_per_s * (weights + cache) / (bandwidth * 1e9),
     )
 
 

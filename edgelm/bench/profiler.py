@@ -15,19 +15,19 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.bench.benchmark import open_measured
-from edgelm.bench.trace import Fold, Run, fold, runs_of
+from edgelm.bench.benchmark import open_for_benchmark
+from edgelm.bench.trace import GraphRun, StepProfile, fold, parse_runs
 from edgelm.bundle.manifest import Manifest
 from edgelm.errors import EdgelmError
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
-from edgelm.runtime.ort import best_tuning
-from edgelm.runtime.runner import Session, open_session
+from edgelm.runtime.ort import resolve_thread_settings
+from edgelm.runtime.runner import Runner, open_runner
 from edgelm.system.board_cache import BoardCache
 from edgelm.system.memory import memory_bandwidth_gb_s
 
 DECODE_STEPS: Final = 32
 """Most decoding steps measured: enough for a median, few enough that the context hardly grows."""
-UNMEASURED: Final = 3
+WARMUP_STEPS: Final = 3
 """Decoding steps before the measured ones."""
 
 
@@ -46,7 +46,7 @@ class Phase:
     """A step where nothing is profiled."""
     outside_us: float
     """What Python takes of a profiled step around the graph's runs."""
-    fold: Fold
+    fold: StepProfile
 
     @property
     def step_us(self) -> float:
@@ -100,7 +100,7 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
+class ProfileReport:
     """Everything `edgelm bench --profile` shows."""
 
     threads: int
@@ -127,36 +127,36 @@ def profile(
     repeat: int = 5,
     cache: BoardCache | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-) -> Profile:
+) -> ProfileReport:
     """Profile `repeat` prefills of random tokens and, for each batch, up to `DECODE_STEPS` of its `new_tokens` steps.
 
     Everything runs twice, first in a session without a profile. Raises `EdgelmError` as `benchmark` does, and where
     onnxruntime kept less of the profile than was run.
     """
-    bundle = open_measured(path, prompt_tokens, new_tokens, batches, repeat, cache)
+    bundle = open_for_benchmark(path, prompt_tokens, new_tokens, batches, repeat, cache)
     steps = min(new_tokens, DECODE_STEPS)
     context = prompt_tokens + steps
     prompt = np.random.default_rng(0).integers(0, bundle.manifest.vocab_size, prompt_tokens, dtype=np.int64)
-    a_run_a_row = bundle.manifest.cache.kind == "growing"
+    has_run_per_row = bundle.manifest.cache.kind == "growing"
 
-    def measured(what: str, session: Session) -> list[_Timed]:
+    def measured(what: str, session: Runner) -> list[_PhaseTimes]:
         phases = [_prefill(session, prompt, repeat)]
         for number, batch in enumerate(batches):
             if progress is not None:
                 progress(what, number + 1, len(batches) + 1)
-            phases.append(_decode(session, batch, prompt_tokens, steps, batch if a_run_a_row else 1))
+            phases.append(_decode(session, batch, prompt_tokens, steps, batch if has_run_per_row else 1))
         return phases
 
-    def opened(to: Path | None) -> Session:
-        return open_session(bundle, rows=max(batches), threads=threads, context=context, cache=cache, profile=to)
+    def opened(to: Path | None) -> Runner:
+        return open_runner(bundle, rows=max(batches), threads=threads, context=context, cache=cache, profile=to)
 
     plain = measured("plain", opened(None))
     with tempfile.TemporaryDirectory(prefix="edgelm-profile-") as folder:
         session = opened(Path(folder) / "runs")
         profiled = measured("profiled", session)
         with session.end_profile().open(encoding="utf-8") as lines:
-            runs = runs_of(_events(lines))
-    expected = sum(phase.runs * (phase.skipped + len(phase.us)) for phase in profiled)
+            runs = parse_runs(_events(lines))
+    expected = sum(phase.runs * (phase.warmup_steps + len(phase.us)) for phase in profiled)
     if len(runs) != expected:
         raise EdgelmError(
             f"onnxruntime's profile holds {len(runs)} of {expected} runs (it keeps a million events at most):"
@@ -164,12 +164,12 @@ def profile(
         )
     following = iter(runs)
     phases = [_phase(*pair, following, bundle.manifest) for pair in zip(plain, profiled, strict=True)]
-    count = best_tuning(bundle, threads, cache).threads
-    return Profile(count, memory_bandwidth_gb_s(count), tuple(phases))
+    count = resolve_thread_settings(bundle, threads, cache).threads
+    return ProfileReport(count, memory_bandwidth_gb_s(count), tuple(phases))
 
 
 @dataclass(frozen=True, slots=True)
-class _Timed:
+class _PhaseTimes:
     """Steps of one phase in one session."""
 
     name: Literal["prefill", "decode"]
@@ -178,14 +178,14 @@ class _Timed:
     context: int
     runs: int
     """Runs of the graph in a step."""
-    skipped: int
+    warmup_steps: int
     """Steps before the measured ones."""
     us: list[float] = field(default_factory=list)
 
 
-def _prefill(session: Session, prompt: NDArray[np.int64], repeat: int) -> _Timed:
+def _prefill(session: Runner, prompt: NDArray[np.int64], repeat: int) -> _PhaseTimes:
     starts = range(0, len(prompt), PREFILL_CHUNK)
-    timed = _Timed("prefill", 1, len(prompt), 0, len(starts), 1)
+    timed = _PhaseTimes("prefill", 1, len(prompt), 0, len(starts), 1)
     for number in range(repeat + 1):
         begun = time.perf_counter()
         for at in starts:
@@ -195,14 +195,14 @@ def _prefill(session: Session, prompt: NDArray[np.int64], repeat: int) -> _Timed
     return timed
 
 
-def _decode(session: Session, batch: int, context: int, steps: int, runs: int) -> _Timed:
+def _decode(session: Runner, batch: int, context: int, steps: int, runs: int) -> _PhaseTimes:
     """Decode rows that all begin like row 0, whose first `context` positions are filled."""
-    timed = _Timed("decode", batch, 1, context, runs, UNMEASURED)
+    timed = _PhaseTimes("decode", batch, 1, context, runs, WARMUP_STEPS)
     for row in range(1, batch):
         session.copy_row(0, row, context)
     tokens = np.zeros(batch, np.int64)
     lengths = np.full(batch, context, np.int32)
-    for number in range(-UNMEASURED, steps):
+    for number in range(-WARMUP_STEPS, steps):
         lengths[:] = context + max(number, 0)
         begun = time.perf_counter()
         logits = session.decode(tokens, lengths)
@@ -212,9 +212,11 @@ def _decode(session: Session, batch: int, context: int, steps: int, runs: int) -
     return timed
 
 
-def _phase(plain: _Timed, profiled: _Timed, runs: Iterator[Run], manifest: Manifest) -> Phase:
+def _phase(plain: _PhaseTimes, profiled: _PhaseTimes, runs: Iterator[GraphRun], manifest: Manifest) -> Phase:
     """Take a phase's runs and fold those of the measured steps."""
-    steps = [list(islice(runs, profiled.runs)) for _ in range(profiled.skipped + len(profiled.us))][profiled.skipped :]
+    steps = [list(islice(runs, profiled.runs)) for _ in range(profiled.warmup_steps + len(profiled.us))][
+        profiled.warmup_steps :
+    ]
     outside = [wall - sum(run.us for run in step) for wall, step in zip(profiled.us, steps, strict=True)]
     return Phase(
         profiled.name,

@@ -16,9 +16,9 @@ from statistics import median
 from typing import Any, Final
 
 from edgelm.bundle.manifest import Manifest, Matrix
-from edgelm.kernels.abi import ROUNDED_BYTES, Format
+from edgelm.kernels.abi import QUANT_PARAM_BYTES, WeightFormat
 
-PRODUCTS: Final = {"MatMulNBits", "MatMul", "Gemm", "FusedMatMul", "FusedGemm"}
+MATMUL_OPERATORS: Final = {"MatMulNBits", "MatMul", "Gemm", "FusedMatMul", "FusedGemm"}
 SUFFIX: Final = "_kernel_time"
 LAYER: Final = re.compile(r"layer\.(\d+)\.")
 EMBEDDING: Final = re.compile(r"(embedded|embedding|hidden)(\W|$)")
@@ -27,7 +27,7 @@ HEAD: Final = re.compile(r"(logits|head|final)(\W|$)")
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class NodeRun:
     """One execution of a node. `us` leaves out what nodes inside it took (branches, loops)."""
 
     name: str
@@ -38,15 +38,15 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class GraphRun:
     """One run of a graph: its time, and its nodes in the order in which they began."""
 
     us: float
-    nodes: tuple[Node, ...]
+    nodes: tuple[NodeRun, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Operator:
+class OperatorTotal:
     """Nodes of one operator, products with matrices of one shape and width by themselves; all figures a step."""
 
     operator: str
@@ -77,7 +77,7 @@ class Operator:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ModelPart:
     """What of a step one part of the model takes: `embedding`, `layer 0`, `layer 1`, ..., `head`."""
 
     name: str
@@ -88,15 +88,15 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Fold:
+class StepProfile:
     """A typical step. The `us` of the operators add up to `nodes_us`, and those of the parts."""
 
     nodes_us: float
     between_us: float
     """Median of what the graph's runs took beside their nodes."""
-    operators: tuple[Operator, ...]
+    operators: tuple[OperatorTotal, ...]
     """Longest first."""
-    parts: tuple[Part, ...] | None
+    parts: tuple[ModelPart, ...] | None
     """In the order of the model; None where the nodes' names do not tell every layer."""
 
     @property
@@ -109,14 +109,14 @@ class Fold:
         return us / self.nodes_us if self.nodes_us else 0.0
 
 
-def runs_of(events: Iterable[Mapping[str, Any]]) -> list[Run]:
+def parse_runs(events: Iterable[Mapping[str, Any]]) -> list[GraphRun]:
     """Return the runs that a profile tells of, in their order; events may come in any order.
 
     events: what onnxruntime's profile holds, dictionaries with `cat`, `name`, `ts` and `dur` in us, `args`. Nodes
     outside every run are left out.
     """
     spans: list[tuple[float, float]] = []
-    nodes: list[tuple[float, float, Node]] = []
+    nodes: list[tuple[float, float, NodeRun]] = []
     for event in events:
         if event.get("cat") == "Session" and event["name"] == "model_run":
             spans.append((event["ts"], event["dur"]))
@@ -124,15 +124,15 @@ def runs_of(events: Iterable[Mapping[str, Any]]) -> list[Run]:
             nodes.append((event["ts"], event["dur"], _node(event)))
     spans.sort()
     starts = [start for start, _ in spans]
-    found: list[list[Node]] = [[] for _ in spans]
-    for start, node in _alone(nodes):
+    found: list[list[NodeRun]] = [[] for _ in spans]
+    for start, node in _subtract_nested(nodes):
         run = bisect_right(starts, start) - 1
         if run >= 0 and start <= starts[run] + spans[run][1]:
             found[run].append(node)
-    return [Run(us, tuple(inner)) for (_, us), inner in zip(spans, found, strict=True)]
+    return [GraphRun(us, tuple(inner)) for (_, us), inner in zip(spans, found, strict=True)]
 
 
-def fold(steps: Sequence[Sequence[Run]], manifest: Manifest) -> Fold:
+def fold(steps: Sequence[Sequence[GraphRun]], manifest: Manifest) -> StepProfile:
     """Fold at least one step of at least one run each into a typical one: every node takes its median over the steps.
 
     A node that one step was interrupted in does not look slow so. One that not every step runs counts for as much less.
@@ -147,21 +147,21 @@ def fold(steps: Sequence[Sequence[Run]], manifest: Manifest) -> Fold:
         operations = 2.0 * math.prod(node.shape) if node.shape and shape else 0.0
         for at, value in enumerate((1.0, node.us, size, operations)):
             entry[at] += often * value
-    operators = [Operator(*key, *entry) for key, entry in sums.items()]
+    operators = [OperatorTotal(*key, *entry) for key, entry in sums.items()]
     operators.sort(key=lambda each: (-each.us, each.operator, each.shape or ()))
     between_us = median(sum(run.us - sum(node.us for node in run.nodes) for run in step) for step in steps)
     nodes_us = math.fsum(often * node.us for node, often in typical)
     parts = _parts(typical, manifest.cache.layers) if manifest.via == "native" else None
-    return Fold(nodes_us, between_us, tuple(operators), parts)
+    return StepProfile(nodes_us, between_us, tuple(operators), parts)
 
 
-def alike(parts: Sequence[Part]) -> list[list[Part]]:
+def alike(parts: Sequence[ModelPart]) -> list[list[ModelPart]]:
     """Return parts in their order, neighbouring layers of the same operators together."""
     groups = groupby(parts, lambda part: part.operators if LAYER_PART.match(part.name) else part.name)
     return [list(group) for _, group in groups]
 
 
-def part_of(name: str, layers: int) -> str | None:
+def find_part(name: str, layers: int) -> str | None:
     """Return the part of the model that a node's name tells: `embedding`, `layer 3`, `head`, or None."""
     found = LAYER.match(name)
     if found is not None:  # bundles of old named the last norm like one layer more
@@ -169,9 +169,9 @@ def part_of(name: str, layers: int) -> str | None:
     return "embedding" if EMBEDDING.match(name) else "head" if HEAD.match(name) else None
 
 
-def _typical(steps: Sequence[Sequence[Run]]) -> list[tuple[Node, float]]:
+def _typical(steps: Sequence[Sequence[GraphRun]]) -> list[tuple[NodeRun, float]]:
     """Return each node of the steps with its median time, and in which share of the steps it ran."""
-    times: dict[tuple[int, str, int], tuple[Node, list[float]]] = {}
+    times: dict[tuple[int, str, int], tuple[NodeRun, list[float]]] = {}
     for step in steps:
         for number, run in enumerate(step):
             seen: Counter[str] = Counter()
@@ -182,14 +182,14 @@ def _typical(steps: Sequence[Sequence[Run]]) -> list[tuple[Node, float]]:
     return [(replace(node, us=median(us)), len(us) / len(steps)) for node, us in times.values()]
 
 
-def _parts(typical: Sequence[tuple[Node, float]], layers: int) -> tuple[Part, ...] | None:
+def _parts(typical: Sequence[tuple[NodeRun, float]], layers: int) -> tuple[ModelPart, ...] | None:
     """Sum by part; a node whose name tells none belongs where the node before it does."""
     names = ["embedding", *(f"layer {i}" for i in range(layers)), "head"]
     nodes, us = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     operators: dict[str, list[str]] = {name: [] for name in names}
     told, part = set(), names[0]
     for node, often in typical:
-        own = part_of(node.name, layers)
+        own = find_part(node.name, layers)
         if own is not None:
             part = own
             told.add(own)
@@ -198,7 +198,7 @@ def _parts(typical: Sequence[tuple[Node, float]], layers: int) -> tuple[Part, ..
         operators[part].append(node.operator)
     if not told >= set(names[1:-1]):
         return None
-    return tuple(Part(name, nodes[name], us[name], tuple(operators[name])) for name in names)
+    return tuple(ModelPart(name, nodes[name], us[name], tuple(operators[name])) for name in names)
 
 
 class _Weights:
@@ -212,7 +212,7 @@ class _Weights:
         for matrix in matrices:
             self._by_shape.setdefault((matrix.columns, matrix.rows), []).append(matrix)
 
-    def read_by(self, node: Node) -> tuple[tuple[int, int] | None, int | None, float]:
+    def read_by(self, node: NodeRun) -> tuple[tuple[int, int] | None, int | None, float]:
         """Return (K, N), bits a weight, and bytes in memory of the matrix; (None, None, 0) for what reads none."""
         if node.shape is None:
             return None, None, 0.0
@@ -229,21 +229,21 @@ class _Weights:
         return shape, bits.pop() if len(bits) == 1 else None, mean
 
 
-def _bytes(matrix: Matrix, node: Node) -> int:
+def _bytes(matrix: Matrix, node: NodeRun) -> int:
     """Bytes in memory, where scales are float16 for our kernels and float32 for onnxruntime's."""
-    return replace(matrix, scale_bits=16 if Format.of_operator(node.operator) else 32).bytes()
+    return replace(matrix, scale_bits=16 if WeightFormat.from_op_type(node.operator) else 32).bytes()
 
 
-def _node(event: Mapping[str, Any]) -> Node:
+def _node(event: Mapping[str, Any]) -> NodeRun:
     args = event["args"]
     operator = args["op_name"]
-    form = Format.of_operator(operator)
+    fmt = WeightFormat.from_op_type(operator)
     shape = None
-    if form is not None:
-        shape = _our_product(args, form)
-    elif operator in PRODUCTS:
+    if fmt is not None:
+        shape = _our_product(args, fmt)
+    elif operator in MATMUL_OPERATORS:
         shape = _product(args)
-    return Node(event["name"].removesuffix(SUFFIX), operator, event["dur"], shape)
+    return NodeRun(event["name"].removesuffix(SUFFIX), operator, event["dur"], shape)
 
 
 def _product(args: Mapping[str, Any]) -> tuple[int, int, int] | None:
@@ -255,7 +255,7 @@ def _product(args: Mapping[str, Any]) -> tuple[int, int, int] | None:
     return math.prod(rows), columns, outputs[0][-1]
 
 
-def _our_product(args: Mapping[str, Any], form: Format) -> tuple[int, int, int]:
+def _our_product(args: Mapping[str, Any], fmt: WeightFormat) -> tuple[int, int, int]:
     """Return (M, K, N); gates and values of SwiGLU are twice as wide as the matrix, whose last block may be short.
 
     How many blocks it has shows in the scratch memory, which is the second output.
@@ -263,7 +263,7 @@ def _our_product(args: Mapping[str, Any], form: Format) -> tuple[int, int, int]:
     *rows, width = _dims(args["input_type_shape"][0])
     y, scratch = (_dims(each) for each in args["output_type_shape"][:2])
     count = math.prod(rows)
-    whole = scratch[0] // (count * (form.block * form.code_bytes + ROUNDED_BYTES)) * form.block
+    whole = scratch[0] // (count * (fmt.block * fmt.code_bytes + QUANT_PARAM_BYTES)) * fmt.block
     return count, width // 2 if width > whole else width, y[-1]
 
 
@@ -272,7 +272,7 @@ def _dims(typed: Mapping[str, Sequence[int]]) -> Sequence[int]:
     return next(iter(typed.values()), ())
 
 
-def _alone(nodes: list[tuple[float, float, Node]]) -> Iterator[tuple[float, Node]]:
+def _subtract_nested(nodes: list[tuple[float, float, NodeRun]]) -> Iterator[tuple[float, NodeRun]]:
     """Yield nodes by their start, each without what began inside it."""
     nodes.sort(key=lambda each: (each[0], -each[1]))
     own = [us for _, us, _ in nodes]

@@ -16,15 +16,15 @@ from edgelm.errors import EdgelmError
 
 FILE: Final = Path(__file__).with_name("catalogue.toml")
 
-NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+MODEL_NAME_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 """What a model may be called, in the catalogue and among a user's bundles: a whole match."""
 
-USABLE: Final = 0.7
+USABLE_MEMORY_SHARE: Final = 0.7
 """Share of a board's memory that a model may take: the rest is the system's and other programs'."""
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class ModelVariant:
     """A precision in which a model is exported, and what that takes."""
 
     quant: str
@@ -37,7 +37,7 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class CatalogueModel:
     """A model of the catalogue; `forms` stand in the order of preference, the first that fits is taken."""
 
     name: str
@@ -45,28 +45,30 @@ class Known:
     licence: str
     parameters: int
     good_at: str
-    forms: tuple[Form, ...]
+    forms: tuple[ModelVariant, ...]
     revision: str | None = None
     """The commit that is fetched; None is the newest."""
     gated: bool = False
     """Whether the hub asks for an account that has accepted the licence."""
 
-    def form_for(self, memory_mb: float | None, quant: str | None = None) -> Form | None:
+    def choose_variant(self, memory_mb: float | None, quant: str | None = None) -> ModelVariant | None:
         """Return the first form that a board of so much memory (10^6 bytes; None is not known) holds.
 
         With `quant` only that precision is looked at. None where nothing fits.
         """
         offered = [form for form in self.forms if quant in (None, form.quant)]
-        return next((form for form in offered if memory_mb is None or form.memory_mb <= USABLE * memory_mb), None)
+        return next(
+            (form for form in offered if memory_mb is None or form.memory_mb <= USABLE_MEMORY_SHARE * memory_mb), None
+        )
 
     @property
     def smallest_board_gb(self) -> int:
         """Memory of the smallest board that holds one of the forms: 1, 2, 4, 8 ... GB (2^30 bytes)."""
-        least = min(form.memory_mb for form in self.forms) / USABLE
+        least = min(form.memory_mb for form in self.forms) / USABLE_MEMORY_SHARE
         return next(size for size in (1, 2, 4, 8, 16, 32, 64, 128) if least <= size * 2**30 / 1e6)
 
 
-def catalogue() -> Mapping[str, Known]:
+def catalogue() -> Mapping[str, CatalogueModel]:
     """Return the models by name, the smallest first."""
     if sys.version_info >= (3, 11):  # read by few commands: not at import
         import tomllib
@@ -77,11 +79,11 @@ def catalogue() -> Mapping[str, Known]:
     return {model.name: model for model in sorted(models, key=lambda model: model.parameters)}
 
 
-def _known(name: str, entry: Mapping[str, Any]) -> Known:
-    return Known(**{**entry, "name": name, "forms": tuple(Form(**form) for form in entry["forms"])})
+def _known(name: str, entry: Mapping[str, Any]) -> CatalogueModel:
+    return CatalogueModel(**{**entry, "name": name, "forms": tuple(ModelVariant(**form) for form in entry["forms"])})
 
 
 def check_name(name: str) -> None:
     """Raise `EdgelmError` unless a bundle may be called so."""
-    if not NAME.fullmatch(name):
+    if not MODEL_NAME_PATTERN.fullmatch(name):
         raise EdgelmError(f"{name!r:.80} is no name for a model: 1 to 64 of a-z 0-9 . _ -, a letter or digit first")

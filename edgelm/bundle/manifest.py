@@ -44,7 +44,7 @@ MOST_SIZE: Final = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
+class KVCacheShape:
     """Shape of the key/value cache that the graph reads and writes, one pair a layer."""
 
     kind: Literal["shared", "growing"]
@@ -110,7 +110,7 @@ class Manifest:
     architecture: str
     context: int
     vocab_size: int
-    cache: Cache
+    cache: KVCacheShape
     quant: str
     matrices: tuple[Matrix, ...]
     bos_token: int | None
@@ -158,7 +158,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the manifest itself, which fixes every other file."""
-        return hashlib.sha256(to_json(self).encode()).hexdigest()
+        return hashlib.sha256(dump_manifest(self).encode()).hexdigest()
 
     @property
     def weights_digest(self) -> str:
@@ -209,28 +209,28 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         raise BundleError(f"{root} has no {MANIFEST}: it is not a bundle; `edgelm export` makes one") from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{root / MANIFEST} cannot be read: {error}") from error
-    manifest = from_json(text, str(root / MANIFEST))
+    manifest = parse_manifest(text, str(root / MANIFEST))
     bundle = Bundle(root, manifest)
     if verify:
         bundle.verify()
     return bundle
 
 
-def seal(root: Path, manifest: Manifest) -> Manifest:
+def write_manifest(root: Path, manifest: Manifest) -> Manifest:
     """Hash every file in `root`, write the manifest there, and return it with the hashes."""
     names = sorted(file.name for file in root.iterdir() if file.name != MANIFEST)
     files = {name: File((root / name).stat().st_size, file_sha256(root / name)) for name in names}
     sealed = dataclasses.replace(manifest, files=files)
-    (root / MANIFEST).write_text(to_json(sealed), encoding="utf-8")
+    (root / MANIFEST).write_text(dump_manifest(sealed), encoding="utf-8")
     return sealed
 
 
-def to_json(manifest: Manifest) -> str:
+def dump_manifest(manifest: Manifest) -> str:
     """Write the manifest as JSON text; the same manifest gives the same bytes."""
     return json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def from_json(text: str, where: str) -> Manifest:
+def parse_manifest(text: str, where: str) -> Manifest:
     """Read a manifest; `where` names it in errors. Raises `BundleError`."""
     try:
         raw = json.loads(text)
@@ -246,7 +246,7 @@ def from_json(text: str, where: str) -> Manifest:
         manifest = Manifest(
             **{
                 **raw,
-                "cache": Cache(**raw["cache"]),
+                "cache": KVCacheShape(**raw["cache"]),
                 "matrices": tuple(Matrix(**matrix) for matrix in _entries(raw["matrices"])),
                 "eos_tokens": tuple(_entries(raw["eos_tokens"])),
                 "sampling": SamplingParams(**{**sampling, "stop": tuple(_entries(sampling["stop"]))}),

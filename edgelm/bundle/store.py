@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from edgelm.bundle.catalogue import NAME, catalogue, check_name
+from edgelm.bundle.catalogue import MODEL_NAME_PATTERN, catalogue, check_name
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.system.user_folders import user_folder
 
-VARIABLE: Final = "EDGELM_DATA_DIR"
+DATA_DIR_VARIABLE: Final = "EDGELM_DATA_DIR"
 """Environment variable that names the folder."""
 
 BUILTIN: Final = "builtin"
@@ -34,19 +34,19 @@ class Origin:
     """The hub's commit."""
 
 
-class Store:
+class BundleStore:
     """The bundles below a folder. Nothing is created before the first is stored."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
-    def default(cls) -> Store:
+    def default(cls) -> BundleStore:
         """Return the store at EDGELM_DATA_DIR, else where the system keeps a user's data (XDG base directories)."""
-        named = os.environ.get(VARIABLE)
+        named = os.environ.get(DATA_DIR_VARIABLE)
         if named is not None:
             if not named:
-                raise EdgelmError(f"{VARIABLE} is empty: name a folder, or leave it unset")
+                raise EdgelmError(f"{DATA_DIR_VARIABLE} is empty: name a folder, or leave it unset")
             return cls(Path(named))
         return cls(user_folder("data"))
 
@@ -57,7 +57,7 @@ class Store:
 
     def find(self, name: str) -> Path | None:
         """Return the directory of a stored bundle; None for anything else."""
-        if not NAME.fullmatch(name) or name == BUILTIN:
+        if not MODEL_NAME_PATTERN.fullmatch(name) or name == BUILTIN:
             return None
         place = self.place(name)
         return place if place.is_dir() else None
@@ -67,7 +67,9 @@ class Store:
         folder = self.folder / "bundles"
         if not folder.is_dir():
             return []
-        return sorted(path.name for path in folder.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
+        return sorted(
+            path.name for path in folder.iterdir() if path.is_dir() and MODEL_NAME_PATTERN.fullmatch(path.name)
+        )
 
     def origin(self, name: str) -> Origin | None:
         """Return where a bundle came from, as far as its record can be read."""
@@ -115,7 +117,7 @@ def resolve(model: str | Path) -> Path:
     """
     if str(model) == BUILTIN:
         return Path(__file__).parents[1] / "builtin"
-    found = None if isinstance(model, Path) else Store.default().find(model)
+    found = None if isinstance(model, Path) else BundleStore.default().find(model)
     return Path(model) if found is None else found
 
 
@@ -126,7 +128,7 @@ def missing(model: str) -> BundleError:
         return BundleError(f"{model} is not here yet: `edgelm pull {model}` fetches and converts it")
     if Path(model).is_file():
         return BundleError(f"{model} is not a directory: `edgelm export` makes a bundle of a checkpoint")
-    close = difflib.get_close_matches(model, [*Store.default().names(), *known, BUILTIN], n=1, cutoff=0.6)
+    close = difflib.get_close_matches(model, [*BundleStore.default().names(), *known, BUILTIN], n=1, cutoff=0.6)
     meant = f"did you mean {close[0]}? " if close else ""
     return BundleError(
         f"{model} is not a directory, nor the name of a model here; {meant}`edgelm list` shows what is here,"

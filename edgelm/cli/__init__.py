@@ -18,7 +18,7 @@ from typing import Final, NoReturn
 from edgelm._version import __version__
 from edgelm.cli.suggestion import meant
 from edgelm.errors import EdgelmError, UsageError
-from edgelm.system.terminal import shown_output
+from edgelm.system.terminal import escape_output
 
 COMMANDS: Final[dict[str, str]] = {
     "demo": "start a broker, serve the built-in model, ask it three things, stop",
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no such letter shows which it is
-    with shown_output(answers_as_they_are=chosen in ANSWERING or "--json" in arguments):
+    with escape_output(raw_stdout=chosen in ANSWERING or "--json" in arguments):
         return _run(arguments, chosen)
 
 

@@ -1,4 +1,4 @@
-"""`edgelm ask`: one prompt to a board over MQTT, its answer as it comes."""
+"""`edgelm request`: one prompt to a board over MQTT, its answer as it comes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from edgelm.cli.flags import (
 from edgelm.cli.tables import cut_off
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.mqtt import request_codec, response_codec
-from edgelm.mqtt.request_client import Asker, answer_to
-from edgelm.mqtt.service_config import check_name, default_board
+from edgelm.mqtt.request_client import RequestClient, run_request
+from edgelm.mqtt.service_config import check_topic_name, default_board
 from edgelm.mqtt.topics import is_name
 
 TIMEOUT_S: Final = 120.0
@@ -58,15 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask, print, and fail where no whole answer came."""
-    check_name("--board", args.board)
+    check_topic_name("--board", args.board)
     if args.end_session and args.session is None:
         raise UsageError("--end-session needs --session NAME")
     if args.prompt is None and not args.end_session:
         raise UsageError("give a PROMPT, or --session NAME --end-session")
     if args.client is not None:
-        check_name("--client", args.client)
+        check_topic_name("--client", args.client)
     whom = {"model": args.model, "session": args.session, "end_session": args.end_session}
-    ask = ask_of(
+    request = ask_of(
         None if args.prompt is None else read_prompt(args.prompt),
         stream=not (args.no_stream or args.json),
         timeout_s=args.timeout,
@@ -81,21 +81,21 @@ def run(args: argparse.Namespace) -> int:
         shown.append(delta)
 
     broker = broker_from(args)
-    broker.warn()
+    broker.warn_if_unencrypted()
     client = args.client
     if client is None and args.session is not None and not is_name(broker.user or ""):
         client = _own_name()
-    with Asker(broker, args.board, client) as asker:
+    with RequestClient(broker, args.board, client) as request_client:
         try:
-            final = answer_to(asker, ask, show if ask.stream else None)
+            final = run_request(request_client, request, show if request.stream else None)
         except BaseException:
             if shown:
                 print()  # the error stands on a line of its own
             raise
     if args.json:
-        print(response_codec.write_outcome(final).decode())
+        print(response_codec.write_final_message(final).decode())
     elif args.prompt is not None and (final.error is None or final.completion.text):
-        print("" if ask.stream else final.completion.text)
+        print("" if request.stream else final.completion.text)
     told = None if args.json or final.error is not None else cut_off(final.completion)
     if told is not None:
         print(f"edgelm ask: {told}", file=sys.stderr)
@@ -104,10 +104,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def ask_of(prompt: str | None, **keys: object) -> request_codec.Ask:
+def ask_of(prompt: str | None, **keys: object) -> request_codec.GenerateRequest:
     """Return a request; raise `RequestError`, which names the key, where the board would refuse it."""
     asked = {} if prompt is None else {"prompt": prompt}
-    return request_codec.parse_ask(request_codec.Envelope(uuid.uuid4().hex[:16], None, None, {**asked, **keys}))
+    return request_codec.parse_request(request_codec.Envelope(uuid.uuid4().hex[:16], None, None, {**asked, **keys}))
 
 
 def _own_name() -> str:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Final
 
-from edgelm.bench.autotune import Trial, tune
-from edgelm.bench.benchmark import Report, benchmark
-from edgelm.bench.profiler import DECODE_STEPS, Profile, profile
+from edgelm.bench.autotune import TuningResult, tune
+from edgelm.bench.benchmark import BenchmarkReport, benchmark
+from edgelm.bench.profiler import DECODE_STEPS, ProfileReport, profile
 from edgelm.bundle.manifest import open_bundle
 from edgelm.cli.flags import add_cache_flag
 from edgelm.cli.profile_table import profile_table
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tune:
         return _tune(args, cache)
     prompt_tokens, new_tokens = _lengths(args)
-    measure: Callable[..., Report | Profile] = profile if args.profile else benchmark
+    measure: Callable[..., BenchmarkReport | ProfileReport] = profile if args.profile else benchmark
     with Progress() as progress:
         report = measure(
             args.bundle,
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             repeat=args.repeat,
             progress=progress,
         )
-    text = profile_table(report) if isinstance(report, Profile) else _table(report)
+    text = profile_table(report) if isinstance(report, ProfileReport) else _table(report)
     print(json.dumps(report.to_dict()) if args.json else text)
     return 0
 
@@ -108,7 +108,7 @@ def _tune(args: argparse.Namespace, cache: BoardCache | None) -> int:
     return 0
 
 
-def _flat(trial: Trial) -> dict[str, float]:
+def _flat(trial: TuningResult) -> dict[str, float]:
     rates = {"decode_tok_s": round(trial.decode_tok_s, 2), "prefill_tok_s": round(trial.prefill_tok_s, 2)}
     return {**asdict(trial.tuning), **rates}
 
@@ -120,7 +120,7 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected numbers such as 1,4,8, got {text!r}") from None
 
 
-def _table(report: Report) -> str:
+def _table(report: BenchmarkReport) -> str:
     memory = ", ".join(
         f"{name.removesuffix('_mb').replace('_', ' ')} {value:.0f} MB" for name, value in report.memory.items()
     )

@@ -7,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from edgelm.system.board_cache import LIMIT_MB, BoardCache, Entry
+from edgelm.system.board_cache import LIMIT_MB, BoardCache, CacheEntry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,14 +29,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     entries = [_row(entry) for entry in cache.entries()]
     if args.json:
-        print(json.dumps({"folder": str(cache.folder), "kernels_bytes": cache.kernels_bytes(), "entries": entries}))
+        print(json.dumps({"folder": str(cache.folder), "kernels_bytes": cache.numba_bytes(), "entries": entries}))
         return 0
-    print(f"{cache.folder}: {len(entries)} entries, and compiled kernels of {cache.kernels_bytes() / 1e6:.1f} MB")
+    print(f"{cache.folder}: {len(entries)} entries, and compiled kernels of {cache.numba_bytes() / 1e6:.1f} MB")
     for entry in entries:
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["made"]))
         print(f"{entry['bytes'] / 1e6:>9.1f} MB  {made}  {entry['kind']:<8} {entry['of']}")
     return 0
 
 
-def _row(entry: Entry) -> dict[str, Any]:
+def _row(entry: CacheEntry) -> dict[str, Any]:
     return {"kind": entry.kind, "of": str(entry.note.get("bundle", "")), "bytes": entry.bytes, "made": entry.made}

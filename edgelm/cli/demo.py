@@ -12,9 +12,9 @@ from edgelm.bundle.manifest import Bundle, open_bundle
 from edgelm.cli.ask import ask_of
 from edgelm.errors import EdgelmError
 from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl
-from edgelm.mqtt.local_broker import EmbeddedBroker, start_any
-from edgelm.mqtt.request_client import Asker, answer_to
-from edgelm.mqtt.response_codec import Outcome
+from edgelm.mqtt.local_broker import EmbeddedBroker, make_local_broker
+from edgelm.mqtt.request_client import RequestClient, run_request
+from edgelm.mqtt.response_codec import FinalMessage
 from edgelm.mqtt.service_config import ServeConfig
 from edgelm.mqtt.service_setup import serve_in_background
 from edgelm.mqtt.topics import BoardTopics
@@ -46,15 +46,15 @@ def run(args: argparse.Namespace) -> int:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     print("edgelm demo: a small language model answers over MQTT, all on this machine.\n", flush=True)
     with ExitStack() as stack:
-        broker = stack.enter_context(EmbeddedBroker() if args.embedded_broker else start_any())
+        broker = stack.enter_context(EmbeddedBroker() if args.embedded_broker else make_local_broker())
         _show("broker", f"{broker.name}, {broker.url}")
         bundle = open_bundle("builtin")
         _show("model", _describe(bundle))
         config = ServeConfig(mqtt=broker.url, board=BOARD, embedded_broker=isinstance(broker, EmbeddedBroker))
         stack.enter_context(serve_in_background(config))
         _show("board", f"{BOARD!r} listens on {BoardTopics(BOARD).generate()}")
-        asker = stack.enter_context(Asker(BrokerConfig(url=BrokerUrl.parse(broker.url)), BOARD))
-        answered = sum(_ask(asker, number, command) for number, command in enumerate(COMMANDS, 1))
+        request_client = stack.enter_context(RequestClient(BrokerConfig(url=BrokerUrl.parse(broker.url)), BOARD))
+        answered = sum(_ask(request_client, number, command) for number, command in enumerate(COMMANDS, 1))
     if answered < len(COMMANDS):
         raise EdgelmError(f"{answered} of {len(COMMANDS)} commands were answered")
     print(f"\nAll {answered} answered; broker and board are stopped.\n\n{NEXT}", end="", flush=True)
@@ -71,11 +71,11 @@ def _describe(bundle: Bundle) -> str:
     return f"the built-in one: {millions:.1f} M parameters, {manifest.quant}, {megabytes:.1f} MB on disk"
 
 
-def _ask(asker: Asker, number: int, command: str) -> bool:
+def _ask(request_client: RequestClient, number: int, command: str) -> bool:
     """Ask one command, show its answer as it comes, and return whether it came whole."""
     print(f"\n  {number}  {command}\n     ", end="", flush=True)
     ask = ask_of(command, stream=True, chunk_ms=0, timeout_s=ANSWER_WITHIN_S)
-    outcome: Outcome = answer_to(asker, ask, lambda delta: print(delta, end="", flush=True))
+    outcome: FinalMessage = run_request(request_client, ask, lambda delta: print(delta, end="", flush=True))
     if outcome.error is not None:
         print(f"failed: {outcome.error.message}", flush=True)
         return False

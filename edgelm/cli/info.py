@@ -65,7 +65,7 @@ def _extras(m: Manifest) -> list[tuple[str, str]]:
 
 def _plan(m: Manifest) -> MemoryPlan:
     """Return what the defaults of `edgelm generate` take at most."""
-    return plan_memory(m, rows=2, context=m.context, prefix_bytes=PREFIX_CACHE_MB * 1_000_000)
+    return plan_memory(m, rows=2, context=m.context, prefix_cache_bytes=PREFIX_CACHE_MB * 1_000_000)
 
 
 def rows(bundle: Bundle) -> list[tuple[str, str]]:

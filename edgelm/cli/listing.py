@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from edgelm.bundle.manifest import open_bundle
-from edgelm.bundle.store import BUILTIN, Store
+from edgelm.bundle.store import BUILTIN, BundleStore
 from edgelm.errors import BundleError
 
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List the stored bundles and the built-in one."""
-    store = Store.default()
+    store = BundleStore.default()
     rows = [_row(store, name) for name in [BUILTIN, *store.names()]]
     if args.json:
         print(json.dumps(rows))
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _row(store: Store, name: str) -> dict[str, Any]:
+def _row(store: BundleStore, name: str) -> dict[str, Any]:
     try:
         bundle = open_bundle(name, verify=False)
     except BundleError as error:

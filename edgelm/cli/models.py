@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import json
 
-from edgelm.bundle.catalogue import Known, catalogue
-from edgelm.bundle.store import Store
-from edgelm.system.sensors import memory_of_this_machine
+from edgelm.bundle.catalogue import CatalogueModel, catalogue
+from edgelm.bundle.store import BundleStore
+from edgelm.system.sensors import read_memory_mb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List the catalogue."""
-    memory, here = memory_of_this_machine(), set(Store.default().names())
+    memory, here = read_memory_mb(), set(BundleStore.default().names())
     models = catalogue().values()
     if args.json:
         print(json.dumps([{**dataclasses.asdict(m), "here": m.name in here} for m in models]))
         return 0
     print(f"{'name':<15} {'parameters':>10} {'here as':>8} {'MB':>6} {'board':>8}  licence, good at")
     for model in models:
-        form = model.form_for(memory)
+        form = model.choose_variant(memory)
         quant, size = ("too big", "") if form is None else (form.quant, str(form.mb))
         print(
             f"{model.name:<15} {parameters(model):>10} {quant:>8} {size:>6} {f'{model.smallest_board_gb} GB':>8} "
@@ -38,6 +38,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parameters(model: Known) -> str:
+def parameters(model: CatalogueModel) -> str:
     """Return how many a model has, in millions or thousands of millions."""
     return f"{model.parameters / 1e6:.0f} M" if model.parameters < 1e9 else f"{model.parameters / 1e9:.1f} G"

@@ -9,7 +9,7 @@ from edgelm.bundle.manifest import Bundle, open_bundle
 from edgelm.bundle.store import BUILTIN
 from edgelm.cli.tables import prefix_text
 from edgelm.errors import EdgelmError, UsageError
-from edgelm.text.static_prompt import opening_tokens, read_opening
+from edgelm.text.static_prompt import read_prefix_text, tokenize_prefix
 from edgelm.text.tokenizer import Tokenizer
 
 EPILOG = """\
@@ -52,11 +52,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _added(path: str, file: str, threads: int | None) -> Bundle:
-    from edgelm.runtime.prefix_file import add_prefix, open_bare
+    from edgelm.runtime.prefix_file import add_prefix, open_without_prefix
 
-    opening = read_opening(file)
-    bundle = open_bare(path)
-    return add_prefix(bundle, opening_tokens(opening, Tokenizer.of_bundle(bundle)), threads=threads)
+    opening = read_prefix_text(file)
+    bundle = open_without_prefix(path)
+    return add_prefix(bundle, tokenize_prefix(opening, Tokenizer.of_bundle(bundle)), threads=threads)
 
 
 def _removed(path: str) -> Bundle:

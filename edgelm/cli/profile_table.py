@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Final
 
-from edgelm.bench.profiler import Phase, Profile
-from edgelm.bench.trace import Operator, Part, alike
+from edgelm.bench.profiler import Phase, ProfileReport
+from edgelm.bench.trace import ModelPart, OperatorTotal, alike
 
 LEAST_SHARE: Final = 0.005
 """Operators below this share of the nodes' time stand on one line."""
@@ -15,7 +15,7 @@ MS_FROM_US: Final = 10_000.0
 """Steps at least this long are shown in milliseconds."""
 
 
-def profile_table(profile: Profile) -> str:
+def profile_table(profile: ProfileReport) -> str:
     """Return the whole profile as text."""
     head = (
         f"{profile.threads} threads, memory bandwidth {profile.memory_bandwidth_gb_s:.1f} GB/s (read, measured)\n"
@@ -70,7 +70,7 @@ def _phase(phase: Phase) -> str:
     return "\n".join(lines)
 
 
-def _name(operator: Operator) -> str:
+def _name(operator: OperatorTotal) -> str:
     """Return an operator's name with its matrices: `MatMulNBits 576 x 3072, 4 bits`."""
     if operator.shape is None:
         return operator.operator
@@ -78,7 +78,7 @@ def _name(operator: Operator) -> str:
     return f"{operator.operator} {operator.shape[0]} x {operator.shape[1]}{bits}"
 
 
-def _parts_name(parts: Sequence[Part]) -> str:
+def _parts_name(parts: Sequence[ModelPart]) -> str:
     first = parts[0].name
     return first if len(parts) == 1 else f"layers {first.split()[1]} to {parts[-1].name.split()[1]}"
 

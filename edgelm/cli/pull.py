@@ -12,17 +12,17 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from edgelm.bundle.catalogue import Form, Known, catalogue
+from edgelm.bundle.catalogue import CatalogueModel, ModelVariant, catalogue
 from edgelm.bundle.catalogue import check_name as check_model_name
 from edgelm.bundle.manifest import MANIFEST, Bundle, open_bundle
-from edgelm.bundle.store import BUILTIN, Origin, Store
+from edgelm.bundle.store import BUILTIN, BundleStore, Origin
 from edgelm.cli.export import interrupt
 from edgelm.cli.extras import reach
 from edgelm.cli.suggestion import meant
 from edgelm.cli.tables import self_check_text
 from edgelm.errors import BundleError, EdgelmError, UsageError
 from edgelm.system.progress_bar import Progress
-from edgelm.system.sensors import memory_of_this_machine
+from edgelm.system.sensors import read_memory_mb
 
 EPILOG: Final = """\
 examples:
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch, convert, store."""
-    store, known = Store.default(), catalogue()
+    store, known = BundleStore.default(), catalogue()
     model = known.get(args.name)
     name = args.name.rpartition("/")[2].lower() if model is None else model.name
     _check(args, name, model)
@@ -111,7 +111,7 @@ def _whole(place: Path) -> Bundle | None:
         return None
 
 
-def _check(args: argparse.Namespace, name: str, model: Known | None) -> None:
+def _check(args: argparse.Namespace, name: str, model: CatalogueModel | None) -> None:
     """Raise `EdgelmError` for a name that is none, or that nobody knows."""
     if name == BUILTIN:
         raise EdgelmError("the built-in model comes with the package: `edgelm chat builtin` needs nothing fetched")
@@ -129,26 +129,26 @@ def _check(args: argparse.Namespace, name: str, model: Known | None) -> None:
     check_model_name(name if args.source is None else args.name)
 
 
-def _options(args: argparse.Namespace, model: Known | None) -> dict[str, Any]:
+def _options(args: argparse.Namespace, model: CatalogueModel | None) -> dict[str, Any]:
     """Return how to export: as asked for, else the catalogue's form that fits this board."""
     options = {"quant": args.quant, "fast": args.fast, "context": args.context}
     if model is None:
         return options
-    memory = memory_of_this_machine()
-    form = model.form_for(memory)
+    memory = read_memory_mb()
+    form = model.choose_variant(memory)
     if form is None and not args.quant:
         least = min(model.forms, key=lambda form: form.memory_mb)
         raise EdgelmError(
             f"{model.name} takes about {least.memory_mb} MB of memory in {least.quant}, this board has {memory:.0f} MB;"
             f" `edgelm models` shows smaller ones, and --quant converts it all the same"
         )
-    chosen = form or Form(args.quant, 0, 0)
+    chosen = form or ModelVariant(args.quant, 0, 0)
     options["quant"] = args.quant or chosen.quant
     options["fast"] = (args.fast or chosen.fast) and options["quant"] not in {"int8", "fp32"}
     return options
 
 
-def _fetch(source: str, model: Known | None, folder: Path) -> str:
+def _fetch(source: str, model: CatalogueModel | None, folder: Path) -> str:
     """Download a model of the hub; return its commit. Raises `EdgelmError` where the disk is too small."""
     hub = reach("edgelm_export.checkpoint.hub", "edgelm pull")
     offline = f"give it: edgelm pull {folder.name} --from model/"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from edgelm.bundle.store import BUILTIN, Store
+from edgelm.bundle.store import BUILTIN, BundleStore
 from edgelm.errors import EdgelmError
 from edgelm.system.board_cache import BoardCache
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Remove bundles, and what was made of them for this board; of several names all must be here."""
-    store, cache = Store.default(), BoardCache.default()
+    store, cache = BundleStore.default(), BoardCache.default()
     for name in args.names:
         if name == BUILTIN:
             raise EdgelmError("the built-in model is part of the package; nothing was removed")

@@ -13,10 +13,10 @@ from typing import Any, Final
 
 from edgelm.cli.flags import add_credential_flags, add_loading_flags
 from edgelm.mqtt.local_broker import EmbeddedBroker
-from edgelm.mqtt.log_rate_limit import LineLimit
+from edgelm.mqtt.log_rate_limit import LogRateLimit
 from edgelm.mqtt.service_config import SETTINGS, load_config
-from edgelm.mqtt.service_setup import open_board
-from edgelm.system.terminal import shown, shown_on_a_line
+from edgelm.mqtt.service_setup import open_service
+from edgelm.system.terminal import escape_line, shown
 
 DEFAULT_URL: Final = SETTINGS["mqtt"].default
 SWITCH_S: Final = 0.0005
@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
                 EmbeddedBroker(broker.url.host, broker.url.port, username=broker.user, password=broker.password)
             )
         else:
-            broker.warn()
-        service = stack.enter_context(open_board(config))
+            broker.warn_if_unencrypted()
+        service = stack.enter_context(open_service(config))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: service.stop())
         service.run()
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 def _log_as(form: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines() if form == "json" else _TextLines("%(asctime)s %(levelname)s %(message)s"))
-    handler.addFilter(LineLimit(handler))
+    handler.addFilter(LogRateLimit(handler))
     root = logging.getLogger("edgelm")
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
@@ -118,7 +118,7 @@ class _TextLines(logging.Formatter):
     """One line a message, whatever a client put into it; a traceback stands below."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the library's name
-        record.message = shown_on_a_line(record.message)
+        record.message = escape_line(record.message)
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:

@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import json
 
-from edgelm.bundle.catalogue import Known, catalogue
+from edgelm.bundle.catalogue import CatalogueModel, catalogue
 from edgelm.bundle.manifest import open_bundle
-from edgelm.bundle.store import BUILTIN, Store, missing, resolve
+from edgelm.bundle.store import BUILTIN, BundleStore, missing, resolve
 from edgelm.cli.info import derived, rows
 from edgelm.cli.models import parameters
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     if known is None and not is_here:
         raise missing(args.name)
     bundle = open_bundle(args.name) if is_here else None
-    origin = Store.default().origin(args.name) if is_here and args.name != BUILTIN else None
+    origin = BundleStore.default().origin(args.name) if is_here and args.name != BUILTIN else None
     if args.json:
         print(
             json.dumps(
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _entry(model: Known) -> list[tuple[str, str]]:
+def _entry(model: CatalogueModel) -> list[tuple[str, str]]:
     """Return the catalogue's entry, row by row."""
     account = " (asks for an account that has accepted it)" if model.gated else ""
     forms = [

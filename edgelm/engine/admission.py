@@ -10,13 +10,13 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from edgelm.bundle.manifest import Bundle
-from edgelm.engine.background import Background, complete
-from edgelm.engine.constraints import Constraints
-from edgelm.engine.fairness import UNSHARED, Shares
+from edgelm.engine.background import BackgroundThread, resolve_future
+from edgelm.engine.constraints import ConstraintCache
+from edgelm.engine.fairness import NO_CLIENT_LIMITS, ClientLimits
 from edgelm.engine.sequence import Sequence
-from edgelm.engine.sessions import Conversation, Conversations
+from edgelm.engine.sessions import Sessions, SessionState
 from edgelm.errors import RequestError
-from edgelm.sampling import is_loaded, needs_kernels, warm_up
+from edgelm.sampling import are_kernels_loaded, needs_kernels, warm_up
 from edgelm.text.tokenizer import SHORT, Tokenizer
 from edgelm.types import Request
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from edgelm.text.grammar import Matcher
 
 
-class Intake:
+class Admission:
     """Opens requests for a bundle whose rows hold `context` tokens."""
 
-    def __init__(self, bundle: Bundle, context: int, shares: Shares = UNSHARED) -> None:
+    def __init__(self, bundle: Bundle, context: int, client_limits: ClientLimits = NO_CLIENT_LIMITS) -> None:
         manifest = bundle.manifest
         self._bundle = bundle
         self._context = context
         self._eos = frozenset(manifest.eos_tokens)
-        self._constraints = Constraints(bundle.tokenizer, manifest.vocab_size, manifest.eos_tokens)
+        self._constraints = ConstraintCache(bundle.tokenizer, manifest.vocab_size, manifest.eos_tokens)
         self.tokenizer = Tokenizer.of_bundle(bundle)
-        self.conversations = Conversations(self.tokenizer, context, shares=shares)
-        self._background = Background("edgelm-prompts")
+        self.conversations = Sessions(self.tokenizer, context, client_limits=client_limits)
+        self._background = BackgroundThread("edgelm-prompts")
 
     def prepare(self, request: Request) -> Future[Matcher] | None:
         """Have a request's constraint made ready on another thread; None where it has none."""
@@ -46,14 +46,14 @@ class Intake:
         self._constraints.close()
         self._background.close()
 
-    def read(self, request: Request, before: Conversation) -> Future[Conversation]:
+    def read(self, request: Request, before: SessionState) -> Future[SessionState]:
         """Return what will have a conversation with a request's prompt behind it; done already where that is quick.
 
-        `before` is what `Conversations.begin` returned. The future may hold a `RequestError`.
+        `before` is what `Sessions.begin` returned. The future may hold a `RequestError`.
         """
-        needs_loading = needs_kernels(request.sampling) and not is_loaded()
+        needs_loading = needs_kernels(request.sampling) and not are_kernels_loaded()
 
-        def work() -> Conversation:
+        def work() -> SessionState:
             try:
                 if needs_loading:
                     warm_up()
@@ -65,24 +65,24 @@ class Intake:
 
         if needs_loading or not self._is_quick(request, before):
             return self._background.run(work)
-        future: Future[Conversation] = Future()
-        complete(work, future)
+        future: Future[SessionState] = Future()
+        resolve_future(work, future)
         return future
 
-    def _is_quick(self, request: Request, before: Conversation) -> bool:
+    def _is_quick(self, request: Request, before: SessionState) -> bool:
         """Whether a prompt, its session and what goes with it are short."""
         if request.messages is None and not request.is_templated:
             rest = request.prompt or ""
         else:
             rest = repr((request.prompt, request.messages, request.system, request.tools, request.template_vars))
-        return len(before.text) + len(rest) <= SHORT and not self.tokenizer.must_prepare_for(rest)
+        return len(before.text) + len(rest) <= SHORT and not self.tokenizer.needs_preparation_for(rest)
 
     def open(
-        self, request: Request, submitted: float, asked: Conversation, prepared: Future[Matcher] | None
+        self, request: Request, submitted_s: float, asked: SessionState, matcher_future: Future[Matcher] | None
     ) -> Sequence:
         """Return a request's sequence. Raises `RequestError` for a prompt or a constraint that cannot be used.
 
-        `asked` is what `read` gave, `prepared` what `prepare` returned; what is not ready yet is waited for.
+        `asked` is what `read` gave, `matcher_future` what `prepare` returned; what is not ready yet is waited for.
         """
         return Sequence(
             request,
@@ -91,8 +91,8 @@ class Intake:
             vocab_size=self._bundle.manifest.vocab_size,
             context=self._context,
             eos_tokens=self._eos,
-            matcher=None if prepared is None else prepared.result().copy(),
-            submitted=submitted,
+            matcher=None if matcher_future is None else matcher_future.result().copy(),
+            submitted_s=submitted_s,
         )
 
     def checked(self, tokens: list[int]) -> list[int]:

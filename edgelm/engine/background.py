@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
-class Background:
+class BackgroundThread:
     """A thread of that name. Safe to call from several threads."""
 
     def __init__(self, name: str) -> None:
@@ -39,10 +39,10 @@ class Background:
 
     def _run(self) -> None:
         while (asked := self._asked.get()) is not None:
-            complete(*asked)
+            resolve_future(*asked)
 
 
-def complete(function: Callable[[], Result], future: Future[Result]) -> None:
+def resolve_future(function: Callable[[], Result], future: Future[Result]) -> None:
     """Give a future a function's result, or what it raised."""
     try:
         result = function()

@@ -23,11 +23,11 @@ from typing import IO, Any, Final
 import numpy as np
 
 from edgelm.errors import RequestError
-from edgelm.system.isolated_python import python_command
+from edgelm.system.isolated_python import build_python_command
 from edgelm.types import Constraint
 
-LIMIT_S: Final = 3.0
-"""How long a constraint may take, compiled and followed for `STEPS` tokens."""
+CONSTRAINT_TIMEOUT_S: Final = 3.0
+"""How long a constraint may take, compiled and followed for `SAMPLED_TOKENS` tokens."""
 SPARE_CPU_S: Final = 10
 """Processor time beside that, after which a child whose parent is gone ends by itself."""
 START_S: Final = 60.0
@@ -36,14 +36,17 @@ MEMORY_BYTES: Final = 256_000_000
 """How much a constraint may take beside what the child took before."""
 STACK_BYTES: Final = 4 << 20
 """Stack that it is tried with: half of what a thread here has."""
-STEPS: Final = 24
+SAMPLED_TOKENS: Final = 24
 """Tokens that it is followed for, each drawn from those that it allows."""
 GROWN_BYTES: Final = MEMORY_BYTES // 2
 """A child that keeps more than so much is not used again."""
 
 
-class Trial:
-    """Tries constraints for one vocabulary; parameters as those of `Grammar`. Safe to call from several threads."""
+class ConstraintSandbox:
+    """Tries constraints for one vocabulary; parameters as those of `ConstraintCompiler`.
+
+    Safe to call from several threads.
+    """
 
     def __init__(self, tokenizer: Path, vocab_size: int, eos_tokens: Iterable[int]) -> None:
         self._setup = {"tokenizer": str(tokenizer), "vocab_size": vocab_size, "eos_tokens": list(eos_tokens)}
@@ -56,7 +59,7 @@ class Trial:
         value = list(constraint.value) if isinstance(constraint.value, tuple) else constraint.value
         with self._lock:
             child = self._child if self._child is not None and self._child.poll() is None else self._start()
-            answer = _ask(child, {"kind": constraint.kind, "value": value}, LIMIT_S)
+            answer = _exchange(child, {"kind": constraint.kind, "value": value}, CONSTRAINT_TIMEOUT_S)
             if not answer.get("goes_on"):
                 self._stop()
         if answer.get("error"):
@@ -76,13 +79,13 @@ class Trial:
         if self._is_closed:
             raise RequestError("interrupted", "the service stopped before the constraint was tried")
         self._child = subprocess.Popen(
-            python_command("edgelm.engine.constraint_trial", "serve"),
+            build_python_command("edgelm.engine.constraint_trial", "serve"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C at a terminal is not for it
         )
-        ready = _ask(self._child, self._setup, START_S)
+        ready = _exchange(self._child, self._setup, START_S)
         if not ready.get("goes_on"):
             self._stop()
             raise RequestError("internal", f"constraints cannot be tried: {ready.get('error')}")
@@ -96,7 +99,7 @@ class Trial:
         self._child = None
 
 
-def _ask(child: subprocess.Popen[bytes], question: dict[str, Any], limit_s: float) -> dict[str, Any]:
+def _exchange(child: subprocess.Popen[bytes], question: dict[str, Any], limit_s: float) -> dict[str, Any]:
     """Return a child's answer, or what its silence means."""
     asked, answered = child.stdin, child.stdout
     if asked is None or answered is None:
@@ -123,27 +126,27 @@ def serve() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever a library prints is no answer
-    from edgelm.text.grammar import Grammar
+    from edgelm.text.grammar import ConstraintCompiler
 
     setup = json.loads(sys.stdin.readline())
-    grammar = Grammar(setup["tokenizer"], setup["vocab_size"], setup["eos_tokens"])
+    grammar = ConstraintCompiler(setup["tokenizer"], setup["vocab_size"], setup["eos_tokens"])
     _tell(out, {"goes_on": True})
-    before = _size()
+    before = _address_space_bytes()
     limit = before + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     threading.stack_size(STACK_BYTES)
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
-        spent = int(used.ru_utime + used.ru_stime + LIMIT_S) + SPARE_CPU_S
+        spent = int(used.ru_utime + used.ru_stime + CONSTRAINT_TIMEOUT_S) + SPARE_CPU_S
         resource.setrlimit(resource.RLIMIT_CPU, (spent, resource.RLIM_INFINITY))  # should the parent be gone meanwhile
         asked = json.loads(line)
         value = tuple(asked["value"]) if isinstance(asked["value"], list) else asked["value"]
         answer: dict[str, Any] = {}
         thread = threading.Thread(target=_try, args=(grammar, Constraint(asked["kind"], value), answer))
-        start = _size()
+        start = _address_space_bytes()
         thread.start()
         thread.join()
-        now = _size()
+        now = _address_space_bytes()
         answer["bytes"] = max(now - start, len(line))
         answer["goes_on"] = now < before + GROWN_BYTES
         _tell(out, answer)
@@ -154,7 +157,7 @@ def _try(grammar: Any, constraint: Constraint, answer: dict[str, Any]) -> None:
     generator = np.random.default_rng(0)
     try:
         matcher = grammar.start(constraint)
-        for _ in range(STEPS):
+        for _ in range(SAMPLED_TOKENS):
             matcher.forced_tokens()
             bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")
             allowed = np.flatnonzero(bits)
@@ -176,7 +179,7 @@ def _tell(out: IO[str], answer: dict[str, Any]) -> None:
     out.flush()
 
 
-def _size() -> int:
+def _address_space_bytes() -> int:
     """Return the process's address space in bytes."""
     with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123  the path of a kernel's file
         return int(file.read().split()[0]) * resource.getpagesize()

@@ -13,18 +13,18 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from edgelm.engine.constraint_trial import Trial
+from edgelm.engine.constraint_trial import ConstraintSandbox
 from edgelm.engine.fairness import FairQueue
 from edgelm.errors import BundleError, RequestError
-from edgelm.types import NOBODY, Constraint, Owner
+from edgelm.types import UNCACHED_OWNER, Constraint, Owner
 
 if TYPE_CHECKING:
-    from edgelm.text.grammar import Grammar, Matcher
+    from edgelm.text.grammar import ConstraintCompiler, Matcher
 
 KEPT_BYTES: Final = 64_000_000
 """About how much compiled constraints may take that are kept for the next request which brings the same one."""
 
-RESTED: Final = 25
+TRIM_INTERVAL: Final = 25
 """Constraints after which the C library gives back what it holds of memory that is free: one takes up to some 100 MB
 while it is compiled, and leaves holes. It takes some milliseconds."""
 
@@ -32,13 +32,16 @@ while it is compiled, and leaves holes. It takes some milliseconds."""
 _Key = tuple[Owner, Constraint]
 
 
-class Constraints:
-    """Prepares constraints for one vocabulary; parameters as those of `Grammar`. Safe to call from several threads."""
+class ConstraintCache:
+    """Prepares constraints for one vocabulary; parameters as those of `ConstraintCompiler`.
+
+    Safe to call from several threads.
+    """
 
     def __init__(self, tokenizer: Path, vocab_size: int, eos_tokens: tuple[int, ...]) -> None:
         self._vocabulary = (tokenizer, vocab_size, eos_tokens)
-        self._trial = Trial(tokenizer, vocab_size, eos_tokens)
-        self._grammar: Grammar | None = None
+        self._sandbox = ConstraintSandbox(tokenizer, vocab_size, eos_tokens)
+        self._grammar: ConstraintCompiler | None = None
         self._changed = threading.Condition()
         self._kept: OrderedDict[_Key, tuple[Future[Matcher], int]] = OrderedDict()
         """By owner and constraint, the one used longest ago first: the matcher, and about how many bytes it takes."""
@@ -60,7 +63,7 @@ class Constraints:
                 self._thread = threading.Thread(target=self._run, name="edgelm-constraints", daemon=True)
                 self._thread.start()
             future: Future[Matcher] = Future()
-            if owner != NOBODY:
+            if owner != UNCACHED_OWNER:
                 self._kept[key] = (future, 0)
             self._asked.put(owner, (key, future))
             self._changed.notify()
@@ -71,7 +74,7 @@ class Constraints:
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._trial.close()
+        self._sandbox.close()
 
     def _next(self) -> tuple[_Key, Future[Matcher]] | None:
         """Wait for a constraint to try; None is the end."""
@@ -84,13 +87,13 @@ class Constraints:
         count = 0
         while (asked := self._next()) is not None:
             count += 1
-            if count % RESTED == 0:
-                _give_back()
+            if count % TRIM_INTERVAL == 0:
+                _trim_heap()
             key, future = asked
             constraint = key[1]
             size = 0
             try:
-                size = self._trial.run(constraint)
+                size = self._sandbox.run(constraint)
                 matcher = self._compiled(constraint)
             except (RequestError, BundleError) as error:
                 self._settle(key, future, None)
@@ -106,15 +109,15 @@ class Constraints:
 
     def _compiled(self, constraint: Constraint) -> Matcher:
         if self._grammar is None:
-            from edgelm.text.grammar import Grammar
+            from edgelm.text.grammar import ConstraintCompiler
 
-            self._grammar = Grammar(*self._vocabulary)
+            self._grammar = ConstraintCompiler(*self._vocabulary)
         return self._grammar.start(constraint)
 
     def _settle(self, key: _Key, future: Future[Matcher], size: int | None) -> None:
         """Keep a matcher of so many bytes, and what else fits; None was refused, and is not kept."""
         with self._changed:
-            if size is None or key[0] == NOBODY:
+            if size is None or key[0] == UNCACHED_OWNER:
                 self._kept.pop(key, None)
                 return
             self._kept[key] = (future, size)
@@ -125,7 +128,7 @@ class Constraints:
                 total -= self._kept.pop(other)[1]
 
 
-def _give_back() -> None:
+def _trim_heap() -> None:
     """Give the system back what the C library keeps of memory that is free; where that is not glibc's, nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -16,25 +16,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle.manifest import Bundle
-from edgelm.engine.admission import Intake
-from edgelm.engine.fairness import UNSHARED, Shares, Turns
-from edgelm.engine.prefix_cache import Reuse
-from edgelm.engine.scheduler import Rows
+from edgelm.engine.admission import Admission
+from edgelm.engine.fairness import NO_CLIENT_LIMITS, ClientLimits, FairnessPolicy
+from edgelm.engine.prefix_cache import PrefixCache
+from edgelm.engine.scheduler import Scheduler
 from edgelm.engine.scoring import score
-from edgelm.engine.sequence import Sequence, Waiting
-from edgelm.engine.sessions import Conversation
-from edgelm.engine.speculation import NOTHING, Drafter
+from edgelm.engine.sequence import QueuedRequest, Sequence
+from edgelm.engine.sessions import SessionState
+from edgelm.engine.speculation import NO_DRAFT, Speculator
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.runtime.memory_plan import PREFILL_CHUNK, PREFIX_CACHE_MB, check_memory
-from edgelm.runtime.runner import Session, open_session
+from edgelm.runtime.runner import Runner, open_runner
 from edgelm.runtime.threads import THREADS_LIMIT
 from edgelm.system.board_cache import BoardCache
 from edgelm.types import Chunk, FinishReason, Request
 
-PATIENCE_S: Final = 0.02
+IDLE_WAIT_S: Final = 0.02
 """How long a step waits for a constraint or a prompt where there is nothing else to do; then it looks at deadlines."""
 
-MOST_ROWS: Final = 1024
+MAX_BATCH_LIMIT: Final = 1024
 """Most requests decoded together."""
 
 
@@ -53,30 +53,30 @@ class Engine:
         cache: BoardCache | None = None,
         memory_limit_mb: int | None = None,
         spin: bool | None = None,
-        shares: Shares = UNSHARED,
+        client_limits: ClientLimits = NO_CLIENT_LIMITS,
     ) -> None:
-        if not 1 <= max_batch <= MOST_ROWS:
-            raise EdgelmError(f"max_batch must lie in [1, {MOST_ROWS}], got {max_batch}")
+        if not 1 <= max_batch <= MAX_BATCH_LIMIT:
+            raise EdgelmError(f"max_batch must lie in [1, {MAX_BATCH_LIMIT}], got {max_batch}")
         if threads is not None and not 1 <= threads <= THREADS_LIMIT:
             raise EdgelmError(f"threads must lie in [1, {THREADS_LIMIT}], got {threads}")
         if prefix_cache_mb < 0:
             raise EdgelmError(f"prefix_cache_mb must be at least 0, got {prefix_cache_mb}")
         self.bundle, self.max_batch = bundle, max_batch
         rows, most = max_batch + 1, bundle.manifest.context if context is None else context
-        prefix_bytes = prefix_cache_mb * 1_000_000
-        self.memory = check_memory(bundle.manifest, memory_limit_mb, rows=rows, context=most, prefix_bytes=prefix_bytes)
-        self.session: Session = open_session(
-            bundle, rows=rows, threads=threads, spin=spin, context=context, cache=cache
+        prefix_cache_bytes = prefix_cache_mb * 1_000_000
+        self.memory = check_memory(
+            bundle.manifest, memory_limit_mb, rows=rows, context=most, prefix_cache_bytes=prefix_cache_bytes
         )
+        self.session: Runner = open_runner(bundle, rows=rows, threads=threads, spin=spin, context=context, cache=cache)
         self.context = self.session.context
-        self._intake = Intake(bundle, self.context, shares)
-        self.tokenizer, self.conversations = self._intake.tokenizer, self._intake.conversations
-        self._waiting: deque[Waiting] = deque()
-        self._rows = Rows(self.session, max_batch)
-        self._turns = Turns(shares.rows)
+        self._admission = Admission(bundle, self.context, client_limits)
+        self.tokenizer, self.conversations = self._admission.tokenizer, self._admission.conversations
+        self._waiting: deque[QueuedRequest] = deque()
+        self._scheduler = Scheduler(self.session, max_batch)
+        self._fairness = FairnessPolicy(client_limits.rows)
         self._cancelled: set[str] = set()
-        self._reuse = Reuse(self.session, bundle, prefix_bytes)
-        self._drafter = Drafter() if speculation else None
+        self._prefix_cache = PrefixCache(self.session, bundle, prefix_cache_bytes)
+        self._speculator = Speculator() if speculation else None
         self._ready: list[Chunk] = []
         """What the step so far has for clients: kept here so that a failure later in the step does not lose it."""
 
@@ -84,7 +84,7 @@ class Engine:
 
     def close(self) -> None:
         """End what was begun beside the engine."""
-        self._intake.close()
+        self._admission.close()
 
     def warm_up(self) -> None:
         """Run the graph once, so that the first request does not pay for what is allocated late."""
@@ -99,11 +99,11 @@ class Engine:
     @property
     def active(self) -> int:
         """Requests that hold a row."""
-        return len(self._rows.held)
+        return len(self._scheduler.held)
 
-    def add(self, request: Request, submitted: float) -> None:
-        """Queue a request; `submitted` is when it came, in seconds of `time.monotonic`."""
-        self._waiting.append(Waiting(request, submitted, self._intake.prepare(request)))
+    def add(self, request: Request, submitted_s: float) -> None:
+        """Queue a request; `submitted_s` is when it came, in seconds of `time.monotonic`."""
+        self._waiting.append(QueuedRequest(request, submitted_s, self._admission.prepare(request)))
 
     def cancel(self, request_id: str) -> None:
         """Mark a request; the next step ends it with what it has."""
@@ -113,17 +113,17 @@ class Engine:
         """Do one round of work; return what clients are to see, in order."""
         self._drop_ended()
         self._admit()
-        if not self._rows.held and not self._ready and self._await_others():
+        if not self._scheduler.held and not self._ready and self._await_others():
             self._admit()
         self._decode(PREFILL_CHUNK - self._prefill())
         return self._take_ready()
 
     def fail_all(self, error: RequestError) -> list[Chunk]:
         """End every request, waiting or running, with an error; return that after what a failed step had ready."""
-        for sequence in self._rows.held:
+        for sequence in self._scheduler.held:
             self._ready.append(sequence.fail(error))
         self._ready += [entry.end("error", error) for entry in self._waiting]
-        self._rows.clear()
+        self._scheduler.clear()
         self._waiting.clear()
         self._cancelled.clear()
         return self._take_ready()
@@ -135,12 +135,12 @@ class Engine:
         """
         if len(tokens) > self.context:
             raise RequestError("bad_request", f"the text has {len(tokens)} tokens, the context holds {self.context}")
-        return score(self.session, self.max_batch, self._intake.checked(tokens))
+        return score(self.session, self.max_batch, self._admission.checked(tokens))
 
     # --- the parts of a step ---
 
     def _take_ready(self) -> list[Chunk]:
-        ready, self._ready = [self.conversations.settle(chunk) for chunk in self._ready], []
+        ready, self._ready = [self.conversations.record_completion(chunk) for chunk in self._ready], []
         return ready
 
     def _drop_ended(self) -> None:
@@ -150,11 +150,11 @@ class Engine:
             if reason := self._end_of(entry.request, now):
                 self._waiting.remove(entry)
                 self._ready.append(entry.end(reason))
-        for sequence in self._rows.held:
+        for sequence in self._scheduler.held:
             if ended := self._end_of(sequence.request, now):
                 self._ready.append(sequence.finish(ended))
-                self._reuse.keep(sequence)
-                self._rows.release(sequence)
+                self._prefix_cache.keep(sequence)
+                self._scheduler.release(sequence)
         self._cancelled.clear()
 
     def _end_of(self, request: Request, now: float) -> FinishReason | None:
@@ -164,24 +164,24 @@ class Engine:
 
     def _admit(self) -> None:
         """Give free rows to those that wait, in turns between clients."""
-        while not self._rows.is_full:
+        while not self._scheduler.is_full:
             entry = self._next_waiting()
             if entry is None:
                 return
             sequence = self._open(entry)
             self._waiting.remove(entry)  # not before: were opening it to break the step, it would get no final
-            self._turns.serve(entry.request.client, (other.request.client for other in self._waiting))
+            self._fairness.record_served(entry.request.client, (other.request.client for other in self._waiting))
             if sequence is None:
                 continue
-            self._rows.take(sequence)
-            self._show(sequence, sequence.start())
+            self._scheduler.take(sequence)
+            self._emit(sequence, sequence.start())
 
-    def _next_waiting(self) -> Waiting | None:
+    def _next_waiting(self) -> QueuedRequest | None:
         """Return whose turn it is: all is ready for it, nothing of its session is before it."""
-        running = [sequence.request.client for sequence in self._rows.held]
-        return self._turns.choose(self._could_begin(), running, lambda entry: entry.request.client)
+        running = [sequence.request.client for sequence in self._scheduler.held]
+        return self._fairness.choose(self._could_begin(), running, lambda entry: entry.request.client)
 
-    def _could_begin(self) -> Iterator[Waiting]:
+    def _could_begin(self) -> Iterator[QueuedRequest]:
         """Yield the requests that can begin, the oldest first; have those read that only want to be."""
         behind: set[tuple[str | None, str]] = set()
         for entry in self._waiting:
@@ -189,19 +189,21 @@ class Engine:
             session = None if request.session is None else (request.client, request.session)
             if session in behind:
                 continue
-            if entry.is_constrained and (entry.reading is not None or not self.conversations.is_answering(request)):
-                if entry.reading is None:
-                    entry.reading = self._read(request)
-                if entry.reading.done():
+            if entry.is_constraint_ready and (
+                entry.prompt_future is not None or not self.conversations.is_session_busy(request)
+            ):
+                if entry.prompt_future is None:
+                    entry.prompt_future = self._read(request)
+                if entry.prompt_future.done():
                     yield entry
             if session is not None:
                 behind.add(session)
 
-    def _read(self, request: Request) -> Future[Conversation]:
+    def _read(self, request: Request) -> Future[SessionState]:
         before = self.conversations.begin(request)
-        if not request.asks_nothing:
-            return self._intake.read(request, before)
-        nothing: Future[Conversation] = Future()
+        if not request.is_end_session_only:
+            return self._admission.read(request, before)
+        nothing: Future[SessionState] = Future()
         nothing.set_result(before)
         return nothing
 
@@ -209,14 +211,16 @@ class Engine:
         """Wait a little for a constraint or a prompt that is being made ready; return whether there is one."""
         missing = [future for entry in self._waiting for future in entry.missing]
         if missing:
-            wait(missing, PATIENCE_S, FIRST_COMPLETED)
+            wait(missing, IDLE_WAIT_S, FIRST_COMPLETED)
         return bool(missing)
 
-    def _open(self, entry: Waiting) -> Sequence | None:
+    def _open(self, entry: QueuedRequest) -> Sequence | None:
         """Return a request's sequence, or None for one that ends here: with an error, or because it asks nothing."""
         try:
-            if not entry.request.asks_nothing and entry.reading is not None:
-                return self._intake.open(entry.request, entry.submitted, entry.reading.result(), entry.prepared)
+            if not entry.request.is_end_session_only and entry.prompt_future is not None:
+                return self._admission.open(
+                    entry.request, entry.submitted_s, entry.prompt_future.result(), entry.matcher_future
+                )
             self._ready.append(entry.end("stop"))
         except RequestError as error:
             self._ready.append(entry.end("error", error))
@@ -224,19 +228,21 @@ class Engine:
 
     def _prefill(self) -> int:
         """Compute the next chunk of a prompt that is being read, return its size; after its end, sample a token."""
-        sequence = self._rows.next_to_read()
+        sequence = self._scheduler.choose_prefill()
         if sequence is None:
             return 0
-        if sequence.computed == 0:  # not before: what it shares with a prompt read in the meantime is known by now
-            self._reuse.begin(sequence)
-        start = sequence.computed
+        if (
+            sequence.computed_tokens == 0
+        ):  # not before: what it shares with a prompt read in the meantime is known by now
+            self._prefix_cache.begin(sequence)
+        start = sequence.computed_tokens
         end = min(start + PREFILL_CHUNK, sequence.length)
         tokens = sequence.history[start:end].astype(np.int64)
         logits = self.session.prefill(sequence.row, tokens, start, total=sequence.length)
-        sequence.computed = end
+        sequence.computed_tokens = end
         if sequence.is_prefilled():
-            self._reuse.keep(sequence)
-            self._rows.start(sequence)
+            self._prefix_cache.keep(sequence)
+            self._scheduler.start(sequence)
             self._advance(sequence, logits[0])
         return len(tokens)
 
@@ -245,73 +251,73 @@ class Engine:
 
         Of the tokens that a constraint forced, at most `most` are computed beside: who has more samples later.
         """
-        batch, long_from = list(self._rows.running), self.session.long_from
+        batch, long_from = list(self._scheduler.running), self.session.long_from
         for sequence in batch:
-            if long_from is not None and sequence.computed <= long_from < sequence.length:
+            if long_from is not None and sequence.computed_tokens <= long_from < sequence.length:
                 self._compute_again(sequence)
         if not batch:
             return
         if len(batch) == 1 and len(batch[0].pending) <= max(most, 1):
-            self._decode_alone(batch[0])
+            self._decode_speculative(batch[0])
             return
         for sequence in batch:
-            most -= self._compute(sequence, min(sequence.length - 1, sequence.computed + most))
+            most -= self._compute(sequence, min(sequence.length - 1, sequence.computed_tokens + most))
         tokens = np.array([sequence.pending[0] for sequence in batch], np.int64)
-        lengths = np.array([sequence.computed for sequence in batch], np.int32)
+        lengths = np.array([sequence.computed_tokens for sequence in batch], np.int32)
         logits = self.session.decode(tokens, lengths)
         for sequence in batch:  # all of them before any row moves
-            sequence.computed += 1
+            sequence.computed_tokens += 1
         for row, sequence in enumerate(batch):
             if sequence.is_prefilled():
                 self._advance(sequence, logits[row])
 
-    def _decode_alone(self, sequence: Sequence) -> None:
+    def _decode_speculative(self, sequence: Sequence) -> None:
         """Compute what is pending with guesses of what follows; sample for as long as these come true."""
         pending = sequence.pending
-        guess = self._guess(sequence) if len(pending) == 1 else NOTHING
+        guess = self._propose_draft(sequence) if len(pending) == 1 else NO_DRAFT
         tokens = np.concatenate([pending, guess]) if len(guess) else pending
         begun = time.perf_counter()
         if len(tokens) == 1:
-            logits = self.session.decode(tokens, np.array([sequence.computed], np.int32))
+            logits = self.session.decode(tokens, np.array([sequence.computed_tokens], np.int32))
         else:
             every, total = len(guess) > 0, sequence.length + len(guess)
-            logits = self.session.prefill(sequence.row, tokens, sequence.computed, every=every, total=total)
+            logits = self.session.prefill(sequence.row, tokens, sequence.computed_tokens, every=every, total=total)
         took = time.perf_counter() - begun
-        sequence.computed = sequence.length
+        sequence.computed_tokens = sequence.length
         right = 0
         while self._advance(sequence, logits[right]) and right < len(guess):
-            if sequence.history[sequence.computed] != guess[right]:
+            if sequence.history[sequence.computed_tokens] != guess[right]:
                 break
             right += 1
-            sequence.computed += 1
-            if sequence.length > sequence.computed:
+            sequence.computed_tokens += 1
+            if sequence.length > sequence.computed_tokens:
                 break  # a constraint has forced more
-        if self._drafter is not None:
-            self._drafter.learn(sequence.drafting, len(tokens), took, len(guess), right)
+        if self._speculator is not None:
+            self._speculator.learn(sequence.draft_state, len(tokens), took, len(guess), right)
 
-    def _guess(self, sequence: Sequence) -> NDArray[np.int32]:
+    def _propose_draft(self, sequence: Sequence) -> NDArray[np.int32]:
         """Return tokens that may follow, int32 [n]; none that would outgrow the context or its embedding."""
-        if self._drafter is None or (sequence.is_seeded and not self.session.is_invariant):
-            return NOTHING
-        most, long_from = sequence.left - 1, self.session.long_from
+        if self._speculator is None or (sequence.is_seeded and not self.session.is_invariant):
+            return NO_DRAFT
+        most, long_from = sequence.remaining_tokens - 1, self.session.long_from
         if long_from is not None and sequence.length <= long_from:
             most = min(most, long_from - sequence.length)
-        return self._drafter.propose(
-            sequence.drafting, sequence.history[: sequence.length], most, sequence.request.owner
+        return self._speculator.propose(
+            sequence.draft_state, sequence.history[: sequence.length], most, sequence.request.owner
         )
 
     def _compute(self, sequence: Sequence, end: int) -> int:
         """Compute a sequence's tokens up to position `end`, without their logits; return how many."""
-        begun = sequence.computed
+        begun = sequence.computed_tokens
         for start in range(begun, end, PREFILL_CHUNK):
             part = sequence.history[start : min(start + PREFILL_CHUNK, end)].astype(np.int64)
             self.session.prefill(sequence.row, part, start, total=sequence.length)
-        sequence.computed = end
+        sequence.computed_tokens = end
         return end - begun
 
     def _compute_again(self, sequence: Sequence) -> None:
         """Recompute all positions of a sequence that outgrows what its rotary embedding was made for, in this step."""
-        sequence.computed, sequence.is_long = 0, True
+        sequence.computed_tokens, sequence.is_long_rope = 0, True
         self._compute(sequence, sequence.length - 1)
 
     def _advance(self, sequence: Sequence, logits: NDArray[np.float32]) -> bool:
@@ -320,17 +326,17 @@ class Engine:
             chunks = sequence.advance(logits)
         except RequestError as error:
             chunks = [sequence.fail(error)]
-        return not self._show(sequence, chunks)
+        return not self._emit(sequence, chunks)
 
-    def _show(self, sequence: Sequence, chunks: list[Chunk]) -> bool:
+    def _emit(self, sequence: Sequence, chunks: list[Chunk]) -> bool:
         """Take what a client is to see of a sequence; return whether it has ended."""
         self._ready += chunks
         last = chunks[-1].completion if chunks else None
         if last is None:
             return False
         if last.error is None:
-            self._reuse.keep(sequence)
-            if self._drafter is not None:
-                self._drafter.remember(sequence.history[: sequence.length], sequence.request.owner)
-        self._rows.release(sequence)
+            self._prefix_cache.keep(sequence)
+            if self._speculator is not None:
+                self._speculator.add_sequence(sequence.history[: sequence.length], sequence.request.owner)
+        self._scheduler.release(sequence)
         return True

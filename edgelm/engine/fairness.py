@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
+class ClientLimits:
     """What one client may have of an engine at a time; None is as much as there is.
 
     Parameters
@@ -35,7 +35,7 @@ class Shares:
     all_sessions_bytes: int | None = None
 
 
-UNSHARED: Final = Shares()
+NO_CLIENT_LIMITS: Final = ClientLimits()
 """Whoever comes may have all: a model within a program of one's own."""
 
 
@@ -67,7 +67,7 @@ class FairQueue(Generic[Item]):
         return item
 
 
-class Turns:
+class FairnessPolicy:
     """Whose is next: the name with the fewest running, of equals the one served longest ago; then its oldest request.
 
     Parameters
@@ -110,7 +110,7 @@ class Turns:
                 best, least = item, key
         return best
 
-    def serve(self, name: Hashable, waiting: Iterable[Hashable]) -> None:
+    def record_served(self, name: Hashable, waiting: Iterable[Hashable]) -> None:
         """Note that a request of `name` begins while others of the names `waiting` wait; other names are forgotten."""
         kept = set(waiting)
         self._served.pop(name, None)

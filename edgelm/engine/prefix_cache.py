@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from edgelm.bundle.manifest import Bundle
-from edgelm.engine.radix_tree import Prefixes
+from edgelm.engine.radix_tree import RadixTree
 from edgelm.engine.sequence import Sequence
 from edgelm.runtime.prefix_file import map_prefix
-from edgelm.runtime.runner import Session
+from edgelm.runtime.runner import Runner
 
 
-class Reuse:
+class PrefixCache:
     """Moves key/value memory between a session's rows and a cache of at most `max_bytes`, the static prefix beside it.
 
     What a client's sequences computed is found by its own later ones alone, and by nobody's where they are apart: else
@@ -19,11 +19,11 @@ class Reuse:
     Where a model has both, each kind has half of the bytes.
     """
 
-    def __init__(self, session: Session, bundle: Bundle, max_bytes: int) -> None:
-        self._session = session
+    def __init__(self, session: Runner, bundle: Bundle, max_bytes: int) -> None:
+        self._runner = session
         cache = bundle.manifest.cache
         each = max_bytes if session.long_from is None else max_bytes // 2
-        self._prefixes = {is_long: Prefixes(each, cache.bytes_per_token()) for is_long in (False, True)}
+        self._prefixes = {is_long_rope: RadixTree(each, cache.bytes_per_token()) for is_long_rope in (False, True)}
         static = map_prefix(bundle)
         if static is not None:
             self._prefixes[False].pin(*static)
@@ -34,19 +34,19 @@ class Reuse:
         Where a pass's length changes its rounding, a seeded sequence begins with the static prefix at most, which is
         always there: what was asked before would change the lengths of its passes.
         """
-        long_from = self._session.long_from
-        sequence.is_long = long_from is not None and sequence.length > long_from
-        known, asked = self._prefixes[sequence.is_long], sequence.history[: sequence.length - 1]
-        pieces = known.find(
-            asked, sequence.request.owner, pinned_only=sequence.is_seeded and not self._session.is_invariant
+        long_from = self._runner.long_from
+        sequence.is_long_rope = long_from is not None and sequence.length > long_from
+        known, asked = self._prefixes[sequence.is_long_rope], sequence.history[: sequence.length - 1]
+        pieces = known.match_prefix(
+            asked, sequence.request.owner, pinned_only=sequence.is_seeded and not self._runner.is_invariant
         )
         if pieces:
-            self._session.begin_row(sequence.row, pieces)
-            sequence.computed = sum(piece[0].shape[1] for piece in pieces)
-            sequence.cached = min(sequence.computed, sequence.prompt_tokens)
+            self._runner.write_row(sequence.row, pieces)
+            sequence.computed_tokens = sum(piece[0].shape[1] for piece in pieces)
+            sequence.cached = min(sequence.computed_tokens, sequence.prompt_tokens)
 
     def keep(self, sequence: Sequence) -> None:
         """Keep what a sequence has computed."""
-        tokens, row = sequence.history[: sequence.computed], sequence.row
-        known = self._prefixes[sequence.is_long]
-        known.keep(tokens, lambda start, stop: self._session.read_row(row, start, stop), sequence.request.owner)
+        tokens, row = sequence.history[: sequence.computed_tokens], sequence.row
+        known = self._prefixes[sequence.is_long_rope]
+        known.keep(tokens, lambda start, stop: self._runner.read_row(row, start, stop), sequence.request.owner)

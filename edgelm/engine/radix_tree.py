@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from edgelm.runtime.kv_cache import Piece, Tokens
-from edgelm.types import NOBODY, Owner
+from edgelm.runtime.kv_cache import KvSegment, Tokens
+from edgelm.types import UNCACHED_OWNER, Owner
 
-Read = Callable[[int, int], Piece]
+Read = Callable[[int, int], KvSegment]
 """Copies positions [start, stop) out of a row."""
 
 
@@ -24,7 +24,7 @@ class _Node:
 
     __slots__ = ("children", "is_pinned", "parent", "piece", "tokens", "used")
 
-    def __init__(self, tokens: Tokens, piece: Piece, parent: _Node | None, *, is_pinned: bool = False) -> None:
+    def __init__(self, tokens: Tokens, piece: KvSegment, parent: _Node | None, *, is_pinned: bool = False) -> None:
         self.tokens = tokens
         self.piece = piece
         self.parent = parent
@@ -33,7 +33,7 @@ class _Node:
         self.children: dict[int, _Node] = {}
 
 
-class Prefixes:
+class RadixTree:
     """Pieces of key/value memory of at most `max_bytes` together, each position `token_bytes` large.
 
     Owners share the bytes: when these are full, the owner that keeps most loses what it used longest ago.
@@ -41,7 +41,7 @@ class Prefixes:
 
     def __init__(self, max_bytes: int, token_bytes: int) -> None:
         self._capacity = max_bytes // (token_bytes + np.dtype(np.int32).itemsize)
-        self._pinned: tuple[Tokens, Piece] | None = None
+        self._pinned: tuple[Tokens, KvSegment] | None = None
         self._roots: dict[Owner, _Node] = {}
         """A tree for each owner that keeps something; all have the pinned sequence, whose arrays they share."""
         self._kept: dict[Owner, int] = {}
@@ -50,13 +50,13 @@ class Prefixes:
         self.tokens = 0
         """Positions that are kept, pinned ones not counted."""
 
-    def pin(self, tokens: Tokens, piece: Piece) -> None:
+    def pin(self, tokens: Tokens, piece: KvSegment) -> None:
         """Know a first sequence, int32 [n] with n > 0, for good: it takes no room, and its arrays are not copied."""
         if self._roots or self._pinned is not None:
             raise AssertionError("pinned once, before anything is kept")
         self._pinned = (tokens, piece)
 
-    def find(self, tokens: Tokens, owner: Owner = None, *, pinned_only: bool = False) -> list[Piece]:
+    def match_prefix(self, tokens: Tokens, owner: Owner = None, *, pinned_only: bool = False) -> list[KvSegment]:
         """Return pieces that together are the longest prefix of `tokens`, int32 [n], that the owner knows, if any."""
         passed = [
             (node, shared) for node, shared in _walk(tokens, self._root_of(owner)) if node.is_pinned or not pinned_only
@@ -66,7 +66,7 @@ class Prefixes:
 
     def keep(self, tokens: Tokens, read: Read, owner: Owner = None) -> None:
         """Keep an owner's sequence, int32 [n], as far as there is room; `read` is asked for what is not known yet."""
-        if owner == NOBODY:
+        if owner == UNCACHED_OWNER:
             return
         root = self._root_of(owner)
         free = sum(shared for node, shared in _walk(tokens, root) if node.is_pinned)

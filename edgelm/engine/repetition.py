@@ -29,7 +29,7 @@ class LoopDetector:
         periods = np.arange(1, LONGEST_PERIOD + 1)
         self._enough = np.maximum(LEAST, COPIES * periods) - periods
 
-    def is_loop(self, answer: NDArray[np.int32]) -> bool:
+    def detect(self, answer: NDArray[np.int32]) -> bool:
         """Take the answer so far, int32 [n], which is one token longer than at the last call."""
         size = answer.size
         before = answer[max(0, size - 1 - LONGEST_PERIOD) : size - 1][::-1]

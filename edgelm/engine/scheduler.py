@@ -7,56 +7,56 @@ prompts are being read hold the rows behind them. The last row of all is for wha
 from __future__ import annotations
 
 from edgelm.engine.sequence import Sequence
-from edgelm.runtime.runner import Session
+from edgelm.runtime.runner import Runner
 
 
-class Rows:
-    """The rows of a session, `most` of which can be held."""
+class Scheduler:
+    """The rows of a session, `max_active` of which can be held."""
 
-    def __init__(self, session: Session, most: int) -> None:
+    def __init__(self, session: Runner, max_active: int) -> None:
         self.running: list[Sequence] = []
         """Those being answered, by their rows."""
-        self.reading: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
         """Those whose prompts are being read, the oldest first."""
-        self._session = session
-        self._most = most
-        self._turn = 0
+        self._runner = session
+        self._max_active = max_active
+        self._prefill_round = 0
 
     @property
     def held(self) -> list[Sequence]:
         """Every request that holds a row."""
-        return [*self.running, *self.reading]
+        return [*self.running, *self.prefilling]
 
     @property
     def is_full(self) -> bool:
         """Whether no row is free."""
-        return len(self.held) >= self._most
+        return len(self.held) >= self._max_active
 
     def take(self, sequence: Sequence) -> None:
         """Give a row to a request whose prompt is to be read."""
         sequence.row = len(self.held)
-        self.reading.append(sequence)
+        self.prefilling.append(sequence)
 
-    def next_to_read(self) -> Sequence | None:
+    def choose_prefill(self) -> Sequence | None:
         """Return whose prompt is read on: the oldest and the one that needs least, by turns.
 
         So a short prompt does not wait for the end of a long one, and a long one is held up to half of the time.
         """
-        self._turn += 1
-        if self._turn % 2 and self.reading:
-            return self.reading[0]
-        return min(self.reading, key=lambda sequence: sequence.length - sequence.computed, default=None)
+        self._prefill_round += 1
+        if self._prefill_round % 2 and self.prefilling:
+            return self.prefilling[0]
+        return min(self.prefilling, key=lambda sequence: sequence.length - sequence.computed_tokens, default=None)
 
     def start(self, sequence: Sequence) -> None:
         """Move a request whose prompt has been read to those that are being answered."""
-        self.reading.remove(sequence)
+        self.prefilling.remove(sequence)
         place = len(self.running)
-        other = next((one for one in self.reading if one.row == place), None)
+        other = next((one for one in self.prefilling if one.row == place), None)
         if other is not None:
-            self._session.copy_row(place, self._most, other.computed)
-            self._session.copy_row(sequence.row, place, sequence.computed)
-            self._session.copy_row(self._most, sequence.row, other.computed)
-            self._session.forget_row(self._most)
+            self._runner.copy_row(place, self._max_active, other.computed_tokens)
+            self._runner.copy_row(sequence.row, place, sequence.computed_tokens)
+            self._runner.copy_row(self._max_active, sequence.row, other.computed_tokens)
+            self._runner.release_row(self._max_active)
             other.row, sequence.row = sequence.row, place
         self.running.append(sequence)
 
@@ -70,19 +70,19 @@ class Rows:
                 self.running.insert(gap, last)
                 gap = self._move(last, gap)
         else:
-            self.reading.remove(sequence)
-        last_read = max(self.reading, key=lambda one: one.row, default=None)
+            self.prefilling.remove(sequence)
+        last_read = max(self.prefilling, key=lambda one: one.row, default=None)
         if last_read is not None and last_read.row > gap:
             gap = self._move(last_read, gap)
-        self._session.forget_row(gap)
+        self._runner.release_row(gap)
 
     def clear(self) -> None:
         """Take every row back."""
         self.running.clear()
-        self.reading.clear()
+        self.prefilling.clear()
 
     def _move(self, sequence: Sequence, row: int) -> int:
         """Move a request to another row; return the row that it leaves."""
         left, sequence.row = sequence.row, row
-        self._session.copy_row(left, row, sequence.computed)
+        self._runner.copy_row(left, row, sequence.computed_tokens)
         return left

@@ -7,13 +7,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.runtime.runner import Session
+from edgelm.runtime.runner import Runner
 
 SCORE_CHUNK: Final = 64
 """Positions scored in one pass: bounds the logits held at once."""
 
 
-def score(session: Session, row: int, tokens: list[int]) -> NDArray[np.float64]:
+def score(session: Runner, row: int, tokens: list[int]) -> NDArray[np.float64]:
     """Return the natural-log probability of each token after the first, float64 [n - 1]; a row is written over."""
     result = np.empty(max(len(tokens) - 1, 0), np.float64)
     inputs = np.asarray(tokens, np.int64)

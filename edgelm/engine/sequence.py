@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.engine.repetition import LoopDetector
-from edgelm.engine.speculation import Drafting
+from edgelm.engine.speculation import DraftState
 from edgelm.errors import RequestError
 from edgelm.sampling import Sampler
 from edgelm.text.tokenizer import StreamDecoder, Tokenizer
@@ -19,7 +19,7 @@ from edgelm.types import Chunk, Completion, FinishReason, Request, Timing, Token
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from edgelm.engine.sessions import Conversation
+    from edgelm.engine.sessions import SessionState
     from edgelm.text.grammar import Matcher
 
 PROMPT_TAIL = 8
@@ -39,7 +39,7 @@ class Sequence:
         context: int,
         eos_tokens: frozenset[int],
         matcher: Matcher | None,
-        submitted: float,
+        submitted_s: float,
     ) -> None:
         if not prompt:
             raise RequestError("bad_request", "the prompt is empty: it has no tokens, and the model no start token")
@@ -53,13 +53,13 @@ class Sequence:
         self.request = request
         self.row = -1
         self.prompt_tokens = len(prompt)
-        self.computed = 0
+        self.computed_tokens = 0
         """Positions already in key/value memory."""
         self.cached = 0
         """Positions of the prompt that an earlier sequence had computed."""
-        self.is_long = False
+        self.is_long_rope = False
         """Whether what is in memory was embedded for LongRoPE's long context."""
-        self.drafting = Drafting()
+        self.draft_state = DraftState()
         self._limit = min(params.max_tokens, context - len(prompt))
         self.history: NDArray[np.int32] = np.zeros(len(prompt) + self._limit, np.int32)
         self.history[: len(prompt)] = prompt
@@ -71,7 +71,7 @@ class Sequence:
         self._sampler = Sampler(params, vocab_size)
         self._decoder = StreamDecoder(tokenizer, prompt[-PROMPT_TAIL:], params.stop)
         self._logprobs: list[TokenLogprob] = []
-        self._submitted = submitted
+        self._submitted = submitted_s
         self._started = time.monotonic()
         self._first: float | None = None
         self._seq = 0
@@ -85,10 +85,10 @@ class Sequence:
     @property
     def pending(self) -> NDArray[np.int64]:
         """The newest tokens, int64 [n], not yet in key/value memory; at least one while it runs."""
-        return self.history[self.computed : self.length].astype(np.int64)
+        return self.history[self.computed_tokens : self.length].astype(np.int64)
 
     @property
-    def left(self) -> int:
+    def remaining_tokens(self) -> int:
         """Tokens that the answer may still have."""
         return self._limit - (self.length - self.prompt_tokens)
 
@@ -104,7 +104,7 @@ class Sequence:
 
     def is_prefilled(self) -> bool:
         """Whether the whole prompt, and what must follow it, is in key/value memory."""
-        return self.computed >= self.length
+        return self.computed_tokens >= self.length
 
     def start(self) -> list[Chunk]:
         """Take the tokens that the answer must begin with; return what the client sees of them."""
@@ -140,11 +140,11 @@ class Sequence:
         self.history[self.length] = token
         self.length += 1
         chunks = [self._chunk(self._decoder.push(token), token)]
-        if self._decoder.stopped or (self._matcher is not None and self._matcher.is_finished):
+        if self._decoder.is_stopped or (self._matcher is not None and self._matcher.is_finished):
             chunks.append(self.finish("stop"))
-        elif self.left == 0:
+        elif self.remaining_tokens == 0:
             chunks.append(self.finish("length"))
-        elif self._loops is not None and self._loops.is_loop(self.history[self.prompt_tokens : self.length]):
+        elif self._loops is not None and self._loops.detect(self.history[self.prompt_tokens : self.length]):
             chunks.append(self.finish("repetition"))
         return chunks
 
@@ -200,29 +200,29 @@ class Sequence:
 
 
 @dataclass(slots=True, eq=False)
-class Waiting:
+class QueuedRequest:
     """A request that has no row, and when it came, in seconds of `time.monotonic`."""
 
     request: Request
-    submitted: float
-    prepared: Future[Matcher] | None = None
+    submitted_s: float
+    matcher_future: Future[Matcher] | None = None
     """Its constraint, which is being made ready."""
-    reading: Future[Conversation] | None = None
+    prompt_future: Future[SessionState] | None = None
     """Its prompt, which is being read, once nothing of its session is before it."""
 
     @property
-    def is_constrained(self) -> bool:
+    def is_constraint_ready(self) -> bool:
         """Whether it has no constraint, or one that is ready or was refused."""
-        return self.prepared is None or self.prepared.done()
+        return self.matcher_future is None or self.matcher_future.done()
 
     @property
     def missing(self) -> list[Future[Any]]:
         """What it waits for that others are doing."""
-        return [each for each in (self.prepared, self.reading) if each is not None and not each.done()]
+        return [each for each in (self.matcher_future, self.prompt_future) if each is not None and not each.done()]
 
     def end(self, reason: FinishReason, error: RequestError | None = None) -> Chunk:
         """Return the only chunk of a request that never ran."""
-        waited = 1e3 * (time.monotonic() - self.submitted)
+        waited = 1e3 * (time.monotonic() - self.submitted_s)
         timing = Timing(queue_ms=waited, ttft_ms=waited, total_ms=waited)
         completion = Completion(self.request.id, "", (), reason, timing=timing, error=error)
         return Chunk(self.request.id, 0, "", None, True, completion)

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from edgelm.engine.fairness import UNSHARED, Shares
+from edgelm.engine.fairness import NO_CLIENT_LIMITS, ClientLimits
 from edgelm.errors import RequestError
 from edgelm.text.tokenizer import StreamDecoder, Tokenizer
 from edgelm.types import Chunk, Request
 
-MOST_SESSIONS: Final = 64
+MAX_SESSIONS: Final = 64
 """Sessions that are kept. For one more, whoever has most of them loses the one that it used longest ago."""
 
 BYTES_PER_TOKEN: Final = 24
@@ -28,33 +28,33 @@ rendered it and in messages, and its tokens."""
 _POINTER: Final = 32
 """About what a number in a tuple takes."""
 
-Name = tuple[str | None, str]
+SessionKey = tuple[str | None, str]
 """A client, and what it calls its session."""
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class SessionState:
     """What was read and said up to some point.
 
     `messages` is None where it goes on as plain text. Else `text` is what the chat template made of them, answers as
-    the model wrote them, and each of `marks` says how many characters of it are how many tokens.
+    the model wrote them, and each of `boundaries` says how many characters of it are how many tokens.
     """
 
     tokens: Sequence[int] = ()
     turns: int = 0
     messages: tuple[Mapping[str, Any], ...] | None = None
     text: str = ""
-    marks: tuple[tuple[int, int], ...] = ((0, 0),)
+    boundaries: tuple[tuple[int, int], ...] = ((0, 0),)
     message_bytes: int = 0
     """About how much memory the messages take, those included that the template leaves out of the text."""
 
     @property
     def bytes(self) -> int:
         """About how much memory it takes."""
-        marks = 2 * _POINTER * len(self.marks)
-        return array("i").itemsize * len(self.tokens) + sys.getsizeof(self.text) + marks + self.message_bytes
+        boundaries = 2 * _POINTER * len(self.boundaries)
+        return array("i").itemsize * len(self.tokens) + sys.getsizeof(self.text) + boundaries + self.message_bytes
 
-    def ask(self, request: Request, tokenizer: Tokenizer, context: int | None = None) -> Conversation:
+    def with_prompt(self, request: Request, tokenizer: Tokenizer, context: int | None = None) -> SessionState:
         """Return the conversation with a request's prompt behind it.
 
         Raises `RequestError("bad_request")` for a text that has no tokens, messages that the template refuses, messages
@@ -72,12 +72,12 @@ class Conversation:
         if request.tokens is not None:
             new = list(request.tokens)
         elif self.turns:
-            new = tokenizer.encode_further(request.prompt or "")
+            new = tokenizer.encode_continuation(request.prompt or "")
         else:
             new = tokenizer.encode(request.prompt or "")
         return dataclasses.replace(self, tokens=[*self.tokens, *new])
 
-    def answer(self, tokens: tuple[int, ...], tokenizer: Tokenizer) -> Conversation:
+    def answer(self, tokens: tuple[int, ...], tokenizer: Tokenizer) -> SessionState:
         """Return the conversation with an answer behind it, one that was cut off included."""
         whole = array("i", [*self.tokens, *tokens])  # kept for long: a fifth of a list's bytes
         if self.messages is None:
@@ -86,9 +86,9 @@ class Conversation:
         said = "".join(map(decoder.push, tokens)) + decoder.finish()
         text = self.text + said
         answer = {"role": "assistant", "content": said}
-        marks = (*self.marks, (len(text), len(whole)))
-        return Conversation(
-            whole, self.turns + 1, (*self.messages, answer), text, marks, self.message_bytes + _bytes_of(answer)
+        boundaries = (*self.boundaries, (len(text), len(whole)))
+        return SessionState(
+            whole, self.turns + 1, (*self.messages, answer), text, boundaries, self.message_bytes + _bytes_of(answer)
         )
 
     def _opened(self, chat: tuple[Mapping[str, Any], ...], system: str | None) -> tuple[Mapping[str, Any], ...]:
@@ -108,7 +108,7 @@ class Conversation:
 
     def _ask_in_messages(
         self, new: tuple[Mapping[str, Any], ...], request: Request, tokenizer: Tokenizer, context: int | None
-    ) -> Conversation:
+    ) -> SessionState:
         """Render the whole conversation, and encode what does not agree with the text known so far.
 
         A template that renders the past otherwise than before (one that leaves out earlier thoughts, say) costs the
@@ -118,38 +118,38 @@ class Conversation:
             raise RequestError("bad_request", "messages must hold at least one message")
         earlier = self.messages or ()
         messages = (*earlier, *new)
-        prompt = tokenizer.prompt_of(messages, request.tools, request.template_vars)
+        prompt = tokenizer.build_prompt(messages, request.tools, request.template_vars)
         kept = self._kept(prompt.text)
-        if earlier and kept < len(self.marks) - 1:  # templates that put a space before an answer expect it without
+        if earlier and kept < len(self.boundaries) - 1:  # templates that put a space before an answer expect it without
             bare = (*earlier[:-1], {**earlier[-1], "content": earlier[-1]["content"].strip()}, *new)
-            other = tokenizer.prompt_of(bare, request.tools, request.template_vars)
+            other = tokenizer.build_prompt(bare, request.tools, request.template_vars)
             if self._kept(other.text) > kept:
                 messages, prompt, kept = bare, other, self._kept(other.text)
-        length, count = self.marks[kept]
+        length, count = self.boundaries[kept]
         if context is not None:
             tokenizer.check_length(prompt.text[length:] if count else prompt.text, context)
-        rest = tokenizer.encode_prompt(prompt.after(length) if count else prompt, further=count > 0)
+        rest = tokenizer.encode_prompt(prompt.after(length) if count else prompt, is_continuation=count > 0)
         tokens = [*self.tokens[:count], *rest]
-        marks = (*self.marks[: kept + 1], (len(prompt.text), len(tokens)))
+        boundaries = (*self.boundaries[: kept + 1], (len(prompt.text), len(tokens)))
         message_bytes = self.message_bytes + sum(map(_bytes_of, new))
-        return Conversation(tokens, self.turns, messages, prompt.text, marks, message_bytes)
+        return SessionState(tokens, self.turns, messages, prompt.text, boundaries, message_bytes)
 
     def _kept(self, text: str) -> int:
         """Return the index of the last mark up to which a text is the one known so far."""
-        return max(i for i, (length, _) in enumerate(self.marks) if text.startswith(self.text[:length]))
+        return max(i for i, (length, _) in enumerate(self.boundaries) if text.startswith(self.text[:length]))
 
 
 @dataclass(slots=True)
-class _Turn:
+class _ActiveRequest:
     """A request that is being answered, what came before it, and that with its prompt behind it once that is known."""
 
     request: Request
-    before: Conversation
-    asked: Conversation | None = None
+    before: SessionState
+    asked: SessionState | None = None
     ends: bool = False
 
 
-class Conversations:
+class Sessions:
     """The sessions of one engine. Not thread-safe.
 
     Parameters
@@ -165,37 +165,45 @@ class Conversations:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, context: int, most: int = MOST_SESSIONS, shares: Shares = UNSHARED
+        self,
+        tokenizer: Tokenizer,
+        context: int,
+        most: int = MAX_SESSIONS,
+        client_limits: ClientLimits = NO_CLIENT_LIMITS,
     ) -> None:
         self._tokenizer = tokenizer
         self._context = context
-        self._most = most
-        self._shares = shares
-        self._known: OrderedDict[Name, Conversation] = OrderedDict()
-        self._turns: dict[str, _Turn] = {}
+        self._max_sessions = most
+        self._client_limits = client_limits
+        self._known: OrderedDict[SessionKey, SessionState] = OrderedDict()
+        self._active: dict[str, _ActiveRequest] = {}
 
-    def is_answering(self, request: Request) -> bool:
+    def is_session_busy(self, request: Request) -> bool:
         """Whether an earlier request of the same session is being answered."""
         name = _name_of(request)
-        return name is not None and any(_name_of(turn.request) == name for turn in self._turns.values())
+        return name is not None and any(_name_of(turn.request) == name for turn in self._active.values())
 
-    def begin(self, request: Request) -> Conversation:
-        """Take a request, none of whose session is being answered, and return what was said; `settle` must follow."""
+    def begin(self, request: Request) -> SessionState:
+        """Start a request of a session that answers no other, and return the session so far.
+
+        `record_completion` must follow.
+        """
         name = _name_of(request)
         if name is None:
-            return Conversation()
-        before = self._known.get(name, Conversation())
-        self._turns[request.id] = _Turn(request, before, ends=request.end_session)
+            return SessionState()
+        before = self._known.get(name, SessionState())
+        self._active[request.id] = _ActiveRequest(request, before, ends=request.end_session)
         return before
 
-    def asked(self, before: Conversation, request: Request) -> Conversation:
+    def asked(self, before: SessionState, request: Request) -> SessionState:
         """Return a conversation with a request's prompt behind it. Callable from any thread.
 
-        Raises `RequestError("bad_request")` as `Conversation.ask` does, and where the session outgrows the context;
+        Raises `RequestError("bad_request")` as `SessionState.with_prompt` does, and where the session outgrows the
+        context;
         `RequestError("too_large")` where it outgrows its bytes.
         """
         self._check_bytes(request, before)
-        asked = before.ask(request, self._tokenizer, self._context)
+        asked = before.with_prompt(request, self._tokenizer, self._context)
         if before.turns and len(asked.tokens) >= self._context:
             raise RequestError(
                 "bad_request",
@@ -204,20 +212,20 @@ class Conversations:
             )
         return asked
 
-    def read(self, request: Request, asked: Conversation) -> list[int]:
+    def read(self, request: Request, asked: SessionState) -> list[int]:
         """Note what `asked` returned for a request, and return the tokens of its prompt, after those of its session."""
-        turn = self._turns.get(request.id)
+        turn = self._active.get(request.id)
         if turn is not None:
             turn.asked = asked
         return list(asked.tokens)
 
-    def settle(self, chunk: Chunk) -> Chunk:
+    def record_completion(self, chunk: Chunk) -> Chunk:
         """Remember the answer that a last chunk carries, and return the chunk with the answer's turn.
 
         An answer that failed leaves its session as it was.
         """
         completion = chunk.completion
-        turn = None if completion is None else self._turns.pop(chunk.id, None)
+        turn = None if completion is None else self._active.pop(chunk.id, None)
         name = None if turn is None else _name_of(turn.request)
         if completion is None or turn is None or name is None:
             return chunk
@@ -232,9 +240,9 @@ class Conversations:
         self._make_room(name[0])
         return chunk
 
-    def _check_bytes(self, request: Request, before: Conversation) -> None:
+    def _check_bytes(self, request: Request, before: SessionState) -> None:
         """Raise `RequestError("too_large")` where a request makes its session larger than one may be."""
-        limit = self._shares.session_bytes
+        limit = self._client_limits.session_bytes
         if limit is None or request.session is None:
             return
         limit = max(limit, BYTES_PER_TOKEN * self._context)
@@ -249,12 +257,12 @@ class Conversations:
     def _make_room(self, client: str | None) -> None:
         """Forget sessions until all limits hold, after one of a client was used."""
         own = [name for name in self._known if name[0] == client]
-        if self._shares.sessions is not None:
-            for name in own[: max(0, len(own) - self._shares.sessions)]:
+        if self._client_limits.sessions is not None:
+            for name in own[: max(0, len(own) - self._client_limits.sessions)]:
                 del self._known[name]
-        while len(self._known) > self._most:
+        while len(self._known) > self._max_sessions:
             self._forget_oldest(Counter(owner for owner, _ in self._known))
-        limit = self._shares.all_sessions_bytes
+        limit = self._client_limits.all_sessions_bytes
         while limit is not None and len(self._known) > 1:
             sizes: Counter[str | None] = Counter()
             for (owner, _), known in self._known.items():
@@ -271,14 +279,14 @@ class Conversations:
     def end(self, session: str, client: str | None = None) -> bool:
         """Forget a session, with the answer under way once that is whole; return whether there was one."""
         name = (client, session)
-        turns = [turn for turn in self._turns.values() if _name_of(turn.request) == name]
+        turns = [turn for turn in self._active.values() if _name_of(turn.request) == name]
         for turn in turns:
             turn.ends = True
         return self._known.pop(name, None) is not None or bool(turns)
 
     def lengths(self, client: str | None = None) -> dict[str, int]:
         """Return a client's sessions and their tokens, the least recently used first; one that begins has none yet."""
-        begun = [_name_of(turn.request) for turn in self._turns.values() if not turn.ends]
+        begun = [_name_of(turn.request) for turn in self._active.values() if not turn.ends]
         lengths = {name: len(known.tokens) for name, known in self._known.items()}
         lengths |= {name: 0 for name in begun if name is not None and name not in lengths}
         return {session: count for (owner, session), count in lengths.items() if owner == client}
@@ -298,5 +306,5 @@ def _bytes_of(value: Any) -> int:
     return size
 
 
-def _name_of(request: Request) -> Name | None:
+def _name_of(request: Request) -> SessionKey | None:
     return None if request.session is None else (request.client, request.session)

@@ -19,40 +19,40 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.types import NOBODY, Owner
+from edgelm.types import UNCACHED_OWNER, Owner
 
 Tokens = NDArray[np.int32]
 
-SIZES: Final = (7, 3, 1)
+DRAFT_LENGTHS: Final = (7, 3, 1)
 """How many tokens are guessed, at most; with the last sampled one a pass has 8, 4 or 2."""
 
-GRAM: Final = 3
+NGRAM_SIZE: Final = 3
 """Tokens that must have occurred before."""
 
-REMEMBERED: Final = 4096
+HISTORY_TOKENS: Final = 4096
 """Tokens of earlier prompts and answers that are searched, at least."""
 
 MOST_OWNERS: Final = 16
 """Owners whose earlier tokens are kept."""
 
-END: Final = -1
+SEPARATOR: Final = -1
 """Stands between earlier sequences; no token."""
 
-NOTHING: Final = np.zeros(0, np.int32)
+NO_DRAFT: Final = np.zeros(0, np.int32)
 
-FADING: Final = 0.8
+EMA_DECAY: Final = 0.8
 """How much of the earlier estimate stays when a guess was checked."""
 
-SLOW_FADING: Final = 0.98
+GLOBAL_EMA_DECAY: Final = 0.98
 """The same for the estimate over all answers, with which the next one begins."""
 
-FORGETTING: Final = 0.998
+PASS_TIME_DECAY: Final = 0.998
 """How much of a measured time stays with every pass, so that what was slow once is tried again."""
 
-HOPE: Final = 0.6
+PRIOR_ACCEPT_RATE: Final = 0.6
 """Share of guessed tokens that is expected to be right before any was checked."""
 
-EAGERNESS: Final = 0.05
+PRIOR_TOKEN_COST: Final = 0.05
 """What a further token is taken to cost beside the first before it was measured."""
 
 PAUSE: Final = 8
@@ -61,7 +61,7 @@ PAUSE: Final = 8
 LONGEST_PAUSE: Final = 256
 
 
-class Lookup:
+class NgramIndex:
     """What followed three tokens the last time."""
 
     __slots__ = ("_following", "tokens")
@@ -74,98 +74,98 @@ class Lookup:
         """Append tokens."""
         known = self.tokens
         for token in tokens:
-            self._following[tuple(known[-GRAM:])] = len(known)
+            self._following[tuple(known[-NGRAM_SIZE:])] = len(known)
             known.append(token)
 
     def find(self, last: Sequence[int]) -> int | None:
         """Return where the token is that followed `last` the last time."""
-        return self._following.get(tuple(last)) if len(last) == GRAM else None
+        return self._following.get(tuple(last)) if len(last) == NGRAM_SIZE else None
 
 
-class Drafting:
+class DraftState:
     """How guesses fare in one answer; `rate` is the share of guessed tokens that is expected to be right."""
 
     __slots__ = ("lookup", "pause", "rate", "wait")
 
     def __init__(self) -> None:
-        self.lookup = Lookup()
+        self.lookup = NgramIndex()
         self.rate: float | None = None
         self.pause = PAUSE
         self.wait = 0
 
 
-class Drafter:
+class Speculator:
     """Looks guesses up and learns what they cost."""
 
     def __init__(self) -> None:
-        self._earlier: OrderedDict[Owner, Lookup] = OrderedDict()
+        self._earlier: OrderedDict[Owner, NgramIndex] = OrderedDict()
         """What each owner's sequences were, the least recently added to first: a right guess makes an answer quicker,
         and so would tell what another owner's were."""
-        self._seconds: dict[int, float] = {}
+        self._pass_time_s: dict[int, float] = {}
         self._begun: set[int] = set()
-        self._rate = HOPE
+        self._rate = PRIOR_ACCEPT_RATE
 
-    def remember(self, tokens: Tokens, owner: Owner = None) -> None:
+    def add_sequence(self, tokens: Tokens, owner: Owner = None) -> None:
         """Add a whole sequence, int32 [n], to what is searched for its owner."""
-        if owner == NOBODY:
+        if owner == UNCACHED_OWNER:
             return
-        earlier = self._earlier.pop(owner, None) or Lookup()
-        if len(earlier.tokens) > 2 * REMEMBERED:
-            kept, earlier = earlier.tokens[-REMEMBERED:], Lookup()
+        earlier = self._earlier.pop(owner, None) or NgramIndex()
+        if len(earlier.tokens) > 2 * HISTORY_TOKENS:
+            kept, earlier = earlier.tokens[-HISTORY_TOKENS:], NgramIndex()
             earlier.add(kept)
-        earlier.add([END, *tokens[-REMEMBERED:].tolist()])
+        earlier.add([SEPARATOR, *tokens[-HISTORY_TOKENS:].tolist()])
         self._earlier[owner] = earlier
         if len(self._earlier) > MOST_OWNERS:
             self._earlier.popitem(last=False)
 
-    def propose(self, drafting: Drafting, tokens: Tokens, most: int, owner: Owner = None) -> Tokens:
+    def propose(self, draft_state: DraftState, tokens: Tokens, most: int, owner: Owner = None) -> Tokens:
         """Return the likely continuation of `tokens`, int32 [n]: at most `most` of them, none where it does not pay.
 
         It is searched for in these tokens and in what the same owner's earlier sequences were.
         """
-        if drafting.rate is None:
-            drafting.rate = self._rate
-        if drafting.wait > 0:
-            drafting.wait -= 1
-            return NOTHING
-        size = self._size(drafting.rate, most)
+        if draft_state.rate is None:
+            draft_state.rate = self._rate
+        if draft_state.wait > 0:
+            draft_state.wait -= 1
+            return NO_DRAFT
+        size = self._size(draft_state.rate, most)
         if size == 0:
-            return NOTHING
-        own = drafting.lookup
+            return NO_DRAFT
+        own = draft_state.lookup
         own.add(tokens[len(own.tokens) :].tolist())
         return np.array(_continuation(own, self._earlier.get(owner), size), np.int32)
 
-    def learn(self, drafting: Drafting, tokens: int, seconds: float, guessed: int, right: int) -> None:
+    def learn(self, draft_state: DraftState, tokens: int, elapsed_s: float, guessed: int, right: int) -> None:
         """Take note of how long a pass of so many tokens took, and how many of the guessed ones were right."""
-        self._took(tokens, seconds)
+        self._took(tokens, elapsed_s)
         if not guessed:
             return
-        rate = self._rate if drafting.rate is None else drafting.rate
+        rate = self._rate if draft_state.rate is None else draft_state.rate
         for i in range(min(right + 1, guessed)):  # those after the first wrong one were not looked at
-            rate = FADING * rate + (1 - FADING) * (i < right)
-            self._rate = SLOW_FADING * self._rate + (1 - SLOW_FADING) * (i < right)
+            rate = EMA_DECAY * rate + (1 - EMA_DECAY) * (i < right)
+            self._rate = GLOBAL_EMA_DECAY * self._rate + (1 - GLOBAL_EMA_DECAY) * (i < right)
         if right:
-            drafting.pause = PAUSE
-        if self._size(rate, SIZES[0]) == 0:
-            drafting.wait = drafting.pause
-            drafting.pause = min(2 * drafting.pause, LONGEST_PAUSE)
-            rate = max(rate, HOPE / 2)  # it is tried again some time
-        drafting.rate = rate
+            draft_state.pause = PAUSE
+        if self._size(rate, DRAFT_LENGTHS[0]) == 0:
+            draft_state.wait = draft_state.pause
+            draft_state.pause = min(2 * draft_state.pause, LONGEST_PAUSE)
+            rate = max(rate, PRIOR_ACCEPT_RATE / 2)  # it is tried again some time
+        draft_state.rate = rate
 
-    def _took(self, tokens: int, seconds: float) -> None:
+    def _took(self, tokens: int, elapsed_s: float) -> None:
         """Take note of how long a pass of so many tokens took; the first one also allocates, and does not count."""
         if tokens not in self._begun:
             self._begun.add(tokens)
             return
-        for other in self._seconds:
-            self._seconds[other] *= FORGETTING
-        known = self._seconds.get(tokens, seconds)
-        self._seconds[tokens] = FADING * known + (1 - FADING) * seconds
+        for other in self._pass_time_s:
+            self._pass_time_s[other] *= PASS_TIME_DECAY
+        known = self._pass_time_s.get(tokens, elapsed_s)
+        self._pass_time_s[tokens] = EMA_DECAY * known + (1 - EMA_DECAY) * elapsed_s
 
     def _size(self, rate: float, most: int) -> int:
         """Return how many tokens to guess: what yields most tokens a second."""
         best, speed = 0, 1 / self._cost(1)
-        for size in SIZES:
+        for size in DRAFT_LENGTHS:
             found = expected(rate, size) / self._cost(size + 1)
             if size <= most and found > speed:
                 best, speed = size, found
@@ -173,15 +173,15 @@ class Drafter:
 
     def _cost(self, tokens: int) -> float:
         """Return the time of a pass; where it was not measured yet, it is taken to be quick, so that it will be."""
-        return self._seconds.get(tokens, self._seconds.get(1, 1.0) * (1 + EAGERNESS * (tokens - 1)))
+        return self._pass_time_s.get(tokens, self._pass_time_s.get(1, 1.0) * (1 + PRIOR_TOKEN_COST * (tokens - 1)))
 
 
-def _continuation(own: Lookup, earlier: Lookup | None, size: int) -> list[int]:
+def _continuation(own: NgramIndex, earlier: NgramIndex | None, size: int) -> list[int]:
     """Return up to `size` tokens that followed in this sequence, else in an earlier one.
 
     What is this sequence's end is repeated; an earlier one's end is an end.
     """
-    last = own.tokens[-GRAM:]
+    last = own.tokens[-NGRAM_SIZE:]
     at = own.find(last)
     if at is not None:
         found = own.tokens[at : at + size]
@@ -190,7 +190,7 @@ def _continuation(own: Lookup, earlier: Lookup | None, size: int) -> list[int]:
     if earlier is None or at is None:
         return []
     found = earlier.tokens[at : at + size]
-    return found[: found.index(END)] if END in found else found
+    return found[: found.index(SEPARATOR)] if SEPARATOR in found else found
 
 
 def expected(rate: float, size: int) -> float:

@@ -21,7 +21,7 @@ Sink = Callable[[Chunk], None]
 
 Result = TypeVar("Result")
 
-FIRST_GUESS_S: Final = 1.0
+INITIAL_DURATION_S: Final = 1.0
 """Duration of a request assumed before one has finished, for `retry_after_s`."""
 
 LOG: Final = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Worker:
         self._closing = False
         self._completed = 0
         self._tok_s = 0.0
-        self._duration_s = FIRST_GUESS_S
+        self._duration_s = INITIAL_DURATION_S
         self._thread = threading.Thread(target=self._run, name="edgelm-worker", daemon=True)
 
     def start(self) -> None:

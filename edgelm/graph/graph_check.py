@@ -14,25 +14,25 @@ from typing import Final
 
 from edgelm.bundle.manifest import Bundle
 from edgelm.errors import BundleError
-from edgelm.graph.domain import DOMAIN, INVARIANT, MOST_SIZE
+from edgelm.graph.domain import BATCH_INVARIANT_KEY, DOMAIN, MAX_MATRIX_DIM
 from edgelm.graph.onnx_model import (
     FLOAT,
     FLOAT16,
     INT8,
     INT32,
     INT64,
-    THEIRS,
+    ORT_DOMAINS,
     UINT8,
     Model,
     Node,
     Tensor,
-    Value,
+    ValueInfo,
     read_model,
     read_node,
     read_tensor,
 )
-from edgelm.graph.protobuf import fields
-from edgelm.graph.shape_inference import Shapes
+from edgelm.graph.protobuf import parse_fields
+from edgelm.graph.shape_inference import ShapeInference
 
 MOST_BYTES: Final = 1 << 40
 """Most bytes of one tensor."""
@@ -41,7 +41,7 @@ MOST_GRAPH_BYTES: Final = 2_000_000_000
 MOST_DEPTH: Final = 4
 """Most graphs inside each other."""
 
-ENDLESS: Final = frozenset({"Loop", "Scan"})
+UNBOUNDED_OPERATORS: Final = frozenset({"Loop", "Scan"})
 """Operators that no decoder needs, and that may never end."""
 
 _FUNCTIONS, _TRAINING, _OPSETS, _METADATA = 25, 20, 8, 14  # ModelProto
@@ -67,7 +67,7 @@ _OPTIONAL: Final = {
 _PASTS: Final = {"shared": "past", "growing": "past_key_values"}
 
 
-class _FaultError(ValueError):
+class _InvalidGraphError(ValueError):
     """What is wrong with a graph."""
 
 
@@ -78,7 +78,7 @@ def check_graph(bundle: Bundle) -> None:
     """
     try:
         if bundle.graph.stat().st_size > MOST_GRAPH_BYTES:
-            raise _FaultError(f"it has more than {MOST_GRAPH_BYTES} bytes")
+            raise _InvalidGraphError(f"it has more than {MOST_GRAPH_BYTES} bytes")
         model = read_model(bundle.graph.read_bytes())
         _GraphCheck(bundle, model).run()
     except OSError as error:
@@ -99,11 +99,11 @@ class _GraphCheck:
         self._model = model
         self._data = f"{bundle.manifest.graph}.data"
         self._data_bytes = _size_of(bundle, self._data)
-        self._makers: dict[str, Node] = {}
-        self._shapes = Shapes(model, bundle.manifest) if bundle.manifest.cache.kind == "shared" else None
+        self._producers: dict[str, Node] = {}
+        self._shapes = ShapeInference(model, bundle.manifest) if bundle.manifest.cache.kind == "shared" else None
 
     def run(self) -> None:
-        """Raise `_FaultError` or another `ValueError` for what does not fit."""
+        """Raise `_InvalidGraphError` or another `ValueError` for what does not fit."""
         self._check_model()
         self._check_names()
         for tensor in self._model.all_tensors:
@@ -122,17 +122,17 @@ class _GraphCheck:
     def _check_model(self) -> None:
         for number, _, value in self._model.rest:
             if number == _FUNCTIONS:
-                raise _FaultError("it defines functions of its own")
-            if number == _METADATA and isinstance(value, bytes) and INVARIANT.encode() in value:
-                raise _FaultError(f"it claims to be {INVARIANT}, which the board finds out itself")
+                raise _InvalidGraphError("it defines functions of its own")
+            if number == _METADATA and isinstance(value, bytes) and BATCH_INVARIANT_KEY.encode() in value:
+                raise _InvalidGraphError(f"it claims to be {BATCH_INVARIANT_KEY}, which the board finds out itself")
             if number == _TRAINING:
-                raise _FaultError("it has a part for training")
+                raise _InvalidGraphError("it has a part for training")
             if number == _OPSETS and isinstance(value, bytes):
                 domain = _domain(value)
-                if domain not in THEIRS and not domain.startswith("ai.onnx"):
-                    raise _FaultError(f"it uses operators of the domain {domain!r:.60}")
+                if domain not in ORT_DOMAINS and not domain.startswith("ai.onnx"):
+                    raise _InvalidGraphError(f"it uses operators of the domain {domain!r:.60}")
         if any(number == _SPARSE for number, _, _ in self._model.graph_rest):
-            raise _FaultError("it has sparse tensors")
+            raise _InvalidGraphError("it has sparse tensors")
 
     def _check_names(self) -> None:
         """Refuse a name that is given twice: a reader may take the first or the last."""
@@ -141,15 +141,15 @@ class _GraphCheck:
         names += [name for node in self._model.nodes for name in node.outputs if name]
         for name in names:
             if not name or name in seen:
-                raise _FaultError(f"two values are called {name!r:.60}")
+                raise _InvalidGraphError(f"two values are called {name!r:.60}")
             seen.add(name)
         for node in self._model.nodes:
             if not node.outputs:
-                raise _FaultError(f"a node {node.operator!r:.40} gives nothing")
-            self._makers |= {name: node for name in node.outputs if name}
+                raise _InvalidGraphError(f"a node {node.operator!r:.40} gives nothing")
+            self._producers |= {name: node for name in node.outputs if name}
             for name in node.inputs:
                 if name and name not in seen:
-                    raise _FaultError(f"{name!r:.60} is read and nowhere made")
+                    raise _InvalidGraphError(f"{name!r:.60} is read and nowhere made")
 
     # -- tensors ------------------------------------------------------------------------------------------------
 
@@ -157,22 +157,22 @@ class _GraphCheck:
         size = _bytes_of(tensor)
         if tensor.place is None:
             if tensor.raw and len(tensor.raw) != size:
-                raise _FaultError(f"{tensor.name!r:.60} has {len(tensor.raw)} bytes instead of {size}")
+                raise _InvalidGraphError(f"{tensor.name!r:.60} has {len(tensor.raw)} bytes instead of {size}")
             return
         name = tensor.location
         if name != self._data or self._data_bytes is None:
-            raise _FaultError(
+            raise _InvalidGraphError(
                 f"{tensor.name!r:.60} lies in {name!r:.80}; a bundle's weights lie in {self._data}, which its manifest"
                 " lists"
             )
         start = tensor.place.start
         length = size if tensor.place.stop is None else tensor.place.stop - start
         if length != size or start + size > self._data_bytes:
-            raise _FaultError(f"{tensor.name!r:.60} has {length} bytes at {start} of {name} instead of {size}")
+            raise _InvalidGraphError(f"{tensor.name!r:.60} has {length} bytes at {start} of {name} instead of {size}")
 
     def _source(self, name: str) -> Tensor | None:
         """Return the stored tensor that a value is, or is cast from."""
-        maker = self._makers.get(name)
+        maker = self._producers.get(name)
         if maker is not None and maker.operator == "Cast" and maker.inputs:
             name = maker.inputs[0]
         return self._model.tensors.get(name)
@@ -189,30 +189,32 @@ class _GraphCheck:
         unknown = self._model.inputs.keys() - wanted.keys() - optional.keys()
         if missing or unknown:
             named = ", ".join(sorted(missing or unknown)[:3])
-            raise _FaultError(f"it {'lacks the input' if missing else 'has an unknown input'} {named:.200}")
+            raise _InvalidGraphError(f"it {'lacks the input' if missing else 'has an unknown input'} {named:.200}")
         for name, value in self._model.inputs.items():
             if value.dtype != {**wanted, **optional}[name]:
-                raise _FaultError(f"the input {name} has the type {value.dtype}")
+                raise _InvalidGraphError(f"the input {name} has the type {value.dtype}")
             if name in pasts:
-                self._check_memory(name, value)
+                self._check_kv_cache(name, value)
         for name in ("logits", *(f"present.{each.removeprefix(f'{past}.')}" for each in pasts)):
             if name not in self._model.outputs:
-                raise _FaultError(f"it does not give {name}")
+                raise _InvalidGraphError(f"it does not give {name}")
         width = self._model.outputs["logits"].shape[-1:]
         if width not in {(), (0,), (self._manifest.vocab_size,)}:
-            raise _FaultError(f"it gives {width[0]} logits, the manifest says {self._manifest.vocab_size}")
+            raise _InvalidGraphError(f"it gives {width[0]} logits, the manifest says {self._manifest.vocab_size}")
 
-    def _check_results(self, shapes: Shapes) -> None:
+    def _check_results(self, shapes: ShapeInference) -> None:
         """Refuse logits that are not one row for each wanted position, and memory that comes back in another shape."""
         found = shapes.of("logits")
         if found != ("rows", self._manifest.vocab_size):
-            raise _FaultError(f"it gives logits {list(found)}, the manifest says {self._manifest.vocab_size} tokens")
+            raise _InvalidGraphError(
+                f"it gives logits {list(found)}, the manifest says {self._manifest.vocab_size} tokens"
+            )
         for past in self._model.inputs:
             present = past.replace("past.", "present.", 1)
             if past != present and shapes.of(present) != shapes.of(past):
-                raise _FaultError(f"{present} has another shape than {past}")
+                raise _InvalidGraphError(f"{present} has another shape than {past}")
 
-    def _check_memory(self, name: str, value: Value) -> None:
+    def _check_kv_cache(self, name: str, value: ValueInfo) -> None:
         """Refuse keys or values that are not [batch, heads, positions, size]."""
         cache = self._manifest.cache
         expected = (0, cache.kv_heads, 0, cache.head_size)
@@ -220,38 +222,42 @@ class _GraphCheck:
             has in (0, wanted) for has, wanted in zip(value.shape, expected, strict=True)
         )
         if not fits or (cache.kind == "shared" and value.shape[1::2] != expected[1::2]):
-            raise _FaultError(f"{name} is {list(value.shape)}, the manifest says {list(expected)}, 0 for any number")
+            raise _InvalidGraphError(
+                f"{name} is {list(value.shape)}, the manifest says {list(expected)}, 0 for any number"
+            )
 
     # -- nodes --------------------------------------------------------------------------------------------------
 
     def _check_node(self, node: Node, depth: int = 0) -> None:
         """Refuse operators that no bundle has, and check what a node carries inside."""
         if node.domain == DOMAIN:
-            raise _FaultError(f"it holds {node.operator!r:.40} of edgelm's own domain, which is made on the board only")
-        if node.domain not in THEIRS:
-            raise _FaultError(f"it holds {node.operator!r:.40} of the domain {node.domain!r:.60}")
-        if node.operator in ENDLESS:
-            raise _FaultError(f"it holds {node.operator}, which may never end")
-        for number, body in node.bodies:
+            raise _InvalidGraphError(
+                f"it holds {node.operator!r:.40} of edgelm's own domain, which is made on the board only"
+            )
+        if node.domain not in ORT_DOMAINS:
+            raise _InvalidGraphError(f"it holds {node.operator!r:.40} of the domain {node.domain!r:.60}")
+        if node.operator in UNBOUNDED_OPERATORS:
+            raise _InvalidGraphError(f"it holds {node.operator}, which may never end")
+        for number, body in node.nested_messages:
             if number in _TENSORS:
                 tensor = read_tensor(body)
                 _bytes_of(tensor)
                 if tensor.place is not None:
-                    raise _FaultError("a node's own tensor lies in another file")
+                    raise _InvalidGraphError("a node's own tensor lies in another file")
             elif number in _GRAPHS and depth < MOST_DEPTH:
                 self._check_body(body, depth + 1)
             else:
-                raise _FaultError("it holds graphs too deep in each other, or a sparse tensor")
+                raise _InvalidGraphError("it holds graphs too deep in each other, or a sparse tensor")
 
     def _check_body(self, body: bytes, depth: int) -> None:
         """Check a graph inside a node."""
-        for number, _, value in fields(body):
+        for number, _, value in parse_fields(body):
             if number == 1 and isinstance(value, bytes):
                 self._check_node(read_node(value), depth)
             elif number == 5 and isinstance(value, bytes):
                 self._check_tensor(read_tensor(value))
             elif number == _SPARSE:
-                raise _FaultError("it has sparse tensors")
+                raise _InvalidGraphError("it has sparse tensors")
 
     def _check_sizes(self, node: Node) -> None:
         """Check the numbers of operators that read quantized weights, or keys and values."""
@@ -264,11 +270,16 @@ class _GraphCheck:
 
     def _check_product(self, node: Node) -> None:
         bits, block, columns, size = (_number(node, name) for name in ("bits", "block_size", "N", "K"))
-        if bits not in _BITS or block not in _BLOCKS or not 1 <= size <= MOST_SIZE or not 1 <= columns <= MOST_SIZE:
-            raise _FaultError(f"a product has K {size}, N {columns}, {bits} bits and blocks of {block}")
+        if (
+            bits not in _BITS
+            or block not in _BLOCKS
+            or not 1 <= size <= MAX_MATRIX_DIM
+            or not 1 <= columns <= MAX_MATRIX_DIM
+        ):
+            raise _InvalidGraphError(f"a product has K {size}, N {columns}, {bits} bits and blocks of {block}")
         _, codes, scales, zeros, groups, bias, *others = (*node.inputs, *[""] * 6)
         if not codes or not scales or groups or any(others):
-            raise _FaultError("a product has other inputs than codes, scales, zero points and a bias")
+            raise _InvalidGraphError("a product has other inputs than codes, scales, zero points and a bias")
         blocks = -(-size // block)
         self._require(codes, columns * blocks * block * bits // 8, (UINT8,))
         self._require(scales, columns * blocks, (FLOAT, FLOAT16))
@@ -281,10 +292,10 @@ class _GraphCheck:
         bits, block = _number(node, "bits", 4), _number(node, "block_size", 128)
         axes = _number(node, "gather_axis", 0), _number(node, "quantize_axis", 1)
         if bits not in (4, 8) or block not in _BLOCKS or axes != (0, 1) or not 3 <= len(node.inputs) <= 4:
-            raise _FaultError(f"a table has {bits} bits, blocks of {block} and the axes {axes}")
+            raise _InvalidGraphError(f"a table has {bits} bits, blocks of {block} and the axes {axes}")
         codes, scales = self._source(node.inputs[0]), self._source(node.inputs[2])
         if scales is None or (codes is not None and _count(codes) * 8 != _count(scales) * block * bits):
-            raise _FaultError("a table has not as many codes as its scales say")
+            raise _InvalidGraphError("a table has not as many codes as its scales say")
         if len(node.inputs) == 4:
             rows, blocks = scales.shape[0], _count(scales) // max(scales.shape[0], 1)
             self._require(node.inputs[3], rows * -(-blocks * bits // 8), (UINT8,), stored=True)
@@ -292,10 +303,10 @@ class _GraphCheck:
     def _check_attention(self, node: Node) -> None:
         cache, manifest = self._manifest.cache, self._manifest
         heads, kv_heads = _number(node, "num_heads"), _number(node, "kv_num_heads")
-        if not 1 <= kv_heads <= heads <= MOST_SIZE or heads % kv_heads or kv_heads != cache.kv_heads:
-            raise _FaultError(f"attention has {heads} heads of queries and {kv_heads} of keys")
-        if not -1 <= _number(node, "local_window_size", -1) <= MOST_SIZE:
-            raise _FaultError("attention has a window that no context fills")
+        if not 1 <= kv_heads <= heads <= MAX_MATRIX_DIM or heads % kv_heads or kv_heads != cache.kv_heads:
+            raise _InvalidGraphError(f"attention has {heads} heads of queries and {kv_heads} of keys")
+        if not -1 <= _number(node, "local_window_size", -1) <= MAX_MATRIX_DIM:
+            raise _InvalidGraphError("attention has a window that no context fills")
         _, key, value, past_key, past_value, lengths, total, cos, sin, positions, *others = (
             *node.inputs,
             *[""] * 14,
@@ -303,14 +314,14 @@ class _GraphCheck:
         layer = past_key.removeprefix("past.").removesuffix(".key")
         memory = [f"past.{layer}.key", f"past.{layer}.value"]
         if [past_key, past_value] != memory or not set(memory) <= self._model.inputs.keys():
-            raise _FaultError("attention does not read its keys and values from the memory of one layer")
+            raise _InvalidGraphError("attention does not read its keys and values from the memory of one layer")
         if node.outputs[1:] != (f"present.{layer}.key", f"present.{layer}.value"):
-            raise _FaultError("attention does not write its keys and values into the memory of its layer")
+            raise _InvalidGraphError("attention does not write its keys and values into the memory of its layer")
         if (lengths, total) != ("seqlens_k", "total_sequence_length") or positions not in ("", "positions"):
-            raise _FaultError("attention does not take lengths and positions as they are given")
+            raise _InvalidGraphError("attention does not take lengths and positions as they are given")
         bias, sink, *scales = others
         if bias or sink or bool(key) != bool(value):
-            raise _FaultError("attention has inputs that `edgelm export` never gives it")
+            raise _InvalidGraphError("attention has inputs that `edgelm export` never gives it")
         for name in scales:
             self._require(name, kv_heads * cache.head_size, (FLOAT,), stored=True)
         if node.attributes.get("do_rotary", 0):
@@ -323,19 +334,21 @@ class _GraphCheck:
         shape = shapes.pop()
         fits = not shapes and shape is not None and len(shape) == 2
         if shape is None or not fits or shape[0] < rows or not 1 <= 2 * shape[1] <= self._manifest.cache.head_size:
-            raise _FaultError(f"the rotary tables are not two of {rows} rows or more, as wide as half a head at most")
+            raise _InvalidGraphError(
+                f"the rotary tables are not two of {rows} rows or more, as wide as half a head at most"
+            )
 
     def _require(self, name: str, count: int, dtypes: Sequence[int], *, stored: bool = False) -> None:
         """Refuse a tensor of another size or type; the types of what is computed are onnxruntime's matter."""
         tensor = self._source(name) if name else None
         if tensor is None:
             if name and stored:
-                raise _FaultError(f"{name!r:.60} is not stored")
+                raise _InvalidGraphError(f"{name!r:.60} is not stored")
             if name and self._shapes is not None and self._shapes.count(name) != count:
-                raise _FaultError(f"{name!r:.60} is not {count} numbers")
+                raise _InvalidGraphError(f"{name!r:.60} is not {count} numbers")
             return
         if _count(tensor) != count or tensor.dtype not in dtypes:
-            raise _FaultError(
+            raise _InvalidGraphError(
                 f"{tensor.name!r:.60} is {list(tensor.shape)!s:.80} of type {tensor.dtype} instead of {count} numbers"
             )
 
@@ -354,7 +367,7 @@ def _size_of(bundle: Bundle, name: str) -> int | None:
 def _domain(opset: bytes) -> str:
     """Return the domain of an OperatorSetIdProto."""
     found = b""
-    for number, _, value in fields(opset):
+    for number, _, value in parse_fields(opset):
         if number == 1 and isinstance(value, bytes):
             found = value
     return found.decode()
@@ -363,7 +376,7 @@ def _domain(opset: bytes) -> str:
 def _number(node: Node, name: str, default: int | None = None) -> int:
     value = node.attributes.get(name, default)
     if value is None or value != int(value):
-        raise _FaultError(f"{node.operator} has no whole number {name}")
+        raise _InvalidGraphError(f"{node.operator} has no whole number {name}")
     return int(value)
 
 
@@ -374,11 +387,11 @@ def _count(tensor: Tensor) -> int:
 def _bytes_of(tensor: Tensor) -> int:
     """Return how many bytes a tensor's values take. Raises `ValueError` for a shape that no tensor has."""
     if any(not 0 <= size <= MOST_BYTES for size in tensor.shape):
-        raise _FaultError(f"{tensor.name!r:.60} has the shape {list(tensor.shape[:9])}")
+        raise _InvalidGraphError(f"{tensor.name!r:.60} has the shape {list(tensor.shape[:9])}")
     item = _ITEM_BYTES.get(tensor.dtype)
     if item is None:
-        raise _FaultError(f"{tensor.name!r:.60} has the type {tensor.dtype}")
+        raise _InvalidGraphError(f"{tensor.name!r:.60} has the type {tensor.dtype}")
     size = math.ceil(_count(tensor) * item) if item < 1 else _count(tensor) * int(item)
     if size > MOST_BYTES:
-        raise _FaultError(f"{tensor.name!r:.60} has {size} bytes")
+        raise _InvalidGraphError(f"{tensor.name!r:.60} has {size} bytes")
     return size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from edgelm.graph.protobuf import BYTES, VARINT, Field, fields, message
+from edgelm.graph.protobuf import LENGTH_DELIMITED, VARINT, Field, message, parse_fields
 
 _PATH: Final = (7, 1, 5)
 """Field numbers that lead to an attribute: ModelProto.graph, GraphProto.node, NodeProto.attribute."""
@@ -13,7 +13,7 @@ _NAME, _INTEGER = 1, 3
 """Field numbers of AttributeProto.name and AttributeProto.i."""
 
 
-def with_attribute(model: bytes, name: str, change: Callable[[int], int]) -> bytes:
+def change_attribute(model: bytes, name: str, change: Callable[[int], int]) -> bytes:
     """Return a model with every attribute of a name changed. Raises `ValueError` for what is no model."""
     try:
         return _changed(model, _PATH, name.encode(), change)
@@ -23,19 +23,23 @@ def with_attribute(model: bytes, name: str, change: Callable[[int], int]) -> byt
 
 def _changed(data: bytes, path: tuple[int, ...], name: bytes, change: Callable[[int], int]) -> bytes:
     """Copy a message, changed inside the fields of `path`; at its end the message is an attribute."""
-    parts: list[Field] = list(fields(data))
+    parts: list[Field] = list(parse_fields(data))
     if name not in data:
         return data  # as it is: a number may be written in more bytes than it needs
     if path:
         return message(
-            (number, kind, _changed(value, path[1:], name, change))
-            if number == path[0] and kind == BYTES and isinstance(value, bytes)
-            else (number, kind, value)
-            for number, kind, value in parts
+            (number, wire_type, _changed(value, path[1:], name, change))
+            if number == path[0] and wire_type == LENGTH_DELIMITED and isinstance(value, bytes)
+            else (number, wire_type, value)
+            for number, wire_type, value in parts
         )
-    if (_NAME, BYTES, name) not in parts:
+    if (_NAME, LENGTH_DELIMITED, name) not in parts:
         return data
     return message(
-        (number, kind, change(value) if number == _INTEGER and kind == VARINT and isinstance(value, int) else value)
-        for number, kind, value in parts
+        (
+            number,
+            wire_type,
+            change(value) if number == _INTEGER and wire_type == VARINT and isinstance(value, int) else value,
+        )
+        for number, wire_type, value in parts
     )

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from edgelm.graph.protobuf import BYTES, FIXED32, VARINT, Field, fields, message
+from edgelm.graph.protobuf import FIXED32, LENGTH_DELIMITED, VARINT, Field, message, parse_fields
 
 FLOAT, UINT8, INT8, INT32, INT64, FLOAT16 = 1, 2, 3, 6, 7, 10
 """Values of TensorProto.DataType."""
 
-THEIRS: Final = frozenset({"", "ai.onnx", "com.microsoft"})
+ORT_DOMAINS: Final = frozenset({"", "ai.onnx", "com.microsoft"})
 """Domains of ONNX's and onnxruntime's operators."""
 
 _GRAPH, _OPSET = 7, 8  # ModelProto
@@ -25,9 +25,10 @@ _PLACE: Final = re.compile("[0-9]{1,18}")
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A NodeProto; `attributes` are its numbers, `texts` its strings, `bodies` its tensors and graphs.
+    """A NodeProto.
 
-    A body is a field of AttributeProto: 5 and 10 are tensors, 6 and 11 graphs, 22 and 23 sparse tensors.
+    `attributes` are its numbers, `string_attributes` its strings, `nested_messages` its tensors and graphs. A body is
+    a field of AttributeProto: 5 and 10 are tensors, 6 and 11 graphs, 22 and 23 sparse tensors.
     """
 
     domain: str
@@ -35,8 +36,8 @@ class Node:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: Mapping[str, float]
-    texts: Mapping[str, bytes]
-    bodies: Sequence[tuple[int, bytes]]
+    string_attributes: Mapping[str, bytes]
+    nested_messages: Sequence[tuple[int, bytes]]
     encoded: bytes
 
 
@@ -54,7 +55,7 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class ValueInfo:
     """A ValueInfoProto: a tensor's type and its dimensions, 0 for those that are open."""
 
     dtype: int
@@ -71,22 +72,22 @@ class Model:
     nodes: Sequence[Node]
     all_tensors: Sequence[Tensor]
     tensors: Mapping[str, Tensor]
-    inputs: Mapping[str, Value]
-    outputs: Mapping[str, Value]
+    inputs: Mapping[str, ValueInfo]
+    outputs: Mapping[str, ValueInfo]
     rest: Sequence[Field]
     graph_rest: Sequence[Field]
 
 
-def is_theirs(node: Node, *operators: str) -> bool:
+def is_ort_operator(node: Node, *operators: str) -> bool:
     """Whether a node is one of some operators of ONNX's or onnxruntime's: another domain may have the same names."""
-    return node.domain in THEIRS and node.operator in operators
+    return node.domain in ORT_DOMAINS and node.operator in operators
 
 
 def read_model(data: bytes) -> Model:
     """Read a model. Raises `ValueError` for what is none."""
     try:
-        whole = list(fields(data))
-        graph = [field for number, _, value in whole if number == _GRAPH for field in fields(_content(value))]
+        whole = list(parse_fields(data))
+        graph = [field for number, _, value in whole if number == _GRAPH for field in parse_fields(_content(value))]
         tensors = [read_tensor(_content(value)) for number, _, value in graph if number == _INITIALIZER]
         return Model(
             nodes=[read_node(_content(value)) for number, _, value in graph if number == _NODE],
@@ -105,24 +106,30 @@ def encode_model(model: Model, nodes: Sequence[bytes], tensors: Sequence[bytes],
     """Return a model with other nodes and initializers, which may use a further domain's operators of version 1."""
     opset: list[Field] = []
     if domain is not None:
-        opset.append((_OPSET, BYTES, message([(1, BYTES, domain.encode()), (2, VARINT, 1)])))
-    graph: list[Field] = [(_NODE, BYTES, node) for node in nodes]
-    graph += [(_INITIALIZER, BYTES, tensor) for tensor in tensors]
-    return message([*model.rest, *opset, (_GRAPH, BYTES, message([*graph, *model.graph_rest]))])
+        opset.append((_OPSET, LENGTH_DELIMITED, message([(1, LENGTH_DELIMITED, domain.encode()), (2, VARINT, 1)])))
+    graph: list[Field] = [(_NODE, LENGTH_DELIMITED, node) for node in nodes]
+    graph += [(_INITIALIZER, LENGTH_DELIMITED, tensor) for tensor in tensors]
+    return message([*model.rest, *opset, (_GRAPH, LENGTH_DELIMITED, message([*graph, *model.graph_rest]))])
 
 
 def encode_node(
     name: str, operator: str, domain: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Mapping[str, int]
 ) -> bytes:
     """Return a NodeProto with attributes that are integers."""
-    names: list[Field] = [(1, BYTES, each.encode()) for each in inputs]
-    names += [(2, BYTES, each.encode()) for each in outputs]
+    names: list[Field] = [(1, LENGTH_DELIMITED, each.encode()) for each in inputs]
+    names += [(2, LENGTH_DELIMITED, each.encode()) for each in outputs]
     values: list[Field] = [
-        (5, BYTES, message([(1, BYTES, key.encode()), (3, VARINT, value), (20, VARINT, _INT)]))
+        (5, LENGTH_DELIMITED, message([(1, LENGTH_DELIMITED, key.encode()), (3, VARINT, value), (20, VARINT, _INT)]))
         for key, value in attributes.items()
     ]
     return message(
-        [*names, (3, BYTES, name.encode()), (4, BYTES, operator.encode()), *values, (7, BYTES, domain.encode())]
+        [
+            *names,
+            (3, LENGTH_DELIMITED, name.encode()),
+            (4, LENGTH_DELIMITED, operator.encode()),
+            *values,
+            (7, LENGTH_DELIMITED, domain.encode()),
+        ]
     )
 
 
@@ -130,10 +137,11 @@ def encode_tensor(name: str, shape: Sequence[int], dtype: int, file: str, offset
     """Return a TensorProto whose values lie in a file beside the model."""
     place = {"location": file, "offset": str(offset), "length": str(length)}
     entries: list[Field] = [
-        (13, BYTES, message([(1, BYTES, key.encode()), (2, BYTES, value.encode())])) for key, value in place.items()
+        (13, LENGTH_DELIMITED, message([(1, LENGTH_DELIMITED, key.encode()), (2, LENGTH_DELIMITED, value.encode())]))
+        for key, value in place.items()
     ]
     dims: list[Field] = [(1, VARINT, size) for size in shape]
-    return message([*dims, (2, VARINT, dtype), (8, BYTES, name.encode()), *entries, (14, VARINT, 1)])
+    return message([*dims, (2, VARINT, dtype), (8, LENGTH_DELIMITED, name.encode()), *entries, (14, VARINT, 1)])
 
 
 def read_node(encoded: bytes) -> Node:
@@ -141,10 +149,10 @@ def read_node(encoded: bytes) -> Node:
     inputs: list[str] = []
     outputs: list[str] = []
     attributes: dict[str, float] = {}
-    texts: dict[str, bytes] = {}
-    bodies: list[tuple[int, bytes]] = []
+    string_attributes: dict[str, bytes] = {}
+    nested_messages: list[tuple[int, bytes]] = []
     operator = domain = ""
-    for number, _, value in fields(encoded):
+    for number, _, value in parse_fields(encoded):
         if number == 1:
             inputs.append(_content(value).decode())
         elif number == 2:
@@ -152,28 +160,33 @@ def read_node(encoded: bytes) -> Node:
         elif number == 4:
             operator = _content(value).decode()
         elif number == 5:
-            _read_attribute(_content(value), attributes, texts, bodies)
+            _read_attribute(_content(value), attributes, string_attributes, nested_messages)
         elif number == 7:
             domain = _content(value).decode()
-    return Node(domain, operator, tuple(inputs), tuple(outputs), attributes, texts, bodies, encoded)
+    return Node(
+        domain, operator, tuple(inputs), tuple(outputs), attributes, string_attributes, nested_messages, encoded
+    )
 
 
 def _read_attribute(
-    encoded: bytes, numbers: dict[str, float], texts: dict[str, bytes], bodies: list[tuple[int, bytes]]
+    encoded: bytes,
+    numbers: dict[str, float],
+    string_attributes: dict[str, bytes],
+    nested_messages: list[tuple[int, bytes]],
 ) -> None:
     """Add an attribute to those of its type; to none where it is of another type."""
-    parts = list(fields(encoded))
+    parts = list(parse_fields(encoded))
     name = next((_content(value).decode() for number, _, value in reversed(parts) if number == 1), "")
-    for number, kind, value in parts:
-        if (number, kind) == (3, VARINT):
+    for number, wire_type, value in parts:
+        if (number, wire_type) == (3, VARINT):
             signed = int(value)
             numbers[name] = signed - (1 << 64) if signed >> 63 else signed
-        elif (number, kind) == (2, FIXED32):
+        elif (number, wire_type) == (2, FIXED32):
             numbers[name] = struct.unpack("<f", _content(value))[0]
-        elif (number, kind) == (4, BYTES):
-            texts[name] = _content(value)
+        elif (number, wire_type) == (4, LENGTH_DELIMITED):
+            string_attributes[name] = _content(value)
         elif number in _BODIES:
-            bodies.append((number, _content(value)))
+            nested_messages.append((number, _content(value)))
 
 
 def read_tensor(encoded: bytes) -> Tensor:
@@ -181,7 +194,7 @@ def read_tensor(encoded: bytes) -> Tensor:
     shape: list[int] = []
     name, dtype, raw, external, location = "", 0, b"", False, ""
     where: dict[str, int] = {}
-    for number, _, value in fields(encoded):
+    for number, _, value in parse_fields(encoded):
         if number == 1:
             shape += [value] if isinstance(value, int) else _varints(value)
         elif number == 2:
@@ -211,22 +224,24 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _value(encoded: bytes) -> Value:
+def _value(encoded: bytes) -> ValueInfo:
     tensor = _inside(_inside(encoded, 2), 1)  # ValueInfoProto.type, TypeProto.tensor_type
-    dtype = next((int(value) for number, _, value in fields(tensor) if number == 1), 0)
-    dims = [_content(value) for number, _, value in fields(_inside(tensor, 2)) if number == 1]
-    return Value(dtype, tuple(next((int(v) for number, _, v in fields(dim) if number == 1), 0) for dim in dims))
+    dtype = next((int(value) for number, _, value in parse_fields(tensor) if number == 1), 0)
+    dims = [_content(value) for number, _, value in parse_fields(_inside(tensor, 2)) if number == 1]
+    return ValueInfo(
+        dtype, tuple(next((int(v) for number, _, v in parse_fields(dim) if number == 1), 0) for dim in dims)
+    )
 
 
 def _inside(encoded: bytes, wanted: int) -> bytes:
     """Return a message in a message; an empty one where there is none."""
-    return next((_content(value) for number, _, value in fields(encoded) if number == wanted), b"")
+    return next((_content(value) for number, _, value in parse_fields(encoded) if number == wanted), b"")
 
 
 def _text(encoded: int | bytes, wanted: int) -> str:
     """Return a text field of a message, the last one as Protobuf has it; empty where there is none."""
     found = b""
-    for number, _, value in fields(_content(encoded)):
+    for number, _, value in parse_fields(_content(encoded)):
         if number == wanted:
             found = _content(value)
     return found.decode()
@@ -240,7 +255,7 @@ def _content(value: int | bytes) -> bytes:
 
 def _varints(packed: bytes) -> list[int]:
     """Return the numbers of a packed field: as fields of a message they would each have a key in front."""
-    return [int(value) for _, _, value in fields(b"".join(b"\x08" + number for number in _split(packed)))]
+    return [int(value) for _, _, value in parse_fields(b"".join(b"\x08" + number for number in _split(packed)))]
 
 
 def _split(packed: bytes) -> list[bytes]:

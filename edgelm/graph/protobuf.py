@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5
 """Kinds of fields."""
 
 _MOST_BITS: Final = 70
@@ -20,7 +20,7 @@ Field = tuple[int, int, "int | bytes"]
 """A field's number, its kind, and its value: an int for VARINT, else bytes."""
 
 
-def fields(message: bytes) -> Iterator[Field]:
+def parse_fields(message: bytes) -> Iterator[Field]:
     """Yield the fields of a message in their order. Raises `ValueError` for what is no message."""
     at, end = 0, len(message)
     while at < end:
@@ -28,31 +28,31 @@ def fields(message: bytes) -> Iterator[Field]:
         at += 1
         if key > 0x7F:  # most numbers take one byte, and a call takes longer than all the rest
             key, at = _varint(message, at - 1)
-        number, kind = key >> 3, key & 7
-        if kind in (BYTES, VARINT):
+        number, wire_type = key >> 3, key & 7
+        if wire_type in (LENGTH_DELIMITED, VARINT):
             size, at = _varint(message, at) if at >= end or message[at] > 0x7F else (message[at], at + 1)
-            if kind == VARINT:
-                yield number, kind, size
+            if wire_type == VARINT:
+                yield number, wire_type, size
                 continue
-        elif kind in _SIZES:
-            size = _SIZES[kind]
+        elif wire_type in _SIZES:
+            size = _SIZES[wire_type]
         else:
-            raise ValueError(f"not a protobuf message: kind {kind}")
+            raise ValueError(f"not a protobuf message: kind {wire_type}")
         if at + size > end:
             raise ValueError("not a protobuf message: it is cut short")
-        yield number, kind, message[at : at + size]
+        yield number, wire_type, message[at : at + size]
         at += size
 
 
 def message(parts: Iterable[Field]) -> bytes:
     """Return the bytes of a message."""
     data = bytearray()
-    for number, kind, value in parts:
-        data += _encoded(number << 3 | kind)
+    for number, wire_type, value in parts:
+        data += _encoded(number << 3 | wire_type)
         if isinstance(value, int):
             data += _encoded(value % (1 << 64))  # negative numbers are two's complements
         else:
-            if kind == BYTES:
+            if wire_type == LENGTH_DELIMITED:
                 data += _encoded(len(value))
             data += value
     return bytes(data)

@@ -18,7 +18,7 @@ from edgelm.graph.onnx_model import INT64, UINT8, Model, Node, Tensor
 
 Shape = tuple["int | str", ...]
 
-MOST_RANK: Final = 8
+MAX_RANK: Final = 8
 MOST_VALUES: Final = 1 << 40
 """Most numbers that a value has which does not change from call to call."""
 
@@ -29,7 +29,7 @@ class ShapeError(ValueError):
     """An operator that is given something else than `edgelm export` gives it."""
 
 
-class Shapes:
+class ShapeInference:
     """The shapes of a model's values. `add` must be called for each node, in the model's order."""
 
     def __init__(self, model: Model, manifest: Manifest) -> None:
@@ -39,8 +39,8 @@ class Shapes:
         self._known: dict[str, Shape] = {name: tensor.shape for name, tensor in model.tensors.items()}
         self._known |= {"input_ids": _TOKENS, "positions": _TOKENS, "seqlens_k": ("batch",), "rows": ("rows",)}
         self._known["total_sequence_length"] = (1,)
-        self._memory: Shape = ("batch", cache.kv_heads, "capacity", cache.head_size)
-        self._known |= {name: self._memory for name in model.inputs if name.startswith("past.")}
+        self._kv_cache_shape: Shape = ("batch", cache.kv_heads, "capacity", cache.head_size)
+        self._known |= {name: self._kv_cache_shape for name in model.inputs if name.startswith("past.")}
         self._rules: Mapping[str, Callable[[Node], list[Shape]]] = {
             **dict.fromkeys(("Cast", "FastGelu", "Gelu", "Identity", "QuickGelu", "Relu", "Tanh"), self._alike),
             **dict.fromkeys(("Add", "Mul"), self._combined),
@@ -168,14 +168,18 @@ class Shapes:
         query, key, value, past_key, past_value = (self.of(name) if name else () for name in node.inputs[:5])
         wide = heads if key else heads + 2 * kv_heads
         both = (*_TOKENS, kv_heads * size) if key else ()
-        if query != (*_TOKENS, wide * size) or {key, value} != {both} or {past_key, past_value} != {self._memory}:
+        if (
+            query != (*_TOKENS, wide * size)
+            or {key, value} != {both}
+            or {past_key, past_value} != {self._kv_cache_shape}
+        ):
             raise ShapeError(f"attention is given {_text(query)}, {_text(key)} and {_text(value)}")
-        return [(*_TOKENS, heads * size), self._memory, self._memory]
+        return [(*_TOKENS, heads * size), self._kv_cache_shape, self._kv_cache_shape]
 
     def _reshape(self, node: Node) -> list[Shape]:
         source, _ = self._inputs(node, 2)
         wanted = self._constant(node.inputs[1])
-        if node.attributes.get("allowzero", 0) or not 1 <= len(wanted) <= MOST_RANK:
+        if node.attributes.get("allowzero", 0) or not 1 <= len(wanted) <= MAX_RANK:
             raise ShapeError(f"Reshape to {_text(tuple(wanted))}")
         if not any(isinstance(size, str) for size in source):
             if min(wanted) < 1 or math.prod(wanted) != math.prod(_fixed(source, "Reshape")):
@@ -236,19 +240,14 @@ class Shapes:
 
     def _unsqueeze(self, node: Node) -> list[Shape]:
         source, _ = self._inputs(node, 2)
-        if self._constant(node.inputs[1]) != [-1] or len(source) >= MOST_RANK:
+        if self._constant(node.inputs[1]) != [-1] or len(source) >= MAX_RANK:
             raise ShapeError(f"Unsqueeze of {_text(source)}")
         return [(*source, 1)]
 
     def _constant(self, name: str) -> list[int]:
         """Return the whole numbers of a stored tensor of one dimension."""
         tensor: Tensor | None = self._tensors.get(name)
-        if (
-            tensor is None
-            or tensor.dtype not in (INT64, UINT8)
-            or len(tensor.shape) != 1
-            or tensor.shape[0] > MOST_RANK
-        ):
+        if tensor is None or tensor.dtype not in (INT64, UINT8) or len(tensor.shape) != 1 or tensor.shape[0] > MAX_RANK:
             raise ShapeError(f"{name!r:.60} is not a few stored whole numbers")
         kind: Any = np.dtype("<i8") if tensor.dtype == INT64 else np.dtype("u1")
         if tensor.place is not None or len(tensor.raw) != tensor.shape[0] * kind.itemsize:
@@ -269,10 +268,10 @@ def _fixed(shape: Shape, what: str) -> tuple[int, ...]:
 
 
 def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) > MOST_RANK or math.prod(shape) > MOST_VALUES:
+    if len(shape) > MAX_RANK or math.prod(shape) > MOST_VALUES:
         raise ShapeError(f"a value of {_text(shape)}")
     return shape
 
 
 def _text(shape: Shape) -> str:
-    return f"[{', '.join(map(str, shape[: MOST_RANK + 1]))}]"
+    return f"[{', '.join(map(str, shape[: MAX_RANK + 1]))}]"

@@ -7,36 +7,36 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-COLUMNS: Final = 16
+PANEL_COLUMNS: Final = 16
 """Columns of a panel: as many 32-bit sums as the widest vector holds; narrower ones take several."""
 
 ALIGN: Final = 64
 """Tensors in the file of matrices begin at multiples of this: a line of the caches."""
 
-NOWHERE: Final = -1
+NO_OFFSET: Final = -1
 """The place of what a node does not have."""
 
-LAYOUT: Final = 8
+KERNELS_VERSION: Final = 8
 """Changes with what the kernels compute, or with how they want matrices to lie."""
 
 ATTENTION: Final = "Attention"
-ATTENTION_COMPUTE: Final = "compute_attention"
+ATTENTION_SYMBOL: Final = "compute_attention"
 """What computes it, by the name that the library exports."""
-MOST_QUERIES: Final = 32
+MAX_QUERY_TILE: Final = 32
 """Queries that attention takes at once: at least as many as a head of keys and values may have."""
-MOST_HEAD_SIZE: Final = 256
+MAX_KERNEL_HEAD_SIZE: Final = 256
 
-LARGEST_BYTE: Final = 127
-LARGEST_WORD: Final = 127 * 256 + 127
+MAX_INT8_CODE: Final = 127
+MAX_INT16_CODE: Final = 127 * 256 + 127
 """The largest code of an activation of 16 bits: two signed bytes hold it, and 32 bits 128 products with weights."""
 
-BLOCKS: Final = (16, 32, 64, 128)
+BLOCK_SIZES: Final = (16, 32, 64, 128)
 """Block sizes that there are kernels for; with 5 and 6 bits from 32 on."""
 
-ROUNDED_BYTES: Final = 8
+QUANT_PARAM_BYTES: Final = 8
 """Bytes that a block of rounded activations takes beside its codes: a scale and an offset."""
 
-HOOK: Final = "edgelm_set_hook"
+SET_CALLBACK_SYMBOL: Final = "edgelm_set_hook"
 """Exported: sets what `RegisterCustomOps` calls."""
 REGISTER: Final = "RegisterCustomOps"
 DESTROY: Final = "edgelm_destroy"
@@ -44,14 +44,14 @@ DESTROY: Final = "edgelm_destroy"
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Format:
+class WeightFormat:
     """How a matrix is quantized: bits of a weight, weights that share a scale."""
 
     bits: int
     block: int
 
     @classmethod
-    def of_operator(cls, name: str) -> Format | None:
+    def from_op_type(cls, name: str) -> WeightFormat | None:
         """Return the format that an operator is for; None where it is none of ours."""
         found = re.fullmatch(r"MatMulInt(\d+)Block(\d+)", name)
         return cls(int(found[1]), int(found[2])) if found else None
@@ -59,7 +59,7 @@ class Format:
     @property
     def has_kernels(self) -> bool:
         """Whether there are kernels for it."""
-        return self in FORMATS
+        return self in SUPPORTED_FORMATS
 
     @property
     def high_bits(self) -> int:
@@ -77,7 +77,7 @@ class Format:
         return f"compute_{self.bits}_{self.block}"
 
     @property
-    def look_up_operator(self) -> str:
+    def gather_op_type(self) -> str:
         """The name of the operator that looks rows up in a table of this format."""
         return f"LookUpInt{self.bits}Block{self.block}"
 
@@ -98,7 +98,7 @@ class Format:
     @property
     def largest_code(self) -> int:
         """The code of a block's largest activation."""
-        return LARGEST_WORD if self.code_bytes == 2 else LARGEST_BYTE
+        return MAX_INT16_CODE if self.code_bytes == 2 else MAX_INT8_CODE
 
     @property
     def block_bytes(self) -> int:
@@ -106,16 +106,18 @@ class Format:
         return self.block * self.bits // 8
 
 
-FORMATS: Final = tuple(Format(bits, block) for bits in (4, 5, 6, 8) for block in BLOCKS if block > 16 or bits in (4, 8))
+SUPPORTED_FORMATS: Final = tuple(
+    WeightFormat(bits, block) for bits in (4, 5, 6, 8) for block in BLOCK_SIZES if block > 16 or bits in (4, 8)
+)
 """Formats that there are kernels for."""
 
 
 def is_operator(name: str) -> bool:
     """Whether an operator is for products with, or rows of, matrices of one of the formats."""
-    return any(name in (form.operator, form.look_up_operator) for form in FORMATS)
+    return any(name in (fmt.operator, fmt.gather_op_type) for fmt in SUPPORTED_FORMATS)
 
 
-class State(IntEnum):
+class StateField(IntEnum):
     """Fields of a node's state, 64 bits each: its sizes, addresses of its constants, functions of onnxruntime's C API.
 
     BIAS and NORM may be null; of EPSILON, SCALE and SOFTCAP the lower half is a float32.
@@ -123,7 +125,7 @@ class State(IntEnum):
 
     K = 0
     N = 1
-    PANELS_A_TASK = 2
+    PANELS_PER_TASK = 2
     GET_INPUT = 3
     GET_OUTPUT = 4
     GET_DATA = 5
@@ -145,11 +147,11 @@ class State(IntEnum):
     SCALE = 21
     SOFTCAP = 22
     CREATE_STATUS = 23
-    FAULTS = 24
+    ERROR_MESSAGES = 24
 
 
-class Fault(IntEnum):
-    """What can be wrong with what an operator is given: places in the table of texts that FAULTS points to."""
+class InputErrorCode(IntEnum):
+    """What can be wrong with what an operator is given: places in the table of texts that ERROR_MESSAGES points to."""
 
     RANK = 0
     WIDTH = 1
@@ -163,16 +165,16 @@ class Fault(IntEnum):
     POSITIONS = 9
 
 
-FAULTS: Final = {
-    Fault.RANK: "an input has another number of dimensions than the operator takes",
-    Fault.WIDTH: "the input's last dimension is not the matrix's K",
-    Fault.SKIP: "what is added has not the shape of the product",
-    Fault.PROJECTIONS: "query, key and value do not have the widths and lengths of the heads",
-    Fault.MEMORY: "the memory of keys or of values has not the shape of the heads and the batch",
-    Fault.HEAD: "the size of a head is not one that there are kernels for",
-    Fault.TOKENS: "there are more new tokens than the memory holds",
-    Fault.LENGTHS: "there are fewer lengths than rows of the batch, or a length that the memory does not hold",
-    Fault.TABLES: "the rotary tables have not the width of a head or too few rows",
-    Fault.POSITIONS: "there are fewer positions than tokens, or a position that the rotary tables do not have",
+ERROR_MESSAGES: Final = {
+    InputErrorCode.RANK: "an input has another number of dimensions than the operator takes",
+    InputErrorCode.WIDTH: "the input's last dimension is not the matrix's K",
+    InputErrorCode.SKIP: "what is added has not the shape of the product",
+    InputErrorCode.PROJECTIONS: "query, key and value do not have the widths and lengths of the heads",
+    InputErrorCode.MEMORY: "the memory of keys or of values has not the shape of the heads and the batch",
+    InputErrorCode.HEAD: "the size of a head is not one that there are kernels for",
+    InputErrorCode.TOKENS: "there are more new tokens than the memory holds",
+    InputErrorCode.LENGTHS: "there are fewer lengths than rows of the batch, or a length that the memory does not hold",
+    InputErrorCode.TABLES: "the rotary tables have not the width of a head or too few rows",
+    InputErrorCode.POSITIONS: "there are fewer positions than tokens, or a position that the rotary tables do not have",
 }
 """Texts of the faults."""

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from llvmlite import binding
 
-from edgelm.kernels.abi import Format
-from edgelm.kernels.elf import shared_library
-from edgelm.kernels.ir.matmul_operator import kernels_module
+from edgelm.kernels.abi import WeightFormat
+from edgelm.kernels.elf import link_shared_library
+from edgelm.kernels.ir.matmul_operator import build_module
 from edgelm.kernels.ir.targets import TARGETS, Target
 
 
-def this_target() -> Target | None:
+def find_host_target() -> Target | None:
     """Return the best target whose instruction sets this processor has; None where it has those of none."""
     architecture = binding.get_default_triple().split("-")[0]
     features = binding.get_host_cpu_features()
@@ -27,7 +27,7 @@ def this_target() -> Target | None:
     return None
 
 
-def compile_kernels(target: Target, formats: Sequence[Format], cpu: str, features: str = "") -> bytes:
+def compile_kernels(target: Target, formats: Sequence[WeightFormat], cpu: str, features: str = "") -> bytes:
     """Return a shared library with the operators of some formats.
 
     `cpu` and `features` are LLVM's names of the processor and of what it has. Raises `RuntimeError` for what LLVM
@@ -35,7 +35,7 @@ def compile_kernels(target: Target, formats: Sequence[Format], cpu: str, feature
     """
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
-    code, names = kernels_module(target, formats)
+    code, names = build_module(target, formats)
     module = binding.parse_assembly(str(code))
     module.verify()
     machine = binding.Target.from_triple(target.triple).create_target_machine(
@@ -46,16 +46,16 @@ def compile_kernels(target: Target, formats: Sequence[Format], cpu: str, feature
     options.loop_unrolling = False  # what is to be unrolled is written so (see `multiplying`)
     passes = binding.create_pass_builder(machine, options)
     passes.getModulePassManager().run(module, passes)
-    return shared_library(machine.emit_object(module), names)
+    return link_shared_library(machine.emit_object(module), names)
 
 
 def main(arguments: Sequence[str] | None = None) -> str | None:
     """Compile for this processor, by arguments such as FILE 4:32 8:32; return why that cannot be."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    target = this_target()
+    target = find_host_target()
     if target is None:
         return "this processor has neither AVX2 nor Arm's dot product"
-    formats = [Format(*map(int, text.split(":"))) for text in arguments[1:]]
+    formats = [WeightFormat(*map(int, text.split(":"))) for text in arguments[1:]]
     features = binding.get_host_cpu_features().flatten()
     try:
         library = compile_kernels(target, formats, binding.get_host_cpu_name(), features)

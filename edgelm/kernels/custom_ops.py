@@ -22,13 +22,22 @@ from numpy.typing import NDArray
 
 from edgelm.errors import EdgelmError
 from edgelm.graph.domain import DOMAIN
-from edgelm.kernels.abi import ALIGN, COLUMNS, DESTROY, FAULTS, HOOK, NOWHERE, Format, State
-from edgelm.kernels.huge_pages import mapped
-from edgelm.kernels.op_schemas import ATTENDING, OPTIONAL_PLACES, Operator, look_up_of, product_of
+from edgelm.kernels.abi import (
+    ALIGN,
+    DESTROY,
+    ERROR_MESSAGES,
+    NO_OFFSET,
+    PANEL_COLUMNS,
+    SET_CALLBACK_SYMBOL,
+    StateField,
+    WeightFormat,
+)
+from edgelm.kernels.huge_pages import map_file
+from edgelm.kernels.op_schemas import ATTENTION_SCHEMA, OPTIONAL_OFFSETS, OpSchema, gather_schema, matmul_schema
 
-VERSION: Final = 17
+ORT_API_VERSION: Final = 17
 """Version of the C API that is asked for: the first with `KernelContext_ParallelFor`, onnxruntime 1.17."""
-TASKS: Final = 16
+TASKS_PER_MATMUL: Final = 16
 """Parts that a product is cut into for the threads, where it is large enough."""
 
 _REQUIRED, _OPTIONAL = 0, 1
@@ -36,15 +45,15 @@ _FAIL = 1
 """OrtErrorCode."""
 _CREATE_DOMAIN, _DOMAIN_ADD, _ADD_DOMAIN, _ATTRIBUTE = 26, 27, 28, 86
 _API: Final = {
-    State.GET_INPUT: 90,
-    State.GET_OUTPUT: 91,
-    State.GET_DATA: 51,
-    State.GET_SHAPE: 65,
-    State.GET_RANK: 61,
-    State.GET_DIMENSIONS: 62,
-    State.RELEASE_SHAPE: 99,
-    State.PARALLEL_FOR: 274,
-    State.CREATE_STATUS: 0,
+    StateField.GET_INPUT: 90,
+    StateField.GET_OUTPUT: 91,
+    StateField.GET_DATA: 51,
+    StateField.GET_SHAPE: 65,
+    StateField.GET_RANK: 61,
+    StateField.GET_DIMENSIONS: 62,
+    StateField.RELEASE_SHAPE: 99,
+    StateField.PARALLEL_FOR: 274,
+    StateField.CREATE_STATUS: 0,
 }
 """Places of functions in OrtApi, which onnxruntime only ever adds to."""
 
@@ -86,19 +95,19 @@ _CustomOp._fields_ = [
 
 _spellings = itertools.count(1)
 
-_alive: list[Operators] = []
+_loaded_libraries: list[CustomOpLibrary] = []
 """All there are: graphs call what they hold, and nobody tells when the last one is gone."""
 
 
-class Operators:
+class CustomOpLibrary:
     """The operators of a compiled library, whose matrices lie in a file. Lives as long as the process.
 
     `sha256` is the library's hash as lowercase hex. Raises `EdgelmError` for a library of another hash, and `OSError`
     for one that cannot be read or is a symbolic link.
     """
 
-    def __init__(self, library: Path, formats: Sequence[Format], data: Path, sha256: str) -> None:
-        self._data = mapped(data)
+    def __init__(self, library: Path, formats: Sequence[WeightFormat], data: Path, sha256: str) -> None:
+        self._data = map_file(data)
         self.path = library
         self._code, self._loaded = _load(library, sha256)
         self._kept: list[Any] = []
@@ -107,17 +116,22 @@ class Operators:
         """A node's state but for what differs from node to node."""
         self._get_attribute: Callable[..., int | None] = _call
         self._create_status: Callable[..., int | None] = _call
-        self._faults = (c_char_p * len(FAULTS))(*(FAULTS[fault].encode() for fault in sorted(FAULTS)))
-        self._ops = [self._operator(each) for each in (ATTENDING, *map(product_of, formats), *map(look_up_of, formats))]
+        self._faults = (c_char_p * len(ERROR_MESSAGES))(
+            *(ERROR_MESSAGES[fault].encode() for fault in sorted(ERROR_MESSAGES))
+        )
+        self._ops = [
+            self._operator(each)
+            for each in (ATTENTION_SCHEMA, *map(matmul_schema, formats), *map(gather_schema, formats))
+        ]
         self._hook = CFUNCTYPE(_Status, c_void_p, c_void_p)(self._register)
-        _alive.append(self)
+        _loaded_libraries.append(self)
 
     def register(self, options: Any) -> None:
         """Make the operators known to graphs that are loaded with these options.
 
         Raises `EdgelmError` when another library lies in the place of the one that was loaded.
         """
-        set_hook = getattr(self._code, HOOK)
+        set_hook = getattr(self._code, SET_CALLBACK_SYMBOL)
         set_hook.restype = None
         set_hook(self._hook)
         with _opened(self.path) as (descriptor, path):
@@ -144,24 +158,24 @@ class Operators:
     def _functions(self, base: int) -> Any:
         """Return the table of functions that an OrtApiBase gives."""
         get_api = CFUNCTYPE(c_void_p, c_uint32)(c_void_p.from_address(base).value or 0)
-        table = get_api(VERSION)
+        table = get_api(ORT_API_VERSION)
         return (c_void_p * (max(_API.values()) + 1)).from_address(table)
 
-    def _operator(self, of: Operator) -> _CustomOp:
-        name = ctypes.create_string_buffer(of.name.encode())
+    def _operator(self, schema: OpSchema) -> _CustomOp:
+        name = ctypes.create_string_buffer(schema.name.encode())
         provider = ctypes.create_string_buffer(b"CPUExecutionProvider")
         op = _CustomOp(
-            version=VERSION,
-            create_kernel=_CREATE(lambda _, api, info, kernel: self._create(of, api, info, kernel)),
+            version=ORT_API_VERSION,
+            create_kernel=_CREATE(lambda _, api, info, kernel: self._create(schema, api, info, kernel)),
             name=_NAME(lambda _: ctypes.addressof(name)),
             provider=_NAME(lambda _: ctypes.addressof(provider)),
-            input_type=_TYPE(lambda _, index: of.inputs[index]),
-            input_count=_COUNT(lambda _: len(of.inputs)),
-            output_type=_TYPE(lambda _, index: of.outputs[index]),
-            output_count=_COUNT(lambda _: len(of.outputs)),
-            compute=self._address(of.compute),
+            input_type=_TYPE(lambda _, index: schema.inputs[index]),
+            input_count=_COUNT(lambda _: len(schema.inputs)),
+            output_type=_TYPE(lambda _, index: schema.outputs[index]),
+            output_count=_COUNT(lambda _: len(schema.outputs)),
+            compute=self._address(schema.compute),
             destroy=self._address(DESTROY),
-            input_kind=_TYPE(lambda _, index: _OPTIONAL if index in of.optional else _REQUIRED),
+            input_kind=_TYPE(lambda _, index: _OPTIONAL if index in schema.optional else _REQUIRED),
             output_kind=_TYPE(lambda _, __: _REQUIRED),
             input_memory=_TYPE(lambda _, __: 0),
             variadic=(_NUMBER * 4)(*[_NUMBER(lambda _: 0)] * 4),
@@ -169,48 +183,48 @@ class Operators:
         self._kept += [name, provider, op]
         return op
 
-    def _create(self, of: Operator, api: int, info: int, kernel: Any) -> int | None:
+    def _create(self, schema: OpSchema, api: int, info: int, kernel: Any) -> int | None:
         """Hand over the address of the state of a node; return an OrtStatus, or None for success."""
         try:
-            self._learn(api)
-            kernel[0] = self._state(of, info)
+            self._store_api_functions(api)
+            kernel[0] = self._state(schema, info)
         except Exception as error:  # noqa: BLE001  it would end in onnxruntime's C++
-            return self._create_status(_FAIL, f"{of.name}: {error}".encode())
+            return self._create_status(_FAIL, f"{schema.name}: {error}".encode())
         return None
 
-    def _learn(self, api: int) -> None:
+    def _store_api_functions(self, api: int) -> None:
         """Note where onnxruntime's functions are."""
         if self._functions_state is None:
             functions = (c_void_p * (max(_API.values()) + 1)).from_address(api)
-            self._functions_state = np.zeros(len(State), np.uint64)
+            self._functions_state = np.zeros(len(StateField), np.uint64)
             for field, place in _API.items():
                 self._functions_state[field] = functions[place] or 0
-            self._functions_state[State.FAULTS] = ctypes.addressof(self._faults)
-            self._create_status = _CREATE_STATUS(functions[_API[State.CREATE_STATUS]] or 0)
+            self._functions_state[StateField.ERROR_MESSAGES] = ctypes.addressof(self._faults)
+            self._create_status = _CREATE_STATUS(functions[_API[StateField.CREATE_STATUS]] or 0)
             self._get_attribute = _GET_ATTRIBUTE(functions[_ATTRIBUTE] or 0)
 
-    def _state(self, of: Operator, info: int) -> int:
+    def _state(self, schema: OpSchema, info: int) -> int:
         """Return the address of the state of a node. Raises `ValueError` for attributes that do not fit."""
         value = c_int64()
-        attributes: dict[State, int] = {}
-        for field in (*of.numbers, *of.places):
+        attributes: dict[StateField, int] = {}
+        for field in (*schema.numbers, *schema.places):
             if self._get_attribute(info, field.name.encode(), ctypes.byref(value)):  # the status is lost: at load only
                 raise ValueError(f"a node has no {field.name}")
             attributes[field] = value.value
         if self._functions_state is None:
             raise AssertionError("the functions were noted before")
         state = self._functions_state.copy()
-        sizes = of.bytes_at(attributes)
+        sizes = schema.bytes_at(attributes)
         for field, number in attributes.items():
             state[field] = self._place(number, sizes[field], field) if field in sizes else number % (1 << 64)
-        panels = -(-int(state[State.N]) // COLUMNS)
-        state[State.PANELS_A_TASK] = max(1, -(-panels // TASKS))
+        panels = -(-int(state[StateField.N]) // PANEL_COLUMNS)
+        state[StateField.PANELS_PER_TASK] = max(1, -(-panels // TASKS_PER_MATMUL))
         self._kept.append(state)
         return int(state.ctypes.data)
 
-    def _place(self, offset: int, size: int, field: State) -> int:
+    def _place(self, offset: int, size: int, field: StateField) -> int:
         """Return the address of something in the file; null where there is nothing."""
-        if offset == NOWHERE and field in OPTIONAL_PLACES:
+        if offset == NO_OFFSET and field in OPTIONAL_OFFSETS:
             return 0
         if offset < 0 or offset % ALIGN or offset + size > len(self._data):
             raise ValueError(f"{field.name} lies outside the file of matrices")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-PAGE: Final = 0x10000
+SEGMENT_ALIGNMENT: Final = 0x10000
 """Segments begin at multiples of this: the largest page of Linux on arm64."""
 
 _ALLOC, _WRITE, _NOBITS, _SYMTAB, _RELA = 2, 1, 8, 2, 4
@@ -49,7 +49,7 @@ class _Symbol:
     is_global: bool
 
 
-def shared_library(object_file: bytes, exports: Sequence[str]) -> bytes:
+def link_shared_library(object_file: bytes, exports: Sequence[str]) -> bytes:
     """Return a shared library that holds an object file and exports some of its functions.
 
     Raises `ValueError` for what is no 64-bit little-endian ELF object of x86-64 or aarch64, for a reference to a symbol
@@ -67,7 +67,7 @@ def shared_library(object_file: bytes, exports: Sequence[str]) -> bytes:
     for section in (s for s in sections if s.flags & _ALLOC and not s.flags & _WRITE):
         end = section.address = _aligned(end, section.align)
         end += section.size
-    dynamic_at = writable_at = _aligned(end, PAGE)
+    dynamic_at = writable_at = _aligned(end, SEGMENT_ALIGNMENT)
     end = dynamic_at + 6 * _DYNAMIC.size
     for section in (s for s in sections if s.flags & _ALLOC and s.flags & _WRITE):
         end = section.address = _aligned(end, section.align)
@@ -82,8 +82,8 @@ def shared_library(object_file: bytes, exports: Sequence[str]) -> bytes:
         b"\x7fELF\x02\x01\x01".ljust(16, b"\0"), 3, machine, 1, 0, _EHDR.size, 0, 0, _EHDR.size, _PHDR.size, 4, 64, 0, 0
     )
     segments = [
-        (1, 5, 0, code_size, PAGE),  # PT_LOAD, read and execute
-        (1, 6, writable_at, end - writable_at, PAGE),  # PT_LOAD, read and write
+        (1, 5, 0, code_size, SEGMENT_ALIGNMENT),  # PT_LOAD, read and execute
+        (1, 6, writable_at, end - writable_at, SEGMENT_ALIGNMENT),  # PT_LOAD, read and write
         (2, 6, dynamic_at, 6 * _DYNAMIC.size, 8),  # PT_DYNAMIC
         (0x6474E551, 6, 0, 0, 16),  # PT_GNU_STACK: not executable
     ]

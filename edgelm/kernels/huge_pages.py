@@ -16,17 +16,17 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-PAGE: Final = 1 << 21
+HUGE_PAGE_BYTES: Final = 1 << 21
 """Bytes of a large page, on x86-64 and on Arm with pages of 4 KB."""
 
 
-def mapped(file: Path) -> NDArray[np.uint8]:
+def map_file(file: Path) -> NDArray[np.uint8]:
     """Return a file's bytes, uint8, which cannot be written. Raises `OSError` where it cannot be read.
 
     A mapping keeps a file descriptor; files of less than a page are read instead.
     """
     with file.open("rb") as opened:
-        if file.stat().st_size < PAGE:
+        if file.stat().st_size < HUGE_PAGE_BYTES:
             return np.frombuffer(opened.read(), np.uint8)
         pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -35,7 +35,7 @@ def mapped(file: Path) -> NDArray[np.uint8]:
     return np.frombuffer(pages, np.uint8)
 
 
-class PagedFile:
+class HugePageFile:
     """A file that is written a large page at a time; `place` is where the next byte goes."""
 
     def __init__(self, path: Path) -> None:
@@ -43,7 +43,7 @@ class PagedFile:
         self._page = bytearray()
         self._written = 0
 
-    def __enter__(self) -> PagedFile:
+    def __enter__(self) -> HugePageFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -60,11 +60,11 @@ class PagedFile:
         """Append bytes. Raises `OSError` where they find no room."""
         left = memoryview(content).cast("B")
         while len(left):
-            room = PAGE - len(self._page)
+            room = HUGE_PAGE_BYTES - len(self._page)
             self._page += left[:room]
             left = left[room:]
-            if len(self._page) == PAGE:
-                self._write(PAGE)
+            if len(self._page) == HUGE_PAGE_BYTES:
+                self._write(HUGE_PAGE_BYTES)
 
     def _write(self, size: int) -> None:
         page = memoryview(self._page)

@@ -6,10 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from edgelm.graph.domain import MOST_SIZE
-from edgelm.kernels.abi import ATTENTION, ATTENTION_COMPUTE, COLUMNS, MOST_HEAD_SIZE, MOST_QUERIES, Format, State
+from edgelm.graph.domain import MAX_MATRIX_DIM
+from edgelm.kernels.abi import (
+    ATTENTION,
+    ATTENTION_SYMBOL,
+    MAX_KERNEL_HEAD_SIZE,
+    MAX_QUERY_TILE,
+    PANEL_COLUMNS,
+    StateField,
+    WeightFormat,
+)
 
-OPTIONAL_PLACES: Final = frozenset({State.BIAS, State.NORM})
+OPTIONAL_OFFSETS: Final = frozenset({StateField.BIAS, StateField.NORM})
 """Places of what a node may do without."""
 
 _SCALE_BYTES: Final = 2
@@ -20,7 +28,7 @@ FLOAT, UINT8, INT32, INT64 = 1, 2, 6, 7
 
 
 @dataclass(frozen=True, slots=True)
-class Operator:
+class OpSchema:
     """An operator: the function that computes it, types of inputs and outputs, attributes, which go into its state.
 
     `optional` are inputs that may be absent; `places` are attributes that are places in the file of matrices.
@@ -31,67 +39,67 @@ class Operator:
     inputs: tuple[int, ...]
     optional: frozenset[int]
     outputs: tuple[int, ...]
-    numbers: tuple[State, ...]
-    places: tuple[State, ...] = ()
-    form: Format | None = None
+    numbers: tuple[StateField, ...]
+    places: tuple[StateField, ...] = ()
+    fmt: WeightFormat | None = None
     """Of the matrix, for products and tables."""
 
-    def bytes_at(self, attributes: Mapping[State, int]) -> dict[State, int]:
+    def bytes_at(self, attributes: Mapping[StateField, int]) -> dict[StateField, int]:
         """Return how many bytes are read at each place. Raises `ValueError` for attributes that no node may have."""
-        if self.form is None:
+        if self.fmt is None:
             _check_heads(attributes)
             return {}
-        size, columns = attributes[State.K], attributes[State.N]
-        if not (1 <= size <= MOST_SIZE and 1 <= columns <= MOST_SIZE):
+        size, columns = attributes[StateField.K], attributes[StateField.N]
+        if not (1 <= size <= MAX_MATRIX_DIM and 1 <= columns <= MAX_MATRIX_DIM):
             raise ValueError(f"a matrix of {columns} x {size}")
-        blocks = -(-size // self.form.block)
-        panels = -(-columns // COLUMNS)
-        cells = panels * COLUMNS * blocks
+        blocks = -(-size // self.fmt.block)
+        panels = -(-columns // PANEL_COLUMNS)
+        cells = panels * PANEL_COLUMNS * blocks
         bytes_at = {
-            State.WEIGHTS: cells * self.form.block_bytes,
-            State.SCALES: cells * _SCALE_BYTES,
-            State.BIAS: panels * COLUMNS * _FLOAT_BYTES,
-            State.NORM: blocks * self.form.block * _FLOAT_BYTES,
+            StateField.WEIGHTS: cells * self.fmt.block_bytes,
+            StateField.SCALES: cells * _SCALE_BYTES,
+            StateField.BIAS: panels * PANEL_COLUMNS * _FLOAT_BYTES,
+            StateField.NORM: blocks * self.fmt.block * _FLOAT_BYTES,
         }
         return {place: bytes_at[place] for place in self.places}
 
 
-def _check_heads(attributes: Mapping[State, int]) -> None:
+def _check_heads(attributes: Mapping[StateField, int]) -> None:
     """Raise `ValueError` for heads that the kernels of attention do not take."""
-    heads, kv_heads, half = attributes[State.HEADS], attributes[State.KV_HEADS], attributes[State.HALF]
-    if not (1 <= kv_heads <= heads <= MOST_SIZE) or heads % kv_heads or heads // kv_heads > MOST_QUERIES:
+    heads, kv_heads, half = attributes[StateField.HEADS], attributes[StateField.KV_HEADS], attributes[StateField.HALF]
+    if not (1 <= kv_heads <= heads <= MAX_MATRIX_DIM) or heads % kv_heads or heads // kv_heads > MAX_QUERY_TILE:
         raise ValueError(f"{heads} heads of queries, {kv_heads} of keys")
-    if not 0 <= half <= MOST_HEAD_SIZE // 2 or attributes[State.WINDOW] < 0:
-        raise ValueError(f"{half} rotated pairs, a window of {attributes[State.WINDOW]}")
+    if not 0 <= half <= MAX_KERNEL_HEAD_SIZE // 2 or attributes[StateField.WINDOW] < 0:
+        raise ValueError(f"{half} rotated pairs, a window of {attributes[StateField.WINDOW]}")
 
 
-def product_of(form: Format) -> Operator:
+def matmul_schema(fmt: WeightFormat) -> OpSchema:
     """Return the operator for matrices of a format (see `entry_points`)."""
-    return Operator(
-        form.operator,
-        form.compute,
+    return OpSchema(
+        fmt.operator,
+        fmt.compute,
         (FLOAT, FLOAT),
         frozenset({1}),
         (FLOAT, UINT8),
-        (State.K, State.N, State.GATED, State.EPSILON),
-        (State.WEIGHTS, State.SCALES, State.BIAS, State.NORM),
-        form,
+        (StateField.K, StateField.N, StateField.GATED, StateField.EPSILON),
+        (StateField.WEIGHTS, StateField.SCALES, StateField.BIAS, StateField.NORM),
+        fmt,
     )
 
 
-def look_up_of(form: Format) -> Operator:
+def gather_schema(fmt: WeightFormat) -> OpSchema:
     """Return the operator for tables of a format (see `looking_up`)."""
-    places = (State.WEIGHTS, State.SCALES)
-    sizes = (State.K, State.N)
-    return Operator(form.look_up_operator, form.look_up, (INT64,), frozenset(), (FLOAT,), sizes, places, form)
+    places = (StateField.WEIGHTS, StateField.SCALES)
+    sizes = (StateField.K, StateField.N)
+    return OpSchema(fmt.gather_op_type, fmt.look_up, (INT64,), frozenset(), (FLOAT,), sizes, places, fmt)
 
 
-ATTENDING: Final = Operator(
+ATTENTION_SCHEMA: Final = OpSchema(
     ATTENTION,
-    ATTENTION_COMPUTE,
+    ATTENTION_SYMBOL,
     (FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, INT32, FLOAT, FLOAT, INT64),
     frozenset({1, 2, 6, 7, 8}),
     (FLOAT, FLOAT, FLOAT, FLOAT),
-    (State.HEADS, State.KV_HEADS, State.HALF, State.WINDOW, State.SCALE, State.SOFTCAP),
+    (StateField.HEADS, StateField.KV_HEADS, StateField.HALF, StateField.WINDOW, StateField.SCALE, StateField.SOFTCAP),
 )
 """Attention (see `attention`)."""

@@ -9,7 +9,7 @@ MESSAGE_BYTES: Final = 2048
 """What a message takes beside its bytes: 1.6 KB were measured for one with a topic of 30 bytes and empty properties."""
 
 
-class Backlog:
+class BacklogLimit:
     """Bytes of messages on their way from paho's thread to the owner's, bounded where the protocol allows it.
 
     Parameters
@@ -21,15 +21,15 @@ class Backlog:
         The same for one client, so that its messages push out no other's; None is all.
     """
 
-    def __init__(self, limit: int, share: int | None = None) -> None:
+    def __init__(self, limit: int, client_limit_bytes: int | None = None) -> None:
         self._limit = limit
-        self._share = limit if share is None else share
+        self._share = limit if client_limit_bytes is None else client_limit_bytes
         self._waiting = 0
         self._of: dict[str | None, int] = {}
         """For each client that has any; no other is remembered."""
         self._lock = threading.Lock()
 
-    def takes(self, size: int, qos: int, client: str | None = None) -> bool:
+    def try_add(self, size: int, qos: int, client: str | None = None) -> bool:
         """Count a client's message of `size` bytes and return True, or return False where it is to be dropped."""
         with self._lock:
             mine = self._of.get(client, 0) + size
@@ -39,12 +39,12 @@ class Backlog:
             self._of[client] = mine
             return True
 
-    def has(self, client: str | None) -> bool:
+    def has_messages(self, client: str | None) -> bool:
         """Whether something of a client waits."""
         with self._lock:
             return client in self._of
 
-    def settle(self, size: int, client: str | None = None) -> None:
+    def release(self, size: int, client: str | None = None) -> None:
         """Free the place of a message that was taken."""
         with self._lock:
             self._waiting -= size

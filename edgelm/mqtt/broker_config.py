@@ -114,7 +114,7 @@ class BrokerConfig:
                 raise ConfigError(f"{name}: there is no file {path}")
         if self.certfile:  # without a file for the key, it stands beside the certificate
             name, path = ("keyfile", self.keyfile) if self.keyfile else ("certfile, which holds the key", self.certfile)
-            _refuse_readable(name, Path(path))
+            _check_secret_file(name, Path(path))
         if self.password and not (self.username or self.url.username):
             raise ConfigError("a password needs a user name: --username NAME")
 
@@ -123,7 +123,7 @@ class BrokerConfig:
         """The user name, given by itself or in the URL."""
         return self.username or self.url.username
 
-    def warn(self) -> None:
+    def warn_if_unencrypted(self) -> None:
         """Log a warning where the password goes over a network that anyone on the way can read."""
         url = self.url
         if self.password and not url.is_encrypted and url.scheme != "unix" and not is_loopback(url.host):
@@ -139,7 +139,7 @@ def read_password(path: str) -> str:
     """Return the first line of a file that only its owner can read; raise `ConfigError` otherwise."""
     file = Path(path)
     try:
-        _refuse_readable("password_file", file)
+        _check_secret_file("password_file", file)
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
@@ -149,7 +149,7 @@ def read_password(path: str) -> str:
     return lines[0]
 
 
-def _refuse_readable(what: str, file: Path) -> None:
+def _check_secret_file(what: str, file: Path) -> None:
     """Raise `ConfigError` where others than the owner can read or change a secret. Raises `OSError` without a file."""
     status = file.stat()
     mode = status.st_mode & 0o777

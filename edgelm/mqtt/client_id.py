@@ -21,7 +21,7 @@ RANDOM_BYTES: Final = 8
 _KEPT: Final = re.compile(f"[0-9a-f]{{{2 * RANDOM_BYTES}}}")
 
 
-def client_id(board: str, folder: Path | None = None) -> str:
+def load_client_id(board: str, folder: Path | None = None) -> str:
     """Return a board's client id; one for this run alone where nothing can be kept.
 
     `folder` is where it is kept, by default the user's folder of states (XDG_STATE_HOME).

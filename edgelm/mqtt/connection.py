@@ -21,7 +21,7 @@ import paho.mqtt.client as paho
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edgelm.errors import EdgelmError
-from edgelm.mqtt.backlog_limit import MESSAGE_BYTES, Backlog
+from edgelm.mqtt.backlog_limit import MESSAGE_BYTES, BacklogLimit
 from edgelm.mqtt.broker_config import BrokerConfig
 from edgelm.mqtt.connection_events import (
     Connected,
@@ -29,18 +29,18 @@ from edgelm.mqtt.connection_events import (
     Disconnected,
     Event,
     Limits,
-    NeedsCare,
+    MaintenanceNeeded,
     PacketTooLargeError,
     Published,
     Received,
     Subscribed,
 )
-from edgelm.mqtt.inbound_policy import BACKLOG_BYTES, Gate, Ticket
-from edgelm.mqtt.packet_filter import Sieve, SievedSocket
+from edgelm.mqtt.inbound_policy import BACKLOG_BYTES, InboundPolicy, PolicyDecision
+from edgelm.mqtt.packet_filter import FilteredSocket, PacketFilter
 from edgelm.mqtt.packets import Packet
-from edgelm.mqtt.paho_client import CONNECT_TIMEOUT_S, RECONNECT_S, make_client, reason_of
-from edgelm.mqtt.paho_properties import from_paho, greeting_properties, packet_bytes, to_paho
-from edgelm.mqtt.version_negotiation import Greeting, Version
+from edgelm.mqtt.paho_client import CONNECT_TIMEOUT_S, RECONNECT_S, make_paho_client, reason_of
+from edgelm.mqtt.paho_properties import from_paho, make_connect_properties, packet_bytes, to_paho
+from edgelm.mqtt.version_negotiation import MqttVersion, VersionNegotiation
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ RECEIVE_MAXIMUM: Final = 64
 """Requests of QoS 1 that the broker may have under way to us."""
 MOST_TOLD: Final = 64
 """Messages that nobody misses much which may wait for the socket; beyond it they are dropped."""
-MAX_REVIVALS: Final = 5
+MAX_LOOP_RESTARTS: Final = 5
 
 _PUBACK: Final = b"\x40\x02"
 _UNSUPPORTED_VERSION: Final = 0x84
@@ -60,7 +60,7 @@ _TRANSIENT: Final = frozenset({0x80, 0x83, 0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F})
 _Callback = TypeVar("_Callback", bound=Callable[..., None])
 
 
-def guarded(callback: _Callback) -> _Callback:
+def log_exceptions(callback: _Callback) -> _Callback:
     """Return the callback with its exceptions logged instead of raised."""
 
     @functools.wraps(callback)
@@ -73,7 +73,7 @@ def guarded(callback: _Callback) -> _Callback:
     return wrapped  # type: ignore[return-value]
 
 
-class Sending:
+class PublishHandle:
     """A packet handed to paho. `mid` is what its `Published` will carry."""
 
     __slots__ = ("_info", "mid")
@@ -124,8 +124,8 @@ class Connection:
         will_delay_s: int = 0,
         session_expiry_s: int = 0,
         packet_bytes: int | None = None,
-        gate: Gate | None = None,
-        protocol: Version = "5",
+        gate: InboundPolicy | None = None,
+        protocol: MqttVersion = "5",
     ) -> None:
         self._broker = broker
         self._client_id = client_id
@@ -134,19 +134,21 @@ class Connection:
         self._will_delay_s = will_delay_s
         self._session_expiry_s = session_expiry_s
         self._packet_bytes = packet_bytes
-        self._gate = gate
-        self._greeting = Greeting(protocol)
+        self._policy = gate
+        self._negotiation = VersionNegotiation(protocol)
         self.tells_published = False
         """Whether `Published` is posted; set by a publish of QoS 1, reset by the owner when none is under way."""
         self._limits = Limits()
         self._connected = False
         self._was_announced = False
         self._is_new = True
-        self._revivals = 0
-        self._epoch = 0
-        self._epoch_lock = threading.Lock()  # never held around publish: paho calls back with its own locks held
-        self._backlog = Backlog(BACKLOG_BYTES)  # where there is no gate
-        self._told: deque[Sending] = deque()
+        self._loop_restarts = 0
+        self._connection_number = 0
+        self._connection_number_lock = (
+            threading.Lock()
+        )  # never held around publish: paho calls back with its own locks held
+        self._backlog = BacklogLimit(BACKLOG_BYTES)  # where there is no gate
+        self._best_effort_handles: deque[PublishHandle] = deque()
         self._loop_thread: threading.Thread | None = None
         self._client = self._make_client()
 
@@ -160,14 +162,14 @@ class Connection:
     @property
     def is_mqtt5(self) -> bool:
         """Whether messages carry properties."""
-        return self._greeting.version == "5"
+        return self._negotiation.version == "5"
 
     def start(self) -> None:
         """Begin to connect, and go on until `stop`."""
         url = self._broker.url
         properties = None
         if self.is_mqtt5:
-            properties = greeting_properties(self._session_expiry_s, RECEIVE_MAXIMUM, self._packet_bytes)
+            properties = make_connect_properties(self._session_expiry_s, RECEIVE_MAXIMUM, self._packet_bytes)
         self._client.connect_async(
             url.host,
             url.port or 1883,  # a Unix socket has none, and paho wants one
@@ -177,7 +179,7 @@ class Connection:
         )
         self._client.loop_start()
 
-    def tend(self) -> None:
+    def maintain(self) -> None:
         """Do what a callback cannot: change the version, and replace a loop thread that died. Call it now and then.
 
         Raises
@@ -185,17 +187,17 @@ class Connection:
         EdgelmError
             When the loop thread dies again and again.
         """
-        self._greeting.check_time()
+        self._negotiation.check_time()
         thread = self._loop_thread
-        died = thread is not None and not thread.is_alive() and not self._greeting.wants_change
+        died = thread is not None and not thread.is_alive() and not self._negotiation.needs_reconnect
         if died:
-            self._revivals += 1
-            log.error("the MQTT loop thread died; starting another (%d of %d)", self._revivals, MAX_REVIVALS)
-            if self._revivals > MAX_REVIVALS:
+            self._loop_restarts += 1
+            log.error("the MQTT loop thread died; starting another (%d of %d)", self._loop_restarts, MAX_LOOP_RESTARTS)
+            if self._loop_restarts > MAX_LOOP_RESTARTS:
                 raise EdgelmError("the MQTT loop thread keeps dying; see the log")
-        if died or self._greeting.wants_change:
+        if died or self._negotiation.needs_reconnect:
             self.stop()
-            self._greeting.wants_change = False
+            self._negotiation.needs_reconnect = False
             self._is_new = True
             self._client = self._make_client()
             self.start()
@@ -210,24 +212,24 @@ class Connection:
         self._loop_thread = None
         self._connected = False
 
-    def hurry(self, is_hurried: bool) -> None:
+    def set_fast_reconnect(self, is_hurried: bool) -> None:
         """Set whether a lost connection is sought again within a second, or only now and then."""
         self._client.reconnect_delay_set(*(RECONNECT_S if is_hurried else (RECONNECT_S[1], RECONNECT_S[1])))
 
-    def subscribe(self, filters: tuple[tuple[str, int], ...], of_others: tuple[str, ...] = ()) -> None:
+    def subscribe(self, filters: tuple[tuple[str, int], ...], watched_topics: tuple[str, ...] = ()) -> None:
         """Ask for topics; the answer is a `Subscribed` with their reasons in this order.
 
-        Of the topics `of_others` we get what others publish from now on, at QoS 0; over MQTT 3.1.1 also what is
+        Of the topics `watched_topics` we get what others publish from now on, at QoS 0; over MQTT 3.1.1 also what is
         retained, and what we publish ourselves.
         """
         if self.is_mqtt5:
             wanted = [(topic, SubscribeOptions(qos=qos)) for topic, qos in filters]
-            wanted += [(topic, SubscribeOptions(qos=0, noLocal=True, retainHandling=2)) for topic in of_others]
+            wanted += [(topic, SubscribeOptions(qos=0, noLocal=True, retainHandling=2)) for topic in watched_topics]
             self._client.subscribe(wanted)
         else:
-            self._client.subscribe([*filters, *((topic, 0) for topic in of_others)])
+            self._client.subscribe([*filters, *((topic, 0) for topic in watched_topics)])
 
-    def publish(self, packet: Packet) -> Sending | None:
+    def publish(self, packet: Packet) -> PublishHandle | None:
         """Send a packet; return None where it cannot go now. A `Published` follows one of QoS 1.
 
         Raises
@@ -248,41 +250,41 @@ class Connection:
         info = self._client.publish(packet.topic, packet.payload, packet.qos, packet.retain, properties)
         if packet.qos == 0 and info.rc != paho.MQTT_ERR_SUCCESS:
             return None
-        return Sending(info)  # QoS 1 that met a dying connection: paho sends it on the next one
+        return PublishHandle(info)  # QoS 1 that met a dying connection: paho sends it on the next one
 
     def tell(self, packet: Packet) -> None:
         """Send a packet of QoS 0 that nobody misses much; drop it where others of its kind wait for the socket."""
-        while self._told and self._told[0].is_over:
-            self._told.popleft()
-        if len(self._told) >= MOST_TOLD:
+        while self._best_effort_handles and self._best_effort_handles[0].is_over:
+            self._best_effort_handles.popleft()
+        if len(self._best_effort_handles) >= MOST_TOLD:
             return
         with suppress(PacketTooLargeError):
             sending = self.publish(packet)
             if sending is not None:
-                self._told.append(sending)
+                self._best_effort_handles.append(sending)
 
     def settle(self, received: Received) -> None:
         """Acknowledge a message, unless its connection is gone, and free its place."""
-        if self._gate is None:
-            self._backlog.settle(received.ticket.cost)
+        if self._policy is None:
+            self._backlog.release(received.decision.cost)
         else:
-            self._gate.settle(received.ticket)
+            self._policy.release(received.decision)
         if received.qos == 1:
-            with self._epoch_lock:
-                if received.epoch == self._epoch:
+            with self._connection_number_lock:
+                if received.connection_number == self._connection_number:
                     self._client.ack(received.mid, received.qos)
 
     # -- paho's side: each on its loop thread -------------------------------------------------------------------
 
     def _make_client(self) -> paho.Client:
-        client = make_client(
+        client = make_paho_client(
             self._broker,
             self._client_id,
-            self._greeting.version,
+            self._negotiation.version,
             will=self._will,
             will_delay_s=self._will_delay_s,
             keeps_session=self._session_expiry_s > 0,
-            wrap=None if self._gate is None else self._sieved,
+            wrap=None if self._policy is None else self._wrap_socket,
         )
         client.on_pre_connect = self._on_pre_connect
         client.on_socket_open = self._on_socket_open
@@ -298,84 +300,84 @@ class Connection:
     def _on_pre_connect(self, *_: Any) -> None:
         self._loop_thread = threading.current_thread()
 
-    @guarded
+    @log_exceptions
     def _on_socket_open(self, _client: paho.Client, _data: Any, sock: Any) -> None:
-        self._greeting.send()
+        self._negotiation.send()
         plain = getattr(sock, "_socket", sock)  # paho's wrapper of a web socket hides the real one
         with suppress(OSError, AttributeError):  # a Unix socket has no such option
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def _sieved(self, sock: Any) -> Any:
-        if self._gate is None:
+    def _wrap_socket(self, sock: Any) -> Any:
+        if self._policy is None:
             return sock
-        sieve = Sieve(
-            self._gate.judge,
-            is_5=self.is_mqtt5,
-            count_skipped=self._gate.count_dropped,
-            acknowledge=self._acknowledge,
+        packet_filter = PacketFilter(
+            self._policy.decide,
+            is_mqtt5=self.is_mqtt5,
+            count_dropped=self._policy.count_dropped,
+            acknowledge=self._acknowledge_dropped,
         )
-        return SievedSocket(sock, sieve)
+        return FilteredSocket(sock, packet_filter)
 
-    def _acknowledge(self, dropped: Sequence[int]) -> None:
+    def _acknowledge_dropped(self, dropped: Sequence[int]) -> None:
         """Acknowledge messages that paho does not see, in one write: a broker that waits drops what others send."""
         packets = b"".join(_PUBACK + mid.to_bytes(2, "big") for mid in dropped)
         self._client._packet_queue(paho.PUBACK, packets, 0, 0)  # noqa: SLF001  `ack` takes one, and wakes paho for each
 
-    @guarded
+    @log_exceptions
     def _on_socket_close(self, *_: Any) -> None:
-        if self._gate is not None:
-            self._gate.forget()
+        if self._policy is not None:
+            self._policy.release_pending()
         self._connected = False
-        with self._epoch_lock:
-            self._epoch += 1
+        with self._connection_number_lock:
+            self._connection_number += 1
 
-    @guarded
+    @log_exceptions
     def _on_connect(self, _c: paho.Client, _d: Any, _flags: Any, reason: Any, properties: Any) -> None:
         if reason.is_failure:
-            if self._greeting.refuse(for_version=reason.value == _UNSUPPORTED_VERSION):
-                self._ask_for_care()
+            if self._negotiation.refuse(for_version=reason.value == _UNSUPPORTED_VERSION):
+                self._request_maintenance()
             else:
                 self._post(ConnectFailed(f"the broker refused: {reason}", reason.value not in _TRANSIENT))
             return
-        self._greeting.accept()
+        self._negotiation.accept()
         self._limits = Limits(
             packet_bytes=getattr(properties, "MaximumPacketSize", None),
             in_flight=min(20, getattr(properties, "ReceiveMaximum", 20)),
         )
         self._connected = self._was_announced = True
         is_new, self._is_new = self._is_new, False
-        self._post(Connected(self._greeting.version, self._limits, is_new))
+        self._post(Connected(self._negotiation.version, self._limits, is_new))
 
-    @guarded
+    @log_exceptions
     def _on_connect_fail(self, *_: Any) -> None:
         error = sys.exc_info()[1]  # paho calls this while it handles the OSError
         self._post(ConnectFailed(reason_of(error), is_final=False))
 
-    @guarded
+    @log_exceptions
     def _on_disconnect(self, _c: paho.Client, _d: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         was_announced, self._was_announced = self._was_announced, False
-        if self._greeting.close():
-            self._ask_for_care()
+        if self._negotiation.close():
+            self._request_maintenance()
         elif was_announced:
             self._post(Disconnected(str(reason), is_taken_over=reason.value == 0x8E))
 
-    def _ask_for_care(self) -> None:
+    def _request_maintenance(self) -> None:
         self._client.disconnect()  # else paho would go on with the former version
-        self._post(NeedsCare())
+        self._post(MaintenanceNeeded())
 
-    @guarded
+    @log_exceptions
     def _on_subscribe(self, _c: paho.Client, _d: Any, _mid: int, reasons: Any, _properties: Any) -> None:
         self._post(Subscribed(tuple(reason.value for reason in reasons)))
 
-    @guarded
+    @log_exceptions
     def _on_publish(self, _c: paho.Client, _d: Any, mid: int, reason: Any, _properties: Any) -> None:
         if self.tells_published:  # paho calls this for QoS 0 too, and every event wakes the owner
             self._post(Published(mid, reason.value))
 
-    @guarded
+    @log_exceptions
     def _on_message(self, _c: paho.Client, _d: Any, message: paho.MQTTMessage) -> None:
-        ticket = self._ticket(message)
-        if ticket is None:
+        decision = self._ticket(message)
+        if decision is None:
             if message.qos == 1:
                 self._client.ack(message.mid, 1)
             return
@@ -383,18 +385,26 @@ class Connection:
         at, payload = time.monotonic(), bytes(message.payload)
         self._post(
             Received(
-                message.topic, payload, message.qos, message.retain, properties, at, message.mid, self._epoch, ticket
+                message.topic,
+                payload,
+                message.qos,
+                message.retain,
+                properties,
+                at,
+                message.mid,
+                self._connection_number,
+                decision,
             )
         )
 
-    def _ticket(self, message: paho.MQTTMessage) -> Ticket | None:
+    def _ticket(self, message: paho.MQTTMessage) -> PolicyDecision | None:
         """Return what was decided of a message, by now at the latest; None where it is dropped."""
         size = len(message.payload)
-        if self._gate is None:
-            ticket = Ticket(None, size + MESSAGE_BYTES)
-            return ticket if self._backlog.takes(ticket.cost, message.qos) else None
-        ticket_before = self._gate.ticket()
+        if self._policy is None:
+            decision = PolicyDecision(None, size + MESSAGE_BYTES)
+            return decision if self._backlog.try_add(decision.cost, message.qos) else None
+        ticket_before = self._policy.decision()
         if ticket_before is not None:
             return ticket_before
-        self._gate.judge(message.topic.encode(), message.qos, size)  # this paho let it pass by the sieve
-        return self._gate.ticket()
+        self._policy.decide(message.topic.encode(), message.qos, size)  # this paho let it pass by the sieve
+        return self._policy.decision()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgelm.errors import EdgelmError
-from edgelm.mqtt.inbound_policy import ADMITTED, Ticket
+from edgelm.mqtt.inbound_policy import DEFAULT_DECISION, PolicyDecision
 from edgelm.mqtt.packets import Properties
 
 
@@ -68,17 +68,17 @@ class Received:
     properties: Properties
     at: float
     mid: int
-    epoch: int
-    ticket: Ticket = ADMITTED
+    connection_number: int
+    decision: PolicyDecision = DEFAULT_DECISION
     """What was decided of it as it came in."""
 
 
 @dataclass(frozen=True, slots=True)
-class NeedsCare:
+class MaintenanceNeeded:
     """Call `Connection.tend`."""
 
 
-Event = Connected | Disconnected | ConnectFailed | Subscribed | Published | Received | NeedsCare
+Event = Connected | Disconnected | ConnectFailed | Subscribed | Published | Received | MaintenanceNeeded
 
 
 class PacketTooLargeError(EdgelmError):

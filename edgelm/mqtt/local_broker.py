@@ -201,7 +201,7 @@ def _note(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     log.debug("the embedded broker: %s %r", context.get("message"), context.get("exception"))
 
 
-def start_any() -> LocalBroker:
+def make_local_broker() -> LocalBroker:
     """Return a broker for a demonstration, not started yet: mosquitto where it is installed, else amqtt."""
     program = find_mosquitto()
     return EmbeddedBroker() if program is None else Mosquitto(program)

@@ -26,7 +26,7 @@ class _Window:
     last: logging.LogRecord | None = None
 
 
-class LineLimit(logging.Filter):
+class LogRateLimit(logging.Filter):
     """Lets `most` lines of a kind pass in `period_s` seconds, and then has the handler tell how many were left out.
 
     Parameters

@@ -17,14 +17,14 @@ from edgelm.mqtt.packets import Packet
 
 log = logging.getLogger(__name__)
 
-TooLarge = Callable[[str], Packet | None]
+MakeSubstitute = Callable[[str], Packet | None]
 """Given why a packet cannot go, returns what to send in its place."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
     packet: Packet
-    too_large: TooLarge | None
+    make_substitute: MakeSubstitute | None
 
 
 class Outbox:
@@ -33,50 +33,50 @@ class Outbox:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._waiting: deque[_Entry] = deque()
-        self._under_way: dict[int, _Entry] = {}
+        self._in_flight: dict[int, _Entry] = {}
         self._window = 0
 
     def __len__(self) -> int:
         """Packets that the broker has not acknowledged."""
-        return len(self._waiting) + len(self._under_way)
+        return len(self._waiting) + len(self._in_flight)
 
-    def send(self, packet: Packet, too_large: TooLarge | None = None) -> None:
-        """Publish now or later; `too_large` makes the substitute for a packet that the broker would not take."""
-        self._waiting.append(_Entry(packet, too_large))
+    def send(self, packet: Packet, make_substitute: MakeSubstitute | None = None) -> None:
+        """Publish now or later; `make_substitute` makes the substitute for a packet that the broker would not take."""
+        self._waiting.append(_Entry(packet, make_substitute))
         self._pump()
 
     def on_connected(self, event: Connected) -> None:
         """Go on after a new connection: paho sends again what was under way, unless it is a new client."""
         self._window = event.limits.in_flight
         if event.is_new:
-            self._waiting.extendleft(reversed(self._under_way.values()))
-            self._under_way.clear()
+            self._waiting.extendleft(reversed(self._in_flight.values()))
+            self._in_flight.clear()
         self._pump()
 
     def on_published(self, event: Published) -> None:
         """Note an acknowledgement."""
-        entry = self._under_way.pop(event.mid, None)
+        entry = self._in_flight.pop(event.mid, None)
         if entry is None:  # a message of QoS 0
             return
         if event.reason >= 0x80:
             log.warning("the broker refused a message on %s (reason %d)", entry.packet.topic, event.reason)
         self._pump()
-        if not self._under_way:
+        if not self._in_flight:
             self._connection.tells_published = False
 
     def _pump(self) -> None:
-        while self._waiting and len(self._under_way) < self._window:
+        while self._waiting and len(self._in_flight) < self._window:
             entry = self._waiting[0]
             try:
-                sending = self._connection.publish(entry.packet)
+                handle = self._connection.publish(entry.packet)
             except PacketTooLargeError as error:
                 self._waiting.popleft()
                 log.warning("on %s: %s", entry.packet.topic, error)
-                substitute = entry.too_large(str(error)) if entry.too_large else None
+                substitute = entry.make_substitute(str(error)) if entry.make_substitute else None
                 if substitute is not None:
                     self._waiting.appendleft(_Entry(substitute, None))
                 continue
-            if sending is None:
+            if handle is None:
                 return
             self._waiting.popleft()
-            self._under_way[sending.mid] = entry
+            self._in_flight[handle.mid] = entry

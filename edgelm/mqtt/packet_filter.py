@@ -24,11 +24,11 @@ class Verdict(Enum):
     """What becomes of a message."""
 
     PASS = 1
-    SKIP = 2
+    DROP = 2
     """It is dropped; one of QoS 1 is acknowledged, or the broker would keep it and send no other."""
 
 
-Judge = Callable[[bytes, int, int], Verdict]
+PacketPolicy = Callable[[bytes, int, int], Verdict]
 """Given a message's topic, its QoS, and the bytes of its packet; called once for each message, in their order."""
 
 ALIKE_AT_ONCE: Final = 64
@@ -43,7 +43,7 @@ _TEXTS: Final = {0x03: 1, 0x08: 1, 0x09: 1, 0x26: 2}
 """How many texts or data with a length before them a property has."""
 
 
-class Sieve:
+class PacketFilter:
     """A stream of packets from a broker, with some messages left out.
 
     Parameters
@@ -60,34 +60,34 @@ class Sieve:
 
     def __init__(
         self,
-        judge: Judge,
+        decide: PacketPolicy,
         *,
-        is_5: bool,
-        count_skipped: Callable[[int], None] = lambda _: None,
+        is_mqtt5: bool,
+        count_dropped: Callable[[int], None] = lambda _: None,
         acknowledge: Callable[[list[int]], None] = lambda _: None,
     ) -> None:
-        self._judge = judge
-        self._count_skipped = count_skipped
+        self._decide = decide
+        self._count_skipped = count_dropped
         self._acknowledge = acknowledge
-        self._is_5 = is_5
+        self._is_5 = is_mqtt5
         self._held = b""
         """The beginning of a packet whose end has not come."""
         self._verdict: Verdict | None = None
         """Of the message that is held."""
-        self._skip = 0
+        self._bytes_to_drop = 0
         """Bytes of a message to be dropped that have not come."""
-        self._through = 0
+        self._bytes_to_pass = 0
         """The same of a packet that passes as it is."""
         self._is_broken = False
 
     @property
-    def to_skip(self) -> int:
+    def bytes_to_drop(self) -> int:
         """How many of the next bytes will be dropped whatever they are."""
-        return self._skip
+        return self._bytes_to_drop
 
     def skip(self, count: int) -> None:
-        """Note that so many of them, at most `to_skip`, were dropped elsewhere."""
-        self._skip -= count
+        """Note that so many of them, at most `bytes_to_drop`, were dropped elsewhere."""
+        self._bytes_to_drop -= count
 
     def feed(self, data: bytes) -> bytes:  # noqa: C901  the state of one loop, run a hundred thousand times a second
         """Return what passes of the next bytes. What cannot be a packet passes, for paho to end the connection."""
@@ -96,12 +96,12 @@ class Sieve:
         passed: list[bytes] = []
         dropped: list[int] = []
         at = 0
-        if self._skip:
-            at = min(self._skip, len(data))
-            self._skip -= at
-        elif self._through:
-            at = min(self._through, len(data))
-            self._through -= at
+        if self._bytes_to_drop:
+            at = min(self._bytes_to_drop, len(data))
+            self._bytes_to_drop -= at
+        elif self._bytes_to_pass:
+            at = min(self._bytes_to_pass, len(data))
+            self._bytes_to_pass -= at
             passed.append(data[:at])
         if self._held:
             data, self._held = self._held + data, b""  # then nothing was to be skipped or passed
@@ -112,7 +112,7 @@ class Sieve:
                 body = at + 2
             else:
                 try:
-                    length, body = _number(data, at + 1)
+                    length, body = _read_varint(data, at + 1)
                 except IndexError:
                     if size - at < 5:
                         break  # the length has not come whole
@@ -120,7 +120,7 @@ class Sieve:
                 end = body + length
             if data[at] & 0xF0 != _PUBLISH:
                 passed.append(data[at:end])
-                self._through = max(0, end - size)
+                self._bytes_to_pass = max(0, end - size)
                 at = min(end, size)
                 continue
             if size < body + 2:
@@ -132,7 +132,7 @@ class Sieve:
             if size < begin:
                 break
             if self._verdict is None:
-                self._verdict = self._judge(data[body + 2 : topic_end], (data[at] >> 1) & 3, end - at)
+                self._verdict = self._decide(data[body + 2 : topic_end], (data[at] >> 1) & 3, end - at)
             verdict = self._verdict
             if verdict is Verdict.PASS:
                 if size < end:
@@ -141,9 +141,9 @@ class Sieve:
             elif begin > topic_end:
                 dropped.append(data[topic_end] << 8 | data[topic_end + 1])
             self._verdict = None
-            self._skip = max(0, end - size)
+            self._bytes_to_drop = max(0, end - size)
             begun, at = at, min(end, size)
-            if verdict is Verdict.SKIP and end <= size:
+            if verdict is Verdict.DROP and end <= size:
                 at = self._skip_alike(data, begun, topic_end, end, dropped if begin > topic_end else None)
         self._held = data[at:]
         if dropped:
@@ -182,14 +182,14 @@ class Sieve:
         if not self._is_5:
             return packet
         try:
-            length, at = _number(packet, begin)
+            length, at = _read_varint(packet, begin)
             end = at + length
             kept = b"".join(_kept_properties(packet, at, end))
         except (IndexError, KeyError):  # malformed: paho ends the connection
             return packet
         if len(kept) == length:
             return packet
-        return _framed(packet[:1], packet[body:begin] + _varint(len(kept)) + kept + packet[end:])
+        return _framed(packet[:1], packet[body:begin] + _write_varint(len(kept)) + kept + packet[end:])
 
 
 def _kept_properties(packet: bytes, at: int, end: int) -> list[bytes]:
@@ -201,7 +201,7 @@ def _kept_properties(packet: bytes, at: int, end: int) -> list[bytes]:
         if kind in _FIXED:
             at += _FIXED[kind]
         elif kind == 0x0B:  # a subscription's number
-            at = _number(packet, at)[1]
+            at = _read_varint(packet, at)[1]
         else:
             for _ in range(_TEXTS[kind]):
                 at += 2 + (packet[at] << 8 | packet[at + 1])
@@ -212,7 +212,7 @@ def _kept_properties(packet: bytes, at: int, end: int) -> list[bytes]:
     return kept
 
 
-def _number(packet: bytes, at: int) -> tuple[int, int]:
+def _read_varint(packet: bytes, at: int) -> tuple[int, int]:
     """Return a variable byte integer and the place behind it."""
     value = shift = 0
     while True:
@@ -226,7 +226,7 @@ def _number(packet: bytes, at: int) -> tuple[int, int]:
             raise IndexError("a number of more than four bytes")
 
 
-def _varint(value: int) -> bytes:
+def _write_varint(value: int) -> bytes:
     """Return a variable byte integer's bytes."""
     out = bytearray()
     while True:
@@ -237,15 +237,15 @@ def _varint(value: int) -> bytes:
 
 
 def _framed(first: bytes, rest: bytes) -> bytes:
-    return first + _varint(len(rest)) + rest
+    return first + _write_varint(len(rest)) + rest
 
 
-class SievedSocket:
+class FilteredSocket:
     """A socket, in the eyes of paho, from which a sieve's messages come. All else goes to the real one."""
 
-    def __init__(self, sock: Any, sieve: Sieve) -> None:
+    def __init__(self, sock: Any, packet_filter: PacketFilter) -> None:
         self._sock = sock
-        self._sieve = sieve
+        self._sieve = packet_filter
         self._ready = b""
         self._at = 0
         self._waste: bytearray | None = None
@@ -258,7 +258,7 @@ class SievedSocket:
     def recv(self, size: int) -> bytes:
         """Return up to `size` bytes that passed. Raises `BlockingIOError` where there are none yet."""
         if self._at >= len(self._ready):
-            skip = self._sieve.to_skip
+            skip = self._sieve.bytes_to_drop
             if self._waste is not None and skip >= LARGE_BYTES:
                 count = self._sock.recv_into(self._waste, min(skip, READ_BYTES), socket.MSG_TRUNC)
                 if not count:

@@ -13,7 +13,7 @@ from edgelm.errors import EdgelmError
 from edgelm.mqtt.broker_config import BrokerConfig
 from edgelm.mqtt.packets import Packet
 from edgelm.mqtt.paho_properties import will_properties
-from edgelm.mqtt.version_negotiation import Version
+from edgelm.mqtt.version_negotiation import MqttVersion
 
 CONNECT_TIMEOUT_S: Final = 5.0
 RECONNECT_S: Final = (1, 30)
@@ -29,10 +29,10 @@ class _Client(paho.Client):
         return sock if self.wrap is None else self.wrap(sock)
 
 
-def make_client(
+def make_paho_client(
     broker: BrokerConfig,
     client_id: str,
-    version: Version,
+    version: MqttVersion,
     *,
     will: Packet | None,
     will_delay_s: int,

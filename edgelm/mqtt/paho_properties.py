@@ -10,7 +10,7 @@ from paho.mqtt.properties import Properties as PahoProperties
 from edgelm.mqtt.packets import Packet, Properties
 
 
-def greeting_properties(session_expiry_s: int, receive_maximum: int, packet_bytes: int | None) -> PahoProperties:
+def make_connect_properties(session_expiry_s: int, receive_maximum: int, packet_bytes: int | None) -> PahoProperties:
     """Return what a CONNECT asks for; without an expiry there is no session to bound."""
     properties = _empty(PacketTypes.CONNECT)
     if session_expiry_s:

@@ -1,6 +1,6 @@
 """One request being answered: collects what the worker says and gathers it into chunks.
 
-`Answer.sink` runs on the worker's thread, all else on the service's. Knows times and texts, no connection.
+`PendingResponse.sink` runs on the worker's thread, all else on the service's. Knows times and texts, no connection.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from edgelm.mqtt.connection import Sending
+from edgelm.mqtt.connection import PublishHandle
 from edgelm.types import Chunk, Completion
 
 
 @dataclass(frozen=True, slots=True)
-class Grown:
+class ResponseUpdated:
     """An answer began, or a streamed one has text that nobody was told of."""
 
-    answer: Answer
+    response: PendingResponse
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class ResponseFinished:
     """The worker is done with a request."""
 
-    answer: Answer
+    response: PendingResponse
     completion: Completion
 
 
 @dataclass(slots=True, eq=False)
-class Answer:
+class PendingResponse:
     """A request that the worker has, from its admission to its final.
 
     Parameters
@@ -47,7 +47,7 @@ class Answer:
     deadline
         Seconds of `time.monotonic`.
     post
-        Receives `Grown` and `Finished`, on the worker's thread.
+        Receives `ResponseUpdated` and `ResponseFinished`, on the worker's thread.
     """
 
     key: str
@@ -56,37 +56,37 @@ class Answer:
     correlation: bytes | None
     model: str
     cancel: Callable[[str], object]
-    reply_topic: str
+    response_topic: str
     stream: bool
     chunk_ms: int
     deadline: float
-    post: Callable[[Grown | Finished], None]
+    post: Callable[[ResponseUpdated | ResponseFinished], None]
     seq: int = 0
     is_started: bool = False
     is_interrupted: bool = False
     """It was cancelled because the service stops."""
-    last: Sending | None = None
+    last: PublishHandle | None = None
     """The chunk before; until it is on its way, text is merged."""
     not_before: float = 0.0
     """When the next chunk may go out, in seconds of `time.monotonic`."""
-    _said: list[str] = field(default_factory=list)
+    _text_parts: list[str] = field(default_factory=list)
     _deltas: deque[str] = field(default_factory=deque)
     _is_posted: bool = False
 
     def sink(self, chunk: Chunk) -> None:
-        """Take what the worker says. At most one `Grown` is under way at a time."""
+        """Take what the worker says. At most one `ResponseUpdated` is under way at a time."""
         if chunk.delta:
-            self._said.append(chunk.delta)
+            self._text_parts.append(chunk.delta)
             if self.stream:
                 self._deltas.append(chunk.delta)
         if chunk.completion is not None:
-            self.post(Finished(self, chunk.completion))
+            self.post(ResponseFinished(self, chunk.completion))
         elif not self._is_posted and (self._deltas or not self.is_started):
             self._is_posted = True
-            self.post(Grown(self))
+            self.post(ResponseUpdated(self))
 
     def begin(self) -> bool:
-        """Note that `Grown` arrived; return whether it was the first."""
+        """Note that `ResponseUpdated` arrived; return whether it was the first."""
         is_first, self.is_started = not self.is_started, True
         if not self._deltas:
             self._is_posted = False
@@ -95,7 +95,7 @@ class Answer:
     @property
     def text(self) -> str:
         """All text so far."""
-        return "".join(self._said)
+        return "".join(self._text_parts)
 
     def due_at(self) -> float:
         """When there is a chunk to send, in seconds of `time.monotonic`; infinite where there is none."""

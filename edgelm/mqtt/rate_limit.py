@@ -15,7 +15,7 @@ NEWCOMERS_BURST: Final = 32.0
 """Clients that get a bucket of their own, a second and at once."""
 
 
-class Bucket:
+class TokenBucket:
     """Holds `burst` tokens at most and gains `rate` of them a second; full at first."""
 
     __slots__ = ("_at", "_burst", "_level", "_rate", "seen_at")
@@ -25,7 +25,7 @@ class Bucket:
         self._burst = self._level = burst
         self._at = self.seen_at = float("-inf")
 
-    def takes(self, now: float, cost: float = 1.0) -> bool:
+    def try_take(self, now: float, cost: float = 1.0) -> bool:
         """Take `cost` tokens and return True, or return False where there are not so many.
 
         What costs more than a full bucket holds takes a full one.
@@ -47,7 +47,7 @@ class Bucket:
         return self._level
 
 
-class Rates:
+class ClientRateLimits:
     """A bucket for each of `most` clients; all others share one.
 
     Names cost nothing where no broker's ACL vouches for them. So a name gets a bucket of its own only while there is
@@ -60,10 +60,10 @@ class Rates:
         self._rate = rate
         self._burst = burst
         self._most = most
-        self._buckets: OrderedDict[str | None, Bucket] = OrderedDict()
+        self._buckets: OrderedDict[str | None, TokenBucket] = OrderedDict()
         """The one of the client that was not seen for longest first."""
-        self._shared = {is_careful: Bucket(rate, burst) for is_careful in (False, True)}
-        self._newcomers = Bucket(NEWCOMERS_RATE, NEWCOMERS_BURST)
+        self._shared = {is_qos1: TokenBucket(rate, burst) for is_qos1 in (False, True)}
+        self._newcomers = TokenBucket(NEWCOMERS_RATE, NEWCOMERS_BURST)
 
     def __len__(self) -> int:
         """Return how many clients have a bucket of their own."""
@@ -73,20 +73,20 @@ class Rates:
         """Whether a client has a bucket of its own."""
         return client in self._buckets
 
-    def takes(self, client: str | None, now: float, cost: float = 1.0, *, is_careful: bool = False) -> bool:
+    def try_take(self, client: str | None, now: float, cost: float = 1.0, *, is_qos1: bool = False) -> bool:
         """Whether a client may send something of that cost now; counts it where it may."""
         bucket = self._buckets.get(client)
         if bucket is None:
-            if not self._shared[is_careful].takes(now, cost):
+            if not self._shared[is_qos1].try_take(now, cost):
                 return False
-            if self._has_room(now) and self._newcomers.takes(now):
-                bucket = self._buckets[client] = Bucket(self._rate, self._burst)
+            if self._has_room(now) and self._newcomers.try_take(now):
+                bucket = self._buckets[client] = TokenBucket(self._rate, self._burst)
                 bucket.seen_at = now
-                bucket.takes(now, cost)
+                bucket.try_take(now, cost)
             return True
         self._buckets.move_to_end(client)
         bucket.seen_at = now
-        return bucket.takes(now, cost)
+        return bucket.try_take(now, cost)
 
     def wait_s(self, client: str | None, now: float) -> float:
         """Return in how many seconds a client may send again."""

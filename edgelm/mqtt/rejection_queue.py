@@ -11,7 +11,7 @@ from typing import Final
 
 from edgelm.engine.fairness import FairQueue
 from edgelm.mqtt.packets import Packet
-from edgelm.mqtt.rate_limit import Bucket
+from edgelm.mqtt.rate_limit import TokenBucket
 
 RATE: Final = 20.0
 """Refusals a second to one client."""
@@ -27,14 +27,14 @@ MOST_BUCKETS: Final = 1024
 POLL_S: Final = 0.02
 
 
-class Refusals:
+class RejectionQueue:
     """What clients are refused with, until it is sent."""
 
     def __init__(self) -> None:
         self._waiting: FairQueue[tuple[str | None, Packet]] = FairQueue()
         self._of: Counter[str | None] = Counter()
-        self._buckets: OrderedDict[str | None, Bucket] = OrderedDict()
-        self._all = Bucket(ALL_RATE, ALL_RATE)
+        self._buckets: OrderedDict[str | None, TokenBucket] = OrderedDict()
+        self._all = TokenBucket(ALL_RATE, ALL_RATE)
 
     def __len__(self) -> int:
         """Return how many wait."""
@@ -56,11 +56,11 @@ class Refusals:
         blocked: set[str | None] = set()
         while len(self._waiting) and len(due) < most and self._all.wait_s(now) == 0:
             client, packet = self._waiting.get()
-            if client in blocked or not self._bucket(client).takes(now):
+            if client in blocked or not self._bucket(client).try_take(now):
                 blocked.add(client)
                 early.append((client, packet))
                 continue
-            self._all.takes(now)
+            self._all.try_take(now)
             due.append(packet)
             self._of[client] -= 1
             if not self._of[client]:
@@ -70,9 +70,9 @@ class Refusals:
             self._waiting.put(client, (client, packet))
         return due
 
-    def _bucket(self, client: str | None) -> Bucket:
+    def _bucket(self, client: str | None) -> TokenBucket:
         """Return a client's bucket; the one that was used longest ago is forgotten where there are too many."""
-        bucket = self._buckets.pop(client, None) or Bucket(RATE, RATE)
+        bucket = self._buckets.pop(client, None) or TokenBucket(RATE, RATE)
         self._buckets[client] = bucket
         if len(self._buckets) > MOST_BUCKETS:
             self._buckets.popitem(last=False)

@@ -18,7 +18,7 @@ from edgelm.mqtt import connection_events, packets, request_codec, response_code
 from edgelm.mqtt.broker_config import BrokerConfig
 from edgelm.mqtt.connection import Connection
 from edgelm.mqtt.topics import BASE, BoardTopics, is_name
-from edgelm.mqtt.version_negotiation import Version
+from edgelm.mqtt.version_negotiation import MqttVersion
 
 CONNECT_WITHIN_S: Final = 15.0
 STATUS_WITHIN_S: Final = 3.0
@@ -41,7 +41,7 @@ class UnansweredError(EdgelmError):
     """No answer came, and none will."""
 
 
-class Asker:
+class RequestClient:
     """A client of one board. Use as a context manager, from one thread.
 
     Parameters
@@ -57,12 +57,14 @@ class Asker:
         "5", which falls back to 3.1.1 where the broker knows no other, or "3.1.1".
     """
 
-    def __init__(self, broker: BrokerConfig, board: str, client: str | None = None, *, protocol: Version = "5") -> None:
+    def __init__(
+        self, broker: BrokerConfig, board: str, client: str | None = None, *, protocol: MqttVersion = "5"
+    ) -> None:
         run = uuid.uuid4().hex[:12]
         name = client or broker.user or ""
         self.client = name if is_name(name) else None
         self._topics = BoardTopics(board)
-        self._reply_topic = f"{self._topics.response(self.client)}/{run}"
+        self._response_topic = f"{self._topics.response(self.client)}/{run}"
         self._url = broker.url
         self._events: SimpleQueue[connection_events.Event] = SimpleQueue()
         self._connection = Connection(broker, f"edgelm-ask-{run}", self._events.put, protocol=protocol)
@@ -72,7 +74,7 @@ class Asker:
         """Other boards that are online, once they have been asked for."""
         self._hears_board = True
 
-    def __enter__(self) -> Asker:
+    def __enter__(self) -> RequestClient:
         self._connection.start()
         try:
             self._wait_for(connection_events.Subscribed, CONNECT_WITHIN_S)
@@ -86,7 +88,9 @@ class Asker:
     ) -> None:
         self._connection.stop()
 
-    def stream(self, ask: request_codec.Ask) -> Iterator[response_codec.Delta | response_codec.Outcome]:
+    def stream(
+        self, request: request_codec.GenerateRequest
+    ) -> Iterator[response_codec.ResponseChunk | response_codec.FinalMessage]:
         """Ask, and yield the chunks in order without gaps, then the final, whose text is the truth.
 
         Leaving the loop early cancels the request.
@@ -96,26 +100,28 @@ class Asker:
         UnansweredError
             When nobody listens, the board goes offline, or no final comes in time.
         """
-        payload, properties = request_codec.write_ask(ask, self._reply_topic, with_properties=self._connection.is_mqtt5)
+        payload, properties = request_codec.write_request(
+            request, self._response_topic, with_properties=self._connection.is_mqtt5
+        )
         topic = self._topics.generate(self.client)
-        sending = self._connection.publish(packets.Packet(topic, payload, qos=1, properties=properties))
-        if sending is None:
+        handle = self._connection.publish(packets.Packet(topic, payload, qos=1, properties=properties))
+        if handle is None:
             raise UnansweredError(f"the connection to {self._url} was lost")
         is_over = False
         try:
-            for answer in self._answers(ask, topic, sending.mid):
-                is_over = isinstance(answer, response_codec.Outcome)
-                yield answer
+            for response in self._iter_responses(request, topic, handle.mid):
+                is_over = isinstance(response, response_codec.FinalMessage)
+                yield response
         finally:
             if not is_over:
-                self._connection.publish(packets.Packet(self._topics.cancel(self.client), ask.id.encode()))
+                self._connection.publish(packets.Packet(self._topics.cancel(self.client), request.id.encode()))
 
-    def _answers(
-        self, ask: request_codec.Ask, topic: str, mid: int
-    ) -> Iterator[response_codec.Delta | response_codec.Outcome]:
+    def _iter_responses(
+        self, request: request_codec.GenerateRequest, topic: str, mid: int
+    ) -> Iterator[response_codec.ResponseChunk | response_codec.FinalMessage]:
         begun = time.monotonic()
-        patience_s = float("inf") if ask.timeout_s is None else ask.timeout_s + GRACE_S
-        early: dict[int, response_codec.Delta] = {}
+        patience_s = float("inf") if request.timeout_s is None else request.timeout_s + GRACE_S
+        early: dict[int, response_codec.ResponseChunk] = {}
         seq = 0
         heard_at = begun
         while True:
@@ -126,12 +132,12 @@ class Asker:
             self._check_board(waited_s, heard_at)
             if isinstance(event, connection_events.Published) and event.mid == mid:
                 self._check_sent(topic, event.reason)
-            answer = self._answer_in(event, ask.id)
-            if isinstance(answer, response_codec.Outcome):
-                yield answer
+            response = self._answer_in(event, request.id)
+            if isinstance(response, response_codec.FinalMessage):
+                yield response
                 return
-            if isinstance(answer, response_codec.Delta):
-                early[answer.seq] = answer
+            if isinstance(response, response_codec.ResponseChunk):
+                early[response.seq] = response
                 heard_at = time.monotonic()
             while seq in early:
                 yield early.pop(seq)
@@ -139,19 +145,19 @@ class Asker:
 
     def _answer_in(
         self, event: connection_events.Event | None, request_id: str
-    ) -> response_codec.Delta | response_codec.Outcome | None:
-        if not isinstance(event, connection_events.Received) or event.topic != self._reply_topic:
+    ) -> response_codec.ResponseChunk | response_codec.FinalMessage | None:
+        if not isinstance(event, connection_events.Received) or event.topic != self._response_topic:
             return None
         try:
-            answer = response_codec.parse_answer(event.payload)
-        except response_codec.WireError:  # someone else's message on our topic
+            response = response_codec.parse_response(event.payload)
+        except response_codec.InvalidResponseError:  # someone else's message on our topic
             return None
-        given = answer.id if isinstance(answer, response_codec.Delta) else answer.completion.id
-        return answer if given == request_id else None
+        given = response.id if isinstance(response, response_codec.ResponseChunk) else response.completion.id
+        return response if given == request_id else None
 
     def _check_sent(self, topic: str, reason: int) -> None:
         if reason == _NO_SUBSCRIBERS:
-            raise self._nobody()
+            raise self._no_board_error()
         if reason >= 0x80:
             raise UnansweredError(f"the broker {self._url} does not let us publish on {topic} (reason {reason})")
 
@@ -160,9 +166,9 @@ class Asker:
             others = self._online_others()
             raise UnansweredError(f"board {self._topics.board!r} at {self._url} is offline{others}")
         if self._is_online is None and waited_s > STATUS_WITHIN_S and self._hears_board:
-            raise self._nobody()
+            raise self._no_board_error()
 
-    def _nobody(self) -> UnansweredError:
+    def _no_board_error(self) -> UnansweredError:
         start = f"start it with: edgelm serve --mqtt {self._url} --board {self._topics.board}"
         others = self._online_others() or f"; {start}"
         return UnansweredError(f"no board {self._topics.board!r} listens at {self._url}{others}")
@@ -199,20 +205,20 @@ class Asker:
         try:
             event = self._events.get(timeout=max(0.0, wait_s))
         except Empty:
-            self._connection.tend()
+            self._connection.maintain()
             return None
         if isinstance(event, connection_events.Received):
             self._connection.settle(event)
             self._note_status(event)
         elif isinstance(event, connection_events.Connected):
-            self._connection.subscribe(((self._reply_topic, 1), (self._topics.status, 1)))
-        elif isinstance(event, connection_events.NeedsCare):
-            self._connection.tend()
+            self._connection.subscribe(((self._response_topic, 1), (self._topics.status, 1)))
+        elif isinstance(event, connection_events.MaintenanceNeeded):
+            self._connection.maintain()
         elif isinstance(event, connection_events.Subscribed):
             if len(event.reasons) < 2:  # of the others' statuses, which we can do without
                 return event
             if event.reasons[0] >= 0x80:
-                raise UnansweredError(f"the broker {self._url} does not let us subscribe to {self._reply_topic}")
+                raise UnansweredError(f"the broker {self._url} does not let us subscribe to {self._response_topic}")
             self._hears_board = event.reasons[1] < 0x80
         return event
 
@@ -233,20 +239,22 @@ OnDelta = Callable[[str], None]
 """Receives each further piece of an answer's text."""
 
 
-def answer_to(asker: Asker, ask: request_codec.Ask, on_delta: OnDelta | None = None) -> response_codec.Outcome:
+def run_request(
+    request_client: RequestClient, request: request_codec.GenerateRequest, on_delta: OnDelta | None = None
+) -> response_codec.FinalMessage:
     """Ask, and return the final; `on_delta` gets the text as it grows, together exactly the final's text.
 
     Where a chunk was lost, the rest comes at once with the final. A final that does not go on from what was
     told (it never does so by this protocol) is told in full on a line of its own.
     """
     told = ""
-    for answer in asker.stream(ask):
-        if isinstance(answer, response_codec.Outcome):
-            text = answer.completion.text
+    for response in request_client.stream(request):
+        if isinstance(response, response_codec.FinalMessage):
+            text = response.completion.text
             if on_delta is not None and text != told:
                 on_delta(text[len(told) :] if text.startswith(told) else f"\n{text}")
-            return answer
-        told += answer.delta
+            return response
+        told += response.delta
         if on_delta is not None:
-            on_delta(answer.delta)
+            on_delta(response.delta)
     raise AssertionError("a stream ends with its final")

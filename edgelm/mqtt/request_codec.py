@@ -39,7 +39,7 @@ KNOWN_KEYS: Final = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class GenerateRequest:
     """A request as it travels. `sampling` holds the values that the client gave; the bundle has the others.
 
     One with neither prompt nor messages only ends its session.
@@ -74,7 +74,7 @@ class Envelope:
     """Why `body` is empty."""
 
 
-def envelope_of(properties: Properties, new_id: str) -> Envelope:
+def envelope_from_properties(properties: Properties, new_id: str) -> Envelope:
     """Return what a message's properties say alone, its payload unread; `new_id` is the id where they say none."""
     correlation = properties.correlation
     if correlation is not None and len(correlation) > MAX_CORRELATION_BYTES:
@@ -87,7 +87,7 @@ def envelope_of(properties: Properties, new_id: str) -> Envelope:
     return Envelope(request_id, correlation, properties.response_topic, {})
 
 
-def open_envelope(payload: bytes, properties: Properties, new_id: str) -> Envelope:
+def parse_envelope(payload: bytes, properties: Properties, new_id: str) -> Envelope:
     """Return what a payload says of itself, never raising.
 
     A payload that does not begin with `{` is the prompt, without the line ends that a client's `echo` leaves behind it.
@@ -101,7 +101,7 @@ def open_envelope(payload: bytes, properties: Properties, new_id: str) -> Envelo
     new_id
         The id where the message has none.
     """
-    told = envelope_of(properties, new_id)
+    told = envelope_from_properties(properties, new_id)
     if told.problem is not None:
         return told
     body: Mapping[str, Any] = {}
@@ -120,33 +120,33 @@ def open_envelope(payload: bytes, properties: Properties, new_id: str) -> Envelo
     return Envelope(request_id, told.correlation, reply, body, problem)
 
 
-def parse_ask(envelope: Envelope) -> Ask:
+def parse_request(envelope: Envelope) -> GenerateRequest:
     """Return the request in an envelope; raise `RequestError("bad_request")`, which names the key."""
     if envelope.problem is not None:
         raise envelope.problem
     body = envelope.body
     for key in body:
         if key not in KNOWN_KEYS:
-            raise _bad(_shown(key), f"unknown key; known are {', '.join(sorted(KNOWN_KEYS))}")
+            raise _bad_request(_shown(key), f"unknown key; known are {', '.join(sorted(KNOWN_KEYS))}")
     for key, why in _REFUSED_KEYS.items():
         if key in body and not (key == "priority" and body[key] == 0 and _is_whole(body[key])):
-            raise _bad(key, why)
+            raise _bad_request(key, why)
     if "v" in body and (body["v"] != PROTOCOL or not _is_whole(body["v"])):
-        raise _bad("v", f"this board speaks version {PROTOCOL} of the protocol")
+        raise _bad_request("v", f"this board speaks version {PROTOCOL} of the protocol")
     if "id" in body and not _is_id(body["id"]):
-        raise _bad("id", f"must be 1 to {MAX_ID_LENGTH} printable characters")
+        raise _bad_request("id", f"must be 1 to {MAX_ID_LENGTH} printable characters")
     _text(body, "response_topic")
     if "session" in body and not is_session_name(body["session"]):
-        raise _bad("session", f"must be 1 to {MAX_SESSION_LENGTH} printable characters")
+        raise _bad_request("session", f"must be 1 to {MAX_SESSION_LENGTH} printable characters")
     ends = _flag(body, "end_session")
     if ends and "session" not in body:
-        raise _bad("end_session", "needs the name of the session")
+        raise _bad_request("end_session", "needs the name of the session")
     prompt, messages = _text(body, "prompt"), _messages(body)
     if (prompt is None) == (messages is None) and (prompt is not None or not ends):
-        raise _bad("prompt", "give either prompt or messages")
+        raise _bad_request("prompt", "give either prompt or messages")
     if prompt == "":
-        raise _bad("prompt", "is empty")
-    return Ask(
+        raise _bad_request("prompt", "is empty")
+    return GenerateRequest(
         id=envelope.id,
         prompt=prompt,
         messages=messages,
@@ -165,37 +165,39 @@ def parse_ask(envelope: Envelope) -> Ask:
     )
 
 
-def write_ask(ask: Ask, response_topic: str | None, *, with_properties: bool) -> tuple[bytes, Properties]:
+def write_request(
+    request: GenerateRequest, response_topic: str | None, *, with_properties: bool
+) -> tuple[bytes, Properties]:
     """Return a request's payload and properties; over 3.1.1 the payload carries what properties would."""
     given: dict[str, Any] = {
-        "prompt": ask.prompt,
-        "messages": None if ask.messages is None else [dict(message) for message in ask.messages],
-        "model": ask.model,
-        **{key: list(value) if isinstance(value, tuple) else value for key, value in ask.sampling.items()},
-        "stream": ask.stream,
-        "chunk_ms": ask.chunk_ms,
-        "timeout_s": ask.timeout_s,
-        "system": ask.system,
-        "raw": ask.raw or None,
-        "tools": None if ask.tools is None else list(ask.tools),
-        "template_vars": None if ask.template_vars is None else dict(ask.template_vars),
+        "prompt": request.prompt,
+        "messages": None if request.messages is None else [dict(message) for message in request.messages],
+        "model": request.model,
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in request.sampling.items()},
+        "stream": request.stream,
+        "chunk_ms": request.chunk_ms,
+        "timeout_s": request.timeout_s,
+        "system": request.system,
+        "raw": request.raw or None,
+        "tools": None if request.tools is None else list(request.tools),
+        "template_vars": None if request.template_vars is None else dict(request.template_vars),
     }
-    if ask.constraint is not None:
-        value = ask.constraint.value
-        schema = ask.constraint.kind == "json_schema"
-        given[ask.constraint.kind] = json.loads(str(value)) if schema else value
-    if ask.session is not None:
-        given |= {"session": ask.session, "end_session": ask.end_session}
+    if request.constraint is not None:
+        value = request.constraint.value
+        schema = request.constraint.kind == "json_schema"
+        given[request.constraint.kind] = json.loads(str(value)) if schema else value
+    if request.session is not None:
+        given |= {"session": request.session, "end_session": request.end_session}
     body = {"v": PROTOCOL, **{key: value for key, value in given.items() if value is not None}}
     if with_properties:
         return write_json(body), Properties(
             response_topic=response_topic,
-            correlation=ask.id.encode(),
-            expiry_s=None if ask.timeout_s is None else max(1, math.ceil(ask.timeout_s)),
+            correlation=request.id.encode(),
+            expiry_s=None if request.timeout_s is None else max(1, math.ceil(request.timeout_s)),
             content_type="application/json",
             is_text=True,
         )
-    body["id"] = ask.id
+    body["id"] = request.id
     if response_topic is not None:
         body["response_topic"] = response_topic
     return write_json(body), Properties()
@@ -269,7 +271,7 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _bad(key: str, what: str) -> RequestError:
+def _bad_request(key: str, what: str) -> RequestError:
     return RequestError("bad_request", f"{key}: {what}")
 
 
@@ -279,33 +281,35 @@ def _shown(key: str) -> str:
 
 def _text(body: Mapping[str, Any], key: str) -> str | None:
     if key in body and not isinstance(body[key], str):
-        raise _bad(key, "must be text")
+        raise _bad_request(key, "must be text")
     return body.get(key)
 
 
 def _flag(body: Mapping[str, Any], key: str) -> bool:
     if not isinstance(body.get(key, False), bool):
-        raise _bad(key, "must be true or false")
+        raise _bad_request(key, "must be true or false")
     return bool(body.get(key, False))
 
 
 def _strings(body: Mapping[str, Any], key: str) -> tuple[str, ...]:
     value = body[key]
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        raise _bad(key, "must be a list of non-empty strings")
+        raise _bad_request(key, "must be a list of non-empty strings")
     return tuple(value)
 
 
 def _messages(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
     value = body.get("messages", [])
     if not isinstance(value, list):
-        raise _bad("messages", "must be a list")
+        raise _bad_request("messages", "must be a list")
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise _bad("messages", 'each must be {"role": text, "content": text}')
+            raise _bad_request("messages", 'each must be {"role": text, "content": text}')
         for key in message:
             if key not in _MESSAGE_KEYS:
-                raise _bad("messages", f"unknown key {_shown(key)} in one; known are {', '.join(_MESSAGE_KEYS)}")
+                raise _bad_request(
+                    "messages", f"unknown key {_shown(key)} in one; known are {', '.join(_MESSAGE_KEYS)}"
+                )
         _check_content(message)
     return tuple(value) or None
 
@@ -313,29 +317,29 @@ def _messages(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
 def _check_content(message: Mapping[str, Any]) -> None:
     content, calls = message.get("content"), message.get("tool_calls")
     if calls is not None and (not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls)):
-        raise _bad("messages", "tool_calls must be a list of objects")
+        raise _bad_request("messages", "tool_calls must be a list of objects")
     for key in ("name", "tool_call_id", "reasoning_content"):
         if not isinstance(message.get(key, ""), str):
-            raise _bad("messages", f"{key} must be text")
+            raise _bad_request("messages", f"{key} must be text")
     if isinstance(content, list) and content:
         whole = all(isinstance(part, dict) and set(part) == {"type", "text"} for part in content)
         if not whole or not all(part["type"] == "text" and isinstance(part["text"], str) for part in content):
-            raise _bad("messages", 'each part of a content must be {"type": "text", "text": text}')
+            raise _bad_request("messages", 'each part of a content must be {"type": "text", "text": text}')
     elif not isinstance(content, str) and not (content is None and calls):
-        raise _bad("messages", 'each must be {"role": text, "content": text}')
+        raise _bad_request("messages", 'each must be {"role": text, "content": text}')
 
 
 def _tools(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
     value = body.get("tools", [])
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise _bad("tools", "must be a list of objects, each a function with a name and parameters")
+        raise _bad_request("tools", "must be a list of objects, each a function with a name and parameters")
     return tuple(value) or None
 
 
 def _template_vars(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
     value = body.get("template_vars", {})
     if not isinstance(value, dict) or not all(name.isidentifier() for name in value):
-        raise _bad("template_vars", "must be an object of names of variables and their values")
+        raise _bad_request("template_vars", "must be an object of names of variables and their values")
     return value or None
 
 
@@ -344,7 +348,7 @@ def _sampling(body: Mapping[str, Any]) -> Mapping[str, Any]:
     if "stop" in given:
         given["stop"] = _strings(body, "stop")
     if "seed" in given and given["seed"] is None:
-        raise _bad("seed", "must be an integer")
+        raise _bad_request("seed", "must be an integer")
     SamplingParams(**given)  # checks types and ranges
     return given
 
@@ -354,21 +358,21 @@ def _constraint(body: Mapping[str, Any]) -> Constraint | None:
     if not given:
         return None
     if len(given) > 1:
-        raise _bad(given[1], f"cannot be combined with {given[0]}")
+        raise _bad_request(given[1], f"cannot be combined with {given[0]}")
     kind = given[0]
     if kind == "choices":
         return Constraint("choices", _strings(body, "choices"))
     if kind == "regex":
         return Constraint("regex", str(_text(body, "regex")))
     if not isinstance(body["json_schema"], dict):
-        raise _bad("json_schema", "must be an object")
+        raise _bad_request("json_schema", "must be an object")
     return Constraint("json_schema", json.dumps(body["json_schema"], ensure_ascii=False))
 
 
 def _chunk_ms(body: Mapping[str, Any]) -> int:
-    value = body.get("chunk_ms", Ask.__dataclass_fields__["chunk_ms"].default)
+    value = body.get("chunk_ms", GenerateRequest.__dataclass_fields__["chunk_ms"].default)
     if not _is_whole(value) or not 0 <= value <= MAX_CHUNK_MS:
-        raise _bad("chunk_ms", f"must be a whole number in [0, {MAX_CHUNK_MS}]")
+        raise _bad_request("chunk_ms", f"must be a whole number in [0, {MAX_CHUNK_MS}]")
     return int(value)
 
 
@@ -377,5 +381,5 @@ def _timeout_s(body: Mapping[str, Any]) -> float | None:
         return None
     value = body["timeout_s"]
     if not (_is_whole(value) or isinstance(value, float)) or not 0 < value <= MAX_TIMEOUT_S:
-        raise _bad("timeout_s", f"must be a number of seconds in (0, {MAX_TIMEOUT_S}]")
+        raise _bad_request("timeout_s", f"must be a number of seconds in (0, {MAX_TIMEOUT_S}]")
     return float(value)

@@ -1,7 +1,8 @@
 """The desk where requests are taken in and answers handed out.
 
 Every request that can be answered gets exactly one final: refused at once, or when the worker is done with it.
-Runs on the service's thread and never waits. The journal's place is `Desk._admit`, between the queue slot and the
+Runs on the service's thread and never waits. The journal's place is `RequestHandler._admit`, between the queue slot
+and the
 acknowledgement that follows `receive`.
 """
 
@@ -21,11 +22,11 @@ from edgelm.errors import RequestError
 from edgelm.mqtt import packets, request_codec, response_codec
 from edgelm.mqtt.connection import Connection
 from edgelm.mqtt.connection_events import PacketTooLargeError, Received
-from edgelm.mqtt.inbound_policy import COST_BYTES
+from edgelm.mqtt.inbound_policy import BYTES_PER_EXTRA_REQUEST
 from edgelm.mqtt.outbox import Outbox
-from edgelm.mqtt.pending_response import Answer, Finished, Grown
-from edgelm.mqtt.rate_limit import Bucket
-from edgelm.mqtt.rejection_queue import Refusals
+from edgelm.mqtt.pending_response import PendingResponse, ResponseFinished, ResponseUpdated
+from edgelm.mqtt.rate_limit import TokenBucket
+from edgelm.mqtt.rejection_queue import RejectionQueue
 from edgelm.mqtt.service_config import ServeConfig
 from edgelm.mqtt.topics import BoardTopics
 from edgelm.types import Completion, Request, SamplingParams
@@ -34,11 +35,11 @@ log = logging.getLogger(__name__)
 
 RETRY_S: Final = 0.01
 """When to try a chunk again that met a connection going away, or whose forerunner is not written yet."""
-SILENCE_S: Final = 2.0
+WORKER_GRACE_S: Final = 2.0
 """How long after a deadline the worker may be silent before the final is sent without it."""
-MOST_UNSENT: Final = 64
+MAX_UNACKED_MESSAGES: Final = 64
 """Messages that the broker has not acknowledged, beyond which refusals wait."""
-MOST_UNSENT_FINALS: Final = 1000
+MAX_UNACKED_FINALS: Final = 1000
 """The same, beyond which no request is taken."""
 EVENTS_RATE: Final = 20.0
 """Rejections a second that are told on the topic of events."""
@@ -59,7 +60,7 @@ class ServedModel:
     """More for `info`."""
 
 
-class Desk:
+class RequestHandler:
     """Takes requests in, follows their answers, and sends these.
 
     Parameters
@@ -71,7 +72,8 @@ class Desk:
     connection, outbox
         Where messages go that may be lost, and that may not.
     post
-        Receives `Grown` and `Finished`, on the worker's thread; the owner hands them to `on_grown`, `on_finished`.
+        Receives `ResponseUpdated` and `ResponseFinished`, on the worker's thread; the owner hands them to
+        `on_response_updated`, `on_response_finished`.
     count_dropped
         Called for each refusal that is not sent, as there are too many.
     """
@@ -84,7 +86,7 @@ class Desk:
         boot_id: str,
         connection: Connection,
         outbox: Outbox,
-        post: Callable[[Grown | Finished], None],
+        post: Callable[[ResponseUpdated | ResponseFinished], None],
         count_dropped: Callable[[], None],
     ) -> None:
         self._config = config
@@ -95,10 +97,10 @@ class Desk:
         self._outbox = outbox
         self._post = post
         self._count_dropped = count_dropped
-        self._refusals = Refusals()
-        self._rejections = Bucket(EVENTS_RATE, 2 * EVENTS_RATE)
+        self._rejection_queue = RejectionQueue()
+        self._rejections = TokenBucket(EVENTS_RATE, 2 * EVENTS_RATE)
         self._keys = itertools.count()
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, PendingResponse] = {}
 
     def __len__(self) -> int:
         """Return how many requests have no final yet."""
@@ -109,7 +111,7 @@ class Desk:
     def receive(self, message: Received) -> None:
         """Take in a message on one of the board's topics."""
         if message.retain:  # a broker keeps handing it out: an order from who knows when
-            self._tell("rejected", None, None, reason="retained")
+            self._publish_event("rejected", None, None, reason="retained")
             return
         problem: RequestError | None = None
         action, client = "generate", None
@@ -124,82 +126,84 @@ class Desk:
                 self._cancel(client, message.payload)
             return
         new_id = "" if message.properties.correlation else uuid.uuid4().hex
-        if message.ticket.retry_after_s is not None:
-            problem = self._too_often(message.ticket.retry_after_s)
-            envelope = request_codec.envelope_of(message.properties, new_id)
+        if message.decision.retry_after_s is not None:
+            problem = self._too_often(message.decision.retry_after_s)
+            envelope = request_codec.envelope_from_properties(message.properties, new_id)
         else:
             readable = message.payload if len(message.payload) <= READ_LIMIT else b""
-            envelope = request_codec.open_envelope(readable, message.properties, new_id)
-        reply_topic = envelope.response_topic
-        if reply_topic is None:
-            reply_topic = self._topics.response(client)
+            envelope = request_codec.parse_envelope(readable, message.properties, new_id)
+        response_topic = envelope.response_topic
+        if response_topic is None:
+            response_topic = self._topics.response(client)
         try:
-            self._topics.check_reply(reply_topic, client, self._config.reply_topics)
+            self._topics.authorize_response_topic(response_topic, client, self._config.reply_topics)
         except RequestError as error:  # nowhere to answer
-            self._tell("rejected", envelope.id, client, code=error.code, message=error.message)
+            self._publish_event("rejected", envelope.id, client, code=error.code, message=error.message)
             return
         try:
             if problem is not None:
                 raise problem
-            self._admit(message, envelope, client, reply_topic)
+            self._admit(message, envelope, client, response_topic)
         except RequestError as error:
-            self._refuse(message, envelope, client, reply_topic, error)
+            self._reject(message, envelope, client, response_topic, error)
         except Exception as error:
             log.exception("request %s failed at the desk", envelope.id)
             trouble = RequestError("internal", f"this is a fault of the service: {type(error).__name__}")
-            self._refuse(message, envelope, client, reply_topic, trouble)
+            self._reject(message, envelope, client, response_topic, trouble)
 
-    def _admit(self, message: Received, envelope: request_codec.Envelope, client: str | None, reply_topic: str) -> None:
+    def _admit(
+        self, message: Received, envelope: request_codec.Envelope, client: str | None, response_topic: str
+    ) -> None:
         if len(message.payload) > packets.MAX_PAYLOAD_BYTES:
             raise RequestError(
                 "too_large",
                 f"the payload has {len(message.payload)} bytes, the limit is {packets.MAX_PAYLOAD_BYTES}",
             )
-        ask = request_codec.parse_ask(envelope)
-        model = self._chosen(ask.model)
-        self._check_share(client, ask.session, model)
-        answer = Answer(
+        generate_request = request_codec.parse_request(envelope)
+        model = self._chosen(generate_request.model)
+        self._check_client_quota(client, generate_request.session, model)
+        response = PendingResponse(
             key=str(next(self._keys)),
-            id=ask.id,
+            id=generate_request.id,
             client=client,
             correlation=envelope.correlation,
             model=model.name,
             cancel=model.worker.cancel,
-            reply_topic=reply_topic,
-            stream=ask.stream,
-            chunk_ms=ask.chunk_ms,
-            deadline=self._deadline(message, ask.timeout_s),
+            response_topic=response_topic,
+            stream=generate_request.stream,
+            chunk_ms=generate_request.chunk_ms,
+            deadline=self._deadline(message, generate_request.timeout_s),
             post=self._post,
         )
         request = Request(
-            id=answer.key,
-            sampling=model.sampling.replace(**ask.sampling),
-            prompt=ask.prompt,
-            messages=ask.messages,
-            constraint=ask.constraint,
-            deadline=answer.deadline,
-            session=ask.session,
+            id=response.key,
+            sampling=model.sampling.replace(**generate_request.sampling),
+            prompt=generate_request.prompt,
+            messages=generate_request.messages,
+            constraint=generate_request.constraint,
+            deadline=response.deadline,
+            session=generate_request.session,
             client=client,
-            end_session=ask.end_session,
-            tools=ask.tools,
-            template_vars=ask.template_vars,
-            system=ask.system,
-            raw=ask.raw,
-            is_apart=client is None and not self._config.share_unnamed,
+            end_session=generate_request.end_session,
+            tools=generate_request.tools,
+            template_vars=generate_request.template_vars,
+            system=generate_request.system,
+            raw=generate_request.raw,
+            is_cache_isolated=client is None and not self._config.share_unnamed,
         )
-        model.worker.submit(request, answer.sink)
-        self._answers[answer.key] = answer
-        self._tell("accepted", answer.id, client)
+        model.worker.submit(request, response.sink)
+        self._answers[response.key] = response
+        self._publish_event("accepted", response.id, client)
 
     def _too_often(self, retry_after_s: float) -> RequestError:
         return RequestError(
             "rate_limited",
             f"one client may send {self._config.client_rate:g} requests a second, {self._config.client_burst} at once,"
-            f" {COST_BYTES} bytes of a message counted as one more",
+            f" {BYTES_PER_EXTRA_REQUEST} bytes of a message counted as one more",
             retry_after_s=round(max(0.1, retry_after_s), 1),
         )
 
-    def _check_share(self, client: str | None, session: str | None, model: ServedModel) -> None:
+    def _check_client_quota(self, client: str | None, session: str | None, model: ServedModel) -> None:
         """Raise `RequestError` where a client wants more than its share, or a session that it cannot have."""
         if client is None and session is not None and not self._config.share_unnamed:
             raise RequestError(
@@ -208,13 +212,13 @@ class Desk:
                 f" {self._topics.generate()}/<name>, or serve with --share-unnamed",
             )
         most = self._config.most_places
-        held = sum(answer.client == client and answer.model == model.name for answer in self._answers.values())
+        held = sum(response.client == client and response.model == model.name for response in self._answers.values())
         if held >= most:
             who = "clients without a name together have" if client is None else "this client has"
             raise RequestError(
                 "busy", f"{who} {held} requests here, at most {most}", retry_after_s=model.worker.retry_after_s()
             )
-        if len(self._outbox) >= MOST_UNSENT_FINALS:
+        if len(self._outbox) >= MAX_UNACKED_FINALS:
             raise RequestError("busy", "the broker does not take our answers", retry_after_s=1.0)
 
     def _chosen(self, wanted: str | None) -> ServedModel:
@@ -230,57 +234,61 @@ class Desk:
         allowed = [self._config.max_timeout_s, timeout_s, message.properties.expiry_s]
         return message.at + min(seconds for seconds in allowed if seconds is not None)
 
-    def _refuse(
+    def _reject(
         self,
         message: Received,
         envelope: request_codec.Envelope,
         client: str | None,
-        reply_topic: str,
+        response_topic: str,
         error: RequestError,
     ) -> None:
-        self._tell("rejected", envelope.id, client, code=error.code)
+        self._publish_event("rejected", envelope.id, client, code=error.code)
         completion = Completion(envelope.id, "", (), "error", error=error)
         left_s = self._deadline(message) - time.monotonic()
-        packet = self._final(completion, self._models[0].name, 0, reply_topic, envelope.correlation, left_s)
-        if not self._refusals.add(client, packet):
+        packet = self._make_final_packet(
+            completion, self._models[0].name, 0, response_topic, envelope.correlation, left_s
+        )
+        if not self._rejection_queue.add(client, packet):
             self._count_dropped()
 
     def _cancel(self, client: str | None, payload: bytes) -> None:
         """Cancel one of the client's requests, or all where none is named: those of a client with a name."""
         wanted = payload[:READ_LIMIT].decode("utf-8", "replace").strip()
         if client is None and wanted in {"", "PRESS"}:
-            self._tell("rejected", None, None, reason="cancel without an id", code="forbidden")
+            self._publish_event("rejected", None, None, reason="cancel without an id", code="forbidden")
             log.warning("a client without a name wants to cancel all: it may cancel by id, or ask under a name")
             return
-        for answer in self._answers.values():
-            named = wanted in {"", "PRESS", answer.id} or payload == answer.correlation
-            if answer.client == client and named:
-                answer.cancel(answer.key)
+        for response in self._answers.values():
+            named = wanted in {"", "PRESS", response.id} or payload == response.correlation
+            if response.client == client and named:
+                response.cancel(response.key)
 
     # -- out --------------------------------------------------------------------------------------------------
 
-    def on_grown(self, answer: Answer) -> None:
+    def on_response_updated(self, response: PendingResponse) -> None:
         """Note that an answer began or grew; send what there is, or leave it for `send_due`."""
-        is_first = answer.begin()
+        is_first = response.begin()
         self.send_due()
         if is_first:
-            self._tell("started", answer.id, answer.client)
+            self._publish_event("started", response.id, response.client)
 
-    def on_finished(self, answer: Answer, completion: Completion) -> None:
+    def on_response_finished(self, response: PendingResponse, completion: Completion) -> None:
         """Send the rest and the final."""
-        if self._answers.pop(answer.key, None) is None:
-            return  # given up by `abandon`
-        self._send_chunk(answer)
-        completion = dataclasses.replace(completion, id=answer.id)
-        if answer.is_interrupted and completion.finish_reason == "cancelled":
+        if self._answers.pop(response.key, None) is None:
+            return  # given up by `fail_all`
+        self._send_chunk(response)
+        completion = dataclasses.replace(completion, id=response.id)
+        if response.is_interrupted and completion.finish_reason == "cancelled":
             error = RequestError("interrupted", "the service stopped before the answer was whole")
             completion = dataclasses.replace(completion, finish_reason="error", error=error)
-        left_s = answer.deadline - time.monotonic()
-        self._send_final(completion, answer.model, answer.seq, answer.reply_topic, answer.correlation, left_s)
-        self._tell(
+        left_s = response.deadline - time.monotonic()
+        self._send_final(
+            completion, response.model, response.seq, response.response_topic, response.correlation, left_s
+        )
+        self._publish_event(
             "finished",
-            answer.id,
-            answer.client,
+            response.id,
+            response.client,
             finish_reason=completion.finish_reason,
             completion_tokens=completion.usage.completion_tokens,
             total_ms=round(completion.timing.total_ms, 1),
@@ -290,89 +298,103 @@ class Desk:
         """When `send_due` has something to do, in seconds of `time.monotonic`."""
         if not self._connection.is_connected:
             return float("inf")
-        due = min((answer.due_at() for answer in self._answers.values()), default=float("inf"))
-        return min(due, self._refusals.next_due(time.monotonic()))
+        due = min((response.due_at() for response in self._answers.values()), default=float("inf"))
+        return min(due, self._rejection_queue.next_due(time.monotonic()))
 
     def send_due(self) -> None:
         """Send the chunks and the refusals whose time has come."""
         now = time.monotonic()
-        if len(self._refusals) and self._connection.is_connected:
-            for packet in self._refusals.take(now, max(0, MOST_UNSENT - len(self._outbox))):
+        if len(self._rejection_queue) and self._connection.is_connected:
+            for packet in self._rejection_queue.take(now, max(0, MAX_UNACKED_MESSAGES - len(self._outbox))):
                 self._outbox.send(packet)
-        for answer in self._answers.values():
-            if answer.due_at() > now or not self._connection.is_connected:
+        for response in self._answers.values():
+            if response.due_at() > now or not self._connection.is_connected:
                 continue
-            if answer.last is not None and not answer.last.is_over:
-                answer.not_before = now + RETRY_S
+            if response.last is not None and not response.last.is_over:
+                response.not_before = now + RETRY_S
                 continue
-            self._send_chunk(answer)
+            self._send_chunk(response)
 
     def end_overdue(self) -> None:
         """Send the finals of answers whose worker is silent past their deadlines: it is busy with something else."""
         now = time.monotonic()
-        for answer in list(self._answers.values()):
-            if now > answer.deadline + SILENCE_S:
-                log.warning("request %s: %s is silent past the deadline", answer.id, answer.model)
-                answer.cancel(answer.key)
-                self.on_finished(answer, Completion(answer.id, answer.text, (), "deadline"))
+        for response in list(self._answers.values()):
+            if now > response.deadline + WORKER_GRACE_S:
+                log.warning("request %s: %s is silent past the deadline", response.id, response.model)
+                response.cancel(response.key)
+                self.on_response_finished(response, Completion(response.id, response.text, (), "deadline"))
 
     def interrupt(self) -> None:
         """Cancel all; their finals say `interrupted`."""
-        for answer in self._answers.values():
-            answer.is_interrupted = True
-            answer.cancel(answer.key)
+        for response in self._answers.values():
+            response.is_interrupted = True
+            response.cancel(response.key)
 
-    def abandon(self, error: RequestError) -> None:
+    def fail_all(self, error: RequestError) -> None:
         """Send the finals that the worker will not bring."""
-        for answer in list(self._answers.values()):
-            self.on_finished(answer, Completion(answer.id, "", (), "error", error=error))
+        for response in list(self._answers.values()):
+            self.on_response_finished(response, Completion(response.id, "", (), "error", error=error))
 
-    def _send_chunk(self, answer: Answer) -> None:
-        text = answer.take()
+    def _send_chunk(self, response: PendingResponse) -> None:
+        text = response.take()
         if not text:
             return
         now = time.monotonic()
         packet = packets.Packet(
-            answer.reply_topic,
-            response_codec.write_delta(response_codec.Delta(answer.id, answer.seq, text)),
-            properties=response_codec.answer_properties(answer.correlation, answer.deadline - now),
+            response.response_topic,
+            response_codec.write_chunk(response_codec.ResponseChunk(response.id, response.seq, text)),
+            properties=response_codec.make_response_properties(response.correlation, response.deadline - now),
         )
         try:
-            sending = self._connection.publish(packet)
+            handle = self._connection.publish(packet)
         except PacketTooLargeError as error:
-            log.warning("a chunk of %s is lost: %s", answer.id, error)
-            answer.seq += 1  # a gap, so that the client sees it
+            log.warning("a chunk of %s is lost: %s", response.id, error)
+            response.seq += 1  # a gap, so that the client sees it
             return
-        if sending is None:
-            answer.put_back(text)
-            answer.not_before = now + RETRY_S
+        if handle is None:
+            response.put_back(text)
+            response.not_before = now + RETRY_S
             return
-        answer.seq += 1
-        answer.last = sending
-        answer.not_before = now + answer.chunk_ms / 1000
+        response.seq += 1
+        response.last = handle
+        response.not_before = now + response.chunk_ms / 1000
 
     def _send_final(
-        self, completion: Completion, model: str, seq: int, reply_topic: str, correlation: bytes | None, left_s: float
+        self,
+        completion: Completion,
+        model: str,
+        seq: int,
+        response_topic: str,
+        correlation: bytes | None,
+        left_s: float,
     ) -> None:
         request_id, usage, timing = completion.id, completion.usage, completion.timing  # the text is kept once alone
 
         def too_large(why: str) -> packets.Packet:
             error = RequestError("too_large", f"the answer does not fit: {why}; ask for fewer tokens")
             without = Completion(request_id, "", (), "error", usage, timing, error=error)
-            return self._final(without, model, seq, reply_topic, correlation, left_s)
+            return self._make_final_packet(without, model, seq, response_topic, correlation, left_s)
 
-        self._outbox.send(self._final(completion, model, seq, reply_topic, correlation, left_s), too_large)
+        self._outbox.send(
+            self._make_final_packet(completion, model, seq, response_topic, correlation, left_s), too_large
+        )
 
-    def _final(
-        self, completion: Completion, model: str, seq: int, reply_topic: str, correlation: bytes | None, left_s: float
+    def _make_final_packet(
+        self,
+        completion: Completion,
+        model: str,
+        seq: int,
+        response_topic: str,
+        correlation: bytes | None,
+        left_s: float,
     ) -> packets.Packet:
-        final = response_codec.Outcome(completion, seq, self._topics.board, model, self._boot_id)
-        properties = response_codec.answer_properties(correlation, left_s, final.error)
-        return packets.Packet(reply_topic, response_codec.write_outcome(final), qos=1, properties=properties)
+        final = response_codec.FinalMessage(completion, seq, self._topics.board, model, self._boot_id)
+        properties = response_codec.make_response_properties(correlation, left_s, final.error)
+        return packets.Packet(response_topic, response_codec.write_final_message(final), qos=1, properties=properties)
 
-    def _tell(self, event: str, request_id: str | None, client: str | None, **more: Any) -> None:
+    def _publish_event(self, event: str, request_id: str | None, client: str | None, **more: Any) -> None:
         """Publish what happens to a request, never what it says; of rejections so many a second."""
-        if event == "rejected" and not self._rejections.takes(time.monotonic()):
+        if event == "rejected" and not self._rejections.try_take(time.monotonic()):
             return
         body = {"event": event, "id": request_id, "client": client, **more}
         log.debug("%s", body)

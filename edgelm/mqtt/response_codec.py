@@ -22,12 +22,12 @@ _ENDED_EARLY: Final = {
 }
 
 
-class WireError(EdgelmError):
+class InvalidResponseError(EdgelmError):
     """Bytes that should be an answer are none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
+class ResponseChunk:
     """A piece of an answer. Those with 0 <= seq < the final's seq, joined in order, are its text."""
 
     id: str
@@ -36,7 +36,7 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class FinalMessage:
     """The end of an answer, with the whole text."""
 
     completion: Completion
@@ -55,12 +55,12 @@ class Outcome:
         return self.completion.error
 
 
-def write_delta(delta: Delta) -> bytes:
+def write_chunk(delta: ResponseChunk) -> bytes:
     """Return a chunk's payload."""
     return write_json({"id": delta.id, "seq": delta.seq, "delta": delta.delta, "done": False})
 
 
-def write_outcome(outcome: Outcome) -> bytes:
+def write_final_message(outcome: FinalMessage) -> bytes:
     """Return a final's payload."""
     error = outcome.error
     body = {"id": outcome.completion.id, "seq": outcome.seq, "done": True, **outcome.completion.to_dict()}
@@ -72,7 +72,7 @@ def write_outcome(outcome: Outcome) -> bytes:
         return write_json({**body, "json": None, "logprobs": None})
 
 
-def answer_properties(correlation: bytes | None, left_s: float, error: RequestError | None = None) -> Properties:
+def make_response_properties(correlation: bytes | None, left_s: float, error: RequestError | None = None) -> Properties:
     """Return the properties of an answer that is of use for `left_s` more seconds."""
     return Properties(
         correlation=correlation,
@@ -83,17 +83,20 @@ def answer_properties(correlation: bytes | None, left_s: float, error: RequestEr
     )
 
 
-def parse_answer(payload: bytes) -> Delta | Outcome:
-    """Return a chunk or a final; raise `WireError` for anything else. Keys it does not know are passed over."""
+def parse_response(payload: bytes) -> ResponseChunk | FinalMessage:
+    """Return a chunk or a final message; unknown keys are ignored.
+
+    Raises `InvalidResponseError` for anything else.
+    """
     try:
         body = json.loads(payload)
         if not body["done"]:
-            return Delta(str(body["id"]), int(body["seq"]), str(body["delta"]))
+            return ResponseChunk(str(body["id"]), int(body["seq"]), str(body["delta"]))
         told, reason = body["error"], body["finish_reason"]
         error = None
         if told is not None and reason not in _ENDED_EARLY:
             code = told["code"] if told["code"] in STATUS_OF_CODE else "internal"
-            error = RequestError(code, str(told["message"]), retry_after_s=_seconds(told.get("retry_after_s")))
+            error = RequestError(code, str(told["message"]), retry_after_s=_pass_time_s(told.get("retry_after_s")))
         logprobs = body.get("logprobs")
         completion = Completion(
             id=str(body["id"]),
@@ -107,12 +110,12 @@ def parse_answer(payload: bytes) -> Delta | Outcome:
             turn=body.get("turn"),
         )
         names = {name: str(body[name]) for name in ("board", "model", "boot_id")}
-        return Outcome(completion, int(body["seq"]), attempt=int(body["attempt"]), **names)
+        return FinalMessage(completion, int(body["seq"]), attempt=int(body["attempt"]), **names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WireError(f"not an answer: {type(error).__name__}: {error}") from error
+        raise InvalidResponseError(f"not an answer: {type(error).__name__}: {error}") from error
 
 
-def _seconds(value: Any) -> float | None:
+def _pass_time_s(value: Any) -> float | None:
     """Return a time to wait. Raises `TypeError` for what is none."""
     if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0):
         raise TypeError(f"retry_after_s is {value!r:.40}")

@@ -2,7 +2,7 @@
 
 One thread, the caller of `run`, owns all state; paho's thread and the worker's only post events to it. Later
 residents: pools get a connection of their own beside this one, Home Assistant's discovery is one more retained
-message in `_introduce`.
+message in `_announce`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any, Final
 
 from edgelm._version import __version__
 from edgelm.engine.fairness import FairQueue
-from edgelm.engine.sessions import MOST_SESSIONS
+from edgelm.engine.sessions import MAX_SESSIONS
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.mqtt import board_health, connection_events, packets
-from edgelm.mqtt.client_id import client_id
+from edgelm.mqtt.client_id import load_client_id
 from edgelm.mqtt.connection import Connection
-from edgelm.mqtt.inbound_policy import Gate
+from edgelm.mqtt.inbound_policy import InboundPolicy
 from edgelm.mqtt.outbox import Outbox
-from edgelm.mqtt.pending_response import Finished, Grown
-from edgelm.mqtt.request_handler import MOST_UNSENT, Desk, ServedModel
+from edgelm.mqtt.pending_response import ResponseFinished, ResponseUpdated
+from edgelm.mqtt.request_handler import MAX_UNACKED_MESSAGES, RequestHandler, ServedModel
 from edgelm.mqtt.service_config import ServeConfig
 from edgelm.mqtt.topics import BoardTopics
 
@@ -38,7 +38,7 @@ STATE_EVERY_S: Final = 10.0
 STATE_CHANGED_S: Final = 1.0
 """How soon a change of the queue is told."""
 TICK_S: Final = 0.5
-CARE_EVERY_S: Final = 0.1
+PERIODIC_INTERVAL_S: Final = 0.1
 """What need not be looked at after every token."""
 QUICK_LOSS_S: Final = 5.0
 QUICK_LOSSES: Final = 3
@@ -47,14 +47,14 @@ CANCELLED_WITHIN_S: Final = 2.0
 LEAVE_WITHIN_S: Final = 3.0
 
 
-EVENTS_A_TURN: Final = 256
-MESSAGES_A_TURN: Final = 4
+EVENTS_PER_ITERATION: Final = 256
+MESSAGES_PER_ITERATION: Final = 4
 """Messages that are looked at before the next events."""
 PUT_RIGHT_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrived:
+class _MessagesWaiting:
     """Messages wait."""
 
 
@@ -85,26 +85,26 @@ class Service:
         self._boot_id = uuid.uuid4().hex[:16]
         self._topics = BoardTopics(config.board)
         self._events: SimpleQueue[Any] = SimpleQueue()
-        self._arrived: FairQueue[connection_events.Received] = FairQueue()
+        self._incoming: FairQueue[connection_events.Received] = FairQueue()
         """Messages that wait, in turns between clients, behind all events."""
         self._arrived_lock = threading.Lock()
         limit = 4 * packets.MAX_PAYLOAD_BYTES
-        self._gate = Gate(self._topics, config.client_rate, config.client_burst, limit, time.monotonic)
+        self._policy = InboundPolicy(self._topics, config.client_rate, config.client_burst, limit, time.monotonic)
         broker = config.broker
         self._url = broker.url
         self._connection = Connection(
             broker,
-            client_id(config.board),
+            load_client_id(config.board),
             self._post,
             will=self._status("offline"),
             will_delay_s=WILL_DELAY_S,
             session_expiry_s=SESSION_EXPIRY_S,
             packet_bytes=limit,
-            gate=self._gate,
+            gate=self._policy,
             protocol="3.1.1" if config.embedded_broker else "5",  # amqtt may never answer a greeting of 5
         )
         self._outbox = Outbox(self._connection)
-        self._desk = Desk(
+        self._request_handler = RequestHandler(
             config,
             self._topics,
             models,
@@ -112,9 +112,9 @@ class Service:
             self._connection,
             self._outbox,
             self._events.put,
-            self._gate.count_dropped,
+            self._policy.count_dropped,
         )
-        self._introduction: tuple[packets.Packet, ...] = ()
+        self._announcement: tuple[packets.Packet, ...] = ()
         """What is retained of this board, as it was said last."""
         self._is_overwritten = self._said_overwritten = False
         self._put_right_at = float("-inf")
@@ -135,11 +135,13 @@ class Service:
             connection_events.Subscribed: self._on_subscribed,
             connection_events.Published: self._outbox.on_published,
             connection_events.Received: self._on_received,
-            connection_events.NeedsCare: lambda _: self._connection.tend(),
-            Grown: lambda event: self._desk.on_grown(event.answer),
-            Finished: lambda event: self._desk.on_finished(event.answer, event.completion),
+            connection_events.MaintenanceNeeded: lambda _: self._connection.maintain(),
+            ResponseUpdated: lambda event: self._request_handler.on_response_updated(event.response),
+            ResponseFinished: lambda event: self._request_handler.on_response_finished(
+                event.response, event.completion
+            ),
             Stop: self._on_stop,
-            _Arrived: lambda _: None,
+            _MessagesWaiting: lambda _: None,
         }
 
     def run(self) -> None:
@@ -153,7 +155,7 @@ class Service:
         self._connection.start()
         try:
             while not self._is_over():
-                self._turn()
+                self._run_once()
             self._leave()
         finally:
             self._connection.stop()
@@ -166,24 +168,26 @@ class Service:
 
     # -- the loop ---------------------------------------------------------------------------------------------
 
-    def _turn(self) -> None:
+    def _run_once(self) -> None:
         """Handle the events that are there, then a few messages; wait for an event where there is nothing to do."""
-        wait_s = 0.0 if len(self._arrived) else max(0.0, min(self._desk.next_due() - time.monotonic(), TICK_S))
+        wait_s = (
+            0.0 if len(self._incoming) else max(0.0, min(self._request_handler.next_due() - time.monotonic(), TICK_S))
+        )
         event: Any = self._next_event(wait_s)
         handled = 0
         while event is not None:
             self._handle(event)
             handled += 1
-            event = self._next_event(0.0) if handled < EVENTS_A_TURN else None
-        for _ in range(MESSAGES_A_TURN):
+            event = self._next_event(0.0) if handled < EVENTS_PER_ITERATION else None
+        for _ in range(MESSAGES_PER_ITERATION):
             with self._arrived_lock:
-                message = self._arrived.get() if len(self._arrived) else None
+                message = self._incoming.get() if len(self._incoming) else None
             if message is None:
                 break
             self._handle(message)
-        self._do(self._desk.send_due)
-        if time.monotonic() - self._cared_at >= CARE_EVERY_S:
-            self._do(self._care)
+        self._do(self._request_handler.send_due)
+        if time.monotonic() - self._cared_at >= PERIODIC_INTERVAL_S:
+            self._do(self._run_periodic)
 
     def _post(self, event: connection_events.Event) -> None:
         """Take an event in, on any thread."""
@@ -191,10 +195,10 @@ class Service:
             self._events.put(event)
             return
         with self._arrived_lock:
-            self._arrived.put(event.ticket.client, event)
-            is_first = len(self._arrived) == 1
+            self._incoming.put(event.decision.client, event)
+            is_first = len(self._incoming) == 1
         if is_first:
-            self._events.put(_Arrived())
+            self._events.put(_MessagesWaiting())
 
     def _next_event(self, wait_s: float) -> Any:
         try:
@@ -214,18 +218,18 @@ class Service:
         except Exception:
             log.exception("handling %s failed", name)
 
-    def _care(self) -> None:
+    def _run_periodic(self) -> None:
         """Do what is due now and then."""
         now = self._cared_at = time.monotonic()
-        self._connection.tend()
-        self._desk.end_overdue()
-        self._put_right()
+        self._connection.maintain()
+        self._request_handler.end_overdue()
+        self._republish_overwritten()
         for model in self._models:
             if model.worker.failure is not None:
                 self._fail(EdgelmError(f"the engine of {model.name} died: {model.worker.failure!r}"))
         if self._stop_by is not None and now >= self._stop_by and not self._is_interrupted:
             self._is_interrupted = True
-            self._desk.interrupt()
+            self._request_handler.interrupt()
         changed = self._load() != self._state
         if now - self._state_at >= (STATE_CHANGED_S if changed else STATE_EVERY_S):
             self._tell_state()
@@ -249,17 +253,17 @@ class Service:
     def _is_over(self) -> bool:
         if self._stop_by is None:
             return False
-        return not len(self._desk) or time.monotonic() > self._stop_by + CANCELLED_WITHIN_S
+        return not len(self._request_handler) or time.monotonic() > self._stop_by + CANCELLED_WITHIN_S
 
     def _leave(self) -> None:
         """Answer who is still waiting, say `offline`, and wait until the broker has it all."""
-        self._desk.abandon(RequestError("interrupted", "the service stopped before the answer was whole"))
+        self._request_handler.fail_all(RequestError("interrupted", "the service stopped before the answer was whole"))
         if not self._was_connected:
             return
         self._outbox.send(self._status("offline"))
         until = time.monotonic() + LEAVE_WITHIN_S
         while len(self._outbox) and time.monotonic() < until:
-            self._turn()
+            self._run_once()
 
     # -- events -----------------------------------------------------------------------------------------------
 
@@ -280,15 +284,15 @@ class Service:
             names = ", ".join(name for name, _ in self._topics.subscriptions)
             self._fail(EdgelmError(f"the broker {self._url} does not let us subscribe to {names}: check its ACL"))
         elif self._stop_by is None:
-            self._introduce()
+            self._announce()
 
-    def _introduce(self) -> None:
+    def _announce(self) -> None:
         """Say what this board is, then that it is there."""
         info = packets.Packet(self._topics.info, packets.write_json(self._info()), qos=1, retain=True)
-        self._introduction = (info, self._status("online"))
-        for packet in self._introduction:
+        self._announcement = (info, self._status("online"))
+        for packet in self._announcement:
             self._outbox.send(packet)
-        self._is_overwritten = self._gate.is_overwritten = False
+        self._is_overwritten = self._policy.is_overwritten = False
         self._tell_state()
         names = ", ".join(model.name for model in self._models)
         log.info("serving %s as %s", names, self._topics.generate())
@@ -304,7 +308,9 @@ class Service:
             log.error(
                 "does another board call itself %r? Each needs a name of its own: --board NAME", self._config.board
             )
-        self._connection.hurry(self._quick_losses < QUICK_LOSSES)  # two would take the place from each other forever
+        self._connection.set_fast_reconnect(
+            self._quick_losses < QUICK_LOSSES
+        )  # two would take the place from each other forever
 
     def _on_connect_failed(self, event: connection_events.ConnectFailed) -> None:
         if event.is_final and not self._was_connected:
@@ -318,26 +324,30 @@ class Service:
             if event.topic in {self._topics.status, self._topics.info}:
                 self._note_overwritten(event)
             else:
-                self._desk.receive(event)
+                self._request_handler.receive(event)
         finally:
             self._connection.settle(event)
 
     def _note_overwritten(self, event: connection_events.Received) -> None:
         """Note that someone published on a topic of our own; over MQTT 3.1.1 it may have been ourselves."""
-        said = {packet.topic: packet.payload for packet in self._introduction}
+        said = {packet.topic: packet.payload for packet in self._announcement}
         if self._connection.is_mqtt5 or event.payload != said.get(event.topic, event.payload):
             self._is_overwritten = True
 
-    def _put_right(self) -> None:
+    def _republish_overwritten(self) -> None:
         """Say again what we are where someone else said something else, at most once a second."""
         now = time.monotonic()
-        if not (self._is_overwritten or self._gate.is_overwritten) or not self._introduction:
+        if not (self._is_overwritten or self._policy.is_overwritten) or not self._announcement:
             return
-        if self._stop_by is not None or now - self._put_right_at < PUT_RIGHT_S or len(self._outbox) >= MOST_UNSENT:
+        if (
+            self._stop_by is not None
+            or now - self._put_right_at < PUT_RIGHT_S
+            or len(self._outbox) >= MAX_UNACKED_MESSAGES
+        ):
             return
         self._put_right_at = now
-        self._is_overwritten = self._gate.is_overwritten = False
-        for packet in self._introduction:
+        self._is_overwritten = self._policy.is_overwritten = False
+        for packet in self._announcement:
             self._outbox.send(packet)
         if not self._said_overwritten:
             self._said_overwritten = True
@@ -352,7 +362,7 @@ class Service:
         again = self._stop_by is not None
         self._drain()
         self._stop_by = time.monotonic() + (0 if again else self._config.drain_s)
-        log.info("stopping; %d requests under way", len(self._desk))
+        log.info("stopping; %d requests under way", len(self._request_handler))
 
     # -- what the board says of itself ---------------------------------------------------------------------------
 
@@ -374,10 +384,10 @@ class Service:
                 "queue": self._config.queue,
                 "max_batch": self._config.max_batch,
                 "timeout_s": self._config.max_timeout_s,
-                "sessions": MOST_SESSIONS,
+                "sessions": MAX_SESSIONS,
                 "client": {
                     "places": self._config.most_places,
-                    "rows": self._config.shares.rows,
+                    "rows": self._config.client_limits.rows,
                     "sessions": self._config.client_sessions,
                     "rate": self._config.client_rate,
                     "burst": self._config.client_burst,
@@ -392,7 +402,7 @@ class Service:
             "queue": self._state[0],
             "active": self._state[1],
             "completed": sum(each.completed for each in stats),
-            "dropped": self._gate.dropped,
+            "dropped": self._policy.dropped,
             "tok_s": round(sum(each.tok_s for each in stats), 2),
             "rss_mb": board_health.rss_mb(),
             "temp_c": board_health.temp_c(),

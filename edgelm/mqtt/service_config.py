@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from edgelm.engine.fairness import Shares
+from edgelm.engine.fairness import ClientLimits
 from edgelm.errors import ConfigError
 from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl, read_password
 
@@ -28,7 +28,7 @@ else:
 
 LOG: Final = logging.getLogger(__name__)
 
-NAME: Final = re.compile(r"[a-z0-9_-]{1,32}")
+NAME_PATTERN: Final = re.compile(r"[a-z0-9_-]{1,32}")
 """What a board or client may be called: a whole match."""
 
 RESERVED_NAMES: Final = frozenset({"pool", "client"})
@@ -45,9 +45,9 @@ def default_board() -> str:
     return name if name and name not in RESERVED_NAMES else "board"
 
 
-def check_name(what: str, name: str) -> None:
+def check_topic_name(what: str, name: str) -> None:
     """Raise `ConfigError` unless `name` may stand in a topic."""
-    if not NAME.fullmatch(name) or name in RESERVED_NAMES:
+    if not NAME_PATTERN.fullmatch(name) or name in RESERVED_NAMES:
         raise ConfigError(
             f"{what}: {name!r} is not allowed; use 1 to 32 of a-z 0-9 _ - and neither "
             + " nor ".join(sorted(RESERVED_NAMES))
@@ -111,7 +111,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):
             _check(setting, getattr(self, setting.name))
-        check_name("board", self.board)
+        check_topic_name("board", self.board)
         if self.log_format not in {"text", "json"}:
             raise ConfigError(f"log_format: {self.log_format!r} is not allowed; use text or json")
         if self.password and self.password_file:
@@ -136,9 +136,9 @@ class ServeConfig:
         return max(1, (self.queue + self.max_batch) // 2) if self.client_places is None else self.client_places
 
     @property
-    def shares(self) -> Shares:
+    def client_limits(self) -> ClientLimits:
         """What one client may have of an engine."""
-        return Shares(
+        return ClientLimits(
             rows=max(1, self.max_batch - 1) if self.client_rows is None else self.client_rows,
             sessions=self.client_sessions,
             session_bytes=self.session_kb * 1000,

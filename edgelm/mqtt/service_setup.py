@@ -24,7 +24,7 @@ START_WITHIN_S: Final = 60.0
 
 
 @contextmanager
-def open_board(config: ServeConfig, on_online: Callable[[], None] | None = None) -> Iterator[Service]:
+def open_service(config: ServeConfig, on_online: Callable[[], None] | None = None) -> Iterator[Service]:
     """Yield a service for the settings' bundles; their engines stop when the block ends.
 
     Several models have an engine each, whose threads sleep when they wait: requests for both run beside each other.
@@ -40,7 +40,7 @@ def open_board(config: ServeConfig, on_online: Callable[[], None] | None = None)
         for path in config.models:
             bundle, engine = _open_engine(config, path, left_mb)
             worker = Worker(engine, queue_size=config.queue)
-            model = describe(bundle, path, engine.context, worker)
+            model = make_served_model(bundle, path, engine.context, worker)
             if any(model.name == other.name for other in models):
                 raise EdgelmError(f"two models are called {model.name}: requests could not tell them apart")
             models.append(model)
@@ -68,7 +68,7 @@ def _open_engine(config: ServeConfig, path: str, memory_limit_mb: int | None) ->
         cache=cache,
         memory_limit_mb=memory_limit_mb,
         spin=None if len(config.models) == 1 else False,
-        shares=config.shares,
+        client_limits=config.client_limits,
     )
     return bundle, engine
 
@@ -84,7 +84,7 @@ def serve_in_background(config: ServeConfig) -> Iterator[None]:
     """
     online = threading.Event()
     failures: list[BaseException] = []
-    with open_board(config, online.set) as service:
+    with open_service(config, online.set) as service:
 
         def serve() -> None:
             try:
@@ -105,7 +105,7 @@ def serve_in_background(config: ServeConfig) -> Iterator[None]:
             thread.join(START_WITHIN_S)
 
 
-def describe(bundle: Bundle, path: str, context: int, worker: Worker) -> ServedModel:
+def make_served_model(bundle: Bundle, path: str, context: int, worker: Worker) -> ServedModel:
     """Return what clients may know of a bundle: the folder's name, not where it lies."""
     manifest = bundle.manifest
     return ServedModel(

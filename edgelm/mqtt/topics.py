@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from edgelm.errors import RequestError
-from edgelm.mqtt.service_config import NAME, RESERVED_NAMES
+from edgelm.mqtt.service_config import NAME_PATTERN, RESERVED_NAMES
 
 BASE: Final = "edgelm"
 MAX_REPLY_BYTES: Final = 256
@@ -19,7 +19,7 @@ _IN_OR_OWN: Final = frozenset({"generate", "cancel", "set", "status", "info", "s
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class RequestTopic:
     """What a received topic asks for, and the client that its last level names, if any."""
 
     action: Literal["generate", "cancel"]
@@ -69,7 +69,7 @@ class BoardTopics:
         """Return where answers go that name no topic."""
         return self._of("response") if client is None else f"{BASE}/client/{client}/response"
 
-    def check_reply(self, topic: str, client: str | None, allowed: tuple[str, ...]) -> None:
+    def authorize_response_topic(self, topic: str, client: str | None, allowed: tuple[str, ...]) -> None:
         """Raise unless a client may be answered on `topic`.
 
         A client with a name is answered on its own topics alone. One without is answered on the board's response
@@ -78,10 +78,10 @@ class BoardTopics:
         Raises
         ------
         RequestError
-            As `check_reply_topic`.
+            As `validate_response_topic`.
         """
         if client is not None:
-            check_reply_topic(topic)
+            validate_response_topic(topic)
             own = f"{BASE}/client/{client}/"
             if not topic.startswith(own) or topic == own:
                 raise RequestError(
@@ -90,23 +90,23 @@ class BoardTopics:
             return
         response = self.response()
         is_own = topic == response or topic.startswith(response + "/")
-        check_reply_topic(topic, ("#",) if is_own else allowed, f"{response}/#")
+        validate_response_topic(topic, ("#",) if is_own else allowed, f"{response}/#")
         if topic.split("/")[:2] == [BASE, "client"]:
             raise RequestError(
                 "forbidden", f"response topic: it is a client's own; ask on {self.generate()}/<its name> to use it"
             )
 
-    def parse(self, topic: str) -> Address:
+    def parse(self, topic: str) -> RequestTopic:
         """Return what a received topic asks for; raise `RequestError("bad_request")` for a bad client name."""
         for action in ("generate", "cancel"):
             own = self._of(action)
             if topic == own:
-                return Address(action, None)
+                return RequestTopic(action, None)
             if topic.startswith(own + "/"):
                 client = topic[len(own) + 1 :]
                 if not is_name(client):
                     raise RequestError("bad_request", "the client's name in the topic must be 1 to 32 of a-z 0-9 _ -")
-                return Address(action, client)
+                return RequestTopic(action, client)
         raise RequestError("bad_request", "not a topic of this board")
 
     def _of(self, what: str, client: str | None = None) -> str:
@@ -115,10 +115,10 @@ class BoardTopics:
 
 def is_name(text: str) -> bool:
     """Whether a board or client may be called so."""
-    return NAME.fullmatch(text) is not None and text not in RESERVED_NAMES
+    return NAME_PATTERN.fullmatch(text) is not None and text not in RESERVED_NAMES
 
 
-def check_reply_topic(topic: str, allowed: tuple[str, ...] = ("#",), *also: str) -> None:
+def validate_response_topic(topic: str, allowed: tuple[str, ...] = ("#",), *also: str) -> None:
     """Raise unless an answer may be published on `topic`.
 
     A broker closes the connection of whoever publishes on a malformed topic, so what passes here must be

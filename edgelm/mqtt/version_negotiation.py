@@ -16,15 +16,15 @@ ANSWER_WITHIN_S: Final = 3.0
 CHANGE_EVERY_S: Final = 2.0
 """A broker that closes the connection at either greeting is not asked again at once, but when paho would."""
 
-Version = Literal["5", "3.1.1"]
+MqttVersion = Literal["5", "3.1.1"]
 
 
-class Greeting:
+class VersionNegotiation:
     """The version in use, and whether it should be the other one."""
 
-    def __init__(self, version: Version) -> None:
-        self.version: Version = version
-        self.wants_change = False
+    def __init__(self, version: MqttVersion) -> None:
+        self.version: MqttVersion = version
+        self.needs_reconnect = False
         """The version was changed; what speaks the former one must go."""
         self._sent_at: float | None = None
         self._changed_at = float("-inf")
@@ -59,11 +59,11 @@ class Greeting:
 
     def _change(self, why: str) -> bool:
         now = time.monotonic()
-        if self._has_met or self.wants_change or now - self._changed_at < CHANGE_EVERY_S:
+        if self._has_met or self.needs_reconnect or now - self._changed_at < CHANGE_EVERY_S:
             return False
         self._changed_at = now
         former = self.version
         self.version = "3.1.1" if former == "5" else "5"
-        self.wants_change = True
+        self.needs_reconnect = True
         log.info("greeted the broker with MQTT %s: %s; trying %s", former, why, self.version)
         return True

@@ -15,7 +15,7 @@ LARGEST_NATS = 700.0
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class DivergenceReport:
     """A model beside its reference on the same text.
 
     Perplexities are per token. KL is the Kullback-Leibler divergence of the model's next-token distribution from the
@@ -31,7 +31,7 @@ class Agreement:
     top1_agreement: float
 
 
-class Divergence:
+class DivergenceMeter:
     """Collects positions. Not thread-safe."""
 
     def __init__(self) -> None:
@@ -53,13 +53,13 @@ class Divergence:
             self._nats[i] -= float(logprobs[at, following].sum())
         self._same += int((reference.argmax(axis=1) == logits.argmax(axis=1)).sum())
 
-    def result(self) -> Agreement:
+    def result(self) -> DivergenceReport:
         """Return what the positions amount to. Raises `EdgelmError` when there are none."""
         kl = np.concatenate(self._kl) if self._kl else np.zeros(0)
         if not len(kl):
             raise EdgelmError("the text is too short: it has no token to predict")
         reference, own = (math.exp(min(nats / len(kl), LARGEST_NATS)) for nats in self._nats)
-        return Agreement(
+        return DivergenceReport(
             tokens=len(kl),
             perplexity=own,
             reference_perplexity=reference,

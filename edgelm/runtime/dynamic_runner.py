@@ -1,6 +1,6 @@
 """A session over a graph that returns a longer copy of its keys and values at each step: what `--via optimum` gives.
 
-What it costs beside `SharedSession`: each step copies the whole past of its row once more, inside the graph; rows are
+What it costs beside `BatchRunner`: each step copies the whole past of its row once more, inside the graph; rows are
 decoded one after the other, so that four requests take four times as long as one and a request's answer never depends
 on its neighbours; and for the length of a step a row's memory exists twice. Knows tokens and lengths, not requests or
 text, and reaches onnxruntime only through the graph it is given.
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgelm.bundle.manifest import Manifest
 from edgelm.errors import EdgelmError
-from edgelm.runtime.kv_cache import Piece
+from edgelm.runtime.kv_cache import KvSegment
 
 CACHE: Final = ("key", "value")
 
@@ -79,7 +79,7 @@ class _Row:
     values: Sequence[Value | NDArray[np.float32]]
 
 
-class GrowingSession:
+class DynamicRunner:
     """Implements `edgelm.runtime.runner.Session` with one growing past a row.
 
     A graph with the input `rows` computes logits only where they are wanted; one without computes them everywhere.
@@ -119,16 +119,16 @@ class GrowingSession:
         """See `Session`. Nothing is copied: both rows name the same tensors until their next step."""
         self._rows[target] = self._cut(self._rows[source], length)
 
-    def read_row(self, row: int, start: int, stop: int) -> Piece:
+    def read_row(self, row: int, start: int, stop: int) -> KvSegment:
         """See `Session`."""
         return [array[0, :, start:stop].copy() for array in _arrays(self._rows[row])]
 
-    def begin_row(self, row: int, pieces: Sequence[Piece]) -> None:
+    def write_row(self, row: int, pieces: Sequence[KvSegment]) -> None:
         """See `Session`."""
         whole = [np.concatenate(parts, axis=1)[None] for parts in zip(*pieces, strict=True)]
         self._rows[row] = _Row(whole[0].shape[2], whole)
 
-    def forget_row(self, row: int) -> None:
+    def release_row(self, row: int) -> None:
         """See `Session`."""
         self._rows[row] = self._blank()
 

@@ -12,23 +12,25 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.bundle.manifest import Cache
+from edgelm.bundle.manifest import KVCacheShape
 
 Tokens = NDArray[np.int32]
-Piece = list[NDArray[Any]]
+KvSegment = list[NDArray[Any]]
 """Keys and values of every layer at some positions, float32 or int8 [kv_heads, n, head_size] each."""
 
-SMALL_PAGES: Final[int | None] = getattr(mmap, "MADV_NOHUGEPAGE", None)
+NO_HUGE_PAGES_ADVICE: Final[int | None] = getattr(mmap, "MADV_NOHUGEPAGE", None)
 """Advice to the system not to use huge pages; only Linux takes it."""
 
-GIVE_BACK: Final[int | None] = getattr(mmap, "MADV_DONTNEED", None) if SMALL_PAGES is not None else None
+FREE_PAGES_ADVICE: Final[int | None] = (
+    getattr(mmap, "MADV_DONTNEED", None) if NO_HUGE_PAGES_ADVICE is not None else None
+)
 """Advice to the system that pages are not wanted any more: on Linux they are zeros from then on."""
 
 
-class KvBuffers:
+class KVCache:
     """Keys and values of every layer, [rows, kv_heads, capacity, head_size] each; float32, or int8 for 8 bits."""
 
-    def __init__(self, cache: Cache, rows: int, capacity: int) -> None:
+    def __init__(self, cache: KVCacheShape, rows: int, capacity: int) -> None:
         shape = (rows, cache.kv_heads, capacity, cache.head_size)
         self.names = [f"{i}.{part}" for i in range(cache.layers) for part in ("key", "value")]
         kind = np.dtype(np.int8 if cache.bits == 8 else np.float32)
@@ -53,9 +55,9 @@ class KvBuffers:
         for array, values in zip(self.arrays, piece, strict=True):
             array[row, :, start : start + values.shape[1]] = values
 
-    def forget(self, row: int) -> None:
+    def release_row(self, row: int) -> None:
         """Give a row's memory back to the system, in whole pages; what the row held is lost."""
-        if GIVE_BACK is None:
+        if FREE_PAGES_ADVICE is None:
             return
         for array, memory in zip(self.arrays, self._memories, strict=True):
             if isinstance(memory, mmap.mmap):
@@ -63,13 +65,13 @@ class KvBuffers:
                 start = -(-row * size // mmap.PAGESIZE) * mmap.PAGESIZE
                 stop = (row + 1) * size // mmap.PAGESIZE * mmap.PAGESIZE
                 if stop > start:
-                    memory.madvise(GIVE_BACK, start, stop - start)
+                    memory.madvise(FREE_PAGES_ADVICE, start, stop - start)
 
 
 def _fresh(size: int) -> mmap.mmap | bytearray:
     """Return zeros that take memory page by page; NumPy's own would take it 2 MB at a time, most of it never used."""
-    if SMALL_PAGES is None:
+    if NO_HUGE_PAGES_ADVICE is None:
         return bytearray(size)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(SMALL_PAGES)
+    memory.madvise(NO_HUGE_PAGES_ADVICE)
     return memory

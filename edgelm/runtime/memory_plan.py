@@ -22,7 +22,7 @@ PROGRAM_BYTES: Final = 85_000_000
 """Resident size of Python, NumPy, onnxruntime and the tokenizer (measured: 60 to 85 MB by version; Linux, x86-64)."""
 
 FLOAT: Final = 4
-GUESSES: Final = 9
+MAX_DECODE_POSITIONS: Final = 9
 """Most positions whose logits one pass computes while an answer is decoded."""
 
 
@@ -33,11 +33,11 @@ class MemoryPlan:
     program: int
     weights: int
     """As onnxruntime's kernels want them, codes, a scale and a sum in float32 for every block: ours take less."""
-    keys_and_values: int
+    kv_cache: int
     static_prefix: int
     activations: int
     logits: int
-    earlier_prompts: int
+    prefix_cache: int
 
     @property
     def total(self) -> int:
@@ -49,33 +49,38 @@ class MemoryPlan:
         return f"{' + '.join(parts)} = {self.total / 1e6:.1f} MB"
 
 
-def plan_memory(manifest: Manifest, *, rows: int, context: int, prefix_bytes: int) -> MemoryPlan:
-    """Return what a bundle takes with `rows` requests of `context` tokens and `prefix_bytes` of earlier prompts."""
+def plan_memory(manifest: Manifest, *, rows: int, context: int, prefix_cache_bytes: int) -> MemoryPlan:
+    """Return the memory that a bundle takes.
+
+    For `rows` requests of `context` tokens, and `prefix_cache_bytes` of earlier prompts.
+    """
     chunk = min(PREFILL_CHUNK, context)
     widest = max((matrix.rows for matrix in _projections(manifest)), default=0)
     inputs = max((matrix.columns for matrix in _projections(manifest)), default=0)
     return MemoryPlan(
         program=PROGRAM_BYTES,
         weights=sum(map(_packed_bytes, manifest.matrices)),
-        keys_and_values=rows * context * manifest.cache.bytes_per_token(),
+        kv_cache=rows * context * manifest.cache.bytes_per_token(),
         static_prefix=_prefix_bytes(manifest),
         # The widest output and its halves, what goes into the next matrix, the residuals.
         activations=FLOAT * chunk * (2 * widest + 4 * inputs),
-        logits=FLOAT * manifest.vocab_size * (rows + GUESSES),
-        earlier_prompts=prefix_bytes,
+        logits=FLOAT * manifest.vocab_size * (rows + MAX_DECODE_POSITIONS),
+        prefix_cache=prefix_cache_bytes,
     )
 
 
-def check_memory(manifest: Manifest, limit_mb: int | None, *, rows: int, context: int, prefix_bytes: int) -> MemoryPlan:
+def check_memory(
+    manifest: Manifest, limit_mb: int | None, *, rows: int, context: int, prefix_cache_bytes: int
+) -> MemoryPlan:
     """Return the plan; raise `EdgelmError`, with the numbers, where it takes more than `limit_mb` * 10^6 bytes."""
-    plan = plan_memory(manifest, rows=rows, context=context, prefix_bytes=prefix_bytes)
+    plan = plan_memory(manifest, rows=rows, context=context, prefix_cache_bytes=prefix_cache_bytes)
     if limit_mb is None or plan.total <= limit_mb * 1_000_000:
         return plan
-    left = limit_mb * 1_000_000 - (plan.total - plan.keys_and_values)
+    left = limit_mb * 1_000_000 - (plan.total - plan.kv_cache)
     fits = left // manifest.cache.bytes_per_token()
     if fits >= 2:  # one request needs a row to run in and one to be scored in
         advice = f"{fits} tokens of keys and values would fit, here {rows} requests of {context}: lower one of the two"
-    elif left + plan.earlier_prompts > 0:
+    elif left + plan.prefix_cache > 0:
         advice = "less memory of earlier prompts, fewer requests or a shorter context are where to save"
     else:
         advice = "without any request it does not fit"

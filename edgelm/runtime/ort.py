@@ -9,29 +9,29 @@ import onnxruntime as ort
 
 from edgelm.bundle.manifest import Bundle
 from edgelm.errors import BundleError, EdgelmError
-from edgelm.graph.domain import INVARIANT
-from edgelm.graph.node_attributes import with_attribute
-from edgelm.graph.protobuf import BYTES, message
-from edgelm.kernels.abi import LAYOUT
-from edgelm.kernels.custom_ops import Operators
-from edgelm.kernels.rewrite.code_expansion import join_codes
-from edgelm.runtime.sliding_window import has_windows, with_old_windows
-from edgelm.runtime.threads import THREADS_LIMIT, Tuning, default_threads, recall
-from edgelm.system.board_cache import BoardCache, Key, this_cpu
+from edgelm.graph.domain import BATCH_INVARIANT_KEY
+from edgelm.graph.node_attributes import change_attribute
+from edgelm.graph.protobuf import LENGTH_DELIMITED, message
+from edgelm.kernels.abi import KERNELS_VERSION
+from edgelm.kernels.custom_ops import CustomOpLibrary
+from edgelm.kernels.rewrite.code_expansion import expand_codes
+from edgelm.runtime.sliding_window import has_windows, shrink_sliding_windows
+from edgelm.runtime.threads import THREADS_LIMIT, ThreadSettings, default_threads, load_tuning
+from edgelm.system.board_cache import BoardCache, CacheKey, describe_cpu
 
 Graph: TypeAlias = ort.InferenceSession
 """A loaded graph."""
 
-VERSION: Final[str] = ort.__version__
+ORT_VERSION: Final[str] = ort.__version__
 """This onnxruntime's version."""
 
-RUNTIME: Final = tuple(map(int, ort.__version__.split(".")[:2]))
+ORT_RELEASE: Final = tuple(map(int, ort.__version__.split(".")[:2]))
 """This onnxruntime: its major and minor version."""
 
-OLD_WINDOWS: Final = RUNTIME < (1, 24)
+WINDOW_IS_OFF_BY_ONE: Final = ORT_RELEASE < (1, 24)
 """Whether this onnxruntime sees one position more than a window says."""
 
-PACKED: Final = "model.onnx"
+PACKED_GRAPH_FILE: Final = "model.onnx"
 """The file of a graph with packed weights, in its folder."""
 
 _FLOAT_ACTIVATIONS: Final = 1
@@ -41,22 +41,24 @@ _METADATA: Final = 14
 """Field number of ModelProto.metadata_props."""
 
 
-def cache_key(bundle: Bundle, kind: str) -> Key:
+def cache_key(bundle: Bundle, kind: str) -> CacheKey:
     """Return what identifies something made from a bundle for this onnxruntime, our kernels and this processor."""
-    return Key(kind, bundle.manifest.weights_digest, f"{ort.__version__}, kernels {LAYOUT}", this_cpu())
+    return CacheKey(
+        kind, bundle.manifest.weights_digest, f"{ort.__version__}, kernels {KERNELS_VERSION}", describe_cpu()
+    )
 
 
-def best_tuning(bundle: Bundle, threads: int | None, cache: BoardCache | None) -> Tuning:
+def resolve_thread_settings(bundle: Bundle, threads: int | None, cache: BoardCache | None) -> ThreadSettings:
     """Return how to set threads: as asked for, else as measured on this board, else as many as there are cores."""
     if threads is not None:
-        return Tuning(threads)
-    known = recall(cache, cache_key(bundle, "tuning")) if cache is not None else None
-    return known or Tuning(default_threads())
+        return ThreadSettings(threads)
+    known = load_tuning(cache, cache_key(bundle, "tuning")) if cache is not None else None
+    return known or ThreadSettings(default_threads())
 
 
-def check_runtime(oldest: str | None, what: object) -> None:
+def check_ort_version(oldest: str | None, what: object) -> None:
     """Raise `BundleError` where `what` needs a newer onnxruntime than this one; `oldest` is such as "1.28"."""
-    if oldest is not None and tuple(map(int, oldest.split("."))) > RUNTIME:
+    if oldest is not None and tuple(map(int, oldest.split("."))) > ORT_RELEASE:
         raise BundleError(
             f"{what} needs onnxruntime {oldest} or newer, this is {ort.__version__}: upgrade onnxruntime, or export"
             " with --kv fp32"
@@ -70,21 +72,22 @@ def load_graph(
     spin: bool = True,
     exact: bool = False,
     save_to: Path | None = None,
-    profile: Path | None = None,
+    profile_prefix: Path | None = None,
 ) -> Graph:
     """Load an ONNX model, from a file or from its bytes, on the CPU.
 
     `spin` lets idle threads wait actively: quicker for one graph, ruinous for several that take turns. With `exact`,
     activations are not rounded to 8 bits. `save_to` is a directory that gets the optimized graph with its packed
-    weights, `profile` how a profile's path begins. Raises `EdgelmError` when `threads` is out of range, and whatever
+    weights, `profile_prefix` how a profile's path begins. Raises `EdgelmError` when `threads` is out of range, and
+    whatever
     onnxruntime raises for the model.
     """
-    options = _options(Tuning(threads, spin), profile)
+    options = _options(ThreadSettings(threads, spin), profile_prefix)
     if save_to is not None:
-        options.optimized_model_filepath = str(save_to / PACKED)
+        options.optimized_model_filepath = str(save_to / PACKED_GRAPH_FILE)
         for name, value in (
             ("session.save_external_prepacked_constant_initializers", "1"),
-            ("session.optimized_model_external_initializers_file_name", f"{PACKED}.data"),
+            ("session.optimized_model_external_initializers_file_name", f"{PACKED_GRAPH_FILE}.data"),
             ("session.optimized_model_external_initializers_min_size_in_bytes", "64"),
         ):
             options.add_session_config_entry(name, value)
@@ -92,56 +95,58 @@ def load_graph(
     joined = None
     if isinstance(model, str):
         file = Path(model)
-        joined = join_codes(file.read_bytes(), file.with_name(f"{file.name}.data"))
-        if joined is not None or exact or OLD_WINDOWS:
+        joined = expand_codes(file.read_bytes(), file.with_name(f"{file.name}.data"))
+        if joined is not None or exact or WINDOW_IS_OFF_BY_ONE:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
             model = file.read_bytes() if joined is None else joined.model
     if joined is not None:
         values = [ort.OrtValue.ortvalue_from_numpy(codes) for codes in joined.codes.values()]
         options.add_external_initializers(list(joined.codes), values)
     if isinstance(model, bytes):
-        model = as_this_runtime_wants(model)
+        model = adapt_to_ort_version(model)
         if exact:
-            model = with_attribute(model, "accuracy_level", lambda _: _FLOAT_ACTIVATIONS)
+            model = change_attribute(model, "accuracy_level", lambda _: _FLOAT_ACTIVATIONS)
     graph = Graph(model, options, providers=["CPUExecutionProvider"])
-    graph.joined_codes = values  # which it refers to
+    graph.expanded_codes = values  # which it refers to
     return graph
 
 
-def as_this_runtime_wants(model: bytes) -> bytes:
+def adapt_to_ort_version(model: bytes) -> bytes:
     """Return a model that means to this onnxruntime what the given one means to newer ones."""
-    return with_old_windows(model) if OLD_WINDOWS and has_windows(model) else model
+    return shrink_sliding_windows(model) if WINDOW_IS_OFF_BY_ONE and has_windows(model) else model
 
 
-def reason(error: Exception) -> str:
+def summarize_error(error: Exception) -> str:
     """Return the first line of what an exception says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def is_invariant(graph: Graph) -> bool:
-    """Tell whether a graph was marked by `marked_invariant`."""
-    return bool(graph.get_modelmeta().custom_metadata_map.get(INVARIANT) == "1")
+    """Tell whether a graph was marked by `mark_invariant`."""
+    return bool(graph.get_modelmeta().custom_metadata_map.get(BATCH_INVARIANT_KEY) == "1")
 
 
-def marked_invariant(model: bytes) -> bytes:
+def mark_invariant(model: bytes) -> bytes:
     """Return a model, an ONNX ModelProto, whose metadata says that it is invariant."""
-    entry = message([(1, BYTES, INVARIANT.encode()), (2, BYTES, b"1")])
-    return model + message([(_METADATA, BYTES, entry)])
+    entry = message([(1, LENGTH_DELIMITED, BATCH_INVARIANT_KEY.encode()), (2, LENGTH_DELIMITED, b"1")])
+    return model + message([(_METADATA, LENGTH_DELIMITED, entry)])
 
 
-def load_packed(folder: Path, tuning: Tuning, operators: Operators | None = None, profile: Path | None = None) -> Graph:
+def load_packed(
+    folder: Path, tuning: ThreadSettings, operators: CustomOpLibrary | None = None, profile_prefix: Path | None = None
+) -> Graph:
     """Load a graph that is optimized and whose weights are packed, perhaps for operators of ours.
 
     Raises whatever onnxruntime raises for it.
     """
-    options = _options(tuning, profile)
+    options = _options(tuning, profile_prefix)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if operators is not None:
         operators.register(options)
-    return Graph(str(folder / PACKED), options, providers=["CPUExecutionProvider"])
+    return Graph(str(folder / PACKED_GRAPH_FILE), options, providers=["CPUExecutionProvider"])
 
 
-def _options(tuning: Tuning, profile: Path | None = None) -> ort.SessionOptions:
+def _options(tuning: ThreadSettings, profile_prefix: Path | None = None) -> ort.SessionOptions:
     if not 1 <= tuning.threads <= THREADS_LIMIT:
         raise EdgelmError(f"threads must lie in [1, {THREADS_LIMIT}], got {tuning.threads}")
     options = ort.SessionOptions()
@@ -150,7 +155,7 @@ def _options(tuning: Tuning, profile: Path | None = None) -> ort.SessionOptions:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what it says as an error is raised as well
-    if profile is not None:
+    if profile_prefix is not None:
         options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
+        options.profile_file_prefix = str(profile_prefix)
     return options

@@ -18,19 +18,19 @@ from typing import Any, Final
 
 import numpy as np
 
-from edgelm.bundle.manifest import MANIFEST, Bundle, File, Manifest, StaticPrefix, open_bundle, to_json
+from edgelm.bundle.manifest import MANIFEST, Bundle, File, Manifest, StaticPrefix, dump_manifest, open_bundle
 from edgelm.errors import BundleError, EdgelmError
-from edgelm.runtime.kv_cache import Piece, Tokens
+from edgelm.runtime.kv_cache import KvSegment, Tokens
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
-from edgelm.runtime.runner import open_session
-from edgelm.text.static_prompt import check_tokens
+from edgelm.runtime.runner import open_runner
+from edgelm.text.static_prompt import check_prefix_tokens
 
-NAME: Final = re.compile(r"prefix-[0-9a-f]{16}\.kv")
+PREFIX_FILE_PATTERN: Final = re.compile(r"prefix-[0-9a-f]{16}\.kv")
 NEW: Final = ".new"
 """Ends the name of a file that is still being written."""
 
 
-def map_prefix(bundle: Bundle) -> tuple[Tokens, Piece] | None:
+def map_prefix(bundle: Bundle) -> tuple[Tokens, KvSegment] | None:
     """Return a bundle's static prefix, int32 [n], and its keys and values, read from the file where they are used.
 
     Raises `BundleError` when the file is missing or of another size than its tokens need.
@@ -51,10 +51,10 @@ def map_prefix(bundle: Bundle) -> tuple[Tokens, Piece] | None:
     return np.array(prefix.tokens, np.int32), list(mapped)
 
 
-def open_bare(path: str | Path) -> Bundle:
+def open_without_prefix(path: str | Path) -> Bundle:
     """Open a bundle as if it had no static prefix, whatever state that is in. Raises `BundleError`."""
     bundle = open_bundle(path, verify=False)
-    bare = Bundle(bundle.path, _bare(bundle.manifest))
+    bare = Bundle(bundle.path, _without_prefix(bundle.manifest))
     bare.verify()
     return bare
 
@@ -65,8 +65,8 @@ def add_prefix(bundle: Bundle, tokens: Sequence[int], *, threads: int | None = N
     Until the manifest is replaced, the last step, the bundle is what it was; a failure leaves it so. Raises
     `EdgelmError` for tokens that no prompt can begin with and for a bundle that cannot be written.
     """
-    manifest = _bare(bundle.manifest)
-    check_tokens(tokens, context=manifest.context, vocab_size=manifest.vocab_size, long_from=manifest.long_from)
+    manifest = _without_prefix(bundle.manifest)
+    check_prefix_tokens(tokens, context=manifest.context, vocab_size=manifest.vocab_size, long_from=manifest.long_from)
     piece = _compute(Bundle(bundle.path, manifest), tokens, threads)
     try:
         name, file = _write(bundle.path, piece)
@@ -77,7 +77,7 @@ def add_prefix(bundle: Bundle, tokens: Sequence[int], *, threads: int | None = N
     except OSError as error:
         raise EdgelmError(f"{bundle.path} cannot be written: {error.strerror or error}") from error
     finally:
-        _sweep(bundle.path)
+        _remove_stale_files(bundle.path)
 
 
 def remove_prefix(bundle: Bundle) -> Bundle:
@@ -85,27 +85,27 @@ def remove_prefix(bundle: Bundle) -> Bundle:
     if bundle.manifest.prefix is None:
         raise EdgelmError(f"{bundle.path} has no static prefix")
     try:
-        return _publish(bundle.path, _bare(bundle.manifest))
+        return _publish(bundle.path, _without_prefix(bundle.manifest))
     except OSError as error:
         raise EdgelmError(f"{bundle.path} cannot be written: {error.strerror or error}") from error
     finally:
-        _sweep(bundle.path)
+        _remove_stale_files(bundle.path)
 
 
-def _bare(manifest: Manifest) -> Manifest:
+def _without_prefix(manifest: Manifest) -> Manifest:
     own = None if manifest.prefix is None else manifest.prefix.file
     return replace(manifest, prefix=None, files={name: file for name, file in manifest.files.items() if name != own})
 
 
-def _compute(bundle: Bundle, tokens: Sequence[int], threads: int | None) -> Piece:
-    session = open_session(bundle, rows=1, threads=threads, context=len(tokens))
+def _compute(bundle: Bundle, tokens: Sequence[int], threads: int | None) -> KvSegment:
+    session = open_runner(bundle, rows=1, threads=threads, context=len(tokens))
     ids = np.array(tokens, np.int64)
     for start in range(0, len(ids), PREFILL_CHUNK):
         session.prefill(0, ids[start : start + PREFILL_CHUNK], start)
     return session.read_row(0, 0, len(ids))
 
 
-def _write(root: Path, piece: Piece) -> tuple[str, File]:
+def _write(root: Path, piece: KvSegment) -> tuple[str, File]:
     """Write keys and values under a name of their own; return it."""
     digest, size = hashlib.sha256(), 0
     new = root / f"prefix{NEW}"
@@ -126,19 +126,19 @@ def _publish(root: Path, manifest: Manifest) -> Bundle:
     """Put a manifest in the place of the present one, in one step."""
     new = root / f"{MANIFEST}{NEW}"
     with new.open("w", encoding="utf-8") as stream:
-        stream.write(to_json(manifest))
+        stream.write(dump_manifest(manifest))
         stream.flush()
         os.fsync(stream.fileno())
     new.replace(root / MANIFEST)
     return Bundle(root, manifest)
 
 
-def _sweep(root: Path) -> None:
+def _remove_stale_files(root: Path) -> None:
     """Remove what the manifest does not name: the prefix of before, or what a failure or a power cut left."""
     with suppress(OSError, BundleError):
         kept = open_bundle(root, verify=False).manifest.files
         unfinished = [root / f"prefix{NEW}", root / f"{MANIFEST}{NEW}"]
         for file in [*unfinished, *root.iterdir()]:
-            if file in unfinished or (NAME.fullmatch(file.name) and file.name not in kept):
+            if file in unfinished or (PREFIX_FILE_PATTERN.fullmatch(file.name) and file.name not in kept):
                 with suppress(OSError):
                     file.unlink()

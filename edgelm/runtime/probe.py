@@ -22,7 +22,7 @@ from edgelm.runtime.ort import Graph
 TOKENS: Final = 16
 """Positions that are compared."""
 
-PIECES: Final = (1, 2, 5, 1, 7)
+PASS_SIZES: Final = (1, 2, 5, 1, 7)
 """Sizes of passes that compute the same positions."""
 
 FACTOR: Final = 3.0

@@ -16,23 +16,23 @@ from numpy.typing import NDArray
 
 from edgelm.bundle.manifest import Bundle
 from edgelm.errors import EdgelmError
-from edgelm.runtime.kv_cache import KvBuffers, Piece
-from edgelm.runtime.ort import best_tuning, is_invariant, reason
+from edgelm.runtime.kv_cache import KVCache, KvSegment
+from edgelm.runtime.ort import is_invariant, resolve_thread_settings, summarize_error
 from edgelm.runtime.prepack import open_graph
 from edgelm.system.board_cache import BoardCache
 
-SMALL_PASS: Final = 32
+SHORT_PASS_TOKENS: Final = 32
 """Tokens of a pass from which on its memory is given back: as much for 256 tokens as all keys and values of 700."""
 
-SHRINKING: Final = ort.RunOptions()
+SHRINK_ARENA_OPTIONS: Final = ort.RunOptions()
 """For a run after which onnxruntime gives unused memory back."""
-SHRINKING.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+SHRINK_ARENA_OPTIONS.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
 Tokens = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
 
-class Session(Protocol):
+class Runner(Protocol):
     """What the engine needs of a graph. `rows` of memory are numbered from 0."""
 
     context: int
@@ -59,20 +59,20 @@ class Session(Protocol):
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one row over another."""
 
-    def read_row(self, row: int, start: int, stop: int) -> Piece:
+    def read_row(self, row: int, start: int, stop: int) -> KvSegment:
         """Return copies of positions [start, stop) of a row, [kv_heads, n, head_size] each."""
 
-    def begin_row(self, row: int, pieces: Sequence[Piece]) -> None:
+    def write_row(self, row: int, pieces: Sequence[KvSegment]) -> None:
         """Begin a row with what `read_row` returned, one piece after the other."""
 
-    def forget_row(self, row: int) -> None:
+    def release_row(self, row: int) -> None:
         """Give back the memory of a row that nobody needs any more."""
 
     def end_profile(self) -> Path:
         """Write what was profiled and return the file. Only where the session was opened with `profile`."""
 
 
-def open_session(
+def open_runner(
     bundle: Bundle,
     *,
     rows: int,
@@ -81,7 +81,7 @@ def open_session(
     context: int | None = None,
     cache: BoardCache | None = None,
     profile: Path | None = None,
-) -> Session:
+) -> Runner:
     """Load a bundle's graph on the CPU.
 
     Parameters
@@ -112,18 +112,18 @@ def open_session(
     length = limit if context is None else context
     if not 1 <= length <= limit:
         raise EdgelmError(f"context must lie in [1, {limit}], the bundle's own limit; got {length}")
-    tuning = best_tuning(bundle, threads, cache)
+    tuning = resolve_thread_settings(bundle, threads, cache)
     if spin is not None:
         tuning = dataclasses.replace(tuning, spin=spin)
     graph = open_graph(bundle, tuning, cache, profile)
     if bundle.manifest.cache.kind == "growing":
-        from edgelm.runtime.dynamic_runner import GrowingSession
+        from edgelm.runtime.dynamic_runner import DynamicRunner
 
-        return GrowingSession(graph, bundle.manifest, rows, length)
-    return SharedSession(graph, bundle, rows, length)
+        return DynamicRunner(graph, bundle.manifest, rows, length)
+    return BatchRunner(graph, bundle, rows, length)
 
 
-class SharedSession:
+class BatchRunner:
     """A graph whose past and present are one buffer: nothing is copied from step to step."""
 
     def __init__(self, graph: ort.InferenceSession, bundle: Bundle, rows: int, context: int) -> None:
@@ -133,20 +133,20 @@ class SharedSession:
         self._vocab_size = bundle.manifest.vocab_size
         self._positions = _Positions(graph, bundle)
         self.long_from = self._positions.long_from
-        self._kv = KvBuffers(bundle.manifest.cache, rows, context)
-        self._steps: dict[int, _Step] = {}
+        self._kv = KVCache(bundle.manifest.cache, rows, context)
+        self._decode_bindings: dict[int, _DecodeBinding] = {}
         self._logits = np.zeros((rows, self._vocab_size), np.float32)
         """Of a decoding step; every batch size has its first rows."""
         self._rows: dict[int, ort.IOBinding] = {}
         """Each row by itself, bound as past and present."""
-        self._last = np.zeros((1, self._vocab_size), np.float32)
-        self._is_stretched = False
+        self._prefill_logits = np.zeros((1, self._vocab_size), np.float32)
+        self._has_large_arena = False
         """Whether onnxruntime holds memory for a longer pass than most are."""
 
     def prefill(self, row: int, tokens: Tokens, start: int, *, every: bool = False, total: int | None = None) -> Logits:
-        """See `Session`."""
+        """See `Runner`."""
         count = len(tokens)
-        logits = np.empty((count, self._vocab_size), np.float32) if every else self._last
+        logits = np.empty((count, self._vocab_size), np.float32) if every else self._prefill_logits
         binding = self._rows.get(row)
         if binding is None:
             binding = self._rows[row] = self._bind(row, 1)
@@ -156,7 +156,7 @@ class SharedSession:
             "total_sequence_length": np.array([start + count], np.int32),
             "rows": np.arange(count, dtype=np.int64) if every else np.array([count - 1], np.int64),
         }
-        if self._positions.wanted:
+        if self._positions.has_positions_input:
             first = start + int(self._positions.offset(np.int64(max(start + count, total or 0))))
             inputs["positions"] = np.arange(first, first + count, dtype=np.int64).reshape(1, count)
         kept = [ort.OrtValue.ortvalue_from_numpy(array) for array in (*inputs.values(), logits)]
@@ -167,12 +167,14 @@ class SharedSession:
         return logits
 
     def decode(self, tokens: Tokens, lengths: NDArray[np.int32]) -> Logits:
-        """See `Session`."""
+        """See `Runner`."""
         batch = len(tokens)
-        step = self._steps.get(batch)
+        step = self._decode_bindings.get(batch)
         if step is None:
-            step = self._steps[batch] = _Step(self._bind(0, batch), self._logits[:batch], self._positions.wanted)
-        if self._positions.wanted:
+            step = self._decode_bindings[batch] = _DecodeBinding(
+                self._bind(0, batch), self._logits[:batch], self._positions.has_positions_input
+            )
+        if self._positions.has_positions_input:
             step.positions[:, 0] = lengths + self._positions.offset(lengths + 1)
         step.tokens[:, 0] = tokens
         step.seqlens[:] = lengths
@@ -181,36 +183,38 @@ class SharedSession:
         return step.logits
 
     def copy_row(self, source: int, target: int, length: int) -> None:
-        """See `Session`."""
+        """See `Runner`."""
         self._kv.copy(source, target, length)
 
-    def read_row(self, row: int, start: int, stop: int) -> Piece:
-        """See `Session`."""
+    def read_row(self, row: int, start: int, stop: int) -> KvSegment:
+        """See `Runner`."""
         return self._kv.read(row, start, stop)
 
-    def begin_row(self, row: int, pieces: Sequence[Piece]) -> None:
-        """See `Session`."""
+    def write_row(self, row: int, pieces: Sequence[KvSegment]) -> None:
+        """See `Runner`."""
         start = 0
         for piece in pieces:
             self._kv.write(row, start, piece)
             start += piece[0].shape[1]
 
-    def forget_row(self, row: int) -> None:
-        """See `Session`."""
-        self._kv.forget(row)
+    def release_row(self, row: int) -> None:
+        """See `Runner`."""
+        self._kv.release_row(row)
 
     def end_profile(self) -> Path:
-        """See `Session`."""
+        """See `Runner`."""
         return Path(self._graph.end_profiling())
 
     def _run(self, binding: ort.IOBinding, tokens: int) -> None:
         """Run the graph; the first short pass after a long one gives back what the long one needed."""
-        is_long = tokens > SMALL_PASS
+        is_long = tokens > SHORT_PASS_TOKENS
         try:
-            self._graph.run_with_iobinding(binding, SHRINKING if self._is_stretched and not is_long else None)
+            self._graph.run_with_iobinding(
+                binding, SHRINK_ARENA_OPTIONS if self._has_large_arena and not is_long else None
+            )
         except Exception as error:  # onnxruntime raises types of its own, unrelated to each other
-            raise EdgelmError(f"the graph cannot be computed: {reason(error)}") from error
-        self._is_stretched = is_long
+            raise EdgelmError(f"the graph cannot be computed: {summarize_error(error)}") from error
+        self._has_large_arena = is_long
 
     def _bind(self, row: int, count: int) -> ort.IOBinding:
         """Bind rows of the buffers as past and present alike."""
@@ -226,7 +230,7 @@ class _Positions:
     """Rows of the rotary tables, for graphs that want to be told them."""
 
     def __init__(self, graph: ort.InferenceSession, bundle: Bundle) -> None:
-        self.wanted = any(entry.name == "positions" for entry in graph.get_inputs())
+        self.has_positions_input = any(entry.name == "positions" for entry in graph.get_inputs())
         self.long_from = bundle.manifest.long_from
         self._rows = bundle.manifest.context
 
@@ -237,7 +241,7 @@ class _Positions:
         return np.where(lengths > self.long_from, np.int64(self._rows), np.int64(0))
 
 
-class _Step:
+class _DecodeBinding:
     """Inputs and outputs of a decoding step of one batch size, allocated and bound once."""
 
     def __init__(self, binding: ort.IOBinding, logits: Logits, positions: bool) -> None:

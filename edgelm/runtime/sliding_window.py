@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from edgelm.graph.node_attributes import with_attribute
+from edgelm.graph.node_attributes import change_attribute
 
 ATTRIBUTE: Final = "local_window_size"
 
@@ -18,6 +18,6 @@ def has_windows(model: bytes) -> bool:
     return ATTRIBUTE.encode() in model
 
 
-def with_old_windows(model: bytes) -> bytes:
+def shrink_sliding_windows(model: bytes) -> bytes:
     """Return the model with every window one position smaller. Raises `ValueError` for what is no model."""
-    return with_attribute(model, ATTRIBUTE, lambda size: size - 1)
+    return change_attribute(model, ATTRIBUTE, lambda size: size - 1)

@@ -5,6 +5,6 @@ with `warm_up`; `ensure_compiled` sees to it that nothing is left to compile the
 """
 
 from edgelm.sampling.ready import ensure_compiled
-from edgelm.sampling.sampler import Sampler, is_loaded, needs_kernels, warm_up
+from edgelm.sampling.sampler import Sampler, are_kernels_loaded, needs_kernels, warm_up
 
-__all__ = ["Sampler", "ensure_compiled", "is_loaded", "needs_kernels", "warm_up"]
+__all__ = ["Sampler", "are_kernels_loaded", "ensure_compiled", "needs_kernels", "warm_up"]

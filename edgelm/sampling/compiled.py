@@ -25,7 +25,7 @@ config, njit = _numba.config, _numba.njit
 
 LOG: Final = logging.getLogger(__name__)
 
-_torn: list[Path] = []
+_damaged_folders: list[Path] = []
 """Where a damaged file was found and said: once a process."""
 
 
@@ -37,20 +37,20 @@ def jit(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """
 
     def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
-        folder = BoardCache.default().kernels_folder()
+        folder = BoardCache.default().prepare_numba_folder()
         if folder is None:  # Numba itself would look for another one, whoever writes there
-            return _plain(signature, function)
+            return _compile_uncached(signature, function)
         with _kept_in(folder):
             try:
                 return _compile(signature, function)
             except RuntimeError:  # no directory to write to: compile at every start
-                return _plain(signature, function)
+                return _compile_uncached(signature, function)
             except Exception:  # noqa: BLE001  whatever unpickling half a file raises
                 _remove_kept(function)
                 try:
                     return _compile(signature, function)
                 except Exception:  # noqa: BLE001  the damaged file cannot be removed
-                    return _plain(signature, function)
+                    return _compile_uncached(signature, function)
 
     return compile_function
 
@@ -60,7 +60,7 @@ def _compile(signature: str, function: Callable[..., Any]) -> Callable[..., Any]
     return compiled
 
 
-def _plain(signature: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile_uncached(signature: str, function: Callable[..., Any]) -> Callable[..., Any]:
     compiled: Callable[..., Any] = njit(signature, nogil=True)(function)
     return compiled
 
@@ -83,8 +83,8 @@ def _kept_in(folder: Path) -> Iterator[None]:
 def _remove_kept(function: Callable[..., Any]) -> None:
     """Remove what Numba keeps of a function, and say so once."""
     folder = Path(njit(cache=True)(function).stats.cache_path)
-    if folder not in _torn:
-        _torn.append(folder)
+    if folder not in _damaged_folders:
+        _damaged_folders.append(folder)
         LOG.warning("a compiled kernel in %s is damaged; it is compiled again", folder)
     for file in folder.glob(f"*.{function.__name__}-*.nb?"):
         file.unlink(missing_ok=True)

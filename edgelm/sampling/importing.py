@@ -13,17 +13,17 @@ import warnings
 from pathlib import Path
 from typing import Any, Final
 
-SETTINGS: Final = ".numba_config.yaml"
+NUMBA_CONFIG_FILE: Final = ".numba_config.yaml"
 
 
 def import_numba() -> Any:
     """Return the module, which from now on reads no settings from a file."""
-    if "numba" in sys.modules or not Path(SETTINGS).exists():
+    if "numba" in sys.modules or not Path(NUMBA_CONFIG_FILE).exists():
         numba = importlib.import_module("numba")
     else:
         numba = _without_yaml()
     config = numba.core.config
-    if getattr(config, "_config_fname", None) == SETTINGS:
+    if getattr(config, "_config_fname", None) == NUMBA_CONFIG_FILE:
         config._config_fname = os.devnull  # noqa: SLF001  there is no public way
         config.reload_config()
     return numba

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Bits = NDArray[np.int32]
     Keys = NDArray[np.int64]
 
-BLOCK: Final = 64
+SCAN_BLOCK: Final = 64
 """Tokens looked at together, where most blocks can be skipped at once."""
 MINUS_INF: Final = -0x7F800000
 """The rank of a logit of -inf."""
@@ -120,8 +120,8 @@ def gather_top_k(bits: Bits, k: int, keys: Keys) -> int:
     """
     n = 0
     floor = np.int64(MINUS_INF)
-    for start in range(0, bits.size, BLOCK):
-        block = bits[start : start + BLOCK]
+    for start in range(0, bits.size, SCAN_BLOCK):
+        block = bits[start : start + SCAN_BLOCK]
         if best_rank(block) <= floor:
             continue
         for i in range(block.size):

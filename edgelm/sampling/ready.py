@@ -18,11 +18,11 @@ from typing import Final
 
 from edgelm.sampling.sampler import warm_up
 from edgelm.system.board_cache import BoardCache
-from edgelm.system.isolated_python import python_command
+from edgelm.system.isolated_python import build_python_command
 
 LOG: Final = logging.getLogger(__name__)
 
-WITHIN_S: Final = 300.0
+COMPILE_TIMEOUT_S: Final = 300.0
 
 
 def ensure_compiled() -> None:
@@ -32,7 +32,7 @@ def ensure_compiled() -> None:
     """
     if find_spec("numba") is None:  # a board that never samples goes without
         return
-    folder = BoardCache.default().kernels_folder()
+    folder = BoardCache.default().prepare_numba_folder()
     if folder is None:
         warm_up()
         return
@@ -41,10 +41,10 @@ def ensure_compiled() -> None:
         return
     try:
         done = subprocess.run(
-            python_command("edgelm.sampling", "warm_up"),
+            build_python_command("edgelm.sampling", "warm_up"),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=WITHIN_S,
+            timeout=COMPILE_TIMEOUT_S,
             check=False,
             start_new_session=True,  # Ctrl-C at a terminal is not for it
         )

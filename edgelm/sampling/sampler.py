@@ -150,7 +150,7 @@ def needs_kernels(params: SamplingParams) -> bool:
     return params.temperature != 0.0 or params.repetition_penalty != 1.0
 
 
-def is_loaded() -> bool:
+def are_kernels_loaded() -> bool:
     """Whether the kernels are in this process, so that a request which needs them does not wait."""
     return all(f"edgelm.sampling.{name}" in sys.modules for name in ("penalties", "sampler_kernels"))
 

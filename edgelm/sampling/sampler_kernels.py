@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from edgelm.sampling.compiled import jit
-from edgelm.sampling.ranking import BLOCK, best_rank, gather_top_k, key_of, rank_of, sort, token_of
+from edgelm.sampling.ranking import SCAN_BLOCK, best_rank, gather_top_k, key_of, rank_of, sort, token_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-ONE: Final = 2**40
+FIXED_POINT_ONE: Final = 2**40
 """The weight of the likeliest token."""
 BINS: Final = 2048
 """Histogram bins of the top-p search: 32 to every halving of the probability, over 62 halvings."""
@@ -35,18 +35,18 @@ _ALL: Final = np.iinfo(np.int64).min
 
 def scratch_size(vocab_size: int) -> int:
     """Return how many int64 words `sample_all` needs as `scratch` for this vocabulary."""
-    return max(BINS + 2 * BLOCK, -(-vocab_size // BLOCK))
+    return max(BINS + 2 * SCAN_BLOCK, -(-vocab_size // SCAN_BLOCK))
 
 
 @jit("float64(float32, float64, float64)")
-def halvings(logit: np.float32, top: float, inverse_temperature: float) -> float:
+def relative_log2(logit: np.float32, top: float, inverse_temperature: float) -> float:
     """Return log2 of a token's probability over the likeliest one's, clamped to [-62, 0]."""
     y = (np.float64(logit) - top) * inverse_temperature * _LOG2_E
     return y if y > _LOWEST else _LOWEST
 
 
 @jit("int64(float64)")
-def weight(y: float) -> int:
+def fixed_point_exp2(y: float) -> int:
     """Return 2**y in units of 2**-40, for y in [-62, 0]; 0 below about -41.
 
     Additions, multiplications and shifts alone, since the exp of libm differs between machines in its last bit. The
@@ -74,11 +74,11 @@ def kept_weight(
     top: float,
     inverse_temperature: float,
     lowest: int,
-    least: int,
+    min_weight: int,
 ) -> int:
-    """Return the weight of a token; 0 where its key is below `lowest` or its weight below `least`."""
-    share = weight(halvings(logit, top, inverse_temperature))
-    return share if (key_of(rank_of(bits), token) >= lowest and share >= least) else 0
+    """Return the weight of a token; 0 where its key is below `lowest` or its weight below `min_weight`."""
+    share = fixed_point_exp2(relative_log2(logit, top, inverse_temperature))
+    return share if (key_of(rank_of(bits), token) >= lowest and share >= min_weight) else 0
 
 
 @jit("int64(float64, int64)")
@@ -116,14 +116,14 @@ def sample_top_k(
     sort(keys, n)
     total = 0
     for i in range(n):
-        total += weight(halvings(logits[token_of(keys[i])], top, inverse_temperature))
+        total += fixed_point_exp2(relative_log2(logits[token_of(keys[i])], top, inverse_temperature))
     limit = mass_limit(top_p, total)
-    least = math.ceil(min_p * ONE)
+    min_weight = math.ceil(min_p * FIXED_POINT_ONE)
     first = n
     mass = 0
     while first > 0 and mass < limit:
-        share = weight(halvings(logits[token_of(keys[first - 1])], top, inverse_temperature))
-        if share < least:
+        share = fixed_point_exp2(relative_log2(logits[token_of(keys[first - 1])], top, inverse_temperature))
+        if share < min_weight:
             break
         mass += share
         first -= 1
@@ -133,7 +133,7 @@ def sample_top_k(
     sort(keys, n)
     left = min(np.int64(uniform * mass), mass - 1)
     for i in range(n - 1):
-        left -= weight(halvings(logits[keys[i]], top, inverse_temperature))
+        left -= fixed_point_exp2(relative_log2(logits[keys[i]], top, inverse_temperature))
         if left < 0:
             return int(keys[i])
     return int(keys[n - 1])
@@ -161,16 +161,16 @@ def nucleus_key(
         int64 [scratch_size(V)], overwritten.
     """
     masses = scratch[:BINS]
-    bins = scratch[BINS : BINS + BLOCK]
-    shares = scratch[BINS + BLOCK : BINS + 2 * BLOCK]
+    bins = scratch[BINS : BINS + SCAN_BLOCK]
+    shares = scratch[BINS + SCAN_BLOCK : BINS + 2 * SCAN_BLOCK]
     masses[:] = 0
     total = 0
-    for start in range(0, logits.size, BLOCK):
-        block = logits[start : start + BLOCK]
+    for start in range(0, logits.size, SCAN_BLOCK):
+        block = logits[start : start + SCAN_BLOCK]
         for i in range(block.size):  # vectorized; the scatter below cannot be
-            y = halvings(block[i], top, inverse_temperature)
+            y = relative_log2(block[i], top, inverse_temperature)
             bins[i] = np.int64(np.int32(y * -32.0))
-            shares[i] = weight(y)
+            shares[i] = fixed_point_exp2(y)
             total += shares[i]
         for i in range(block.size):
             masses[bins[i]] += shares[i]
@@ -181,21 +181,21 @@ def nucleus_key(
         mass += masses[last]
         last += 1
     n = 0
-    for start in range(0, logits.size, BLOCK):
-        block = logits[start : start + BLOCK]
+    for start in range(0, logits.size, SCAN_BLOCK):
+        block = logits[start : start + SCAN_BLOCK]
         found = 0
         for i in range(block.size):
-            found += np.int32(halvings(block[i], top, inverse_temperature) * -32.0) == last
+            found += np.int32(relative_log2(block[i], top, inverse_temperature) * -32.0) == last
         if found == 0:
             continue
         for i in range(block.size):
-            if np.int32(halvings(block[i], top, inverse_temperature) * -32.0) == last:
+            if np.int32(relative_log2(block[i], top, inverse_temperature) * -32.0) == last:
                 keys[n] = key_of(rank_of(bits[start + i]), start + i)
                 n += 1
     sort(keys, n)
     while mass < limit:
         n -= 1
-        mass += weight(halvings(logits[token_of(keys[n])], top, inverse_temperature))
+        mass += fixed_point_exp2(relative_log2(logits[token_of(keys[n])], top, inverse_temperature))
     return int(keys[n])
 
 
@@ -235,17 +235,17 @@ def sample_all(
     lowest = np.int64(_ALL)
     if top_p < 1.0:
         lowest = nucleus_key(logits, bits, top, inverse_temperature, top_p, keys, scratch)
-    least = math.ceil(min_p * ONE)
-    blocks = (logits.size + BLOCK - 1) // BLOCK
+    min_weight = math.ceil(min_p * FIXED_POINT_ONE)
+    blocks = (logits.size + SCAN_BLOCK - 1) // SCAN_BLOCK
     masses = scratch[:blocks]
     mass = np.int64(0)
     for j in range(blocks):
-        start = j * BLOCK
-        row, row_bits = logits[start : start + BLOCK], bits[start : start + BLOCK]
+        start = j * SCAN_BLOCK
+        row, row_bits = logits[start : start + SCAN_BLOCK], bits[start : start + SCAN_BLOCK]
         part = np.int64(0)
         if top_p >= 1.0 or best_rank(row_bits) >= lowest >> 32:
             for i in range(row.size):
-                part += kept_weight(row[i], row_bits[i], start + i, top, inverse_temperature, lowest, least)
+                part += kept_weight(row[i], row_bits[i], start + i, top, inverse_temperature, lowest, min_weight)
         masses[j] = part
         mass += part
     left = min(np.int64(uniform * mass), mass - 1)
@@ -253,8 +253,8 @@ def sample_all(
     while left >= masses[j]:
         left -= masses[j]
         j += 1
-    token = j * BLOCK - 1
+    token = j * SCAN_BLOCK - 1
     while left >= 0:
         token += 1
-        left -= kept_weight(logits[token], bits[token], token, top, inverse_temperature, lowest, least)
+        left -= kept_weight(logits[token], bits[token], token, top, inverse_temperature, lowest, min_weight)
     return token

@@ -26,10 +26,10 @@ from typing import Any, Final
 
 from edgelm.errors import EdgelmError
 from edgelm.system.digest import file_sha256
-from edgelm.system.ownership import deny_others, fault_above, fault_below, make_private
+from edgelm.system.ownership import deny_others, find_content_fault, find_path_fault, make_private
 from edgelm.system.user_folders import user_folder
 
-VARIABLE: Final = "EDGELM_CACHE_DIR"
+CACHE_DIR_VARIABLE: Final = "EDGELM_CACHE_DIR"
 """Environment variable that names the folder."""
 
 LIMIT_VARIABLE: Final = "EDGELM_CACHE_MB"
@@ -43,7 +43,7 @@ UNUSED_S: Final = 60 * 86_400
 """Entries that nothing has used for so long are removed when another one is made."""
 ABANDONED_S: Final = 3600
 """Age from which a half-written entry is taken to be left over from a process that died."""
-SPARE_BYTES: Final = 100_000_000
+MIN_FREE_BYTES: Final = 100_000_000
 """Space that an entry must leave on its disk."""
 
 LOG: Final = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ _said: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class CacheKey:
     """What an entry depends on: what it is, the bundle's weights by their digest, the runtime, the processor."""
 
     kind: str
@@ -69,7 +69,7 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CacheEntry:
     """An intact entry. `note` is what its maker wrote down about it, `sha256` the hash of each of its files."""
 
     path: Path
@@ -95,19 +95,19 @@ class BoardCache:
 
         Raises `EdgelmError` for a variable that cannot be used.
         """
-        limit_mb()
-        named = os.environ.get(VARIABLE)
+        read_limit_mb()
+        named = os.environ.get(CACHE_DIR_VARIABLE)
         if named is not None:
             if not named:
-                raise EdgelmError(f"{VARIABLE} is empty: name a folder, or leave it unset")
+                raise EdgelmError(f"{CACHE_DIR_VARIABLE} is empty: name a folder, or leave it unset")
             return cls(Path(named))
         return cls(user_folder("cache"))
 
     def is_safe(self) -> bool:
         """Whether nobody but this user and root could exchange what lies in the folder; else why not is said once."""
-        return self._is_without_fault(fault_above, self.folder)
+        return self._is_trusted(find_path_fault, self.folder)
 
-    def kernels_folder(self) -> Path | None:
+    def prepare_numba_folder(self) -> Path | None:
         """Return the folder for Numba, made where it is missing; None where it cannot be used, which is said once."""
         try:
             if not self.is_safe():
@@ -115,10 +115,10 @@ class BoardCache:
             make_private(self.kernels)
         except OSError:
             return None
-        usable = self.is_safe() and self._is_without_fault(fault_below, self.kernels)
+        usable = self.is_safe() and self._is_trusted(find_content_fault, self.kernels)
         return self.kernels if usable and os.access(self.kernels, os.W_OK) else None
 
-    def find(self, key: Key) -> Entry | None:
+    def find(self, key: CacheKey) -> CacheEntry | None:
         """Return an intact entry; one that is not is removed, and that is logged.
 
         One that others could have written is left as it is and not used.
@@ -134,7 +134,7 @@ class BoardCache:
         _touch(path / STAMP)
         return _entry(path)
 
-    def make(self, key: Key, needs: int, fill: Callable[[Path], Mapping[str, Any]]) -> Entry | None:
+    def make(self, key: CacheKey, needs: int, fill: Callable[[Path], Mapping[str, Any]]) -> CacheEntry | None:
         """Make an entry; return None where the folder cannot hold it, which is logged.
 
         `fill` writes the files into an empty directory and returns the note. Whatever it raises leaves nothing behind;
@@ -147,9 +147,9 @@ class BoardCache:
             make_private(self.folder)
             if not self.is_safe() or (os.path.lexists(place) and not self._may_use(place)):
                 return None
-            self._tidy()
+            self._remove_expired()
             free = shutil.disk_usage(self.folder).free
-            if free < needs + SPARE_BYTES:
+            if free < needs + MIN_FREE_BYTES:
                 room = f"about {needs / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB free"
                 LOG.warning("the board cache %s is not used: %s; it runs without", self.folder, room)
                 return None
@@ -159,14 +159,14 @@ class BoardCache:
             return None
         try:
             note = fill(scratch)
-            _seal(scratch, key, note)
+            _write_stamp(scratch, key, note)
             try:
                 scratch.rename(place)
             except OSError:  # another process was quicker
                 if not self._may_use(place) or _fault(place, key) is not None:
                     raise
             made = _entry(place)
-            self._keep_within_limit(place)
+            self._evict(place)
             return made
         except OSError as error:
             LOG.warning("the board cache %s is not used: %s; it runs without", self.folder, error.strerror or error)
@@ -174,7 +174,7 @@ class BoardCache:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def update(self, key: Key, note: Mapping[str, Any]) -> None:
+    def update(self, key: CacheKey, note: Mapping[str, Any]) -> None:
         """Replace an entry's note, where the folder can be written."""
         path = self.folder / key.name
         try:
@@ -183,11 +183,11 @@ class BoardCache:
         except (OSError, ValueError):
             LOG.debug("%s cannot be brought up to date", path, exc_info=True)
 
-    def drop(self, key: Key) -> None:
+    def drop(self, key: CacheKey) -> None:
         """Remove an entry, if there is one."""
         self._remove(self.folder / key.name)
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[CacheEntry]:
         """Yield every entry whose stamp can be read, the oldest first."""
         found = [path for path in self._directories() if (path / STAMP).is_file()]
         readable = [entry for entry in map(_entry, found) if entry is not None]
@@ -202,22 +202,22 @@ class BoardCache:
 
     def clear(self) -> int:
         """Remove everything that this class wrote; return how many bytes that frees."""
-        freed = self.kernels_bytes()
+        freed = self.numba_bytes()
         self._remove(self.kernels)
         for path in self._directories():
             freed += _size(path)
             self._remove(path)
         return freed
 
-    def kernels_bytes(self) -> int:
+    def numba_bytes(self) -> int:
         """Return the size of all compiled kernels."""
         return _size(self.kernels)
 
     def _may_use(self, entry: Path) -> bool:
         """Whether nobody but this user and root could have written an entry or the folder; else why not is said."""
-        return self.is_safe() and self._is_without_fault(fault_below, entry)
+        return self.is_safe() and self._is_trusted(find_content_fault, entry)
 
-    def _is_without_fault(self, look: Callable[[Path], str | None], path: Path) -> bool:
+    def _is_trusted(self, look: Callable[[Path], str | None], path: Path) -> bool:
         try:
             fault = look(path)
         except OSError as error:
@@ -229,7 +229,7 @@ class BoardCache:
                 "others could have written, keep them out (chmod go-w, chown), or set %s to a folder of your own",
                 path,
                 fault,
-                VARIABLE,
+                CACHE_DIR_VARIABLE,
             )
         return fault is None
 
@@ -240,7 +240,7 @@ class BoardCache:
         ours = (path for path in self.folder.iterdir() if path.is_dir() and not path.is_symlink())
         return [path for path in ours if path.name.startswith(".making-") or (path / STAMP).exists()]
 
-    def _tidy(self) -> None:
+    def _remove_expired(self) -> None:
         """Remove what nothing uses any more."""
         now = time.time()
         for path in self._directories():
@@ -252,13 +252,13 @@ class BoardCache:
             if age > (ABANDONED_S if scratch else UNUSED_S):
                 self._remove(path)
 
-    def _keep_within_limit(self, newest: Path) -> None:
+    def _evict(self, newest: Path) -> None:
         """Remove the entries that were used longest ago until the others fit the limit; the newest stays.
 
         One that is in use goes on working: its files are mapped, and vanish with the last who maps them.
         """
         entries = sorted((used, path) for path, used in self._used() if path != newest)
-        left = limit_mb() * 1_000_000 - _size(newest) - sum(_size(path) for _, path in entries)
+        left = read_limit_mb() * 1_000_000 - _size(newest) - sum(_size(path) for _, path in entries)
         for _, path in entries:
             if left >= 0:
                 break
@@ -289,7 +289,7 @@ class BoardCache:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def limit_mb() -> float:
+def read_limit_mb() -> float:
     """Return how large all entries together may be, in 10^6 bytes. Raises `EdgelmError` for what is no size."""
     given = os.environ.get(LIMIT_VARIABLE)
     if given is None:
@@ -303,7 +303,7 @@ def limit_mb() -> float:
     return limit
 
 
-def this_cpu(root: Path = Path("/")) -> str:
+def describe_cpu(root: Path = Path("/")) -> str:
     """Return the processor's architecture, name and instruction sets, as the kernel tells them."""
     try:
         lines = (root / "proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
@@ -314,12 +314,12 @@ def this_cpu(root: Path = Path("/")) -> str:
     return " ".join([platform.machine(), *(value for name in wanted for n, value in sorted(fields) if n == name)])
 
 
-def signature(files: Mapping[str, Path]) -> dict[str, list[int]]:
+def file_signatures(files: Mapping[str, Path]) -> dict[str, list[int]]:
     """Return size and time of change (ns) of files, by which a later change of theirs shows."""
     return {name: [file.stat().st_size, file.stat().st_mtime_ns] for name, file in files.items()}
 
 
-def _seal(path: Path, key: Key, note: Mapping[str, Any]) -> None:
+def _write_stamp(path: Path, key: CacheKey, note: Mapping[str, Any]) -> None:
     """Write the stamp after everything else has reached the disk."""
     files = {file.name: file for file in sorted(path.iterdir())}
     for file in files.values():
@@ -329,7 +329,7 @@ def _seal(path: Path, key: Key, note: Mapping[str, Any]) -> None:
         "schema": SCHEMA,
         "key": dataclasses.asdict(key),
         "made": time.time(),
-        "signature": signature(files),
+        "signature": file_signatures(files),
         "sha256": {name: file_sha256(file) for name, file in files.items()},
         "note": note,
     }
@@ -337,18 +337,18 @@ def _seal(path: Path, key: Key, note: Mapping[str, Any]) -> None:
     _sync(path)
 
 
-def _fault(path: Path, key: Key) -> str | None:
+def _fault(path: Path, key: CacheKey) -> str | None:
     """Return why an entry cannot be used; None where it can.
 
     Files of the right size and time are taken to be what they were; others are hashed.
     """
     try:
         stamp = json.loads((path / STAMP).read_text("utf-8"))
-        made_for = Key(**stamp["key"])
-        for field in dataclasses.fields(Key):
+        made_for = CacheKey(**stamp["key"])
+        for field in dataclasses.fields(CacheKey):
             if getattr(made_for, field.name) != getattr(key, field.name):
                 return f"it was made for another {field.name}"
-        now = signature({name: path / name for name in stamp["signature"]})
+        now = file_signatures({name: path / name for name in stamp["signature"]})
         for name, (size, changed) in stamp["signature"].items():
             if now[name][0] != size:
                 return f"{name} has {now[name][0]} bytes instead of {size}"
@@ -361,11 +361,11 @@ def _fault(path: Path, key: Key) -> str | None:
     return None
 
 
-def _entry(path: Path) -> Entry | None:
+def _entry(path: Path) -> CacheEntry | None:
     try:
         stamp = json.loads((path / STAMP).read_text("utf-8"))
-        kind, hashes = Key(**stamp["key"]).kind, dict(stamp["sha256"])
-        return Entry(path, kind, dict(stamp["note"]), hashes, _size(path), float(stamp["made"]))
+        kind, hashes = CacheKey(**stamp["key"]).kind, dict(stamp["sha256"])
+        return CacheEntry(path, kind, dict(stamp["note"]), hashes, _size(path), float(stamp["made"]))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 

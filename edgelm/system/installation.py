@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 from edgelm.errors import MissingExtraError
 
 
-def command_for(extra: str) -> str:
+def install_command(extra: str) -> str:
     """Return the command that adds an extra to this installation."""
     what, is_editable = _source(extra)
     prefix = Path(sys.prefix)
@@ -27,7 +27,7 @@ def command_for(extra: str) -> str:
 
 def missing_extra(feature: str, extra: str, module: str) -> MissingExtraError:
     """Return the error that says which command adds the extra that brings a module."""
-    return MissingExtraError(feature, extra, module, command_for(extra))
+    return MissingExtraError(feature, extra, module, install_command(extra))
 
 
 def _installer(prefix: Path) -> str:

@@ -14,23 +14,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-RUN: Final = (
+BOOTSTRAP_CODE: Final = (
     "import json, sys; paths, module, name = json.loads(sys.argv.pop(1)); sys.path[:0] = paths; "
     "import importlib; sys.exit(getattr(importlib.import_module(module), name)())"
 )
 
 
-def python_command(module: str, function: str, *arguments: str) -> list[str]:
+def build_python_command(module: str, function: str, *arguments: str) -> list[str]:
     """Return the command that calls a function of a module without parameters in another process.
 
     `arguments` are its sys.argv[1:]; what it returns is the exit status, as for `sys.exit`.
     """
-    return command_of([sys.executable], paths(), module, function, *arguments)
+    return build_command([sys.executable], paths(), module, function, *arguments)
 
 
-def command_of(python: Sequence[str], folders: Sequence[str], module: str, function: str, *arguments: str) -> list[str]:
+def build_command(
+    python: Sequence[str], folders: Sequence[str], module: str, function: str, *arguments: str
+) -> list[str]:
     """Return the same for the words that start another interpreter, and for folders that it looks into first."""
-    return [*python, "-I", "-c", RUN, json.dumps([list(folders), module, function]), *arguments]
+    return [*python, "-I", "-c", BOOTSTRAP_CODE, json.dumps([list(folders), module, function]), *arguments]
 
 
 def paths() -> list[str]:

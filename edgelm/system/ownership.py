@@ -19,7 +19,7 @@ PRIVATE: Final = 0o700
 OTHERS_MAY_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
-def fault_above(path: Path) -> str | None:
+def find_path_fault(path: Path) -> str | None:
     """Return why others than this user and root could exchange what lies at a path; None where they could not.
 
     Every existing part of the path is judged, from the root to the path itself, and all that symbolic links in it lead
@@ -39,10 +39,11 @@ def fault_above(path: Path) -> str | None:
     return None
 
 
-def fault_below(path: Path) -> str | None:
+def find_content_fault(path: Path) -> str | None:
     """Return why others could have written a folder or something in it; None where they could not.
 
-    Nothing in it may be a symbolic link, or anything but a file or a folder. Call `fault_above` first, so that nothing
+    Nothing in it may be a symbolic link, or anything but a file or a folder. Call `find_path_fault` first, so that
+    nothing
     changes meanwhile. Raises `OSError` for what cannot be looked at.
     """
     waiting = [path]

@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import Final
 
-from edgelm.system.terminal import plain, shown_on_a_line
+from edgelm.system.terminal import escape_line, plain
 
 DELAY_S: Final = 2.0
 EVERY_S: Final = 0.1
@@ -50,7 +50,7 @@ class Progress:
 
 def _redraw(line: str) -> None:
     """Write a line in place of the last one."""
-    print(f"\r\x1b[K{shown_on_a_line(line)}", end="", file=plain(sys.stderr), flush=True)
+    print(f"\r\x1b[K{escape_line(line)}", end="", file=plain(sys.stderr), flush=True)
 
 
 def bar(what: str, done: int, of: int, elapsed_s: float) -> str:

@@ -68,7 +68,7 @@ def read_text(path: Path) -> str | None:
         return None
 
 
-def memory_of_this_machine(root: Path = ROOT) -> float | None:
+def read_memory_mb(root: Path = ROOT) -> float | None:
     """Return its memory in MB (10^6 bytes), or what the group of processes that this one is in may use, if less."""
     found = [
         1.024e-3 * float(line.split()[1])

@@ -24,7 +24,7 @@ def shown(text: str) -> str:
     return UNSAFE.sub(_escape, text)
 
 
-def shown_on_a_line(text: str) -> str:
+def escape_line(text: str) -> str:
     """Return a text as `shown`, its line feeds too: it cannot pass for more than one line of a log."""
     return shown(text).replace("\n", "\\n")
 
@@ -34,7 +34,7 @@ def _escape(found: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-class Shown:
+class EscapingStream:
     """A text stream that writes what it is given as `shown`. Everything else is the stream's own."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -59,21 +59,21 @@ class Shown:
 
 
 def plain(stream: TextIO) -> TextIO:
-    """Return the stream behind a `Shown` one: what is written there must be ours, or have passed `shown`."""
-    return stream.plain if isinstance(stream, Shown) else stream
+    """Return the stream behind a `EscapingStream` one: what is written there must be ours, or have passed `shown`."""
+    return stream.plain if isinstance(stream, EscapingStream) else stream
 
 
 @contextmanager
-def shown_output(*, answers_as_they_are: bool) -> Iterator[None]:
+def escape_output(*, raw_stdout: bool) -> Iterator[None]:
     """Have standard output and standard error show control characters while the block runs.
 
-    With `answers_as_they_are` standard output is left alone where it is no terminal: who reads an answer from a pipe
+    With `raw_stdout` standard output is left alone where it is no terminal: who reads an answer from a pipe
     gets the model's own characters. Standard error, which holds no data, always shows them.
     """
     before = sys.stdout, sys.stderr
-    if not answers_as_they_are or before[0].isatty():
-        sys.stdout = cast(TextIO, Shown(before[0]))
-    sys.stderr = cast(TextIO, Shown(before[1]))
+    if not raw_stdout or before[0].isatty():
+        sys.stdout = cast(TextIO, EscapingStream(before[0]))
+    sys.stderr = cast(TextIO, EscapingStream(before[1]))
     try:
         yield
     finally:

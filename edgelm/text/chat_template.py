@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from edgelm.errors import RequestError, TemplateLimitError
-from edgelm.text.tainted_text import NONCHARACTERS, Marker, Prompt, Spellings
+from edgelm.text.tainted_text import NONCHARACTERS, RenderedPrompt, SpecialTokenFinder, TaintTracker
 
 if TYPE_CHECKING:
     from edgelm.text.template_sandbox import Template
@@ -25,10 +25,10 @@ LOG: Final = logging.getLogger(__name__)
 PROBE: Final = "Quixotic zebras juggle"
 """A text to look for in what a template made of it."""
 
-LONGEST_MESSAGE: Final = 300
+MAX_ERROR_LENGTH: Final = 300
 """Characters of an error that are shown."""
 
-OWN: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+RESERVED_VARIABLES: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 """Variables of a template that a request cannot set by name."""
 
 
@@ -58,7 +58,7 @@ class ChatTemplate:
         control: Collection[str] = (),
     ) -> None:
         self._special_tokens = dict(special_tokens)
-        self._spellings = Spellings(control)
+        self._spellings = SpecialTokenFinder(control)
         self._template = _compile(_choose(source))
         self._unusable: TemplateLimitError | None = None
         """Why even a short text cannot be rendered."""
@@ -70,7 +70,7 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         *,
         generation_prompt: bool = True,
-    ) -> Prompt:
+    ) -> RenderedPrompt:
         """Return the prompt of a conversation, up to where the assistant speaks.
 
         Parameters
@@ -96,14 +96,14 @@ class ChatTemplate:
         try:  # a template can raise anything, which the sandbox only contains; values can be nested too deeply
             if self._unusable is not None:
                 raise self._unusable
-            given = self._fitted(messages)
-            marker = Marker(self._spellings, [given, options])
+            given = self._adapt_messages(messages)
+            marker = TaintTracker(self._spellings, [given, options])
             marked = [
                 {name: marker.mark(value, ends=name != "role") for name, value in message.items()} for message in given
             ]
             return marker.read(self._render(marked, generation_prompt, marker.mark(options)))
         except Exception as error:
-            text = "".join(c for c in " ".join(str(error)[:LONGEST_MESSAGE].split()) if ord(c) not in NONCHARACTERS)
+            text = "".join(c for c in " ".join(str(error)[:MAX_ERROR_LENGTH].split()) if ord(c) not in NONCHARACTERS)
             raise RequestError("bad_request", f"the model's chat template refuses the messages: {text}") from error
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool, options: Mapping[str, Any]) -> str:
@@ -124,7 +124,7 @@ class ChatTemplate:
         for name in given:
             if not isinstance(name, str) or not name.isidentifier():
                 raise RequestError("bad_request", f"template_vars: {name!r:.80} is not the name of a variable")
-            if name in OWN or name in self._special_tokens:
+            if name in RESERVED_VARIABLES or name in self._special_tokens:
                 raise RequestError(
                     "bad_request", f"template_vars: {name} is set by the model, the messages or the tools"
                 )
@@ -132,7 +132,7 @@ class ChatTemplate:
 
     # --- what the template takes ---
 
-    def _fitted(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    def _adapt_messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Return the messages in the form that the template takes."""
         fitted = [_with_arguments(message) for message in messages]
         if any(isinstance(message.get("content"), list) for message in fitted) and not self._takes_parts:

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 REPLACEMENT: Final = "\ufffd"
 """What decoders put in place of bytes that are not, or not yet, UTF-8."""
-WINDOW: Final = 16
+MAX_PENDING_TOKENS: Final = 16
 """Tokens decoded together at most, besides the context."""
-TAIL: Final = 8
+PROMPT_TAIL_TOKENS: Final = 8
 """Tokens of the prompt looked at: they tell whether a space is due, and which character is half done."""
 
 
-class Decoder(Protocol):
+class TokenDecoder(Protocol):
     """What `StreamDecoder` needs of a tokenizer."""
 
     @property
@@ -57,28 +57,28 @@ class StreamDecoder:
         Whether a stop string was met. Later tokens give no text.
     """
 
-    def __init__(self, tokenizer: Decoder, prompt_tail: Sequence[int] = (), stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: TokenDecoder, prompt_tail: Sequence[int] = (), stop: tuple[str, ...] = ()) -> None:
         self.text = ""
-        self.stopped = False
+        self.is_stopped = False
         self._decode = tokenizer.decode
         self._byte_tokens = tokenizer.byte_tokens
         self._utf8 = getincrementaldecoder("utf-8")("replace")
-        self._prompt_left = False
+        self._has_prompt_bytes = False
         self._stop = StopFilter(stop)
         self._context: list[int] = []
         self._context_text = ""
         self._pending: list[int] = []
         self._given = 0  # characters of the pending tokens' text that were returned already
-        tail = list(prompt_tail[-TAIL:])
+        tail = list(prompt_tail[-PROMPT_TAIL_TOKENS:])
         self._set_context(tail)
         for token in tail:
             self._text_of(token)
         self._set_context(tail)
-        self._prompt_left = bool(self._utf8.getstate()[0])  # bytes of a character, waiting for the rest
+        self._has_prompt_bytes = bool(self._utf8.getstate()[0])  # bytes of a character, waiting for the rest
 
     def push(self, token: int) -> str:
         """Take the next token; return the text that is certain now, often empty."""
-        return "" if self.stopped else self._emit(self._text_of(token))
+        return "" if self.is_stopped else self._emit(self._text_of(token))
 
     def finish(self) -> str:
         """End the answer; return what was held back."""
@@ -90,7 +90,7 @@ class StreamDecoder:
 
     def _emit(self, text: str) -> str:
         piece = self._stop.push(text)
-        self.stopped = self._stop.matched
+        self.is_stopped = self._stop.matched
         self.text += piece
         return piece
 
@@ -104,14 +104,14 @@ class StreamDecoder:
         text = self._utf8.decode(bytes((byte,)))
         if not self._decode([*self._context, token]):
             text = ""  # a space that the decoder drops at the start of a text
-        self._prompt_left &= not text
+        self._has_prompt_bytes &= not text
         self._set_context([token])
         return text
 
     def _end_bytes(self) -> str:
         """Return what becomes of a character that stays half done; nothing where the prompt began it."""
         broken = self._utf8.decode(b"", final=True)
-        began, self._prompt_left = self._prompt_left, False
+        began, self._has_prompt_bytes = self._has_prompt_bytes, False
         return "" if began else broken
 
     def _text_in_context(self, token: int) -> str:
@@ -123,7 +123,7 @@ class StreamDecoder:
         self._given = max(self._given, len(sure))
         if fresh and not held:
             self._set_context(self._pending)
-        elif len(self._pending) >= WINDOW:
+        elif len(self._pending) >= MAX_PENDING_TOKENS:
             self._slide(fresh, held)
         return piece
 
@@ -143,7 +143,7 @@ class StreamDecoder:
 
     def _slide(self, fresh: str, held: int) -> None:
         """Forget the oldest pending tokens; the last `held` characters of their text are not returned yet."""
-        pending = self._pending[-WINDOW // 2 :]
+        pending = self._pending[-MAX_PENDING_TOKENS // 2 :]
         if not fresh:  # special tokens, which have no text: what came before them still decides on a space
             self._pending = pending
             return

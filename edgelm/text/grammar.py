@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from edgelm.errors import BundleError, RequestError
-from edgelm.text.tokenizer_file import usable_text
+from edgelm.text.tokenizer_file import sanitize_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,11 +31,11 @@ LARGEST_NUMBER: Final = 2**53
 DEEPEST: Final = 200
 """Levels of a schema."""
 
-LONGEST_MESSAGE: Final = 300
+MAX_ERROR_LENGTH: Final = 300
 """Characters of an error that are shown: some repeat the whole constraint."""
 
 
-class Grammar:
+class ConstraintCompiler:
     """Compiles constraints for one vocabulary.
 
     Parameters
@@ -60,7 +60,7 @@ class Grammar:
         self._vocab_size = vocab_size
         try:
             self._tokenizer: Any = llguidance.LLTokenizer(
-                usable_text(Path(tokenizer).read_text(encoding="utf-8"), vocab_size),
+                sanitize_tokenizer(Path(tokenizer).read_text(encoding="utf-8"), vocab_size),
                 n_vocab=vocab_size,
                 eos_token=list(eos_tokens) or None,
             )
@@ -132,7 +132,7 @@ def _check_schema(schema: object) -> None:
 
 
 class Matcher:
-    """Follows one answer token by token. Made by `Grammar.start`."""
+    """Follows one answer token by token. Made by `ConstraintCompiler.start`."""
 
     def __init__(self, inner: Any, vocab_size: int) -> None:
         self._inner = inner
@@ -198,4 +198,4 @@ def _in_one_line(message: object) -> str:
     """Return llguidance's message without its state dump and its markers under the source, cut where it is long."""
     lines = str(message).split("<state>")[0].splitlines()
     text = " ".join(line.strip() for line in lines if line.strip(" ^"))
-    return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "..."
+    return text if len(text) <= MAX_ERROR_LENGTH else text[:MAX_ERROR_LENGTH] + "..."

@@ -10,14 +10,14 @@ from typing import Any, Final
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.text.tokenizer import Tokenizer
 
-Opening = str | Sequence[Mapping[str, Any]]
+PrefixText = str | Sequence[Mapping[str, Any]]
 """Text, or messages for the chat template."""
 
 PROBES: Final = ("a", "7")
 """Two messages that may follow: what differs between them is not part of the prefix."""
 
 
-def read_opening(file: str | Path) -> Opening:
+def read_prefix_text(file: str | Path) -> PrefixText:
     """Read what prompts are to begin with.
 
     A JSON list of objects holds messages, as a file named *.json must; everything else is text. Raises `EdgelmError`
@@ -43,7 +43,7 @@ def read_opening(file: str | Path) -> Opening:
     return text
 
 
-def opening_tokens(opening: Opening, tokenizer: Tokenizer) -> list[int]:
+def tokenize_prefix(prefix_text: PrefixText, tokenizer: Tokenizer) -> list[int]:
     """Return the tokens that every prompt with this opening begins with.
 
     Text is encoded like a prompt, with the start token where the tokenizer adds one. Of messages it is what the prompts
@@ -51,10 +51,10 @@ def opening_tokens(opening: Opening, tokenizer: Tokenizer) -> list[int]:
     refuses them, or when nothing is in common.
     """
     try:
-        if isinstance(opening, str):
-            return tokenizer.encode(opening)
-        following = ([*opening, {"role": "user", "content": probe}] for probe in PROBES)
-        one, other = (tokenizer.encode_prompt(tokenizer.prompt_of(chat)) for chat in following)
+        if isinstance(prefix_text, str):
+            return tokenizer.encode(prefix_text)
+        following = ([*prefix_text, {"role": "user", "content": probe}] for probe in PROBES)
+        one, other = (tokenizer.encode_prompt(tokenizer.build_prompt(chat)) for chat in following)
     except RequestError as error:
         raise EdgelmError(f"the prefix cannot be made into tokens: {error}") from error
     shared = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
@@ -63,7 +63,7 @@ def opening_tokens(opening: Opening, tokenizer: Tokenizer) -> list[int]:
     return one[:shared]
 
 
-def check_tokens(tokens: Sequence[int], *, context: int, vocab_size: int, long_from: int | None) -> None:
+def check_prefix_tokens(tokens: Sequence[int], *, context: int, vocab_size: int, long_from: int | None) -> None:
     """Raise `EdgelmError` unless prompts can begin with these tokens: at least one position must follow them.
 
     `context` and `long_from` are lengths in tokens; from beyond `long_from` (LongRoPE) on positions are embedded

@@ -16,32 +16,32 @@ from typing import Any, Final, SupportsIndex
 
 NONCHARACTERS: Final = range(0xFDD0, 0xFDF0)
 """Code points that Unicode keeps for a program's own use."""
-PRIVATE: Final = range(0xF0000, 0x10FFFE)
+PRIVATE_USE_AREA: Final = range(0xF0000, 0x10FFFE)
 """For texts that hold every noncharacter."""
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class RenderedPrompt:
     """A rendered chat. `data` are positions, ascending, of characters that belong to no special token."""
 
     text: str
     data: tuple[int, ...] = ()
 
-    def after(self, start: int) -> Prompt:
+    def after(self, start: int) -> RenderedPrompt:
         """Return the prompt from a position on."""
-        return Prompt(self.text[start:], tuple(p - start for p in self.data if p >= start))
+        return RenderedPrompt(self.text[start:], tuple(p - start for p in self.data if p >= start))
 
-    def behind(self, text: str) -> Prompt:
+    def behind(self, text: str) -> RenderedPrompt:
         """Return the prompt with a text before it."""
-        return Prompt(text + self.text, tuple(p + len(text) for p in self.data))
+        return RenderedPrompt(text + self.text, tuple(p + len(text) for p in self.data))
 
-    def has_data(self, start: int, end: int) -> bool:
+    def is_tainted(self, start: int, end: int) -> bool:
         """Whether a character of data lies in [start, end)."""
         i = bisect_left(self.data, start)
         return i < len(self.data) and self.data[i] < end
 
 
-class Spellings:
+class SpecialTokenFinder:
     """Finds special tokens by their texts, none of them empty."""
 
     def __init__(self, tokens: Collection[str]) -> None:
@@ -86,13 +86,13 @@ class Spellings:
         return any(fits(token, part) for token in self.tokens)
 
 
-class Marker:
+class TaintTracker:
     """Marks the texts in what a template is given, and reads the marks off what it made of them."""
 
-    def __init__(self, spellings: Spellings, values: Any) -> None:
+    def __init__(self, spellings: SpecialTokenFinder, values: Any) -> None:
         self._spellings = spellings
         used = set(chain.from_iterable(_texts(values)))
-        self.sign = next(c for c in map(chr, chain(NONCHARACTERS, PRIVATE)) if c not in used)
+        self.taint_mark = next(c for c in map(chr, chain(NONCHARACTERS, PRIVATE_USE_AREA)) if c not in used)
 
     def mark(self, value: Any, *, ends: bool = True) -> Any:
         """Return JSON's values with marks in their texts; those that need none, and other values, as they are."""
@@ -101,48 +101,48 @@ class Marker:
             if not marks:
                 return value
             cuts = [0, *marks, len(value)]
-            return Marked(self.sign.join(value[a:b] for a, b in pairwise(cuts)), self.sign)
+            return TaintedText(self.taint_mark.join(value[a:b] for a, b in pairwise(cuts)), self.taint_mark)
         if isinstance(value, Mapping):
             return {self.mark(name, ends=ends): self.mark(each, ends=ends) for name, each in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.mark(each, ends=ends) for each in value]
         return value
 
-    def read(self, rendered: str) -> Prompt:
+    def read(self, rendered: str) -> RenderedPrompt:
         """Return a rendered text without signs, and where they stood."""
-        if self.sign not in rendered:
-            return Prompt(rendered)
-        parts = rendered.split(self.sign)
+        if self.taint_mark not in rendered:
+            return RenderedPrompt(rendered)
+        parts = rendered.split(self.taint_mark)
         text = "".join(parts)
         positions, length = [], 0
         for part in parts[:-1]:
             length += len(part)
             positions.append(length)
-        return Prompt(text, tuple(p for p in dict.fromkeys(positions) if p < len(text)))
+        return RenderedPrompt(text, tuple(p for p in dict.fromkeys(positions) if p < len(text)))
 
 
-class Marked(str):
+class TaintedText(str):
     """A text with signs that a template sees without them: comparisons, searches and cuts are those of the bare text.
 
     What is cut out of it, or joined to it, keeps its signs.
     """
 
-    __slots__ = ("_sign",)
-    _sign: str
+    __slots__ = ("_taint_mark",)
+    _taint_mark: str
 
-    def __new__(cls, value: str, sign: str) -> Marked:
+    def __new__(cls, value: str, taint_mark: str) -> TaintedText:
         """See the class; `value` holds the signs, each before the character that it marks."""
         self = super().__new__(cls, value)
-        self._sign = sign
+        self._taint_mark = taint_mark
         return self
 
     @property
     def bare(self) -> str:
         """The text without signs."""
-        return str.replace(self, self._sign, "")
+        return str.replace(self, self._taint_mark, "")
 
-    def _of(self, value: str) -> str:
-        return Marked(value, self._sign) if self._sign in value else value
+    def _rewrap(self, value: str) -> str:
+        return TaintedText(value, self._taint_mark) if self._taint_mark in value else value
 
     def _cut(self, start: int, end: int) -> str:
         """Return the characters [start, end) of the bare text with their signs."""
@@ -151,12 +151,12 @@ class Marked(str):
     def _cuts(self, ranges: Iterable[tuple[int, int]]) -> list[str]:
         """Return the characters of several ranges: finding the signs takes as long for one as for all."""
         raw, places = super().__str__(), self._places()
-        return [self._of(raw[places[start] : places[max(start, end)]]) for start, end in ranges]
+        return [self._rewrap(raw[places[start] : places[max(start, end)]]) for start, end in ranges]
 
     def _places(self) -> list[int]:
         """Where each bare character begins with its sign, and the end."""
         raw = super().__str__()
-        signed = [c == self._sign for c in raw]
+        signed = [c == self._taint_mark for c in raw]
         starts = [i - (i > 0 and signed[i - 1]) for i in range(len(raw)) if not signed[i]]
         return [*starts, len(raw)]
 
@@ -164,10 +164,12 @@ class Marked(str):
         return self
 
     def __repr__(self) -> str:
-        return str.__repr__(self).replace(ascii(self._sign)[1:-1], self._sign)  # a template may write a whole list
+        return str.__repr__(self).replace(
+            ascii(self._taint_mark)[1:-1], self._taint_mark
+        )  # a template may write a whole list
 
     def __eq__(self, other: object) -> bool:
-        return self.bare == (other.bare if isinstance(other, Marked) else other)
+        return self.bare == (other.bare if isinstance(other, TaintedText) else other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -190,15 +192,15 @@ class Marked(str):
             picked = whole[key]
             if picked.step == 1:
                 return self._cut(picked.start, picked.stop)
-            return self._of("".join(map(str.__str__, self._cuts((i, i + 1) for i in picked))))
+            return self._rewrap("".join(map(str.__str__, self._cuts((i, i + 1) for i in picked))))
         at = whole[key]
         return self._cut(at, at + 1)
 
     def __add__(self, other: str) -> str:
-        return self._of(str.__add__(self, other))
+        return self._rewrap(str.__add__(self, other))
 
     def __radd__(self, other: str) -> str:
-        return self._of(str.__add__(other, self))
+        return self._rewrap(str.__add__(other, self))
 
     def strip(self, chars: str | None = None, /) -> str:
         """See `str.strip`."""
@@ -253,9 +255,9 @@ class Marked(str):
         """See `str.replace`."""
         bare = _bare_of(old)
         if not bare:
-            return self._of(str.replace(self, bare, new, count))
+            return self._rewrap(str.replace(self, bare, new, count))
         pieces = self.split(bare, count)
-        return self._of(str.__str__(new).join(str.__str__(piece) for piece in pieces))
+        return self._rewrap(str.__str__(new).join(str.__str__(piece) for piece in pieces))
 
     def _pieces(self, pieces: list[str], sep: str | None) -> list[str]:
         """Return pieces of the bare text, between which a separator or space was, with their signs."""
@@ -271,14 +273,14 @@ class Marked(str):
 
 
 def _bare_of(value: str) -> str:
-    return value.bare if isinstance(value, Marked) else value
+    return value.bare if isinstance(value, TaintedText) else value
 
 
 def _searching(name: str) -> Any:
     """Return a method that asks the bare text."""
     ask = getattr(str, name)
 
-    def method(self: Marked, part: Any, *bounds: Any) -> Any:
+    def method(self: TaintedText, part: Any, *bounds: Any) -> Any:
         bare = tuple(map(_bare_of, part)) if isinstance(part, tuple) else _bare_of(part)
         return ask(self.bare, bare, *bounds)
 
@@ -291,8 +293,8 @@ def _changing(name: str) -> Any:
     """Return a method that changes characters, signs left alone."""
     change = getattr(str, name)
 
-    def method(self: Marked, *arguments: Any) -> str:
-        return self._of(change(self, *arguments))
+    def method(self: TaintedText, *arguments: Any) -> str:
+        return self._rewrap(change(self, *arguments))
 
     method.__name__ = name
     method.__doc__ = f"See `str.{name}`."
@@ -300,9 +302,9 @@ def _changing(name: str) -> Any:
 
 
 for _name in ("startswith", "endswith", "find", "rfind", "index", "rindex", "count"):
-    setattr(Marked, _name, _searching(_name))
+    setattr(TaintedText, _name, _searching(_name))
 for _name in ("lower", "upper", "casefold", "swapcase"):
-    setattr(Marked, _name, _changing(_name))
+    setattr(TaintedText, _name, _changing(_name))
 
 
 def _texts(value: Any) -> Iterable[str]:

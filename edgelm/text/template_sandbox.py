@@ -30,7 +30,7 @@ from edgelm.text.tainted_text import NONCHARACTERS
 
 MOST_SOURCE: Final = 100_000
 """Characters of a template: several times the longest that is published."""
-MOST_MADE: Final = 32_000_000
+MAX_RENDERED_SIZE: Final = 32_000_000
 """Characters, or as many entries of lists, that one rendering may make in all."""
 LIMIT_S: Final = 1.0
 """Processor time of one rendering."""
@@ -40,7 +40,7 @@ MOST_BITS: Final = 4096
 """Of an integer."""
 MOST_MESSAGE: Final = 300
 """Characters of an error that a template raises."""
-NODE: Final = 16
+VALUE_SIZE: Final = 16
 """What a value counts besides its characters, about as many bytes as the least one takes."""
 
 ESCAPED: Final = re.compile("|".join(rf"\\u{code:04x}" for code in NONCHARACTERS))
@@ -81,51 +81,51 @@ class Template:
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """Return the text. Raises `TemplateLimitError`, and whatever else a template can raise."""
-        with self._environment.limits.begun():
+        with self._environment.budget.begun():
             return "".join(self._template.generate(**variables))
 
 
-class _Limits(threading.local):
+class _RenderBudget(threading.local):
     """What a rendering may still do, a thread's own."""
 
-    left = MOST_MADE
-    until = 0.0
+    left = MAX_RENDERED_SIZE
+    deadline_s = 0.0
     _calls = 0
 
-    def begun(self) -> _Limits:
+    def begun(self) -> _RenderBudget:
         """Begin anew."""
-        self.left, self.until = MOST_MADE, time.thread_time() + LIMIT_S
+        self.left, self.deadline_s = MAX_RENDERED_SIZE, time.thread_time() + LIMIT_S
         return self
 
-    def __enter__(self) -> _Limits:
+    def __enter__(self) -> _RenderBudget:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.until = 0.0
+        self.deadline_s = 0.0
 
-    def tick(self) -> None:
+    def check_time(self) -> None:
         """Look at the clock now and then. Without a rendering, as when a template is compiled, there is none."""
         self._calls += 1
-        if self._calls % 32 == 0 and self.until and time.thread_time() > self.until:
+        if self._calls % 32 == 0 and self.deadline_s and time.thread_time() > self.deadline_s:
             raise TemplateLimitError(f"it takes longer than {LIMIT_S:g} s")
 
     def check(self, size: float) -> None:
         """Refuse to make so much."""
-        self.tick()
+        self.check_time()
         if size > self.left:
-            raise TemplateLimitError(f"it makes more than {MOST_MADE / 1e6:.0f} million characters")
+            raise TemplateLimitError(f"it makes more than {MAX_RENDERED_SIZE / 1e6:.0f} million characters")
 
     def spend(self, size: float) -> None:
         """Count what was made."""
         self.check(size)
         self.left -= int(size)
 
-    def weight(self, *values: Any) -> int:
+    def measure(self, *values: Any) -> int:
         """Return about how many characters values have when they are written. Refuses those that are too large."""
         total, waiting = 0, list(values)
         while waiting:
             value = waiting.pop()
-            total += NODE
+            total += VALUE_SIZE
             if isinstance(value, (str, bytes)):
                 total += len(value)
             elif isinstance(value, Mapping):
@@ -135,11 +135,11 @@ class _Limits(threading.local):
                 if value.bit_length() > MOST_BITS:
                     raise TemplateLimitError(f"it computes an integer of {value.bit_length()} bits")
             elif isinstance(value, range):
-                total += NODE * len(value)
+                total += VALUE_SIZE * len(value)
             elif isinstance(value, Namespace):
                 waiting.append(object.__getattribute__(value, "_Namespace__attrs"))
             elif isinstance(value, (list, tuple, set, frozenset)) or type(value).__name__.startswith("dict_"):
-                total += NODE * len(value) if len(value) > 1000 else 0
+                total += VALUE_SIZE * len(value) if len(value) > 1000 else 0
                 self.check(total)
                 waiting += value
             self.check(total)
@@ -149,7 +149,7 @@ class _Limits(threading.local):
         """Return what an iterator yields, counted."""
         found = []
         for value in values:
-            self.spend(NODE)
+            self.spend(VALUE_SIZE)
             found.append(value)
         return found
 
@@ -162,22 +162,22 @@ class _Limits(threading.local):
         return _Counted(self, values)
 
     def _ticked(self, value: Any) -> Any:
-        self.tick()
+        self.check_time()
         return value
 
 
 class _Counted:
     """What has a length, with a look at the clock for each of its values."""
 
-    def __init__(self, limits: _Limits, values: Any) -> None:
-        self._limits, self._values = limits, values
+    def __init__(self, budget: _RenderBudget, values: Any) -> None:
+        self._limits, self._values = budget, values
 
     def __len__(self) -> int:
         return len(self._values)
 
     def __iter__(self) -> Iterator[Any]:
         for value in self._values:
-            self._limits.tick()
+            self._limits.check_time()
             yield value
 
 
@@ -236,12 +236,12 @@ class _Environment(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
             optimized=False,  # nothing is computed before there are limits
-            finalize=pass_context(lambda _context, value: self.written(value)),
+            finalize=pass_context(lambda _context, value: self.count_output(value)),
         )
-        self.limits = _Limits()
+        self.budget = _RenderBudget()
         known = {name: each for name, each in self.filters.items() if name not in _REMOVED}
         self.filters = {name: self._bounded(name, each) for name, each in {**known, "tojson": _to_json}.items()}
-        self.filters["_counted"] = self.limits.counted
+        self.filters["_counted"] = self.budget.counted
         self.filters["_made"] = self._made
         del self.globals["lipsum"]
         self.globals["raise_exception"] = _raise_exception
@@ -253,18 +253,18 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     # -- what makes values -------------------------------------------------------------------------------------
 
-    def written(self, value: Any) -> Any:
+    def count_output(self, value: Any) -> Any:
         """Count what is written."""
-        self.limits.spend(len(value) if isinstance(value, str) else self.limits.weight(value))
+        self.budget.spend(len(value) if isinstance(value, str) else self.budget.measure(value))
         return value
 
     def joined(self, values: tuple[Any, ...]) -> str:
         """Return what `~` makes."""
-        self.limits.spend(self.limits.weight(*values))
+        self.budget.spend(self.budget.measure(*values))
         return "".join(map(str, values))
 
     def _made(self, value: Any) -> Any:
-        self.limits.spend(self.limits.weight(value))
+        self.budget.spend(self.budget.measure(value))
         return value
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -280,27 +280,29 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif operator == "*":
             times, value = (left, right) if isinstance(left, int) else (right, left)
             if isinstance(times, int) and times > 0:
-                self.limits.spend(times * (len(value) if isinstance(value, str | bytes) else self.limits.weight(value)))
+                self.budget.spend(
+                    times * (len(value) if isinstance(value, str | bytes) else self.budget.measure(value))
+                )
         elif operator == "%" and isinstance(left, str):
             self._check_format(left, "%", right)
         else:
-            self.limits.spend(self.limits.weight(left, right))
+            self.budget.spend(self.budget.measure(left, right))
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, called: Any, /, *given: Any, **named: Any) -> Any:
         """See Jinja; refuses methods that could make much of little."""
-        self.limits.tick()
+        self.budget.check_time()
         method = getattr(called, "__wrapped__", called)  # Jinja wraps `format` of texts
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, (str, bytes, bytearray, int, float, complex, list, tuple, Mapping, set, frozenset, range)):
             self._check_method(owner, name, given, {key: named[key] for key in named.keys() - _JINJAS})
         elif called is not _raise_exception:
-            self.limits.weight(given, named)
+            self.budget.measure(given, named)
         made = super().call(context, called, *given, **named)
         if isinstance(made, str):
-            self.limits.spend(len(made))
+            self.budget.spend(len(made))
         elif isinstance(made, (list, tuple, dict, set, frozenset, Namespace, int)):
-            self.limits.spend(self.limits.weight(made))
+            self.budget.spend(self.budget.measure(made))
         return made
 
     def _check_method(self, owner: Any, name: str, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
@@ -308,13 +310,13 @@ class _Environment(ImmutableSandboxedEnvironment):
             return
         if name in _WIDENING:
             width = next((n for n in (*given, *named.values()) if isinstance(n, int)), 8)
-            self.limits.check(len(owner) + (owner.count("\t") if name == "expandtabs" else 1) * abs(width))
+            self.budget.check(len(owner) + (owner.count("\t") if name == "expandtabs" else 1) * abs(width))
         elif name == "replace" and isinstance(owner, str) and len(given) >= 2:
             self._check_replace(owner, *given[:2])
         elif name == "join" and given and isinstance(owner, str):
             if isinstance(given[0], Iterator):
                 raise TemplateLimitError("join takes a list here: write `| join(...)`")
-            self.limits.check(self.limits.weight(given[0]) + len(owner) * len(given[0]))
+            self.budget.check(self.budget.measure(given[0]) + len(owner) * len(given[0]))
         elif name in ("format", "format_map") and isinstance(owner, str):
             self._check_format(owner, "{", [*given, *named.values()])
         else:
@@ -322,38 +324,38 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _check_replace(self, text: str, old: Any, new: Any) -> None:
         if isinstance(old, str) and isinstance(new, str):
-            self.limits.check(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
+            self.budget.check(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
 
     def _check_format(self, text: str, sign: str, values: Any) -> None:
         """Refuse a format that writes wide columns, or its values too often."""
         if _LONG_NUMBER.search(text):
             raise TemplateLimitError("it formats numbers with more places than a template may")
-        self.limits.spend(len(text) + (1 + text.count(sign)) * (self.limits.weight(values) + MOST_WIDTH))
+        self.budget.spend(len(text) + (1 + text.count(sign)) * (self.budget.measure(values) + MOST_WIDTH))
 
     def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a filter that counts what it is given and what it makes."""
-        limits, first = self.limits, 1 if hasattr(function, "jinja_pass_arg") else 0
+        budget, first = self.budget, 1 if hasattr(function, "jinja_pass_arg") else 0
 
         def bounded(*given: Any, **named: Any) -> Any:
-            limits.tick()
-            given = tuple(limits.listed(each) if isinstance(each, Iterator) else each for each in given)
+            budget.check_time()
+            given = tuple(budget.listed(each) if isinstance(each, Iterator) else each for each in given)
             values = [*given[first:], *named.values()]
-            size = limits.weight(*values)
+            size = budget.measure(*values)
             if name in _WIDE_FILTERS:
                 widths = [abs(n) if isinstance(n, int) else len(n) for n in values[1:] if isinstance(n, int | str)]
                 if max(widths, default=0) > MOST_WIDTH:
                     raise TemplateLimitError(f"it gives {name} a number above {MOST_WIDTH}")
                 widest = max([1, *widths])
-                limits.check(widest * _lines(values[0], name))
+                budget.check(widest * _lines(values[0], name))
             elif name == "replace" and len(values) >= 3:
                 self._check_replace(str(values[0]), *values[1:3])
             elif name == "format" and values:
                 self._check_format(str(values[0]), "%", values[1:])
             elif name == "join" and values:
                 count = len(values[0]) if hasattr(values[0], "__len__") else 1
-                limits.check(size + count * sum(len(each) for each in values[1:] if isinstance(each, str)))
+                budget.check(size + count * sum(len(each) for each in values[1:] if isinstance(each, str)))
             made = function(*given, **named)
-            limits.spend(len(made) if isinstance(made, str) else limits.weight(made))
+            budget.spend(len(made) if isinstance(made, str) else budget.measure(made))
             return made
 
         for attribute in ("jinja_pass_arg", "jinja_async_variant"):

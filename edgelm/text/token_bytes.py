@@ -18,7 +18,7 @@ KEEPING_SPLITTERS: Final = frozenset({"Sequence", "ByteLevel", "Digits", "Split"
 
 
 @dataclass(frozen=True, slots=True)
-class TokenBytes:
+class TokenSizeBound:
     """What is known of a tokenizer: the most bytes of text that one token stands for, and bytes that have no token."""
 
     longest: int
@@ -29,7 +29,7 @@ class TokenBytes:
         return -(-len(text.encode("utf-8", "replace").translate(None, self.dropped)) // self.longest)
 
 
-def token_bytes(inner: Any) -> TokenBytes | None:
+def measure_token_size(inner: Any) -> TokenSizeBound | None:
     """Return what is known of a `tokenizers.Tokenizer`; None where a text may have any number of tokens."""
     model = inner.model
     normalizers, splitters = _parts(inner.normalizer), _parts(inner.pre_tokenizer)
@@ -43,7 +43,7 @@ def token_bytes(inner: Any) -> TokenBytes | None:
     dropped = b""
     vocab = inner.get_vocab(with_added_tokens=False)
     if any(part["type"] == "ByteLevel" for part in (*normalizers, *splitters)):
-        dropped = bytes(sorted(byte for letter, byte in BYTE_LETTERS.items() if letter not in vocab))
+        dropped = bytes(sorted(byte for letter, byte in UNICODE_TO_BYTE.items() if letter not in vocab))
         longest = max(map(len, vocab))  # a letter is a byte
     elif model.byte_fallback and all(f"<0x{byte:02X}>" in vocab for byte in range(256)):
         longest = max(len(piece.encode("utf-8", "replace")) for piece in vocab)
@@ -53,8 +53,8 @@ def token_bytes(inner: Any) -> TokenBytes | None:
         return None
     longest = max([longest, *(len(token.content.encode("utf-8", "replace")) for token in added)])
     if any(part["type"] == "NFC" for part in normalizers):
-        return None if dropped else TokenBytes(longest * NFC_SHRINKS)
-    return TokenBytes(longest, dropped)
+        return None if dropped else TokenSizeBound(longest * NFC_SHRINKS)
+    return TokenSizeBound(longest, dropped)
 
 
 def _keeps_text(normalizer: dict[str, Any]) -> bool:
@@ -85,4 +85,4 @@ def _byte_letters() -> dict[str, int]:
     return {chr(byte): byte for byte in printed} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-BYTE_LETTERS: Final = _byte_letters()
+UNICODE_TO_BYTE: Final = _byte_letters()

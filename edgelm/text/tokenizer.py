@@ -19,9 +19,9 @@ from edgelm.bundle.manifest import Bundle
 from edgelm.errors import BundleError, RequestError
 from edgelm.text.chat_template import ChatTemplate
 from edgelm.text.detokenizer import StreamDecoder
-from edgelm.text.tainted_text import Prompt, Spellings
-from edgelm.text.token_bytes import TokenBytes, token_bytes
-from edgelm.text.tokenizer_file import MOST_ADDED, check_numbers, check_replacements, patterns, usable_text
+from edgelm.text.tainted_text import RenderedPrompt, SpecialTokenFinder
+from edgelm.text.token_bytes import TokenSizeBound, measure_token_size
+from edgelm.text.tokenizer_file import MOST_ADDED, check_numbers, check_replacements, find_regexes, sanitize_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -147,41 +147,42 @@ class Tokenizer:
         _check_unicode(text)
         return _ids(self._inner, text, add_special_tokens)
 
-    def encode_further(self, text: str) -> list[int]:
+    def encode_continuation(self, text: str) -> list[int]:
         """Return the tokens of a text that goes on from another: no special ones are added, and no space before it.
 
         Raises `RequestError` as `encode` does.
         """
-        return self.encode_prompt(Prompt(text), further=True)
+        return self.encode_prompt(RenderedPrompt(text), is_continuation=True)
 
-    def encode_prompt(self, prompt: Prompt, *, further: bool = False) -> list[int]:
+    def encode_prompt(self, prompt: RenderedPrompt, *, is_continuation: bool = False) -> list[int]:
         """Return the tokens of a rendered chat. Special tokens that a message spells out stay text.
 
-        With `further` it goes on from another text: no space is put before it. Raises `RequestError` as `encode` does.
+        With `is_continuation` it goes on from another text: no space is put before it. Raises `RequestError` as
+        `encode` does.
         """
-        if not further:
-            return self._encode_plainly(prompt)
+        if not is_continuation:
+            return self._encode_rendered(prompt)
         start = self.encode("\n", add_special_tokens=False)  # takes the space that many put before what they are given
-        whole = self._encode_plainly(prompt.behind("\n"))
+        whole = self._encode_rendered(prompt.behind("\n"))
         if whole[: len(start)] == start:
             return whole[len(start) :]
-        return self._encode_plainly(prompt)  # a tokenizer that joins line breaks adds no space
+        return self._encode_rendered(prompt)  # a tokenizer that joins line breaks adds no space
 
-    def _encode_plainly(self, prompt: Prompt) -> list[int]:
+    def _encode_rendered(self, prompt: RenderedPrompt) -> list[int]:
         renamed = self._rename(prompt) if prompt.data else None
         if renamed is None:
             return self.encode(prompt.text, add_special_tokens=False)
         _check_unicode(renamed)
-        return _ids(self._renamed, renamed, False)
+        return _ids(self._renamed_tokenizer, renamed, False)
 
     def check_length(self, text: str, context: int) -> None:
         """Raise `RequestError` for a text that has more tokens than `context` whatever it says: it need not be encoded.
 
         Nothing is checked for tokenizers that may drop some of a text: see `tokenbytes`.
         """
-        if len(text) <= max(context, SHORT) or self._token_bytes is None:
+        if len(text) <= max(context, SHORT) or self._token_size_bound is None:
             return
-        fewest = self._token_bytes.fewest(text)
+        fewest = self._token_size_bound.fewest(text)
         if fewest >= context:
             raise RequestError(
                 "bad_request",
@@ -190,17 +191,17 @@ class Tokenizer:
             )
 
     @cached_property
-    def _token_bytes(self) -> TokenBytes | None:
-        return token_bytes(self._inner)
+    def _token_size_bound(self) -> TokenSizeBound | None:
+        return measure_token_size(self._inner)
 
-    def must_prepare_for(self, text: str) -> bool:
+    def needs_preparation_for(self, text: str) -> bool:
         """Whether a text spells a special token for the first time, which takes up to a second to prepare for."""
         if "_renamed" in self.__dict__ or self._chat_template is None:
             return False
-        return any(token in self._stand_ins for _, token in self._added.find(text))
+        return any(token in self._placeholders for _, token in self._added.find(text))
 
-    def _rename(self, prompt: Prompt) -> str | None:
-        """Return a prompt with the special tokens of the template under the names that `_renamed` has for them.
+    def _rename(self, prompt: RenderedPrompt) -> str | None:
+        """Return a prompt with the special tokens of the template renamed as in `_renamed_tokenizer`.
 
         None where a message spells no special token: then nothing has to be told apart.
         """
@@ -209,22 +210,22 @@ class Tokenizer:
             end = start + len(token)
             if start < at:
                 continue
-            if token in self._stand_ins:
-                if prompt.has_data(start, end):
+            if token in self._placeholders:
+                if prompt.is_tainted(start, end):
                     spelled = True
                     continue
-                parts += [text[kept:start], self._stand_ins[token]]
+                parts += [text[kept:start], self._placeholders[token]]
                 kept = end
             at = end
         return "".join([*parts, text[kept:]]) if spelled else None
 
     @cached_property
-    def _added(self) -> Spellings:
+    def _added(self) -> SpecialTokenFinder:
         """Every added token: the library looks for them before anything else."""
-        return Spellings([token.content for token in self._inner.get_added_tokens_decoder().values()])
+        return SpecialTokenFinder([token.content for token in self._inner.get_added_tokens_decoder().values()])
 
     @cached_property
-    def _stand_ins(self) -> Mapping[str, str]:
+    def _placeholders(self) -> Mapping[str, str]:
         """The texts that make a special token, and what stands in for each where the template has written it.
 
         Nobody can spell those: they hold a number that is drawn anew in every process.
@@ -245,14 +246,14 @@ class Tokenizer:
         )
 
     @cached_property
-    def _renamed(self) -> tokenizers.Tokenizer:
+    def _renamed_tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizer with its special tokens under other names, so that their texts are texts like any other.
 
         Made only when a message first spells one: it takes as much memory as the tokenizer itself.
         """
         from tokenizers import Tokenizer as Inner
 
-        content, names = json.loads(self._inner.to_str()), self._stand_ins
+        content, names = json.loads(self._inner.to_str()), self._placeholders
         for token in content["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
         model, vocab = content["model"], content["model"]["vocab"]
@@ -279,15 +280,15 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_vars: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return the text of a conversation, up to where the assistant speaks. Raises as `prompt_of` does."""
-        return self.prompt_of(messages, tools, template_vars).text
+        """Return the text of a conversation, up to where the assistant speaks. Raises as `build_prompt` does."""
+        return self.build_prompt(messages, tools, template_vars).text
 
-    def prompt_of(
+    def build_prompt(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_vars: Mapping[str, Any] | None = None,
-    ) -> Prompt:
+    ) -> RenderedPrompt:
         """Return the prompt of a conversation, up to where the assistant speaks: see `ChatTemplate.render`.
 
         Raises
@@ -317,7 +318,7 @@ def _read(path: str | Path, vocab_size: int | None = None) -> tokenizers.Tokeniz
         with _panics_are_errors():
             inner = Inner.from_file(str(path))
             if vocab_size is not None and max(inner.get_added_tokens_decoder(), default=0) >= vocab_size:
-                inner = Inner.from_str(usable_text(Path(path).read_text(encoding="utf-8"), vocab_size))
+                inner = Inner.from_str(sanitize_tokenizer(Path(path).read_text(encoding="utf-8"), vocab_size))
             _check(inner)
     except Exception as error:  # the library raises plain Exception
         raise BundleError(f"{path}: not a tokenizer.json that we can read: {_in_one_line(error)}") from error
@@ -336,7 +337,7 @@ def _check(inner: tokenizers.Tokenizer) -> None:
         raise ValueError(f"it puts more than {MOST_ADDED} tokens around every text")
     parts = [part and part.__getstate__() for part in (inner.normalizer, inner.pre_tokenizer, inner.decoder)]
     check_replacements(parts[0], parts[2])
-    found = "".join(patterns(*parts))
+    found = "".join(find_regexes(*parts))
     if not found:
         return
     letters = sorted({character for character in found if character.isalnum()})[:12]

@@ -84,7 +84,7 @@ def check_replacements(normalizer: bytes | None, decoder: bytes | None) -> None:
             raise ValueError(f"it makes texts more than {MOST_GROWTH} times longer")
 
 
-def patterns(*parts: bytes | None) -> list[str]:
+def find_regexes(*parts: bytes | None) -> list[str]:
     """Return the regular expressions in parts of a tokenizer.json."""
     found = [json.loads(part) for part in parts if part is not None and b'"Regex"' in part]
     return [str(value) for name, value in itertools.chain(*map(_leaves, found)) if name == "Regex"]
@@ -119,7 +119,7 @@ def _leaves(value: Any) -> Iterator[tuple[Any, Any]]:
             yield name, each
 
 
-def usable_text(text: str, vocab_size: int) -> str:
+def sanitize_tokenizer(text: str, vocab_size: int) -> str:
     """Return a tokenizer.json without padding, truncation and added tokens that are no id of [0, vocab_size).
 
     Such a token is an ordinary text then. The same text comes back where there is nothing to change, and where it is

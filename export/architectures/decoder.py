@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from edgelm.bundle.manifest import Cache
+from edgelm.bundle.manifest import KVCacheShape
 
 from .rope import Rope
 
@@ -72,9 +72,9 @@ class Decoder:
         return -(-self.head_size // HEAD_UNIT) * HEAD_UNIT
 
     @property
-    def cache(self) -> Cache:
+    def cache(self) -> KVCacheShape:
         """Keys and values as the graph keeps them."""
-        return Cache("shared", len(self.layers), self.kv_heads, self.padded_head_size)
+        return KVCacheShape("shared", len(self.layers), self.kv_heads, self.padded_head_size)
 
     @property
     def rotates_inside(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from edgelm.runtime.divergence import Divergence
+from edgelm.runtime.divergence import DivergenceMeter
 
 from ..architectures.weights import LAYER_PARTS
 from ..checkpoint.matrix_reader import Rows
@@ -53,7 +53,7 @@ def measure_sensitivity(
     heads = {name: rounded if tied and name == "embedding" else head for name in streams}
     if not tied:
         streams["head"], heads["head"] = base, rounded
-    divergences = {name: Divergence() for name in streams}
+    divergences = {name: DivergenceMeter() for name in streams}
     for number, document in enumerate(documents):
         for start, stop in pieces(document):
             following = document[start + 1 : stop + 1]

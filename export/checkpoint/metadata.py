@@ -122,7 +122,7 @@ def bare_prompt(checkpoint: Checkpoint) -> Literal["message", "text"] | None:
         return None
     tokenizer = Tokenizer(_inner(checkpoint.tokenizer_text), template, special_tokens=special_tokens(checkpoint))
     try:
-        message = tokenizer.encode_prompt(tokenizer.prompt_of([{"role": "user", "content": PROBE_QUESTION}]))
+        message = tokenizer.encode_prompt(tokenizer.build_prompt([{"role": "user", "content": PROBE_QUESTION}]))
     except RequestError:
         return "message"
     return "text" if message == tokenizer.encode(PROBE_QUESTION) else "message"

@@ -14,7 +14,7 @@ from typing import Any, Final
 import tokenizers
 
 from edgelm.errors import CheckpointError
-from edgelm.text.tokenizer_file import check_numbers_of_text, usable_text
+from edgelm.text.tokenizer_file import check_numbers_of_text, sanitize_tokenizer
 
 from .checkpoint import Checkpoint
 
@@ -79,7 +79,7 @@ def as_its_class(checkpoint: Checkpoint) -> Checkpoint:
     vocab_size = checkpoint.config.get("vocab_size")
     text = checkpoint.tokenizer_text
     if isinstance(vocab_size, int) and not isinstance(vocab_size, bool):
-        text = usable_text(text, vocab_size)
+        text = sanitize_tokenizer(text, vocab_size)
     try:
         check_numbers_of_text(text)
     except json.JSONDecodeError:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle.manifest import Bundle
-from edgelm.runtime.kv_cache import Piece
-from edgelm.runtime.runner import open_session
+from edgelm.runtime.kv_cache import KvSegment
+from edgelm.runtime.runner import open_runner
 
 from ..architectures.rope import Rope
 from ..calibration.text_samples import Document
@@ -51,7 +51,9 @@ def measure_scales(
     return [CacheScales(key, value) for key, value in zip(scales[::2], scales[1::2], strict=True)]
 
 
-def _filled(bundle: Bundle, model: Opened, documents: Sequence[Document] | None, progress: Progress) -> Iterator[Piece]:
+def _filled(
+    bundle: Bundle, model: Opened, documents: Sequence[Document] | None, progress: Progress
+) -> Iterator[KvSegment]:
     """Yield keys and values of every layer, float32 [kv_heads, n, head_size] each, of one document after the other."""
     if documents is None:
         session, written = write_documents(bundle, model)
@@ -59,7 +61,7 @@ def _filled(bundle: Bundle, model: Opened, documents: Sequence[Document] | None,
             yield session.read_row(row, 0, len(document))
         return
     chosen = documents[:: max(1, sum(map(len, documents)) // READ_TOKENS)]
-    session = open_session(bundle, rows=1, context=max(map(len, chosen)))
+    session = open_runner(bundle, rows=1, context=max(map(len, chosen)))
     for number, document in enumerate(chosen):
         progress("ranges of keys and values: document", number + 1, len(chosen))
         session.prefill(0, document, 0)

@@ -21,9 +21,9 @@ from typing import Any, Final
 
 from onnx import TensorProto
 
-from edgelm.bundle.manifest import Bundle, Cache, Manifest, seal
+from edgelm.bundle.manifest import Bundle, KVCacheShape, Manifest, write_manifest
 from edgelm.errors import CheckpointError, EdgelmError
-from edgelm.system.installation import command_for, missing_extra
+from edgelm.system.installation import install_command, missing_extra
 from edgelm.text.documents import read_text
 from edgelm.text.tokenizer import Tokenizer
 
@@ -65,7 +65,7 @@ class _Libraries:
 
 def export_optimum(source: str | Path, stage: Path, options: Options, progress: Progress, *, force: bool) -> None:
     """Write a whole bundle into `stage`, measured where the options say so. Raises as `edgelm_export.export` does."""
-    manifest = seal(stage, convert(source, stage, options.plan, options.quant, options.context, progress))
+    manifest = write_manifest(stage, convert(source, stage, options.plan, options.quant, options.context, progress))
     if options.verify is None and options.quant == "fp32":
         return
     bundle = Bundle(stage, manifest)
@@ -85,7 +85,7 @@ def export_optimum(source: str | Path, stage: Path, options: Options, progress: 
             agreement = measure(bundle, reference, documents.documents, progress)
             check(agreement, options.max_kl, options.min_agreement)
             measured["quality"] = quality(agreement, Path(options.verify).name, documents.left_out)
-    seal(stage, replace(manifest, **measured))
+    write_manifest(stage, replace(manifest, **measured))
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def reference_bundle(source: str | Path, beside: Path, context: int, progress: P
     """Yield the float32 bundle of a checkpoint, in a directory that goes again."""
     with tempfile.TemporaryDirectory(prefix=".reference.", dir=beside) as folder:
         path = Path(folder)
-        yield Bundle(path, seal(path, convert(source, path, Plan(None), "fp32", context, progress)))
+        yield Bundle(path, write_manifest(path, convert(source, path, Plan(None), "fp32", context, progress)))
 
 
 def convert(
@@ -164,7 +164,7 @@ def _import() -> _Libraries:
     except ModuleNotFoundError as error:
         raise missing_extra("edgelm export --via optimum", "optimum", error.name or "optimum") from error
     except ImportError as error:
-        raise EdgelmError(f"optimum cannot be imported: {_reason(error)}; {command_for('optimum')}") from error
+        raise EdgelmError(f"optimum cannot be imported: {_reason(error)}; {install_command('optimum')}") from error
 
 
 def _load(checkpoint: Checkpoint, libraries: _Libraries) -> Any:
@@ -205,7 +205,7 @@ def _trace(model: Any, out: Path, libraries: _Libraries) -> Path:
     return file
 
 
-def _cache(graph: OnnxGraph) -> Cache:
+def _cache(graph: OnnxGraph) -> KVCacheShape:
     """Read the cache's shape off the graph. Raises `CheckpointError` for inputs that the runtime could not feed."""
     past = [name for name in graph.inputs if name.startswith("past_key_values.")]
     layers = len(past) // 2
@@ -222,7 +222,7 @@ def _cache(graph: OnnxGraph) -> Cache:
         raise CheckpointError(
             "the exported graph's cache is not float32 [batch, heads, positions, size] in every layer"
         )
-    return Cache("growing", layers, shape[1], shape[3])
+    return KVCacheShape("growing", layers, shape[1], shape[3])
 
 
 def _vocab_size(graph: OnnxGraph) -> int:
@@ -239,7 +239,7 @@ def _context(config: Any, wanted: int | None) -> int:
     return choose_context(wanted, limit if not window else min(limit, window - 1))
 
 
-def _shapes(config: Any, cache: Cache) -> dict[str, int]:
+def _shapes(config: Any, cache: KVCacheShape) -> dict[str, int]:
     values = {name: getattr(config, attribute, None) for name, attribute in SHAPES.items()}
     known = {name: value for name, value in values.items() if isinstance(value, int)}
     return {**known, "kv_heads": cache.kv_heads, "head_size": cache.head_size}

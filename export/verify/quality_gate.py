@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from edgelm.bundle.manifest import Bundle
 from edgelm.errors import EdgelmError
-from edgelm.runtime.divergence import Agreement, Divergence
-from edgelm.runtime.runner import open_session
+from edgelm.runtime.divergence import DivergenceMeter, DivergenceReport
+from edgelm.runtime.runner import open_runner
 
 from ..architectures.weights import Weights
 from ..calibration.layers import Layers
@@ -56,7 +56,7 @@ class BundleReference:
 
     def logits(self, documents: Sequence[Document]) -> Iterator[Array]:
         """See `Reference`."""
-        session = open_session(self._bundle, rows=1, context=max(len(document) for document in documents))
+        session = open_runner(self._bundle, rows=1, context=max(len(document) for document in documents))
         for document in documents:
             for start, stop in pieces(document):
                 yield session.prefill(0, document[start:stop], start, every=True, total=len(document))
@@ -64,12 +64,12 @@ class BundleReference:
 
 def measure(
     bundle: Bundle, reference: Reference, documents: Sequence[Document], progress: Progress, what: str = "verify"
-) -> Agreement:
+) -> DivergenceReport:
     """Compare a bundle with its reference at every position that has a next token; `what` is told of the progress.
 
     Raises `EdgelmError` when the two do not have the same vocabulary.
     """
-    divergence = Divergence()
+    divergence = DivergenceMeter()
     expected, found = reference.logits(documents), BundleReference(bundle).logits(documents)
     for number, document in enumerate(documents):
         for start, stop in pieces(document):
@@ -84,7 +84,7 @@ def measure(
     return divergence.result()
 
 
-def check(agreement: Agreement, max_kl: float | None, min_agreement: float | None) -> None:
+def check(agreement: DivergenceReport, max_kl: float | None, min_agreement: float | None) -> None:
     """Raise `EdgelmError` when a bundle is further from its checkpoint than asked for."""
     if max_kl is not None and agreement.kl_mean > max_kl:
         raise EdgelmError(
@@ -99,7 +99,7 @@ def check(agreement: Agreement, max_kl: float | None, min_agreement: float | Non
         )
 
 
-def quality(agreement: Agreement, name: str, left_out: int = 0) -> dict[str, Any]:
+def quality(agreement: DivergenceReport, name: str, left_out: int = 0) -> dict[str, Any]:
     """Return what goes into the manifest; `name` is the text's file name, of which `left_out` tokens were left out."""
     return {
         "text": name,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edgelm_export.architectures import find_family
 
-from edgelm.bundle.catalogue import FILE, Form, Known, catalogue
+from edgelm.bundle.catalogue import FILE, CatalogueModel, ModelVariant, catalogue
 from edgelm.runtime.memory_plan import PREFIX_CACHE_MB, PROGRAM_BYTES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
@@ -32,7 +32,7 @@ LICENCES = {"Llama 3.2 Community": "llama3.2", "Gemma Terms of Use": "gemma"}
 """What the hub calls those that are not SPDX identifiers."""
 
 
-def sized(model: Known, form: Form) -> tuple[int, int]:
+def sized(model: CatalogueModel, form: ModelVariant) -> tuple[int, int]:
     """Return a form's size on disk and what it takes in memory, both in 10^6 bytes."""
     config, parameters = PUBLISHED[CATALOGUE[model.name]]
     decoder = find_family(config).decoder(config)
@@ -43,7 +43,7 @@ def sized(model: Known, form: Form) -> tuple[int, int]:
     return round(weights / 1e6), round((PROGRAM_BYTES + 1.05 * weights + keys) / 1e6) + PREFIX_CACHE_MB
 
 
-def online(model: Known) -> tuple[list[str], str]:
+def online(model: CatalogueModel) -> tuple[list[str], str]:
     """Return what differs from the hub, and its newest commit."""
     from huggingface_hub import HfApi, hf_hub_download
 

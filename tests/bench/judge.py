@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.runtime.divergence import Agreement, Divergence
+from edgelm.runtime.divergence import DivergenceMeter, DivergenceReport
 
 CHUNK: Final = 1 << 22
 """Logits judged at a time."""
@@ -38,11 +38,11 @@ class Corpus:
         return positions, self.tokens[positions + 1]
 
 
-def judge(reference: Logits, logits: Logits, corpus: Corpus) -> Agreement:
+def judge(reference: Logits, logits: Logits, corpus: Corpus) -> DivergenceReport:
     """Compare logits float32 [tokens, vocabulary] with the reference's at every position that predicts a token."""
     positions, following = corpus.scored()
     step = max(1, CHUNK // reference.shape[1])
-    divergence = Divergence()
+    divergence = DivergenceMeter()
     for at in range(0, len(positions), step):
         rows = positions[at : at + step]
         divergence.add(reference[rows], logits[rows], following[at : at + step])

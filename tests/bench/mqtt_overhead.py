@@ -25,10 +25,10 @@ from edgelm.cli import main
 from edgelm.engine.engine import Engine
 from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl
 from edgelm.mqtt.local_broker import Mosquitto, find_mosquitto
-from edgelm.mqtt.pending_response import Answer
-from edgelm.mqtt.request_client import Asker
-from edgelm.mqtt.request_codec import Ask
-from edgelm.mqtt.response_codec import Delta
+from edgelm.mqtt.pending_response import PendingResponse
+from edgelm.mqtt.request_client import RequestClient
+from edgelm.mqtt.request_codec import GenerateRequest
+from edgelm.mqtt.response_codec import ResponseChunk
 from edgelm.types import Chunk
 
 PACE_S = 0.01
@@ -49,16 +49,16 @@ def serve(record: Path, url: str, bundle: str) -> int:
     """Serve, noting when each piece of text left the worker, and the processor time at the ends of an answer."""
     left: dict[str, list[tuple[float, int]]] = defaultdict(list)
     cpu: dict[str, list[float]] = defaultdict(list)
-    real = Answer.sink
+    real = PendingResponse.sink
 
-    def noted(answer: Answer, chunk: Chunk) -> None:
+    def noted(answer: PendingResponse, chunk: Chunk) -> None:
         if chunk.delta:
             left[answer.id].append((time.monotonic(), len(chunk.delta)))
         if chunk.done or answer.id not in cpu:
             cpu[answer.id].append(time.process_time())
         real(answer, chunk)
 
-    Answer.sink = noted  # type: ignore[method-assign]
+    PendingResponse.sink = noted  # type: ignore[method-assign]
     edgelm.mqtt.service_setup.Engine = PacedEngine  # type: ignore[misc]
     code = main(["serve", "--mqtt", url, "--model", bundle, "--board", BOARD, "--threads", "1"])
     record.write_text(json.dumps({"left": left, "cpu": cpu}))
@@ -74,21 +74,23 @@ def measure(url: str) -> tuple[dict[str, Pieces], list[float], dict[bool, list[s
     came: dict[str, Pieces] = {}
     first_ms: list[float] = []
     ids: dict[bool, list[str]] = {True: [], False: []}
-    with Asker(BrokerConfig(url=BrokerUrl.parse(url)), BOARD) as asker:
+    with RequestClient(BrokerConfig(url=BrokerUrl.parse(url)), BOARD) as request_client:
         for number in range(2 * REQUESTS + 2):
             stream = number % 2 == 0
             sampling = {"max_tokens": TOKENS, "ignore_eos": True}
-            ask = Ask(uuid.uuid4().hex, "Once upon a time", sampling=sampling, stream=stream, chunk_ms=0)
+            request = GenerateRequest(
+                uuid.uuid4().hex, "Once upon a time", sampling=sampling, stream=stream, chunk_ms=0
+            )
             asked = time.monotonic()
             pieces: Pieces = []
-            for answer in asker.stream(ask):
-                if isinstance(answer, Delta):
+            for answer in request_client.stream(request):
+                if isinstance(answer, ResponseChunk):
                     pieces.append((time.monotonic(), len(answer.delta)))
                 elif number >= 2 and stream:  # the first two warm everything up
-                    came[ask.id] = pieces
+                    came[request.id] = pieces
                     first_ms.append(1e3 * (pieces[0][0] - asked) - answer.completion.timing.ttft_ms)
             if number >= 2:
-                ids[stream].append(ask.id)
+                ids[stream].append(request.id)
     return came, first_ms, ids
 
 

@@ -18,11 +18,11 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from edgelm.kernels.abi import Format
-from edgelm.kernels.custom_ops import Operators
-from edgelm.kernels.rewrite.graph_rewriter import DATA, GRAPH, write_panels
+from edgelm.kernels.abi import WeightFormat
+from edgelm.kernels.custom_ops import CustomOpLibrary
+from edgelm.kernels.rewrite.graph_rewriter import DATA, GRAPH, rewrite_graph
 from edgelm.system.digest import file_sha256
-from edgelm.system.isolated_python import python_command
+from edgelm.system.isolated_python import build_python_command
 
 SHAPES = ((896, 9728), (4864, 896), (576, 3072), (576, 576))
 """K x N of the 0.5B and of the 135M shape."""
@@ -30,7 +30,7 @@ TOGETHER = 120_000_000
 """Weights of a graph: several times what the last cache holds."""
 
 
-def model_of(form: Format, size: int, columns: int) -> bytes:
+def model_of(form: WeightFormat, size: int, columns: int) -> bytes:
     """Return a graph of MatMulNBits with random matrices."""
     rng, blocks = np.random.default_rng(0), -(-size // form.block)
     nodes, tensors, outputs = [], [], []
@@ -49,7 +49,7 @@ def model_of(form: Format, size: int, columns: int) -> bytes:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
-def measure(side: str, form: Format, size: int, columns: int, rows: int, threads: int) -> float:
+def measure(side: str, form: WeightFormat, size: int, columns: int, rows: int, threads: int) -> float:
     """Return the microseconds of one product."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
@@ -57,11 +57,11 @@ def measure(side: str, form: Format, size: int, columns: int, rows: int, threads
         folder = Path(name)
         model: bytes | str = model_of(form, size, columns)
         if side == "ours":
-            formats = write_panels(model, folder / "none", folder)
+            formats = rewrite_graph(model, folder / "none", folder)
             library = folder / "kernels.so"
-            command = python_command("edgelm.kernels.compiler", "main", str(library), f"{form.bits}:{form.block}")
+            command = build_python_command("edgelm.kernels.compiler", "main", str(library), f"{form.bits}:{form.block}")
             subprocess.run(command, check=True)
-            Operators(library, formats, folder / DATA, file_sha256(library)).register(options)
+            CustomOpLibrary(library, formats, folder / DATA, file_sha256(library)).register(options)
             model = str(folder / GRAPH)
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         binding = session.io_binding()
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    form = Format(args.bits, args.block)
+    form = WeightFormat(args.bits, args.block)
     if args.one:
         side, *numbers = args.one.split(",")
         print(measure(side, form, *map(int, numbers), args.threads))

@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from fcntl import ioctl
 from pathlib import Path
 
-from edgelm.mqtt.local_broker import start_any
+from edgelm.mqtt.local_broker import make_local_broker
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "examples" / "first-evening.svg"
@@ -131,7 +131,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        broker = stack.enter_context(start_any())
+        broker = stack.enter_context(make_local_broker())
         (Path(folder) / args.model.name).symlink_to(args.model.resolve())
         environment = {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),

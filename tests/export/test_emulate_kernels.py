@@ -14,7 +14,7 @@ from edgelm_devices.rootfs import prepare_rootfs, rootfs_folder
 
 import edgelm
 from edgelm.errors import DeviceError
-from edgelm.kernels.abi import FORMATS
+from edgelm.kernels.abi import SUPPORTED_FORMATS
 from edgelm.kernels.compiler import compile_kernels
 from edgelm.kernels.ir.targets import TARGETS
 
@@ -88,7 +88,7 @@ def test_kernels_are_right_on_an_emulated_pi5(emulated_root, tmp_path):
     profile = load_profile("pi5")
     target = next(target for target in TARGETS if target.name == "dotprod")
     library = tmp_path / "kernels.so"
-    library.write_bytes(compile_kernels(target, FORMATS, profile.emulation.qemu_cpu))
+    library.write_bytes(compile_kernels(target, SUPPORTED_FORMATS, profile.emulation.qemu_cpu))
     lay_over(tmp_path / "root", rootfs.root, profile, profile.cpu, profile.emulation)
     packages = [Path(edgelm.__file__).parents[1], HELPERS, rootfs.site]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

@@ -20,7 +20,7 @@ import edgelm_export
 from tiny import TinyLlama, save_tensors, tokenizer_json, write_json
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle, seal
+from edgelm.bundle.manifest import open_bundle, write_manifest
 from edgelm.cli import main
 
 
@@ -236,7 +236,7 @@ def test_an_older_bundle_with_such_a_token_runs_too(tmp_path):
     tokenizer = json.loads(tokenizer_json())
     extra = {**tokenizer["added_tokens"][0], "id": len(vocab), "content": "[PAD]"}
     write_json(tmp_path / "out" / "tokenizer.json", {**tokenizer, "added_tokens": [*tokenizer["added_tokens"], extra]})
-    seal(tmp_path / "out", open_bundle(tmp_path / "out", verify=False).manifest)
+    write_manifest(tmp_path / "out", open_bundle(tmp_path / "out", verify=False).manifest)
     with edgelm.load(tmp_path / "out", threads=1) as model:
         assert model.generate("a [PAD]", choices=["yes", "no"]).text in ("yes", "no")
 
@@ -264,7 +264,7 @@ def test_constraints_work_with_padding_or_truncation_left_on(name, where, tmp_pa
         edgelm_export.export(checkpoint, out, quant="fp32")
         if where == "bundle":
             write_json(out / "tokenizer.json", changed)
-            seal(out, open_bundle(out, verify=False).manifest)
+            write_manifest(out, open_bundle(out, verify=False).manifest)
         with edgelm.load(out, threads=1) as model:
             done = model.generate(**asked)
             answers.append((done.text, done.tokens, done.usage, list(model.score("the cat"))))

@@ -18,10 +18,10 @@ from onnx import numpy_helper
 from tiny import TEXT
 
 from edgelm.errors import EdgelmError
-from edgelm.runtime.ort import RUNTIME
-from edgelm.runtime.runner import open_session
+from edgelm.runtime.ort import ORT_RELEASE
+from edgelm.runtime.runner import open_runner
 
-too_old = tuple(map(int, OLDEST_RUNTIME.split("."))) > RUNTIME
+too_old = tuple(map(int, OLDEST_RUNTIME.split("."))) > ORT_RELEASE
 needs_runtime = pytest.mark.skipif(too_old, reason=f"needs onnxruntime {OLDEST_RUNTIME}")
 
 
@@ -53,7 +53,7 @@ def test_no_value_of_the_calibration_text_exceeds_its_scale(fields, text, tiny_c
     assert len(scales) == 4  # layers, keys and values
     assert all(np.isfinite(each).all() and (each > 0).all() for each in scales.values())
     documents = calibration_documents(text.read_text("utf-8"), open_model(checkpoint).tokenizer, 0, 512, 65536)
-    sessions = [open_session(each, rows=1, threads=1) for each in (bundle, plain)]
+    sessions = [open_runner(each, rows=1, threads=1) for each in (bundle, plain)]
     highest = 0
     for document in documents:
         codes, exact = [], []

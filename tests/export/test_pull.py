@@ -15,9 +15,9 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 pytest.importorskip("huggingface_hub", reason="needs pip install 'edgelm[export]'")
 
 import edgelm.cli.pull as command
-from edgelm.bundle.catalogue import Form, Known
+from edgelm.bundle.catalogue import CatalogueModel, ModelVariant
 from edgelm.bundle.manifest import open_bundle
-from edgelm.bundle.store import Origin, Store
+from edgelm.bundle.store import BundleStore, Origin
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "f" * 40
@@ -87,20 +87,20 @@ def hub(server, monkeypatch):
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGELM_DATA_DIR", str(tmp_path / "data"))
-    return Store.default()
+    return BundleStore.default()
 
 
 @pytest.fixture
 def known(monkeypatch):
     """A catalogue of one model, with a fixed commit and two forms."""
-    forms = (Form("int8", 1, 4000), Form("int4", 1, 1000))
-    model = Known("tiny", "owner/tiny", "MIT", 100_000, "tests", forms, revision=OLDER)
+    forms = (ModelVariant("int8", 1, 4000), ModelVariant("int4", 1, 1000))
+    model = CatalogueModel("tiny", "owner/tiny", "MIT", 100_000, "tests", forms, revision=OLDER)
     monkeypatch.setattr(command, "catalogue", lambda: {"tiny": model})
     return model
 
 
 def memory(monkeypatch, mb):
-    monkeypatch.setattr(command, "memory_of_this_machine", lambda: mb)
+    monkeypatch.setattr(command, "read_memory_mb", lambda: mb)
 
 
 @pytest.mark.parametrize(("mb", "quant"), [(16_000, "int8"), (4_000, "int4"), (None, "int8")])

@@ -25,14 +25,14 @@ from edgelm.errors import EdgelmError
 from edgelm.runtime import prepack
 from edgelm.runtime.prefix_file import add_prefix
 from edgelm.runtime.prepack import open_verified
-from edgelm.runtime.runner import open_session
+from edgelm.runtime.runner import open_runner
 from edgelm.system.board_cache import BoardCache
 
 from . import files
 
 PROMPT = "turn on the light " + "a" * 60 + "! " + "o" * 60 + "!\n"
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "play <eos> music"}]
-FORMATS = ("4:16", "4:32", "4:64", "4:128", "8:16", "8:32", "8:64", "8:128")
+SUPPORTED_FORMATS = ("4:16", "4:32", "4:64", "4:128", "8:16", "8:32", "8:64", "8:128")
 
 KINDS = {
     "graph": 34, "graph's bytes": 7, "data's bytes": 4, "manifest": 14, "tokenizer": 14, "template": 12, "prefix": 3,
@@ -54,7 +54,7 @@ def prepare(work: Path) -> None:
         for file in (*own.manifest.files, MANIFEST):
             shutil.copy(own.path / file, bundles / name)
     add_prefix(open_bundle(bundles / "prefix"), [1, 20, 30, 40], threads=1)
-    if reason := compile_kernels([str(work / "kernels.so"), *FORMATS]):
+    if reason := compile_kernels([str(work / "kernels.so"), *SUPPORTED_FORMATS]):
         raise RuntimeError(reason)
     if can_export():
         _prepare_checkpoints(work)
@@ -197,7 +197,10 @@ class Case:
     @contextmanager
     def _kernels(self) -> Iterator[None]:
         """Have kernels used for bundles as small as these, the ones that are compiled already."""
-        names = {"WORTH_BYTES": 0, "_compile": lambda library, _formats: shutil.copy(self.work / "kernels.so", library)}
+        names = {
+            "MIN_CACHED_BYTES": 0,
+            "_compile": lambda library, _formats: shutil.copy(self.work / "kernels.so", library),
+        }
         before = {name: getattr(prepack, name) for name in names}
         for name, value in names.items():
             setattr(prepack, name, value)
@@ -209,7 +212,7 @@ class Case:
 
     def _compute(self, path: Path, cache: BoardCache | None) -> None:
         bundle = open_verified(path, cache)
-        session = open_session(bundle, rows=2, threads=1, cache=cache, context=min(64, bundle.manifest.context))
+        session = open_runner(bundle, rows=2, threads=1, cache=cache, context=min(64, bundle.manifest.context))
         tokens = np.arange(2, 9) % bundle.manifest.vocab_size
         session.prefill(0, tokens, 0)
         for step in range(3):

@@ -186,7 +186,7 @@ def compare_guesses(bundle: Path, lengths: Sequence[int] = (50, 58, 62, 63, 64, 
     answers: list[list[edgelm.Completion]] = []
     for speculation in (False, True):
         with edgelm.load(bundle, threads=1, max_batch=1, prefix_cache_mb=0, speculation=speculation) as model:
-            drafter = model.worker.engine._drafter
+            drafter = model.worker.engine._speculator
             if drafter is not None:
                 known = {n: np.array([*prompt[:n], *answers[0][i].tokens]) for i, n in enumerate(lengths)}
                 drafter.propose = partial(following, known)

@@ -8,12 +8,12 @@ import pytest
 from edgelm_export.int8_kv.int8_cache_graph import OLDEST_RUNTIME
 
 import edgelm
-from edgelm.runtime.divergence import Divergence
-from edgelm.runtime.ort import RUNTIME
+from edgelm.runtime.divergence import DivergenceMeter
+from edgelm.runtime.ort import ORT_RELEASE
 
 pytestmark = [
     pytest.mark.usefixtures("one_torch_thread"),
-    pytest.mark.skipif(tuple(map(int, OLDEST_RUNTIME.split("."))) > RUNTIME, reason=f"needs {OLDEST_RUNTIME}"),
+    pytest.mark.skipif(tuple(map(int, OLDEST_RUNTIME.split("."))) > ORT_RELEASE, reason=f"needs {OLDEST_RUNTIME}"),
 ]
 
 LONG = {"short_factor": [1 + i / 6 for i in range(6)], "long_factor": [2 + 3 * i for i in range(6)]}
@@ -47,7 +47,7 @@ def test_predictions_stay_near_transformers(family, options, tmp_path, export_to
         found = [families.logits_of(model, prompt, pieces) for pieces in (67, len(prompt))]
     assert np.abs(found[0] - found[1]).max() < 0.05  # what is cached does not depend on the pieces
     for logits in found:
-        divergence = Divergence()
+        divergence = DivergenceMeter()
         divergence.add(expected[:-1], logits[:-1], np.array(prompt[1:]))
         result = divergence.result()
         assert 0 < result.kl_mean < 2e-3

@@ -7,7 +7,7 @@ import platform
 import pytest
 from llvmlite import binding
 
-from edgelm.kernels.abi import FORMATS
+from edgelm.kernels.abi import SUPPORTED_FORMATS
 from edgelm.kernels.compiler import compile_kernels
 from edgelm.kernels.ir.targets import TARGETS
 
@@ -24,5 +24,5 @@ def library(request, tmp_path_factory):
     target = request.param
     file = tmp_path_factory.mktemp("kernels") / "kernels.so"
     features = ",".join(f"+{name}" for name in target.features)
-    file.write_bytes(compile_kernels(target, FORMATS, "", features))
+    file.write_bytes(compile_kernels(target, SUPPORTED_FORMATS, "", features))
     return file

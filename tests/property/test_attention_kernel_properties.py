@@ -16,7 +16,7 @@ from llvmlite import binding
 from naive_kernel_attention import Shape
 
 from edgelm.kernels.compiler import compile_kernels
-from edgelm.kernels.custom_ops import Operators
+from edgelm.kernels.custom_ops import CustomOpLibrary
 from edgelm.kernels.ir.targets import TARGETS
 from edgelm.system.digest import file_sha256
 
@@ -37,7 +37,7 @@ def operators(request, tmp_path_factory):
     (folder / "kernels.so").write_bytes(compile_kernels(target, [], "", features))
     (folder / "data").write_bytes(b"none")
     library = folder / "kernels.so"
-    return Operators(library, [], folder / "data", file_sha256(library))
+    return CustomOpLibrary(library, [], folder / "data", file_sha256(library))
 
 
 @st.composite

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.mqtt.backlog_limit import Backlog
+from edgelm.mqtt.backlog_limit import BacklogLimit
 
 LIMIT, SHARE = 100, 40
 messages = st.tuples(st.integers(0, 2 * LIMIT), st.sampled_from([0, 1]), st.sampled_from([None, "a", "b", "c"]))
@@ -14,16 +14,16 @@ messages = st.tuples(st.integers(0, 2 * LIMIT), st.sampled_from([0, 1]), st.samp
 @given(st.lists(messages | st.none(), max_size=60))
 def test_it_takes_what_a_plain_sum_allows(arriving):
     """None settles the oldest message that was taken."""
-    backlog, waiting = Backlog(LIMIT, SHARE), []
+    backlog, waiting = BacklogLimit(LIMIT, SHARE), []
     for message in arriving:
         if message is None:
             if waiting:
-                backlog.settle(*waiting.pop(0))
+                backlog.release(*waiting.pop(0))
             continue
         size, qos, client = message
         mine = sum(other for other, owner in waiting if owner == client)
         allowed = qos == 1 or (sum(other for other, _ in waiting) + size <= LIMIT and mine + size <= SHARE)
-        assert backlog.takes(size, qos, client) is allowed
+        assert backlog.try_add(size, qos, client) is allowed
         if allowed:
             waiting.append((size, client))
         assert set(backlog._of) >= {owner for other, owner in waiting if other}
@@ -32,15 +32,15 @@ def test_it_takes_what_a_plain_sum_allows(arriving):
 
 @given(st.lists(messages, max_size=20))
 def test_what_is_settled_leaves_room_for_everything_again(arriving):
-    backlog = Backlog(LIMIT)
-    for size, client in [(size, client) for size, qos, client in arriving if backlog.takes(size, qos, client)]:
-        backlog.settle(size, client)
+    backlog = BacklogLimit(LIMIT)
+    for size, client in [(size, client) for size, qos, client in arriving if backlog.try_add(size, qos, client)]:
+        backlog.release(size, client)
     assert not backlog._of
-    assert backlog.takes(LIMIT, 0)
-    assert not backlog.takes(1, 0)
+    assert backlog.try_add(LIMIT, 0)
+    assert not backlog.try_add(1, 0)
 
 
 def test_the_flood_of_one_client_leaves_room_for_another():
-    backlog = Backlog(LIMIT, SHARE)
-    assert sum(backlog.takes(1, 0, "flood") for _ in range(1000)) == SHARE
-    assert backlog.takes(SHARE, 0, "other")
+    backlog = BacklogLimit(LIMIT, SHARE)
+    assert sum(backlog.try_add(1, 0, "flood") for _ in range(1000)) == SHARE
+    assert backlog.try_add(SHARE, 0, "other")

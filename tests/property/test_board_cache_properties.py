@@ -16,9 +16,18 @@ from hypothesis import strategies as st
 
 from edgelm.cli import main
 from edgelm.errors import EdgelmError
-from edgelm.system.board_cache import ABANDONED_S, LIMIT_VARIABLE, STAMP, UNUSED_S, VARIABLE, BoardCache, Key, this_cpu
+from edgelm.system.board_cache import (
+    ABANDONED_S,
+    CACHE_DIR_VARIABLE,
+    LIMIT_VARIABLE,
+    STAMP,
+    UNUSED_S,
+    BoardCache,
+    CacheKey,
+    describe_cpu,
+)
 
-KEY = Key("weights", "digest", "1.31.1", "x86_64 avx2")
+KEY = CacheKey("weights", "digest", "1.31.1", "x86_64 avx2")
 contents = st.dictionaries(st.sampled_from(["a", "b.data", "c"]), st.binary(min_size=1, max_size=50), min_size=1)
 
 
@@ -98,7 +107,7 @@ def test_a_copied_entry_is_still_good(cache, tmp_path):
 @pytest.mark.parametrize("field", ["kind", "bundle", "runtime", "cpu"])
 def test_an_entry_is_good_for_its_key_alone(cache, said, field):
     entry = put(cache, KEY, {"a": b"1234"})
-    other = Key(**{**{name: getattr(KEY, name) for name in KEY.__slots__}, field: "other"})
+    other = CacheKey(**{**{name: getattr(KEY, name) for name in KEY.__slots__}, field: "other"})
     assert cache.find(other) is None
     assert said() == []
     entry.path.rename(cache.folder / other.name)
@@ -161,7 +170,7 @@ def test_a_read_only_folder_still_serves(cache, said):
     cache.folder.chmod(0o500)
     try:
         assert read(cache.find(KEY)) == {"a": b"1234"}
-        assert put(cache, Key("weights", "other", "1", "c"), {"a": b"1"}) is None
+        assert put(cache, CacheKey("weights", "other", "1", "c"), {"a": b"1"}) is None
     finally:
         cache.folder.chmod(0o700)
     assert len(said()) == 1
@@ -173,7 +182,7 @@ def test_a_full_disk_is_told_in_numbers(cache, said):
 
 
 def test_old_things_go_and_foreign_ones_stay(cache):
-    old, young = (Key("weights", name, "1", "c") for name in ("old", "young"))
+    old, young = (CacheKey("weights", name, "1", "c") for name in ("old", "young"))
     unused = put(cache, old, {"a": b"1"})
     put(cache, young, {"a": b"2"})
     (cache.folder / "mine").mkdir()
@@ -196,18 +205,18 @@ def test_an_entry_can_be_told_something_new(cache):
     found = cache.find(KEY)
     assert found.note == {"n": 2}
     assert read(found) == {"a": b"1"}
-    cache.update(Key("weights", "none", "1", "c"), {"n": 2})
+    cache.update(CacheKey("weights", "none", "1", "c"), {"n": 2})
 
 
 def test_the_command_lists_and_clears(cache, monkeypatch, capsys):
-    monkeypatch.setenv(VARIABLE, str(cache.folder))
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(cache.folder))
     put(cache, KEY, {"a": b"x" * 2_000_000}, {"bundle": "my/bundle"})
     cache.kernels.mkdir()
     (cache.kernels / "kernel.nbi").write_bytes(b"y" * 1_000_000)
     assert main(["cache", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     (entry,) = said["entries"]
-    assert (entry["kind"], entry["of"], said["kernels_bytes"]) == ("weights", "my/bundle", 1_000_000)
+    assert (entry["kind"], entry["of"], said["numba_bytes"]) == ("weights", "my/bundle", 1_000_000)
     assert entry["bytes"] >= 2_000_000
     assert main(["cache"]) == 0
     assert "my/bundle" in capsys.readouterr().out
@@ -223,17 +232,17 @@ def test_use_keeps_an_entry(cache):
     long_ago = time.time() - UNUSED_S - 10
     os.utime(entry.path / STAMP, (long_ago, long_ago))
     cache.find(KEY)
-    put(cache, Key("weights", "other", "1", "c"), {"a": b"1"})
+    put(cache, CacheKey("weights", "other", "1", "c"), {"a": b"1"})
     assert cache.find(KEY) is not None
 
 
 def test_the_folder_comes_from_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
     assert BoardCache.default().folder == tmp_path
-    monkeypatch.setenv(VARIABLE, "")
-    with pytest.raises(EdgelmError, match=VARIABLE):
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, "")
+    with pytest.raises(EdgelmError, match=CACHE_DIR_VARIABLE):
         BoardCache.default()
-    monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv(CACHE_DIR_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert BoardCache.default().folder == tmp_path / "xdg" / "edgelm"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -247,12 +256,12 @@ def test_a_processor_is_known_by_what_it_can_do(tmp_path):
     seen = set()
     for text in ("flags : avx2 vnni\ncpu MHz : 1\n", "flags : avx2\ncpu MHz : 1\n", "Features : asimddp\n"):
         info.write_text(text)
-        seen.add(this_cpu(tmp_path))
+        seen.add(describe_cpu(tmp_path))
     info.write_text("flags : avx2\ncpu MHz : 2\nflags : avx2\ncpu MHz : 3\n")
-    assert this_cpu(tmp_path) in seen, "its clock does not matter"
+    assert describe_cpu(tmp_path) in seen, "its clock does not matter"
     assert len(seen) == 3
-    assert this_cpu(tmp_path / "nowhere")
-    assert json.dumps(this_cpu())
+    assert describe_cpu(tmp_path / "nowhere")
+    assert json.dumps(describe_cpu())
 
 
 @given(
@@ -267,7 +276,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path_factory, steps, limit_kb)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(LIMIT_VARIABLE, str(limit_kb / 1000))
         for is_read, which, kilobytes in steps:
-            key = Key("weights", str(which), "r", "c")
+            key = CacheKey("weights", str(which), "r", "c")
             if is_read:
                 assert (cache.find(key) is None) == (which not in order)
             elif which not in order:
@@ -281,7 +290,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path_factory, steps, limit_kb)
                 clock += 1
                 os.utime(cache.folder / key.name / STAMP, (clock, clock))
             assert {entry.path.name for entry in cache.entries()} == {
-                Key("weights", str(other), "r", "c").name for other in order
+                CacheKey("weights", str(other), "r", "c").name for other in order
             }
     assert not leftovers(cache)
 

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from edgelm.bundle.manifest import (
     MANIFEST,
     SCHEMA,
-    Cache,
     File,
+    KVCacheShape,
     Manifest,
     Matrix,
     StaticPrefix,
-    from_json,
+    dump_manifest,
     open_bundle,
-    seal,
-    to_json,
+    parse_manifest,
+    write_manifest,
 )
 from edgelm.errors import BundleError
 from edgelm.types import RANGES, SamplingParams
@@ -65,8 +65,8 @@ manifests = st.builds(
     architecture=words,
     context=st.integers(1, 2**24 - 1),
     vocab_size=st.integers(100, 2**22),
-    cache=st.builds(Cache, kind=st.just("shared"), bits=st.sampled_from([8, 32]), **SIZES)
-    | st.builds(Cache, kind=st.just("growing"), **SIZES),
+    cache=st.builds(KVCacheShape, kind=st.just("shared"), bits=st.sampled_from([8, 32]), **SIZES)
+    | st.builds(KVCacheShape, kind=st.just("growing"), **SIZES),
     quant=words,
     matrices=st.lists(matrices, max_size=4).map(tuple),
     bos_token=st.none() | tokens,
@@ -95,14 +95,14 @@ def prefixed(draw):
     return dataclasses.replace(manifest, context=context, prefix=prefix, files={prefix.file: File(0, "")})
 
 
-EXAMPLE = Manifest("llama", 64, 100, Cache("shared", 2, 1, 16), "int4", (), 1, (2,), 1000, {"layers": 2})
+EXAMPLE = Manifest("llama", 64, 100, KVCacheShape("shared", 2, 1, 16), "int4", (), 1, (2,), 1000, {"layers": 2})
 
 
 @given(manifest=manifests | prefixed())
 def test_a_manifest_comes_back_as_it_was_written(manifest):
-    text = to_json(manifest)
-    assert from_json(text, "manifest.json") == manifest
-    assert to_json(from_json(text, "manifest.json")) == text
+    text = dump_manifest(manifest)
+    assert parse_manifest(text, "manifest.json") == manifest
+    assert dump_manifest(parse_manifest(text, "manifest.json")) == text
     assert manifest.digest == hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -114,7 +114,7 @@ def folder(tmp_path):
     (root / "model.onnx").write_bytes(b"graph")
     (root / "tokenizer.json").write_bytes(b"{}")
     (root / "model.onnx.data").write_bytes(bytes(range(256)) * 20)
-    seal(root, EXAMPLE)
+    write_manifest(root, EXAMPLE)
     return root
 
 
@@ -252,15 +252,15 @@ FULL = dataclasses.replace(
 @settings(max_examples=300)
 @given(key=st.sampled_from(KEYS), value=json_values)
 def test_a_value_of_the_wrong_type_is_refused(key, value):
-    raw = json.loads(to_json(FULL))
+    raw = json.loads(dump_manifest(FULL))
     text = json.dumps({**raw, key: value})
     right = type(getattr(FULL, key))
     if isinstance(value, list if right is tuple else right) or (value is None and key in NULLABLE):
         assume(isinstance(value, (str, type(None))) and key not in ("graph", "via", "needs_onnxruntime"))
-        assert getattr(from_json(text, MANIFEST), key) == value
+        assert getattr(parse_manifest(text, MANIFEST), key) == value
         return
     with pytest.raises(BundleError, match=r"damaged|no schema"):
-        from_json(text, MANIFEST)
+        parse_manifest(text, MANIFEST)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from vocabularies import TEXTS, byte_fallback, byte_level
 
 from edgelm.text.chat_template import ChatTemplate
-from edgelm.text.tainted_text import Marked, Marker, Spellings
+from edgelm.text.tainted_text import SpecialTokenFinder, TaintedText, TaintTracker
 from edgelm.text.tokenizer import Tokenizer
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "</s>", "<s>", "[INST]", "[/INST]"]
@@ -119,7 +119,7 @@ def test_without_special_tokens_nothing_changes(chats: dict[str, Tokenizer], nam
     tokenizer, messages = chats[name], messages_of(texts)
     text = rendered_as_it_stands(name, messages)
     assert tokenizer.render_chat(messages) == text
-    assert tokenizer.encode_prompt(tokenizer.prompt_of(messages)) == tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.encode_prompt(tokenizer.build_prompt(messages)) == tokenizer.encode(text, add_special_tokens=False)
 
 
 @MANY
@@ -139,8 +139,8 @@ def test_only_the_template_s_special_tokens_are_special(
 ) -> None:
     """As many of them, in the same order, as with messages that say nothing."""
     tokenizer, known = chats[name], special_ids(chats[name])
-    tokens = tokenizer.encode_prompt(tokenizer.prompt_of(messages_of(texts)))
-    quiet = tokenizer.encode_prompt(tokenizer.prompt_of(messages_of(["a"] * len(texts))))
+    tokens = tokenizer.encode_prompt(tokenizer.build_prompt(messages_of(texts)))
+    quiet = tokenizer.encode_prompt(tokenizer.build_prompt(messages_of(["a"] * len(texts))))
     assert [known[t] for t in tokens if t in known] == [known[t] for t in quiet if t in known]
 
 
@@ -149,7 +149,7 @@ def test_the_tokens_spell_the_prompt(base: Tokenizer, chats: dict[str, Tokenizer
     tokenizer = chats["chatml"]
     if not tokenizer._inner.decoder:
         return  # a vocabulary that leaves letters out has no way back
-    prompt = tokenizer.prompt_of(messages_of(texts))
+    prompt = tokenizer.build_prompt(messages_of(texts))
     plainly = tokenizer._inner.decode(
         tokenizer.encode(prompt.text, add_special_tokens=False), skip_special_tokens=False
     )
@@ -161,7 +161,7 @@ def test_the_tokens_spell_the_prompt(base: Tokenizer, chats: dict[str, Tokenizer
 def test_a_spelled_token_is_what_a_tokenizer_without_it_makes_of_it(base: Tokenizer, text: str) -> None:
     """The library's own switch for plain texts, where no vocabulary has the token among its pieces."""
     tokenizer = with_special(base, "{{ messages[0].content }}")
-    prompt = tokenizer.prompt_of([{"role": "user", "content": text}])
+    prompt = tokenizer.build_prompt([{"role": "user", "content": text}])
     plain = tokenizers.Tokenizer.from_str(tokenizer._inner.to_str())
     plain.encode_special_tokens = True
     expected = plain.encode(text, add_special_tokens=False).ids
@@ -173,9 +173,9 @@ def test_a_spelled_token_is_what_a_tokenizer_without_it_makes_of_it(base: Tokeni
 
 
 @st.composite
-def marked(draw: st.DrawFn) -> Marked:
+def marked(draw: st.DrawFn) -> TaintedText:
     letters = draw(st.lists(st.sampled_from("ab<> \n"), max_size=12))
-    return Marked("".join(draw(st.sampled_from(["", "\ufdd0"])) + letter for letter in letters), "\ufdd0")
+    return TaintedText("".join(draw(st.sampled_from(["", "\ufdd0"])) + letter for letter in letters), "\ufdd0")
 
 
 PARTS = st.one_of(st.text("ab<> \n", max_size=3), marked())
@@ -184,7 +184,9 @@ PARTS = st.one_of(st.text("ab<> \n", max_size=3), marked())
 def bare(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(bare, value))
-    return value.replace("\ufdd0", "") if type(value) is str else value.bare if isinstance(value, Marked) else value
+    return (
+        value.replace("\ufdd0", "") if type(value) is str else value.bare if isinstance(value, TaintedText) else value
+    )
 
 
 OPERATIONS = {
@@ -225,13 +227,13 @@ OPERATIONS = {
 
 @settings(max_examples=2000)
 @given(name=st.sampled_from(sorted(OPERATIONS)), text=marked(), part=PARTS, n=st.integers(-4, 4))
-def test_a_marked_text_behaves_like_the_bare_one(name: str, text: Marked, part: str, n: int) -> None:
+def test_a_marked_text_behaves_like_the_bare_one(name: str, text: TaintedText, part: str, n: int) -> None:
     operation = OPERATIONS[name]
     assert bare(operation(text, part, n)) == operation(text.bare, bare(part), n)
 
 
 @given(text=marked(), n=st.integers(-4, 4))
-def test_what_is_cut_keeps_its_signs(text: Marked, n: int) -> None:
+def test_what_is_cut_keeps_its_signs(text: TaintedText, n: int) -> None:
     assert str.__str__(text[:n]) + str.__str__(text[n:]) == str.__str__(text)
     assert "".join(text) == str.__str__(text)
     assert "a".join(text.split("a")) == str.__str__(text).replace("\ufdd0a", "a")
@@ -239,10 +241,10 @@ def test_what_is_cut_keeps_its_signs(text: Marked, n: int) -> None:
 
 @given(text=SPELLED)
 def test_marks_lie_in_every_spelling(text: str) -> None:
-    marker = Marker(Spellings(SPECIAL), text)
+    marker = TaintTracker(SpecialTokenFinder(SPECIAL), text)
     read = marker.read(str.__str__(marker.mark(text)))
     assert read.text == text
     for special in SPECIAL:
         for start in range(len(text)):
             if text.startswith(special, start):
-                assert read.has_data(start, start + len(special))
+                assert read.is_tainted(start, start + len(special))

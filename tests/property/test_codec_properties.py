@@ -15,21 +15,21 @@ from edgelm.mqtt.request_codec import (
     MAX_CHUNK_MS,
     MAX_ID_LENGTH,
     MAX_TIMEOUT_S,
-    Ask,
-    open_envelope,
-    parse_ask,
-    write_ask,
+    GenerateRequest,
+    parse_envelope,
+    parse_request,
+    write_request,
 )
 from edgelm.mqtt.response_codec import (
-    Delta,
-    Outcome,
-    WireError,
-    answer_properties,
-    parse_answer,
-    write_delta,
-    write_outcome,
+    FinalMessage,
+    InvalidResponseError,
+    ResponseChunk,
+    make_response_properties,
+    parse_response,
+    write_chunk,
+    write_final_message,
 )
-from edgelm.mqtt.topics import MAX_REPLY_BYTES, check_reply_topic, matches
+from edgelm.mqtt.topics import MAX_REPLY_BYTES, matches, validate_response_topic
 from edgelm.types import RANGES, Completion, Constraint, Timing, TokenLogprob, Usage
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -67,11 +67,11 @@ TALKS = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), min_siz
 
 
 @st.composite
-def asks(draw: st.DrawFn) -> Ask:
+def asks(draw: st.DrawFn) -> GenerateRequest:
     session = draw(st.none() | IDS)
     ends = session is not None and draw(st.booleans())
     form = draw(st.sampled_from(["prompt", "messages", "nothing"] if ends else ["prompt", "messages"]))
-    return Ask(
+    return GenerateRequest(
         id=draw(IDS),
         prompt=draw(SOME_TEXT) if form == "prompt" else None,
         messages=draw(TALKS) if form == "messages" else None,
@@ -87,10 +87,10 @@ def asks(draw: st.DrawFn) -> Ask:
 
 
 @given(asks(), st.booleans(), st.none() | SOME_TEXT)
-def test_a_request_comes_back_as_it_was(ask: Ask, with_properties: bool, reply: str | None) -> None:
-    payload, properties = write_ask(ask, reply, with_properties=with_properties)
-    envelope = open_envelope(payload, properties, "new")
-    assert parse_ask(envelope) == ask
+def test_a_request_comes_back_as_it_was(ask: GenerateRequest, with_properties: bool, reply: str | None) -> None:
+    payload, properties = write_request(ask, reply, with_properties=with_properties)
+    envelope = parse_envelope(payload, properties, "new")
+    assert parse_request(envelope) == ask
     assert envelope.response_topic == reply
     assert (properties == Properties()) == (not with_properties)
 
@@ -102,7 +102,7 @@ MILLISECONDS = st.floats(0, 1e7).map(lambda value: round(value, 3))
 
 
 @st.composite
-def outcomes(draw: st.DrawFn) -> Outcome:
+def outcomes(draw: st.DrawFn) -> FinalMessage:
     reason = draw(st.sampled_from(["stop", "length", "cancelled", "deadline", "error"]))
     alternatives = st.lists(st.tuples(COUNTS, st.floats(-100, 0)), max_size=3).map(tuple)
     logprobs = st.lists(st.builds(TokenLogprob, COUNTS, st.floats(-100, 0), alternatives), max_size=3).map(tuple)
@@ -117,22 +117,22 @@ def outcomes(draw: st.DrawFn) -> Outcome:
         error=draw(ERRORS) if reason == "error" else None,
         turn=draw(st.none() | COUNTS),
     )
-    return Outcome(completion, draw(COUNTS), draw(TEXT), draw(TEXT), draw(TEXT), draw(COUNTS))
+    return FinalMessage(completion, draw(COUNTS), draw(TEXT), draw(TEXT), draw(TEXT), draw(COUNTS))
 
 
-def _fields(outcome: Outcome) -> dict[str, object]:
+def _fields(outcome: FinalMessage) -> dict[str, object]:
     """All there is, errors by their value."""
     completion = {name: getattr(outcome.completion, name) for name in Completion.__dataclass_fields__}
     error = completion.pop("error")
-    rest = {name: getattr(outcome, name) for name in Outcome.__dataclass_fields__ if name != "completion"}
+    rest = {name: getattr(outcome, name) for name in FinalMessage.__dataclass_fields__ if name != "completion"}
     return {**completion, **rest, "error": error and error.to_dict()}
 
 
 @given(outcomes())
-def test_a_final_comes_back_as_it_was(outcome: Outcome) -> None:
-    payload = write_outcome(outcome)
-    back = parse_answer(payload)
-    assert isinstance(back, Outcome)
+def test_a_final_comes_back_as_it_was(outcome: FinalMessage) -> None:
+    payload = write_final_message(outcome)
+    back = parse_response(payload)
+    assert isinstance(back, FinalMessage)
     expected = _fields(outcome)
     if outcome.completion.text == "1e999":  # JSON has no number so large: the parsed form and logprobs give way
         expected["logprobs"] = None
@@ -142,7 +142,7 @@ def test_a_final_comes_back_as_it_was(outcome: Outcome) -> None:
 
 @given(IDS, COUNTS, TEXT)
 def test_a_chunk_comes_back_as_it_was(request_id: str, seq: int, text: str) -> None:
-    assert parse_answer(write_delta(Delta(request_id, seq, text))) == Delta(request_id, seq, text)
+    assert parse_response(write_chunk(ResponseChunk(request_id, seq, text))) == ResponseChunk(request_id, seq, text)
 
 
 WORDS = """v id prompt messages model stream chunk_ms timeout_s response_topic session end_session priority json_schema
@@ -161,13 +161,13 @@ PAYLOADS = st.one_of(
 
 @given(PAYLOADS, st.none() | st.binary(max_size=300))
 def test_any_bytes_are_a_request_or_a_bad_request(payload: bytes, correlation: bytes | None) -> None:
-    envelope = open_envelope(payload, Properties(correlation=correlation), "new")
+    envelope = parse_envelope(payload, Properties(correlation=correlation), "new")
     assert 0 < len(envelope.id) <= MAX_ID_LENGTH
     assert envelope.id.isprintable()
     assert envelope.correlation == correlation
     error = None
     try:
-        ask = parse_ask(envelope)
+        ask = parse_request(envelope)
     except RequestError as refusal:
         error = refusal
     if error is not None:
@@ -175,21 +175,21 @@ def test_any_bytes_are_a_request_or_a_bad_request(payload: bytes, correlation: b
         assert error.message
         return
     assert ask.id == envelope.id
-    payload_again, properties = write_ask(ask, None, with_properties=False)
-    assert parse_ask(open_envelope(payload_again, properties, "other")) == ask
+    payload_again, properties = write_request(ask, None, with_properties=False)
+    assert parse_request(parse_envelope(payload_again, properties, "other")) == ask
 
 
 @given(PAYLOADS)
 def test_any_bytes_are_an_answer_or_none(payload: bytes) -> None:
-    with contextlib.suppress(WireError):
-        parse_answer(payload)
+    with contextlib.suppress(InvalidResponseError):
+        parse_response(payload)
 
 
 @given(st.floats(-10, 1e6), st.none() | st.binary(), st.none() | ERRORS)
 def test_an_answer_tells_its_status_and_does_not_expire_at_once(
     left_s: float, correlation: bytes | None, error: RequestError | None
 ) -> None:
-    properties = answer_properties(correlation, left_s, error)
+    properties = make_response_properties(correlation, left_s, error)
     assert properties.correlation == correlation
     assert properties.expiry_s is not None
     assert properties.expiry_s >= max(1, left_s)
@@ -202,7 +202,7 @@ LEVELS = st.text("ab+#$/éx\x00\x01\x7f\ufffe", max_size=12)
 @given(LEVELS | st.text())
 def test_what_passes_as_a_reply_topic_can_be_published(topic: str) -> None:
     try:
-        check_reply_topic(topic)
+        validate_response_topic(topic)
     except RequestError:
         return
     assert 0 < len(topic.encode()) <= MAX_REPLY_BYTES
@@ -226,5 +226,5 @@ def test_a_filter_made_from_a_topic_matches_it(levels: list[str], data: st.DataO
 def test_the_message_names_the_key(key: str) -> None:
     body = {"prompt": "hi", key: {"not": "this"}}
     with pytest.raises(RequestError, match=key) as caught:
-        parse_ask(open_envelope(json.dumps(body).encode(), Properties(), "new"))
+        parse_request(parse_envelope(json.dumps(body).encode(), Properties(), "new"))
     assert caught.value.code == "bad_request"

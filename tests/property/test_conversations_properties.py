@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vocabularies import byte_fallback, byte_level, bytes_of
 
-from edgelm.engine.fairness import Shares
-from edgelm.engine.sessions import Conversation, Conversations
+from edgelm.engine.fairness import ClientLimits
+from edgelm.engine.sessions import Sessions, SessionState
 from edgelm.errors import RequestError
 from edgelm.text.tokenizer import StreamDecoder, Tokenizer
 from edgelm.types import Chunk, Completion, Request, SamplingParams
@@ -59,9 +59,9 @@ def spelled(tokenizer, tokens, before=()):
 
 def talk(turns, tokenizer):
     """Yield for each turn the conversation before, what was asked of it, and the answer."""
-    now = Conversation()
+    now = SessionState()
     for i, (texts, answer) in enumerate(turns):
-        asked = now.ask(Request(str(i), SAMPLING, messages=messages_of(texts)), tokenizer)
+        asked = now.with_prompt(Request(str(i), SAMPLING, messages=messages_of(texts)), tokenizer)
         said = tuple(token % tokenizer.vocab_size for token in answer)
         yield now, asked, said
         now = asked.answer(said, tokenizer)
@@ -99,32 +99,34 @@ def test_the_tokens_spell_what_the_template_writes(template, turns, plain):
 @given(texts=st.lists(WORDS.filter(lambda text: "!" not in text), min_size=2, max_size=2))
 def test_a_past_that_is_written_otherwise_is_kept_up_to_there(texts, plain):
     tokenizer = with_template(plain, THOUGHTS)
-    first = Conversation().ask(Request("1", SAMPLING, messages=messages_of(texts[:1])), tokenizer)
-    thought = tuple(tokenizer.encode_further("a!b"))
-    asked = first.answer(thought, tokenizer).ask(Request("2", SAMPLING, messages=messages_of(texts[1:])), tokenizer)
+    first = SessionState().with_prompt(Request("1", SAMPLING, messages=messages_of(texts[:1])), tokenizer)
+    thought = tuple(tokenizer.encode_continuation("a!b"))
+    asked = first.answer(thought, tokenizer).with_prompt(
+        Request("2", SAMPLING, messages=messages_of(texts[1:])), tokenizer
+    )
     assert list(asked.tokens[: len(first.tokens)]) == list(first.tokens)
-    assert list(asked.tokens[len(first.tokens) :]) == tokenizer.encode_further(asked.text[len(first.text) :])
+    assert list(asked.tokens[len(first.tokens) :]) == tokenizer.encode_continuation(asked.text[len(first.text) :])
     assert asked.text == f"{first.text}b|\n<user>{texts[1]}|\n<assistant>"
 
 
 @given(texts=st.lists(WORDS, min_size=3, max_size=3))
 def test_a_template_may_bring_the_space_before_an_answer(texts, plain):
     tokenizer = with_template(plain, SPACED)
-    now = Conversation()
+    now = SessionState()
     for i, text in enumerate(texts):
-        asked = now.ask(Request(str(i), SAMPLING, messages=messages_of([text])), tokenizer)
+        asked = now.with_prompt(Request(str(i), SAMPLING, messages=messages_of([text])), tokenizer)
         assert list(asked.tokens[: len(now.tokens)]) == list(now.tokens)
-        now = asked.answer(tuple(tokenizer.encode_further(" b b")), tokenizer)
+        now = asked.answer(tuple(tokenizer.encode_continuation(" b b")), tokenizer)
         assert now.messages[-1]["content"] == " b b"
     assert now.text.count("[/INST] b b </s>") == len(texts) - 1
 
 
 @given(texts=st.lists(WORDS, min_size=1, max_size=5), ids=st.booleans())
 def test_prompts_are_added_as_they_stand(texts, ids, plain):
-    now, names = Conversation(), bytes_of(plain)
+    now, names = SessionState(), bytes_of(plain)
     for i, text in enumerate(texts):
-        given = {"tokens": tuple(plain.encode_further(text))} if ids else {"prompt": text}
-        asked = now.ask(Request(str(i), SAMPLING, **given), plain)
+        given = {"tokens": tuple(plain.encode_continuation(text))} if ids else {"prompt": text}
+        asked = now.with_prompt(Request(str(i), SAMPLING, **given), plain)
         new = asked.tokens[len(now.tokens) :]
         if not ids and not i:
             assert list(new) == plain.encode(text)
@@ -135,8 +137,8 @@ def test_prompts_are_added_as_they_stand(texts, ids, plain):
 
 @given(before=WORDS, text=WORDS)
 def test_a_text_that_goes_on_is_not_set_apart(before, text, plain):
-    tokens = [*plain.encode(before, add_special_tokens=False), *plain.encode_further(text)]
-    assert plain.decode(tokens) == (before + text if before else plain.decode(plain.encode_further(text)))
+    tokens = [*plain.encode(before, add_special_tokens=False), *plain.encode_continuation(text)]
+    assert plain.decode(tokens) == (before + text if before else plain.decode(plain.encode_continuation(text)))
 
 
 def test_prompts_and_messages_do_not_mix(plain):
@@ -144,20 +146,20 @@ def test_prompts_and_messages_do_not_mix(plain):
     said = Request("1", SAMPLING, messages=messages_of(["a"]))
     typed = Request("1", SAMPLING, prompt="a", raw=True)
     for first, then, names in ((said, typed, "messages"), (typed, said, "plain text")):
-        talked = Conversation().ask(first, tokenizer).answer((), tokenizer)
+        talked = SessionState().with_prompt(first, tokenizer).answer((), tokenizer)
         with pytest.raises(RequestError, match=f"begun with {names}"):
-            talked.ask(then, tokenizer)
+            talked.with_prompt(then, tokenizer)
 
 
 def test_a_bare_prompt_is_a_message_of_the_user(plain):
     tokenizer = with_template(plain, BARE)
-    prompts, said = Conversation(), Conversation()
+    prompts, said = SessionState(), SessionState()
     for turn in ("a", "b"):
-        prompts = prompts.ask(Request("1", SAMPLING, prompt=turn), tokenizer)
-        said = said.ask(Request("1", SAMPLING, messages=messages_of([turn])), tokenizer)
+        prompts = prompts.with_prompt(Request("1", SAMPLING, prompt=turn), tokenizer)
+        said = said.with_prompt(Request("1", SAMPLING, messages=messages_of([turn])), tokenizer)
         assert list(prompts.tokens) == list(said.tokens)
         prompts, said = prompts.answer((), tokenizer), said.answer((), tokenizer)
-    typed = Conversation().ask(Request("1", SAMPLING, prompt="a", raw=True), tokenizer)
+    typed = SessionState().with_prompt(Request("1", SAMPLING, prompt="a", raw=True), tokenizer)
     assert list(typed.tokens) == tokenizer.encode("a")
     assert typed.messages is None
 
@@ -165,16 +167,16 @@ def test_a_bare_prompt_is_a_message_of_the_user(plain):
 def test_a_conversation_keeps_the_system_message_that_it_began_with(plain):
     tokenizer = with_template(plain, BARE)
     first = Request("1", SAMPLING, prompt="a", system="Be brief.")
-    talked = Conversation().ask(first, tokenizer).answer((), tokenizer)
+    talked = SessionState().with_prompt(first, tokenizer).answer((), tokenizer)
     assert talked.messages[0] == {"role": "system", "content": "Be brief."}
     for system in (None, "Be brief."):
-        again = talked.ask(Request("1", SAMPLING, prompt="b", system=system), tokenizer)
+        again = talked.with_prompt(Request("1", SAMPLING, prompt="b", system=system), tokenizer)
         assert [message["role"] for message in again.messages] == ["system", "user", "assistant", "user"]
     with pytest.raises(RequestError, match="end the session to change it"):
-        talked.ask(Request("1", SAMPLING, prompt="b", system="Be long."), tokenizer)
+        talked.with_prompt(Request("1", SAMPLING, prompt="b", system="Be long."), tokenizer)
     twice = ({"role": "system", "content": "a"}, *messages_of(["b"]))
     with pytest.raises(RequestError, match="begin with a system message of their own"):
-        Conversation().ask(Request("1", SAMPLING, messages=twice, system="Be brief."), tokenizer)
+        SessionState().with_prompt(Request("1", SAMPLING, messages=twice, system="Be brief."), tokenizer)
 
 
 CONTEXT, MOST = 40, 3
@@ -192,7 +194,7 @@ OPS = st.lists(
 
 @given(ops=OPS)
 def test_sessions_are_a_short_dictionary_of_what_was_used_last(ops, plain):
-    known = Conversations(plain, CONTEXT, most=MOST)
+    known = Sessions(plain, CONTEXT, most=MOST)
     expected = OrderedDict()
     for number, (what, session, client, tokens, fault) in enumerate(ops):
         name = (client, session)
@@ -204,8 +206,8 @@ def test_sessions_are_a_short_dictionary_of_what_was_used_last(ops, plain):
         before = expected.get(name)
         error = None if fault is None else RequestError(fault, "on purpose")
         conversation = known.begin(request)
-        assert known.is_answering(request)
-        if not request.asks_nothing:
+        assert known.is_session_busy(request)
+        if not request.is_end_session_only:
             if before and len(before) + len(tokens) >= CONTEXT:
                 with pytest.raises(RequestError, match=f"has {len(before)} tokens") as caught:
                     known.asked(conversation, request)
@@ -214,10 +216,10 @@ def test_sessions_are_a_short_dictionary_of_what_was_used_last(ops, plain):
                 assert known.read(request, known.asked(conversation, request)) == [*(before or []), *tokens]
         done = Completion(request.id, "", (1, 2), "error" if error else "stop", error=error)
         last = Chunk(request.id, 0, "", None, True, done)
-        assert known.settle(Chunk(request.id, 0, "a", 1)).completion is None
-        settled = known.settle(last).completion
-        assert not known.is_answering(request)
-        if not request.asks_nothing and error is None:
+        assert known.record_completion(Chunk(request.id, 0, "a", 1)).completion is None
+        settled = known.record_completion(last).completion
+        assert not known.is_session_busy(request)
+        if not request.is_end_session_only and error is None:
             assert settled.turn >= 1
             assert (settled.turn == 1) == (before is None)
             expected[name] = [*(before or []), *tokens, 1, 2]
@@ -236,7 +238,7 @@ def test_sessions_are_a_short_dictionary_of_what_was_used_last(ops, plain):
 
 
 def test_a_session_that_is_answering_is_forgotten_once_it_is_done(plain):
-    known = Conversations(plain, CONTEXT)
+    known = Sessions(plain, CONTEXT)
     for turn in itertools.count(1):
         request = Request(str(turn), SAMPLING, tokens=(1, 2), session="a")
         known.read(request, known.asked(known.begin(request), request))
@@ -245,14 +247,14 @@ def test_a_session_that_is_answering_is_forgotten_once_it_is_done(plain):
             assert known.end("a")
             assert known.lengths() == {}
         done = Completion(request.id, "", (3,), "stop")
-        assert known.settle(Chunk(request.id, 0, "", None, True, done)).completion.turn == turn
+        assert known.record_completion(Chunk(request.id, 0, "", None, True, done)).completion.turn == turn
         if turn == 3:
             break
     assert known.lengths() == {}
     assert not known.end("a")
 
 
-SHARES = Shares(sessions=2, session_bytes=60_000, all_sessions_bytes=150_000)
+SHARES = ClientLimits(sessions=2, session_bytes=60_000, all_sessions_bytes=150_000)
 
 
 def use(known, number, client, session, *, messages=None):
@@ -266,13 +268,13 @@ def use(known, number, client, session, *, messages=None):
     except RequestError as refused:
         error = refused
     done = Completion(request.id, "", (3,), "error" if error else "stop", error=error)
-    known.settle(Chunk(request.id, 0, "", None, True, done))
+    known.record_completion(Chunk(request.id, 0, "", None, True, done))
     return error
 
 
 @given(used=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xyzw")), max_size=40))
 def test_a_client_keeps_its_share_of_sessions_and_loses_its_own_oldest(used, plain):
-    known, expected = Conversations(plain, 10_000, most=6, shares=SHARES), {}
+    known, expected = Sessions(plain, 10_000, most=6, client_limits=SHARES), {}
     for number, (client, session) in enumerate(used):
         assert use(known, number, client, session) is None
         mine = expected.setdefault(client, [])
@@ -285,7 +287,7 @@ def test_a_client_keeps_its_share_of_sessions_and_loses_its_own_oldest(used, pla
 
 
 def test_many_sessions_of_many_never_push_out_one_that_holds_less(plain):
-    known = Conversations(plain, CONTEXT, most=10, shares=Shares(sessions=8))
+    known = Sessions(plain, CONTEXT, most=10, client_limits=ClientLimits(sessions=8))
     use(known, 0, "quiet", "mine")
     for number in range(1, 60):
         use(known, number, "loud", f"s{number}")
@@ -300,7 +302,7 @@ LEFT_OUT = "<{{ messages[-1]['content'] }}>"
 
 @given(sizes=st.lists(st.integers(0, 40_000), min_size=1, max_size=12))
 def test_a_session_is_bounded_in_bytes_whatever_the_template_leaves_out(sizes, plain):
-    known = Conversations(with_template(plain, LEFT_OUT), CONTEXT, shares=SHARES)
+    known = Sessions(with_template(plain, LEFT_OUT), CONTEXT, client_limits=SHARES)
     for number, size in enumerate(sizes):
         messages = ({"role": "user", "content": "a" * size}, {"role": "user", "content": "b"})
         error = use(known, number, "a", "s", messages=messages)
@@ -313,7 +315,7 @@ def test_a_session_is_bounded_in_bytes_whatever_the_template_leaves_out(sizes, p
 
 
 def test_sessions_of_all_are_bounded_in_bytes_and_who_holds_most_loses(plain):
-    known = Conversations(with_template(plain, LEFT_OUT), 10_000, shares=SHARES)
+    known = Sessions(with_template(plain, LEFT_OUT), 10_000, client_limits=SHARES)
     use(known, 0, "quiet", "mine", messages=({"role": "user", "content": "b"},))
     for number in range(1, 12):
         messages = ({"role": "user", "content": "a" * 50_000}, {"role": "user", "content": "b"})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edgelm.errors import EdgelmError
-from edgelm.runtime.divergence import Divergence
+from edgelm.runtime.divergence import DivergenceMeter
 
 LOGITS = st.floats(-30, 30, width=32)
 
@@ -32,7 +32,7 @@ def shares(row):
 @given(pairs())
 def test_it_is_what_the_formulas_say(pair):
     reference, logits, following = pair
-    divergence = Divergence()
+    divergence = DivergenceMeter()
     half = len(following) // 2
     for part in (slice(0, half), slice(half, None)):  # in pieces, as it is used; an empty one changes nothing
         divergence.add(reference[part], logits[part], following[part])
@@ -56,7 +56,7 @@ def test_it_is_what_the_formulas_say(pair):
 @given(pairs())
 def test_a_model_agrees_with_itself(pair):
     reference, _, following = pair
-    divergence = Divergence()
+    divergence = DivergenceMeter()
     divergence.add(reference, reference, following)
     found = divergence.result()
     assert (found.kl_mean, found.kl_p99, found.top1_agreement) == (0, 0, 1)
@@ -65,9 +65,9 @@ def test_a_model_agrees_with_itself(pair):
 
 def test_what_is_no_number_and_no_text_are_refused():
     with pytest.raises(EdgelmError, match="too short"):
-        Divergence().result()
+        DivergenceMeter().result()
     good = np.zeros((1, 3), np.float32)
     for bad in (np.full((1, 3), np.nan, np.float32), np.full((1, 3), np.inf, np.float32)):
         for first, second in ((good, bad), (bad, good)):
             with pytest.raises(EdgelmError, match="not numbers"):
-                Divergence().add(first, second, np.zeros(1, np.int64))
+                DivergenceMeter().add(first, second, np.zeros(1, np.int64))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgelm.bundle.manifest import open_bundle
 from edgelm.engine.engine import Engine
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
-from edgelm.runtime.runner import open_session
+from edgelm.runtime.runner import open_runner
 from edgelm.types import Request, SamplingParams
 
 MAX_BATCH = 3
@@ -105,9 +105,11 @@ plans = st.lists(
 
 
 def check_rows(engine):
-    running, reading = ([sequence.row for sequence in kind] for kind in (engine._rows.running, engine._rows.reading))
+    running, prefilling = (
+        [sequence.row for sequence in kind] for kind in (engine._scheduler.running, engine._scheduler.prefilling)
+    )
     assert running == list(range(len(running)))
-    assert sorted(reading) == list(range(len(running), len(running) + len(reading)))
+    assert sorted(prefilling) == list(range(len(running), len(running) + len(prefilling)))
     assert engine.active <= MAX_BATCH
 
 
@@ -212,11 +214,11 @@ def test_a_conversation_goes_on_where_it_ended(opened):
 @settings(max_examples=20)
 @given(length=st.integers(1, 40), cuts=st.lists(st.integers(1, 40), max_size=5))
 def test_a_row_begins_with_what_was_read_from_another(length, cuts, opened):
-    session = open_session(opened, rows=2, threads=1)
+    session = open_runner(opened, rows=2, threads=1)
     tokens, following = np.arange(5, 5 + length), np.array([3])
     session.prefill(0, tokens, 0)
     ends = sorted({*(cut for cut in cuts if cut < length), length})
-    session.begin_row(1, [session.read_row(0, start, end) for start, end in zip([0, *ends], ends, strict=False)])
+    session.write_row(1, [session.read_row(0, start, end) for start, end in zip([0, *ends], ends, strict=False)])
     expected = session.prefill(0, following, length).copy()
     assert np.array_equal(session.prefill(1, following, length), expected)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edgelm.bundle.manifest import open_bundle
 from edgelm.engine.engine import Engine
-from edgelm.engine.speculation import SIZES
+from edgelm.engine.speculation import DRAFT_LENGTHS
 from edgelm.errors import RequestError
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
 from edgelm.types import Constraint, Request, SamplingParams
@@ -78,7 +78,7 @@ def test_a_step_computes_a_chunk_at_most_and_nobody_is_overtaken_by_who_needs_as
                 begun.append(chunk.id)
             if chunk.done:
                 ended.append(chunk.id)
-        assert sum(engine.passes) <= PREFILL_CHUNK + 1 + SIZES[0]  # guesses are a lone answer's own
+        assert sum(engine.passes) <= PREFILL_CHUNK + 1 + DRAFT_LENGTHS[0]  # guesses are a lone answer's own
         assert engine.active <= MAX_BATCH
         step += 1
         assert step < 3000

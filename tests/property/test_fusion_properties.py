@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_nodes import inputs, matrix, product, run
 
-from edgelm.kernels.abi import FORMATS, Format
+from edgelm.kernels.abi import SUPPORTED_FORMATS, WeightFormat
 
-formats = st.sampled_from(FORMATS)
+formats = st.sampled_from(SUPPORTED_FORMATS)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -46,7 +46,7 @@ def test_gates_of_any_size_are_right(library, value):
     codes = np.full((1, 1, 16), 129, np.uint8)
     gates = np.zeros((1, 32), np.float32)
     gates[0, 0], gates[0, 16] = value, 1
-    found = run(product(library, Format(8, 16), 16, codes, np.ones((1, 1), np.float16), gated=True), gates)
+    found = run(product(library, WeightFormat(8, 16), 16, codes, np.ones((1, 1), np.float16), gated=True), gates)
     np.testing.assert_allclose(found[0, 0], naive.silu(max(value, -700)), rtol=1e-6, atol=1e-30)
 
 
@@ -66,7 +66,7 @@ def test_normed_products_are_those_of_the_normed_rows(library, form, size, colum
 def test_rows_of_any_size_are_normed_right(library, value, epsilon):
     codes = np.full((1, 1, 16), 129, np.uint8)
     weight = np.full(1, 0.7, np.float32)
-    session = product(library, Format(8, 16), 1, codes, np.ones((1, 1), np.float16), norm=weight, epsilon=epsilon)
+    session = product(library, WeightFormat(8, 16), 1, codes, np.ones((1, 1), np.float16), norm=weight, epsilon=epsilon)
     found = run(session, np.full((1, 1), value, np.float32))
     np.testing.assert_allclose(found[0], naive.normed([value], weight, epsilon), rtol=1e-6, atol=2e-30)
 
@@ -111,7 +111,7 @@ def test_what_is_given_is_added_last_and_exactly(library, form, size, columns, r
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", ["plain", "gated", "normed"])
-@pytest.mark.parametrize("form", [Format(bits, 32) for bits in (4, 5, 6, 8)], ids=str)
+@pytest.mark.parametrize("form", [WeightFormat(bits, 32) for bits in (4, 5, 6, 8)], ids=str)
 def test_what_is_no_number_stays_none(library, value, kind, form):
     codes, scales, _ = matrix(np.random.default_rng(0), form, 128, 20)
     x = np.random.default_rng(1).normal(size=(3, 256 if kind == "gated" else 128)).astype(np.float32)

@@ -38,8 +38,8 @@ def opened(float32_bundle):
 def engine(opened, monkeypatch):
     """Guesses whenever there is something to guess: a longer pass costs it nothing."""
     engine = Engine(opened, threads=1, max_batch=1)
-    monkeypatch.setattr(engine._drafter, "_seconds", {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
-    monkeypatch.setattr(engine._drafter, "_took", lambda tokens, seconds: None)
+    monkeypatch.setattr(engine._speculator, "_pass_time_s", {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
+    monkeypatch.setattr(engine._speculator, "_took", lambda tokens, seconds: None)
     entropy = np.random.default_rng(11)
     monkeypatch.setattr("edgelm.sampling.sampler.os.urandom", entropy.bytes)
     return engine
@@ -67,14 +67,14 @@ def probabilities(session, kind):
 def ask(engine, kind, monkeypatch):
     """How often each answer came, and of how many tokens guessed how many were right."""
     counts, guessed = Counter(), [0, 0]
-    learn = engine._drafter.learn
+    learn = engine._speculator.learn
 
-    def noting(drafting, tokens, seconds, size, right):
+    def noting(draft_state, tokens, seconds, size, right):
         guessed[0] += size
         guessed[1] += right
-        learn(drafting, tokens, seconds, size, right)
+        learn(draft_state, tokens, seconds, size, right)
 
-    monkeypatch.setattr(engine._drafter, "learn", noting)
+    monkeypatch.setattr(engine._speculator, "learn", noting)
     sampling = SamplingParams(max_tokens=LENGTH, ignore_eos=True, **kind)
     for _ in range(ASKED):
         engine.add(Request("one", sampling, tokens=PROMPT), time.monotonic())
@@ -123,10 +123,10 @@ def draw_again(sample, wanted):
 def test_biased_acceptance_is_found(engine, kind, biased, monkeypatch):
     expected = probabilities(engine.session, kind)
     wanted = {}
-    propose, sample = engine._drafter.propose, Sampler.sample
+    propose, sample = engine._speculator.propose, Sampler.sample
 
-    def noted(drafting, tokens, most, owner):
-        guess = propose(drafting, tokens, most, owner)
+    def noted(draft_state, tokens, most, owner):
+        guess = propose(draft_state, tokens, most, owner)
         wanted.clear()
         wanted.update(enumerate(guess.tolist(), len(tokens)))
         return guess
@@ -134,7 +134,7 @@ def test_biased_acceptance_is_found(engine, kind, biased, monkeypatch):
     def biased_sample(self, logits, mask, history):
         return biased(lambda: sample(self, logits, mask, history), wanted.pop(len(history), None))
 
-    monkeypatch.setattr(engine._drafter, "propose", noted)
+    monkeypatch.setattr(engine._speculator, "propose", noted)
     monkeypatch.setattr(Sampler, "sample", biased_sample)
     counts, *_ = ask(engine, kind, monkeypatch)
     assert significance(counts, expected) <= SIGNIFICANCE

@@ -19,11 +19,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgelm.bundle.manifest import open_bundle
 from edgelm.engine.engine import Engine
-from edgelm.runtime.ort import RUNTIME, check_runtime, load_graph
-from edgelm.runtime.runner import open_session
+from edgelm.runtime.ort import ORT_RELEASE, check_ort_version, load_graph
+from edgelm.runtime.runner import open_runner
 from edgelm.types import Request, SamplingParams
 
-if tuple(map(int, OLDEST_RUNTIME.split("."))) > RUNTIME:
+if tuple(map(int, OLDEST_RUNTIME.split("."))) > ORT_RELEASE:
     pytest.skip(f"needs onnxruntime {OLDEST_RUNTIME}", allow_module_level=True)
 
 CAPACITY = 48
@@ -188,7 +188,7 @@ def test_the_manifest_says_what_the_cache_is(quantized):
     assert (manifest.cache.bits, manifest.cache.head_size) == (8, size)
     assert manifest.cache.bytes_per_token() == 2 * 2 * 2 * size  # layers, kv heads
     assert manifest.needs_onnxruntime == OLDEST_RUNTIME
-    piece = open_session(quantized, rows=1, threads=1).read_row(0, 0, 3)
+    piece = open_runner(quantized, rows=1, threads=1).read_row(0, 0, 3)
     assert {array.dtype for array in piece} == {np.dtype(np.int8)}
     assert sum(array.nbytes for array in piece) == 3 * manifest.cache.bytes_per_token()
 
@@ -196,8 +196,8 @@ def test_the_manifest_says_what_the_cache_is(quantized):
 @settings(max_examples=10)
 @given(seed=st.integers(0, 999), lengths=st.lists(st.integers(1, 90), min_size=2, max_size=4), steps=st.integers(1, 6))
 def test_rows_in_a_batch_are_as_each_alone(seed, lengths, steps, quantized):
-    session = open_session(quantized, rows=len(lengths) + 1, threads=1)
-    alone = open_session(quantized, rows=1, threads=1)
+    session = open_runner(quantized, rows=len(lengths) + 1, threads=1)
+    alone = open_runner(quantized, rows=1, threads=1)
     generator = np.random.default_rng(seed)
     tokens = [generator.integers(2, 300, length + steps) for length in lengths]
     for row, (text, length) in enumerate(zip(tokens, lengths, strict=True)):
@@ -218,11 +218,11 @@ def test_rows_in_a_batch_are_as_each_alone(seed, lengths, steps, quantized):
 @settings(max_examples=10)
 @given(length=st.integers(1, 60), cuts=st.lists(st.integers(1, 60), max_size=4), seed=st.integers(0, 99))
 def test_a_row_that_begins_with_pieces_is_as_one_computed_anew(length, cuts, seed, quantized):
-    session = open_session(quantized, rows=2, threads=1)
+    session = open_runner(quantized, rows=2, threads=1)
     tokens = np.random.default_rng(seed).integers(2, 300, length + 1)
     session.prefill(0, tokens[:-1], 0)
     ends = sorted({*(cut for cut in cuts if cut < length), length})
-    session.begin_row(1, [session.read_row(0, start, end) for start, end in zip([0, *ends], ends, strict=False)])
+    session.write_row(1, [session.read_row(0, start, end) for start, end in zip([0, *ends], ends, strict=False)])
     anew = session.prefill(0, tokens[-1:], length).copy()
     assert np.array_equal(session.prefill(1, tokens[-1:], length), anew)
     session.copy_row(0, 1, length)
@@ -257,8 +257,8 @@ def near(one, other):
 def test_an_older_runtime_is_refused_in_one_line(quantized, monkeypatch):
     monkeypatch.setattr("edgelm.runtime.ort.RUNTIME", (1, 27))
     with pytest.raises(Exception, match=rf"needs onnxruntime {OLDEST_RUNTIME} or newer, this is .*--kv fp32") as caught:
-        open_session(quantized, rows=1)
+        open_runner(quantized, rows=1)
     assert type(caught.value).__name__ == "BundleError"
     assert "\n" not in str(caught.value)
-    check_runtime(None, "an old bundle")
-    check_runtime("1.27", "another")
+    check_ort_version(None, "an old bundle")
+    check_ort_version("1.27", "another")

@@ -21,19 +21,19 @@ from kernel_nodes import look_up, matrix, product
 from kernel_nodes import run as run_product
 from naive_kernel_attention import Shape
 
-from edgelm.kernels.abi import FAULTS, NOWHERE, Fault, Format, State
-from edgelm.kernels.custom_ops import Operators
-from edgelm.kernels.op_schemas import ATTENDING, look_up_of, product_of
+from edgelm.kernels.abi import ERROR_MESSAGES, NO_OFFSET, InputErrorCode, StateField, WeightFormat
+from edgelm.kernels.custom_ops import CustomOpLibrary
+from edgelm.kernels.op_schemas import ATTENTION_SCHEMA, gather_schema, matmul_schema
 from edgelm.system.digest import file_sha256
 
-FORM = Format(4, 32)
+FORM = WeightFormat(4, 32)
 K, N = 48, 20
-TEXTS = "|".join(FAULTS.values())
+TEXTS = "|".join(ERROR_MESSAGES.values())
 
 
 def refused(call, fault=None):
     """Expect a call to end in one of the faults, or in that one."""
-    with pytest.raises(Exception, match=TEXTS if fault is None else FAULTS[fault]) as caught:
+    with pytest.raises(Exception, match=TEXTS if fault is None else ERROR_MESSAGES[fault]) as caught:
         call()
     assert "INVALID_ARGUMENT" in str(caught.value) or "Non-zero status" in str(caught.value)
 
@@ -84,7 +84,7 @@ def test_a_look_up_is_right_or_refused(library, table, shape, index):
     blocks = scales.shape[1]
     indices = guarded(np.full(shape, index, np.int64))
     if len(shape) > 7:
-        refused(lambda: look_up(library, FORM, codes, scales, indices), Fault.RANK)
+        refused(lambda: look_up(library, FORM, codes, scales, indices), InputErrorCode.RANK)
         return
     found = look_up(library, FORM, codes, scales, indices)
     assert found.shape == (*shape, blocks * FORM.block)
@@ -194,35 +194,35 @@ def without(name):
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (zeros("query", 2, 3, 128, 1), Fault.RANK),
-        (zeros("query", *[1] * 12, 128), Fault.RANK),
-        (zeros("query", 2, 3, 127), Fault.PROJECTIONS),
-        (zeros("query", 2, 3, 129), Fault.PROJECTIONS),
-        (zeros("query", 2, 3, 64), Fault.PROJECTIONS),
-        (zeros("query", 3, 3, 128), Fault.MEMORY),
-        (zeros("query", 2, 60, 128), Fault.TOKENS),
-        (zeros("past_key", 2, 2, 50, 32), Fault.MEMORY),
-        (zeros("past_key", 2, 1, 50, 16), Fault.MEMORY),
-        (zeros("past_value", 2, 2, 49, 16), Fault.MEMORY),
-        (zeros("past_value", 2, 2, 16), Fault.RANK),
-        (zeros("seqlens"), Fault.LENGTHS),
-        (zeros("seqlens", 1), Fault.LENGTHS),
-        (zeros("seqlens", 0), Fault.LENGTHS),
-        (numbers("seqlens", 1), Fault.LENGTHS),
-        (numbers("seqlens", -1), Fault.LENGTHS),
-        (numbers("seqlens", 50), Fault.LENGTHS),
-        (numbers("seqlens", 2**31 - 1), Fault.LENGTHS),
-        (numbers("seqlens", -(2**31)), Fault.LENGTHS),
-        (cut({"cos", "sin"}, 1), Fault.TABLES),
-        (cut({"cos", "sin"}, 7), Fault.TABLES),
-        (cut({"cos"}, 40), Fault.TABLES),
-        (zeros("cos", 50, 7), Fault.TABLES),
-        (zeros("cos", 400), Fault.RANK),
-        (without("sin"), Fault.TABLES),
-        (zeros("positions", 2, 2), Fault.POSITIONS),
-        (numbers("positions", -1), Fault.POSITIONS),
-        (numbers("positions", 50), Fault.POSITIONS),
-        (numbers("positions", 1 << 40), Fault.POSITIONS),
+        (zeros("query", 2, 3, 128, 1), InputErrorCode.RANK),
+        (zeros("query", *[1] * 12, 128), InputErrorCode.RANK),
+        (zeros("query", 2, 3, 127), InputErrorCode.PROJECTIONS),
+        (zeros("query", 2, 3, 129), InputErrorCode.PROJECTIONS),
+        (zeros("query", 2, 3, 64), InputErrorCode.PROJECTIONS),
+        (zeros("query", 3, 3, 128), InputErrorCode.MEMORY),
+        (zeros("query", 2, 60, 128), InputErrorCode.TOKENS),
+        (zeros("past_key", 2, 2, 50, 32), InputErrorCode.MEMORY),
+        (zeros("past_key", 2, 1, 50, 16), InputErrorCode.MEMORY),
+        (zeros("past_value", 2, 2, 49, 16), InputErrorCode.MEMORY),
+        (zeros("past_value", 2, 2, 16), InputErrorCode.RANK),
+        (zeros("seqlens"), InputErrorCode.LENGTHS),
+        (zeros("seqlens", 1), InputErrorCode.LENGTHS),
+        (zeros("seqlens", 0), InputErrorCode.LENGTHS),
+        (numbers("seqlens", 1), InputErrorCode.LENGTHS),
+        (numbers("seqlens", -1), InputErrorCode.LENGTHS),
+        (numbers("seqlens", 50), InputErrorCode.LENGTHS),
+        (numbers("seqlens", 2**31 - 1), InputErrorCode.LENGTHS),
+        (numbers("seqlens", -(2**31)), InputErrorCode.LENGTHS),
+        (cut({"cos", "sin"}, 1), InputErrorCode.TABLES),
+        (cut({"cos", "sin"}, 7), InputErrorCode.TABLES),
+        (cut({"cos"}, 40), InputErrorCode.TABLES),
+        (zeros("cos", 50, 7), InputErrorCode.TABLES),
+        (zeros("cos", 400), InputErrorCode.RANK),
+        (without("sin"), InputErrorCode.TABLES),
+        (zeros("positions", 2, 2), InputErrorCode.POSITIONS),
+        (numbers("positions", -1), InputErrorCode.POSITIONS),
+        (numbers("positions", 50), InputErrorCode.POSITIONS),
+        (numbers("positions", 1 << 40), InputErrorCode.POSITIONS),
     ],
 )
 def test_each_fault_of_attention_has_its_name(library_operators, change, fault):
@@ -237,7 +237,7 @@ def test_each_fault_of_attention_has_its_name(library_operators, change, fault):
         "cos": np.ones((50, 8), np.float32),
         "sin": np.ones((50, 8), np.float32),
     }
-    if fault is Fault.POSITIONS:
+    if fault is InputErrorCode.POSITIONS:
         feeds["positions"] = np.full((2, 3), 49)
 
     def call(feeds):
@@ -252,37 +252,44 @@ def test_each_fault_of_attention_has_its_name(library_operators, change, fault):
 def library_operators(library, tmp_path_factory):
     data = tmp_path_factory.mktemp("none") / "data"
     data.write_bytes(b"none")
-    return Operators(library, [], data, file_sha256(library))
+    return CustomOpLibrary(library, [], data, file_sha256(library))
 
 
-HEADS = {State.HEADS: 4, State.KV_HEADS: 2, State.HALF: 8, State.WINDOW: 0, State.SCALE: 0, State.SOFTCAP: 0}
+HEADS = {
+    StateField.HEADS: 4,
+    StateField.KV_HEADS: 2,
+    StateField.HALF: 8,
+    StateField.WINDOW: 0,
+    StateField.SCALE: 0,
+    StateField.SOFTCAP: 0,
+}
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *itertools.product([State.HEADS, State.KV_HEADS], [0, -1, 3, 1 << 40]),
-        (State.HEADS, 66),
-        (State.HALF, -1),
-        (State.HALF, 129),
-        (State.WINDOW, -1),
+        *itertools.product([StateField.HEADS, StateField.KV_HEADS], [0, -1, 3, 1 << 40]),
+        (StateField.HEADS, 66),
+        (StateField.HALF, -1),
+        (StateField.HALF, 129),
+        (StateField.WINDOW, -1),
     ],
 )
 def test_heads_that_no_kernel_takes_are_refused(field, value):
-    assert ATTENDING.bytes_at(HEADS) == {}
+    assert ATTENTION_SCHEMA.bytes_at(HEADS) == {}
     with pytest.raises(ValueError, match=r"heads of|rotated pairs"):
-        ATTENDING.bytes_at({**HEADS, field: value})
+        ATTENTION_SCHEMA.bytes_at({**HEADS, field: value})
 
 
 @pytest.mark.parametrize(("size", "columns"), [(0, 4), (-1, 4), (1 << 40, 4), (4, 0), (4, 1 << 60)])
-@pytest.mark.parametrize("operator", [product_of(FORM), look_up_of(FORM)])
+@pytest.mark.parametrize("operator", [matmul_schema(FORM), gather_schema(FORM)])
 def test_sizes_that_no_matrix_has_are_refused(operator, size, columns):
     with pytest.raises(ValueError, match="a matrix of"):
-        operator.bytes_at({State.K: size, State.N: columns})
+        operator.bytes_at({StateField.K: size, StateField.N: columns})
 
 
 @pytest.mark.parametrize("place", ["WEIGHTS", "SCALES", "BIAS", "NORM"])
-@pytest.mark.parametrize("at", [-64, 1 << 44, 32, "behind", NOWHERE])
+@pytest.mark.parametrize("at", [-64, 1 << 44, 32, "behind", NO_OFFSET])
 def test_places_outside_the_file_are_refused(library, table, monkeypatch, place, at):
     """Whoever wrote the graph: a kernel is not made for a place that the file does not have."""
     import kernel_nodes
@@ -296,7 +303,7 @@ def test_places_outside_the_file_are_refused(library, table, monkeypatch, place,
         return {**places, place: size if at == "behind" else at}
 
     monkeypatch.setattr(kernel_nodes, "placed", moved)
-    if at == NOWHERE and place in ("BIAS", "NORM"):
+    if at == NO_OFFSET and place in ("BIAS", "NORM"):
         product(library, FORM, K, codes, scales, bias=bias, norm=np.ones(K, np.float32))
         return
     with pytest.raises(Exception, match=f"{place} lies outside the file"):

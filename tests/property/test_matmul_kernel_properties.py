@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_nodes import inputs, look_up, matrix, panels, product, run
 
-from edgelm.kernels.abi import FORMATS, Format
+from edgelm.kernels.abi import SUPPORTED_FORMATS, WeightFormat
 
-formats = st.sampled_from(FORMATS)
+formats = st.sampled_from(SUPPORTED_FORMATS)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -64,7 +64,7 @@ def test_wide_products_are_those_of_their_columns(library, form, columns, rows, 
 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 1e-31, 1e-29, 1e30, 3e38])
 def test_activations_of_any_size_are_right(library, value):
-    form = Format(4, 32)
+    form = WeightFormat(4, 32)
     codes, scales, _ = matrix(np.random.default_rng(0), form, 40, 20)
     scales *= np.float16(1e-2)
     x = np.full((1, 40), value, np.float32)
@@ -74,7 +74,7 @@ def test_activations_of_any_size_are_right(library, value):
 
 
 def test_a_graph_lives_on_when_others_are_gone(library):
-    form = Format(4, 32)
+    form = WeightFormat(4, 32)
     codes, scales, _ = matrix(np.random.default_rng(0), form, 64, 32)
     x = np.ones((1, 64), np.float32)
     kept = product(library, form, 64, codes, scales)
@@ -135,7 +135,7 @@ def test_rows_are_looked_up_in_panels_exactly(library, form, columns, blocks, sh
     np.testing.assert_array_equal(found, np.array(table, np.float32)[indices])
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("form", SUPPORTED_FORMATS, ids=str)
 def test_no_index_leads_out_of_the_table(library, form):
     codes, scales, _ = matrix(np.random.default_rng(0), form, form.block, 21)
     far = np.array([21, 2**62, -22, -(2**62)])

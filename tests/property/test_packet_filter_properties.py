@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from edgelm.mqtt.packet_filter import Sieve, SievedSocket, Verdict
+from edgelm.mqtt.packet_filter import FilteredSocket, PacketFilter, Verdict
 
 MID = 7
 USED = {"ResponseTopic", "CorrelationData", "MessageExpiryInterval", "PayloadFormatIndicator"}
@@ -62,8 +62,8 @@ others = st.sampled_from([b"\xd0\x00", b"\x40\x02\x00\x07", b"\x90\x04\x00\x01\x
 streams = st.lists(st.tuples(messages, st.sampled_from(Verdict), st.integers(1, 70)) | others, max_size=12)
 
 
-@given(stream=streams, cuts=st.lists(st.integers(1, 50), max_size=200), is_5=st.booleans())
-def test_what_passes_is_what_a_plain_reading_lets_pass(stream, cuts, is_5):
+@given(stream=streams, cuts=st.lists(st.integers(1, 50), max_size=200), is_mqtt5=st.booleans())
+def test_what_passes_is_what_a_plain_reading_lets_pass(stream, cuts, is_mqtt5):
     data, expected, verdicts, dropped, acknowledged = b"", b"", {}, 0, []
     for each in stream:
         if isinstance(each, bytes):
@@ -73,8 +73,8 @@ def test_what_passes_is_what_a_plain_reading_lets_pass(stream, cuts, is_5):
         (topic, qos, payload, given_properties), verdict, count = each
         topic += b"/" + str(len(verdicts)).encode()
         verdicts[topic] = verdict
-        whole = publish(topic, qos, payload, properties_of(given_properties) if is_5 else b"")
-        kept = publish(topic, qos, payload, properties_of(given_properties, only=USED) if is_5 else b"")
+        whole = publish(topic, qos, payload, properties_of(given_properties) if is_mqtt5 else b"")
+        kept = publish(topic, qos, payload, properties_of(given_properties, only=USED) if is_mqtt5 else b"")
         data += whole * count
         if verdict is Verdict.PASS:
             expected += kept * count
@@ -82,27 +82,27 @@ def test_what_passes_is_what_a_plain_reading_lets_pass(stream, cuts, is_5):
             dropped += count
             acknowledged += [MID] * count * qos
     judged, skipped, told = [], [], []
-    sieve = Sieve(
+    packet_filter = PacketFilter(
         lambda topic, qos, size: judged.append(topic) or verdicts[topic],
-        is_5=is_5,
-        count_skipped=skipped.append,
+        is_mqtt5=is_mqtt5,
+        count_dropped=skipped.append,
         acknowledge=told.extend,
     )
     passed, at = b"", 0
     for size in [*cuts, len(data)]:
-        passed += sieve.feed(data[at : at + size])
+        passed += packet_filter.feed(data[at : at + size])
         at += size
     assert passed == expected
-    assert sum(verdicts[topic] is Verdict.SKIP for topic in judged) + sum(skipped) == dropped
+    assert sum(verdicts[topic] is Verdict.DROP for topic in judged) + sum(skipped) == dropped
     assert told == acknowledged
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(1, 9), max_size=50))
 def test_bytes_that_are_no_packets_never_raise_and_are_not_made_up(data, cuts):
-    sieve = Sieve(lambda topic, qos, size: Verdict.PASS, is_5=True)
+    packet_filter = PacketFilter(lambda topic, qos, size: Verdict.PASS, is_mqtt5=True)
     passed, at = b"", 0
     for size in [*cuts, len(data)]:
-        passed += sieve.feed(data[at : at + size])
+        passed += packet_filter.feed(data[at : at + size])
         at += size
     assert len(passed) <= len(data)
 
@@ -111,7 +111,7 @@ def test_a_message_of_195_kb_of_user_properties_keeps_none_of_them():
     given_properties = {"UserProperty": 3 * [("k", "v" * 65_000)], "CorrelationData": b"mine"}
     whole = publish(b"a", 1, b"hello", properties_of(given_properties))
     assert len(whole) > 195_000
-    assert Sieve(lambda *_: Verdict.PASS, is_5=True).feed(whole) == publish(
+    assert PacketFilter(lambda *_: Verdict.PASS, is_mqtt5=True).feed(whole) == publish(
         b"a", 1, b"hello", properties_of({"CorrelationData": b"mine"})
     )
 
@@ -128,7 +128,9 @@ class Pipe:
 
 def test_paho_reads_what_passed_in_the_sizes_that_it_asks_for():
     whole = publish(b"a", 0, b"hello", b"\0")
-    sock = SievedSocket(Pipe(whole[:3], whole[3:] + b"\xd0\x00", b""), Sieve(lambda *_: Verdict.PASS, is_5=True))
+    sock = FilteredSocket(
+        Pipe(whole[:3], whole[3:] + b"\xd0\x00", b""), PacketFilter(lambda *_: Verdict.PASS, is_mqtt5=True)
+    )
     got = b""
     while True:
         try:
@@ -154,7 +156,9 @@ def test_the_rest_of_a_large_message_is_dropped_unread_and_the_next_one_comes():
     sender = threading.Thread(target=lambda: broker.sendall(8 * (large + large + small)))
     sender.start()
     ours.settimeout(10)
-    sock = SievedSocket(ours, Sieve(lambda topic, *_: Verdict.SKIP if topic == b"drop" else Verdict.PASS, is_5=True))
+    sock = FilteredSocket(
+        ours, PacketFilter(lambda topic, *_: Verdict.DROP if topic == b"drop" else Verdict.PASS, is_mqtt5=True)
+    )
     got = b""
     while len(got) < 8 * len(small):
         try:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgelm.bundle.manifest import open_bundle
-from edgelm.runtime.runner import open_session
+from edgelm.runtime.runner import open_runner
 
 ROWS = 4
 MOST = 0.03
@@ -20,7 +20,7 @@ On onnxruntime's kernels an activation between two codes may go either way: 0.01
 @pytest.fixture(scope="module", params=["int8", "int4"])
 def session(request, tiny_checkpoint, export_to_cache):
     bundle = export_to_cache(tiny_checkpoint(tied=False), quant=request.param)
-    return open_session(open_bundle(bundle), rows=ROWS, threads=1)
+    return open_runner(open_bundle(bundle), rows=ROWS, threads=1)
 
 
 @settings(max_examples=20)

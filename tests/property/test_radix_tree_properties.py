@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.engine.radix_tree import Prefixes
-from edgelm.types import NOBODY
+from edgelm.engine.radix_tree import RadixTree
+from edgelm.types import UNCACHED_OWNER
 
 TOKEN_BYTES = 2 * 3 * 5 * 4
 """Two arrays of 3 heads of 5 numbers."""
@@ -24,7 +24,7 @@ def piece_of(tokens, start, stop):
 
 
 def cache_of(positions):
-    return Prefixes(positions * (TOKEN_BYTES + 4), TOKEN_BYTES)
+    return RadixTree(positions * (TOKEN_BYTES + 4), TOKEN_BYTES)
 
 
 def keep(prefixes, tokens):
@@ -40,7 +40,7 @@ def keep(prefixes, tokens):
 
 def found(prefixes, tokens, **options):
     """The length found; its arrays are checked."""
-    pieces = prefixes.find(np.array(tokens, np.int32), **options)
+    pieces = prefixes.match_prefix(np.array(tokens, np.int32), **options)
     if not pieces:
         return 0
     joined = [np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True)]
@@ -140,7 +140,7 @@ def test_an_owner_finds_its_own_sequences_and_the_pinned_one_and_nobody_elses(ke
     prefixes.pin(np.array(pinned, np.int32), piece_of(pinned, 0, 3))
     for owner, tokens in kept:
         prefixes.keep(np.array(tokens, np.int32), lambda a, b, tokens=tokens: piece_of(tokens, a, b), owner)
-    for owner in (None, "a", "b", "c", "newcomer", NOBODY):
+    for owner in (None, "a", "b", "c", "newcomer", UNCACHED_OWNER):
         mine = [tokens for other, tokens in kept if other == owner]
         for tokens in asked:
             expected = max(shared(tokens, other) for other in [pinned, *mine])
@@ -165,6 +165,6 @@ def test_owners_share_the_room_and_only_who_holds_most_loses(kept, room):
 
 def test_nobodys_sequences_are_not_kept():
     prefixes = cache_of(100)
-    prefixes.keep(np.array([1, 2, 3], np.int32), lambda a, b: piece_of([1, 2, 3], a, b), NOBODY)
+    prefixes.keep(np.array([1, 2, 3], np.int32), lambda a, b: piece_of([1, 2, 3], a, b), UNCACHED_OWNER)
     assert prefixes.tokens == 0
-    assert found(prefixes, [1, 2, 3], owner=NOBODY) == 0
+    assert found(prefixes, [1, 2, 3], owner=UNCACHED_OWNER) == 0

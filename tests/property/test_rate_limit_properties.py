@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 
 from edgelm.mqtt import rejection_queue
 from edgelm.mqtt.packets import Packet
-from edgelm.mqtt.rate_limit import IDLE_S, NEWCOMERS_BURST, Bucket, Rates
-from edgelm.mqtt.rejection_queue import Refusals
+from edgelm.mqtt.rate_limit import IDLE_S, NEWCOMERS_BURST, ClientRateLimits, TokenBucket
+from edgelm.mqtt.rejection_queue import RejectionQueue
 
 steps = st.floats(0, 3)
 
 
 @given(st.floats(0.1, 50), st.integers(1, 20), st.lists(st.tuples(steps, st.floats(0.1, 30)), max_size=60))
 def test_a_bucket_gives_no_more_than_it_holds_and_gains(rate, burst, asked):
-    bucket, now, taken = Bucket(rate, burst), 0.0, 0.0
+    bucket, now, taken = TokenBucket(rate, burst), 0.0, 0.0
     for wait, cost in asked:
         now += wait
         until = bucket.wait_s(now, cost)
-        took = bucket.takes(now, cost)
+        took = bucket.try_take(now, cost)
         assert took == (until == 0)
         taken += min(cost, burst) if took else 0
         assert taken <= burst + rate * now + 1e-6
@@ -32,35 +32,35 @@ def test_a_bucket_gives_no_more_than_it_holds_and_gains(rate, burst, asked):
 
 @given(st.lists(st.tuples(steps, st.integers(0, 200)), max_size=200))
 def test_who_was_there_before_keeps_its_bucket_whatever_names_come(others):
-    rates, alone, now = Rates(2, 3), Bucket(2, 3), 0.0
-    assert rates.takes("known", now) == alone.takes(now)
+    rates, alone, now = ClientRateLimits(2, 3), TokenBucket(2, 3), 0.0
+    assert rates.try_take("known", now) == alone.try_take(now)
     for wait, name in others:
         now += wait
-        rates.takes(f"other {name}", now)
-        assert rates.takes("known", now) == alone.takes(now)
+        rates.try_take(f"other {name}", now)
+        assert rates.try_take("known", now) == alone.try_take(now)
         assert len(rates) <= 64
 
 
 def test_names_that_never_end_have_one_bucket_together():
-    rates = Rates(10, 20)
-    taken = sum(rates.takes(f"name {i}", 0.0) for i in range(100_000))
+    rates = ClientRateLimits(10, 20)
+    taken = sum(rates.try_take(f"name {i}", 0.0) for i in range(100_000))
     assert taken == 20
-    assert sum(rates.takes(f"name {i}", 1.0) for i in range(100_000)) <= 10 + NEWCOMERS_BURST * 20
+    assert sum(rates.try_take(f"name {i}", 1.0) for i in range(100_000)) <= 10 + NEWCOMERS_BURST * 20
     assert len(rates) <= NEWCOMERS_BURST + 2
 
 
 def test_a_client_that_was_not_seen_for_long_gives_its_bucket_to_another():
-    rates = Rates(10, 20, most=2)
-    assert [rates.takes(name, 0.0) for name in "abc"] == 3 * [True]
+    rates = ClientRateLimits(10, 20, most=2)
+    assert [rates.try_take(name, 0.0) for name in "abc"] == 3 * [True]
     assert [rates.knows(name) for name in "abc"] == [True, True, False]
-    rates.takes("b", IDLE_S - 1)
-    rates.takes("c", IDLE_S + 1)
+    rates.try_take("b", IDLE_S - 1)
+    rates.try_take("c", IDLE_S + 1)
     assert [rates.knows(name) for name in "abc"] == [False, True, True]
 
 
 @given(st.lists(st.tuples(st.floats(0, 0.3), st.sampled_from([None, "a", "b"]), st.integers(1, 60)), max_size=40))
 def test_refusals_are_bounded_in_number_and_rate_and_keep_their_order(arriving):
-    waiting, now, kept, sent = Refusals(), 0.0, {}, {}
+    waiting, now, kept, sent = RejectionQueue(), 0.0, {}, {}
     for wait, client, count in arriving:
         now += wait
         for _ in range(count):
@@ -79,7 +79,7 @@ def test_refusals_are_bounded_in_number_and_rate_and_keep_their_order(arriving):
 
 
 def test_a_client_hears_of_its_refusal_though_another_floods():
-    waiting = Refusals()
+    waiting = RejectionQueue()
     assert sum(waiting.add("flood", Packet("flood", b"")) for _ in range(10_000)) == rejection_queue.MOST_WAITING
     for i in range(2000):
         waiting.add(f"name {i}", Packet("name", b""))

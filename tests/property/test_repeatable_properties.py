@@ -31,7 +31,7 @@ def pair(request, tiny_checkpoint, export_to_cache, tmp_path_factory):
     path = export_to_cache(tiny_checkpoint(hidden=128, mlp=352, tied=False), quant=request.param)
     cache = BoardCache(tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepack, "WORTH_BYTES", 0)
+        patch.setattr(prepack, "MIN_CACHED_BYTES", 0)
         bundle = open_verified(path, cache)
         warm = Engine(bundle, threads=2, max_batch=3, cache=cache)
         cold = Engine(bundle, threads=1, max_batch=1, prefix_cache_mb=0, speculation=False, cache=cache)
@@ -88,7 +88,7 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(pair, asked, before,
     history = [*asked.tokens, *expected.tokens]
     turn = iter(guesses * 99)
 
-    def propose(drafting, tokens, most, owner=None):
+    def propose(draft_state, tokens, most, owner=None):
         """Right guesses up to a place."""
         size, wrong = next(turn)
         guess = np.array([*history[len(tokens) :], *range(9)][: min(size, most)], np.int32)
@@ -101,7 +101,7 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(pair, asked, before,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "PREFILL_CHUNK", chunk)
         for _ in range(2):
-            patch.setattr(warm._drafter, "propose", propose)
+            patch.setattr(warm._speculator, "propose", propose)
             found, own = run(warm, asked)
             assert found.tokens == expected.tokens
             assert np.array_equal(own, logits)

@@ -13,7 +13,7 @@ from edgelm.engine.repetition import COPIES, LEAST, LONGEST_PERIOD, LoopDetector
 def ends_at(tokens):
     """How many tokens it takes until a loop is found; None where none is."""
     detector, answer = LoopDetector(), np.array(tokens, np.int32)
-    return next((size for size in range(1, answer.size + 1) if detector.is_loop(answer[:size])), None)
+    return next((size for size in range(1, answer.size + 1) if detector.detect(answer[:size])), None)
 
 
 def plainly(tokens):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import edgelm
 from edgelm.bundle.manifest import open_bundle
 from edgelm.engine.engine import Engine
-from edgelm.engine.sessions import MOST_SESSIONS
+from edgelm.engine.sessions import MAX_SESSIONS
 from edgelm.errors import RequestError
 from edgelm.types import Request, SamplingParams
 
@@ -146,7 +146,7 @@ def test_a_request_that_breaks_the_step_gets_its_final_and_leaves_its_session_fr
     sampling = SamplingParams(max_tokens=2, ignore_eos=True)
     assert run(engine, [Request("1", sampling, tokens=(5,), session="a")])["1"].turn == 1
     with monkeypatch.context() as patched:
-        patched.setattr(engine._intake, "open", lambda *_: 1 // 0)
+        patched.setattr(engine._admission, "open", lambda *_: 1 // 0)
         engine.add(Request("2", sampling, tokens=(5,), session="a"), time.monotonic())
         with pytest.raises(ZeroDivisionError):
             engine.step()
@@ -179,7 +179,7 @@ def test_only_what_is_new_is_computed(lm, talk):
     tokens = [*encoder.encode("The cat sat"), *first.tokens]
     assert (first.turn, lm.sessions()["one"]) == (1, len(tokens))
     second = talk(" on the mat", ignore_eos=True)
-    whole = [*tokens, *encoder.encode_further(" on the mat")]
+    whole = [*tokens, *encoder.encode_continuation(" on the mat")]
     assert second.turn == 2
     assert second.usage.prompt_tokens == len(whole)
     assert second.usage.cached_tokens == len(tokens) - 1  # the last token was said and not looked at
@@ -196,7 +196,7 @@ def test_a_conversation_in_messages_keeps_what_the_model_said(lm, talk):
     encoder = lm.worker.engine.tokenizer
     asked = encoder.encode(encoder.render_chat([system, hello]), add_special_tokens=False)
     closing = encoder.render_chat([system, hello, {"role": "assistant", "content": "@"}, again]).split("@")[1]
-    assert second.usage.prompt_tokens == len([*asked, *first.tokens, *encoder.encode_further(closing)])
+    assert second.usage.prompt_tokens == len([*asked, *first.tokens, *encoder.encode_continuation(closing)])
     assert second.usage.cached_tokens >= len(asked) + len(first.tokens) - 1
     assert (first.turn, second.turn) == (1, 2)
 
@@ -253,17 +253,17 @@ def test_an_answer_that_is_left_early_is_remembered_as_far_as_it_came(lm, talk):
     following = talk(" on the mat")
     assert following.turn == 2
     encoder = lm.worker.engine.tokenizer
-    asked, new = len(encoder.encode("The cat sat")), len(encoder.encode_further(" on the mat"))
+    asked, new = len(encoder.encode("The cat sat")), len(encoder.encode_continuation(" on the mat"))
     assert asked + 1 <= following.usage.prompt_tokens - new < asked + 200
 
 
 def test_the_session_that_was_not_used_for_longest_is_forgotten(lm, talk):
     talk("The cat")
-    for i in range(MOST_SESSIONS):
+    for i in range(MAX_SESSIONS):
         lm.generate("a", session=f"other {i}", max_tokens=1)
-        if i < MOST_SESSIONS - 1:
+        if i < MAX_SESSIONS - 1:
             talk("", max_tokens=1)  # uses it, and so keeps it
-    assert set(lm.sessions()) == {"one", *(f"other {i}" for i in range(1, MOST_SESSIONS))}
+    assert set(lm.sessions()) == {"one", *(f"other {i}" for i in range(1, MAX_SESSIONS))}
     lm.generate("a", session="one more", max_tokens=1)
     assert "other 1" not in lm.sessions()
     assert lm.generate("a", session="other 1", max_tokens=1).turn == 1

@@ -82,7 +82,7 @@ def test_no_guess_changes_an_answer(engines, seed, temperature, length, most_tok
         expected = run(plain, request)[0]
     asked = iter(guesses * most_tokens)
 
-    def propose(drafting, tokens, most, owner=None):
+    def propose(draft_state, tokens, most, owner=None):
         size, wrong = next(asked)
         answer = [*expected.tokens, *range(9)][len(tokens) - length :]
         guess = np.array(answer[: min(size, most)], np.int32)
@@ -92,7 +92,7 @@ def test_no_guess_changes_an_answer(engines, seed, temperature, length, most_tok
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("edgelm.sampling.sampler.os.urandom", lambda size: entropy[:size])
-        patch.setattr(guessing._drafter, "propose", propose)
+        patch.setattr(guessing._speculator, "propose", propose)
         found = run(guessing, request)[0]
     assert (found.tokens, found.text, found.finish_reason) == (expected.tokens, expected.text, expected.finish_reason)
     worth = [[entry.logprob for entry in each.logprobs] for each in (found, expected)]
@@ -105,7 +105,9 @@ def test_right_guesses_save_passes(engines, monkeypatch):
     expected = run(plain, request)[0]
     following = np.array(expected.tokens, np.int32)
     monkeypatch.setattr(
-        guessing._drafter, "propose", lambda drafting, tokens, most, owner: following[len(tokens) - 3 :][: min(7, most)]
+        guessing._speculator,
+        "propose",
+        lambda draft_state, tokens, most, owner: following[len(tokens) - 3 :][: min(7, most)],
     )
     sizes = passes(guessing, monkeypatch)
     assert run(guessing, request)[0].tokens == expected.tokens
@@ -117,7 +119,7 @@ def test_a_seeded_answer_is_computed_step_by_step(engines, monkeypatch):
     _, guessing = engines
     sampling = SamplingParams(max_tokens=12, ignore_eos=True, seed=1)
     sizes = passes(guessing, monkeypatch)
-    monkeypatch.setattr(guessing._drafter, "propose", lambda drafting, tokens, most, owner: tokens[:3])
+    monkeypatch.setattr(guessing._speculator, "propose", lambda draft_state, tokens, most, owner: tokens[:3])
     for _ in range(2):
         sizes.clear()
         done = run(guessing, Request("one", sampling, tokens=tuple([5, 6, 7] * 9)))[0]
@@ -138,8 +140,8 @@ def test_an_answer_that_repeats_itself_is_guessed(engines, monkeypatch):
 
 def measured_alike(engine, monkeypatch):
     """Passes cost the same on every machine, however busy."""
-    monkeypatch.setattr(engine._drafter, "_seconds", {1: 1.0, 2: 1.1, 4: 1.3, 8: 1.6})
-    monkeypatch.setattr(engine._drafter, "_took", lambda tokens, seconds: None)
+    monkeypatch.setattr(engine._speculator, "_pass_time_s", {1: 1.0, 2: 1.1, 4: 1.3, 8: 1.6})
+    monkeypatch.setattr(engine._speculator, "_took", lambda tokens, seconds: None)
 
 
 def repeating(call, cycle):

@@ -14,7 +14,7 @@ from edgelm.bundle.manifest import open_bundle
 from edgelm.engine.engine import Engine
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
 from edgelm.runtime.prefix_file import add_prefix
-from edgelm.text.static_prompt import opening_tokens
+from edgelm.text.static_prompt import tokenize_prefix
 from edgelm.text.tokenizer import Tokenizer
 from edgelm.types import Request, SamplingParams
 
@@ -55,7 +55,7 @@ def prompts(draw, most=60):
     return draw(st.sampled_from([0.0, 1.0]) | st.floats(0, 1)), draw(st.integers(0, 2**32)), draw(st.integers(1, most))
 
 
-def prompt_of(opened, share, seed, length):
+def build_prompt(opened, share, seed, length):
     """The prompt, and how many tokens of it are the prefix's; at least its last is left to compute."""
     static = opened.manifest.prefix.tokens
     split = round(share * len(static))
@@ -71,14 +71,14 @@ def prompt_of(opened, share, seed, length):
 def test_answers_are_those_without_it(plain, engine, opened, asked, seed):
     temperature = 0.0 if seed is None else 0.8
     sampling = SamplingParams(max_tokens=12, temperature=temperature, seed=seed, ignore_eos=True)
-    made = [prompt_of(opened, *each) for each in asked]
+    made = [build_prompt(opened, *each) for each in asked]
     requests = [Request(f"{i}", sampling, tokens=tokens) for i, (tokens, _) in enumerate(made)]
     found, expected = run(engine, *requests), run(plain, *requests)
     for (tokens, known), one, other in zip(made, found, expected, strict=True):
         assert (one.tokens, one.text, one.finish_reason) == (other.tokens, other.text, other.finish_reason)
         assert one.usage.prompt_tokens == len(tokens)
         assert one.usage.cached_tokens >= known
-        if seed is not None or engine._reuse._prefixes[False]._capacity == 0:
+        if seed is not None or engine._prefix_cache._prefixes[False]._capacity == 0:
             assert one.usage.cached_tokens == known
         assert other.usage.cached_tokens == 0
 
@@ -93,13 +93,13 @@ def test_the_first_request_begins_with_it(opened):
 @settings(max_examples=20)
 @given(before=st.lists(prompts(), max_size=3), asked=prompts(), seed=st.integers(0, 2**40))
 def test_a_seeded_request_takes_the_same_passes_whatever_was_asked_before(opened, before, asked, seed):
-    tokens, known = prompt_of(opened, *asked)
+    tokens, known = build_prompt(opened, *asked)
     sampling = SamplingParams(max_tokens=6, temperature=0.8, seed=seed, ignore_eos=True)
     engine = Engine(opened, threads=1, max_batch=1)
     run(
         engine,
         *(
-            Request(f"{i}", SamplingParams(max_tokens=4), tokens=prompt_of(opened, *each)[0])
+            Request(f"{i}", SamplingParams(max_tokens=4), tokens=build_prompt(opened, *each)[0])
             for i, each in enumerate([*before, asked])
         ),
     )
@@ -127,7 +127,7 @@ WORDS = st.text("abcdefghij ABC.,!?\n0123456789é🙂", max_size=30)
 )
 def test_every_conversation_that_opens_so_begins_with_its_tokens(bundle, opening, following):
     tokenizer = Tokenizer.of_bundle(open_bundle(bundle, verify=False))
-    tokens = opening_tokens(opening, tokenizer)
+    tokens = tokenize_prefix(opening, tokenizer)
     whole = tokenizer.render_chat([*opening, {"role": "user", "content": following}])
     assert tokenizer.encode(whole, add_special_tokens=False)[: len(tokens)] == tokens
     assert len(tokens) > 0
@@ -137,5 +137,5 @@ def test_every_conversation_that_opens_so_begins_with_its_tokens(bundle, opening
 def test_text_begins_like_a_prompt(bundle, text, following):
     """But for the last token, which what follows may become a part of."""
     tokenizer = Tokenizer.of_bundle(open_bundle(bundle, verify=False))
-    tokens = opening_tokens(f"{text} .", tokenizer)
+    tokens = tokenize_prefix(f"{text} .", tokenizer)
     assert tokenizer.encode(f"{text} .{following}")[: len(tokens) - 1] == tokens[:-1]

@@ -14,14 +14,14 @@ from tokenizers.models import BPE, WordPiece
 from vocabularies import byte_fallback, byte_level
 
 from edgelm.engine import admission
-from edgelm.engine.sessions import Conversation
+from edgelm.engine.sessions import SessionState
 from edgelm.errors import RequestError
-from edgelm.text.token_bytes import BYTE_LETTERS, token_bytes
+from edgelm.text.token_bytes import UNICODE_TO_BYTE, measure_token_size
 from edgelm.text.tokenizer import Tokenizer
 from edgelm.types import Request, SamplingParams
 
 
-def bytewise(normalizer: Any = None, splitter: Any = None, letters: Any = BYTE_LETTERS, **options: Any) -> Inner:
+def bytewise(normalizer: Any = None, splitter: Any = None, letters: Any = UNICODE_TO_BYTE, **options: Any) -> Inner:
     vocab = {letter: i for i, letter in enumerate(sorted(letters))}
     vocab |= {"aa": len(vocab), "aaaa": len(vocab) + 1}
     vocab |= {"KK": len(vocab), "KKKK": len(vocab) + 1}
@@ -38,7 +38,7 @@ KNOWN = {
     "byte fallback": byte_fallback()._inner,
     "bytes": bytewise(),
     "NFC": bytewise(normalizers.NFC()),
-    "without some bytes": bytewise(letters=set(BYTE_LETTERS) - set("<xyz\u0120")),
+    "without some bytes": bytewise(letters=set(UNICODE_TO_BYTE) - set("<xyz\u0120")),
     "split": bytewise(splitter=pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])),
 }
 
@@ -51,7 +51,7 @@ KNOWN = {
 @example(text="\u212a" * 30)
 def test_a_text_has_no_fewer_tokens(name: str, text: str) -> None:
     inner = KNOWN[name]
-    known = token_bytes(inner)
+    known = measure_token_size(inner)
     assert known is not None
     assert len(inner.encode(text, add_special_tokens=False).ids) >= known.fewest(text)
     if name in {"bytes", "split"}:
@@ -74,20 +74,20 @@ def test_nfc_shrinks_no_letter_by_more() -> None:
         bytewise(normalizers.NFKC()),
         bytewise(splitter=pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel()])),
         bytewise(splitter=pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel()])),
-        bytewise(normalizers.NFC(), letters=set(BYTE_LETTERS) - {"x"}),
-        bytewise(letters=set(BYTE_LETTERS) - {"x"}, unk_token="a", fuse_unk=True),
+        bytewise(normalizers.NFC(), letters=set(UNICODE_TO_BYTE) - {"x"}),
+        bytewise(letters=set(UNICODE_TO_BYTE) - {"x"}, unk_token="a", fuse_unk=True),
         bytewise(splitter=pre_tokenizers.Metaspace(), unk_token="a", fuse_unk=True),
         Inner(WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")),
     ],
 )
 def test_nothing_is_said_where_text_may_be_dropped(inner: Inner) -> None:
-    assert token_bytes(inner) is None
+    assert measure_token_size(inner) is None
 
 
 def test_nothing_is_said_where_a_token_swallows_spaces() -> None:
     inner = bytewise()
     inner.add_tokens([AddedToken("<s>", rstrip=True)])
-    assert token_bytes(inner) is None
+    assert measure_token_size(inner) is None
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,9 +99,9 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(monkeypatch: p
     assert caught.value.code == "bad_request"
     tokenizer.check_length(text, fewest + 1)
     Tokenizer(bytewise(normalizers.Strip())).check_length(" " * 1_000_000, 10)
-    conversation = Conversation()
+    conversation = SessionState()
     monkeypatch.setattr(tokenizer, "encode", lambda *_: 1 // 0)
     with pytest.raises(RequestError, match="at least"):
-        conversation.ask(Request("1", SamplingParams(), prompt=text), tokenizer, 10)
+        conversation.with_prompt(Request("1", SamplingParams(), prompt=text), tokenizer, 10)
     with pytest.raises(ZeroDivisionError):
-        conversation.ask(Request("1", SamplingParams(), prompt="short"), tokenizer, 10)
+        conversation.with_prompt(Request("1", SamplingParams(), prompt="short"), tokenizer, 10)

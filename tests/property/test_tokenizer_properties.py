@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vocabularies import byte_fallback, byte_level, bytes_of, straddling
 
-from edgelm.text.detokenizer import TAIL, WINDOW, StopFilter
+from edgelm.text.detokenizer import MAX_PENDING_TOKENS, PROMPT_TAIL_TOKENS, StopFilter
 from edgelm.text.tokenizer import StreamDecoder, Tokenizer
 
 REPLACEMENT = "\ufffd"
@@ -111,11 +111,11 @@ def test_stop_strings_cut_the_whole(tokenizer: Tokenizer, text: str, stop: list[
     if whole and data.draw(st.booleans()):  # one that does occur
         start = data.draw(st.integers(0, len(whole) - 1))
         stop = [*stop, whole[start : start + data.draw(st.integers(1, 6))]]
-    expected, stopped = cut_naively(whole, stop)
+    expected, is_stopped = cut_naively(whole, stop)
     decoder = StreamDecoder(tokenizer, (), tuple(stop))
     assert "".join(stream(decoder, tokens)) == expected
-    assert decoder.stopped == stopped
-    assert not stopped or decoder.push(tokens[0]) == ""
+    assert decoder.is_stopped == is_stopped
+    assert not is_stopped or decoder.push(tokens[0]) == ""
 
 
 LETTERS = st.text("abc", max_size=30)
@@ -129,9 +129,9 @@ def test_stop_filter_holds_back_no_more_than_it_must(chunks: list[str], stop: li
     for count, chunk in enumerate(chunks, 1):
         given_out += filtered.push(chunk)
         text = "".join(chunks[:count])
-        expected, stopped = cut_naively(text, stop)
-        assert filtered.matched == stopped
-        if not stopped:
+        expected, is_stopped = cut_naively(text, stop)
+        assert filtered.matched == is_stopped
+        if not is_stopped:
             held = [n for n in range(len(text)) if any(s.startswith(text[n:]) for s in stop)]
             expected = text[: held[0]] if held else text
         assert given_out == expected
@@ -171,13 +171,13 @@ def test_the_cost_of_a_token_is_bounded(tokenizer: Tokenizer, kind: str) -> None
     }[kind]
     assert len(tokens) >= 1000
     counting = Counting(tokenizer)
-    decoder = StreamDecoder(counting, tokens[:TAIL])
+    decoder = StreamDecoder(counting, tokens[:PROMPT_TAIL_TOKENS])
     for token in tokens:
         counting.calls.clear()
         decoder.push(token)
         assert len(counting.calls) <= 4
-        assert max(counting.calls) <= WINDOW + TAIL
-        assert len(decoder._context) <= WINDOW
+        assert max(counting.calls) <= MAX_PENDING_TOKENS + PROMPT_TAIL_TOKENS
+        assert len(decoder._context) <= MAX_PENDING_TOKENS
     assert kind == "special" or len(decoder.text) > 600
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from edgelm.bench.profiler import _phase, _Timed
-from edgelm.bench.trace import LAYER_PART, Run, alike, fold, part_of, runs_of
-from edgelm.bundle.manifest import Cache, Manifest, Matrix
+from edgelm.bench.profiler import _phase, _PhaseTimes
+from edgelm.bench.trace import LAYER_PART, GraphRun, alike, find_part, fold, parse_runs
+from edgelm.bundle.manifest import KVCacheShape, Manifest, Matrix
 
 LAYERS = 3
 MATRICES = (
@@ -31,7 +31,7 @@ def manifest(via="native"):
         architecture="any",
         context=64,
         vocab_size=64,
-        cache=Cache("shared", LAYERS, 1, 8),
+        cache=KVCacheShape("shared", LAYERS, 1, 8),
         quant="mixed",
         matrices=MATRICES,
         bos_token=None,
@@ -77,7 +77,7 @@ def profiles(draw):
 @given(profiles())
 def test_every_node_is_in_its_run_once(profile):
     events, expected = profile
-    runs = runs_of(events)
+    runs = parse_runs(events)
     assert [(run.us, len(run.nodes)) for run in runs] == [(us, count) for us, _, count in expected]
     for run, (us, busy, _) in zip(runs, expected, strict=True):
         assert sum(node.us for node in run.nodes) == busy <= us  # what ran inside a node is not counted twice
@@ -90,7 +90,7 @@ def test_the_order_of_events_does_not_matter(profile, random):
     random.shuffle(shuffled)
     starts = [event["ts"] for event in events if event["cat"] == "Node"]
     assume(len(set(starts)) == len(starts))
-    assert runs_of(shuffled) == runs_of(events)
+    assert parse_runs(shuffled) == parse_runs(events)
 
 
 @given(profiles())
@@ -100,13 +100,13 @@ def test_nodes_outside_every_run_are_left_out(profile):
     last = next(event for event in reversed(events) if event["name"] == "model_run")
     later = {"cat": "Node", "name": "x_kernel_time", "ts": end + 1, "dur": 2, "args": {"op_name": "Mul"}}
     assert last["ts"] + last["dur"] <= end
-    assert runs_of([*events, later]) == runs_of(events)
+    assert parse_runs([*events, later]) == parse_runs(events)
 
 
 @given(profiles(), st.sampled_from(["native", "optimum"]))
 def test_sums_are_conserved(profile, via):
     events, expected = profile
-    folded = fold([runs_of(events)], manifest(via))  # one step of several runs
+    folded = fold([parse_runs(events)], manifest(via))  # one step of several runs
     assert folded.run_us == pytest.approx(sum(us for us, _, _ in expected))
     assert folded.nodes_us == pytest.approx(sum(busy for _, busy, _ in expected))
     for table in [folded.operators, *([folded.parts] if folded.parts else [])]:
@@ -123,7 +123,7 @@ def test_sums_are_conserved(profile, via):
 @given(profiles())
 def test_steps_of_other_nodes_are_averaged(profile):
     events, expected = profile
-    runs = runs_of(events)
+    runs = parse_runs(events)
     folded = fold([[run] for run in runs], manifest())
     for table in [folded.operators, *([folded.parts] if folded.parts else [])]:
         nodes = sum(nodes for *_, nodes in expected)
@@ -134,15 +134,15 @@ def test_steps_of_other_nodes_are_averaged(profile):
 
 @given(profiles(), st.integers(1, 4), st.data())
 def test_interrupted_steps_do_not_count(profile, half, data):
-    runs = runs_of(profile[0])
-    slow = [Run(run.us + 9e3, tuple(replace(node, us=node.us + 4e3) for node in run.nodes)) for run in runs]
+    runs = parse_runs(profile[0])
+    slow = [GraphRun(run.us + 9e3, tuple(replace(node, us=node.us + 4e3) for node in run.nodes)) for run in runs]
     order = data.draw(st.permutations([runs] * (half + 1) + [slow] * half))
     assert fold(order, manifest()) == fold([runs], manifest())
 
 
 @given(profiles())
 def test_bytes_are_those_of_the_matrices_in_memory(profile):
-    runs = runs_of(profile[0])
+    runs = parse_runs(profile[0])
     folded = fold([runs], manifest())
     total = 0.0
     for node in (node for run in runs for node in run.nodes):
@@ -161,8 +161,8 @@ def test_bytes_are_those_of_the_matrices_in_memory(profile):
 
 @given(profiles())
 def test_parts_are_the_models_in_its_order_or_none(profile):
-    runs = runs_of(profile[0])
-    told = {part_of(node.name, LAYERS) for run in runs for node in run.nodes}
+    runs = parse_runs(profile[0])
+    told = {find_part(node.name, LAYERS) for run in runs for node in run.nodes}
     layers = [f"layer {i}" for i in range(LAYERS)]
     parts = fold([[run] for run in runs], manifest()).parts
     assert (parts is None) == (not told >= set(layers))
@@ -179,14 +179,14 @@ def test_parts_are_the_models_in_its_order_or_none(profile):
 @given(st.integers(0, 200), st.integers(1, 120), st.sampled_from(["qkv.out", "attention.out/Fused", "gate", "normed"]))
 def test_a_name_tells_its_layer(layer, layers, rest):
     expected = f"layer {layer}" if layer < layers else "head"
-    assert part_of(f"layer.{layer}.{rest}", layers) == expected
-    assert part_of(f"/model/layers.{layer}/{rest}", layers) is None
-    assert part_of(f"player.{layer}.{rest}", layers) is None
+    assert find_part(f"layer.{layer}.{rest}", layers) == expected
+    assert find_part(f"/model/layers.{layer}/{rest}", layers) is None
+    assert find_part(f"player.{layer}.{rest}", layers) is None
 
 
 def test_a_profile_without_runs_has_none():
-    assert runs_of([]) == []
-    assert fold([[Run(7.0, ())]], manifest()).share(0.0) == 0.0
+    assert parse_runs([]) == []
+    assert fold([[GraphRun(7.0, ())]], manifest()).share(0.0) == 0.0
 
 
 @given(st.lists(st.lists(st.integers(1, 900), min_size=1, max_size=3), min_size=2, max_size=20), st.data())
@@ -194,9 +194,9 @@ def test_a_step_is_folded_with_its_own_runs(times, data):
     runs = max(map(len, times))  # each step has so many; what is around them takes 0, 10, 20 ... us
     times = [[*step, *[1] * (runs - len(step))] for step in times]
     skipped = data.draw(st.integers(0, len(times) - 1))
-    plain = _Timed("decode", 2, 1, 5, runs, skipped, [1.0, 5.0, 4.0])
+    plain = _PhaseTimes("decode", 2, 1, 5, runs, skipped, [1.0, 5.0, 4.0])
     timed = replace(plain, us=[sum(step) + 10.0 * i for i, step in enumerate(times[skipped:])])
-    following = iter([*(Run(us, ()) for step in times for us in step), Run(7.0, ())])
+    following = iter([*(GraphRun(us, ()) for step in times for us in step), GraphRun(7.0, ())])
     phase = _phase(plain, timed, following, manifest())
     assert (phase.plain_us, phase.outside_us) == (4, 5.0 * (len(times) - skipped - 1))
     assert phase.fold.run_us == median(sum(step) for step in times[skipped:])

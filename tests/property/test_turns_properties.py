@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.engine.fairness import FairQueue, Turns
+from edgelm.engine.fairness import FairnessPolicy, FairQueue
 
 names = st.sampled_from([None, "a", "b", "c"])
 
@@ -42,7 +42,7 @@ def test_each_name_is_served_in_order_and_waits_for_one_of_each_other(plan):
     most=st.none() | st.integers(1, 3),
 )
 def test_the_one_with_the_fewest_running_begins_next(plan, rows, most):
-    turns, waiting, running = Turns(most), [], []
+    turns, waiting, running = FairnessPolicy(most), [], []
     for number, (name, ends) in enumerate(plan):
         waiting.append((name, number))
         if ends and running:
@@ -58,15 +58,15 @@ def test_the_one_with_the_fewest_running_begins_next(plan, rows, most):
             assert chosen[1] == min(number for name, number in waiting if name == chosen[0])
             waiting.remove(chosen)
             running.append(chosen[0])
-            turns.serve(chosen[0], [name for name, _ in waiting])
+            turns.record_served(chosen[0], [name for name, _ in waiting])
             assert most is None or Counter(running)[chosen[0]] <= most
             assert len(turns._served) <= 5
 
 
 def test_fifty_of_one_and_one_of_another_is_second_with_a_single_row():
-    turns, waiting = Turns(), [("a", i) for i in range(50)]
+    turns, waiting = FairnessPolicy(), [("a", i) for i in range(50)]
     first = turns.choose(waiting, [], lambda item: item[0])
     waiting.remove(first)
-    turns.serve("a", ["a"])
+    turns.record_served("a", ["a"])
     waiting.append(("b", 0))
     assert turns.choose(waiting, [], lambda item: item[0]) == ("b", 0)

@@ -23,9 +23,9 @@ from edgelm.bundle.manifest import MANIFEST
 from edgelm.cli import main
 from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl
 from edgelm.mqtt.local_broker import EmbeddedBroker, free_port
-from edgelm.mqtt.request_client import Asker, answer_to
-from edgelm.mqtt.request_codec import Ask
-from edgelm.mqtt.response_codec import Delta, Outcome
+from edgelm.mqtt.request_client import RequestClient, run_request
+from edgelm.mqtt.request_codec import GenerateRequest
+from edgelm.mqtt.response_codec import FinalMessage, ResponseChunk
 from edgelm.mqtt.service_config import ServeConfig
 
 PROMPT = "Once upon a time"
@@ -173,7 +173,7 @@ def test_an_error_in_mid_answer_stands_on_a_line_of_its_own(
             other.wait(lambda heard: any(each.body["event"] == "started" for each in heard))
             time.sleep(0.3)
             monkeypatch.setattr(SlowEngine, "step_s", 5.0)  # as one that hangs
-            monkeypatch.setattr(service, "_put_right", lambda: None)  # and does not contradict
+            monkeypatch.setattr(service, "_republish_overwritten", lambda: None)  # and does not contradict
             other.publish(f"edgelm/{config.board}/status", b"offline", retain=False)
 
         stopper = threading.Thread(target=stop)
@@ -209,9 +209,9 @@ def test_leaving_the_answer_early_cancels_it(
     broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(config, monkeypatch, step_s=0.05), Client(broker.port, f"edgelm/{config.board}/event") as listener:
-        with Asker(BrokerConfig(url=BrokerUrl.parse(broker.url)), config.board) as asker:
-            answers = asker.stream(Ask("early", PROMPT, sampling={"max_tokens": 400}, stream=True))
-            assert isinstance(next(answers), Delta)
+        with RequestClient(BrokerConfig(url=BrokerUrl.parse(broker.url)), config.board) as request_client:
+            answers = request_client.stream(GenerateRequest("early", PROMPT, sampling={"max_tokens": 400}, stream=True))
+            assert isinstance(next(answers), ResponseChunk)
             answers.close()
         listener.wait(lambda heard: heard[-1:] and heard[-1].body["event"] == "finished")
     assert listener.heard[-1].body["finish_reason"] == "cancelled"
@@ -219,13 +219,13 @@ def test_leaving_the_answer_early_cancels_it(
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 def test_the_client_yields_the_text_in_order(broker: Broker, common: str, protocol: str) -> None:
-    with Asker(BrokerConfig(url=BrokerUrl.parse(broker.url)), common, protocol=protocol) as asker:
+    with RequestClient(BrokerConfig(url=BrokerUrl.parse(broker.url)), common, protocol=protocol) as request_client:
         told: list[str] = []
-        ask = Ask("a", PROMPT, sampling={"max_tokens": 50}, stream=True, chunk_ms=0)
-        final = answer_to(asker, ask, told.append)
-        *deltas, last = asker.stream(Ask("b", PROMPT, sampling={"max_tokens": 50}, stream=True))
+        ask = GenerateRequest("a", PROMPT, sampling={"max_tokens": 50}, stream=True, chunk_ms=0)
+        final = run_request(request_client, ask, told.append)
+        *deltas, last = request_client.stream(GenerateRequest("b", PROMPT, sampling={"max_tokens": 50}, stream=True))
     assert "".join(told) == final.completion.text
-    assert isinstance(last, Outcome)
+    assert isinstance(last, FinalMessage)
     assert last.completion.tokens == final.completion.tokens
     assert [delta.seq for delta in deltas] == list(range(last.seq))
 
@@ -238,8 +238,8 @@ def test_web_sockets_and_unix_sockets(served_bundle: str, tmp_path: Path, scheme
     special = Broker(tmp_path, *lines[scheme], "allow_anonymous true").start()
     config = ServeConfig(mqtt=url, model=served_bundle, board="special", threads=1)
     try:
-        with serving(config), Asker(BrokerConfig(url=BrokerUrl.parse(url)), "special") as asker:
-            assert answer_to(asker, Ask("a", PROMPT, sampling={"max_tokens": 3})).completion.text
+        with serving(config), RequestClient(BrokerConfig(url=BrokerUrl.parse(url)), "special") as request_client:
+            assert run_request(request_client, GenerateRequest("a", PROMPT, sampling={"max_tokens": 3})).completion.text
     finally:
         special.stop()
 
@@ -278,8 +278,8 @@ def test_the_error_names_a_handful_of_many_boards(broker: Broker, common: str, a
 
 
 def test_nothing_waits_for_more_to_send(broker: Broker, common: str) -> None:
-    with Asker(BrokerConfig(url=BrokerUrl.parse(broker.url)), common) as asker:
-        connected = asker._connection._client.socket()
+    with RequestClient(BrokerConfig(url=BrokerUrl.parse(broker.url)), common) as request_client:
+        connected = request_client._connection._client.socket()
         assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
@@ -303,9 +303,9 @@ def test_the_embedded_broker_is_served_on_and_asked_at(
 def test_a_broker_that_knows_only_311_is_met_there(served_bundle: str) -> None:
     pytest.importorskip("amqtt", reason="pip install 'edgelm[broker]'")
     with EmbeddedBroker() as old, serving(ServeConfig(mqtt=old.url, model=served_bundle, board="old", threads=1)):
-        with Asker(BrokerConfig(url=BrokerUrl.parse(old.url)), "old") as asker:
-            assert answer_to(asker, Ask("a", PROMPT, sampling={"max_tokens": 3})).completion.text
-        assert not asker._connection.is_mqtt5
+        with RequestClient(BrokerConfig(url=BrokerUrl.parse(old.url)), "old") as request_client:
+            assert run_request(request_client, GenerateRequest("a", PROMPT, sampling={"max_tokens": 3})).completion.text
+        assert not request_client._connection.is_mqtt5
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from edgelm.mqtt import connection as mqtt
 from edgelm.mqtt.connection_events import Received, Subscribed
 from edgelm.mqtt.packets import Properties
 from edgelm.mqtt.service_config import ServeConfig
-from edgelm.mqtt.service_setup import open_board
+from edgelm.mqtt.service_setup import open_service
 
 PROMPT = "Once upon a time"
 
@@ -33,7 +33,7 @@ def test_a_broker_that_is_late_is_waited_for_and_mentioned_once(
     late = Broker(tmp_path)
     config = ServeConfig(mqtt=late.url, model=served_bundle, board="early", threads=1)
     online = threading.Event()
-    with caplog.at_level(logging.WARNING, "edgelm"), open_board(config, online.set) as service:
+    with caplog.at_level(logging.WARNING, "edgelm"), open_service(config, online.set) as service:
         thread = threading.Thread(target=service.run)
         thread.start()
         try:
@@ -149,7 +149,7 @@ def test_an_exception_in_a_callback_is_survived(
             time.sleep(0.02)
         monkeypatch.setattr(mqtt, "from_paho", real)
         assert _ask(client, config.board, "after")["text"]
-        assert service._connection._revivals == 0
+        assert service._connection._loop_restarts == 0
 
 
 def test_a_message_of_a_former_connection_is_not_acknowledged(
@@ -158,7 +158,7 @@ def test_a_message_of_a_former_connection_is_not_acknowledged(
     acknowledged: list[int] = []
     with serving(config) as service:
         monkeypatch.setattr(service._connection._client, "ack", lambda mid, qos: acknowledged.append(mid))
-        epoch = service._connection._epoch
+        epoch = service._connection._connection_number
         for stale in (0, 1):
             message = Received("t", b"", 1, False, Properties(), 0.0, 7 + stale, epoch - stale)
             service._connection.settle(message)
@@ -195,7 +195,7 @@ def test_a_refused_subscription_ends_the_service_with_its_reason(config: ServeCo
 
 def test_a_board_that_was_never_connected_can_be_stopped(config: ServeConfig) -> None:
     nowhere = ServeConfig(mqtt="mqtt://127.0.0.1:1", model=config.model, board=config.board, threads=1)
-    with open_board(nowhere) as service:
+    with open_service(nowhere) as service:
         thread = threading.Thread(target=service.run)
         thread.start()
         service.stop()

@@ -21,8 +21,8 @@ from served_board import Process, serving
 
 import edgelm.mqtt.service as service_module
 from edgelm.mqtt.connection_events import Subscribed
-from edgelm.mqtt.log_rate_limit import LineLimit
-from edgelm.mqtt.packet_filter import SievedSocket
+from edgelm.mqtt.log_rate_limit import LogRateLimit
+from edgelm.mqtt.packet_filter import FilteredSocket
 from edgelm.mqtt.service_config import ServeConfig
 
 PROMPT = "Once upon a time"
@@ -154,7 +154,7 @@ def test_a_flood_takes_bounded_memory_and_another_client_is_answered(
 
 def test_the_sieve_is_in_place_with_this_paho(broker: Broker, config: ServeConfig) -> None:
     with serving(config) as service:
-        assert isinstance(service._connection._client._sock, SievedSocket)
+        assert isinstance(service._connection._client._sock, FilteredSocket)
 
 
 @pytest.mark.parametrize("qos", [0, 1])
@@ -398,7 +398,7 @@ def test_log_lines_of_one_kind_are_few_and_counted() -> None:
             written.append(record.getMessage())
 
     handler, logger = Kept(), logging.Logger("some")
-    handler.addFilter(LineLimit(handler, most=3, period_s=0.5))
+    handler.addFilter(LogRateLimit(handler, most=3, period_s=0.5))
     logger.addHandler(handler)
     for number in range(535):
         logger.warning("refused %d", number)

@@ -38,7 +38,7 @@ ANSWER = """
 import sys; sys.path[:0] = sys.argv.pop(1).split("\\n")
 from edgelm.runtime import prepack
 from edgelm.cli import main
-prepack.WORTH_BYTES = 0
+prepack.MIN_CACHED_BYTES = 0
 sys.argv[0] = "edgelm"
 sys.exit(main())
 """
@@ -108,7 +108,8 @@ def test_a_child_gets_the_folders_that_it_needs_and_no_relative_ones(monkeypatch
     assert all(Path(path).is_absolute() for path in paths)
     (tmp_path / "of_mine.py").write_text("import sys\ndef main():\n    return int(sys.argv[1])\n")
     assert (
-        subprocess.run(isolated_python.python_command("of_mine", "main", "7"), check=False, timeout=60).returncode == 7
+        subprocess.run(isolated_python.build_python_command("of_mine", "main", "7"), check=False, timeout=60).returncode
+        == 7
     )
 
 

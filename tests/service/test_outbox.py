@@ -13,7 +13,7 @@ from mqtt_client import Client
 
 from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl
 from edgelm.mqtt.connection import Connection
-from edgelm.mqtt.connection_events import Connected, Event, NeedsCare, PacketTooLargeError, Published
+from edgelm.mqtt.connection_events import Connected, Event, MaintenanceNeeded, PacketTooLargeError, Published
 from edgelm.mqtt.outbox import Outbox
 from edgelm.mqtt.packets import Packet
 
@@ -36,8 +36,8 @@ class Sender:
             self.outbox.on_connected(event)
         elif isinstance(event, Published):
             self.outbox.on_published(event)
-        elif isinstance(event, NeedsCare):
-            self.connection.tend()
+        elif isinstance(event, MaintenanceNeeded):
+            self.connection.maintain()
         return event
 
     def connect(self) -> Connected:
@@ -71,7 +71,7 @@ def test_no_more_is_under_way_than_the_broker_takes(narrow: Broker, sender: Send
             sender.outbox.send(Packet("many", b"%d" % number, qos=1))
         assert len(sender.outbox) == 50
         while len(sender.outbox):
-            assert len(sender.outbox._under_way) <= WINDOW
+            assert len(sender.outbox._in_flight) <= WINDOW
             sender.handle()
         client.wait(lambda heard: len(heard) == 50)
         assert [int(message.payload) for message in client.heard] == list(range(50))

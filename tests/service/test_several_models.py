@@ -17,7 +17,7 @@ from edgelm.bundle.manifest import open_bundle
 from edgelm.cli import main
 from edgelm.errors import EdgelmError
 from edgelm.mqtt.service_config import ServeConfig, load_config
-from edgelm.mqtt.service_setup import open_board
+from edgelm.mqtt.service_setup import open_service
 from edgelm.runtime.memory_plan import PROGRAM_BYTES, plan_memory
 
 PROMPT = "Once upon a time"
@@ -91,23 +91,24 @@ def test_two_models_of_one_name_are_refused(both: ServeConfig, tmp_path: Path) -
     copy = tmp_path / "builtin"
     shutil.copytree(open_bundle("builtin").path, copy)
     twice = dataclasses.replace(both, model=("builtin", str(copy)))
-    with pytest.raises(EdgelmError, match="two models are called builtin"), open_board(twice):
+    with pytest.raises(EdgelmError, match="two models are called builtin"), open_service(twice):
         pass
 
 
 def test_the_memory_limit_is_for_all_together(both: ServeConfig) -> None:
     plans = [
-        plan_memory(open_bundle(path).manifest, rows=5, context=64, prefix_bytes=20_000_000) for path in both.models
+        plan_memory(open_bundle(path).manifest, rows=5, context=64, prefix_cache_bytes=20_000_000)
+        for path in both.models
     ]
     together = sum(plan.total for plan in plans) - PROGRAM_BYTES
     small = dataclasses.replace(both, context=64, prefix_cache_mb=20)
-    with open_board(dataclasses.replace(small, memory_limit_mb=together // 1_000_000 + 3)):
+    with open_service(dataclasses.replace(small, memory_limit_mb=together // 1_000_000 + 3)):
         pass
     least = max(plan.total for plan in plans) // 1_000_000 + 1
     assert least < together // 1_000_000 - 3
     with (
         pytest.raises(EdgelmError, match="memory limit"),
-        open_board(dataclasses.replace(small, memory_limit_mb=least)),
+        open_service(dataclasses.replace(small, memory_limit_mb=least)),
     ):
         pass
 

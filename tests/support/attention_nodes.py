@@ -8,7 +8,7 @@ from kernel_nodes import value_info
 
 from edgelm.graph.domain import DOMAIN
 from edgelm.graph.onnx_model import FLOAT, encode_node
-from edgelm.graph.protobuf import BYTES, VARINT, message
+from edgelm.graph.protobuf import LENGTH_DELIMITED, VARINT, message
 from edgelm.kernels.abi import ATTENTION
 
 INT32, INT64 = 6, 7
@@ -31,12 +31,14 @@ def ours(shape, inputs):
 
 def session_of(node, inputs, *, operators=None, threads=2):
     """Load a model of one node."""
-    graph = [(1, BYTES, node), (2, BYTES, b"one")]
-    graph += [(11, BYTES, value_info(name, TYPES.get(name, FLOAT))) for name in inputs]
-    graph += [(12, BYTES, value_info(name, FLOAT)) for name in ("y", "present_key", "present_value")]
+    graph = [(1, LENGTH_DELIMITED, node), (2, LENGTH_DELIMITED, b"one")]
+    graph += [(11, LENGTH_DELIMITED, value_info(name, TYPES.get(name, FLOAT))) for name in inputs]
+    graph += [(12, LENGTH_DELIMITED, value_info(name, FLOAT)) for name in ("y", "present_key", "present_value")]
     domains = ((b"", 18), (b"edgelm", 1), (b"com.microsoft", 1))
-    opsets = [message([(1, BYTES, domain), (2, VARINT, version)]) for domain, version in domains]
-    model = message([(1, VARINT, 8), *((8, BYTES, opset) for opset in opsets), (7, BYTES, message(graph))])
+    opsets = [message([(1, LENGTH_DELIMITED, domain), (2, VARINT, version)]) for domain, version in domains]
+    model = message(
+        [(1, VARINT, 8), *((8, LENGTH_DELIMITED, opset) for opset in opsets), (7, LENGTH_DELIMITED, message(graph))]
+    )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4

@@ -7,8 +7,8 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from edgelm.kernels.custom_ops import Operators
-from edgelm.kernels.rewrite.graph_rewriter import DATA, GRAPH, write_panels
+from edgelm.kernels.custom_ops import CustomOpLibrary
+from edgelm.kernels.rewrite.graph_rewriter import DATA, GRAPH, rewrite_graph
 from edgelm.system.digest import file_sha256
 
 BLOCK = 32
@@ -49,7 +49,7 @@ def model_of(nodes, values, inputs, outputs):
 
 def rewritten(folder, nodes, values, inputs=("x",), outputs=("y",)):
     """What is written for the kernels: formats, and the model if there are any."""
-    formats = write_panels(model_of(nodes, values, inputs, outputs), folder / "absent", folder)
+    formats = rewrite_graph(model_of(nodes, values, inputs, outputs), folder / "absent", folder)
     return formats, onnx.load(folder / GRAPH, load_external_data=False) if formats else None
 
 
@@ -72,7 +72,7 @@ def run_both(library, folder, nodes, values, feeds, outputs=("y",)):
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 2, 4
         if isinstance(graph, str):
-            Operators(library, formats, folder / DATA, file_sha256(library)).register(options)
+            CustomOpLibrary(library, formats, folder / DATA, file_sha256(library)).register(options)
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         results.append(session.run(list(outputs), feeds))
     return model, list(zip(*results, strict=True))

@@ -10,29 +10,29 @@ import onnxruntime as ort
 
 from edgelm.graph.domain import DOMAIN
 from edgelm.graph.onnx_model import FLOAT, INT64, encode_node
-from edgelm.graph.protobuf import BYTES, VARINT, message
-from edgelm.kernels.custom_ops import Operators
-from edgelm.kernels.rewrite.panel_layout import packed_bias, packed_codes, packed_scales
+from edgelm.graph.protobuf import LENGTH_DELIMITED, VARINT, message
+from edgelm.kernels.custom_ops import CustomOpLibrary
+from edgelm.kernels.rewrite.panel_layout import pack_codes, pack_scales, pad_bias
 from edgelm.system.digest import file_sha256
 
 
-def matrix(rng, form, size, columns):
+def matrix(rng, fmt, size, columns):
     """Random codes and scales of a matrix as MatMulNBits stores it, and a bias.
 
     With 5 and 6 bits codes are the low 4 bits of a block's weights and then the bits above.
     """
-    blocks = -(-size // form.block)
-    codes = rng.integers(0, 256, (columns, blocks, form.block_bytes), np.uint8)
+    blocks = -(-size // fmt.block)
+    codes = rng.integers(0, 256, (columns, blocks, fmt.block_bytes), np.uint8)
     scales = (rng.normal(size=(columns, blocks)) * 0.01).astype(np.float16)
     return codes, scales, rng.normal(size=columns).astype(np.float32)
 
 
-def panels(codes, form):
+def panels(codes, fmt):
     """Codes as `matrix` makes them -> panels."""
-    if not form.high_bits:
-        return packed_codes(codes, form.bits)
-    low, high = np.split(codes, [form.block // 2], axis=-1)
-    return packed_codes(low, form.bits, high)
+    if not fmt.high_bits:
+        return pack_codes(codes, fmt.bits)
+    low, high = np.split(codes, [fmt.block // 2], axis=-1)
+    return pack_codes(low, fmt.bits, high)
 
 
 def inputs(rng, rows, size):
@@ -45,47 +45,61 @@ def inputs(rng, rows, size):
 
 def value_info(name, dtype=FLOAT):
     """A ValueInfoProto of a tensor of any shape."""
-    return message([(1, BYTES, name.encode()), (2, BYTES, message([(1, BYTES, message([(1, VARINT, dtype)]))]))])
+    return message(
+        [
+            (1, LENGTH_DELIMITED, name.encode()),
+            (2, LENGTH_DELIMITED, message([(1, LENGTH_DELIMITED, message([(1, VARINT, dtype)]))])),
+        ]
+    )
 
 
-def one_node(form, names, attributes):
+def one_node(fmt, names, attributes):
     """A model of one node."""
-    node = encode_node("one", form.operator, DOMAIN, names, ["y", "scratch"], attributes)
+    node = encode_node("one", fmt.operator, DOMAIN, names, ["y", "scratch"], attributes)
     return model_of(node, dict.fromkeys(names, FLOAT))
 
 
 def model_of(node, names):
     """A model of one node in its bytes; `names` are its inputs with their types."""
-    graph = [(1, BYTES, node), (2, BYTES, b"one"), *((11, BYTES, value_info(*each)) for each in names.items())]
-    graph += [(12, BYTES, value_info("y"))]
-    opsets = [message([(1, BYTES, domain), (2, VARINT, version)]) for domain, version in ((b"", 18), (b"edgelm", 1))]
-    return message([(1, VARINT, 8), *((8, BYTES, opset) for opset in opsets), (7, BYTES, message(graph))])
+    graph = [
+        (1, LENGTH_DELIMITED, node),
+        (2, LENGTH_DELIMITED, b"one"),
+        *((11, LENGTH_DELIMITED, value_info(*each)) for each in names.items()),
+    ]
+    graph += [(12, LENGTH_DELIMITED, value_info("y"))]
+    opsets = [
+        message([(1, LENGTH_DELIMITED, domain), (2, VARINT, version)])
+        for domain, version in ((b"", 18), (b"edgelm", 1))
+    ]
+    return message(
+        [(1, VARINT, 8), *((8, LENGTH_DELIMITED, opset) for opset in opsets), (7, LENGTH_DELIMITED, message(graph))]
+    )
 
 
 def product(
-    library, form, size, codes, scales, *, bias=None, norm=None, epsilon=0.0, gated=False, skip=False, threads=2
+    library, fmt, size, codes, scales, *, bias=None, norm=None, epsilon=0.0, gated=False, skip=False, threads=2
 ):
     """Load a model of one node for a matrix as MatMulNBits stores it; `skip` says whether it has that input."""
     columns, blocks = scales.shape
     attributes = {"K": size, "N": columns, "GATED": int(gated), "EPSILON": int(np.float32(epsilon).view(np.int32))}
-    pieces = {"WEIGHTS": panels(codes, form), "SCALES": packed_scales(scales)}
+    pieces = {"WEIGHTS": panels(codes, fmt), "SCALES": pack_scales(scales)}
     if bias is not None:
-        pieces["BIAS"] = packed_bias(bias)
+        pieces["BIAS"] = pad_bias(bias)
     if norm is not None:
-        pieces["NORM"] = np.concatenate([norm, np.zeros(blocks * form.block - size, np.float32)])
-    model = one_node(form, ["x", "skip"] if skip else ["x"], attributes | placed(pieces))
-    return session_of(library, form, model, pieces, threads)
+        pieces["NORM"] = np.concatenate([norm, np.zeros(blocks * fmt.block - size, np.float32)])
+    model = one_node(fmt, ["x", "skip"] if skip else ["x"], attributes | placed(pieces))
+    return session_of(library, fmt, model, pieces, threads)
 
 
-def look_up(library, form, codes, scales, indices):
+def look_up(library, fmt, codes, scales, indices):
     """Rows of a table: indices int64 [...] -> [..., blocks * block]."""
     columns, blocks = scales.shape
-    pieces = {"WEIGHTS": panels(codes, form), "SCALES": packed_scales(scales)}
-    attributes = {"K": blocks * form.block, "N": columns} | {
+    pieces = {"WEIGHTS": panels(codes, fmt), "SCALES": pack_scales(scales)}
+    attributes = {"K": blocks * fmt.block, "N": columns} | {
         name: place for name, place in placed(pieces).items() if name in pieces
     }
-    node = encode_node("one", form.look_up_operator, DOMAIN, ["x"], ["y"], attributes)
-    return run(session_of(library, form, model_of(node, {"x": INT64}), pieces, 1), indices)
+    node = encode_node("one", fmt.gather_op_type, DOMAIN, ["x"], ["y"], attributes)
+    return run(session_of(library, fmt, model_of(node, {"x": INT64}), pieces, 1), indices)
 
 
 def placed(pieces):
@@ -97,7 +111,7 @@ def placed(pieces):
     return places
 
 
-def session_of(library, form, model, pieces, threads):
+def session_of(library, fmt, model, pieces, threads):
     """Load a model whose data file has these pieces, each at a multiple of 64 bytes."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -106,7 +120,7 @@ def session_of(library, form, model, pieces, threads):
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         data.write_bytes(b"".join(piece.tobytes() + bytes(-piece.nbytes % 64) for piece in pieces.values()))
-        Operators(library, [form], data, file_sha256(library)).register(options)
+        CustomOpLibrary(library, [fmt], data, file_sha256(library)).register(options)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

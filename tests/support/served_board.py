@@ -18,7 +18,7 @@ import edgelm.mqtt.service_setup
 from edgelm.engine.engine import Engine
 from edgelm.mqtt.service import Service
 from edgelm.mqtt.service_config import ServeConfig
-from edgelm.mqtt.service_setup import open_board
+from edgelm.mqtt.service_setup import open_service
 from edgelm.types import Chunk
 
 PATIENCE_S = 40.0
@@ -47,7 +47,7 @@ def serving(
         monkeypatch.setattr(SlowEngine, "failure", None)
         monkeypatch.setattr(edgelm.mqtt.service_setup, "Engine", SlowEngine)
     online, raised = threading.Event(), []
-    with open_board(config, online.set) as service:
+    with open_service(config, online.set) as service:
 
         def run() -> None:
             try:

@@ -152,7 +152,7 @@ def test_the_tokenizer_lets_other_threads_go_on(model: Model) -> None:
 FIRST_SAMPLED = """
 import sys, threading, time
 import edgelm
-from edgelm.sampling import is_loaded, sampler
+from edgelm.sampling import are_kernels_loaded, sampler
 begun, release = threading.Event(), threading.Event()
 load = sampler._kernels
 def slow():
@@ -161,16 +161,16 @@ def slow():
     return load()
 sampler._kernels = slow
 with edgelm.load("builtin", max_batch=2) as model:
-    assert not is_loaded()
+    assert not are_kernels_loaded()
     said = []
     thread = threading.Thread(target=lambda: said.append(model.generate("play", temperature=0.7, max_tokens=2, seed=1)))
     thread.start()
     assert begun.wait(30)
     assert model.generate("play jazz", max_tokens=2).tokens  # meanwhile
-    assert not is_loaded() and not said
+    assert not are_kernels_loaded() and not said
     release.set()
     thread.join(60)
-    assert is_loaded() and said[0].tokens
+    assert are_kernels_loaded() and said[0].tokens
 """
 
 
@@ -183,11 +183,11 @@ def test_the_first_sampled_request_keeps_nobody_waiting() -> None:
 
 ENSURE = """
 import sys
-from edgelm.sampling import ensure_compiled, is_loaded, ready
+from edgelm.sampling import ensure_compiled, are_kernels_loaded, ready
 run, runs = ready.subprocess.run, []
 ready.subprocess.run = lambda *a, **k: runs.append(a) or run(*a, **k)
 ensure_compiled()
-print(is_loaded(), "numba" in sys.modules, len(runs))
+print(are_kernels_loaded(), "numba" in sys.modules, len(runs))
 """
 
 

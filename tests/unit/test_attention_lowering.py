@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgelm.graph.onnx_model import read_model
-from edgelm.kernels.rewrite.attention_lowering import attention_of
+from edgelm.kernels.rewrite.attention_lowering import lower_attention
 
 SIZE = 64
 INPUTS = ("packed", "", "", "past.0.key", "past.0.value", "seqlens_k", "total_sequence_length", "cos", "sin")
@@ -30,7 +30,7 @@ def found(inputs=INPUTS, *, size=SIZE, cache=TensorProto.FLOAT, table=True, **at
     tables = [numpy_helper.from_array(np.ones((9, 24), np.float32), name) for name in ("cos", "sin")]
     model = helper.make_model(helper.make_graph([node], "g", past, [], tables if table else []))
     read = read_model(model.SerializeToString())
-    result = attention_of(read, read.nodes[0])
+    result = lower_attention(read, read.nodes[0])
     if result is None:
         return None
     made = onnx.NodeProto.FromString(result[0])

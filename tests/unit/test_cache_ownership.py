@@ -17,17 +17,17 @@ import onnxruntime
 import pytest
 
 from edgelm.errors import DeviceError, EdgelmError
-from edgelm.kernels.custom_ops import Operators
+from edgelm.kernels.custom_ops import CustomOpLibrary
 from edgelm.kernels.rewrite.graph_rewriter import DATA
 from edgelm.runtime import prepack
 from edgelm.runtime.prepack import KERNELS, open_verified
-from edgelm.runtime.runner import open_session
+from edgelm.runtime.runner import open_runner
 from edgelm.system import board_cache, ownership
-from edgelm.system.board_cache import STAMP, BoardCache, Key
-from edgelm.system.ownership import fault_above, fault_below, make_private
+from edgelm.system.board_cache import STAMP, BoardCache, CacheKey
+from edgelm.system.ownership import find_content_fault, find_path_fault, make_private
 
 NOBODY = 65534
-KEY = Key("weights", "digest", "1.31.1", "x86_64 avx2")
+KEY = CacheKey("weights", "digest", "1.31.1", "x86_64 avx2")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to somebody else")
 
 
@@ -61,7 +61,7 @@ def test_the_cache_is_made_for_this_user_alone_whatever_the_umask(tmp_path, umas
     try:
         cache = BoardCache(tmp_path / "home" / ".cache" / "edgelm")
         entry = put(cache)
-        assert cache.kernels_folder() == cache.kernels
+        assert cache.prepare_numba_folder() == cache.kernels
         cache.update(KEY, {"n": 1})
     finally:
         os.umask(before)
@@ -148,10 +148,10 @@ def test_numbas_pickles_that_others_could_have_written_are_not_read(cache, said,
     make_private(inner)
     file = inner / "ranking.rank_of.nbi"
     file.write_bytes(b"pickle")
-    assert cache.kernels_folder() == cache.kernels
+    assert cache.prepare_numba_folder() == cache.kernels
     way({"the folder": cache.kernels, "a folder in it": inner}.get(part, file))
-    assert cache.kernels_folder() is None
-    assert cache.kernels_folder() is None
+    assert cache.prepare_numba_folder() is None
+    assert cache.prepare_numba_folder() is None
     assert len(said()) == 1, "said once"
     assert said()[0].startswith(f"{cache.kernels} is not used")
 
@@ -218,7 +218,7 @@ def test_links_on_the_way_are_followed_and_judged(tmp_path, said):
     assert len(said()) == 1
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     with pytest.raises(OSError, match="too many symbolic links"):
-        fault_above(tmp_path / "circle" / "x")
+        find_path_fault(tmp_path / "circle" / "x")
     assert BoardCache(tmp_path / "circle").find(KEY) is None
     assert put(BoardCache(tmp_path / "circle")) is None
 
@@ -249,16 +249,16 @@ def test_a_private_group_is_its_user_in_the_folders_above_only(tmp_path, monkeyp
     make_private(folder)
     open_to_group(folder.parent)
     monkeypatch.setattr(ownership, "_is_private", lambda path, status: True)
-    assert fault_above(folder) is None
+    assert find_path_fault(folder) is None
     open_to_group(folder)
-    assert "its group may write" in fault_above(folder)
-    assert "its group may write" in fault_below(folder)
+    assert "its group may write" in find_path_fault(folder)
+    assert "its group may write" in find_content_fault(folder)
 
 
 def test_what_is_no_file_is_not_used(tmp_path):
     os.mkfifo(tmp_path / "pipe", 0o600)
     tmp_path.chmod(0o700)
-    assert "neither a file nor a folder" in fault_below(tmp_path)
+    assert "neither a file nor a folder" in find_content_fault(tmp_path)
 
 
 # --- the library ---
@@ -266,13 +266,13 @@ def test_what_is_no_file_is_not_used(tmp_path):
 
 @pytest.fixture
 def small(tiny_checkpoint, export_to_cache, monkeypatch):
-    monkeypatch.setattr(prepack, "WORTH_BYTES", 0)
+    monkeypatch.setattr(prepack, "MIN_CACHED_BYTES", 0)
     monkeypatch.setattr(prepack, "_operators", {})
     return export_to_cache(tiny_checkpoint(vocab=384, hidden=128, mlp=352), quant="int4")
 
 
 def logits_of(path, cache):
-    session = open_session(open_verified(path, cache), rows=1, threads=1, cache=cache)
+    session = open_runner(open_verified(path, cache), rows=1, threads=1, cache=cache)
     return session.prefill(0, np.arange(2, 9), 0).copy()
 
 
@@ -287,11 +287,13 @@ def test_a_library_that_is_not_the_compiled_one_is_never_loaded(small, cache, sa
     library.write_bytes(content)
     library.chmod(0o600)
     os.utime(library, ns=(was.st_atime_ns, was.st_mtime_ns))
-    assert cache.find(Key(**json.loads((entry.path / STAMP).read_text())["key"])) is not None
+    assert cache.find(CacheKey(**json.loads((entry.path / STAMP).read_text())["key"])) is not None
     prepack._operators.clear()  # as in a new process
     loaded = []
-    plain = Operators.__init__
-    monkeypatch.setattr(Operators, "__init__", lambda self, *given: (plain(self, *given), loaded.append(given))[0])
+    plain = CustomOpLibrary.__init__
+    monkeypatch.setattr(
+        CustomOpLibrary, "__init__", lambda self, *given: (plain(self, *given), loaded.append(given))[0]
+    )
     np.testing.assert_array_equal(logits_of(small, cache), expected)
     assert len(said()) == 1
     assert "is not the library that was compiled" in said()[0]
@@ -319,7 +321,7 @@ def test_the_library_that_is_loaded_is_the_one_that_was_hashed(compiled, tmp_pat
         return real(content)
 
     monkeypatch.setattr(hashlib, "sha256", exchange)
-    operators = Operators(own, [], data, digest)
+    operators = CustomOpLibrary(own, [], data, digest)
     assert own.read_bytes() == b"a stranger's"
     maps = Path("/proc/self/maps").read_text()
     assert f"{own} (deleted)" in maps
@@ -334,7 +336,7 @@ def test_many_libraries_are_told_apart_and_keep_no_descriptor(compiled, tmp_path
     made = []
     for number in range(20):
         own = Path(shutil.copy(library, tmp_path / f"{number}.so"))
-        made.append(Operators(own, [], data, digest))
+        made.append(CustomOpLibrary(own, [], data, digest))
         made[-1].register(onnxruntime.SessionOptions())
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
     hooks = {ctypes.cast(each._code.RegisterCustomOps, ctypes.c_void_p).value for each in made}
@@ -345,12 +347,12 @@ def test_a_library_behind_a_link_or_of_another_hash_is_refused(compiled, tmp_pat
     library, data, digest = compiled
     (tmp_path / "link.so").symlink_to(library)
     with pytest.raises(OSError, match="symbolic link"):
-        Operators(tmp_path / "link.so", [], data, digest)
+        CustomOpLibrary(tmp_path / "link.so", [], data, digest)
     opened = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(EdgelmError, match="is not the library that was compiled"):
-        Operators(library, [], data, "0" * 64)
+        CustomOpLibrary(library, [], data, "0" * 64)
     with pytest.raises(EdgelmError, match="is not the library that was compiled"):
-        Operators(library, [], data, "None")
+        CustomOpLibrary(library, [], data, "None")
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
 
 

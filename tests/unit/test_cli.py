@@ -108,13 +108,13 @@ def test_a_traceback_is_for_those_who_ask(tmp_path, run):
 
 
 def test_a_graph_that_onnxruntime_refuses_is_one_line(bundle, tmp_path, run):
-    from edgelm.bundle.manifest import open_bundle, seal
+    from edgelm.bundle.manifest import open_bundle, write_manifest
 
     for file in bundle.iterdir():
         if file.is_file():
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.onnx").write_bytes(b"not a graph")
-    seal(tmp_path, open_bundle(bundle).manifest)
+    write_manifest(tmp_path, open_bundle(bundle).manifest)
     code, out, err = run("generate", tmp_path, PROMPT)
     assert (code, out) == (1, "")
     assert err.count("\n") == 1
@@ -230,12 +230,12 @@ def test_bench_refuses_sizes_that_make_no_sense(options, code, bundle, run):
 def test_chat_without_a_template_says_what_to_do(bundle, tmp_path, run):
     import dataclasses
 
-    from edgelm.bundle.manifest import open_bundle, seal
+    from edgelm.bundle.manifest import open_bundle, write_manifest
 
     for file in bundle.iterdir():
         if file.is_file():
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    seal(tmp_path, dataclasses.replace(open_bundle(bundle).manifest, chat_template=None))
+    write_manifest(tmp_path, dataclasses.replace(open_bundle(bundle).manifest, chat_template=None))
     code, out, err = run("chat", tmp_path)
     assert (code, out) == (1, "")
     assert "edgelm generate" in err

@@ -17,7 +17,7 @@ from dataclasses import replace
 import pytest
 
 from edgelm import load as model_of
-from edgelm.bundle.manifest import open_bundle, seal
+from edgelm.bundle.manifest import open_bundle, write_manifest
 
 PROMPT = "Once upon a time"
 USAGE = {"prompt_tokens", "cached_tokens", "completion_tokens", "forced_tokens"}
@@ -169,7 +169,7 @@ TEMPLATE = (
 def test_variables_and_tools_reach_the_chat_template(copied, run, tmp_path):
     tools = tmp_path / "tools.json"
     tools.write_text('[{"name": "light"}]')
-    seal(copied, replace(open_bundle(copied).manifest, chat_template=TEMPLATE))
+    write_manifest(copied, replace(open_bundle(copied).manifest, chat_template=TEMPLATE))
     options = ["--max-tokens", 1, "--temperature", 0, "--ignore-eos", "--json"]
     given = ["--template-var", "enable_thinking=false", "--template-var", "style=plain text", "--tools", tools]
     code, out, err = run("generate", copied, "Once upon", *options, *given)
@@ -197,7 +197,7 @@ def test_variables_and_tools_reach_the_chat_template(copied, run, tmp_path):
     ],
 )
 def test_bad_input_for_the_template_is_one_line(copied, run, options, message):
-    seal(copied, replace(open_bundle(copied).manifest, chat_template=TEMPLATE))
+    write_manifest(copied, replace(open_bundle(copied).manifest, chat_template=TEMPLATE))
     code, out, err = run("generate", copied, "Once", "--max-tokens", 1, *options)
     assert (code, out) == (1, "")
     assert message in err

@@ -7,15 +7,15 @@ import stat
 
 import pytest
 
-from edgelm.mqtt.client_id import client_id
+from edgelm.mqtt.client_id import load_client_id
 
 
 def test_it_is_random_and_kept(tmp_path):
-    first = client_id("pi5", tmp_path / "state")
+    first = load_client_id("pi5", tmp_path / "state")
     assert re.fullmatch("edgelm-pi5-[0-9a-f]{16}", first)
-    assert client_id("pi5", tmp_path / "state") == first
-    assert client_id("pi5", tmp_path / "other") != first
-    assert client_id("pi4", tmp_path / "state")[-16:] != first[-16:]
+    assert load_client_id("pi5", tmp_path / "state") == first
+    assert load_client_id("pi5", tmp_path / "other") != first
+    assert load_client_id("pi4", tmp_path / "state")[-16:] != first[-16:]
     (file,) = (tmp_path / "state").glob("client-pi5")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
@@ -23,13 +23,13 @@ def test_it_is_random_and_kept(tmp_path):
 @pytest.mark.parametrize("content", ["", "pi5", "0" * 17, "x" * 16, "é"])
 def test_what_is_no_id_is_replaced(tmp_path, content):
     (tmp_path / "client-pi5").write_text(content, "utf-8")
-    found = client_id("pi5", tmp_path)
+    found = load_client_id("pi5", tmp_path)
     assert re.fullmatch("edgelm-pi5-[0-9a-f]{16}", found)
 
 
 def test_without_a_place_it_is_one_for_this_run(tmp_path):
     (tmp_path / "state").write_text("a file where the folder should be")
-    first, second = (client_id("pi5", tmp_path / "state") for _ in range(2))
+    first, second = (load_client_id("pi5", tmp_path / "state") for _ in range(2))
     assert first != second
 
 
@@ -38,12 +38,12 @@ def test_a_broker_that_closes_at_either_greeting_is_not_asked_again_at_once(monk
 
     now = [100.0]
     monkeypatch.setattr(version_negotiation.time, "monotonic", lambda: now[0])
-    asked = version_negotiation.Greeting("5")
+    asked = version_negotiation.VersionNegotiation("5")
     changes = 0
     for _ in range(100):
         asked.send()
         changes += asked.close()
-        asked.wants_change = False  # as who speaks the new version says
+        asked.needs_reconnect = False  # as who speaks the new version says
         now[0] += 0.01
     assert changes == 1
     now[0] += version_negotiation.CHANGE_EVERY_S

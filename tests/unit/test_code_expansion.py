@@ -10,10 +10,10 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 import onnxruntime as ort
 
 from edgelm.bundle.manifest import open_bundle
-from edgelm.kernels.rewrite.code_expansion import join_codes
+from edgelm.kernels.rewrite.code_expansion import expand_codes
 from edgelm.runtime.ort import load_graph, load_packed
 from edgelm.runtime.probe import probe
-from edgelm.runtime.threads import Tuning
+from edgelm.runtime.threads import ThreadSettings
 
 SHAPES = [{"quant": "int5"}, {"quant": "int6"}, {"quant": "int4", "embedding_bits": 6}, {"quant": "int4"}]
 
@@ -26,7 +26,7 @@ def test_joined_codes_are_those_that_onnxruntime_folds(options, tied, tiny_check
     joined = load_graph(str(bundle.graph), 1)
     assert np.array_equal(probe(joined, bundle.manifest), probe(folded, bundle.manifest))
     split = [matrix for matrix in bundle.manifest.matrices if matrix.bits in (5, 6)]
-    found = join_codes(bundle.graph.read_bytes(), bundle.graph.with_name("model.onnx.data"))
+    found = expand_codes(bundle.graph.read_bytes(), bundle.graph.with_name("model.onnx.data"))
     assert found is not None
     assert sum(codes.size for codes in found.codes.values()) >= sum(matrix.rows * matrix.columns for matrix in split)
     assert b"BitwiseXor" not in found.model
@@ -34,10 +34,10 @@ def test_joined_codes_are_those_that_onnxruntime_folds(options, tied, tiny_check
 
 def test_a_graph_without_split_codes_is_left_alone(tiny_checkpoint, export_to_cache):
     bundle = open_bundle(export_to_cache(tiny_checkpoint(), quant="int8"))
-    assert join_codes(bundle.graph.read_bytes(), bundle.graph.with_name("model.onnx.data")) is None
+    assert expand_codes(bundle.graph.read_bytes(), bundle.graph.with_name("model.onnx.data")) is None
 
 
 def test_onnxruntime_keeps_joined_codes_packed(tiny_checkpoint, export_to_cache, tmp_path):
     bundle = open_bundle(export_to_cache(tiny_checkpoint(), quant="int6"))
     expected = probe(load_graph(str(bundle.graph), 1, save_to=tmp_path), bundle.manifest)
-    assert np.allclose(probe(load_packed(tmp_path, Tuning(1)), bundle.manifest), expected, atol=1e-4)
+    assert np.allclose(probe(load_packed(tmp_path, ThreadSettings(1)), bundle.manifest), expected, atol=1e-4)

@@ -9,13 +9,13 @@ import pytest
 
 from edgelm.errors import RequestError
 from edgelm.mqtt.packets import Properties
-from edgelm.mqtt.request_codec import Ask, open_envelope, parse_ask, write_ask
-from edgelm.mqtt.topics import Address, BoardTopics, check_reply_topic
+from edgelm.mqtt.request_codec import GenerateRequest, parse_envelope, parse_request, write_request
+from edgelm.mqtt.topics import BoardTopics, RequestTopic, validate_response_topic
 
 
-def _ask(payload: bytes | dict[str, object], properties: Properties | None = None) -> Ask:
+def _ask(payload: bytes | dict[str, object], properties: Properties | None = None) -> GenerateRequest:
     data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-    return parse_ask(open_envelope(data, properties or Properties(), "new"))
+    return parse_request(parse_envelope(data, properties or Properties(), "new"))
 
 
 @pytest.mark.parametrize("payload", [b"play jazz", b" [1, 2]", b"17", b'"quoted"', "größer".encode()])
@@ -122,7 +122,7 @@ def test_what_is_for_the_chat_template_travels_as_it_is() -> None:
         tuple(given["tools"]),
         given["template_vars"],
     )
-    assert _ask(write_ask(ask, None, with_properties=False)[0]) == dataclasses.replace(ask, id="new")
+    assert _ask(write_request(ask, None, with_properties=False)[0]) == dataclasses.replace(ask, id="new")
     bare = _ask({"prompt": "a", "tools": [], "template_vars": {}})
     assert (bare.tools, bare.template_vars) == (None, None)
 
@@ -142,15 +142,15 @@ def test_everything_of_the_protocols_example_is_known() -> None:
     [(b"job-7", "job-7"), (b"\x00\xff", "00ff"), (b"\xff" * 65, None), (b"", "json"), (None, "json")],
 )
 def test_the_id_is_the_correlation_data_before_the_json(correlation: bytes | None, expected: str | None) -> None:
-    envelope = open_envelope(b'{"id": "json", "prompt": "a"}', Properties(correlation=correlation), "new")
+    envelope = parse_envelope(b'{"id": "json", "prompt": "a"}', Properties(correlation=correlation), "new")
     assert envelope.correlation == correlation
     assert envelope.id == expected if expected else len(envelope.id) == 64
 
 
 def test_the_property_decides_where_the_answer_goes() -> None:
     body = b'{"prompt": "a", "response_topic": "json"}'
-    assert open_envelope(body, Properties(response_topic="property"), "new").response_topic == "property"
-    assert open_envelope(body, Properties(), "new").response_topic == "json"
+    assert parse_envelope(body, Properties(response_topic="property"), "new").response_topic == "property"
+    assert parse_envelope(body, Properties(), "new").response_topic == "json"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_the_property_decides_where_the_answer_goes() -> None:
 )
 def test_where_no_answer_goes(topic: str, code: str) -> None:
     with pytest.raises(RequestError) as caught:
-        check_reply_topic(topic)
+        validate_response_topic(topic)
     assert caught.value.code == code
 
 
@@ -186,17 +186,17 @@ def test_where_no_answer_goes(topic: str, code: str) -> None:
     ["some/reply", "edgelm/client/me/response", "edgelm/client/me/response/7", "edgelm/pi5/response", "/", "x" * 256],
 )
 def test_where_answers_go(topic: str) -> None:
-    check_reply_topic(topic)
+    validate_response_topic(topic)
     with pytest.raises(RequestError) as caught:
-        check_reply_topic(topic, ("nowhere/#", "only/here"))
+        validate_response_topic(topic, ("nowhere/#", "only/here"))
     assert caught.value.code == "forbidden"
 
 
 def test_topics_name_their_client() -> None:
     topics = BoardTopics("pi5")
-    assert topics.parse("edgelm/pi5/generate") == Address("generate", None)
-    assert topics.parse("edgelm/pi5/generate/kitchen") == Address("generate", "kitchen")
-    assert topics.parse("edgelm/pi5/cancel/kitchen") == Address("cancel", "kitchen")
+    assert topics.parse("edgelm/pi5/generate") == RequestTopic("generate", None)
+    assert topics.parse("edgelm/pi5/generate/kitchen") == RequestTopic("generate", "kitchen")
+    assert topics.parse("edgelm/pi5/cancel/kitchen") == RequestTopic("cancel", "kitchen")
     assert topics.response() == "edgelm/pi5/response"
     assert topics.response("kitchen") == "edgelm/client/kitchen/response"
     for name in ("", "Kitchen", "a/b", "pool", "x" * 33):

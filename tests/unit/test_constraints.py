@@ -17,11 +17,11 @@ import edgelm
 from edgelm.bundle.manifest import open_bundle
 from edgelm.engine import constraint_trial
 from edgelm.engine import constraints as module
-from edgelm.engine.constraint_trial import LIMIT_S, Trial
-from edgelm.engine.constraints import Constraints
+from edgelm.engine.constraint_trial import CONSTRAINT_TIMEOUT_S, ConstraintSandbox
+from edgelm.engine.constraints import ConstraintCache
 from edgelm.engine.engine import Engine
 from edgelm.errors import RequestError
-from edgelm.types import NOBODY, Constraint, Request, SamplingParams
+from edgelm.types import UNCACHED_OWNER, Constraint, Request, SamplingParams
 
 BUILTIN = open_bundle(Path(edgelm.__file__).parent / "builtin")
 
@@ -56,7 +56,7 @@ SURVIVED = {
 @pytest.fixture(scope="module")
 def constraints():
     manifest = BUILTIN.manifest
-    made = Constraints(BUILTIN.tokenizer, manifest.vocab_size, manifest.eos_tokens)
+    made = ConstraintCache(BUILTIN.tokenizer, manifest.vocab_size, manifest.eos_tokens)
     made.prepare(Constraint("regex", "a")).result(60)  # the child has started
     yield made
     made.close()
@@ -74,7 +74,7 @@ def test_what_would_end_or_stall_us_is_refused(constraints, name):
         assert error.code == "bad_request"
         assert len(error.message) < 500
         assert "\n" not in error.message
-    assert time.monotonic() - began < LIMIT_S + 40
+    assert time.monotonic() - began < CONSTRAINT_TIMEOUT_S + 40
     assert constraints.prepare(Constraint("regex", "[ab]{3}")).result(60)  # the next one is tried all the same
 
 
@@ -94,7 +94,7 @@ def test_what_people_ask_for_is_prepared(constraints, name):
 @pytest.mark.parametrize("death", ["killed", "silent"])
 def test_a_child_that_dies_or_is_silent_refuses_one_and_is_replaced(death, monkeypatch):
     manifest = BUILTIN.manifest
-    tried = Trial(BUILTIN.tokenizer, manifest.vocab_size, manifest.eos_tokens)
+    tried = ConstraintSandbox(BUILTIN.tokenizer, manifest.vocab_size, manifest.eos_tokens)
     try:
         assert tried.run(Constraint("regex", "a")) > 0
         child = tried._child
@@ -120,7 +120,7 @@ def test_nothing_of_the_current_folder_is_run(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('run')")
     monkeypatch.chdir(tmp_path)
     manifest = BUILTIN.manifest
-    tried = Trial(BUILTIN.tokenizer, manifest.vocab_size, manifest.eos_tokens)
+    tried = ConstraintSandbox(BUILTIN.tokenizer, manifest.vocab_size, manifest.eos_tokens)
     try:
         assert tried.run(Constraint("regex", "a")) > 0
     finally:
@@ -141,8 +141,8 @@ def test_what_is_kept_is_bounded_by_its_size(asked):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "KEPT_BYTES", 100)
-        made = Constraints(Path("none"), 1, ())
-        made._trial = Known()
+        made = ConstraintCache(Path("none"), 1, ())
+        made._sandbox = Known()
         made._compiled = lambda constraint: constraint
         model: dict[str, int] = {}
         for which, size in asked:
@@ -177,7 +177,7 @@ class Slow:
 
 def test_nobody_waits_for_anothers_constraint(bundle):
     engine = Engine(open_bundle(bundle), threads=1, max_batch=2)
-    engine._intake._constraints = slow = Slow(engine._intake._constraints)
+    engine._admission._constraints = slow = Slow(engine._admission._constraints)
     greedy = SamplingParams(max_tokens=4, temperature=0.0)
     requests = [
         Request(id="slow", prompt="a", sampling=greedy, constraint=Constraint("regex", "slow"), session="s", raw=True),
@@ -202,7 +202,7 @@ def test_nobody_waits_for_anothers_constraint(bundle):
         run_until(4)
         assert order[2:] == ["slow", "behind"]
     finally:
-        engine._intake._constraints = slow.inner
+        engine._admission._constraints = slow.inner
         engine.close()
 
 
@@ -227,10 +227,10 @@ def test_what_one_owner_brought_is_compiled_again_for_another():
         def close(self):
             """Nothing to stop."""
 
-    made = Constraints(Path("none"), 1, ())
-    made._trial = Known()
+    made = ConstraintCache(Path("none"), 1, ())
+    made._sandbox = Known()
     made._compiled = lambda constraint: constraint
-    for owner in ("a", "a", "b", None, None, NOBODY, NOBODY):
+    for owner in ("a", "a", "b", None, None, UNCACHED_OWNER, UNCACHED_OWNER):
         made.prepare(Constraint("regex", "x"), owner).result(10)
     assert len(runs) == 5
     made.close()
@@ -248,8 +248,8 @@ def test_owners_constraints_are_tried_in_turns():
         def close(self):
             """Nothing to stop."""
 
-    made = Constraints(Path("none"), 1, ())
-    made._trial = Known()
+    made = ConstraintCache(Path("none"), 1, ())
+    made._sandbox = Known()
     made._compiled = lambda constraint: constraint
     many = [made.prepare(Constraint("regex", f"a{i}"), "a") for i in range(6)]
     one = made.prepare(Constraint("regex", "b"), "b")

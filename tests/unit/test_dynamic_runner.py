@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.bundle.manifest import Cache, Manifest
-from edgelm.runtime.dynamic_runner import GrowingSession
+from edgelm.bundle.manifest import KVCacheShape, Manifest
+from edgelm.runtime.dynamic_runner import DynamicRunner
 
 ort = pytest.importorskip("onnxruntime", reason="needs pip install 'edgelm[cpu]'")
 onnx = pytest.importorskip("onnx", reason="building the graph needs pip install 'edgelm[export]'")
@@ -87,7 +87,7 @@ def session(request):
         architecture="sums",
         context=CONTEXT,
         vocab_size=2 * SIZE,
-        cache=Cache("growing", 1, 1, SIZE),
+        cache=KVCacheShape("growing", 1, 1, SIZE),
         quant="fp32",
         matrices=(),
         bos_token=None,
@@ -96,7 +96,7 @@ def session(request):
         shapes={},
     )
     graph = ort.InferenceSession(running_sums(request.param), providers=["CPUExecutionProvider"])
-    return GrowingSession(graph, manifest, ROWS, CONTEXT)
+    return DynamicRunner(graph, manifest, ROWS, CONTEXT)
 
 
 def tokens_of(least, most):
@@ -133,7 +133,7 @@ def test_rows_are_lists_of_tokens(session, data):
             ends = sorted({min(end, len(held[row])) for end in ends} - {0})
             if ends:
                 pieces = [session.read_row(row, start, end) for start, end in zip([0, *ends], ends, strict=False)]
-                session.begin_row(target, pieces)
+                session.write_row(target, pieces)
                 held[target] = held[row][: ends[-1]]
         else:
             target, length = data.draw(st.integers(0, ROWS - 1)), data.draw(st.integers(0, len(held[row])))

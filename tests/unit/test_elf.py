@@ -9,7 +9,7 @@ import struct
 import pytest
 from llvmlite import binding
 
-from edgelm.kernels.elf import shared_library
+from edgelm.kernels.elf import link_shared_library
 
 PLAIN = """
 @table = internal constant [4 x i32] [i32 10, i32 20, i32 30, i32 40]
@@ -42,7 +42,7 @@ def compiled(code, triple=None, reloc="pic"):
 
 def test_functions_reach_constants_each_other_and_what_they_keep(tmp_path):
     library = tmp_path / "one.so"
-    library.write_bytes(shared_library(compiled(PLAIN), ["look", "keep"]))
+    library.write_bytes(link_shared_library(compiled(PLAIN), ["look", "keep"]))
     code = ctypes.CDLL(str(library))
     assert [code.look(ctypes.c_int64(i)) for i in range(4)] == [20, 40, 60, 80]
     assert [code.keep(3), code.keep(4), code.keep(5)] == [7, 3, 4]
@@ -52,7 +52,7 @@ def test_functions_reach_constants_each_other_and_what_they_keep(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["x86_64", "aarch64"])
 def test_both_architectures_are_linked(architecture):
-    library = shared_library(compiled(PLAIN, f"{architecture}-unknown-linux-gnu"), ["look", "keep"])
+    library = link_shared_library(compiled(PLAIN, f"{architecture}-unknown-linux-gnu"), ["look", "keep"])
     assert library.startswith(b"\x7fELF")
     assert struct.unpack_from("<H", library, 18)[0] == {"x86_64": 62, "aarch64": 183}[architecture]
     assert b"\0look\0keep\0" in library
@@ -61,15 +61,15 @@ def test_both_architectures_are_linked(architecture):
 def test_what_is_missing_is_named():
     code = "declare i32 @absent(i32)\ndefine i32 @f(i32 %x) nounwind {\n %y = call i32 @absent(i32 %x)\n ret i32 %y\n}"
     with pytest.raises(ValueError, match="absent"):
-        shared_library(compiled(code), ["f"])
+        link_shared_library(compiled(code), ["f"])
 
 
 @pytest.mark.parametrize("data", [b"", b"\x7fELF", b"MZ" + bytes(100), bytes(200)])
 def test_what_is_no_object_file_is_refused(data):
     with pytest.raises(ValueError, match="not a 64-bit little-endian ELF"):
-        shared_library(data, [])
+        link_shared_library(data, [])
 
 
 def test_a_library_is_no_object_file():
     with pytest.raises(ValueError, match="not an object file"):
-        shared_library(shared_library(compiled(PLAIN), ["look"]), ["look"])
+        link_shared_library(link_shared_library(compiled(PLAIN), ["look"]), ["look"])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm.bundle.store import Store
+from edgelm.bundle.store import BundleStore
 from edgelm.system import user_folders
 from edgelm.system.board_cache import BoardCache
 
@@ -111,4 +111,4 @@ def test_the_folders_of_a_user(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/home/anna")
     assert BoardCache.default().folder == Path("/home/anna/.cache/edgelm")
-    assert Store.default().folder == Path("/home/anna/.local/share/edgelm")
+    assert BundleStore.default().folder == Path("/home/anna/.local/share/edgelm")

@@ -15,7 +15,7 @@ from vocabularies import byte_fallback, byte_level
 
 from edgelm.errors import BundleError, RequestError
 from edgelm.sampling import Sampler
-from edgelm.text.grammar import Grammar, Matcher
+from edgelm.text.grammar import ConstraintCompiler, Matcher
 from edgelm.text.tokenizer import Tokenizer
 from edgelm.types import Constraint, SamplingParams
 
@@ -31,10 +31,10 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def grammar(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Grammar:
+def grammar(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> ConstraintCompiler:
     path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.json"
     tokenizer._inner.save(str(path))
-    return Grammar(path, tokenizer.vocab_size + EXTRA, EOS)
+    return ConstraintCompiler(path, tokenizer.vocab_size + EXTRA, EOS)
 
 
 def allowed(matcher: Matcher, vocab_size: int) -> list[int]:
@@ -43,7 +43,9 @@ def allowed(matcher: Matcher, vocab_size: int) -> list[int]:
     return np.flatnonzero(bits).tolist()
 
 
-def answer(grammar: Grammar, tokenizer: Tokenizer, constraint: Constraint, seed: int, limit: int = 150) -> str | None:
+def answer(
+    grammar: ConstraintCompiler, tokenizer: Tokenizer, constraint: Constraint, seed: int, limit: int = 150
+) -> str | None:
     """Sample under the mask from logits that know nothing; None where the answer does not end in time."""
     matcher = grammar.start(constraint)
     width = tokenizer.vocab_size + EXTRA
@@ -106,7 +108,7 @@ def conforms(value: Any, schema: dict[str, Any]) -> bool:
 @settings(max_examples=40)
 @given(schema=object_schemas(), seed=st.integers(0, 2**32))
 def test_answers_satisfy_their_schema(
-    grammar: Grammar, tokenizer: Tokenizer, schema: dict[str, Any], seed: int
+    grammar: ConstraintCompiler, tokenizer: Tokenizer, schema: dict[str, Any], seed: int
 ) -> None:
     text = answer(grammar, tokenizer, Constraint("json_schema", json.dumps(schema)), seed)
     assume(text is not None)
@@ -120,7 +122,7 @@ def test_answers_satisfy_their_schema(
     ),
     seed=st.integers(0, 2**32),
 )
-def test_answers_match_their_regex(grammar: Grammar, tokenizer: Tokenizer, pattern: str, seed: int) -> None:
+def test_answers_match_their_regex(grammar: ConstraintCompiler, tokenizer: Tokenizer, pattern: str, seed: int) -> None:
     text = answer(grammar, tokenizer, Constraint("regex", pattern), seed)
     assume(text is not None)
     assert re.fullmatch(pattern, text, re.DOTALL)
@@ -131,30 +133,32 @@ def test_answers_match_their_regex(grammar: Grammar, tokenizer: Tokenizer, patte
     choices=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), min_size=1, max_size=5),
     seed=st.integers(0, 2**32),
 )
-def test_answers_are_among_their_choices(grammar: Grammar, tokenizer: Tokenizer, choices: list[str], seed: int) -> None:
+def test_answers_are_among_their_choices(
+    grammar: ConstraintCompiler, tokenizer: Tokenizer, choices: list[str], seed: int
+) -> None:
     choices = [choice.replace("▁", "_") for choice in choices]
     assert answer(grammar, tokenizer, Constraint("choices", tuple(choices)), seed) in choices
 
 
-def test_every_choice_can_be_chosen(grammar: Grammar, tokenizer: Tokenizer) -> None:
+def test_every_choice_can_be_chosen(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
     choices = ("yes", "yes please", "no", 'quo"te\n\\')
     found = {answer(grammar, tokenizer, Constraint("choices", choices), seed) for seed in range(60)}
     assert found == set(choices)
 
 
-def test_thousands_of_choices(grammar: Grammar, tokenizer: Tokenizer) -> None:
+def test_thousands_of_choices(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
     choices = tuple(f"choice {number}" for number in range(5000))
     assert answer(grammar, tokenizer, Constraint("choices", choices), 0) in choices
 
 
-def test_answers_follow_a_lark_grammar(grammar: Grammar, tokenizer: Tokenizer) -> None:
+def test_answers_follow_a_lark_grammar(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
     lark = 'start: sum\nsum: NUMBER ("+" NUMBER){0,3}\nNUMBER: /[1-9][0-9]{0,2}/'
     texts = [answer(grammar, tokenizer, Constraint("lark", lark), seed) for seed in range(20)]
     assert all(text and re.fullmatch(r"[1-9]\d{0,2}(\+[1-9]\d{0,2}){0,3}", text) for text in texts)
     assert any("+" in text for text in texts if text)
 
 
-def test_whitespace_in_json_is_bounded(grammar: Grammar, tokenizer: Tokenizer) -> None:
+def test_whitespace_in_json_is_bounded(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
     matcher = grammar.start(Constraint("json_schema", '{"type": "object"}'))
     (brace,) = tokenizer.encode("x{", add_special_tokens=False)[-1:]
     newline = tokenizer.encode("x\n", add_special_tokens=False)[-1]
@@ -167,7 +171,7 @@ def test_whitespace_in_json_is_bounded(grammar: Grammar, tokenizer: Tokenizer) -
     assert count == 32
 
 
-def test_forced_tokens_are_what_the_mask_leaves(grammar: Grammar, tokenizer: Tokenizer) -> None:
+def test_forced_tokens_are_what_the_mask_leaves(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
     matcher = grammar.start(Constraint("regex", "(red|green) ball"))
     assert matcher.forced_tokens() == []
     (letter,) = tokenizer.encode("xr", add_special_tokens=False)[-1:]
@@ -180,7 +184,7 @@ def test_forced_tokens_are_what_the_mask_leaves(grammar: Grammar, tokenizer: Tok
     assert "ed ball".startswith(tokenizer.decode([*tokenizer.encode("x"), *forced])[1:])
 
 
-def test_two_answers_to_one_constraint_do_not_meet(grammar: Grammar, tokenizer: Tokenizer) -> None:
+def test_two_answers_to_one_constraint_do_not_meet(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
     constraint = Constraint("choices", ("a", "b"))
     first, second = grammar.start(constraint), grammar.start(constraint)
     before = allowed(second, tokenizer.vocab_size)
@@ -208,7 +212,9 @@ def test_two_answers_to_one_constraint_do_not_meet(grammar: Grammar, tokenizer: 
         ("regex", "a\ud800", "not valid"),
     ],
 )
-def test_what_cannot_be_followed_is_one_clear_line(kind: Any, value: str, message: str, grammar: Grammar) -> None:
+def test_what_cannot_be_followed_is_one_clear_line(
+    kind: Any, value: str, message: str, grammar: ConstraintCompiler
+) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         grammar.start(Constraint(kind, value))
     assert caught.value.code == "bad_request"
@@ -217,7 +223,7 @@ def test_what_cannot_be_followed_is_one_clear_line(kind: Any, value: str, messag
     assert len(str(caught.value)) < 400
 
 
-def test_a_token_against_the_mask_is_an_internal_error(grammar: Grammar, tokenizer: Tokenizer) -> None:
+def test_a_token_against_the_mask_is_an_internal_error(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
     matcher = grammar.start(Constraint("choices", ("a", "b")))
     wrong = next(t for t in range(3, tokenizer.vocab_size) if t not in allowed(matcher, tokenizer.vocab_size))
     with pytest.raises(RequestError, match=f"token {wrong} was chosen") as caught:
@@ -225,7 +231,9 @@ def test_a_token_against_the_mask_is_an_internal_error(grammar: Grammar, tokeniz
     assert caught.value.code == "internal"
 
 
-def test_a_constraint_that_proves_too_complex_is_a_bad_request(grammar: Grammar, tokenizer: Tokenizer) -> None:
+def test_a_constraint_that_proves_too_complex_is_a_bad_request(
+    grammar: ConstraintCompiler, tokenizer: Tokenizer
+) -> None:
     schema = {"type": "object", "properties": {f"k{number}": {} for number in range(3000)}}
     with pytest.raises(RequestError, match=r"cannot be followed further: .* max is 2000") as caught:
         answer(grammar, tokenizer, Constraint("json_schema", json.dumps(schema)), 0)
@@ -236,11 +244,11 @@ def test_a_constraint_that_proves_too_complex_is_a_bad_request(grammar: Grammar,
 
 def test_a_missing_or_wider_tokenizer_is_a_bundle_error(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="cannot be used"):
-        Grammar(tmp_path / "tokenizer.json", 100, EOS)
+        ConstraintCompiler(tmp_path / "tokenizer.json", 100, EOS)
     path = tmp_path / "tokenizer.json"
     byte_level()._inner.save(str(path))
     with pytest.raises(BundleError, match="vocab size too small"):
-        Grammar(path, 100, EOS)
+        ConstraintCompiler(path, 100, EOS)
     path.write_text("{}")
     with pytest.raises(BundleError, match="cannot be used"):
-        Grammar(path, 1000, EOS)
+        ConstraintCompiler(path, 1000, EOS)

@@ -10,8 +10,8 @@ import numpy as np
 from kernel_graphs import BLOCK, attributes, matrix, product, rewritten, stored
 from onnx import helper
 
-from edgelm.kernels.abi import Format
-from edgelm.kernels.rewrite.panel_layout import packed_bias, packed_codes, packed_scales
+from edgelm.kernels.abi import WeightFormat
+from edgelm.kernels.rewrite.panel_layout import pack_codes, pack_scales, pad_bias
 
 SIZE, COLUMNS = 70, 40
 """So that the last block and the last panel are short, and the scales do not fill lines of the cache."""
@@ -36,16 +36,16 @@ def tensors(**more):
 def test_a_product_is_one_node_whose_matrix_lies_in_the_file(tmp_path):
     values = tensors(bias=np.arange(COLUMNS, dtype=np.float32))
     formats, model = rewritten(tmp_path, one(inputs=["", "", "bias"]), values)
-    assert formats == [Format(4, BLOCK)]
+    assert formats == [WeightFormat(4, BLOCK)]
     (node,) = model.graph.node
     assert (node.domain, node.op_type, node.name, list(node.input)) == ("edgelm", "MatMulInt4Block32", "y", ["x"])
     assert len(node.output) == 2
     assert node.output[0] == "y"
     assert list(model.graph.initializer) == []
     for name, expected in (
-        ("WEIGHTS", packed_codes(values["m.codes"], 4)),
-        ("SCALES", packed_scales(values["m.scales16"])),
-        ("BIAS", packed_bias(values["bias"])),
+        ("WEIGHTS", pack_codes(values["m.codes"], 4)),
+        ("SCALES", pack_scales(values["m.scales16"])),
+        ("BIAS", pad_bias(values["bias"])),
     ):
         np.testing.assert_array_equal(stored(tmp_path, node, name, expected), expected)
     rest = {name: value for name, value in attributes(node).items() if name not in ("WEIGHTS", "SCALES", "BIAS")}
@@ -56,7 +56,7 @@ def test_a_matrix_of_many_panels_is_whole(tmp_path):
     columns = 16 * 64 + 21
     values = matrix("m", SIZE, columns)
     (node,) = rewritten(tmp_path, product("m", "x", "y", SIZE, columns), values)[1].graph.node
-    expected = packed_codes(values["m.codes"], 4)
+    expected = pack_codes(values["m.codes"], 4)
     np.testing.assert_array_equal(stored(tmp_path, node, "WEIGHTS", expected), expected)
 
 
@@ -65,7 +65,7 @@ def test_products_with_the_same_matrix_share_it(tmp_path):
     formats, model = rewritten(tmp_path, [*one(), *again], tensors(), ["x", "z"], ["y", "y2"])
     first, second = model.graph.node
     assert attributes(first) == attributes(second)
-    assert formats == [Format(4, BLOCK)]
+    assert formats == [WeightFormat(4, BLOCK)]
 
 
 def test_what_other_nodes_use_stays_a_tensor_of_the_model(tmp_path):
@@ -77,7 +77,7 @@ def test_what_other_nodes_use_stays_a_tensor_of_the_model(tmp_path):
 
 def test_a_product_and_the_swiglu_before_it_are_one_node(tmp_path):
     formats, model = rewritten(tmp_path, [*swiglu(), *one("gated")], tensors())
-    assert formats == [Format(4, BLOCK)]
+    assert formats == [WeightFormat(4, BLOCK)]
     (node,) = model.graph.node
     assert (node.op_type, list(node.input), attributes(node)["GATED"]) == ("MatMulInt4Block32", ["x"], 1)
 

@@ -22,7 +22,7 @@ from edgelm.errors import BundleError
 from edgelm.graph.graph_check import check_graph
 from edgelm.runtime import prepack
 from edgelm.runtime.prepack import open_verified
-from edgelm.runtime.runner import open_session
+from edgelm.runtime.runner import open_runner
 from edgelm.system.board_cache import BoardCache
 
 BUILTIN = open_bundle("builtin", verify=False).path
@@ -434,13 +434,13 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(params=["kernels", "onnxruntime"])
 def cache(request, tmp_path, monkeypatch, compiled):
-    monkeypatch.setattr(prepack, "WORTH_BYTES", 0)
+    monkeypatch.setattr(prepack, "MIN_CACHED_BYTES", 0)
     monkeypatch.setattr(prepack, "_compile", lambda library, _formats: shutil.copy(compiled, library))
     return BoardCache(tmp_path / "cache") if request.param == "kernels" else None
 
 
 def logits_of(path, cache):
-    session = open_session(open_verified(path, cache), rows=1, threads=1, cache=cache)
+    session = open_runner(open_verified(path, cache), rows=1, threads=1, cache=cache)
     first = session.prefill(0, np.arange(2, 9), 0).copy()
     return np.concatenate([first, session.decode(np.array([3]), np.array([7], np.int32))])
 

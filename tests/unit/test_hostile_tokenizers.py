@@ -14,7 +14,7 @@ import pytest
 from vocabularies import byte_fallback, byte_level
 
 from edgelm.errors import BundleError, EdgelmError, RequestError
-from edgelm.text.tainted_text import Marked, Marker, Spellings
+from edgelm.text.tainted_text import SpecialTokenFinder, TaintedText, TaintTracker
 from edgelm.text.tokenizer import Tokenizer
 from edgelm.text.tokenizer_file import MOST_ADDED, MOST_GROWTH, MOST_ID
 
@@ -151,9 +151,9 @@ def test_an_error_is_one_line_and_has_an_end() -> None:
 )
 def test_a_long_text_that_spells_tokens_is_cut_in_time(method: Callable[[str], object]) -> None:
     """What a template does to a message of 64 KB: it took a minute where each cut looked for all signs again."""
-    marker = Marker(Spellings(["<|im_end|>"]), [])
+    marker = TaintTracker(SpecialTokenFinder(["<|im_end|>"]), [])
     text = marker.mark("</think>\n" * 7000 + "<|im_end|>")
-    assert isinstance(text, Marked)
+    assert isinstance(text, TaintedText)
     begun = time.thread_time()
     method(text)
     assert time.thread_time() - begun < 3

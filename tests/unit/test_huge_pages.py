@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelm.kernels import huge_pages
-from edgelm.kernels.huge_pages import PagedFile, mapped
+from edgelm.kernels.huge_pages import HugePageFile, map_file
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_pages():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huge_pages, "PAGE", 16)
+        patch.setattr(huge_pages, "HUGE_PAGE_BYTES", 16)
         yield
 
 
@@ -26,7 +26,7 @@ def test_what_is_written_is_what_was_given_page_by_page(parts):
     whole = b"".join(parts)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data"
-        with PagedFile(path) as file:
+        with HugePageFile(path) as file:
             place = 0
             for part in parts:
                 file.write(part)
@@ -40,14 +40,14 @@ def test_what_is_written_is_what_was_given_page_by_page(parts):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint8])
 def test_arrays_are_written_by_their_bytes(tmp_path, dtype):
     values = np.arange(5 * 7 * 2).reshape(5, 7, 2).astype(dtype)
-    with PagedFile(tmp_path / "data") as file:
+    with HugePageFile(tmp_path / "data") as file:
         file.write(values.data)
         assert file.place == values.nbytes
     assert (tmp_path / "data").read_bytes() == values.tobytes()
 
 
 def test_a_system_that_takes_less_at_once_is_asked_again(tmp_path):
-    with PagedFile(tmp_path / "data") as file:
+    with HugePageFile(tmp_path / "data") as file:
         taken, whole = [], file._file
 
         class Slow:
@@ -68,7 +68,7 @@ def test_a_system_that_takes_less_at_once_is_asked_again(tmp_path):
 
 
 def test_after_an_error_the_rest_is_not_written_and_the_file_is_closed(tmp_path):
-    with pytest.raises(TypeError), PagedFile(tmp_path / "data") as file:
+    with pytest.raises(TypeError), HugePageFile(tmp_path / "data") as file:
         _ = [file.write(part) for part in (bytes(20), "no bytes")]
     assert (tmp_path / "data").stat().st_size == 16
     with pytest.raises(ValueError, match="closed"):
@@ -76,7 +76,7 @@ def test_after_an_error_the_rest_is_not_written_and_the_file_is_closed(tmp_path)
 
 
 def test_a_file_is_closed_at_the_end(tmp_path):
-    with PagedFile(tmp_path / "data") as file:
+    with HugePageFile(tmp_path / "data") as file:
         pass
     assert (tmp_path / "data").read_bytes() == b""
     with pytest.raises(ValueError, match="closed"):
@@ -87,7 +87,7 @@ def test_a_file_is_closed_at_the_end(tmp_path):
 def test_mapped_bytes_cannot_be_written_and_outlive_the_files_name(tmp_path, size):
     content = np.random.default_rng(0).bytes(size)
     (tmp_path / "data").write_bytes(content)
-    found = mapped(tmp_path / "data")
+    found = map_file(tmp_path / "data")
     (tmp_path / "data").unlink()
     assert (found.dtype, found.tobytes()) == (np.uint8, content)
     with pytest.raises(ValueError, match="read-only"):
@@ -98,13 +98,13 @@ def test_mapped_bytes_cannot_be_written_and_outlive_the_files_name(tmp_path, siz
 def test_small_files_are_not_kept_open(tmp_path):
     (tmp_path / "data").write_bytes(bytes(15))
     before = len(list(Path("/proc/self/fd").iterdir()))
-    kept = [mapped(tmp_path / "data") for _ in range(20)]
+    kept = [map_file(tmp_path / "data") for _ in range(20)]
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert len(kept) == 20
 
 
 def test_a_missing_file_is_an_os_error(tmp_path):
     with pytest.raises(OSError, match="absent"):
-        mapped(tmp_path / "absent")
+        map_file(tmp_path / "absent")
     with pytest.raises(OSError, match="absent"):
-        PagedFile(tmp_path / "absent" / "data")
+        HugePageFile(tmp_path / "absent" / "data")

@@ -51,26 +51,26 @@ def of(folder, name):
 def test_by_who_installed_it(place, file, command):
     if file is not None:
         (Path(sys.prefix) / file).touch()
-    assert installation.command_for("export") == f"{command} 'edgelm[export]'"
+    assert installation.install_command("export") == f"{command} 'edgelm[export]'"
     place({"url": Path("/nowhere/x.whl").as_uri(), "archive_info": {}})
-    assert installation.command_for("export") == f"{command} 'edgelm[export]'"  # it is gone
+    assert installation.install_command("export") == f"{command} 'edgelm[export]'"  # it is gone
     wheel = place({"url": (Path(sys.prefix).parent / "a wheel.whl").as_uri(), "archive_info": {}})
-    assert shlex.split(installation.command_for("export"))[-1] == f"{wheel}[export]"
+    assert shlex.split(installation.install_command("export"))[-1] == f"{wheel}[export]"
 
 
 def test_a_clone_stays_one(place):
     folder = Path(sys.prefix).parent
     place({"url": folder.as_uri(), "dir_info": {"editable": True}})
-    assert installation.command_for("all") == f"pip install -e '{folder}[all]'"
+    assert installation.install_command("all") == f"pip install -e '{folder}[all]'"
     place({"url": folder.as_uri(), "dir_info": {}})
-    assert installation.command_for("all") == f"pip install '{folder}[all]'"
+    assert installation.install_command("all") == f"pip install '{folder}[all]'"
 
 
 def test_another_pip_is_not_taken(place, monkeypatch):
     monkeypatch.setattr(installation.shutil, "which", lambda _: "/usr/bin/pip")
-    assert installation.command_for("all") == f"{sys.executable} -m pip install 'edgelm[all]'"
+    assert installation.install_command("all") == f"{sys.executable} -m pip install 'edgelm[all]'"
     monkeypatch.setattr(installation.importlib.util, "find_spec", lambda _: None)
-    assert installation.command_for("all") == f"uv pip --python {sys.executable} install 'edgelm[all]'"
+    assert installation.install_command("all") == f"uv pip --python {sys.executable} install 'edgelm[all]'"
 
 
 RECORDS = st.recursive(
@@ -88,11 +88,11 @@ def test_whatever_an_installer_wrote_down(record):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(installation, "distribution", lambda _: Distribution())
-        assert "[export]" in installation.command_for("export")
+        assert "[export]" in installation.install_command("export")
 
 
 def test_the_error_has_the_command():
-    assert installation.command_for("export") in str(missing_extra("edgelm export", "export", "onnx"))
+    assert installation.install_command("export") in str(missing_extra("edgelm export", "export", "onnx"))
 
 
 @pytest.mark.parametrize("version", [(3, 9), (2, 7)])

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm.bundle.manifest import Cache
-from edgelm.runtime.kv_cache import KvBuffers
+from edgelm.bundle.manifest import KVCacheShape
+from edgelm.runtime.kv_cache import KVCache
 
 
 def private_bytes():
@@ -25,12 +25,12 @@ def private_bytes():
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 600), st.sampled_from([8, 24, 64]), st.data())
 def test_what_other_rows_hold_stays(rows, heads, capacity, size, data):
-    buffers = KvBuffers(Cache("shared", layers=1, kv_heads=heads, head_size=size), rows, capacity)
+    buffers = KVCache(KVCacheShape("shared", layers=1, kv_heads=heads, head_size=size), rows, capacity)
     for array in buffers.arrays:
         array[:] = np.arange(array.size).reshape(array.shape)
     before = [array.copy() for array in buffers.arrays]
     forgotten = data.draw(st.integers(0, rows - 1))
-    buffers.forget(forgotten)
+    buffers.release_row(forgotten)
     for array, expected in zip(buffers.arrays, before, strict=True):
         for row in set(range(rows)) - {forgotten}:
             np.testing.assert_array_equal(array[row], expected[row])
@@ -40,13 +40,13 @@ def test_what_other_rows_hold_stays(rows, heads, capacity, size, data):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells private memory apart")
 def test_a_row_that_is_forgotten_takes_no_memory():
-    buffers = KvBuffers(Cache("shared", layers=4, kv_heads=4, head_size=64), 3, 4096)
+    buffers = KVCache(KVCacheShape("shared", layers=4, kv_heads=4, head_size=64), 3, 4096)
     held = sum(array[0].nbytes for array in buffers.arrays)
     empty = private_bytes()
     for array in buffers.arrays:
         array[:2] = 1.0
     assert private_bytes() - empty > 1.9 * held
-    buffers.forget(0)
+    buffers.release_row(0)
     assert private_bytes() - empty < 1.2 * held
     assert all((array[1] == 1.0).all() for array in buffers.arrays)
 
@@ -67,7 +67,7 @@ def test_finished_requests_leave_their_rows_empty(bundle, together):
 STRETCHED = """
 import sys, edgelm
 from edgelm.runtime import runner
-runner.SMALL_PASS = int(sys.argv[2])
+runner.SHORT_PASS_TOKENS = int(sys.argv[2])
 with edgelm.load(sys.argv[1], threads=1, max_batch=1, prefix_cache_mb=0, cache=False) as lm:
     lm.generate(tokens=[3] * 200, max_tokens=3, ignore_eos=True)
     text = open("/proc/self/smaps_rollup").read()

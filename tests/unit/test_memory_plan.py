@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import edgelm
 from edgelm.bundle.manifest import Matrix, open_bundle
 from edgelm.engine import engine
-from edgelm.engine.speculation import SIZES
+from edgelm.engine.speculation import DRAFT_LENGTHS
 from edgelm.errors import EdgelmError
 from edgelm.runtime.memory_plan import check_memory, plan_memory
 
@@ -26,51 +26,53 @@ prefixes = st.integers(0, 10**9)
 
 @given(rows=rows, context=contexts, prefix=prefixes)
 def test_the_text_adds_up_to_what_is_compared(rows, context, prefix):
-    plan = plan_memory(MANIFEST, rows=rows, context=context, prefix_bytes=prefix)
+    plan = plan_memory(MANIFEST, rows=rows, context=context, prefix_cache_bytes=prefix)
     *parts, total = (float(number) for number in re.findall(r"[\d.]+", str(plan)))
     assert len(parts) == 7
     assert sum(parts) == pytest.approx(total, abs=0.4)
     assert total == pytest.approx(plan.total / 1e6, abs=0.06)
-    assert plan.keys_and_values == rows * context * MANIFEST.cache.bytes_per_token()
-    assert plan.logits >= (rows + SIZES[0]) * MANIFEST.vocab_size * 4  # a row each, and what guesses have beside
+    assert plan.kv_cache == rows * context * MANIFEST.cache.bytes_per_token()
+    assert (
+        plan.logits >= (rows + DRAFT_LENGTHS[0]) * MANIFEST.vocab_size * 4
+    )  # a row each, and what guesses have beside
 
 
 @given(rows=rows, context=contexts, prefix=prefixes)
 def test_more_of_anything_never_takes_less(rows, context, prefix):
-    plan = plan_memory(MANIFEST, rows=rows, context=context, prefix_bytes=prefix)
+    plan = plan_memory(MANIFEST, rows=rows, context=context, prefix_cache_bytes=prefix)
     more = [(rows + 1, context, prefix), (rows, context + 1, prefix), (rows, context, prefix + 1)]
     for r, c, p in more:
-        assert plan_memory(MANIFEST, rows=r, context=c, prefix_bytes=p).total > plan.total
+        assert plan_memory(MANIFEST, rows=r, context=c, prefix_cache_bytes=p).total > plan.total
 
 
 @pytest.mark.parametrize("bits", [5, 6])
 def test_split_codes_count_as_the_8_bits_that_onnxruntime_keeps(bits):
     def weights(of: int) -> int:
         manifest = replace(MANIFEST, matrices=(Matrix("embedding", 64, 64, of, 32, method="clip", scale_bits=16),))
-        return plan_memory(manifest, rows=1, context=8, prefix_bytes=0).weights
+        return plan_memory(manifest, rows=1, context=8, prefix_cache_bytes=0).weights
 
     assert weights(bits) == weights(8) > weights(4)
 
 
 @given(rows=rows, context=contexts, prefix=prefixes, limit=st.integers(1, 10**6))
 def test_a_limit_is_held_exactly(rows, context, prefix, limit):
-    plan = plan_memory(MANIFEST, rows=rows, context=context, prefix_bytes=prefix)
+    plan = plan_memory(MANIFEST, rows=rows, context=context, prefix_cache_bytes=prefix)
     if plan.total <= limit * 1_000_000:
-        check_memory(MANIFEST, limit, rows=rows, context=context, prefix_bytes=prefix)
+        check_memory(MANIFEST, limit, rows=rows, context=context, prefix_cache_bytes=prefix)
         return
     with pytest.raises(EdgelmError) as raised:
-        check_memory(MANIFEST, limit, rows=rows, context=context, prefix_bytes=prefix)
+        check_memory(MANIFEST, limit, rows=rows, context=context, prefix_cache_bytes=prefix)
     assert f"{limit} MB" in str(raised.value)
     assert str(plan) in str(raised.value)
     fits = re.search(r"(\d+) tokens of keys and values would fit", str(raised.value))
     if fits:
-        smaller = plan_memory(MANIFEST, rows=1, context=int(fits[1]), prefix_bytes=prefix)
-        others = plan.total - plan.keys_and_values
-        assert others + smaller.keys_and_values <= limit * 1_000_000
+        smaller = plan_memory(MANIFEST, rows=1, context=int(fits[1]), prefix_cache_bytes=prefix)
+        others = plan.total - plan.kv_cache
+        assert others + smaller.kv_cache <= limit * 1_000_000
 
 
 def test_nothing_is_loaded_past_the_limit(monkeypatch):
-    monkeypatch.setattr(engine, "open_session", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(engine, "open_runner", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(EdgelmError, match="a memory limit of 90 MB is too small"):
         edgelm.load("builtin", memory_limit_mb=90)
 
@@ -90,7 +92,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's peak")
 def test_the_plan_covers_what_a_busy_process_takes():
-    plan = plan_memory(MANIFEST, rows=5, context=MANIFEST.context, prefix_bytes=4_000_000)
+    plan = plan_memory(MANIFEST, rows=5, context=MANIFEST.context, prefix_cache_bytes=4_000_000)
     limit = -(-plan.total // 1_000_000)
     done = subprocess.run([sys.executable, "-c", USE, str(limit)], capture_output=True, text=True, check=True)
     peak = 1024 * int(done.stdout)

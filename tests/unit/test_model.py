@@ -75,7 +75,7 @@ def test_choosing_an_answer_to_a_message(model):
     if not model.manifest.prompts_are_messages:
         pytest.skip("this bundle completes text")
     tokenizer = model.worker.engine.tokenizer
-    asked = tokenizer.encode_prompt(tokenizer.prompt_of([{"role": "user", "content": PROMPT}]))
+    asked = tokenizer.encode_prompt(tokenizer.build_prompt([{"role": "user", "content": PROMPT}]))
     ends = [tokenizer.encode(choice, add_special_tokens=False) for choice in ("yes", "no")]
     sums = [model.score_tokens([*asked, *end])[len(asked) - 1 :].sum() for end in ends]
     best, probability = model.choose(PROMPT, [" yes", "no"])
@@ -120,7 +120,7 @@ def test_an_end_token_ends_the_answer_and_is_not_in_it(model, answer):
     first_at = answer.tokens.index(fifth)
 
     def declare(engine):
-        before, engine._intake._eos = engine._intake._eos, frozenset([fifth])
+        before, engine._admission._eos = engine._admission._eos, frozenset([fifth])
         return before
 
     before = model.worker.call(declare)
@@ -128,7 +128,7 @@ def test_an_end_token_ends_the_answer_and_is_not_in_it(model, answer):
         done = model.generate(PROMPT, raw=True, **GREEDY)
         kept = model.generate(PROMPT, raw=True, **GREEDY, ignore_eos=True)
     finally:
-        model.worker.call(lambda engine: setattr(engine._intake, "_eos", before))
+        model.worker.call(lambda engine: setattr(engine._admission, "_eos", before))
     assert done.finish_reason == "stop"
     assert done.tokens == answer.tokens[:first_at]
     assert kept.tokens == answer.tokens

@@ -12,13 +12,13 @@ from folder_hashes import contents
 from tiny import TEXT
 
 import edgelm
-from edgelm.bundle.manifest import MANIFEST, File, open_bundle, to_json
+from edgelm.bundle.manifest import MANIFEST, File, dump_manifest, open_bundle
 from edgelm.engine.engine import Engine
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.runtime.memory_plan import plan_memory
-from edgelm.runtime.prefix_file import add_prefix, map_prefix, open_bare, remove_prefix
-from edgelm.runtime.runner import open_session
-from edgelm.text.static_prompt import check_tokens
+from edgelm.runtime.prefix_file import add_prefix, map_prefix, open_without_prefix, remove_prefix
+from edgelm.runtime.runner import open_runner
+from edgelm.text.static_prompt import check_prefix_tokens
 
 TOKENS = [5, 9, 11, 40, 41, 42, 43]
 MESSAGES = [{"role": "system", "content": "Answer in one short sentence."}]
@@ -49,7 +49,7 @@ def test_the_file_is_the_memory_of_its_tokens(copied):
     assert list(prefix.tokens) == TOKENS
     content = (copied / prefix.file).read_bytes()
     assert len(content) == len(TOKENS) * cache.bytes_per_token()
-    session = open_session(opened, rows=3, threads=1)
+    session = open_runner(opened, rows=3, threads=1)
     session.prefill(2, np.array(TOKENS, np.int64), 0)
     expected = np.stack(session.read_row(2, 0, len(TOKENS)))
     stored = np.frombuffer(content, "<f4").reshape(cache.layers, 2, cache.kv_heads, len(TOKENS), cache.head_size)
@@ -58,7 +58,7 @@ def test_the_file_is_the_memory_of_its_tokens(copied):
     assert tokens.tolist() == TOKENS
     assert all(np.array_equal(one, other) for one, other in zip(piece, expected, strict=True))
     assert not any(array.flags.writeable or array.flags.owndata for array in piece)
-    plan = plan_memory(opened.manifest, rows=1, context=10, prefix_bytes=0)
+    plan = plan_memory(opened.manifest, rows=1, context=10, prefix_cache_bytes=0)
     assert plan.static_prefix == len(content)
 
 
@@ -93,7 +93,7 @@ def test_other_weights_are_told_and_mended(copied, opening, run):
     data.write_bytes(content)
     file = File(len(content), hashlib.sha256(content).hexdigest())
     changed = dataclasses.replace(made.manifest, files={**made.manifest.files, data.name: file})
-    (copied / MANIFEST).write_text(to_json(changed), encoding="utf-8")
+    (copied / MANIFEST).write_text(dump_manifest(changed), encoding="utf-8")
     line = refusal(copied)
     assert "computed with other weights than model.onnx" in line
     assert f"edgelm prefix {copied} FILE" in line
@@ -103,7 +103,7 @@ def test_other_weights_are_told_and_mended(copied, opening, run):
     assert run("prefix", copied, opening)[0] == 0
     mended = open_bundle(copied)
     assert mended.manifest.prefix.weights == mended.manifest.weights_digest != made.manifest.weights_digest
-    (copied / MANIFEST).write_text(to_json(changed), encoding="utf-8")
+    (copied / MANIFEST).write_text(dump_manifest(changed), encoding="utf-8")
     assert run("prefix", copied, "--remove")[0] == 0
     assert open_bundle(copied).manifest.prefix is None
 
@@ -134,7 +134,7 @@ def test_weights_are_checked_before_they_compute_anything(copied, opening, run):
     assert "model.onnx.data is damaged" in err
     assert contents(copied) == before
     with pytest.raises(BundleError, match="damaged"):
-        open_bare(copied)
+        open_without_prefix(copied)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,8 @@ def test_limits(copied):
         with pytest.raises(EdgelmError, match=reason):
             add_prefix(open_bundle(copied), tokens)
         with pytest.raises(EdgelmError, match=reason):
-            check_tokens(tokens, **sizes)
+            check_prefix_tokens(tokens, **sizes)
     with pytest.raises(EdgelmError, match="leaves room for 3: shorten it"):
-        check_tokens([1, 2, 3, 4], **{**sizes, "long_from": 4})
-    check_tokens([1, 2, 3], **{**sizes, "long_from": 4})
+        check_prefix_tokens([1, 2, 3, 4], **{**sizes, "long_from": 4})
+    check_prefix_tokens([1, 2, 3], **{**sizes, "long_from": 4})
     assert contents(copied) == before

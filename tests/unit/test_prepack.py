@@ -11,18 +11,18 @@ import pytest
 from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import BundleError
 from edgelm.runtime import prepack
-from edgelm.runtime.ort import PACKED, cache_key
+from edgelm.runtime.ort import PACKED_GRAPH_FILE, cache_key
 from edgelm.runtime.prepack import open_graph, open_verified
-from edgelm.runtime.runner import open_session
-from edgelm.runtime.threads import Tuning, cores
+from edgelm.runtime.runner import open_runner
+from edgelm.runtime.threads import ThreadSettings, count_cores
 from edgelm.system.board_cache import BoardCache
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A cache that keeps small bundles too, on a board that there are no kernels of ours for."""
-    monkeypatch.setattr(prepack, "_is_worth_it", lambda bundle: bundle.manifest.cache.kind == "shared")
-    monkeypatch.setattr(prepack, "_pack_in_panels", lambda *_: [])
+    monkeypatch.setattr(prepack, "_is_cacheable", lambda bundle: bundle.manifest.cache.kind == "shared")
+    monkeypatch.setattr(prepack, "_try_native_kernels", lambda *_: [])
     return BoardCache(tmp_path / "cache")
 
 
@@ -39,7 +39,7 @@ def own(bundle, tmp_path):
 
 
 def logits_of(path, cache):
-    session = open_session(open_verified(path, cache), rows=2, threads=1, cache=cache)
+    session = open_runner(open_verified(path, cache), rows=2, threads=1, cache=cache)
     first = session.prefill(0, np.arange(2, 9), 0).copy()
     return np.concatenate([first, session.decode(np.array([3]), np.array([7], np.int32))])
 
@@ -60,9 +60,9 @@ def test_they_are_packed_once(bundle, cache, monkeypatch):
     logits_of(bundle, cache)
 
 
-@pytest.mark.parametrize("worth", [prepack.WORTH_BYTES, 0])
+@pytest.mark.parametrize("worth", [prepack.MIN_CACHED_BYTES, 0])
 def test_small_bundles_and_those_in_float32_do_without(float32_bundle, tmp_path, monkeypatch, worth):
-    monkeypatch.setattr(prepack, "WORTH_BYTES", worth)
+    monkeypatch.setattr(prepack, "MIN_CACHED_BYTES", worth)
     cache = BoardCache(tmp_path / "cache")
     logits_of(float32_bundle, cache)
     assert not cache.folder.exists()
@@ -72,7 +72,7 @@ def test_small_bundles_and_those_in_float32_do_without(float32_bundle, tmp_path,
 def test_damage_is_said_once_and_mended(bundle, cache, damage, said):
     plain = logits_of(bundle, cache)
     (entry,) = cache.entries()
-    file = entry.path / (PACKED if damage == "no graph" else f"{PACKED}.data")
+    file = entry.path / (PACKED_GRAPH_FILE if damage == "no graph" else f"{PACKED_GRAPH_FILE}.data")
     content = bytearray(file.read_bytes())
     if damage == "cut":
         content = content[: len(content) // 2]
@@ -92,13 +92,13 @@ def test_what_onnxruntime_refuses_is_packed_again(bundle, cache, said):
     opened = open_bundle(bundle)
 
     def nonsense(folder):
-        (folder / PACKED).write_bytes(b"nonsense")
+        (folder / PACKED_GRAPH_FILE).write_bytes(b"nonsense")
         return {}
 
     cache.make(cache_key(opened, "weights"), 1, nonsense)
-    open_graph(opened, Tuning(1), cache)
+    open_graph(opened, ThreadSettings(1), cache)
     assert len(said()) == 1, said()
-    open_graph(opened, Tuning(1), cache)
+    open_graph(opened, ThreadSettings(1), cache)
     assert len(said()) == 1, "said once"
 
 
@@ -154,6 +154,6 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_a_line(bundle, cache, 
 
 
 def test_more_threads_than_cores_are_told(bundle, said):
-    open_graph(open_bundle(bundle), Tuning(cores() + 1))
+    open_graph(open_bundle(bundle), ThreadSettings(count_cores() + 1))
     assert len(said()) == 1
-    assert f"{cores() + 1} threads on {cores()} cores" in said()[0]
+    assert f"{count_cores() + 1} threads on {count_cores()} cores" in said()[0]

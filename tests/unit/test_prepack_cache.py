@@ -14,9 +14,9 @@ from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import EdgelmError
 from edgelm.graph.onnx_model import read_model
 from edgelm.runtime import prepack, probe
-from edgelm.runtime.ort import PACKED
-from edgelm.runtime.prepack import FORMATS, KERNELS, open_verified, try_kernels
-from edgelm.runtime.runner import open_session
+from edgelm.runtime.ort import PACKED_GRAPH_FILE
+from edgelm.runtime.prepack import FORMATS, KERNELS, open_verified, verify_kernels
+from edgelm.runtime.runner import open_runner
 from edgelm.system.board_cache import BoardCache
 
 SHAPE = {"vocab": 16000, "hidden": 512, "mlp": 2048, "heads": 8, "kv_heads": 4}
@@ -28,7 +28,7 @@ SMALL = {"vocab": 384, "hidden": 128, "mlp": 352}
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A cache that keeps small bundles too."""
-    monkeypatch.setattr(prepack, "WORTH_BYTES", 0)
+    monkeypatch.setattr(prepack, "MIN_CACHED_BYTES", 0)
     return BoardCache(tmp_path / "cache")
 
 
@@ -44,7 +44,7 @@ def small(tiny_checkpoint, export_to_cache):
 
 
 def logits_of(path, cache):
-    session = open_session(open_verified(path, cache), rows=2, threads=1, cache=cache)
+    session = open_runner(open_verified(path, cache), rows=2, threads=1, cache=cache)
     first = session.prefill(0, np.arange(2, 9), 0).copy()
     return np.concatenate([first, session.decode(np.array([3]), np.array([7], np.int32))])
 
@@ -64,7 +64,7 @@ def test_our_kernels_compute_what_onnxruntimes_do(tiny_checkpoint, export_to_cac
     assert 0 < apart(found[0], plain) < 0.05
     (entry,) = cache.entries()
     assert entry.note[FORMATS]
-    operators = {node.operator for node in read_model((entry.path / PACKED).read_bytes()).nodes}
+    operators = {node.operator for node in read_model((entry.path / PACKED_GRAPH_FILE).read_bytes()).nodes}
     taken_over = {"MatMulNBits", "Cast", "Split", "QuickGelu", "Mul", "SkipSimplifiedLayerNormalization"}
     assert not operators & taken_over, "all of that is in the kernels"
     assert said() == []
@@ -98,7 +98,7 @@ def test_without_our_kernels_onnxruntimes_are_used(small, cache, monkeypatch, mi
     elif missing == "library":
         monkeypatch.setattr(prepack, "_compile", lambda library, _: library.write_bytes(b"nonsense"))
     else:
-        monkeypatch.setattr(prepack, "write_panels", lambda *_: 1 / 0)
+        monkeypatch.setattr(prepack, "rewrite_graph", lambda *_: 1 / 0)
     np.testing.assert_array_equal(logits_of(small, cache), plain)
     (entry,) = cache.entries()
     assert FORMATS not in entry.note
@@ -132,7 +132,7 @@ def test_a_torn_library_is_said_once_and_mended(small, cache, said):
 
 def test_answers_in_company_are_those_alone_to_the_last_bit(small, cache):
     """Where the matrices are concerned: attention is onnxruntime's, and one row's is not another's."""
-    session = open_session(open_verified(small, cache), rows=4, threads=2, cache=cache)
+    session = open_runner(open_verified(small, cache), rows=4, threads=2, cache=cache)
     prompts = [np.arange(2 + row, 9 + row) for row in range(4)]
     for row, prompt in enumerate(prompts):
         session.prefill(row, prompt, 0)
@@ -175,18 +175,18 @@ def test_packed_weights_are_mapped_not_copied(tiny_checkpoint, export_to_cache, 
 
 
 def test_kernels_can_be_tried_out(small, tiny_checkpoint, export_to_cache, monkeypatch):
-    said = try_kernels(open_bundle(small), 1)
+    said = verify_kernels(open_bundle(small), 1)
     assert said.startswith("compiled for int4 in blocks of ")
     assert said.endswith("they compute what onnxruntime's do")
     with pytest.raises(OSError, match="none for matrices of fp32"):
-        try_kernels(open_bundle(export_to_cache(tiny_checkpoint(**SMALL), quant="fp32")))
+        verify_kernels(open_bundle(export_to_cache(tiny_checkpoint(**SMALL), quant="fp32")))
     monkeypatch.setattr(probe, "FACTOR", 0.0)
     monkeypatch.setattr(probe, "SLACK", 0.0)
     with pytest.raises(EdgelmError, match="other logits"):
-        try_kernels(open_bundle(small), 1)
+        verify_kernels(open_bundle(small), 1)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(OSError, match="cannot be compiled"):
-        try_kernels(open_bundle(small), 1)
+        verify_kernels(open_bundle(small), 1)
 
 
 def test_the_built_in_bundle_runs_on_our_kernels(cache, said):

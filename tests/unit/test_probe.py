@@ -13,7 +13,7 @@ from edgelm.errors import EdgelmError
 from edgelm.kernels.rewrite import attention_lowering, graph_rewriter
 from edgelm.runtime import prepack, probe
 from edgelm.runtime.ort import load_graph
-from edgelm.runtime.prepack import try_kernels
+from edgelm.runtime.prepack import verify_kernels
 
 SINK = 7919 % 384
 """The probe's first token."""
@@ -51,17 +51,17 @@ def bundle_of(tmp_path_factory, export_to_cache):
 @pytest.mark.parametrize("quant", ["int4", "int8"])
 @pytest.mark.parametrize("size", [1.0, 1e2, 1e3, 1e4])
 def test_right_kernels_are_used_whatever_the_model_makes_of_rounding(bundle_of, quant, size):
-    assert "they compute what onnxruntime's do" in try_kernels(bundle_of(size, quant), 1)
+    assert "they compute what onnxruntime's do" in verify_kernels(bundle_of(size, quant), 1)
 
 
 def scales_of_other_blocks(patch):
-    packed = graph_rewriter.packed_scales
-    patch.setattr(graph_rewriter, "packed_scales", lambda scales: np.roll(packed(scales), 1, axis=1))
+    packed = graph_rewriter.pack_scales
+    patch.setattr(graph_rewriter, "pack_scales", lambda scales: np.roll(packed(scales), 1, axis=1))
 
 
 def codes_of_other_columns(patch):
-    packed = graph_rewriter.packed_codes
-    patch.setattr(graph_rewriter, "packed_codes", lambda codes, *others: packed(codes[::-1], *others))
+    packed = graph_rewriter.pack_codes
+    patch.setattr(graph_rewriter, "pack_codes", lambda codes, *others: packed(codes[::-1], *others))
 
 
 def no_rotation(patch):
@@ -79,7 +79,7 @@ def another_scale(patch):
 def test_wrong_kernels_are_refused(bundle_of, monkeypatch, wrong, quant, size):
     wrong(monkeypatch)
     with pytest.raises(EdgelmError, match="they compute other logits"):
-        try_kernels(bundle_of(size, quant), 1)
+        verify_kernels(bundle_of(size, quant), 1)
 
 
 def test_pieces_are_passes_of_the_same_positions(bundle, monkeypatch):
@@ -87,7 +87,7 @@ def test_pieces_are_passes_of_the_same_positions(bundle, monkeypatch):
     loaded = load_graph(str(opened.graph), 1)
     whole = probe.probe(loaded, opened.manifest)
     assert len(whole) == min(probe.TOKENS, opened.manifest.context)
-    np.testing.assert_allclose(probe.probe(loaded, opened.manifest, probe.PIECES), whole, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(probe.probe(loaded, opened.manifest, probe.PASS_SIZES), whole, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -101,7 +101,7 @@ def test_logits_that_are_not_numbers_are_never_right(which):
 
 def test_products_of_onnxruntimes_may_depend_on_what_is_computed_together(bundle_of):
     """So a graph that has some is not said to be invariant."""
-    assert not graph_rewriter.computes_row_by_row(bundle_of(1.0, "int4").graph.read_bytes())
+    assert not graph_rewriter.is_row_wise(bundle_of(1.0, "int4").graph.read_bytes())
 
 
 def test_a_graph_whose_rows_depend_on_each_other_is_not_invariant(bundle_of, tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_graph_whose_rows_depend_on_each_other_is_not_invariant(bundle_of, tmp
 
     monkeypatch.setattr(prepack, "probe", changed)
     marked = []
-    monkeypatch.setattr(prepack, "marked_invariant", lambda model: marked.append(model) or model)
-    try_kernels(bundle_of(1.0, "int4"), 1)
+    monkeypatch.setattr(prepack, "mark_invariant", lambda model: marked.append(model) or model)
+    verify_kernels(bundle_of(1.0, "int4"), 1)
     assert len(calls) == 4
     assert not marked

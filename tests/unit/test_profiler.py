@@ -8,9 +8,9 @@ import tempfile
 import pytest
 
 from edgelm.bench import profiler
-from edgelm.bench.trace import PRODUCTS
+from edgelm.bench.trace import MATMUL_OPERATORS
 from edgelm.bundle.manifest import open_bundle
-from edgelm.kernels.abi import Format
+from edgelm.kernels.abi import WeightFormat
 from edgelm.runtime import prepack
 from edgelm.system.board_cache import BoardCache
 
@@ -30,7 +30,7 @@ def profiled(request):
 
 
 def is_product(operator):
-    return operator in PRODUCTS or Format.of_operator(operator) is not None
+    return operator in MATMUL_OPERATORS or WeightFormat.from_op_type(operator) is not None
 
 
 def test_json_adds_up(profiled, run, scratch):
@@ -58,7 +58,7 @@ def test_json_adds_up(profiled, run, scratch):
 
 @pytest.mark.parametrize("ours", [False, True], ids=["onnxruntime's kernels", "ours"])
 def test_every_layer_has_its_products(profiled, ours, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepack, "WORTH_BYTES", 0 if ours else 10**12)
+    monkeypatch.setattr(prepack, "MIN_CACHED_BYTES", 0 if ours else 10**12)
     manifest = open_bundle(profiled).manifest
     sizes = {"prompt_tokens": 20, "new_tokens": 3, "repeat": 1, "threads": 1}
     found = profiler.profile(profiled, **sizes, cache=BoardCache(tmp_path / "cache"))
@@ -68,7 +68,7 @@ def test_every_layer_has_its_products(profiled, ours, tmp_path, monkeypatch):
             assert sum(map(is_product, part.operators)) == 4, part  # qkv, output, gate_up, down
         assert sum(map(is_product, head.operators)) == 1
         if ours and any(matrix.bits < 32 for matrix in manifest.matrices):
-            assert any(map(Format.of_operator, head.operators))
+            assert any(map(WeightFormat.from_op_type, head.operators))
         read = [each for each in phase.fold.operators if each.bytes]
         assert sum(each.nodes for each in read) == 4 * manifest.cache.layers + 1
         named = {(matrix.columns, matrix.rows, matrix.bits) for matrix in manifest.matrices}
@@ -114,8 +114,8 @@ def test_sizes_that_make_no_sense_are_refused(options, code, bundle, run):
 
 
 def test_a_profile_that_is_cut_short_is_an_error(bundle, run, scratch, monkeypatch):
-    whole = profiler.runs_of
-    monkeypatch.setattr(profiler, "runs_of", lambda events: whole(events)[:-1])
+    whole = profiler.parse_runs
+    monkeypatch.setattr(profiler, "parse_runs", lambda events: whole(events)[:-1])
     code, out, err = run("bench", bundle, *SIZES, "--profile")
     assert (code, out) == (1, "")
     assert err.count("\n") == 1
@@ -138,7 +138,7 @@ def test_an_interrupted_profile_leaves_no_file(bundle, scratch, monkeypatch):
 
 
 def test_weights_packed_for_the_board_are_profiled_too(bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepack, "_is_worth_it", lambda _: True)
+    monkeypatch.setattr(prepack, "_is_cacheable", lambda _: True)
     cache = BoardCache(tmp_path / "cache")
     for _ in range(2):  # packed, then found
         sizes = {"prompt_tokens": 4, "new_tokens": 2, "repeat": 1, "threads": 1}

@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgelm.graph.onnx_model import FLOAT, encode_model, encode_node, encode_tensor, read_model
-from edgelm.graph.protobuf import fields, message
+from edgelm.graph.protobuf import message, parse_fields
 
 names = st.text("abc.é_0", min_size=1, max_size=8)
 numbers = st.integers(-(2**63), 2**63 - 1)
@@ -88,7 +88,7 @@ def test_a_model_written_again_is_the_same_but_for_what_was_added(given_model, n
 @given(models())
 def test_fields_put_together_again_are_the_message(given_model):
     data = given_model[0].SerializeToString()
-    assert message(fields(data)) == data
+    assert message(parse_fields(data)) == data
 
 
 @given(st.binary(max_size=80))

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from edgelm.errors import ConfigError
 from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl
 from edgelm.mqtt.service_config import (
-    NAME,
+    NAME_PATTERN,
     RESERVED_NAMES,
     SETTINGS,
     ServeConfig,
-    check_name,
+    check_topic_name,
     default_board,
     load_config,
 )
@@ -197,16 +197,16 @@ def test_the_password_of_the_environment_is_not_shown() -> None:
 
 
 def test_the_default_board_is_a_name() -> None:
-    check_name("board", default_board())
+    check_topic_name("board", default_board())
 
 
 @given(st.text("aZ09_-/+# ", max_size=40))
 def test_names_are_those_that_a_topic_level_can_be(name: str) -> None:
-    if NAME.fullmatch(name) and name not in RESERVED_NAMES:
-        check_name("board", name)
+    if NAME_PATTERN.fullmatch(name) and name not in RESERVED_NAMES:
+        check_topic_name("board", name)
     else:
         with pytest.raises(ConfigError, match="board"):
-            check_name("board", name)
+            check_topic_name("board", name)
 
 
 @pytest.mark.parametrize(
@@ -226,12 +226,12 @@ def test_a_password_that_others_can_read_on_its_way_is_warned_of(
     url: str, warned: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = BrokerConfig(url=BrokerUrl.parse(url), username="me", password="hunter2")
-    broker.warn()
+    broker.warn_if_unencrypted()
     assert len(caplog.messages) == (1 if warned else 0)
     assert warned in caplog.text
     assert "hunter2" not in caplog.text
     caplog.clear()
-    BrokerConfig(url=BrokerUrl.parse(url), username="me").warn()
+    BrokerConfig(url=BrokerUrl.parse(url), username="me").warn_if_unencrypted()
     assert not caplog.messages
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import onnx
 
-from edgelm.runtime.sliding_window import has_windows, with_old_windows
+from edgelm.runtime.sliding_window import has_windows, shrink_sliding_windows
 
 WINDOWS = st.lists(st.one_of(st.none(), st.integers(1, 2**31)), max_size=4)
 
@@ -35,7 +35,7 @@ def model_with(windows):
 @given(WINDOWS)
 def test_only_windows_change_and_by_one(windows):
     model = model_with(windows)
-    found = onnx.ModelProto.FromString(with_old_windows(model.SerializeToString()))
+    found = onnx.ModelProto.FromString(shrink_sliding_windows(model.SerializeToString()))
     expected = model_with([None if window is None else window - 1 for window in windows])
     assert found == expected
     assert has_windows(model.SerializeToString())
@@ -44,7 +44,7 @@ def test_only_windows_change_and_by_one(windows):
 @given(st.binary(max_size=60))
 def test_what_is_no_model_is_refused_or_left(data):
     try:
-        changed = with_old_windows(data)
+        changed = shrink_sliding_windows(data)
     except ValueError:
         return
     assert len(changed) == len(data) or b"local_window_size" in data
@@ -54,4 +54,4 @@ def test_a_model_cut_short_is_refused():
     data = model_with([5]).SerializeToString()
     for end in (1, len(data) // 2, len(data) - 1):
         with pytest.raises(ValueError, match="not an ONNX model"):
-            with_old_windows(data[:end])
+            shrink_sliding_windows(data[:end])

@@ -16,17 +16,17 @@ from kernel_graphs import assert_close, rewritten, run_both
 from onnx import helper, numpy_helper
 
 from edgelm.kernels import compiler as compiler
-from edgelm.kernels.abi import FORMATS, Format
+from edgelm.kernels.abi import SUPPORTED_FORMATS, WeightFormat
 
 COLUMNS = 40
-SPLIT = [form for form in FORMATS if form.high_bits]
+SPLIT = [form for form in SUPPORTED_FORMATS if form.high_bits]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     file = tmp_path_factory.mktemp("kernels") / "kernels.so"
     refused = compiler.main([str(file), *(f"{form.bits}:{form.block}" for form in SPLIT)])
-    if compiler.this_target() is None:
+    if compiler.find_host_target() is None:
         pytest.skip(refused)
     assert refused is None
     return file
@@ -56,7 +56,7 @@ def test_products_and_rows_are_those_of_the_joined_codes(library, tmp_path, form
     feeds = {"ids": rng.integers(0, COLUMNS, (2, 5)), "x": rng.normal(size=(2, 5, size)).astype(np.float32)}
     model, ((their_rows, our_rows), products) = run_both(library, tmp_path, nodes, values, feeds, ["rows", "y"])
     operators = [node.op_type for node in model.graph.node if node.op_type != "Slice"]
-    assert sorted(operators) == sorted([form.look_up_operator, form.operator])
+    assert sorted(operators) == sorted([form.gather_op_type, form.operator])
     np.testing.assert_array_equal(our_rows, their_rows)
     assert_close([products])
     held = sum(np.prod(tensor.dims, dtype=int) for tensor in model.graph.initializer)
@@ -75,7 +75,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_codes_joined_with_other_constants_are_left_alone(tmp_path, name):
-    nodes, values = graph_of(Format(5, 32), 64)
+    nodes, values = graph_of(WeightFormat(5, 32), 64)
     assert values[name].tolist() != OTHERS[name]
     values[name] = np.array(OTHERS[name], values[name].dtype)
     assert rewritten(tmp_path, nodes, values, ["ids", "x"], ["rows", "y"]) == ([], None)
@@ -83,7 +83,7 @@ def test_codes_joined_with_other_constants_are_left_alone(tmp_path, name):
 
 @pytest.mark.parametrize("what", ["direction", "operator", "part", "shape", "input", "size", "one bit"])
 def test_codes_joined_otherwise_are_left_alone(tmp_path, what):
-    nodes, values = graph_of(Format(5, 32), 64)
+    nodes, values = graph_of(WeightFormat(5, 32), 64)
     if what == "direction":
         named(nodes, "m.codes.high.moved").attribute[0].s = b"RIGHT"
     elif what == "operator":
@@ -104,7 +104,7 @@ def test_codes_joined_otherwise_are_left_alone(tmp_path, what):
 
 @pytest.mark.parametrize("what", ["axis", "block", "zero points", "shape", "indices"])
 def test_other_look_ups_are_left_alone(tmp_path, what):
-    form = Format(6, 32)
+    form = WeightFormat(6, 32)
     nodes, values = graph_of(form, 64)
     gather = named(nodes, "rows")
     attributes = {attribute.name: attribute for attribute in gather.attribute}
@@ -128,7 +128,7 @@ def test_other_look_ups_are_left_alone(tmp_path, what):
 
 
 def test_a_table_with_scales_of_its_own_has_its_own_panels(library, tmp_path):
-    nodes, values = graph_of(Format(6, 32), 64)
+    nodes, values = graph_of(WeightFormat(6, 32), 64)
     named(nodes, "rows").input[2] = "other"
     values["other"] = np.linspace(0.5, 1, 2 * COLUMNS).astype(np.float16).reshape(COLUMNS, 2).astype(np.float32)
     feeds = {"ids": np.arange(COLUMNS)[None], "x": np.ones((1, 1, 64), np.float32)}
@@ -139,7 +139,7 @@ def test_a_table_with_scales_of_its_own_has_its_own_panels(library, tmp_path):
 
 
 def test_a_table_whose_rows_are_in_float16_is_left_alone(tmp_path):
-    nodes, values = graph_of(Format(6, 32), 64)
+    nodes, values = graph_of(WeightFormat(6, 32), 64)
     named(nodes, "rows").input[2] = "other"
     values["other"] = np.ones((COLUMNS, 2), np.float16)
     _, model = rewritten(tmp_path, nodes, values, ["ids", "x"], ["rows", "y"])

@@ -10,7 +10,7 @@ from folder_hashes import contents
 import edgelm
 from edgelm.bundle.manifest import open_bundle
 from edgelm.errors import EdgelmError
-from edgelm.text.static_prompt import opening_tokens, read_opening
+from edgelm.text.static_prompt import read_prefix_text, tokenize_prefix
 from edgelm.text.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "system", "content": "Answer in one short sentence."}]
@@ -47,9 +47,9 @@ def test_text_and_messages_are_told_apart(tmp_path):
     file = tmp_path / "opening.txt"
     for text in ("[INST] be brief", '["a", "list"]', "[]", "7", "{}", " as it is \n"):
         file.write_text(text, encoding="utf-8")
-        assert read_opening(file) == text
+        assert read_prefix_text(file) == text
     file.write_text(json.dumps(MESSAGES), encoding="utf-8")
-    assert read_opening(file) == MESSAGES
+    assert read_prefix_text(file) == MESSAGES
 
 
 def test_messages_need_a_chat_template_that_takes_them(bundle):
@@ -61,8 +61,8 @@ def test_messages_need_a_chat_template_that_takes_them(bundle):
         ("{{ messages[-1].content }}", "shows nothing at the start"),
     ]:
         with pytest.raises(EdgelmError, match=reason):
-            opening_tokens(MESSAGES, Tokenizer.from_file(path, template))
-    assert opening_tokens("Once", Tokenizer.of_bundle(open_bundle(bundle, verify=False)))[0] < manifest.vocab_size
+            tokenize_prefix(MESSAGES, Tokenizer.from_file(path, template))
+    assert tokenize_prefix("Once", Tokenizer.of_bundle(open_bundle(bundle, verify=False)))[0] < manifest.vocab_size
 
 
 def test_add_show_use_remove(copied, tmp_path, run):

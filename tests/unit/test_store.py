@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm.bundle.catalogue import USABLE, catalogue, check_name
+from edgelm.bundle.catalogue import USABLE_MEMORY_SHARE, catalogue, check_name
 from edgelm.bundle.manifest import open_bundle
-from edgelm.bundle.store import BUILTIN, Origin, Store, resolve
+from edgelm.bundle.store import BUILTIN, BundleStore, Origin, resolve
 from edgelm.errors import BundleError, EdgelmError
 
 BUILTIN_FOLDER = Path(edgelm.__file__).parent / "builtin"
@@ -23,7 +23,7 @@ BUILTIN_FOLDER = Path(edgelm.__file__).parent / "builtin"
 def store(tmp_path, monkeypatch):
     """An empty store that names are looked up in."""
     monkeypatch.setenv("EDGELM_DATA_DIR", str(tmp_path / "data"))
-    return Store.default()
+    return BundleStore.default()
 
 
 def put(store, name, origin=None):
@@ -51,12 +51,12 @@ def test_every_entry_of_the_catalogue_is_whole():
 @given(st.floats(1, 100_000), st.sampled_from(sorted(catalogue())))
 def test_the_first_form_that_fits_is_taken(memory, name):
     model = catalogue()[name]
-    found = model.form_for(memory)
-    fitting = [form for form in model.forms if form.memory_mb <= USABLE * memory]
+    found = model.choose_variant(memory)
+    fitting = [form for form in model.forms if form.memory_mb <= USABLE_MEMORY_SHARE * memory]
     assert found == (fitting[0] if fitting else None)
-    assert model.form_for(None) == model.forms[0]
+    assert model.choose_variant(None) == model.forms[0]
     for form in model.forms:
-        assert model.form_for(None, form.quant) == form
+        assert model.choose_variant(None, form.quant) == form
 
 
 @given(st.text(max_size=80))
@@ -143,12 +143,12 @@ def test_models(store, run):
 
 def test_rm_removes_what_is_named_and_what_was_made_of_it(store, run, tmp_path, monkeypatch):
     monkeypatch.setenv("EDGELM_CACHE_DIR", str(tmp_path / "cache"))
-    from edgelm.system.board_cache import BoardCache, Key
+    from edgelm.system.board_cache import BoardCache, CacheKey
 
     for name in ("mine", "other"):
         put(store, name, Origin("owner/model"))
         note = {"bundle": str(store.place(name))}
-        BoardCache.default().make(Key("weights", name, "r", "c"), 1, lambda folder, note=note: note)
+        BoardCache.default().make(CacheKey("weights", name, "r", "c"), 1, lambda folder, note=note: note)
     code, out, err = run("rm", "mine")
     assert (code, err) == (0, "")
     assert out.startswith("removed mine: 2.1 MB")

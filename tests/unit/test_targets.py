@@ -11,11 +11,18 @@ from kernel_nodes import inputs, matrix, product, run
 from llvmlite import binding
 
 from edgelm.kernels import compiler as compiler
-from edgelm.kernels.abi import Format
-from edgelm.kernels.ir.matmul_operator import kernels_module
+from edgelm.kernels.abi import WeightFormat
+from edgelm.kernels.ir.matmul_operator import build_module
 from edgelm.kernels.ir.targets import TARGETS
 
-FORMS = [Format(4, 16), Format(4, 32), Format(5, 32), Format(6, 64), Format(8, 16), Format(8, 128)]
+FORMS = [
+    WeightFormat(4, 16),
+    WeightFormat(4, 32),
+    WeightFormat(5, 32),
+    WeightFormat(6, 64),
+    WeightFormat(8, 16),
+    WeightFormat(8, 128),
+]
 
 DOT = """define internal <{sums} x i{wide}> @"{name}"({added}<{words}> %v, <{words}> %w) {{
   %a = bitcast <{words}> %v to <{all} x i{bits}>
@@ -70,7 +77,7 @@ def without_instructions(code):
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     """The kernels of this processor."""
-    target = compiler.this_target()
+    target = compiler.find_host_target()
     if target is None:
         pytest.skip("this processor has neither AVX2 nor Arm's dot product")
     file = tmp_path_factory.mktemp("kernels") / "kernels.so"
@@ -97,29 +104,29 @@ def test_every_target_computes_the_same_to_the_last_bit(here, name, is_real, tmp
         pytest.skip("this processor lacks them: the definitions stand in")
 
     def defined(target, formats):
-        module, names = kernels_module(target, formats)
+        module, names = build_module(target, formats)
         code = without_instructions(str(module))
         assert code.count("define internal <") > 0
         return code, names
 
     if not is_real:
-        monkeypatch.setattr(compiler, "kernels_module", defined)
+        monkeypatch.setattr(compiler, "build_module", defined)
     library = tmp_path / "kernels.so"
     as_here = replace(target, triple=binding.get_process_triple())
-    features = features_of(target if is_real else compiler.this_target())
+    features = features_of(target if is_real else compiler.find_host_target())
     library.write_bytes(compiler.compile_kernels(as_here, FORMS, "", features))
     rng = np.random.default_rng(0)
-    for form in FORMS:
+    for fmt in FORMS:
         for size, columns, rows in ((150, 40, 15), (33, 5, 2)):
-            codes, scales, bias = matrix(rng, form, size, columns)
+            codes, scales, bias = matrix(rng, fmt, size, columns)
             norm = rng.normal(size=size).astype(np.float32)
             for options in ({"bias": bias}, {"norm": norm, "epsilon": 1e-5}, {"gated": True}):
                 x = inputs(rng, rows, 2 * size if "gated" in options else size)
                 found, expected = (
-                    run(product(each, form, size, codes, scales, **options), x) for each in (library, here)
+                    run(product(each, fmt, size, codes, scales, **options), x) for each in (library, here)
                 )
                 np.testing.assert_array_equal(found, expected)
-        largest = np.full_like(matrix(rng, form, 256, 20)[0], 255), np.ones((20, 256 // form.block), np.float16)
+        largest = np.full_like(matrix(rng, fmt, 256, 20)[0], 255), np.ones((20, 256 // fmt.block), np.float16)
         for x in (np.ones((3, 256), np.float32), -np.ones((3, 256), np.float32)):
-            found = run(product(library, form, 256, *largest), x)
-            np.testing.assert_allclose(found, np.full_like(found, x[0, 0] * 256 * ((1 << (form.bits - 1)) - 1)))
+            found = run(product(library, fmt, 256, *largest), x)
+            np.testing.assert_allclose(found, np.full_like(found, x[0, 0] * 256 * ((1 << (fmt.bits - 1)) - 1)))

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 
 import edgelm
 from edgelm.bundle.manifest import MANIFEST
-from edgelm.bundle.store import Origin, Store
+from edgelm.bundle.store import BundleStore, Origin
 from edgelm.cli import main
 from edgelm.cli.serve import _JsonLines, _TextLines
 from edgelm.system import progress_bar
-from edgelm.system.terminal import Shown, plain, shown, shown_on_a_line, shown_output
+from edgelm.system.terminal import EscapingStream, escape_line, escape_output, plain, shown
 
 BUILTIN = Path(edgelm.__file__).parent / "builtin"
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\x7f\rhi"
@@ -42,8 +42,8 @@ def is_safe(text: str) -> bool:
 @example(text="".join(map(chr, range(0x2100))))
 def test_nothing_that_a_terminal_obeys_is_left(text: str) -> None:
     assert is_safe(shown(text))
-    assert is_safe(shown_on_a_line(text))
-    assert "\n" not in shown_on_a_line(text)
+    assert is_safe(escape_line(text))
+    assert "\n" not in escape_line(text)
     if is_safe(text) and not re.search("[\ud800-\udfff]", text):
         assert shown(text) == text
 
@@ -58,7 +58,7 @@ def test_escapes_are_visible_and_other_writing_stays() -> None:
 @example(text=EVIL, at=1)
 def test_a_sequence_in_two_pieces_is_shown_like_one(text: str, at: int) -> None:
     out = io.StringIO(newline="")
-    stream = Shown(out)
+    stream = EscapingStream(out)
     stream.write(text[:at])
     stream.write(text[at:])
     assert out.getvalue() == shown(text)
@@ -67,7 +67,7 @@ def test_a_sequence_in_two_pieces_is_shown_like_one(text: str, at: int) -> None:
 @pytest.mark.parametrize("as_they_are", [True, False])
 def test_output_is_ours_again_afterwards(as_they_are: bool, capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout, sys.stderr
-    with shown_output(answers_as_they_are=as_they_are):
+    with escape_output(raw_stdout=as_they_are):
         print(EVIL)
         print(EVIL, file=sys.stderr)
         print("\x1b[K", end="", file=plain(sys.stderr))
@@ -86,7 +86,7 @@ def need_builtin() -> None:
 def evil_bundle(tmp_path: Path) -> Path:
     """A bundle whose manifest holds escape sequences wherever it holds text that a person sees."""
     need_builtin()
-    store = Store(tmp_path / "data")
+    store = BundleStore(tmp_path / "data")
     folder = store.place("evil")
     folder.parent.mkdir(parents=True)
     shutil.copytree(BUILTIN, folder)
@@ -183,7 +183,7 @@ def test_a_progress_line_is_redrawn_and_shows_names(monkeypatch: pytest.MonkeyPa
             return True
 
     out = Terminal()
-    monkeypatch.setattr(sys, "stderr", Shown(out))  # type: ignore[arg-type]
+    monkeypatch.setattr(sys, "stderr", EscapingStream(out))  # type: ignore[arg-type]
     monkeypatch.setattr(progress_bar, "DELAY_S", 0.0)
     monkeypatch.setattr(progress_bar, "EVERY_S", 0.0)
     with progress_bar.Progress() as bar:

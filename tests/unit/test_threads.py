@@ -8,22 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.bench.autotune import ALIKE, Trial, choose
+from edgelm.bench.autotune import TIE_RATIO, TuningResult, choose_fastest
 from edgelm.bundle.manifest import open_bundle
 from edgelm.cli import main
-from edgelm.runtime.ort import best_tuning, cache_key
-from edgelm.runtime.threads import Tuning, cores, default_threads, recall, remember
+from edgelm.runtime.ort import cache_key, resolve_thread_settings
+from edgelm.runtime.threads import ThreadSettings, count_cores, default_threads, load_tuning, save_tuning
 from edgelm.system.board_cache import BoardCache
 
-settings = st.builds(Tuning, st.integers(1, 8), st.booleans())
-trials = st.lists(st.builds(Trial, settings, st.floats(0.1, 1e4), st.just(1.0)), min_size=1, max_size=12)
+settings = st.builds(ThreadSettings, st.integers(1, 8), st.booleans())
+trials = st.lists(st.builds(TuningResult, settings, st.floats(0.1, 1e4), st.just(1.0)), min_size=1, max_size=12)
 
 
 @given(trials)
 def test_the_chosen_setting_is_as_good_as_the_best_and_no_smaller_one_is(found):
-    chosen = choose(tuple(found))
+    chosen = choose_fastest(tuple(found))
     most = max(trial.decode_tok_s for trial in found)
-    good = {trial.tuning for trial in found if trial.decode_tok_s * ALIKE >= most}
+    good = {trial.tuning for trial in found if trial.decode_tok_s * TIE_RATIO >= most}
     assert chosen in good
     assert all((chosen.threads, chosen.spin) <= (other.threads, other.spin) for other in good)
 
@@ -37,20 +37,20 @@ def cache(tmp_path):
 def test_what_is_remembered_is_recalled(cache, bundle, spin):
     opened = open_bundle(bundle)
     key = cache_key(opened, "tuning")
-    assert recall(cache, key) is None
-    assert best_tuning(opened, None, cache) == Tuning(default_threads())
-    assert remember(cache, key, Tuning(1, not spin), "a")
-    assert remember(cache, key, Tuning(1, spin), "a"), "the newer one counts"
-    assert best_tuning(opened, None, cache) == Tuning(1, spin)
-    assert best_tuning(opened, 3, cache) == Tuning(3), "who asks for a number gets it"
-    assert best_tuning(opened, None, None) == Tuning(default_threads())
+    assert load_tuning(cache, key) is None
+    assert resolve_thread_settings(opened, None, cache) == ThreadSettings(default_threads())
+    assert save_tuning(cache, key, ThreadSettings(1, not spin), "a")
+    assert save_tuning(cache, key, ThreadSettings(1, spin), "a"), "the newer one counts"
+    assert resolve_thread_settings(opened, None, cache) == ThreadSettings(1, spin)
+    assert resolve_thread_settings(opened, 3, cache) == ThreadSettings(3), "who asks for a number gets it"
+    assert resolve_thread_settings(opened, None, None) == ThreadSettings(default_threads())
 
 
-@pytest.mark.parametrize("note", [{"threads": cores() + 1, "spin": True}, {"threads": "2", "spin": True}, {}])
+@pytest.mark.parametrize("note", [{"threads": count_cores() + 1, "spin": True}, {"threads": "2", "spin": True}, {}])
 def test_what_does_not_fit_this_board_is_left_out(cache, bundle, note):
     key = cache_key(open_bundle(bundle), "tuning")
     cache.make(key, 0, lambda _folder: note)
-    assert recall(cache, key) is None
+    assert load_tuning(cache, key) is None
 
 
 def test_the_command_tries_every_setting_and_keeps_one(bundle, tmp_path, monkeypatch, capsys):
@@ -59,9 +59,9 @@ def test_the_command_tries_every_setting_and_keeps_one(bundle, tmp_path, monkeyp
     said = json.loads(capsys.readouterr().out)
     assert said["kept"]
     tried = {(trial["threads"], trial["spin"]) for trial in said["trials"]}
-    assert tried == {(n, s) for n in range(1, min(cores(), 8) + 1) for s in (True, False)} - {(1, False)}
+    assert tried == {(n, s) for n in range(1, min(count_cores(), 8) + 1) for s in (True, False)} - {(1, False)}
     assert all(trial["decode_tok_s"] > 0 and trial["prefill_tok_s"] > 0 for trial in said["trials"])
-    assert best_tuning(open_bundle(bundle), None, BoardCache.default()) == Tuning(**said["best"])
+    assert resolve_thread_settings(open_bundle(bundle), None, BoardCache.default()) == ThreadSettings(**said["best"])
     assert main(["bench", str(bundle), "--tune"]) == 0
     table = capsys.readouterr().out
     assert table.count("<- best") == 1

@@ -126,7 +126,7 @@ def test_a_stop_string_across_tokens_is_never_shown() -> None:
         decoder.push(token) for token in tokenizer.encode("there\n\nUse it\n\nUser: hi!?", add_special_tokens=False)
     ]
     assert "".join(shown) == " there\n\nUse it"
-    assert decoder.stopped
+    assert decoder.is_stopped
     assert decoder.finish() == ""
 
 

@@ -74,7 +74,7 @@ def test_a_text_that_cannot_be_decoded_still_ends_everyone(start_worker):
         raise ValueError("not a text")
 
     def break_decoder(engine):
-        (sequence,) = engine._rows.running
+        (sequence,) = engine._scheduler.running
         sequence._decoder.push = sequence._decoder.finish = fail
 
     caller = threading.Thread(target=worker.call, args=(break_decoder,))

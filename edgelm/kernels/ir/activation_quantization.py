@@ -17,16 +17,16 @@ from typing import Final
 import numpy as np
 from llvmlite import ir
 
-from edgelm.kernels.abi import COLUMNS, Format
-from edgelm.kernels.ir.emitter import F32, I8, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
+from edgelm.kernels.abi import PANEL_COLUMNS, WeightFormat
+from edgelm.kernels.ir.emitter import F32, F32X16, I8, I32, I32X16, I64, POINTER, VOID, Emitter
 from edgelm.kernels.ir.math_functions import silu
 from edgelm.kernels.ir.targets import Target
 
-LEAST: Final = float(np.float32(1e-30))
+MIN_ABS_MAX: Final = float(np.float32(1e-30))
 """Activations that are all smaller count as 0: beyond, a scale's inverse would overflow."""
 
 
-class Kind(Enum):
+class Prologue(Enum):
     """What a row of activations is before it is quantized."""
 
     PLAIN = "plain"
@@ -38,55 +38,56 @@ class Kind(Enum):
     Normalization, 2019)."""
 
 
-def emit_quantize(module: ir.Module, target: Target, form: Format, kind: Kind) -> ir.Function:
+def emit_quantize(module: ir.Module, target: Target, fmt: WeightFormat, kind: Prologue) -> ir.Function:
     """Emit quantize(x, size, blocks, norm, epsilon, codes, scales, offsets): one row of activations.
 
-    norm: the normalization's weight, float32 [blocks * block], read for `Kind.NORMED` alone, as is epsilon, float32,
+    norm: the normalization's weight, float32 [blocks * block], read for `Prologue.NORMED` alone, as is epsilon,
+    float32,
     which is added to the mean square. Blocks of zeros have codes 0. Offsets are what the weights' zero point adds to a
     sum, with its sign changed.
     """
-    name = f"quantize_{form.bits}_{form.block}_{kind.value}"
+    name = f"quantize_{fmt.bits}_{fmt.block}_{kind.value}"
     e = Emitter(module, name, VOID, [POINTER, I64, I64, POINTER, F32, POINTER, POINTER, POINTER])
-    x, size, blocks, norm, epsilon, codes, scales, offsets = e.function.args
+    x, size, blocks, norm, epsilon, codes, scales, zero_point_terms = e.function.args
     b, zero = e.b, ir.Constant(F32, 0.0)
-    gated = kind is Kind.GATED
+    gated = kind is Prologue.GATED
     sources = [x, e.at(x, size, F32)] if gated else [x]
-    inverse_root = e.splat(_inverse_root(e, x, size, epsilon), WIDE) if kind is Kind.NORMED else None
-    padded = [e.reserve(F32, form.block) for _ in sources]
+    inverse_root = e.splat(_inverse_root(e, x, size, epsilon), F32X16) if kind is Prologue.NORMED else None
+    padded = [e.alloca(F32, fmt.block) for _ in sources]
     with e.loop(e.const(0), blocks) as (block, _, _):
-        first = b.mul(block, e.const(form.block))
+        first = b.mul(block, e.const(fmt.block))
         rest = b.sub(size, first)
-        short = b.icmp_signed("<", rest, e.const(form.block))
-        with b.if_then(short, likely=False), e.loop(e.const(0), e.const(form.block)) as (i, _, _):
+        short = b.icmp_signed("<", rest, e.const(fmt.block))
+        with b.if_then(short, likely=False), e.loop(e.const(0), e.const(fmt.block)) as (i, _, _):
             inside = b.icmp_signed("<", i, rest)
             place = b.select(inside, b.add(first, i), e.const(0))
             for source, copy in zip(sources, padded, strict=True):
                 e.store(b.select(inside, e.load(source, place, F32), zero), copy, i)
         here = [b.select(short, copy, e.at(x, first, F32)) for x, copy in zip(sources, padded, strict=True)]
         parts = []
-        for at in range(0, form.block, COLUMNS):
-            part = e.load_vector(here[0], at, F32, WIDE)
+        for at in range(0, fmt.block, PANEL_COLUMNS):
+            part = e.load_vector(here[0], at, F32, F32X16)
             if gated:
-                part = b.fmul(silu(e, part), e.load_vector(here[1], at, F32, WIDE))
+                part = b.fmul(silu(e, part), e.load_vector(here[1], at, F32, F32X16))
             elif inverse_root is not None:
-                weight = e.load_vector(norm, b.add(first, e.const(at)), F32, WIDE)
+                weight = e.load_vector(norm, b.add(first, e.const(at)), F32, F32X16)
                 part = b.fmul(b.fmul(part, inverse_root), weight)
             parts.append(part)
         largest = _largest(e, parts)
-        most = ir.Constant(F32, float(form.largest_code))
-        inverse = b.select(b.fcmp_ordered(">", largest, ir.Constant(F32, LEAST)), b.fdiv(most, largest), zero)
-        factor = e.splat(inverse, WIDE)
-        total = ir.Constant(SUMS, [0] * COLUMNS)
+        most = ir.Constant(F32, float(fmt.largest_code))
+        inverse = b.select(b.fcmp_ordered(">", largest, ir.Constant(F32, MIN_ABS_MAX)), b.fdiv(most, largest), zero)
+        factor = e.splat(inverse, F32X16)
+        total = ir.Constant(I32X16, [0] * PANEL_COLUMNS)
         for i, part in enumerate(parts):
-            rounded = b.fptosi(e.intrinsic("llvm.rint.v16f32", WIDE, b.fmul(part, factor)), SUMS)
+            rounded = b.fptosi(e.intrinsic("llvm.rint.v16f32", F32X16, b.fmul(part, factor)), I32X16)
             total = b.add(total, rounded)
-            is_wide = form.code_bytes == 2
-            narrow = target.wide_codes(b, rounded) if is_wide else b.trunc(rounded, ir.VectorType(I8, COLUMNS))
-            place = e.const(i * COLUMNS * form.code_bytes)
-            b.store(narrow, e.at(codes, b.add(b.mul(first, e.const(form.code_bytes)), place), I8), align=1)
+            is_wide = fmt.code_bytes == 2
+            narrow = target.wide_codes(b, rounded) if is_wide else b.trunc(rounded, ir.VectorType(I8, PANEL_COLUMNS))
+            place = e.const(i * PANEL_COLUMNS * fmt.code_bytes)
+            b.store(narrow, e.at(codes, b.add(b.mul(first, e.const(fmt.code_bytes)), place), I8), align=1)
         e.store(b.fdiv(largest, most), scales, block)
         whole = e.intrinsic("llvm.vector.reduce.add.v16i32", I32, total)
-        e.store(b.mul(whole, ir.Constant(I32, -target.zero_point(form.bits))), offsets, block)
+        e.store(b.mul(whole, ir.Constant(I32, -target.zero_point(fmt.bits))), zero_point_terms, block)
     b.ret_void()
     return e.function
 
@@ -94,18 +95,18 @@ def emit_quantize(module: ir.Module, target: Target, form: Format, kind: Kind) -
 def _inverse_root(e: Emitter, x: ir.Value, size: ir.Value, epsilon: ir.Value) -> ir.Value:
     """Emit 1 / sqrt(mean of squares + epsilon)."""
     b = e.b
-    whole = b.and_(size, e.const(-COLUMNS))
-    zeros = ir.Constant(WIDE, [0.0] * COLUMNS)
-    with e.loop(e.const(0), whole, COLUMNS, carried=[zeros]) as (at, sums, kept):
-        part = e.load_vector(x, at, F32, WIDE)
-        kept.append(e.intrinsic("llvm.fma.v16f32", WIDE, part, part, sums[0]))
+    whole = b.and_(size, e.const(-PANEL_COLUMNS))
+    zeros = ir.Constant(F32X16, [0.0] * PANEL_COLUMNS)
+    with e.loop(e.const(0), whole, PANEL_COLUMNS, carried=[zeros]) as (at, sums, updated):
+        part = e.load_vector(x, at, F32, F32X16)
+        updated.append(e.intrinsic("llvm.fma.v16f32", F32X16, part, part, sums[0]))
     total: ir.Value = ir.Constant(F32, 0.0)
-    for lane in range(COLUMNS):
-        total = b.fadd(total, b.extract_element(kept[0], ir.Constant(I32, lane)))
-    with e.loop(whole, size, carried=[total]) as (at, totals, kept):
+    for lane in range(PANEL_COLUMNS):
+        total = b.fadd(total, b.extract_element(updated[0], ir.Constant(I32, lane)))
+    with e.loop(whole, size, carried=[total]) as (at, totals, updated):
         value = e.load(x, at, F32)
-        kept.append(b.fadd(totals[0], b.fmul(value, value)))
-    mean = b.fdiv(kept[0], b.sitofp(size, F32))
+        updated.append(b.fadd(totals[0], b.fmul(value, value)))
+    mean = b.fdiv(updated[0], b.sitofp(size, F32))
     root = e.intrinsic("llvm.sqrt.f32", F32, b.fadd(mean, epsilon))
     return b.fdiv(ir.Constant(F32, 1.0), root)
 
@@ -113,7 +114,7 @@ def _inverse_root(e: Emitter, x: ir.Value, size: ir.Value, epsilon: ir.Value) ->
 def _largest(e: Emitter, parts: Sequence[ir.Value]) -> ir.Value:
     """Emit the largest absolute value; not a number where one of them is none, so that nobody takes it for a result."""
     b = e.b
-    sizes = [e.intrinsic("llvm.fabs.v16f32", WIDE, part) for part in parts]
+    sizes = [e.intrinsic("llvm.fabs.v16f32", F32X16, part) for part in parts]
     largest, strange = sizes[0], b.fcmp_unordered("uno", parts[0], parts[0])
     for part, size in zip(parts[1:], sizes[1:], strict=True):
         largest = b.select(b.fcmp_ordered(">", largest, size), largest, size)

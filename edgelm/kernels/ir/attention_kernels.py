@@ -6,7 +6,7 @@ that depends on the position alone: a query's result is the same to the last bit
 however many pieces, by however many threads.
 
     dots       some queries x keys -> scores
-    soften     scores of one query in a chunk -> weights, their sum, the largest score
+    online_softmax     scores of one query in a chunk -> weights, their sum, the largest score
     weigh      two largest scores -> what the sums of each are multiplied with when they are merged
     values     weights x values, merged with the sums
 """
@@ -19,43 +19,43 @@ from typing import Final
 
 from llvmlite import ir
 
-from edgelm.kernels.abi import COLUMNS
-from edgelm.kernels.ir.emitter import F32, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
+from edgelm.kernels.abi import PANEL_COLUMNS
+from edgelm.kernels.ir.emitter import F32, F32X16, I32, I32X16, I64, POINTER, VOID, Emitter
 from edgelm.kernels.ir.math_functions import exp, tanh
 from edgelm.kernels.ir.targets import Target
 
-CHUNK: Final = 128
+KV_TILE: Final = 128
 """Positions that have a softmax of their own. Chunks begin at multiples of it, whatever else is computed, so that a
 query's result does not depend on its company."""
 MINUS_INFINITY: Final = float("-inf")
-_FEW: Final = 4
+_KEYS_PER_STEP: Final = 4
 """Keys that are multiplied at once."""
-_MOST: Final = 4
+_MAX_VALUE_VECTORS: Final = 4
 """Most vectors of a position's values that are read at once: those of heads of 64, the usual size."""
 
 
 @dataclass(frozen=True, slots=True)
-class Kernels:
+class AttentionKernels:
     """Functions of a module; those by the number of rows that they take at once."""
 
-    dots: dict[int, ir.Function]
-    soften: ir.Function
+    qk_dot: dict[int, ir.Function]
+    online_softmax: ir.Function
     weigh: ir.Function
     values: dict[int, dict[int, ir.Function]]
     """By the number of vectors of 16 columns too."""
 
 
-def emit_kernels(module: ir.Module, target: Target) -> Kernels:
+def emit_attention_kernels(module: ir.Module, target: Target) -> AttentionKernels:
     """Emit the kernels for a kind of processor."""
-    rows = target.attention_rows
-    return Kernels(
-        {count: _emit_dots(module, target, count) for count in rows},
-        _emit_soften(module),
-        _emit_weigh(module),
+    rows = target.query_tiles
+    return AttentionKernels(
+        {count: _emit_qk_dot(module, target, count) for count in rows},
+        _emit_online_softmax(module),
+        _emit_rescale_factors(module),
         {
             count: {
                 across: _emit_values(module, count, across)
-                for across in (min(target.attention_sums // count, _MOST), 1)
+                for across in (min(target.max_accumulators // count, _MAX_VALUE_VECTORS), 1)
             }
             for count in rows
         },
@@ -67,11 +67,11 @@ def _exchanged(b: ir.IRBuilder, one: ir.Value, other: ir.Value, step: int) -> li
     count = one.type.count
     first = [lane if not lane & step else count + lane - step for lane in range(count)]
     second = [lane + step if not lane & step else count + lane for lane in range(count)]
-    kind = ir.VectorType(I32, count)
-    return [b.shuffle_vector(one, other, ir.Constant(kind, lanes)) for lanes in (first, second)]
+    ir_type = ir.VectorType(I32, count)
+    return [b.shuffle_vector(one, other, ir.Constant(ir_type, lanes)) for lanes in (first, second)]
 
 
-def _emit_dots(module: ir.Module, target: Target, rows: int) -> ir.Function:
+def _emit_qk_dot(module: ir.Module, target: Target, rows: int) -> ir.Function:
     """Emit dots(queries, size, keys, first, last, scores): 16 columns of scores [rows, CHUNK].
 
     Queries [rows, size], keys [positions, size] from `first` on; positions behind `last` are taken to be it. A vector
@@ -82,19 +82,19 @@ def _emit_dots(module: ir.Module, target: Target, rows: int) -> ir.Function:
     b, lanes = e.b, target.lanes
     vector = ir.VectorType(F32, lanes)
     zeros = ir.Constant(vector, [0.0] * lanes)
-    for group in range(0, COLUMNS, lanes):
+    for group in range(0, PANEL_COLUMNS, lanes):
         sums: list[list[ir.Value]] = [[] for _ in range(rows)]
-        for some in range(group, group + lanes, _FEW):
-            places = [b.mul(e.smaller(b.add(first, e.const(some + i)), last), size) for i in range(_FEW)]
-            with e.loop(e.const(0), size, lanes, carried=[zeros] * (rows * _FEW)) as (at, so_far, kept):
+        for some in range(group, group + lanes, _KEYS_PER_STEP):
+            places = [b.mul(e.smaller(b.add(first, e.const(some + i)), last), size) for i in range(_KEYS_PER_STEP)]
+            with e.loop(e.const(0), size, lanes, carried=[zeros] * (rows * _KEYS_PER_STEP)) as (at, so_far, updated):
                 parts = [e.load_vector(keys, b.add(place, at), F32, vector) for place in places]
                 for row in range(rows):
                     query = e.load_vector(queries, b.add(b.mul(size, e.const(row)), at), F32, vector)
-                    kept += [e.fma(query, part, so_far[row * _FEW + i]) for i, part in enumerate(parts)]
+                    updated += [e.fma(query, part, so_far[row * _KEYS_PER_STEP + i]) for i, part in enumerate(parts)]
             for row in range(rows):
-                sums[row].append(_added(b, kept[row * _FEW : (row + 1) * _FEW], 1))
+                sums[row].append(_added(b, updated[row * _KEYS_PER_STEP : (row + 1) * _KEYS_PER_STEP], 1))
         for row, parts in enumerate(sums):
-            b.store(_added(b, parts, _FEW), e.at(scores, CHUNK * row + group, F32), align=4)
+            b.store(_added(b, parts, _KEYS_PER_STEP), e.at(scores, KV_TILE * row + group, F32), align=4)
     b.ret_void()
     return e.function
 
@@ -108,8 +108,8 @@ def _added(b: ir.IRBuilder, vectors: list[ir.Value], step: int) -> ir.Value:
     return vectors[0]
 
 
-def _emit_soften(module: ir.Module) -> ir.Function:
-    """Emit soften(scores, first, last, softcap, total) -> the largest score.
+def _emit_online_softmax(module: ir.Module) -> ir.Function:
+    """Emit online_softmax(scores, first, last, softcap, total) -> the largest score.
 
     scores: float32 [CHUNK], become the exponentials of their distance to the largest one; those outside [first, last]
     become 0. `softcap` c is 0 for none, else a score s becomes c tanh(s / c). total: float32 [16], becomes the sum of
@@ -118,38 +118,40 @@ def _emit_soften(module: ir.Module) -> ir.Function:
     e = Emitter(module, "attention_soften", F32, [POINTER, I64, I64, F32, POINTER])
     scores, first, last, softcap, total = e.function.args
     b = e.b
-    nothing = ir.Constant(WIDE, [MINUS_INFINITY] * COLUMNS)
-    zeros = ir.Constant(WIDE, [0.0] * COLUMNS)
-    lanes = ir.Constant(SUMS, list(range(COLUMNS)))
-    first = e.smaller(e.larger(first, e.const(0)), e.const(CHUNK))
-    last = e.smaller(e.larger(last, e.const(-1)), e.const(CHUNK - 1))
+    nothing = ir.Constant(F32X16, [MINUS_INFINITY] * PANEL_COLUMNS)
+    zeros = ir.Constant(F32X16, [0.0] * PANEL_COLUMNS)
+    lanes = ir.Constant(I32X16, list(range(PANEL_COLUMNS)))
+    first = e.smaller(e.larger(first, e.const(0)), e.const(KV_TILE))
+    last = e.smaller(e.larger(last, e.const(-1)), e.const(KV_TILE - 1))
     end = b.add(last, e.const(1))
-    begin = b.and_(first, e.const(-COLUMNS))
-    before, after = (e.splat(b.trunc(value, I32), SUMS) for value in (first, last))
+    begin = b.and_(first, e.const(-PANEL_COLUMNS))
+    before, after = (e.splat(b.trunc(value, I32), I32X16) for value in (first, last))
     is_capped = b.fcmp_ordered("!=", softcap, ir.Constant(F32, 0.0))
     with b.if_then(is_capped):
-        cap = e.splat(softcap, WIDE)
-        with e.loop(begin, end, COLUMNS) as (at, _, _):
-            score = e.load_vector(scores, at, F32, WIDE)
+        cap = e.splat(softcap, F32X16)
+        with e.loop(begin, end, PANEL_COLUMNS) as (at, _, _):
+            score = e.load_vector(scores, at, F32, F32X16)
             b.store(b.fmul(cap, tanh(e, b.fdiv(score, cap))), e.at(scores, at, F32), align=4)
-    with e.loop(begin, end, COLUMNS, carried=[nothing]) as (at, most, kept):
-        places = b.add(e.splat(b.trunc(at, I32), SUMS), lanes)
+    with e.loop(begin, end, PANEL_COLUMNS, carried=[nothing]) as (at, most, updated):
+        places = b.add(e.splat(b.trunc(at, I32), I32X16), lanes)
         seen = b.and_(b.icmp_signed(">=", places, before), b.icmp_signed("<=", places, after))
-        score = b.select(seen, e.load_vector(scores, at, F32, WIDE), nothing)
+        score = b.select(seen, e.load_vector(scores, at, F32, F32X16), nothing)
         b.store(score, e.at(scores, at, F32), align=4)
-        kept.append(b.select(b.fcmp_ordered(">", score, most[0]), score, most[0]))
-    largest = e.intrinsic("llvm.vector.reduce.fmax.v16f32", F32, kept[0])
-    bases = e.splat(_finite(b, largest), WIDE)
-    with e.loop(begin, end, COLUMNS, carried=[zeros]) as (at, sums, kept):
-        score = e.load_vector(scores, at, F32, WIDE)
+        updated.append(b.select(b.fcmp_ordered(">", score, most[0]), score, most[0]))
+    largest = e.intrinsic("llvm.vector.reduce.fmax.v16f32", F32, updated[0])
+    bases = e.splat(_finite(b, largest), F32X16)
+    with e.loop(begin, end, PANEL_COLUMNS, carried=[zeros]) as (at, sums, updated):
+        score = e.load_vector(scores, at, F32, F32X16)
         power = exp(e, b.fsub(score, bases))
         power = b.select(b.fcmp_ordered("==", score, nothing), zeros, power)
         b.store(power, e.at(scores, at, F32), align=4)
-        kept.append(b.fadd(sums[0], power))
-    b.store(kept[0], total, align=4)
-    with e.loop(e.const(0), begin, COLUMNS) as (at, _, _):
+        updated.append(b.fadd(sums[0], power))
+    b.store(updated[0], total, align=4)
+    with e.loop(e.const(0), begin, PANEL_COLUMNS) as (at, _, _):
         b.store(zeros, e.at(scores, at, F32), align=4)
-    with e.loop(b.and_(b.add(end, e.const(COLUMNS - 1)), e.const(-COLUMNS)), e.const(CHUNK), COLUMNS) as (at, _, _):
+    with e.loop(
+        b.and_(b.add(end, e.const(PANEL_COLUMNS - 1)), e.const(-PANEL_COLUMNS)), e.const(KV_TILE), PANEL_COLUMNS
+    ) as (at, _, _):
         b.store(zeros, e.at(scores, at, F32), align=4)
     b.ret(largest)
     return e.function
@@ -161,7 +163,7 @@ def _finite(b: ir.IRBuilder, largest: ir.Value) -> ir.Value:
     return b.select(none, ir.Constant(F32, 0.0), largest)
 
 
-def _emit_weigh(module: ir.Module) -> ir.Function:
+def _emit_rescale_factors(module: ir.Module) -> ir.Function:
     """Emit weigh(so_far, here, factors) -> the largest score of both.
 
     so_far and here: the largest score of what is summed up and of what is added to it. factors: float32 [2], become
@@ -171,17 +173,17 @@ def _emit_weigh(module: ir.Module) -> ir.Function:
     so_far, here, factors = e.function.args
     b = e.b
     largest = b.select(b.fcmp_ordered(">", here, so_far), here, so_far)
-    both = e.splat(so_far, WIDE)
-    for lane in range(1, COLUMNS):
+    both = e.splat(so_far, F32X16)
+    for lane in range(1, PANEL_COLUMNS):
         both = b.insert_element(both, here, ir.Constant(I32, lane))
-    powers = exp(e, b.fsub(both, e.splat(_finite(b, largest), WIDE)))
+    powers = exp(e, b.fsub(both, e.splat(_finite(b, largest), F32X16)))
     for lane in (0, 1):
         e.store(b.extract_element(powers, ir.Constant(I32, lane)), factors, lane)
     b.ret(largest)
     return e.function
 
 
-def merged(e: Emitter, so_far: ir.Value, here: ir.Value, factors: Sequence[ir.Value]) -> ir.Value:
+def rescale_and_add(e: Emitter, so_far: ir.Value, here: ir.Value, factors: Sequence[ir.Value]) -> ir.Value:
     """Emit the sum of two vectors, each times its factor of `weigh`."""
     return e.fma(here, factors[1], e.b.fmul(so_far, factors[0]))
 
@@ -196,18 +198,18 @@ def _emit_values(module: ir.Module, rows: int, across: int) -> ir.Function:
     e = Emitter(module, name, VOID, [POINTER, POINTER, I64, I64, POINTER, POINTER])
     weights, values, stop, size, factors, sums = e.function.args
     b = e.b
-    zeros = ir.Constant(WIDE, [0.0] * COLUMNS)
-    with e.loop(e.const(0), stop, carried=[zeros] * (rows * across)) as (at, so_far, kept):
+    zeros = ir.Constant(F32X16, [0.0] * PANEL_COLUMNS)
+    with e.loop(e.const(0), stop, carried=[zeros] * (rows * across)) as (at, so_far, updated):
         place = b.mul(at, size)
-        parts = [e.load_vector(values, b.add(place, e.const(COLUMNS * i)), F32, WIDE) for i in range(across)]
+        parts = [e.load_vector(values, b.add(place, e.const(PANEL_COLUMNS * i)), F32, F32X16) for i in range(across)]
         for row in range(rows):
-            weight = e.splat(e.load(weights, b.add(at, e.const(CHUNK * row)), F32), WIDE)
-            kept += [e.fma(weight, part, so_far[row * across + i]) for i, part in enumerate(parts)]
+            weight = e.splat(e.load(weights, b.add(at, e.const(KV_TILE * row)), F32), F32X16)
+            updated += [e.fma(weight, part, so_far[row * across + i]) for i, part in enumerate(parts)]
     for row in range(rows):
-        own = [e.splat(e.load(factors, 2 * row + i, F32), WIDE) for i in range(2)]
+        own = [e.splat(e.load(factors, 2 * row + i, F32), F32X16) for i in range(2)]
         for i in range(across):
-            start = e.at(sums, b.add(b.mul(size, e.const(row)), e.const(COLUMNS * i)), F32)
-            value = merged(e, b.load(start, typ=WIDE, align=4), kept[row * across + i], own)
+            start = e.at(sums, b.add(b.mul(size, e.const(row)), e.const(PANEL_COLUMNS * i)), F32)
+            value = rescale_and_add(e, b.load(start, typ=F32X16, align=4), updated[row * across + i], own)
             b.store(value, start, align=4)
     b.ret_void()
     return e.function

@@ -19,97 +19,121 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from edgelm.kernels.abi import ATTENTION_COMPUTE, COLUMNS, MOST_HEAD_SIZE, MOST_QUERIES, Fault, State
-from edgelm.kernels.ir.attention_kernels import CHUNK, emit_kernels
-from edgelm.kernels.ir.attention_params import Task, emit_rotate, fields, past_of, tables_of
+from edgelm.kernels.abi import (
+    ATTENTION_SYMBOL,
+    MAX_KERNEL_HEAD_SIZE,
+    MAX_QUERY_TILE,
+    PANEL_COLUMNS,
+    InputErrorCode,
+    StateField,
+)
+from edgelm.kernels.ir.attention_kernels import KV_TILE, emit_attention_kernels
+from edgelm.kernels.ir.attention_params import (
+    AttentionParam,
+    emit_past_length,
+    emit_rotary_row,
+    emit_rotate,
+    load_params,
+)
 from edgelm.kernels.ir.attention_tile import emit_attend, emit_combine, part_length
-from edgelm.kernels.ir.emitter import F32, I32, I64, POINTER, VOID, WIDE, Emitter
-from edgelm.kernels.ir.kernel_context import Call
+from edgelm.kernels.ir.emitter import F32, F32X16, I32, I64, POINTER, VOID, Emitter
+from edgelm.kernels.ir.kernel_context import KernelContext
 from edgelm.kernels.ir.targets import Target
 
 
 def emit_attention(module: ir.Module, target: Target) -> str:
     """Emit the operator; return the name of what computes it."""
-    kernels = emit_kernels(module, target)
+    kernels = emit_attention_kernels(module, target)
     rotate = emit_rotate(module)
     store, attend = _emit_store(module, rotate), emit_attend(module, kernels, rotate)
     combine = emit_combine(module, kernels)
-    e = Emitter(module, ATTENTION_COMPUTE, POINTER, [POINTER, POINTER], export=True)
+    e = Emitter(module, ATTENTION_SYMBOL, POINTER, [POINTER, POINTER], export=True)
     state, context = e.function.args
     b = e.b
-    call = Call(e, state, context)
-    task = e.reserve(I64, len(Task))
+    call = KernelContext(e, state, context)
+    params = e.alloca(I64, len(AttentionParam))
 
-    def put(field: Task, value: ir.Value) -> None:
-        e.store(value, task, field)
+    def put(field: AttentionParam, value: ir.Value) -> None:
+        e.store(value, params, field)
 
     query, key, value, *past = (call.input(index) for index in range(5))
     others = [call.input(index) for index in range(5, 9)]
-    put(Task.QUERY, call.data(query))
-    for given, field in zip(others, (Task.SEQLENS, Task.COS, Task.SIN, Task.POSITIONS), strict=True):
+    put(AttentionParam.QUERY, call.data(query))
+    for given, field in zip(
+        others, (AttentionParam.SEQLENS, AttentionParam.COS, AttentionParam.SIN, AttentionParam.POSITIONS), strict=True
+    ):
         put(field, call.optional(given))
     batch, tokens, width = call.dimensions(query, 3)
     _, kv_heads, capacity, size = shape = call.dimensions(past[0], 4)
-    heads = e.load(state, State.HEADS, I64)
+    heads = e.load(state, StateField.HEADS, I64)
     own, of_keys = b.mul(heads, size), b.mul(kv_heads, size)
     is_packed = b.icmp_signed(">", width, own)
     _require_memory(e, call, state, [batch, tokens, *shape], past)
     _require_projections(e, call, [batch, tokens, width, own, of_keys], [key, value])
     longest = _require_lengths(e, call, [batch, tokens, capacity], others[0])
-    with b.if_then(b.icmp_signed(">", e.load(state, State.HALF, I64), e.const(0))):
-        _require_tables(e, call, e.load(state, State.HALF, I64), [batch, tokens, size, longest], others[1:])
+    with b.if_then(b.icmp_signed(">", e.load(state, StateField.HALF, I64), e.const(0))):
+        _require_tables(e, call, e.load(state, StateField.HALF, I64), [batch, tokens, size, longest], others[1:])
     y = call.output(0, [batch, tokens, own])
-    put(Task.Y, y)
+    put(AttentionParam.Y, y)
     presents = [call.output(index, shape) for index in (1, 2)]
-    for field, present in zip((Task.PRESENT_KEY, Task.PRESENT_VALUE), presents, strict=True):
+    for field, present in zip((AttentionParam.PRESENT_KEY, AttentionParam.PRESENT_VALUE), presents, strict=True):
         put(field, present)
     packed = call.data(query)
     key = b.select(is_packed, e.at(packed, own, F32), call.optional(key))
     value = b.select(is_packed, e.at(packed, b.add(own, of_keys), F32), call.optional(value))
     group = b.sdiv(heads, kv_heads)
-    tile = e.larger(b.sdiv(e.const(MOST_QUERIES), group), e.const(1))
+    tile = e.larger(b.sdiv(e.const(MAX_QUERY_TILE), group), e.const(1))
     tiles = b.sdiv(b.add(tokens, b.sub(tile, e.const(1))), tile)
     queries = b.mul(b.mul(batch, tokens), heads)
     is_short = b.icmp_signed("==", tiles, e.const(1))
-    splits = b.select(is_short, b.add(b.sdiv(longest, e.const(CHUNK)), e.const(1)), e.const(1))
+    splits = b.select(is_short, b.add(b.sdiv(longest, e.const(KV_TILE)), e.const(1)), e.const(1))
     parts = b.mul(b.mul(queries, splits), part_length(e, size))
-    put(Task.PARTS, call.output(3, [b.select(b.icmp_signed(">", splits, e.const(1)), parts, e.const(1))]))
+    put(AttentionParam.PARTS, call.output(3, [b.select(b.icmp_signed(">", splits, e.const(1)), parts, e.const(1))]))
     for field, number in (
-        (Task.KEY, key), (Task.VALUE, value), (Task.QUERY_STRIDE, width),
-        (Task.KEY_STRIDE, b.select(is_packed, width, of_keys)), (Task.TOKENS, tokens), (Task.HEADS, heads),
-        (Task.KV_HEADS, kv_heads), (Task.GROUP, group), (Task.SIZE, size), (Task.CAPACITY, capacity),
-        (Task.SPLITS, splits), (Task.TILE, tile), (Task.TILES, tiles),
-    ):  # fmt: skip
+        (AttentionParam.KEY, key),
+        (AttentionParam.VALUE, value),
+        (AttentionParam.QUERY_STRIDE, width),
+        (AttentionParam.KEY_STRIDE, b.select(is_packed, width, of_keys)),
+        (AttentionParam.TOKENS, tokens),
+        (AttentionParam.HEADS, heads),
+        (AttentionParam.KV_HEADS, kv_heads),
+        (AttentionParam.GROUP, group),
+        (AttentionParam.SIZE, size),
+        (AttentionParam.CAPACITY, capacity),
+        (AttentionParam.SPLITS, splits),
+        (AttentionParam.TILE, tile),
+        (AttentionParam.TILES, tiles),
+    ):
         put(field, number)
     for name in ("HALF", "WINDOW", "SCALE", "SOFTCAP"):
-        put(Task[name], e.load(state, State[name], I64))
+        put(AttentionParam[name], e.load(state, StateField[name], I64))
     for before, present in zip(past, presents, strict=True):
         _keep_past(e, call.data(before), present, shape)
-    call.for_each(store, b.mul(batch, tokens), task)
-    call.for_each(attend, b.mul(b.mul(b.mul(batch, kv_heads), tiles), splits), task)
+    call.parallel_for(store, b.mul(batch, tokens), params)
+    call.parallel_for(attend, b.mul(b.mul(b.mul(batch, kv_heads), tiles), splits), params)
     with b.if_then(b.icmp_signed(">", splits, e.const(1))):
-        call.for_each(combine, queries, task)
+        call.parallel_for(combine, queries, params)
     call.end()
-    return ATTENTION_COMPUTE
+    return ATTENTION_SYMBOL
 
 
 def _require_memory(
-    e: Emitter, call: Call, state: ir.Value, sizes: Sequence[ir.Value], past: Sequence[ir.Value]
+    e: Emitter, call: KernelContext, state: ir.Value, sizes: Sequence[ir.Value], past: Sequence[ir.Value]
 ) -> None:
     """Emit faults for memory that does not fit. sizes: batch, tokens, the four dimensions of the memory of keys."""
     b = e.b
     batch, tokens, rows, kv_heads, capacity, size = shape = list(sizes)
-    keys = e.load(state, State.KV_HEADS, I64)
+    keys = e.load(state, StateField.KV_HEADS, I64)
     values = call.dimensions(past[1], 4)
     pairs = zip(values, shape[2:], strict=True)
-    call.require_equal(Fault.MEMORY, (rows, batch), (kv_heads, keys), *pairs)
-    fits = b.icmp_signed("==", b.and_(size, e.const(COLUMNS - 1)), e.const(0))
+    call.require_equal(InputErrorCode.MEMORY, (rows, batch), (kv_heads, keys), *pairs)
+    fits = b.icmp_signed("==", b.and_(size, e.const(PANEL_COLUMNS - 1)), e.const(0))
     fits = b.and_(fits, b.icmp_signed(">", size, e.const(0)))
-    call.require(b.and_(fits, b.icmp_signed("<=", size, e.const(MOST_HEAD_SIZE))), Fault.HEAD)
-    call.require(b.icmp_signed("<=", tokens, capacity), Fault.TOKENS)
+    call.require(b.and_(fits, b.icmp_signed("<=", size, e.const(MAX_KERNEL_HEAD_SIZE))), InputErrorCode.HEAD)
+    call.require(b.icmp_signed("<=", tokens, capacity), InputErrorCode.TOKENS)
 
 
-def _require_projections(e: Emitter, call: Call, sizes: Sequence[ir.Value], given: Sequence[ir.Value]) -> None:
+def _require_projections(e: Emitter, call: KernelContext, sizes: Sequence[ir.Value], given: Sequence[ir.Value]) -> None:
     """Emit faults for queries, keys and values that do not fit.
 
     sizes: batch, tokens, the queries' last dimension, the widths of all heads and of those of keys. given: keys and
@@ -119,32 +143,32 @@ def _require_projections(e: Emitter, call: Call, sizes: Sequence[ir.Value], give
     batch, tokens, width, own, of_keys = sizes
     is_packed = b.icmp_signed(">", width, own)
     whole = b.select(is_packed, b.add(own, b.add(of_keys, of_keys)), own)
-    call.require_equal(Fault.PROJECTIONS, (width, whole))
+    call.require_equal(InputErrorCode.PROJECTIONS, (width, whole))
     with b.if_then(b.not_(is_packed)):
         for each in given:
-            call.require(call.is_given(each), Fault.PROJECTIONS)
+            call.require(call.is_given(each), InputErrorCode.PROJECTIONS)
             shape = call.dimensions(each, 3)
-            call.require_equal(Fault.PROJECTIONS, *zip(shape, (batch, tokens, of_keys), strict=True))
+            call.require_equal(InputErrorCode.PROJECTIONS, *zip(shape, (batch, tokens, of_keys), strict=True))
 
 
-def _require_lengths(e: Emitter, call: Call, sizes: Sequence[ir.Value], seqlens: ir.Value) -> ir.Value:
+def _require_lengths(e: Emitter, call: KernelContext, sizes: Sequence[ir.Value], seqlens: ir.Value) -> ir.Value:
     """Emit faults for lengths that do not fit, and the largest of them. sizes: batch, tokens, capacity."""
     b = e.b
     batch, tokens, capacity = sizes
-    call.require_equal(Fault.LENGTHS, (call.count(seqlens), batch))
+    call.require_equal(InputErrorCode.LENGTHS, (call.count(seqlens), batch))
     lengths = call.data(seqlens)
     least = b.sub(tokens, e.const(1))
     start = [e.const(0), ir.Constant(ir.IntType(1), 1)]
-    with e.loop(e.const(0), batch, carried=start) as (row, (longest, holds), kept):
+    with e.loop(e.const(0), batch, carried=start) as (row, (longest, holds), updated):
         length = b.sext(e.load(lengths, row, I32), I64)
         fits = b.and_(b.icmp_signed(">=", length, least), b.icmp_signed("<", length, capacity))
-        kept += [e.larger(longest, length), b.and_(holds, fits)]
-    call.require(kept[1], Fault.LENGTHS)
-    return kept[0]
+        updated += [e.larger(longest, length), b.and_(holds, fits)]
+    call.require(updated[1], InputErrorCode.LENGTHS)
+    return updated[0]
 
 
 def _require_tables(
-    e: Emitter, call: Call, half: ir.Value, sizes: Sequence[ir.Value], given: Sequence[ir.Value]
+    e: Emitter, call: KernelContext, half: ir.Value, sizes: Sequence[ir.Value], given: Sequence[ir.Value]
 ) -> None:
     """Emit faults for rotary tables and positions that do not fit.
 
@@ -153,23 +177,23 @@ def _require_tables(
     """
     b = e.b
     batch, tokens, size, longest = sizes
-    call.require(b.icmp_signed("<=", b.add(half, half), size), Fault.TABLES)
+    call.require(b.icmp_signed("<=", b.add(half, half), size), InputErrorCode.TABLES)
     rows = e.const(0)
     for number, table in enumerate(given[:2]):
-        call.require(call.is_given(table), Fault.TABLES)
+        call.require(call.is_given(table), InputErrorCode.TABLES)
         height, width = call.dimensions(table, 2)
-        call.require_equal(Fault.TABLES, (width, half), (height, rows if number else height))
+        call.require_equal(InputErrorCode.TABLES, (width, half), (height, rows if number else height))
         rows = height
     with b.if_else(call.is_given(given[2])) as (told, counted):
         with told:
             count = b.mul(batch, tokens)
-            call.require_equal(Fault.POSITIONS, (call.count(given[2]), count))
+            call.require_equal(InputErrorCode.POSITIONS, (call.count(given[2]), count))
             positions = call.data(given[2])
-            with e.loop(e.const(0), count, carried=[ir.Constant(ir.IntType(1), 1)]) as (token, (holds,), kept):
-                kept.append(b.and_(holds, b.icmp_unsigned("<", e.load(positions, token, I64), rows)))
-            call.require(kept[0], Fault.POSITIONS)
+            with e.loop(e.const(0), count, carried=[ir.Constant(ir.IntType(1), 1)]) as (token, (holds,), updated):
+                updated.append(b.and_(holds, b.icmp_unsigned("<", e.load(positions, token, I64), rows)))
+            call.require(updated[0], InputErrorCode.POSITIONS)
         with counted:
-            call.require(b.icmp_signed("<", longest, rows), Fault.TABLES)
+            call.require(b.icmp_signed("<", longest, rows), InputErrorCode.TABLES)
 
 
 def _keep_past(e: Emitter, past: ir.Value, present: ir.Value, shape: Sequence[ir.Value]) -> None:
@@ -179,23 +203,31 @@ def _keep_past(e: Emitter, past: ir.Value, present: ir.Value, shape: Sequence[ir
         count = e.const(1)
         for dimension in shape:
             count = b.mul(count, dimension)
-        with e.loop(e.const(0), count, COLUMNS) as (at, _, _):
-            b.store(e.load_vector(past, at, F32, WIDE), e.at(present, at, F32), align=4)
+        with e.loop(e.const(0), count, PANEL_COLUMNS) as (at, _, _):
+            b.store(e.load_vector(past, at, F32, F32X16), e.at(present, at, F32), align=4)
 
 
 def _emit_store(module: ir.Module, rotate: ir.Function) -> ir.Function:
     """Emit what writes the keys and values of token `index` of the batch into the memory."""
     e = Emitter(module, "attention_store", VOID, [POINTER, I64])
-    task, index = e.function.args
+    params, index = e.function.args
     b = e.b
-    key, value, stride, tokens, kv_heads, size, capacity, half = fields(
-        e, task, Task.KEY, Task.VALUE, Task.KEY_STRIDE, Task.TOKENS, Task.KV_HEADS, Task.SIZE, Task.CAPACITY,
-        Task.HALF,
-    )  # fmt: skip
-    presents = fields(e, task, Task.PRESENT_KEY, Task.PRESENT_VALUE)
+    key, value, stride, tokens, kv_heads, size, capacity, half = load_params(
+        e,
+        params,
+        AttentionParam.KEY,
+        AttentionParam.VALUE,
+        AttentionParam.KEY_STRIDE,
+        AttentionParam.TOKENS,
+        AttentionParam.KV_HEADS,
+        AttentionParam.SIZE,
+        AttentionParam.CAPACITY,
+        AttentionParam.HALF,
+    )
+    presents = load_params(e, params, AttentionParam.PRESENT_KEY, AttentionParam.PRESENT_VALUE)
     row = b.sdiv(index, tokens)
-    position = b.add(past_of(e, task, row), b.srem(index, tokens))
-    tables = tables_of(e, task, index, position)
+    position = b.add(emit_past_length(e, params, row), b.srem(index, tokens))
+    tables = emit_rotary_row(e, params, index, position)
     one = ir.Constant(F32, 1.0)
     with e.loop(e.const(0), kv_heads) as (head, _, _):
         source = b.add(b.mul(index, stride), b.mul(head, size))

@@ -6,11 +6,11 @@ from enum import IntEnum
 
 from llvmlite import ir
 
-from edgelm.kernels.abi import COLUMNS
-from edgelm.kernels.ir.emitter import F32, I32, I64, POINTER, VOID, WIDE, Emitter
+from edgelm.kernels.abi import PANEL_COLUMNS
+from edgelm.kernels.ir.emitter import F32, F32X16, I32, I64, POINTER, VOID, Emitter
 
 
-class Task(IntEnum):
+class AttentionParam(IntEnum):
     """Fields of what the threads share during one call. The first ones are addresses."""
 
     QUERY = 0
@@ -41,12 +41,12 @@ class Task(IntEnum):
     SOFTCAP = 25
 
 
-def fields(e: Emitter, task: ir.Value, *wanted: Task) -> list[ir.Value]:
+def load_params(e: Emitter, params: ir.Value, *wanted: AttentionParam) -> list[ir.Value]:
     """Emit some of a task's fields."""
     found = []
     for field in wanted:
-        kind = F32 if field >= Task.SCALE else POINTER if field < Task.QUERY_STRIDE else I64
-        found.append(e.b.load(e.at(task, field, I64), typ=kind))
+        ir_type = F32 if field >= AttentionParam.SCALE else POINTER if field < AttentionParam.QUERY_STRIDE else I64
+        found.append(e.b.load(e.at(params, field, I64), typ=ir_type))
     return found
 
 
@@ -55,12 +55,12 @@ def emit_rotate(module: ir.Module) -> ir.Function:
     e = Emitter(module, "attention_rotate", VOID, [POINTER, POINTER, POINTER, POINTER, I64, I64, F32])
     source, target, cos, sin, half, size, scale = e.function.args
     b = e.b
-    wide = e.splat(scale, WIDE)
-    whole = b.and_(half, e.const(-COLUMNS))
-    with e.loop(e.const(0), whole, COLUMNS) as (at, _, _):
+    wide = e.splat(scale, F32X16)
+    whole = b.and_(half, e.const(-PANEL_COLUMNS))
+    with e.loop(e.const(0), whole, PANEL_COLUMNS) as (at, _, _):
         places = at, b.add(at, half)
-        one, other = (e.load_vector(source, place, F32, WIDE) for place in places)
-        c, s = (e.load_vector(table, at, F32, WIDE) for table in (cos, sin))
+        one, other = (e.load_vector(source, place, F32, F32X16) for place in places)
+        c, s = (e.load_vector(table, at, F32, F32X16) for table in (cos, sin))
         turned = b.fsub(b.fmul(one, c), b.fmul(other, s)), b.fadd(b.fmul(other, c), b.fmul(one, s))
         for place, value in zip(places, turned, strict=True):
             b.store(b.fmul(value, wide), e.at(target, place, F32), align=4)
@@ -72,26 +72,30 @@ def emit_rotate(module: ir.Module) -> ir.Function:
         for place, value in zip(places, turned, strict=True):
             e.store(b.fmul(value, scale), target, place)
     rotated = b.add(half, half)
-    plain = b.add(rotated, b.and_(b.sub(size, rotated), e.const(-COLUMNS)))
-    with e.loop(rotated, plain, COLUMNS) as (at, _, _):
-        b.store(b.fmul(e.load_vector(source, at, F32, WIDE), wide), e.at(target, at, F32), align=4)
+    plain = b.add(rotated, b.and_(b.sub(size, rotated), e.const(-PANEL_COLUMNS)))
+    with e.loop(rotated, plain, PANEL_COLUMNS) as (at, _, _):
+        b.store(b.fmul(e.load_vector(source, at, F32, F32X16), wide), e.at(target, at, F32), align=4)
     with e.loop(plain, size) as (at, _, _):
         e.store(b.fmul(e.load(source, at, F32), scale), target, at)
     b.ret_void()
     return e.function
 
 
-def past_of(e: Emitter, task: ir.Value, row: ir.Value) -> ir.Value:
+def emit_past_length(e: Emitter, params: ir.Value, row: ir.Value) -> ir.Value:
     """Emit how many positions a row of the batch had before: no more than leave room for what is new."""
-    seqlens, tokens, capacity = fields(e, task, Task.SEQLENS, Task.TOKENS, Task.CAPACITY)
+    seqlens, tokens, capacity = load_params(
+        e, params, AttentionParam.SEQLENS, AttentionParam.TOKENS, AttentionParam.CAPACITY
+    )
     length = e.smaller(e.b.add(e.b.sext(e.load(seqlens, row, I32), I64), e.const(1)), capacity)
     return e.larger(e.b.sub(length, tokens), e.const(0))
 
 
-def tables_of(e: Emitter, task: ir.Value, token: ir.Value, position: ir.Value) -> list[ir.Value]:
+def emit_rotary_row(e: Emitter, params: ir.Value, token: ir.Value, position: ir.Value) -> list[ir.Value]:
     """Emit where a token's cosines and sines begin; `token` counts through the whole batch."""
     b = e.b
-    positions, half, *tables = fields(e, task, Task.POSITIONS, Task.HALF, Task.COS, Task.SIN)
+    positions, half, *tables = load_params(
+        e, params, AttentionParam.POSITIONS, AttentionParam.HALF, AttentionParam.COS, AttentionParam.SIN
+    )
     before = b.block
     with b.if_then(b.icmp_unsigned("!=", b.ptrtoint(positions, I64), e.const(0))):
         told = e.load(positions, token, I64)
@@ -102,13 +106,13 @@ def tables_of(e: Emitter, task: ir.Value, token: ir.Value, position: ir.Value) -
     return [e.at(table, b.mul(place, half), F32) for table in tables]
 
 
-def write(e: Emitter, task: ir.Value, target: ir.Value, values: ir.Value, totals: ir.Value) -> None:
+def emit_output(e: Emitter, params: ir.Value, target: ir.Value, values: ir.Value, totals: ir.Value) -> None:
     """Emit the output of one query of a head: weighted values by the sum of `totals`, float32 [16]."""
     b = e.b
-    y, size = fields(e, task, Task.Y, Task.SIZE)
-    zero, all_totals = ir.Constant(F32, 0.0), e.load_vector(totals, 0, F32, WIDE)
+    y, size = load_params(e, params, AttentionParam.Y, AttentionParam.SIZE)
+    zero, all_totals = ir.Constant(F32, 0.0), e.load_vector(totals, 0, F32, F32X16)
     total = e.intrinsic("llvm.vector.reduce.fadd.v16f32", F32, zero, all_totals)
-    wide = e.splat(b.fdiv(ir.Constant(F32, 1.0), total), WIDE)
-    with e.loop(e.const(0), size, COLUMNS) as (at, _, _):
-        value = b.fmul(e.load_vector(values, at, F32, WIDE), wide)
+    wide = e.splat(b.fdiv(ir.Constant(F32, 1.0), total), F32X16)
+    with e.loop(e.const(0), size, PANEL_COLUMNS) as (at, _, _):
+        value = b.fmul(e.load_vector(values, at, F32, F32X16), wide)
         b.store(value, e.at(y, b.add(b.mul(target, size), at), F32), align=4)

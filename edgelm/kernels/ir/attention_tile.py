@@ -6,169 +6,196 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from edgelm.kernels.abi import COLUMNS, MOST_HEAD_SIZE, MOST_QUERIES
-from edgelm.kernels.ir.attention_kernels import CHUNK, MINUS_INFINITY, Kernels, merged
-from edgelm.kernels.ir.attention_params import Task, fields, past_of, tables_of, write
-from edgelm.kernels.ir.emitter import F32, I64, POINTER, VOID, WIDE, Emitter
+from edgelm.kernels.abi import MAX_KERNEL_HEAD_SIZE, MAX_QUERY_TILE, PANEL_COLUMNS
+from edgelm.kernels.ir.attention_kernels import KV_TILE, MINUS_INFINITY, AttentionKernels, rescale_and_add
+from edgelm.kernels.ir.attention_params import (
+    AttentionParam,
+    emit_output,
+    emit_past_length,
+    emit_rotary_row,
+    load_params,
+)
+from edgelm.kernels.ir.emitter import F32, F32X16, I64, POINTER, VOID, Emitter
 
 
-def emit_attend(module: ir.Module, kernels: Kernels, rotate: ir.Function) -> ir.Function:
+def emit_attend(module: ir.Module, kernels: AttentionKernels, rotate: ir.Function) -> ir.Function:
     """Emit what computes part `index`: some queries of a head of keys and values, some or all of their positions."""
     e = Emitter(module, "attention_attend", VOID, [POINTER, I64])
-    task, index = e.function.args
+    params, index = e.function.args
     b = e.b
-    queries = e.reserve(F32, MOST_QUERIES * MOST_HEAD_SIZE)
-    scores = e.reserve(F32, MOST_QUERIES * CHUNK)
-    sums = e.reserve(F32, MOST_QUERIES * MOST_HEAD_SIZE)
-    totals = e.reserve(F32, MOST_QUERIES * COLUMNS)
-    largest, factors = e.reserve(F32, MOST_QUERIES), e.reserve(F32, 2 * MOST_QUERIES)
-    here_total = e.reserve(F32, COLUMNS)
-    query, stride, tokens, heads, kv_heads, group, size, capacity, half, window = fields(
-        e, task, Task.QUERY, Task.QUERY_STRIDE, Task.TOKENS, Task.HEADS, Task.KV_HEADS, Task.GROUP, Task.SIZE,
-        Task.CAPACITY, Task.HALF, Task.WINDOW,
-    )  # fmt: skip
-    splits, tile, tiles, scale, softcap, all_keys, all_values = fields(
-        e, task, Task.SPLITS, Task.TILE, Task.TILES, Task.SCALE, Task.SOFTCAP, Task.PRESENT_KEY,
-        Task.PRESENT_VALUE,
-    )  # fmt: skip
+    queries = e.alloca(F32, MAX_QUERY_TILE * MAX_KERNEL_HEAD_SIZE)
+    scores = e.alloca(F32, MAX_QUERY_TILE * KV_TILE)
+    sums = e.alloca(F32, MAX_QUERY_TILE * MAX_KERNEL_HEAD_SIZE)
+    totals = e.alloca(F32, MAX_QUERY_TILE * PANEL_COLUMNS)
+    running_max, factors = e.alloca(F32, MAX_QUERY_TILE), e.alloca(F32, 2 * MAX_QUERY_TILE)
+    here_total = e.alloca(F32, PANEL_COLUMNS)
+    query, stride, tokens, heads, kv_heads, group, size, capacity, half, window = load_params(
+        e,
+        params,
+        AttentionParam.QUERY,
+        AttentionParam.QUERY_STRIDE,
+        AttentionParam.TOKENS,
+        AttentionParam.HEADS,
+        AttentionParam.KV_HEADS,
+        AttentionParam.GROUP,
+        AttentionParam.SIZE,
+        AttentionParam.CAPACITY,
+        AttentionParam.HALF,
+        AttentionParam.WINDOW,
+    )
+    splits, tile, tiles, scale, softcap, all_keys, all_values = load_params(
+        e,
+        params,
+        AttentionParam.SPLITS,
+        AttentionParam.TILE,
+        AttentionParam.TILES,
+        AttentionParam.SCALE,
+        AttentionParam.SOFTCAP,
+        AttentionParam.PRESENT_KEY,
+        AttentionParam.PRESENT_VALUE,
+    )
     split, index = b.srem(index, splits), b.sdiv(index, splits)
     which, index = b.srem(index, tiles), b.sdiv(index, tiles)
     head, row = b.srem(index, kv_heads), b.sdiv(index, kv_heads)
     token = b.mul(which, tile)
     count = b.mul(e.smaller(tile, b.sub(tokens, token)), group)
-    past = b.add(past_of(e, task, row), token)
+    past = b.add(emit_past_length(e, params, row), token)
     first_head = b.mul(head, group)
-    zeros = ir.Constant(WIDE, [0.0] * COLUMNS)
+    zeros = ir.Constant(F32X16, [0.0] * PANEL_COLUMNS)
     with e.loop(e.const(0), count) as (i, _, _):
         ahead = b.sdiv(i, group)
         place = b.add(b.mul(row, tokens), b.add(token, ahead))
-        tables = tables_of(e, task, place, b.add(past, ahead))
+        tables = emit_rotary_row(e, params, place, b.add(past, ahead))
         source = b.add(b.mul(place, stride), b.mul(b.add(first_head, b.srem(i, group)), size))
         target = e.at(queries, b.mul(i, size), F32)
         b.call(rotate, [e.at(query, source, F32), target, *tables, half, size, scale])
-        e.store(ir.Constant(F32, MINUS_INFINITY), largest, i)
-        b.store(zeros, e.at(totals, b.mul(i, e.const(COLUMNS)), F32), align=4)
-        with e.loop(e.const(0), size, COLUMNS) as (at, _, _):
+        e.store(ir.Constant(F32, MINUS_INFINITY), running_max, i)
+        b.store(zeros, e.at(totals, b.mul(i, e.const(PANEL_COLUMNS)), F32), align=4)
+        with e.loop(e.const(0), size, PANEL_COLUMNS) as (at, _, _):
             b.store(zeros, e.at(sums, b.add(b.mul(i, size), at), F32), align=4)
     last = b.add(past, b.sub(b.sdiv(count, group), e.const(1)))
     has_window = b.icmp_signed(">", window, e.const(0))
     unseen = b.select(has_window, e.larger(b.sub(b.add(past, e.const(1)), window), e.const(0)), e.const(0))
     in_parts = b.icmp_signed(">", splits, e.const(1))
-    begin = b.and_(unseen, e.const(-CHUNK))
-    begin = b.select(in_parts, e.larger(begin, b.mul(split, e.const(CHUNK))), begin)
+    begin = b.and_(unseen, e.const(-KV_TILE))
+    begin = b.select(in_parts, e.larger(begin, b.mul(split, e.const(KV_TILE))), begin)
     end = b.add(last, e.const(1))
-    end = b.select(in_parts, e.smaller(end, b.mul(b.add(split, e.const(1)), e.const(CHUNK))), end)
+    end = b.select(in_parts, e.smaller(end, b.mul(b.add(split, e.const(1)), e.const(KV_TILE))), end)
     memory = b.mul(b.mul(b.add(b.mul(row, kv_heads), head), capacity), size)
     keys, values = (e.at(each, memory, F32) for each in (all_keys, all_values))
-    with e.loop(begin, end, CHUNK) as (start, _, _):
-        here = e.smaller(b.sub(end, start), e.const(CHUNK))
+    with e.loop(begin, end, KV_TILE) as (start, _, _):
+        here = e.smaller(b.sub(end, start), e.const(KV_TILE))
         _score(e, kernels, count, [queries, size, keys, start, here, last, scores])
         with e.loop(e.const(0), count) as (i, _, _):
-            until = b.sub(b.add(past, b.sdiv(i, group)), start)
-            since = b.select(has_window, b.add(b.sub(until, window), e.const(1)), e.const(0))
-            own = e.at(scores, b.mul(i, e.const(CHUNK)), F32)
-            most = b.call(kernels.soften, [own, since, until, softcap, here_total])
+            tile_last = b.sub(b.add(past, b.sdiv(i, group)), start)
+            tile_first = b.select(has_window, b.add(b.sub(tile_last, window), e.const(1)), e.const(0))
+            own = e.at(scores, b.mul(i, e.const(KV_TILE)), F32)
+            most = b.call(kernels.online_softmax, [own, tile_first, tile_last, softcap, here_total])
             both = e.at(factors, b.mul(i, e.const(2)), F32)
-            e.store(b.call(kernels.weigh, [e.load(largest, i, F32), most, both]), largest, i)
-            _merge_totals(e, e.at(totals, b.mul(i, e.const(COLUMNS)), F32), here_total, both)
+            e.store(b.call(kernels.weigh, [e.load(running_max, i, F32), most, both]), running_max, i)
+            _merge_totals(e, e.at(totals, b.mul(i, e.const(PANEL_COLUMNS)), F32), here_total, both)
         first_value = e.at(values, b.mul(start, size), F32)
         _add_values(e, kernels, count, [scores, first_value, here, size, factors, sums])
     with e.loop(e.const(0), count) as (i, _, _):
-        total = e.at(totals, b.mul(i, e.const(COLUMNS)), F32)
+        total = e.at(totals, b.mul(i, e.const(PANEL_COLUMNS)), F32)
         place = b.add(b.mul(row, tokens), b.add(token, b.sdiv(i, group)))
         target = b.add(b.mul(place, heads), b.add(first_head, b.srem(i, group)))
         own = e.at(sums, b.mul(i, size), F32)
         with b.if_else(in_parts) as (then, otherwise):
             with then:
-                _leave_part(e, task, b.add(b.mul(target, splits), split), e.load(largest, i, F32), total, own)
+                _emit_partial(e, params, b.add(b.mul(target, splits), split), e.load(running_max, i, F32), total, own)
             with otherwise:
-                write(e, task, target, own, total)
+                emit_output(e, params, target, own, total)
     b.ret_void()
     return e.function
 
 
-def _score(e: Emitter, kernels: Kernels, count: ir.Value, arguments: Sequence[ir.Value]) -> None:
+def _score(e: Emitter, kernels: AttentionKernels, count: ir.Value, arguments: Sequence[ir.Value]) -> None:
     """Emit the scores of `here` positions from `start` on."""
     queries, size, keys, start, here, last, scores = arguments
     b = e.b
-    with e.loop(e.const(0), here, COLUMNS) as (some, _, _):
+    with e.loop(e.const(0), here, PANEL_COLUMNS) as (some, _, _):
 
         def score(rows: int, i: ir.Value) -> None:
-            target = e.at(scores, b.add(b.mul(i, e.const(CHUNK)), some), F32)
+            target = e.at(scores, b.add(b.mul(i, e.const(KV_TILE)), some), F32)
             b.call(
-                kernels.dots[rows], [e.at(queries, b.mul(i, size), F32), size, keys, b.add(start, some), last, target]
+                kernels.qk_dot[rows], [e.at(queries, b.mul(i, size), F32), size, keys, b.add(start, some), last, target]
             )
 
-        e.in_parts(count, tuple(kernels.dots), score)
+        e.in_parts(count, tuple(kernels.qk_dot), score)
 
 
-def _add_values(e: Emitter, kernels: Kernels, count: ir.Value, arguments: Sequence[ir.Value]) -> None:
+def _add_values(e: Emitter, kernels: AttentionKernels, count: ir.Value, arguments: Sequence[ir.Value]) -> None:
     """Emit the weighted sums of values for `count` queries, as many columns at once as there are kernels for."""
     scores, values, here, size, factors, sums = arguments
     b = e.b
 
     def rows_of(rows: int, i: ir.Value) -> None:
         def columns_of(across: int, vector: ir.Value) -> None:
-            column = b.mul(vector, e.const(COLUMNS))
+            column = b.mul(vector, e.const(PANEL_COLUMNS))
             b.call(
                 kernels.values[rows][across],
                 [
-                    e.at(scores, b.mul(i, e.const(CHUNK)), F32), e.at(values, column, F32), here, size,
-                    e.at(factors, b.mul(i, e.const(2)), F32), e.at(sums, b.add(b.mul(i, size), column), F32),
+                    e.at(scores, b.mul(i, e.const(KV_TILE)), F32),
+                    e.at(values, column, F32),
+                    here,
+                    size,
+                    e.at(factors, b.mul(i, e.const(2)), F32),
+                    e.at(sums, b.add(b.mul(i, size), column), F32),
                 ],
-            )  # fmt: skip
+            )
 
-        e.in_parts(b.sdiv(size, e.const(COLUMNS)), tuple(kernels.values[rows]), columns_of)
+        e.in_parts(b.sdiv(size, e.const(PANEL_COLUMNS)), tuple(kernels.values[rows]), columns_of)
 
     e.in_parts(count, tuple(kernels.values), rows_of)
 
 
 def _merge_totals(e: Emitter, totals: ir.Value, here: ir.Value, factors: ir.Value) -> None:
     """Emit the merging of a chunk's sums of exponentials, in 16 parts, with those before."""
-    both = [e.splat(e.load(factors, i, F32), WIDE) for i in range(2)]
-    so_far, added = (e.load_vector(each, 0, F32, WIDE) for each in (totals, here))
-    e.b.store(merged(e, so_far, added, both), totals, align=4)
+    both = [e.splat(e.load(factors, i, F32), F32X16) for i in range(2)]
+    so_far, added = (e.load_vector(each, 0, F32, F32X16) for each in (totals, here))
+    e.b.store(rescale_and_add(e, so_far, added, both), totals, align=4)
 
 
-def _leave_part(
-    e: Emitter, task: ir.Value, place: ir.Value, largest: ir.Value, total: ir.Value, values: ir.Value
+def _emit_partial(
+    e: Emitter, params: ir.Value, place: ir.Value, running_max: ir.Value, total: ir.Value, values: ir.Value
 ) -> None:
     """Emit what one part of the positions gave: the weighted values, the sums of exponentials, the largest score."""
     b = e.b
-    parts, size = fields(e, task, Task.PARTS, Task.SIZE)
+    parts, size = load_params(e, params, AttentionParam.PARTS, AttentionParam.SIZE)
     part = e.at(parts, b.mul(place, part_length(e, size)), F32)
-    with e.loop(e.const(0), size, COLUMNS) as (at, _, _):
-        b.store(e.load_vector(values, at, F32, WIDE), e.at(part, at, F32), align=4)
-    b.store(e.load_vector(total, 0, F32, WIDE), e.at(part, size, F32), align=4)
-    e.store(largest, part, b.add(size, e.const(COLUMNS)))
+    with e.loop(e.const(0), size, PANEL_COLUMNS) as (at, _, _):
+        b.store(e.load_vector(values, at, F32, F32X16), e.at(part, at, F32), align=4)
+    b.store(e.load_vector(total, 0, F32, F32X16), e.at(part, size, F32), align=4)
+    e.store(running_max, part, b.add(size, e.const(PANEL_COLUMNS)))
 
 
-def emit_combine(module: ir.Module, kernels: Kernels) -> ir.Function:
+def emit_combine(module: ir.Module, kernels: AttentionKernels) -> ir.Function:
     """Emit what merges the parts of query `index`, which counts through the heads of all tokens of the batch."""
     e = Emitter(module, "attention_combine", VOID, [POINTER, I64])
-    task, index = e.function.args
+    params, index = e.function.args
     b = e.b
-    parts, size, splits = fields(e, task, Task.PARTS, Task.SIZE, Task.SPLITS)
+    parts, size, splits = load_params(e, params, AttentionParam.PARTS, AttentionParam.SIZE, AttentionParam.SPLITS)
     length = part_length(e, size)
     own = e.at(parts, b.mul(b.mul(index, splits), length), F32)
-    sums, factors = e.reserve(F32, MOST_HEAD_SIZE + COLUMNS), e.reserve(F32, 2)
-    all_sums = b.add(size, e.const(COLUMNS))
-    zeros = ir.Constant(WIDE, [0.0] * COLUMNS)
-    with e.loop(e.const(0), all_sums, COLUMNS) as (at, _, _):
+    sums, factors = e.alloca(F32, MAX_KERNEL_HEAD_SIZE + PANEL_COLUMNS), e.alloca(F32, 2)
+    all_sums = b.add(size, e.const(PANEL_COLUMNS))
+    zeros = ir.Constant(F32X16, [0.0] * PANEL_COLUMNS)
+    with e.loop(e.const(0), all_sums, PANEL_COLUMNS) as (at, _, _):
         b.store(zeros, e.at(sums, at, F32), align=4)
-    with e.loop(e.const(0), splits, carried=[ir.Constant(F32, MINUS_INFINITY)]) as (split, largest, kept):
+    with e.loop(e.const(0), splits, carried=[ir.Constant(F32, MINUS_INFINITY)]) as (split, running_max, updated):
         part = e.at(own, b.mul(split, length), F32)
-        new = b.call(kernels.weigh, [largest[0], e.load(part, all_sums, F32), factors])
-        both = [e.splat(e.load(factors, i, F32), WIDE) for i in range(2)]
-        with e.loop(e.const(0), all_sums, COLUMNS) as (at, _, _):
-            so_far, here = (e.load_vector(each, at, F32, WIDE) for each in (sums, part))
-            b.store(merged(e, so_far, here, both), e.at(sums, at, F32), align=4)
-        kept.append(new)
-    write(e, task, index, sums, e.at(sums, size, F32))
+        new = b.call(kernels.weigh, [running_max[0], e.load(part, all_sums, F32), factors])
+        both = [e.splat(e.load(factors, i, F32), F32X16) for i in range(2)]
+        with e.loop(e.const(0), all_sums, PANEL_COLUMNS) as (at, _, _):
+            so_far, here = (e.load_vector(each, at, F32, F32X16) for each in (sums, part))
+            b.store(rescale_and_add(e, so_far, here, both), e.at(sums, at, F32), align=4)
+        updated.append(new)
+    emit_output(e, params, index, sums, e.at(sums, size, F32))
     b.ret_void()
     return e.function
 
 
 def part_length(e: Emitter, size: ir.Value) -> ir.Value:
     """Emit how many numbers a part has: weighted values [size], sums of exponentials [16], the largest score."""
-    return e.b.add(size, e.const(COLUMNS + 1))
+    return e.b.add(size, e.const(PANEL_COLUMNS + 1))

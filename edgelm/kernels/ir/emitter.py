@@ -8,16 +8,16 @@ from typing import Final
 
 from llvmlite import ir
 
-from edgelm.kernels.abi import COLUMNS
+from edgelm.kernels.abi import PANEL_COLUMNS
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32: Final = ir.FloatType()
-HALF: Final = ir.HalfType()
+F16: Final = ir.HalfType()
 POINTER: Final = ir.PointerType()
 VOID: Final = ir.VoidType()
-WIDE: Final = ir.VectorType(F32, COLUMNS)
-SUMS: Final = ir.VectorType(I32, COLUMNS)
-BYTES: Final = ir.VectorType(I8, 4 * COLUMNS)
+F32X16: Final = ir.VectorType(F32, PANEL_COLUMNS)
+I32X16: Final = ir.VectorType(I32, PANEL_COLUMNS)
+I8X64: Final = ir.VectorType(I8, 4 * PANEL_COLUMNS)
 
 
 class Emitter:
@@ -35,20 +35,20 @@ class Emitter:
         """Return a 64-bit integer."""
         return ir.Constant(I64, int(value))  # an enumeration's member prints its name in Python 3.10
 
-    def reserve(self, kind: ir.Type, count: int = 1) -> ir.Value:
+    def alloca(self, ir_type: ir.Type, count: int = 1) -> ir.Value:
         """Return the address of elements on the stack."""
-        place = self.b.alloca(kind, self.const(count))
+        place = self.b.alloca(ir_type, self.const(count))
         place.type = POINTER  # llvmlite gives it a type of its own, which stores of anything else do not fit
         return place
 
-    def at(self, pointer: ir.Value, index: ir.Value | int, kind: ir.Type) -> ir.Value:
+    def at(self, pointer: ir.Value, index: ir.Value | int, ir_type: ir.Type) -> ir.Value:
         """Return the address of an element."""
         place = self.const(index) if isinstance(index, int) else index
-        return self.b.gep(pointer, [place], inbounds=True, source_etype=kind)
+        return self.b.gep(pointer, [place], inbounds=True, source_etype=ir_type)
 
-    def load(self, pointer: ir.Value, index: ir.Value | int, kind: ir.Type, align: int | None = None) -> ir.Value:
+    def load(self, pointer: ir.Value, index: ir.Value | int, ir_type: ir.Type, align: int | None = None) -> ir.Value:
         """Load an element."""
-        return self.b.load(self.at(pointer, index, kind), typ=kind, align=align)
+        return self.b.load(self.at(pointer, index, ir_type), typ=ir_type, align=align)
 
     def load_vector(self, pointer: ir.Value, index: ir.Value | int, element: ir.Type, vector: ir.Type) -> ir.Value:
         """Load a vector that begins at an element; no alignment beyond a byte is assumed."""
@@ -58,15 +58,15 @@ class Emitter:
         """Store a value as an element of its own type."""
         self.b.store(value, self.at(pointer, index, value.type), align=align)
 
-    def splat(self, value: ir.Value, kind: ir.VectorType) -> ir.Value:
+    def splat(self, value: ir.Value, ir_type: ir.VectorType) -> ir.Value:
         """Return a vector of equal elements."""
-        first = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
-        zeros = ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
-        return self.b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros)
+        first = self.b.insert_element(ir.Constant(ir_type, ir.Undefined), value, ir.Constant(I32, 0))
+        zeros = ir.Constant(ir.VectorType(I32, ir_type.count), [0] * ir_type.count)
+        return self.b.shuffle_vector(first, ir.Constant(ir_type, ir.Undefined), zeros)
 
-    def call_address(self, function: ir.Value, kind: ir.FunctionType, arguments: Sequence[ir.Value]) -> ir.Value:
+    def call_address(self, function: ir.Value, ir_type: ir.FunctionType, arguments: Sequence[ir.Value]) -> ir.Value:
         """Call a function by its address, a 64-bit integer."""
-        return self.b.call(self.b.inttoptr(function, kind.as_pointer()), arguments)
+        return self.b.call(self.b.inttoptr(function, ir_type.as_pointer()), arguments)
 
     def fma(self, one: ir.Value, other: ir.Value, added: ir.Value) -> ir.Value:
         """Return one * other + added of vectors of float32, rounded once."""
@@ -99,15 +99,15 @@ class Emitter:
             phi.add_incoming(value, before)
         self.b.cbranch(self.b.icmp_signed("<", counter, stop), body, after)
         self.b.position_at_end(body)
-        kept: list[ir.Value] = []
-        yield counter, list(values), kept
+        updated: list[ir.Value] = []
+        yield counter, list(values), updated
         further = self.const(step) if isinstance(step, int) else step
         counter.add_incoming(self.b.add(counter, further), self.b.block)
-        for phi, value in zip(values, kept, strict=True):
+        for phi, value in zip(values, updated, strict=True):
             phi.add_incoming(value, self.b.block)
         self.b.branch(head)
         self.b.position_at_end(after)
-        kept[:] = values
+        updated[:] = values
 
     def in_parts(self, count: ir.Value, sizes: Sequence[int], body: Callable[[int, ir.Value], None]) -> None:
         """Pass `count` things, as many at once as the sizes allow, the largest first; the last size is 1.

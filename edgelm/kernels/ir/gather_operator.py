@@ -11,46 +11,46 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from edgelm.kernels.abi import COLUMNS, Format, State
-from edgelm.kernels.ir.emitter import F32, HALF, I8, I32, I64, POINTER, Emitter
-from edgelm.kernels.ir.kernel_context import MOST_DIMENSIONS, Call
-from edgelm.kernels.ir.panel_decoder import weights_of
+from edgelm.kernels.abi import PANEL_COLUMNS, StateField, WeightFormat
+from edgelm.kernels.ir.emitter import F16, F32, I8, I32, I64, POINTER, Emitter
+from edgelm.kernels.ir.kernel_context import MAX_RANK, KernelContext
+from edgelm.kernels.ir.panel_decoder import load_codes
 
-FOUR = ir.VectorType(F32, 4)
+F32X4 = ir.VectorType(F32, 4)
 
 
-def emit_look_up(module: ir.Module, form: Format) -> None:
+def emit_gather(module: ir.Module, fmt: WeightFormat) -> None:
     """Emit the operator for tables of a format. Gives (code - 2^(bits-1)) * scale, in float32."""
-    e = Emitter(module, form.look_up, POINTER, [POINTER, POINTER], export=True)
+    e = Emitter(module, fmt.look_up, POINTER, [POINTER, POINTER], export=True)
     state, context = e.function.args
     b = e.b
-    call = Call(e, state, context)
+    call = KernelContext(e, state, context)
     value = call.input(0)
     indices = call.data(value)
-    rank = call.rank(value, MOST_DIMENSIONS - 1)
+    rank = call.rank(value, MAX_RANK - 1)
     count = call.product(rank)
     size, columns, weights, scales = (
-        e.load(state, field, I64) for field in (State.K, State.N, State.WEIGHTS, State.SCALES)
+        e.load(state, field, I64) for field in (StateField.K, StateField.N, StateField.WEIGHTS, StateField.SCALES)
     )
     e.store(size, call.shape, rank)
     y = call.output_like_shape(0, b.add(rank, e.const(1)))
-    blocks = b.sdiv(size, e.const(form.block))
+    blocks = b.sdiv(size, e.const(fmt.block))
     with e.loop(e.const(0), count) as (i, _, _):
         given = e.load(indices, i, I64)
         counted = b.select(b.icmp_signed("<", given, e.const(0)), b.add(given, columns), given)
         column = e.smaller(e.larger(counted, e.const(0)), b.sub(columns, e.const(1)))
-        lane = b.and_(column, e.const(COLUMNS - 1))
-        before = b.mul(b.sdiv(column, e.const(COLUMNS)), blocks)
+        lane = b.and_(column, e.const(PANEL_COLUMNS - 1))
+        before = b.mul(b.sdiv(column, e.const(PANEL_COLUMNS)), blocks)
         with e.loop(e.const(0), blocks) as (block, _, _):
-            place = b.mul(b.add(before, block), e.const(COLUMNS))
-            first = b.add(b.mul(place, e.const(form.block_bytes)), b.mul(lane, e.const(4)))
+            place = b.mul(b.add(before, block), e.const(PANEL_COLUMNS))
+            first = b.add(b.mul(place, e.const(fmt.block_bytes)), b.mul(lane, e.const(4)))
             here = b.inttoptr(b.add(weights, first), POINTER)
-            scale = e.load(b.inttoptr(scales, POINTER), b.add(place, lane), HALF)
-            factor = e.splat(b.fpext(scale, F32), FOUR)
-            to = b.add(b.mul(i, size), b.mul(block, e.const(form.block)))
-            zero = ir.Constant(ir.VectorType(I32, 4), [1 << (form.bits - 1)] * 4)
-            for four, part in enumerate(weights_of(e, form, here, ir.VectorType(I8, 4))):
+            scale = e.load(b.inttoptr(scales, POINTER), b.add(place, lane), F16)
+            factor = e.splat(b.fpext(scale, F32), F32X4)
+            to = b.add(b.mul(i, size), b.mul(block, e.const(fmt.block)))
+            zero = ir.Constant(ir.VectorType(I32, 4), [1 << (fmt.bits - 1)] * 4)
+            for four, part in enumerate(load_codes(e, fmt, here, ir.VectorType(I8, 4))):
                 centred = b.sub(b.zext(part, zero.type), zero)
-                values = b.fmul(b.sitofp(centred, FOUR), factor)
+                values = b.fmul(b.sitofp(centred, F32X4), factor)
                 b.store(values, e.at(y, b.add(to, e.const(4 * four)), F32), align=1)
     call.end()

@@ -1,7 +1,8 @@
 """What an operator asks of onnxruntime while it computes, as LLVM IR: inputs, outputs, threads.
 
 Every function of onnxruntime's returns a status, null for success: one that is not null ends the operator, which
-returns it. So does a fault of the inputs (see `Fault`): nothing is read or written that was not found to fit before.
+returns it. So does a fault of the inputs (see `InputErrorCode`): nothing is read or written that was not found to fit
+before.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from typing import Final
 
 from llvmlite import ir
 
-from edgelm.kernels.abi import Fault, State
+from edgelm.kernels.abi import InputErrorCode, StateField
 from edgelm.kernels.ir.emitter import I64, POINTER, VOID, Emitter
 
-MOST_DIMENSIONS: Final = 8
+MAX_RANK: Final = 8
 _INVALID_ARGUMENT: Final = 2
 """OrtErrorCode."""
 
 
-class Call:
-    """One call of an operator. `state` holds the functions (see `formats.State`), `context` is onnxruntime's.
+class KernelContext:
+    """One call of an operator. `state` holds the functions (see `formats.StateField`), `context` is onnxruntime's.
 
     The function that is emitted returns an OrtStatus.
     """
@@ -29,25 +30,25 @@ class Call:
         self._e = e
         self._state = state
         self._context = context
-        self._out = e.reserve(POINTER)
-        self._rank = e.reserve(I64)
-        self.shape = e.reserve(I64, MOST_DIMENSIONS)
+        self._out = e.alloca(POINTER)
+        self._rank = e.alloca(I64)
+        self.shape = e.alloca(I64, MAX_RANK)
         """The dimensions that were asked for last, to be changed for an output."""
 
     def end(self) -> None:
         """Emit the return of success."""
         self._e.b.ret(ir.Constant(POINTER, None))
 
-    def require(self, condition: ir.Value, fault: Fault) -> None:
+    def require(self, condition: ir.Value, fault: InputErrorCode) -> None:
         """Emit a return of a fault where a condition, one bit, does not hold."""
         e, b = self._e, self._e.b
         with b.if_then(b.not_(condition), likely=False):
-            text = e.load(e.b.inttoptr(e.load(self._state, State.FAULTS, I64), POINTER), fault, POINTER)
-            kind = ir.FunctionType(POINTER, [ir.IntType(32), POINTER])
+            text = e.load(e.b.inttoptr(e.load(self._state, StateField.ERROR_MESSAGES, I64), POINTER), fault, POINTER)
+            ir_type = ir.FunctionType(POINTER, [ir.IntType(32), POINTER])
             code = ir.Constant(ir.IntType(32), _INVALID_ARGUMENT)
-            b.ret(e.call_address(e.load(self._state, State.CREATE_STATUS, I64), kind, [code, text]))
+            b.ret(e.call_address(e.load(self._state, StateField.CREATE_STATUS, I64), ir_type, [code, text]))
 
-    def require_equal(self, fault: Fault, *pairs: tuple[ir.Value, ir.Value]) -> None:
+    def require_equal(self, fault: InputErrorCode, *pairs: tuple[ir.Value, ir.Value]) -> None:
         """Emit a return of a fault where two integers of a pair differ."""
         holds: ir.Value = ir.Constant(ir.IntType(1), 1)
         for one, other in pairs:
@@ -56,7 +57,7 @@ class Call:
 
     def input(self, index: int) -> ir.Value:
         """Emit the address of an input, null for one that is absent."""
-        self._call(State.GET_INPUT, self._context, self._e.const(index), self._out)
+        self._call(StateField.GET_INPUT, self._context, self._e.const(index), self._out)
         return self._result()
 
     def is_given(self, value: ir.Value) -> ir.Value:
@@ -65,7 +66,7 @@ class Call:
 
     def data(self, value: ir.Value) -> ir.Value:
         """Emit where a tensor's values begin."""
-        self._call(State.GET_DATA, value, self._out)
+        self._call(StateField.GET_DATA, value, self._out)
         return self._result()
 
     def optional(self, value: ir.Value) -> ir.Value:
@@ -80,22 +81,22 @@ class Call:
         found.add_incoming(data, inside)
         return found
 
-    def rank(self, value: ir.Value, most: int = MOST_DIMENSIONS) -> ir.Value:
+    def rank(self, value: ir.Value, most: int = MAX_RANK) -> ir.Value:
         """Emit how many dimensions a tensor has, at most so many; they are in `shape` then."""
         e = self._e
-        self._call(State.GET_SHAPE, value, self._out)
+        self._call(StateField.GET_SHAPE, value, self._out)
         info = self._result()
-        self._call(State.GET_RANK, info, self._rank)
+        self._call(StateField.GET_RANK, info, self._rank)
         rank = e.b.load(self._rank, typ=I64)
-        self._call(State.GET_DIMENSIONS, info, self.shape, e.smaller(rank, e.const(MOST_DIMENSIONS)))
-        release = e.load(self._state, State.RELEASE_SHAPE, I64)
+        self._call(StateField.GET_DIMENSIONS, info, self.shape, e.smaller(rank, e.const(MAX_RANK)))
+        release = e.load(self._state, StateField.RELEASE_SHAPE, I64)
         e.call_address(release, ir.FunctionType(VOID, [POINTER]), [info])
-        self.require(e.b.icmp_signed("<=", rank, e.const(most)), Fault.RANK)
+        self.require(e.b.icmp_signed("<=", rank, e.const(most)), InputErrorCode.RANK)
         return rank
 
     def dimensions(self, value: ir.Value, rank: int) -> list[ir.Value]:
         """Emit the dimensions of a tensor that must have `rank` of them."""
-        self.require_equal(Fault.RANK, (self.rank(value), self._e.const(rank)))
+        self.require_equal(InputErrorCode.RANK, (self.rank(value), self._e.const(rank)))
         return [self._e.load(self.shape, axis, I64) for axis in range(rank)]
 
     def count(self, value: ir.Value) -> ir.Value:
@@ -105,9 +106,9 @@ class Call:
     def product(self, rank: ir.Value) -> ir.Value:
         """Emit the product of the first `rank` dimensions in `shape`."""
         e = self._e
-        with e.loop(e.const(0), rank, carried=[e.const(1)]) as (axis, counts, kept):
-            kept.append(e.b.mul(counts[0], e.load(self.shape, axis, I64)))
-        return kept[0]
+        with e.loop(e.const(0), rank, carried=[e.const(1)]) as (axis, counts, updated):
+            updated.append(e.b.mul(counts[0], e.load(self.shape, axis, I64)))
+        return updated[0]
 
     def output(self, index: int, dimensions: Sequence[ir.Value]) -> ir.Value:
         """Emit where the values of an output begin that has these dimensions."""
@@ -117,24 +118,24 @@ class Call:
 
     def output_like_shape(self, index: int, rank: ir.Value) -> ir.Value:
         """Emit where the values of an output begin whose dimensions are in `shape`."""
-        self._call(State.GET_OUTPUT, self._context, self._e.const(index), self.shape, rank, self._out)
+        self._call(StateField.GET_OUTPUT, self._context, self._e.const(index), self.shape, rank, self._out)
         return self.data(self._result())
 
-    def for_each(self, function: ir.Value, count: ir.Value, task: ir.Value) -> None:
+    def parallel_for(self, function: ir.Value, count: ir.Value, params: ir.Value) -> None:
         """Emit calls of function(task, i) for i in [0, count), by the threads where there is more than one."""
         e, b = self._e, self._e.b
         with b.if_else(b.icmp_signed("==", count, e.const(1))) as (then, otherwise):
             with then:
-                kind = ir.FunctionType(VOID, [POINTER, I64])
-                e.call_address(b.ptrtoint(function, I64), kind, [task, e.const(0)])
+                ir_type = ir.FunctionType(VOID, [POINTER, I64])
+                e.call_address(b.ptrtoint(function, I64), ir_type, [params, e.const(0)])
             with otherwise, b.if_then(b.icmp_signed(">", count, e.const(0))):
-                self._call(State.PARALLEL_FOR, self._context, function, count, count, task)
+                self._call(StateField.PARALLEL_FOR, self._context, function, count, count, params)
 
-    def _call(self, field: State, *arguments: ir.Value) -> None:
+    def _call(self, field: StateField, *arguments: ir.Value) -> None:
         """Emit a call of onnxruntime's, and a return of its status where that is not null."""
         b = self._e.b
-        kind = ir.FunctionType(POINTER, [value.type for value in arguments])
-        status = self._e.call_address(self._e.load(self._state, field, I64), kind, arguments)
+        ir_type = ir.FunctionType(POINTER, [value.type for value in arguments])
+        status = self._e.call_address(self._e.load(self._state, field, I64), ir_type, arguments)
         with b.if_then(self.is_given(status), likely=False):
             b.ret(status)
 

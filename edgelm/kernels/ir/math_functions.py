@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from llvmlite import ir
 
-from edgelm.kernels.abi import COLUMNS
-from edgelm.kernels.ir.emitter import SUMS, WIDE, Emitter
+from edgelm.kernels.abi import PANEL_COLUMNS
+from edgelm.kernels.ir.emitter import F32X16, I32X16, Emitter
 
 
 def _number(value: float) -> ir.Constant:
-    return ir.Constant(WIDE, [float(np.float32(value))] * COLUMNS)
+    return ir.Constant(F32X16, [float(np.float32(value))] * PANEL_COLUMNS)
 
 
 def exp(e: Emitter, x: ir.Value) -> ir.Value:
@@ -21,12 +21,12 @@ def exp(e: Emitter, x: ir.Value) -> ir.Value:
     b = e.b
 
     def fma(*arguments: ir.Value) -> ir.Value:
-        return e.intrinsic("llvm.fma.v16f32", WIDE, *arguments)
+        return e.intrinsic("llvm.fma.v16f32", F32X16, *arguments)
 
     strange, given = b.fcmp_unordered("uno", x, x), x
     for limit, sign in ((88.0, "<"), (-87.0, ">")):  # where the result is a normal number
         x = b.select(b.fcmp_ordered(sign, x, _number(limit)), x, _number(limit))
-    power = e.intrinsic("llvm.rint.v16f32", WIDE, b.fmul(x, _number(1.44269504088896341)))
+    power = e.intrinsic("llvm.rint.v16f32", F32X16, b.fmul(x, _number(1.44269504088896341)))
     rest = fma(power, _number(-0.693359375), x)
     rest = fma(power, _number(2.12194440e-4), rest)
     value = _number(1.9875691500e-4)
@@ -34,9 +34,10 @@ def exp(e: Emitter, x: ir.Value) -> ir.Value:
         value = fma(value, rest, _number(term))
     value = b.fadd(fma(b.fmul(rest, rest), value, rest), _number(1.0))
     exponent = b.shl(
-        b.add(b.fptosi(power, SUMS), ir.Constant(SUMS, [127] * COLUMNS)), ir.Constant(SUMS, [23] * COLUMNS)
+        b.add(b.fptosi(power, I32X16), ir.Constant(I32X16, [127] * PANEL_COLUMNS)),
+        ir.Constant(I32X16, [23] * PANEL_COLUMNS),
     )
-    return b.select(strange, given, b.fmul(value, b.bitcast(exponent, WIDE)))
+    return b.select(strange, given, b.fmul(value, b.bitcast(exponent, F32X16)))
 
 
 def silu(e: Emitter, x: ir.Value) -> ir.Value:

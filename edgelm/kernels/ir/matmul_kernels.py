@@ -13,26 +13,26 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from edgelm.kernels.abi import COLUMNS, Format
-from edgelm.kernels.ir.emitter import BYTES, F32, HALF, I8, I16, I32, I64, POINTER, SUMS, VOID, WIDE, Emitter
-from edgelm.kernels.ir.panel_decoder import eight_at, weights_of
+from edgelm.kernels.abi import PANEL_COLUMNS, WeightFormat
+from edgelm.kernels.ir.emitter import F16, F32, F32X16, I8, I8X64, I16, I32, I32X16, I64, POINTER, VOID, Emitter
+from edgelm.kernels.ir.panel_decoder import eight_at, load_codes
 from edgelm.kernels.ir.targets import Target
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class _ActivationRows:
     """Where each of the rows that a kernel takes at once has its codes, scales and offsets."""
 
     codes: list[ir.Value]
-    factors: list[ir.Value]
-    offsets: list[ir.Value]
+    activation_scales: list[ir.Value]
+    zero_point_terms: list[ir.Value]
 
     @property
     def count(self) -> int:
         return len(self.codes)
 
 
-def emit_panels(module: ir.Module, target: Target, form: Format, rows: int) -> ir.Function:
+def emit_matmul_kernel(module: ir.Module, target: Target, fmt: WeightFormat, rows: int) -> ir.Function:
     """Emit panels(weights, scales, blocks, start, stop, codes, factors, offsets, bias, skip, y, columns) for some rows.
 
     weights: panels as `packing` lays them out; scales: float16 [panels, blocks, 16]; codes, factors and offsets: what
@@ -40,29 +40,31 @@ def emit_panels(module: ir.Module, target: Target, form: Format, rows: int) -> i
     [start, stop) are written; bias: float32 [16 * panels] or null; skip: what is added to y, like it, or null.
     """
     kinds = [POINTER, POINTER, I64, I64, I64, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, I64]
-    e = Emitter(module, f"panels_{form.bits}_{form.block}_{rows}", VOID, kinds)
-    weights, scales, blocks, start, stop, codes, factors, offsets, bias, skip, y, columns = e.function.args
-    b = e.b
-    width = b.mul(blocks, e.const(form.block))
-    taken = _Rows(
-        [e.at(codes, b.mul(width, e.const(form.code_bytes * row)), I8) for row in range(rows)],
-        [e.at(factors, b.mul(blocks, e.const(row)), F32) for row in range(rows)],
-        [e.at(offsets, b.mul(blocks, e.const(row)), I32) for row in range(rows)],
+    e = Emitter(module, f"panels_{fmt.bits}_{fmt.block}_{rows}", VOID, kinds)
+    weights, scales, blocks, start, stop, codes, activation_scales, zero_point_terms, bias, skip, y, columns = (
+        e.function.args
     )
-    zeros = ir.Constant(WIDE, [0.0] * COLUMNS)
+    b = e.b
+    width = b.mul(blocks, e.const(fmt.block))
+    taken = _ActivationRows(
+        [e.at(codes, b.mul(width, e.const(fmt.code_bytes * row)), I8) for row in range(rows)],
+        [e.at(activation_scales, b.mul(blocks, e.const(row)), F32) for row in range(rows)],
+        [e.at(zero_point_terms, b.mul(blocks, e.const(row)), I32) for row in range(rows)],
+    )
+    zeros = ir.Constant(F32X16, [0.0] * PANEL_COLUMNS)
     with e.loop(start, stop) as (panel, _, _):
         passed = b.mul(panel, blocks)
-        panel_weights = e.at(weights, b.mul(passed, e.const(COLUMNS * form.block_bytes)), I8)
-        panel_scales = e.at(scales, b.mul(passed, e.const(COLUMNS)), HALF)
-        with e.loop(e.const(0), blocks, carried=[zeros] * rows) as (block, values, kept):
-            sums = _block_sums(e, target, form, panel_weights, block, taken)
-            at = b.mul(block, e.const(COLUMNS))
-            scale = b.fpext(e.load_vector(panel_scales, at, HALF, ir.VectorType(HALF, COLUMNS)), WIDE)
+        panel_weights = e.at(weights, b.mul(passed, e.const(PANEL_COLUMNS * fmt.block_bytes)), I8)
+        panel_scales = e.at(scales, b.mul(passed, e.const(PANEL_COLUMNS)), F16)
+        with e.loop(e.const(0), blocks, carried=[zeros] * rows) as (block, values, updated):
+            sums = _block_sums(e, target, fmt, panel_weights, block, taken)
+            at = b.mul(block, e.const(PANEL_COLUMNS))
+            scale = b.fpext(e.load_vector(panel_scales, at, F16, ir.VectorType(F16, PANEL_COLUMNS)), F32X16)
             for row in range(rows):
-                factor = b.fmul(scale, e.splat(e.load(taken.factors[row], block, F32), WIDE))
-                kept.append(e.intrinsic("llvm.fma.v16f32", WIDE, b.sitofp(sums[row], WIDE), factor, values[row]))
-        first = b.mul(panel, e.const(COLUMNS))
-        results = _with_bias(e, kept, bias, first)
+                factor = b.fmul(scale, e.splat(e.load(taken.activation_scales[row], block, F32), F32X16))
+                updated.append(e.intrinsic("llvm.fma.v16f32", F32X16, b.sitofp(sums[row], F32X16), factor, values[row]))
+        first = b.mul(panel, e.const(PANEL_COLUMNS))
+        results = _with_bias(e, updated, bias, first)
         begins = [b.add(b.mul(columns, e.const(row)), first) for row in range(rows)]
         added = b.icmp_unsigned("!=", b.ptrtoint(skip, I64), e.const(0))
         with b.if_else(added) as (then, otherwise):
@@ -75,36 +77,36 @@ def emit_panels(module: ir.Module, target: Target, form: Format, rows: int) -> i
 
 
 def _block_sums(
-    e: Emitter, target: Target, form: Format, weights: ir.Value, block: ir.Value, rows: _Rows
+    e: Emitter, target: Target, fmt: WeightFormat, weights: ir.Value, block: ir.Value, rows: _ActivationRows
 ) -> list[ir.Value]:
     """Emit the sums of one block's products for each row, <16 x i32>; each part of the weights is unpacked once."""
     b = e.b
-    sums = [e.splat(e.load(rows.offsets[row], block, I32), SUMS) for row in range(rows.count)]
-    here = e.at(weights, b.mul(block, e.const(COLUMNS * form.block_bytes)), I8)
-    at = b.mul(block, e.const(form.block * form.code_bytes))
-    if target.most_pairs(form.bits) and rows.count > 1:
-        return _block_sums_by_pairs(e, target, form, here, [e.at(codes, at, I8) for codes in rows.codes], sums)
-    upper = [ir.Constant(SUMS, [0] * COLUMNS)] * rows.count
-    count = form.code_bytes  # words of 32 bits that hold the codes of four activations
-    most = target.most_pairs(form.bits)
+    sums = [e.splat(e.load(rows.zero_point_terms[row], block, I32), I32X16) for row in range(rows.count)]
+    here = e.at(weights, b.mul(block, e.const(PANEL_COLUMNS * fmt.block_bytes)), I8)
+    at = b.mul(block, e.const(fmt.block * fmt.code_bytes))
+    if target.max_int16_sums(fmt.bits) and rows.count > 1:
+        return _block_sums_by_pairs(e, target, fmt, here, [e.at(codes, at, I8) for codes in rows.codes], sums)
+    upper = [ir.Constant(I32X16, [0] * PANEL_COLUMNS)] * rows.count
+    count = fmt.code_bytes  # words of 32 bits that hold the codes of four activations
+    most = target.max_int16_sums(fmt.bits)
     pairs: list[ir.Value | None] = [None] * rows.count
-    for fours, part in enumerate(weights_of(e, form, here, BYTES)):
+    for fours, part in enumerate(load_codes(e, fmt, here, I8X64)):
         for row in range(rows.count):
             codes = e.at(rows.codes[row], at, I8)
             spread = [_spread(e, codes, count * fours + i) for i in range(count)]
-            if count == 2 and not target.signed_bytes:
-                sums[row] = target.dot_words(b, sums[row], part, *spread)
+            if count == 2 and not target.has_signed_dot:
+                sums[row] = target.dot_int16(b, sums[row], part, *spread)
                 continue
             if most:
                 pairs[row] = target.pairs(b, pairs[row] if fours % most else None, part, spread[0])
-                if (fours + 1) % most == 0 or 4 * (fours + 1) == form.block:
+                if (fours + 1) % most == 0 or 4 * (fours + 1) == fmt.block:
                     sums[row] = target.widened(b, sums[row], pairs[row])
                 continue
-            sums[row] = target.dot(b, sums[row], part, spread[0], form.bits)
+            sums[row] = target.dot(b, sums[row], part, spread[0], fmt.bits)
             if count == 2:
-                upper[row] = target.dot(b, upper[row], part, spread[1], form.bits)
-    if count == 2 and target.signed_bytes:
-        eight = ir.Constant(SUMS, [8] * COLUMNS)
+                upper[row] = target.dot(b, upper[row], part, spread[1], fmt.bits)
+    if count == 2 and target.has_signed_dot:
+        eight = ir.Constant(I32X16, [8] * PANEL_COLUMNS)
         sums = [b.add(low, b.shl(high, eight)) for low, high in zip(sums, upper, strict=True)]
     return sums
 
@@ -112,7 +114,7 @@ def _block_sums(
 def _block_sums_by_pairs(
     e: Emitter,
     target: Target,
-    form: Format,
+    fmt: WeightFormat,
     here: ir.Value,
     codes: Sequence[ir.Value],
     sums: Sequence[ir.Value],
@@ -123,23 +125,23 @@ def _block_sums_by_pairs(
     where a loop's body keeps them in registers (prefill of SmolLM2-135M on AVX2: 1.2 times as fast).
     """
     b = e.b
-    eights = min(target.most_pairs(form.bits) // 2, form.block // 8)
-    zeros = ir.Constant(ir.VectorType(I16, 2 * COLUMNS), [0] * 2 * COLUMNS)
-    with e.loop(e.const(0), e.const(form.block // 8), eights, carried=sums) as (first, before, added):
+    eights = min(target.max_int16_sums(fmt.bits) // 2, fmt.block // 8)
+    zeros = ir.Constant(ir.VectorType(I16, 2 * PANEL_COLUMNS), [0] * 2 * PANEL_COLUMNS)
+    with e.loop(e.const(0), e.const(fmt.block // 8), eights, carried=sums) as (first, before, added):
         stop = b.add(first, e.const(eights))
-        with e.loop(first, stop, carried=[zeros] * len(codes)) as (eight, pairs, kept):
+        with e.loop(first, stop, carried=[zeros] * len(codes)) as (eight, pairs, updated):
             place = b.mul(eight, e.const(8))
-            for i, part in enumerate(eight_at(e, form, here, eight)):
+            for i, part in enumerate(eight_at(e, fmt, here, eight)):
                 for row, own in enumerate(codes):
                     pairs[row] = target.pairs(b, pairs[row], part, _spread(e, e.at(own, place, I8), i))
-            kept.extend(pairs)
-        added.extend(target.widened(b, total, more) for total, more in zip(before, kept, strict=True))
+            updated.extend(pairs)
+        added.extend(target.widened(b, total, more) for total, more in zip(before, updated, strict=True))
     return added
 
 
 def _spread(e: Emitter, codes: ir.Value, fours: int) -> ir.Value:
     """Emit four codes, repeated for every column: <64 x i8>."""
-    return e.b.bitcast(e.splat(e.load(codes, fours, I32, align=1), SUMS), BYTES)
+    return e.b.bitcast(e.splat(e.load(codes, fours, I32, align=1), I32X16), I8X64)
 
 
 def _with_bias(e: Emitter, values: Sequence[ir.Value], bias: ir.Value, first: ir.Value) -> list[ir.Value]:
@@ -147,12 +149,12 @@ def _with_bias(e: Emitter, values: Sequence[ir.Value], bias: ir.Value, first: ir
     b = e.b
     before = b.block
     with b.if_then(b.icmp_unsigned("!=", b.ptrtoint(bias, I64), e.const(0))):
-        part = e.load_vector(bias, first, F32, WIDE)
+        part = e.load_vector(bias, first, F32, F32X16)
         added = [b.fadd(value, part) for value in values]
         inside = b.block
     results = []
     for plain, more in zip(values, added, strict=True):
-        result = b.phi(WIDE)
+        result = b.phi(F32X16)
         result.add_incoming(plain, before)
         result.add_incoming(more, inside)
         results.append(result)
@@ -169,10 +171,10 @@ def _write(
 ) -> None:
     """Emit the stores of a panel's columns, of which the last panel may have less than 16."""
     b = e.b
-    with b.if_else(b.icmp_signed(">=", rest, e.const(COLUMNS)), likely=True) as (then, otherwise):
+    with b.if_else(b.icmp_signed(">=", rest, e.const(PANEL_COLUMNS)), likely=True) as (then, otherwise):
         with then:
             for begin, result in zip(begins, results, strict=True):
-                more = result if skip is None else b.fadd(result, e.load_vector(skip, begin, F32, WIDE))
+                more = result if skip is None else b.fadd(result, e.load_vector(skip, begin, F32, F32X16))
                 b.store(more, e.at(y, begin, F32), align=1)
         with otherwise, e.loop(e.const(0), rest) as (column, _, _):
             lane = b.trunc(column, I32)
@@ -182,15 +184,29 @@ def _write(
                 e.store(one if skip is None else b.fadd(one, e.load(skip, place, F32)), y, place)
 
 
-def emit_rows(module: ir.Module, target: Target, form: Format) -> Callable[[Emitter, Sequence[ir.Value]], None]:
+def emit_matmul(module: ir.Module, target: Target, fmt: WeightFormat) -> Callable[[Emitter, Sequence[ir.Value]], None]:
     """Emit the kernels of a format; return what emits a call of them for any number of rows.
 
-    It takes the arguments of `emit_panels` with the number of rows in front.
+    It takes the arguments of `emit_matmul_kernel` with the number of rows in front.
     """
-    kernels = {rows: emit_panels(module, target, form, rows) for rows in target.rows_of(form.bits)}
+    kernels = {rows: emit_matmul_kernel(module, target, fmt, rows) for rows in target.rows_of(fmt.bits)}
 
     def call(e: Emitter, arguments: Sequence[ir.Value]) -> None:
-        count, weights, scales, blocks, start, stop, codes, factors, offsets, bias, skip, y, columns = arguments
+        (
+            count,
+            weights,
+            scales,
+            blocks,
+            start,
+            stop,
+            codes,
+            activation_scales,
+            zero_point_terms,
+            bias,
+            skip,
+            y,
+            columns,
+        ) = arguments
         is_added = e.b.icmp_unsigned("!=", e.b.ptrtoint(skip, I64), e.const(0))
 
         def part(rows: int, row: ir.Value) -> None:
@@ -199,12 +215,12 @@ def emit_rows(module: ir.Module, target: Target, form: Format) -> Callable[[Emit
                 kernels[rows],
                 [
                     weights, scales, blocks, start, stop,
-                    e.at(codes, e.b.mul(passed, e.const(form.block * form.code_bytes)), I8),
-                    e.at(factors, passed, F32), e.at(offsets, passed, I32), bias,
+                    e.at(codes, e.b.mul(passed, e.const(fmt.block * fmt.code_bytes)), I8),
+                    e.at(activation_scales, passed, F32), e.at(zero_point_terms, passed, I32), bias,
                     e.at(skip, e.b.select(is_added, before, e.const(0)), F32), e.at(y, before, F32), columns,
                 ],
             )  # fmt: skip
 
-        e.in_parts(count, target.rows_of(form.bits), part)
+        e.in_parts(count, target.rows_of(fmt.bits), part)
 
     return call

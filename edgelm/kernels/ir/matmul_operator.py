@@ -17,17 +17,26 @@ from typing import Final
 
 from llvmlite import ir
 
-from edgelm.kernels.abi import COLUMNS, DESTROY, HOOK, REGISTER, ROUNDED_BYTES, Fault, Format, State
-from edgelm.kernels.ir.activation_quantization import Kind, emit_quantize
+from edgelm.kernels.abi import (
+    DESTROY,
+    PANEL_COLUMNS,
+    QUANT_PARAM_BYTES,
+    REGISTER,
+    SET_CALLBACK_SYMBOL,
+    InputErrorCode,
+    StateField,
+    WeightFormat,
+)
+from edgelm.kernels.ir.activation_quantization import Prologue, emit_quantize
 from edgelm.kernels.ir.attention_operator import emit_attention
 from edgelm.kernels.ir.emitter import F32, I8, I32, I64, POINTER, VOID, Emitter
-from edgelm.kernels.ir.gather_operator import emit_look_up
-from edgelm.kernels.ir.kernel_context import MOST_DIMENSIONS, Call
-from edgelm.kernels.ir.matmul_kernels import emit_rows
+from edgelm.kernels.ir.gather_operator import emit_gather
+from edgelm.kernels.ir.kernel_context import MAX_RANK, KernelContext
+from edgelm.kernels.ir.matmul_kernels import emit_matmul
 from edgelm.kernels.ir.targets import Target
 
 
-class _Task(IntEnum):
+class _MatMulParam(IntEnum):
     """Fields of what the threads share during one call."""
 
     X = 0
@@ -40,7 +49,7 @@ class _Task(IntEnum):
     N = 7
     BLOCKS = 8
     PANELS = 9
-    PANELS_A_TASK = 10
+    PANELS_PER_TASK = 10
     CODES = 11
     FACTORS = 12
     OFFSETS = 13
@@ -49,27 +58,27 @@ class _Task(IntEnum):
     EPSILON = 16
 
 
-TOGETHER: Final = 4
+PANELS_PER_PASS: Final = 4
 """Panels that all rows pass before the next ones: they stay in the nearest cache."""
 
 
-def kernels_module(target: Target, formats: Sequence[Format]) -> tuple[ir.Module, list[str]]:
+def build_module(target: Target, formats: Sequence[WeightFormat]) -> tuple[ir.Module, list[str]]:
     """Return the code of attention, of products and of tables of some formats, and the names to export."""
     module = ir.Module("edgelm")
     module.triple = target.triple
     _emit_registration(module)
-    for form in formats:
-        _emit_compute(module, target, form)
-        emit_look_up(module, form)
-    names = [name for form in formats for name in (form.compute, form.look_up)]
-    return module, [HOOK, REGISTER, DESTROY, emit_attention(module, target), *names]
+    for fmt in formats:
+        _emit_compute(module, target, fmt)
+        emit_gather(module, fmt)
+    names = [name for fmt in formats for name in (fmt.compute, fmt.look_up)]
+    return module, [SET_CALLBACK_SYMBOL, REGISTER, DESTROY, emit_attention(module, target), *names]
 
 
 def _emit_registration(module: ir.Module) -> None:
     hook = ir.GlobalVariable(module, POINTER, "hook")
     hook.linkage = "internal"
     hook.initializer = ir.Constant(POINTER, None)
-    setter = Emitter(module, HOOK, VOID, [POINTER], export=True)
+    setter = Emitter(module, SET_CALLBACK_SYMBOL, VOID, [POINTER], export=True)
     setter.b.store(setter.function.args[0], hook)
     setter.b.ret_void()
     register = Emitter(module, REGISTER, POINTER, [POINTER, POINTER], export=True)
@@ -80,108 +89,151 @@ def _emit_registration(module: ir.Module) -> None:
     destroy.b.ret_void()
 
 
-def _emit_compute(module: ir.Module, target: Target, form: Format) -> None:
-    quantize, quantize_gated, quantize_normed = (_emit_quantize_task(module, target, form, kind) for kind in Kind)
-    multiply = _emit_multiply_task(module, target, form)
-    e = Emitter(module, form.compute, POINTER, [POINTER, POINTER], export=True)
+def _emit_compute(module: ir.Module, target: Target, fmt: WeightFormat) -> None:
+    quantize, quantize_gated, quantize_normed = (_emit_quantize_task(module, target, fmt, kind) for kind in Prologue)
+    multiply = _emit_multiply_task(module, target, fmt)
+    e = Emitter(module, fmt.compute, POINTER, [POINTER, POINTER], export=True)
     state, context = e.function.args
     b = e.b
-    call = Call(e, state, context)
-    task = e.reserve(I64, len(_Task))
+    call = KernelContext(e, state, context)
+    params = e.alloca(I64, len(_MatMulParam))
 
-    def put(field: _Task, value: ir.Value) -> None:
-        e.store(value, task, field)
+    def put(field: _MatMulParam, value: ir.Value) -> None:
+        e.store(value, params, field)
 
     x = call.input(0)
-    put(_Task.X, call.data(x))
+    put(_MatMulParam.X, call.data(x))
     skip = call.input(1)
-    put(_Task.SKIP, call.optional(skip))
-    for field in (_Task.WEIGHTS, _Task.SCALES, _Task.BIAS, _Task.NORM, _Task.EPSILON):
-        put(field, e.load(state, State[field.name], I64))
+    put(_MatMulParam.SKIP, call.optional(skip))
+    for field in (
+        _MatMulParam.WEIGHTS,
+        _MatMulParam.SCALES,
+        _MatMulParam.BIAS,
+        _MatMulParam.NORM,
+        _MatMulParam.EPSILON,
+    ):
+        put(field, e.load(state, StateField[field.name], I64))
     rank = call.rank(x)
-    call.require(b.icmp_signed(">", rank, e.const(0)), Fault.RANK)
+    call.require(b.icmp_signed(">", rank, e.const(0)), InputErrorCode.RANK)
     last = b.sub(rank, e.const(1))
     rows = call.product(last)
-    size, columns = (e.load(state, field, I64) for field in (State.K, State.N))
-    gated = b.icmp_signed("!=", e.load(state, State.GATED, I64), e.const(0))
+    size, columns = (e.load(state, field, I64) for field in (StateField.K, StateField.N))
+    gated = b.icmp_signed("!=", e.load(state, StateField.GATED, I64), e.const(0))
     width = b.select(gated, b.add(size, size), size)
-    call.require_equal(Fault.WIDTH, (e.load(call.shape, last, I64), width))
+    call.require_equal(InputErrorCode.WIDTH, (e.load(call.shape, last, I64), width))
     e.store(columns, call.shape, last)
-    own = e.reserve(I64, MOST_DIMENSIONS)
+    own = e.alloca(I64, MAX_RANK)
     with b.if_then(call.is_given(skip)):
         _require_alike(e, call, rank, own, skip)
-    put(_Task.Y, call.output_like_shape(0, rank))
-    blocks = b.sdiv(b.add(size, e.const(form.block - 1)), e.const(form.block))
-    panels = b.sdiv(b.add(columns, e.const(COLUMNS - 1)), e.const(COLUMNS))
+    put(_MatMulParam.Y, call.output_like_shape(0, rank))
+    blocks = b.sdiv(b.add(size, e.const(fmt.block - 1)), e.const(fmt.block))
+    panels = b.sdiv(b.add(columns, e.const(PANEL_COLUMNS - 1)), e.const(PANEL_COLUMNS))
     cells = b.mul(rows, blocks)
-    code_bytes = b.mul(cells, e.const(form.block * form.code_bytes))
-    scratch = call.output(1, [b.add(code_bytes, b.mul(cells, e.const(ROUNDED_BYTES)))])
-    put(_Task.CODES, scratch)
-    put(_Task.FACTORS, e.at(scratch, code_bytes, I8))
-    put(_Task.OFFSETS, e.at(scratch, b.add(code_bytes, b.mul(cells, e.const(4))), I8))
-    for field, value in ((_Task.ROWS, rows), (_Task.K, size), (_Task.N, columns), (_Task.BLOCKS, blocks)):
+    code_bytes = b.mul(cells, e.const(fmt.block * fmt.code_bytes))
+    scratch = call.output(1, [b.add(code_bytes, b.mul(cells, e.const(QUANT_PARAM_BYTES)))])
+    put(_MatMulParam.CODES, scratch)
+    put(_MatMulParam.FACTORS, e.at(scratch, code_bytes, I8))
+    put(_MatMulParam.OFFSETS, e.at(scratch, b.add(code_bytes, b.mul(cells, e.const(4))), I8))
+    for field, value in (
+        (_MatMulParam.ROWS, rows),
+        (_MatMulParam.K, size),
+        (_MatMulParam.N, columns),
+        (_MatMulParam.BLOCKS, blocks),
+    ):
         put(field, value)
-    panels_a_task = e.load(state, State.PANELS_A_TASK, I64)
-    put(_Task.PANELS, panels)
-    put(_Task.PANELS_A_TASK, panels_a_task)
-    normed = b.icmp_signed("!=", e.load(state, State.NORM, I64), e.const(0))
-    call.for_each(b.select(gated, quantize_gated, b.select(normed, quantize_normed, quantize)), rows, task)
-    call.for_each(multiply, b.sdiv(b.add(panels, b.sub(panels_a_task, e.const(1))), panels_a_task), task)
+    panels_a_task = e.load(state, StateField.PANELS_PER_TASK, I64)
+    put(_MatMulParam.PANELS, panels)
+    put(_MatMulParam.PANELS_PER_TASK, panels_a_task)
+    normed = b.icmp_signed("!=", e.load(state, StateField.NORM, I64), e.const(0))
+    call.parallel_for(b.select(gated, quantize_gated, b.select(normed, quantize_normed, quantize)), rows, params)
+    call.parallel_for(multiply, b.sdiv(b.add(panels, b.sub(panels_a_task, e.const(1))), panels_a_task), params)
     call.end()
 
 
-def _require_alike(e: Emitter, call: Call, rank: ir.Value, own: ir.Value, skip: ir.Value) -> None:
+def _require_alike(e: Emitter, call: KernelContext, rank: ir.Value, own: ir.Value, skip: ir.Value) -> None:
     """Emit a fault where what is added has not the dimensions in `shape`, which go through `own` meanwhile."""
     b = e.b
     with e.loop(e.const(0), rank) as (axis, _, _):
         e.store(e.load(call.shape, axis, I64), own, axis)
-    call.require_equal(Fault.SKIP, (call.rank(skip), rank))
-    with e.loop(e.const(0), rank, carried=[ir.Constant(ir.IntType(1), 1)]) as (axis, same, kept):
-        kept.append(b.and_(same[0], b.icmp_signed("==", e.load(call.shape, axis, I64), e.load(own, axis, I64))))
-    call.require(kept[0], Fault.SKIP)
+    call.require_equal(InputErrorCode.SKIP, (call.rank(skip), rank))
+    with e.loop(e.const(0), rank, carried=[ir.Constant(ir.IntType(1), 1)]) as (axis, same, updated):
+        updated.append(b.and_(same[0], b.icmp_signed("==", e.load(call.shape, axis, I64), e.load(own, axis, I64))))
+    call.require(updated[0], InputErrorCode.SKIP)
 
 
-_NUMBERS: Final = {_Task.ROWS, _Task.K, _Task.N, _Task.BLOCKS, _Task.PANELS, _Task.PANELS_A_TASK}
+_NUMBERS: Final = {
+    _MatMulParam.ROWS,
+    _MatMulParam.K,
+    _MatMulParam.N,
+    _MatMulParam.BLOCKS,
+    _MatMulParam.PANELS,
+    _MatMulParam.PANELS_PER_TASK,
+}
 
 
-def _fields(e: Emitter, task: ir.Value, *fields: _Task) -> list[ir.Value]:
-    return [e.load(task, field, I64 if field in _NUMBERS else POINTER) for field in fields]
+def _load_params(e: Emitter, params: ir.Value, *fields: _MatMulParam) -> list[ir.Value]:
+    return [e.load(params, field, I64 if field in _NUMBERS else POINTER) for field in fields]
 
 
-def _emit_quantize_task(module: ir.Module, target: Target, form: Format, kind: Kind) -> ir.Function:
+def _emit_quantize_task(module: ir.Module, target: Target, fmt: WeightFormat, kind: Prologue) -> ir.Function:
     """Emit what quantizes row `index`."""
-    kernel = emit_quantize(module, target, form, kind)
+    kernel = emit_quantize(module, target, fmt, kind)
     e = Emitter(module, f"{kernel.name}_task", VOID, [POINTER, I64])
-    task, row = e.function.args
-    wanted = (_Task.X, _Task.K, _Task.BLOCKS, _Task.NORM, _Task.CODES, _Task.FACTORS, _Task.OFFSETS)
-    x, size, blocks, norm, codes, factors, offsets = _fields(e, task, *wanted)
-    epsilon = e.b.load(e.at(task, _Task.EPSILON, I64), typ=F32)
+    params, row = e.function.args
+    wanted = (
+        _MatMulParam.X,
+        _MatMulParam.K,
+        _MatMulParam.BLOCKS,
+        _MatMulParam.NORM,
+        _MatMulParam.CODES,
+        _MatMulParam.FACTORS,
+        _MatMulParam.OFFSETS,
+    )
+    x, size, blocks, norm, codes, activation_scales, zero_point_terms = _load_params(e, params, *wanted)
+    epsilon = e.b.load(e.at(params, _MatMulParam.EPSILON, I64), typ=F32)
     cell = e.b.mul(row, blocks)
-    length = e.b.mul(size, e.const(2)) if kind is Kind.GATED else size
+    length = e.b.mul(size, e.const(2)) if kind is Prologue.GATED else size
     e.b.call(
         kernel,
         [
             e.at(x, e.b.mul(row, length), F32), size, blocks, norm, epsilon,
-            e.at(codes, e.b.mul(cell, e.const(form.block * form.code_bytes)), I8),
-            e.at(factors, cell, F32), e.at(offsets, cell, I32),
+            e.at(codes, e.b.mul(cell, e.const(fmt.block * fmt.code_bytes)), I8),
+            e.at(activation_scales, cell, F32), e.at(zero_point_terms, cell, I32),
         ],
     )  # fmt: skip
     e.b.ret_void()
     return e.function
 
 
-def _emit_multiply_task(module: ir.Module, target: Target, form: Format) -> ir.Function:
+def _emit_multiply_task(module: ir.Module, target: Target, fmt: WeightFormat) -> ir.Function:
     """Emit what multiplies all rows with the panels of task `index`, a few panels after the other."""
-    call_rows = emit_rows(module, target, form)
-    e = Emitter(module, f"multiply_task_{form.bits}_{form.block}", VOID, [POINTER, I64])
-    task, index = e.function.args
-    fields = (_Task.ROWS, _Task.WEIGHTS, _Task.SCALES, _Task.BLOCKS, _Task.PANELS, _Task.PANELS_A_TASK)
-    rows, weights, scales, blocks, panels, panels_a_task = _fields(e, task, *fields)
-    others = _fields(e, task, _Task.CODES, _Task.FACTORS, _Task.OFFSETS, _Task.BIAS, _Task.SKIP, _Task.Y, _Task.N)
+    call_rows = emit_matmul(module, target, fmt)
+    e = Emitter(module, f"multiply_task_{fmt.bits}_{fmt.block}", VOID, [POINTER, I64])
+    params, index = e.function.args
+    fields = (
+        _MatMulParam.ROWS,
+        _MatMulParam.WEIGHTS,
+        _MatMulParam.SCALES,
+        _MatMulParam.BLOCKS,
+        _MatMulParam.PANELS,
+        _MatMulParam.PANELS_PER_TASK,
+    )
+    rows, weights, scales, blocks, panels, panels_a_task = _load_params(e, params, *fields)
+    others = _load_params(
+        e,
+        params,
+        _MatMulParam.CODES,
+        _MatMulParam.FACTORS,
+        _MatMulParam.OFFSETS,
+        _MatMulParam.BIAS,
+        _MatMulParam.SKIP,
+        _MatMulParam.Y,
+        _MatMulParam.N,
+    )
     start = e.b.mul(index, panels_a_task)
     stop = e.smaller(e.b.add(start, panels_a_task), panels)
     alone = e.b.icmp_signed("==", rows, e.const(1))
-    together = e.b.select(alone, e.b.sub(stop, start), e.const(TOGETHER))
+    together = e.b.select(alone, e.b.sub(stop, start), e.const(PANELS_PER_PASS))
     with e.loop(start, stop, together) as (first, _, _):
         last = e.smaller(e.b.add(first, together), stop)
         call_rows(e, [rows, weights, scales, blocks, first, last, *others])

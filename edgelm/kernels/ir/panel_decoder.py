@@ -6,32 +6,32 @@ from collections.abc import Iterator
 
 from llvmlite import ir
 
-from edgelm.kernels.abi import COLUMNS, Format
-from edgelm.kernels.ir.emitter import BYTES, I8, I16, Emitter
+from edgelm.kernels.abi import PANEL_COLUMNS, WeightFormat
+from edgelm.kernels.ir.emitter import I8, I8X64, I16, Emitter
 
-_STRIDE = 4 * COLUMNS
+_STRIDE = 4 * PANEL_COLUMNS
 """Bytes of a vector of all columns."""
 
 
-def weights_of(e: Emitter, form: Format, here: ir.Value, kind: ir.VectorType) -> Iterator[ir.Value]:
+def load_codes(e: Emitter, fmt: WeightFormat, here: ir.Value, ir_type: ir.VectorType) -> Iterator[ir.Value]:
     """Emit the codes of a block, unsigned, four of each column at a time, in their order.
 
     here: where the block begins, or the part of its first vector that belongs to some columns; kind: <4 n x i8> for n
     of them.
     """
     b = e.b
-    if form.bits == 8:
-        for at in range(0, form.block * COLUMNS, _STRIDE):
-            yield e.load_vector(here, at, I8, kind)
+    if fmt.bits == 8:
+        for at in range(0, fmt.block * PANEL_COLUMNS, _STRIDE):
+            yield e.load_vector(here, at, I8, ir_type)
         return
-    bits, at = form.high_bits, 0
-    for eight in range(form.block // 8):
+    bits, at = fmt.high_bits, 0
+    for eight in range(fmt.block // 8):
         if bits and eight % (4 // bits) == 0:
-            high = e.load_vector(here, at, I8, kind)
+            high = e.load_vector(here, at, I8, ir_type)
             at += _STRIDE
-        packed = e.load_vector(here, at, I8, kind)
+        packed = e.load_vector(here, at, I8, ir_type)
         at += _STRIDE
-        low = b.and_(packed, _bytes(kind, 15)), b.lshr(packed, _bytes(kind, 4))
+        low = b.and_(packed, _bytes(ir_type, 15)), b.lshr(packed, _bytes(ir_type, 4))
         for half, part in enumerate(low):
             if not bits:
                 yield part
@@ -39,22 +39,22 @@ def weights_of(e: Emitter, form: Format, here: ir.Value, kind: ir.VectorType) ->
                 yield b.or_(part, _above(b, high, (2 * eight + half) * bits % 8, bits))
 
 
-def eight_at(e: Emitter, form: Format, here: ir.Value, eight: ir.Value) -> list[ir.Value]:
-    """Emit the codes that `weights_of` makes of eight weights a column, of less than 8 bits: two of <64 x i8>.
+def eight_at(e: Emitter, fmt: WeightFormat, here: ir.Value, eight: ir.Value) -> list[ir.Value]:
+    """Emit the codes that `load_codes` makes of eight weights a column, of less than 8 bits: two of <64 x i8>.
 
     here: where the block begins; eight: which of the block's eights, known at run time.
     """
-    b, bits = e.b, form.high_bits
+    b, bits = e.b, fmt.high_bits
     at = eight
     if bits:  # every vector of high bits lies before the ones that it belongs to
         together = 4 // bits
         group = b.udiv(eight, e.const(together))
         at = b.add(at, b.add(group, e.const(1)))
-    packed = e.load_vector(here, b.mul(at, e.const(_STRIDE)), I8, BYTES)
-    low = [b.and_(packed, _bytes(BYTES, 15)), b.and_(_shifted(e, packed, e.const(4)), _bytes(BYTES, 15))]
+    packed = e.load_vector(here, b.mul(at, e.const(_STRIDE)), I8, I8X64)
+    low = [b.and_(packed, _bytes(I8X64, 15)), b.and_(_shifted(e, packed, e.const(4)), _bytes(I8X64, 15))]
     if not bits:
         return low
-    high = e.load_vector(here, b.mul(group, e.const(_STRIDE * (1 + together))), I8, BYTES)
+    high = e.load_vector(here, b.mul(group, e.const(_STRIDE * (1 + together))), I8, I8X64)
     high = _shifted(e, high, b.mul(b.urem(eight, e.const(together)), e.const(2 * bits)))
     return [b.or_(part, _above(b, high, half * bits, bits)) for half, part in enumerate(low)]
 
@@ -79,5 +79,5 @@ def _above(b: ir.IRBuilder, high: ir.Value, first: int, bits: int) -> ir.Value:
     return b.and_(b.bitcast(value, high.type), _bytes(high.type, ((1 << bits) - 1) << 4))
 
 
-def _bytes(kind: ir.VectorType, value: int) -> ir.Constant:
-    return ir.Constant(kind, [value] * kind.count)
+def _bytes(ir_type: ir.VectorType, value: int) -> ir.Constant:
+    return ir.Constant(ir_type, [value] * ir_type.count)

@@ -8,7 +8,7 @@ from typing import Final
 
 from llvmlite import ir
 
-from edgelm.kernels.abi import COLUMNS, LARGEST_BYTE
+from edgelm.kernels.abi import MAX_INT8_CODE, PANEL_COLUMNS
 from edgelm.kernels.ir.emitter import I8, I16, I32
 
 
@@ -16,9 +16,10 @@ from edgelm.kernels.ir.emitter import I8, I16, I32
 class Target:
     """A kind of processor.
 
-    `rows` are how many rows of activations a kernel takes at once, `attention_rows` how many queries, `attention_sums`
+    `rows` are how many rows of activations a kernel takes at once, `query_tiles` how many queries, `max_accumulators`
     how many vectors of 16 sums of values for all of these.
-    `signed_bytes` says that its instruction multiplies signed bytes by signed bytes and that there is none for pairs of
+    `has_signed_dot` says that its instruction multiplies signed bytes by signed bytes and that there is none for pairs
+    of
     16 bits: weights of 8 bits are moved by 128 first, and codes of 16 bits multiplied as two bytes.
     """
 
@@ -27,17 +28,17 @@ class Target:
     features: tuple[str, ...]
     lanes: int
     rows: tuple[int, ...]
-    attention_rows: tuple[int, ...]
-    attention_sums: int
-    signed_bytes: bool = False
+    query_tiles: tuple[int, ...]
+    max_accumulators: int
+    has_signed_dot: bool = False
 
     def zero_point(self, bits: int) -> int:
         """Return what stands for a weight of 0 in the dot product: a half of the range, but for moved ones."""
-        return 0 if self.signed_bytes and bits == 8 else 1 << (bits - 1)
+        return 0 if self.has_signed_dot and bits == 8 else 1 << (bits - 1)
 
     def rows_of(self, bits: int) -> tuple[int, ...]:
         """Return how many rows a kernel takes at once: half as many where each needs two sums."""
-        return self.rows[1:] if self.signed_bytes and bits == 8 else self.rows
+        return self.rows[1:] if self.has_signed_dot and bits == 8 else self.rows
 
     def wide_codes(self, b: ir.IRBuilder, codes: ir.Value) -> ir.Value:
         """Return 16 codes, <16 x i32>, in the bytes in which they are multiplied: two words of 32 bits for every four.
@@ -45,7 +46,7 @@ class Target:
         These are codes 0 and 2, and 1 and 3, as the weights of a column split into pairs; with signed bytes the four
         low bytes, and the four above, each code being 256 times the one plus the other.
         """
-        if not self.signed_bytes:
+        if not self.has_signed_dot:
             order = ir.Constant(ir.VectorType(I32, 16), [4 * four + i for four in range(4) for i in (0, 2, 1, 3)])
             words = b.trunc(codes, ir.VectorType(I16, 16))
             return b.shuffle_vector(words, ir.Constant(words.type, ir.Undefined), order)
@@ -57,21 +58,21 @@ class Target:
 
     def dot(self, b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Value, bits: int) -> ir.Value:
         """Add to each of the sums, <16 x i32>, the products of four weights and four activations, <64 x i8> each."""
-        if self.signed_bytes and bits == 8:
+        if self.has_signed_dot and bits == 8:
             weights = b.xor(weights, ir.Constant(weights.type, [0x80] * 64))
         return self._in_parts(b, 4, _DOTS[self.name], sums, weights, activations)
 
-    def most_pairs(self, bits: int) -> int:
+    def max_int16_sums(self, bits: int) -> int:
         """Return how many dot products of four `pairs` may add up in 16 bits; 0 where an instruction has 32.
 
         Two unsigned weights and two activations are at most 2 * (2 ** bits - 1) * 127 in size.
         """
-        return 0 if self.name != "avx2" else (1 << 15) // (2 * ((1 << bits) - 1) * LARGEST_BYTE)
+        return 0 if self.name != "avx2" else (1 << 15) // (2 * ((1 << bits) - 1) * MAX_INT8_CODE)
 
     def pairs(self, b: ir.IRBuilder, pairs: ir.Value | None, weights: ir.Value, activations: ir.Value) -> ir.Value:
         """Return sums of two products each, <32 x i16>, of <64 x i8>, added to others of the kind where there are."""
         parts = []
-        for i in range(COLUMNS // self.lanes):
+        for i in range(PANEL_COLUMNS // self.lanes):
             products = _maddubs(b, *(_part(b, value, i, 4 * self.lanes) for value in (weights, activations)))
             parts.append(products if pairs is None else b.add(products, _part(b, pairs, i, 2 * self.lanes)))
         return _joined(b, *parts)
@@ -80,7 +81,7 @@ class Target:
         """Add to each of the sums, <16 x i32>, the two sums of `pairs` that belong to it."""
         return self._in_parts(b, 2, _avx2_pairs, sums, pairs)
 
-    def dot_words(self, b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, even: ir.Value, odd: ir.Value) -> ir.Value:
+    def dot_int16(self, b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, even: ir.Value, odd: ir.Value) -> ir.Value:
         """Add to each of the sums the products of four weights, <64 x i8>, and four activations of 16 bits.
 
         even: activations 0 and 2 for each sum, odd: 1 and 3, in <64 x i8> each.
@@ -92,7 +93,7 @@ class Target:
     ) -> ir.Value:
         """Emit what adds to as many sums as a vector of this processor holds, for all of them."""
         parts = []
-        for i in range(COLUMNS // self.lanes):
+        for i in range(PANEL_COLUMNS // self.lanes):
             some = [_part(b, value, i, each * self.lanes) for value in values]
             parts.append(dot(b, _part(b, sums, i, self.lanes), *some))
         while len(parts) > 1:
@@ -118,8 +119,8 @@ def _call(b: ir.IRBuilder, name: str, *arguments: ir.Value) -> ir.Value:
     module = b.module
     function = module.globals.get(name)
     if function is None:
-        kind = ir.FunctionType(arguments[0].type, [value.type for value in arguments])
-        function = ir.Function(module, kind, name)
+        ir_type = ir.FunctionType(arguments[0].type, [value.type for value in arguments])
+        function = ir.Function(module, ir_type, name)
     return b.call(function, arguments)
 
 
@@ -187,6 +188,6 @@ TARGETS: Final = (
         16,
     ),
     Target("avx2", "x86_64-unknown-linux-gnu", ("avx2", "fma", "f16c"), 8, (4, 2, 1), (2, 1), 4),
-    Target("dotprod", "aarch64-unknown-linux-gnu", ("dotprod", "fullfp16"), 4, (4, 2, 1), (1,), 4, signed_bytes=True),
+    Target("dotprod", "aarch64-unknown-linux-gnu", ("dotprod", "fullfp16"), 4, (4, 2, 1), (1,), 4, has_signed_dot=True),
 )
 """Kinds of processors, the best first, by the names that LLVM gives to instruction sets."""

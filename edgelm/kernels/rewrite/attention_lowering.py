@@ -8,22 +8,26 @@ from typing import Final
 import numpy as np
 
 from edgelm.graph.domain import DOMAIN
-from edgelm.graph.onnx_model import FLOAT, Model, Node, encode_node, is_theirs
-from edgelm.kernels.abi import ATTENTION, COLUMNS, MOST_HEAD_SIZE, MOST_QUERIES
+from edgelm.graph.onnx_model import FLOAT, Model, Node, encode_node, is_ort_operator
+from edgelm.kernels.abi import ATTENTION, MAX_KERNEL_HEAD_SIZE, MAX_QUERY_TILE, PANEL_COLUMNS
 
-THEIRS: Final = "GroupQueryAttention"
+GROUP_QUERY_ATTENTION: Final = "GroupQueryAttention"
 _QUERY, _KEY, _VALUE, _PAST_KEY, _PAST_VALUE, _SEQLENS, _COS, _SIN, _POSITIONS = 0, 1, 2, 3, 4, 5, 7, 8, 9
 _KNOWN: Final = frozenset(
     {"num_heads", "kv_num_heads", "scale", "do_rotary", "rotary_interleaved", "local_window_size", "softcap"}
 )
 
 
-def attention_of(model: Model, node: Node) -> tuple[bytes, list[str]] | None:
+def lower_attention(model: Model, node: Node) -> tuple[bytes, list[str]] | None:
     """Return a node of ours that computes what one of onnxruntime's does, and its inputs; None where there is none.
 
     Memory in int8, rotation of neighbours and heads of other sizes than multiples of 16 stay onnxruntime's.
     """
-    if not is_theirs(node, THEIRS) or not node.attributes.keys() <= _KNOWN or len(node.outputs) != 3:
+    if (
+        not is_ort_operator(node, GROUP_QUERY_ATTENTION)
+        or not node.attributes.keys() <= _KNOWN
+        or len(node.outputs) != 3
+    ):
         return None
     inputs = [*node.inputs, *[""] * 10]
     past = model.inputs.get(inputs[_PAST_KEY])
@@ -34,10 +38,10 @@ def attention_of(model: Model, node: Node) -> tuple[bytes, list[str]] | None:
     is_rotated = bool(node.attributes.get("do_rotary", 0))
     table = model.tensors.get(inputs[_COS])
     if (
-        size % COLUMNS
-        or not COLUMNS <= size <= MOST_HEAD_SIZE
+        size % PANEL_COLUMNS
+        or not PANEL_COLUMNS <= size <= MAX_KERNEL_HEAD_SIZE
         or heads % kv_heads
-        or heads // kv_heads > MOST_QUERIES
+        or heads // kv_heads > MAX_QUERY_TILE
         or node.attributes.get("rotary_interleaved", 0)
         or (is_rotated and (table is None or len(table.shape) != 2))
         or bool(inputs[_KEY]) != bool(inputs[_VALUE])

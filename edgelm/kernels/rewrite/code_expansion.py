@@ -14,8 +14,17 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.graph.onnx_model import INT64, UINT8, Model, Tensor, encode_model, encode_tensor, is_theirs, read_model
-from edgelm.kernels.rewrite.split_codes import Joining
+from edgelm.graph.onnx_model import (
+    INT64,
+    UINT8,
+    Model,
+    Tensor,
+    encode_model,
+    encode_tensor,
+    is_ort_operator,
+    read_model,
+)
+from edgelm.kernels.rewrite.split_codes import SplitCodeMatcher
 
 _SIGN: Final = b"BitwiseXor"
 """A graph without this operator has nothing to join."""
@@ -29,14 +38,14 @@ Codes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
+class ExpandedModel:
     """A model whose joined codes are initializers; `codes` are their values by name, to be handed to onnxruntime."""
 
     model: bytes
     codes: Mapping[str, Codes]
 
 
-def join_codes(model: bytes, data: Path) -> Joined | None:
+def expand_codes(model: bytes, data: Path) -> ExpandedModel | None:
     """Join the codes of a model, an ONNX ModelProto whose weights lie in the file `data`; None where none are split.
 
     Raises `ValueError` for what is no model and `OSError` where the file cannot be read.
@@ -57,7 +66,7 @@ def join_codes(model: bytes, data: Path) -> Joined | None:
     used = {name: values for name, values in codes.items() if name in wanted}
     tensors = [tensor.encoded for name, tensor in whole.tensors.items() if name in wanted]
     tensors += [encode_tensor(name, each.shape, UINT8, data.name, 0, each.nbytes) for name, each in used.items()]
-    return Joined(encode_model(whole, nodes[::-1], tensors), used)
+    return ExpandedModel(encode_model(whole, nodes[::-1], tensors), used)
 
 
 def _find_codes(model: Model, stored: Codes) -> dict[str, Codes]:
@@ -68,22 +77,24 @@ def _find_codes(model: Model, stored: Codes) -> dict[str, Codes]:
         return np.frombuffer(source, _DTYPES[tensor.dtype], int(np.prod(tensor.shape, dtype=np.int64)))
 
     makers = {output: node for node in model.nodes for output in node.outputs if output}
-    joining = Joining(model.tensors, makers, array)
+    joining = SplitCodeMatcher(model.tensors, makers, array)
     codes: dict[str, Codes] = {}
 
     def join(name: str, shape: tuple[int, int, int]) -> None:
-        parts = None if name in codes else joining.parts_of(name, shape)
+        parts = None if name in codes else joining.match_parts(name, shape)
         if parts is not None:
             bits, low, high = parts
             codes[name] = _joined(array(low), array(high), bits).reshape(shape)
 
     for node in model.nodes:
-        if is_theirs(node, "MatMulNBits") and node.attributes.get("bits") == 8:
+        if is_ort_operator(node, "MatMulNBits") and node.attributes.get("bits") == 8:
             columns, size, block = (int(node.attributes[name]) for name in ("N", "K", "block_size"))
             join(node.inputs[1], (columns, -(-size // block), block))
-        elif is_theirs(node, "GatherBlockQuantized") and node.attributes.get("bits") == 8:
+        elif is_ort_operator(node, "GatherBlockQuantized") and node.attributes.get("bits") == 8:
             table = makers.get(node.inputs[0])
-            shape = None if table is None or not is_theirs(table, "Reshape") else joining.constant(table.inputs[1])
+            shape = (
+                None if table is None or not is_ort_operator(table, "Reshape") else joining.constant(table.inputs[1])
+            )
             if table is None or shape is None or len(shape) != 2:
                 continue
             block = int(node.attributes["block_size"])

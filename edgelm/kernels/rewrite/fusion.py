@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from edgelm.graph.onnx_model import FLOAT, Model, Node, is_theirs
+from edgelm.graph.onnx_model import FLOAT, Model, Node, is_ort_operator
 
 NORM: Final = "SimplifiedLayerNormalization"
 SKIP_NORM: Final = "SkipSimplifiedLayerNormalization"
@@ -22,7 +22,7 @@ EPSILON: Final = {NORM: 1e-5, SKIP_NORM: 1e-12}
 
 
 @dataclass(frozen=True, slots=True)
-class Fold:
+class Fusion:
     """What a node reads and gives. For products: `skip` is added, `norm` the weight of the norm in front."""
 
     x: str
@@ -38,12 +38,12 @@ class Fold:
         return [self.x] if self.skip is None else [self.x, self.skip]
 
 
-class Folding:
+class FusionPlan:
     """What of a model's nodes is folded. `is_ours` says which nodes are products that the kernels compute."""
 
     def __init__(self, model: Model, makers: Mapping[str, Node], is_ours: Callable[[Node], bool]) -> None:
         self._model = model
-        self._makers = makers
+        self._producers = makers
         self._readers = Counter([name for node in model.nodes for name in node.inputs] + list(model.outputs))
         self._order = {id(node): place for place, node in enumerate(model.nodes)}
         self._products = {id(node): self._before(node) for node in model.nodes if is_ours(node)}
@@ -52,36 +52,36 @@ class Folding:
             if id(node) in self._products:
                 self._fold_norm(node)
 
-    def of(self, node: Node) -> Fold | None:
+    def of(self, node: Node) -> Fusion | None:
         """Return what a node becomes; None where another one computes it."""
         if id(node) in self._folded:
             return None
-        return self._products.get(id(node)) or Fold(node.inputs[0] if node.inputs else "", node.outputs[0])
+        return self._products.get(id(node)) or Fusion(node.inputs[0] if node.inputs else "", node.outputs[0])
 
-    def _before(self, node: Node) -> Fold:
+    def _before(self, node: Node) -> Fusion:
         """Return a product with the SwiGLU in front of it, if there is one."""
         gated = self._gated(node.inputs[0])
-        return Fold(gated or node.inputs[0], node.outputs[0], gated=gated is not None)
+        return Fusion(gated or node.inputs[0], node.outputs[0], gated=gated is not None)
 
     def _gated(self, name: str) -> str | None:
         """Return what a value is the SwiGLU of: gates and values that were split apart; None where it is none."""
-        product = self._makers.get(name)
-        if product is None or not is_theirs(product, "Mul"):
+        product = self._producers.get(name)
+        if product is None or not is_ort_operator(product, "Mul"):
             return None
-        gate = self._makers.get(product.inputs[0])
-        if gate is None or not is_theirs(gate, "QuickGelu") or gate.attributes.get("alpha") != 1.0:
+        gate = self._producers.get(product.inputs[0])
+        if gate is None or not is_ort_operator(gate, "QuickGelu") or gate.attributes.get("alpha") != 1.0:
             return None
-        split = self._makers.get(gate.inputs[0])
-        if split is None or not is_theirs(split, "Split") or split.attributes.get("axis") != -1:
+        split = self._producers.get(gate.inputs[0])
+        if split is None or not is_ort_operator(split, "Split") or split.attributes.get("axis") != -1:
             return None
         return split.inputs[0] if split.outputs == (gate.inputs[0], product.inputs[1]) else None
 
     def _fold_norm(self, node: Node) -> None:
         """Fold the normalization in front of a product into it, and the addition in that into the product before."""
-        norm = self._makers.get(node.inputs[0])
+        norm = self._producers.get(node.inputs[0])
         if (
             norm is None
-            or not is_theirs(norm, NORM, SKIP_NORM)
+            or not is_ort_operator(norm, NORM, SKIP_NORM)
             or self._readers[node.inputs[0]] != 1
             or norm.outputs[0] != node.inputs[0]
         ):
@@ -109,10 +109,10 @@ class Folding:
     def _fold_addition(self, norm: Node, output: str) -> bool:
         """Fold the addition in a normalization into a product whose result it adds; return whether there is one."""
         for name, other in (norm.inputs[1::-1], norm.inputs[:2]):
-            product = self._makers.get(name)
+            product = self._producers.get(name)
             if product is None or id(product) not in self._products or self._readers[name] != 1:
                 continue
-            source = self._makers.get(other)  # constants and inputs may be of another shape, and be repeated
+            source = self._producers.get(other)  # constants and inputs may be of another shape, and be repeated
             if source is not None and self._order[id(source)] < self._order[id(product)]:
                 self._products[id(product)] = replace(self._products[id(product)], skip=other, output=output)
                 return True

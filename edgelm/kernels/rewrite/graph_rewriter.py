@@ -28,15 +28,15 @@ from edgelm.graph.onnx_model import (
     encode_model,
     encode_node,
     encode_tensor,
-    is_theirs,
+    is_ort_operator,
     read_model,
 )
-from edgelm.kernels.abi import ALIGN, ATTENTION, COLUMNS, NOWHERE, Format, is_operator
-from edgelm.kernels.huge_pages import PagedFile
-from edgelm.kernels.rewrite.attention_lowering import attention_of
-from edgelm.kernels.rewrite.fusion import NORM, SKIP_NORM, Fold, Folding
-from edgelm.kernels.rewrite.panel_layout import packed_bias, packed_codes, packed_scales
-from edgelm.kernels.rewrite.split_codes import Joining
+from edgelm.kernels.abi import ALIGN, ATTENTION, NO_OFFSET, PANEL_COLUMNS, WeightFormat, is_operator
+from edgelm.kernels.huge_pages import HugePageFile
+from edgelm.kernels.rewrite.attention_lowering import lower_attention
+from edgelm.kernels.rewrite.fusion import NORM, SKIP_NORM, Fusion, FusionPlan
+from edgelm.kernels.rewrite.panel_layout import pack_codes, pack_scales, pad_bias
+from edgelm.kernels.rewrite.split_codes import SplitCodeMatcher
 
 GRAPH: Final = "model.onnx"
 DATA: Final = "model.onnx.data"
@@ -61,7 +61,7 @@ class _Matrix:
     With 5 and 6 bits `codes` are the low 4 bits of each weight and `high` the bits above.
     """
 
-    form: Format
+    fmt: WeightFormat
     size: int
     columns: int
     codes: Tensor
@@ -73,10 +73,10 @@ class _Matrix:
     @property
     def width(self) -> int:
         """The rows with those that fill up the last block."""
-        return int(self.scales.shape[1]) * self.form.block
+        return int(self.scales.shape[1]) * self.fmt.block
 
 
-def write_panels(model: bytes, data: Path, folder: Path) -> list[Format]:
+def rewrite_graph(model: bytes, data: Path, folder: Path) -> list[WeightFormat]:
     """Write a graph and its data for the kernels into a folder; return the formats that it needs.
 
     model: an ONNX model whose weights lie in the file `data`. Where no matrix is of a format that there are kernels
@@ -86,8 +86,8 @@ def write_panels(model: bytes, data: Path, folder: Path) -> list[Format]:
     whole = read_model(model)
     if not any(map(_is_product, whole.nodes)):
         return []
-    with PagedFile(folder / DATA) as file:
-        rewriting = _Rewriting(whole, data, file)
+    with HugePageFile(folder / DATA) as file:
+        rewriting = _GraphRewriter(whole, data, file)
         nodes, tensors = rewriting.result()
     if not rewriting.formats:
         (folder / DATA).unlink()
@@ -96,14 +96,14 @@ def write_panels(model: bytes, data: Path, folder: Path) -> list[Format]:
     return sorted(rewriting.formats)
 
 
-def computes_row_by_row(model: bytes) -> bool:
+def is_row_wise(model: bytes) -> bool:
     """Tell whether every node of a model computes a token's numbers from that token and the memory alone.
 
     Products and attention of onnxruntime's may add up in another order when more rows are computed together.
     """
     return all(
         (node.domain == DOMAIN and (node.operator == ATTENTION or is_operator(node.operator)))
-        or is_theirs(node, *_ROW_BY_ROW)
+        or is_ort_operator(node, *_ROW_BY_ROW)
         for node in read_model(model).nodes
     )
 
@@ -111,23 +111,27 @@ def computes_row_by_row(model: bytes) -> bool:
 def _is_product(node: Node) -> bool:
     """Whether a node may be a product that the kernels compute, as far as it says itself."""
     zero_points_or_groups = any(node.inputs[3:5])
-    return is_theirs(node, "MatMulNBits") and node.attributes.get("accuracy_level") == 4 and not zero_points_or_groups
+    return (
+        is_ort_operator(node, "MatMulNBits")
+        and node.attributes.get("accuracy_level") == 4
+        and not zero_points_or_groups
+    )
 
 
-class _Rewriting:
+class _GraphRewriter:
     """One pass over a graph."""
 
-    def __init__(self, model: Model, data: Path, file: PagedFile) -> None:
-        self.formats: set[Format] = set()
+    def __init__(self, model: Model, data: Path, file: HugePageFile) -> None:
+        self.formats: set[WeightFormat] = set()
         self._model = model
         self._tensors = model.tensors
         self._data = np.memmap(data, np.uint8, "r") if data.exists() and data.stat().st_size else np.zeros(0, np.uint8)
         self._file = file
-        self._makers = {output: node for node in model.nodes for output in node.outputs if output}
-        self._joining = Joining(model.tensors, self._makers, self._array)
+        self._producers = {output: node for node in model.nodes for output in node.outputs if output}
+        self._joining = SplitCodeMatcher(model.tensors, self._producers, self._array)
         found = {node.outputs[0]: self._matrix_of(node) for node in model.nodes if _is_product(node)}
         self._matrices = {output: matrix for output, matrix in found.items() if matrix is not None}
-        self._folding = Folding(model, self._makers, lambda node: node.outputs[0] in self._matrices)
+        self._folding = FusionPlan(model, self._producers, lambda node: node.outputs[0] in self._matrices)
         self._made: dict[str, bytes] = {}
         """New tensors by their names."""
         self._places: dict[str, int] = {}
@@ -138,18 +142,18 @@ class _Rewriting:
         kept: list[bytes] = []
         wanted = set(self._model.outputs)
         for node in reversed(self._model.nodes):
-            fold = self._folding.of(node)
-            if fold is None or not wanted.intersection((*node.outputs, fold.output)):
+            fusion = self._folding.of(node)
+            if fusion is None or not wanted.intersection((*node.outputs, fusion.output)):
                 continue
             matrix, table = self._matrices.get(node.outputs[0]), self._table_of(node)
             if matrix is not None:
-                kept.append(self._replaced(node, fold, matrix))
-                wanted.update(fold.inputs)
+                kept.append(self._replaced(node, fusion, matrix))
+                wanted.update(fusion.inputs)
             elif table is not None:
                 kept.append(self._looked_up(node, table))
                 wanted.add(node.inputs[1])
             elif self._widened(node.outputs[0]) is None:
-                encoded, inputs = attention_of(self._model, node) or (node.encoded, node.inputs)
+                encoded, inputs = lower_attention(self._model, node) or (node.encoded, node.inputs)
                 kept.append(encoded)
                 wanted.update(inputs)
         for name in sorted(wanted):
@@ -167,21 +171,21 @@ class _Rewriting:
         shape = columns, -(-size // block), block
         codes, high = self._tensors.get(codes_name), None
         if codes is None and bits == 8:
-            joined = self._joining.parts_of(codes_name, shape)
+            joined = self._joining.match_parts(codes_name, shape)
             if joined is not None:
                 bits, codes, high = joined
-        form = Format(bits, block)
+        fmt = WeightFormat(bits, block)
         scales = self._scales_of(scales_name)
         bias = self._tensors.get(bias_name)
-        if codes is None or scales is None or (bias_name and bias is None) or not form.has_kernels:
+        if codes is None or scales is None or (bias_name and bias is None) or not fmt.has_kernels:
             return None
-        low_bits = 4 if form.high_bits else bits
+        low_bits = 4 if fmt.high_bits else bits
         if codes.dtype != UINT8 or math.prod(codes.shape) != math.prod(shape) * low_bits // 8:
             return None
         if bias is not None and (bias.dtype != FLOAT or math.prod(bias.shape) != columns):
             return None
         values = self._in_float16(scales, shape[:2])
-        return None if values is None else _Matrix(form, size, columns, codes, high, scales.name, values, bias)
+        return None if values is None else _Matrix(fmt, size, columns, codes, high, scales.name, values, bias)
 
     def _scales_of(self, name: str) -> Tensor | None:
         """Return the tensor of scales in float32, or in float16 that a node widens; None for all others."""
@@ -198,7 +202,7 @@ class _Rewriting:
 
     def _table_of(self, node: Node) -> _Matrix | None:
         """Return the matrix that a node looks rows up in; None where it stays onnxruntime's or does something else."""
-        if not is_theirs(node, "GatherBlockQuantized") or len(node.inputs) != 3:
+        if not is_ort_operator(node, "GatherBlockQuantized") or len(node.inputs) != 3:
             return None
         table, indices, scales_name = node.inputs
         given = self._model.inputs.get(indices)
@@ -208,87 +212,87 @@ class _Rewriting:
         if node.attributes.get("gather_axis", 0) != 0 or node.attributes.get("quantize_axis", 1) != 1:
             return None
         for matrix in self._matrices.values():
-            read_bits = 8 if matrix.high else matrix.form.bits
+            read_bits = 8 if matrix.high else matrix.fmt.bits
             alike = node.attributes.get("bits", 4) == read_bits
-            alike = alike and node.attributes.get("block_size", 128) == matrix.form.block
+            alike = alike and node.attributes.get("block_size", 128) == matrix.fmt.block
             if alike and scales.name == matrix.scales_name:
                 return matrix if self._is_table(table, matrix) else None
         return self._split_table(table, int(node.attributes.get("block_size", 128)), scales)
 
     def _split_table(self, name: str, block: int, scales: Tensor) -> _Matrix | None:
         """Return a table of 5 or 6 bits that no product reads; onnxruntime would join its codes in every run."""
-        reshape = self._makers.get(name)
+        reshape = self._producers.get(name)
         shape = self._joining.constant(reshape.inputs[1]) if reshape and reshape.operator == "Reshape" else None
         if reshape is None or shape is None or len(shape) != 2 or shape[1] % block:
             return None
         blocks = shape[1] // block
-        parts = self._joining.parts_of(reshape.inputs[0], (shape[0], blocks, block))
+        parts = self._joining.match_parts(reshape.inputs[0], (shape[0], blocks, block))
         values = self._in_float16(scales, (shape[0], blocks))
-        if parts is None or values is None or not Format(parts[0], block).has_kernels:
+        if parts is None or values is None or not WeightFormat(parts[0], block).has_kernels:
             return None
         bits, codes, high = parts
-        return _Matrix(Format(bits, block), shape[1], shape[0], codes, high, scales.name, values, None)
+        return _Matrix(WeightFormat(bits, block), shape[1], shape[0], codes, high, scales.name, values, None)
 
     def _is_table(self, name: str, matrix: _Matrix) -> bool:
         """Whether a value is the codes of a matrix in rows: the same bytes under another shape, or the same nodes."""
-        shape, form = [matrix.columns, matrix.width], matrix.form
+        shape, fmt = [matrix.columns, matrix.width], matrix.fmt
         tensor = self._tensors.get(name)
         if tensor is not None:
             codes = matrix.codes
             same = tensor.name == codes.name or (tensor.place is not None and tensor.place == codes.place)
-            return same and not matrix.high and [*tensor.shape] == [shape[0], shape[1] * form.bits // 8]
-        reshape = self._makers.get(name)
+            return same and not matrix.high and [*tensor.shape] == [shape[0], shape[1] * fmt.bits // 8]
+        reshape = self._producers.get(name)
         if reshape is None or reshape.operator != "Reshape" or self._joining.constant(reshape.inputs[1]) != shape:
             return False
-        blocks = matrix.width // form.block
-        found = self._joining.parts_of(reshape.inputs[0], (matrix.columns, blocks, form.block))
-        return found == (form.bits, matrix.codes, matrix.high)
+        blocks = matrix.width // fmt.block
+        found = self._joining.match_parts(reshape.inputs[0], (matrix.columns, blocks, fmt.block))
+        return found == (fmt.bits, matrix.codes, matrix.high)
 
     def _looked_up(self, node: Node, matrix: _Matrix) -> bytes:
         """Return a node that looks rows up in panels."""
         attributes = {"K": matrix.width, "N": matrix.columns, **self._panels(matrix)}
-        name = matrix.form.look_up_operator
+        name = matrix.fmt.gather_op_type
         return encode_node(node.outputs[0], name, DOMAIN, [node.inputs[1]], node.outputs, attributes)
 
     def _panels(self, matrix: _Matrix) -> dict[str, int]:
         """Return where the file has a matrix in panels."""
-        self.formats.add(matrix.form)
+        self.formats.add(matrix.fmt)
         shape = *matrix.scales.shape, -1
         codes = self._array(matrix.codes).reshape(shape)
         high = None if matrix.high is None else self._array(matrix.high).reshape(shape)
-        step = COLUMNS * _PANELS_AT_ONCE
+        step = PANEL_COLUMNS * _PANELS_AT_ONCE
         parts = (
-            packed_codes(codes[at : at + step], matrix.form.bits, None if high is None else high[at : at + step])
+            pack_codes(codes[at : at + step], matrix.fmt.bits, None if high is None else high[at : at + step])
             for at in range(0, matrix.columns, step)
         )
-        scales = (packed_scales(values) for values in [matrix.scales])
+        scales = (pack_scales(values) for values in [matrix.scales])
         return {"WEIGHTS": self._write(matrix.codes.name, parts), "SCALES": self._write(matrix.scales_name, scales)}
 
-    def _replaced(self, node: Node, fold: Fold, matrix: _Matrix) -> bytes:
+    def _replaced(self, node: Node, fusion: Fusion, matrix: _Matrix) -> bytes:
         """Return a node that computes the same from panels."""
         bias = matrix.bias
         attributes = {
             "K": matrix.size,
             "N": matrix.columns,
-            "GATED": int(fold.gated),
+            "GATED": int(fusion.gated),
             **self._panels(matrix),
-            "BIAS": NOWHERE,
-            "NORM": NOWHERE,
+            "BIAS": NO_OFFSET,
+            "NORM": NO_OFFSET,
             "EPSILON": 0,
         }
         if bias is not None:
-            attributes["BIAS"] = self._write(bias.name, [packed_bias(self._array(bias).reshape(-1))])
-        if fold.norm is not None:
+            attributes["BIAS"] = self._write(bias.name, [pad_bias(self._array(bias).reshape(-1))])
+        if fusion.norm is not None:
             weight = np.zeros(matrix.width, np.float32)
-            weight[: matrix.size] = self._array(self._tensors[fold.norm])
-            attributes["NORM"] = self._write(f"{fold.norm}.{len(weight)}", [weight])
-            attributes["EPSILON"] = int(np.float32(fold.epsilon).view(np.int32))
-        outputs = [fold.output, f"{fold.output}.scratch"]
-        return encode_node(node.outputs[0], matrix.form.operator, DOMAIN, fold.inputs, outputs, attributes)
+            weight[: matrix.size] = self._array(self._tensors[fusion.norm])
+            attributes["NORM"] = self._write(f"{fusion.norm}.{len(weight)}", [weight])
+            attributes["EPSILON"] = int(np.float32(fusion.epsilon).view(np.int32))
+        outputs = [fusion.output, f"{fusion.output}.scratch"]
+        return encode_node(node.outputs[0], matrix.fmt.operator, DOMAIN, fusion.inputs, outputs, attributes)
 
     def _widened(self, name: str) -> Tensor | None:
         """Return the tensor in float16 that a value in float32 is cast from, if it is."""
-        cast = self._makers.get(name)
+        cast = self._producers.get(name)
         if cast is None or cast.operator != "Cast" or cast.attributes.get("to") != FLOAT:
             return None
         source = self._tensors.get(cast.inputs[0])

@@ -17,28 +17,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.kernels.abi import COLUMNS
+from edgelm.kernels.abi import PANEL_COLUMNS
 
 
-def packed_codes(codes: NDArray[np.uint8], bits: int, high: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+def pack_codes(codes: NDArray[np.uint8], bits: int, high: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
     """Return codes in panels: uint8 [N, blocks, bytes] -> uint8 [ceil(N / 16), blocks, 2 * block * bits].
 
     With 5 and 6 bits `codes` are the low 4 bits of each weight and `high` the bits above.
     """
     codes = _whole_panels(codes)
     columns, blocks, size = codes.shape
-    panels = columns // COLUMNS
+    panels = columns // PANEL_COLUMNS
     if bits == 8:
-        fours = codes.reshape(panels, COLUMNS, blocks, size // 4, 4)  # panel, column, block, four, weight
-        return np.ascontiguousarray(fours.transpose(0, 2, 3, 1, 4)).reshape(panels, blocks, COLUMNS * size)
-    pairs = codes.reshape(panels, COLUMNS, blocks, size // 4, 2, 2)  # panel, column, block, eight, half, byte
+        fours = codes.reshape(panels, PANEL_COLUMNS, blocks, size // 4, 4)  # panel, column, block, four, weight
+        return np.ascontiguousarray(fours.transpose(0, 2, 3, 1, 4)).reshape(panels, blocks, PANEL_COLUMNS * size)
+    pairs = codes.reshape(panels, PANEL_COLUMNS, blocks, size // 4, 2, 2)  # panel, column, block, eight, half, byte
     pairs = np.ascontiguousarray(pairs.transpose(4, 0, 2, 3, 1, 5))  # half, panel, block, eight, column, byte
     low, above = pairs & 15, pairs >> 4
     packed = np.empty((*pairs.shape[1:], 2), np.uint8)  # weights 0 and 1 of a byte
     packed[..., 0] = low[0] | low[1] << 4
     packed[..., 1] = above[0] | above[1] << 4
     if high is None:
-        return packed.reshape(panels, blocks, COLUMNS * size)
+        return packed.reshape(panels, blocks, PANEL_COLUMNS * size)
     planes = _packed_high(_whole_panels(high), bits - 4)
     groups = planes.shape[2]
     whole = np.concatenate([planes, packed.reshape(panels, blocks, groups, -1)], axis=-1)
@@ -51,25 +51,27 @@ def _packed_high(high: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     apart = np.unpackbits(high, axis=-1, bitorder="little")
     parts = 8 // bits  # of four weights a column, whose bits one vector holds
     # panel, column, block, group, part, weight, bit -> panel, block, group, column, weight, part and bit
-    apart = apart.reshape(columns // COLUMNS, COLUMNS, blocks, size // 4, parts, 4, bits).transpose(0, 2, 3, 1, 5, 4, 6)
+    apart = apart.reshape(columns // PANEL_COLUMNS, PANEL_COLUMNS, blocks, size // 4, parts, 4, bits).transpose(
+        0, 2, 3, 1, 5, 4, 6
+    )
     joined = np.packbits(apart.reshape(*apart.shape[:5], 8), axis=-1, bitorder="little")
-    return joined.reshape(columns // COLUMNS, blocks, size // 4, 4 * COLUMNS)
+    return joined.reshape(columns // PANEL_COLUMNS, blocks, size // 4, 4 * PANEL_COLUMNS)
 
 
 def _whole_panels(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return codes with as many columns as panels have: [N, blocks, bytes] -> [16 * ceil(N / 16), blocks, bytes]."""
-    short = -len(codes) % COLUMNS
+    short = -len(codes) % PANEL_COLUMNS
     return np.concatenate([codes, np.zeros((short, *codes.shape[1:]), np.uint8)]) if short else codes
 
 
-def packed_scales(scales: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
+def pack_scales(scales: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
     """Return scales in panels: [N, blocks] -> float16 [ceil(N / 16), blocks, 16]."""
     columns, blocks = scales.shape
-    padded = np.zeros((-(-columns // COLUMNS) * COLUMNS, blocks), np.float16)
+    padded = np.zeros((-(-columns // PANEL_COLUMNS) * PANEL_COLUMNS, blocks), np.float16)
     padded[:columns] = scales
-    return np.ascontiguousarray(padded.reshape(-1, COLUMNS, blocks).transpose(0, 2, 1))
+    return np.ascontiguousarray(padded.reshape(-1, PANEL_COLUMNS, blocks).transpose(0, 2, 1))
 
 
-def packed_bias(bias: NDArray[np.float32]) -> NDArray[np.float32]:
+def pad_bias(bias: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return a bias of as many columns as the panels have: [N] -> float32 [16 * ceil(N / 16)]."""
-    return np.concatenate([bias, np.zeros(-len(bias) % COLUMNS, np.float32)])
+    return np.concatenate([bias, np.zeros(-len(bias) % PANEL_COLUMNS, np.float32)])

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.graph.onnx_model import INT64, UINT8, Node, Tensor, is_theirs
+from edgelm.graph.onnx_model import INT64, UINT8, Node, Tensor, is_ort_operator
 
 LOW: Final = "low"
 HIGH: Final = "high"
@@ -43,17 +43,17 @@ def _joined(bits: int, shape: list[int]) -> Pattern:
     return ("BitwiseXor", b"", codes, [0x70 if bits == 5 else 0x60])
 
 
-class Joining:
+class SplitCodeMatcher:
     """Finds what codes are joined from. `array` gives a tensor's values."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], makers: Mapping[str, Node], array: Callable[[Tensor], NDArray[Any]]
     ) -> None:
         self._tensors = tensors
-        self._makers = makers
+        self._producers = makers
         self._array = array
 
-    def parts_of(self, name: str, shape: Sequence[int]) -> tuple[int, Tensor, Tensor] | None:
+    def match_parts(self, name: str, shape: Sequence[int]) -> tuple[int, Tensor, Tensor] | None:
         """Return bits, low 4 bits and the bits above of codes of `shape` [N, blocks, block]; None for all others."""
         for bits in (5, 6):
             found: dict[str, str] = {}
@@ -79,11 +79,11 @@ class Joining:
         if isinstance(pattern, list):
             return self.constant(name) == pattern
         operator, direction, *inputs = pattern
-        node = self._makers.get(name)
+        node = self._producers.get(name)
         return (
             node is not None
-            and is_theirs(node, operator)
-            and node.texts == ({"direction": direction} if direction else {})
+            and is_ort_operator(node, operator)
+            and node.string_attributes == ({"direction": direction} if direction else {})
             and not node.attributes
             and len(node.inputs) == len(inputs)
             and all(self._fits(*pair, found) for pair in zip(node.inputs, inputs, strict=True))
