@@ -27,7 +27,7 @@ PROFILES: Final = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
+class BoardMatch:
     """How the board is told from others. `device_tree`: beginnings of /proc/device-tree/model."""
 
     machine: str
@@ -51,7 +51,7 @@ class Cpu:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class BoardMemory:
     """Sizes sold, in GB, and the bandwidth in GB/s (1e9 bytes) with where that figure is from."""
 
     sizes_gb: tuple[int, ...]
@@ -68,14 +68,14 @@ class Emulation:
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
+class BoardProfile:
     """What is known of a board. A part that is None is not known: the profile stands for many machines."""
 
     name: str
     title: str
-    match: Match
+    match: BoardMatch
     cpu: Cpu | None = None
-    memory: Memory | None = None
+    memory: BoardMemory | None = None
     emulation: Emulation | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,12 +83,12 @@ class Profile:
         return dataclasses.asdict(self)
 
 
-def load_profiles(folder: Path = PROFILES) -> dict[str, Profile]:
+def load_profiles(folder: Path = PROFILES) -> dict[str, BoardProfile]:
     """Read every profile of a folder, by name, in alphabetical order."""
     return {profile.name: profile for profile in map(read_profile, sorted(folder.glob("*.toml")))}
 
 
-def load_profile(name: str) -> Profile:
+def load_profile(name: str) -> BoardProfile:
     """Return the profile of that name, or the one in the file, where `name` is a path that ends in .toml.
 
     Raises
@@ -104,7 +104,7 @@ def load_profile(name: str) -> Profile:
     return profiles[name]
 
 
-def read_profile(path: Path) -> Profile:
+def read_profile(path: Path) -> BoardProfile:
     """Read one TOML file. Raises `DeviceError` on unknown, missing or wrongly typed keys."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ def read_profile(path: Path) -> Profile:
         raise DeviceError(f"cannot read the board profile {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise DeviceError(f"{path} is not TOML: {error}") from error
-    return _build(Profile, table, path.name)
+    return _build(BoardProfile, table, path.name)
 
 
 T = TypeVar("T")

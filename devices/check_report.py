@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from .detect import Board
+    from .detect import DetectedBoard
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class SmokeCheck:
     """One line of the report; `told` is for a person, `values` for a program."""
 
     name: str
@@ -21,14 +21,14 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class SmokeReport:
     """What the smoke test found. `tokens`: the greedy answer to the prompt."""
 
-    board: Board
+    board: DetectedBoard
     bundle: str
     quantization: str | None
     tokens: tuple[int, ...]
-    checks: tuple[Check, ...]
+    checks: tuple[SmokeCheck, ...]
 
     @property
     def ok(self) -> bool:

@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 from edgelm.system.sensors import ROOT, Throttling, parse_throttling, read_temperature, read_text, read_throttling
 
-from .board_profile import Profile, load_profiles
+from .board_profile import BoardProfile, load_profiles
 
 
 @dataclass(frozen=True, slots=True)
-class Board:
+class DetectedBoard:
     """A machine as found. Memory in bytes, temperature in degrees Celsius; None where nothing tells."""
 
-    profile: Profile | None
+    profile: BoardProfile | None
     matched_by: Literal["device tree", "processor", "machine"] | None
     """By what the profile was chosen: another board may have the same processor."""
     model: str | None
@@ -43,7 +43,7 @@ class Board:
         return dataclasses.asdict(self) | {"profile": self.profile.name if self.profile else None}
 
 
-def detect(root: Path = ROOT, machine: str | None = None) -> Board:
+def detect_board(root: Path = ROOT, machine: str | None = None) -> DetectedBoard:
     """Look at this machine, or at the one whose file system lies under `root`.
 
     Parameters
@@ -58,9 +58,9 @@ def detect(root: Path = ROOT, machine: str | None = None) -> Board:
     first = blocks[0] if blocks else {}
     model = read_text(root / "proc/device-tree/model")
     implementer, part = first.get("CPU implementer"), first.get("CPU part")
-    profile, matched_by = _match(model, machine, implementer, part)
+    profile, matched_by = _match_profile(model, machine, implementer, part)
     memory = _read_meminfo(root)
-    return Board(
+    return DetectedBoard(
         profile=profile,
         matched_by=matched_by,
         model=model,
@@ -73,13 +73,13 @@ def detect(root: Path = ROOT, machine: str | None = None) -> Board:
         memory_bytes=memory.get("MemTotal"),
         memory_available_bytes=memory.get("MemAvailable"),
         temperature_c=read_temperature(root),
-        throttling=read_throttling(root) or (_ask_firmware() if root == ROOT else None),
+        throttling=read_throttling(root) or (_query_firmware() if root == ROOT else None),
     )
 
 
-def _match(
+def _match_profile(
     model: str | None, machine: str, implementer: str | None, part: str | None
-) -> tuple[Profile | None, Literal["device tree", "processor", "machine"] | None]:
+) -> tuple[BoardProfile | None, Literal["device tree", "processor", "machine"] | None]:
     """Choose the profile: by the name of the board, else by its processor, else by its architecture."""
     profiles = list(load_profiles().values())
     if model:
@@ -114,7 +114,7 @@ def _read_meminfo(root: Path) -> dict[str, int]:
     return {key: int(kib) * 1024 for key, kib in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
 
 
-def _ask_firmware() -> Throttling | None:
+def _query_firmware() -> Throttling | None:
     """Ask the Raspberry Pi's own tool, for kernels that do not tell."""
     tool = shutil.which("vcgencmd")
     if tool is None:

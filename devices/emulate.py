@@ -21,12 +21,12 @@ from edgelm.errors import DeviceError
 from edgelm.system.board_cache import BoardCache
 from edgelm.system.isolated_python import build_command, paths
 
-from .rootfs import Say, prepare_rootfs
+from .rootfs import StatusCallback, prepare_rootfs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .board_profile import Cpu, Emulation, Profile
+    from .board_profile import BoardProfile, Cpu, Emulation
 
 THREADS: Final = 2
 """Set on both sides: onnxruntime would otherwise pin threads to cores that are not there."""
@@ -35,10 +35,10 @@ SMOKE_TIMEOUT_S: Final = 900
 
 
 @dataclass(frozen=True, slots=True)
-class Emulated:
+class EmulationResult:
     """What both sides reported (see `smoke.Report.to_dict`), and where their answers part."""
 
-    profile: Profile
+    profile: BoardProfile
     emulated: dict[str, Any]
     host: dict[str, Any]
 
@@ -73,12 +73,14 @@ class Emulated:
         }
 
 
-def default_cache() -> Path:
+def default_cache_folder() -> Path:
     """Return where emulated roots are kept: `emulate` in the board cache's folder."""
     return BoardCache.default().folder / "emulate"
 
 
-def emulate(profile: Profile, bundle: str, *, prompt: str | None, cache: Path, say: Say) -> Emulated:
+def emulate(
+    profile: BoardProfile, bundle: str, *, prompt: str | None, cache: Path, say: StatusCallback
+) -> EmulationResult:
     """Run `edgelm devices smoke` here and on the emulated board, and compare the answers.
 
     Parameters
@@ -88,7 +90,7 @@ def emulate(profile: Profile, bundle: str, *, prompt: str | None, cache: Path, s
     bundle, prompt
         As for `smoke.run_smoke`.
     cache
-        Where the emulated root is kept for the next time; see `default_cache`.
+        Where the emulated root is kept for the next time; see `default_cache_folder`.
     say
         Told, in one line each, what takes time.
 
@@ -107,7 +109,7 @@ def emulate(profile: Profile, bundle: str, *, prompt: str | None, cache: Path, s
     smoke += [] if prompt is None else ["--prompt", prompt]
     with tempfile.TemporaryDirectory(prefix="edgelm-emulate-") as scratch:
         prefix, packages = Path(scratch) / "root", Path(scratch) / "packages"
-        lay_over(prefix, rootfs.root, profile, profile.cpu, profile.emulation)
+        write_board_files(prefix, rootfs.root, profile, profile.cpu, profile.emulation)
         packages.mkdir()
         (packages / "edgelm").symlink_to(Path(edgelm.__file__).parent)
         (packages / "edgelm_devices").symlink_to(Path(__file__).parent)
@@ -117,10 +119,10 @@ def emulate(profile: Profile, bundle: str, *, prompt: str | None, cache: Path, s
         compiled = f"pycache_prefix={rootfs.folder / 'pycache'}"
         python = [qemu, "-L", str(prefix), str(rootfs.interpreter), "-X", compiled]
         folders, environment = [str(packages), str(rootfs.site)], {"QEMU_CPU": profile.emulation.qemu_cpu}
-        return Emulated(profile, _run_smoke(python, folders, smoke, environment, "the emulated board"), host)
+        return EmulationResult(profile, _run_smoke(python, folders, smoke, environment, "the emulated board"), host)
 
 
-def lay_over(prefix: Path, root: Path, profile: Profile, cpu: Cpu, emulation: Emulation) -> None:
+def write_board_files(prefix: Path, root: Path, profile: BoardProfile, cpu: Cpu, emulation: Emulation) -> None:
     """Make `prefix`: the root's folders as links, and the proc/ and sys/ of the board as files.
 
     QEMU takes any path that exists under its prefix from there. The host's own would end onnxruntime at

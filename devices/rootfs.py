@@ -35,7 +35,7 @@ LAYOUT: Final = 1
 
 FETCH_TIMEOUT_S: Final = 900
 
-Say = Callable[[str], None]
+StatusCallback = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Rootfs:
         return self.root / "usr/bin" / f"python{self.python}"
 
 
-def prepare_rootfs(cache: Path, say: Say) -> Rootfs:
+def prepare_rootfs(cache: Path, say: StatusCallback) -> Rootfs:
     """Return the root for this Debian release and the installed versions of `WHEELS`, fetched where needed.
 
     Parameters
@@ -77,25 +77,25 @@ def prepare_rootfs(cache: Path, say: Say) -> Rootfs:
         Not Debian, a tool is missing, no network, no such package, or a folder that others could have written: what
         lies there is executed.
     """
-    folder, pins = rootfs_folder(cache), _pins()
+    folder, pins = rootfs_folder(cache), _pinned_wheels()
     fault = find_path_fault(folder)
     if fault is not None:
         raise DeviceError(f"{folder} is not used: {fault}; remove it, or name a folder of your own with --cache")
     if not folder.exists():
         make_private(cache)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=cache) as scratch:
-            _fill(Path(scratch), pins, say)
-            _publish(Path(scratch) / "made", folder)
+            _build_rootfs(Path(scratch), pins, say)
+            _rename_into_place(Path(scratch) / "made", folder)
     return Rootfs(folder, _python_of(folder / "root"))
 
 
 def rootfs_folder(cache: Path) -> Path:
     """Return where `prepare_rootfs` puts its root, or has put it: the name tells what is in it."""
-    digest = hashlib.sha256("\n".join([str(LAYOUT), *DEBS, *_pins()]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("\n".join([str(LAYOUT), *DEBS, *_pinned_wheels()]).encode()).hexdigest()[:12]
     return cache / f"debian-{_read_codename()}-arm64-{digest}"
 
 
-def _pins() -> list[str]:
+def _pinned_wheels() -> list[str]:
     """Return `WHEELS` in the versions installed here, so that both sides run the same."""
     try:
         return [f"{name}=={metadata.version(name)}" for name in WHEELS]
@@ -105,7 +105,7 @@ def _pins() -> list[str]:
         ) from error
 
 
-def _fill(scratch: Path, pins: Sequence[str], say: Say) -> None:
+def _build_rootfs(scratch: Path, pins: Sequence[str], say: StatusCallback) -> None:
     """Make `scratch/made` with root/ and site/."""
     root, site = scratch / "made/root", scratch / "made/site"
     root.parent.mkdir(PRIVATE)
@@ -177,7 +177,7 @@ def _run(command: Sequence[str], what: str) -> None:
         raise DeviceError(f"{what} failed: {reason}")
 
 
-def _publish(made: Path, folder: Path) -> None:
+def _rename_into_place(made: Path, folder: Path) -> None:
     """Move the finished root into place; another run that was quicker wins."""
     try:
         made.rename(folder)

@@ -15,16 +15,18 @@ from edgelm.mqtt.service_config import ServeConfig
 from edgelm.mqtt.service_setup import serve_in_background
 from edgelm.system.installation import install_command
 
-from .check_report import Check
+from .check_report import SmokeCheck
 
 if TYPE_CHECKING:
     from edgelm import Completion
 
-ANSWER_WITHIN_S: Final = 240.0
+ANSWER_TIMEOUT_S: Final = 240.0
 """Long, for an emulated processor."""
 
 
-def check_round_trip(bundle: str, threads: int | None, prompt: str, answer: Completion, broker: str | None) -> Check:
+def check_round_trip(
+    bundle: str, threads: int | None, prompt: str, answer: Completion, broker: str | None
+) -> SmokeCheck:
     """Serve the bundle at a broker, ask it there, and compare with the answer it gave here.
 
     Parameters
@@ -43,17 +45,17 @@ def check_round_trip(bundle: str, threads: int | None, prompt: str, answer: Comp
             return _check_at(started.url, started.name, bundle, threads, prompt, answer)
     except MissingExtraError:
         told = f"no broker: apt-get install mosquitto, or {install_command('broker')}, or --broker URL"
-        return Check("mqtt", "skipped", told)
+        return SmokeCheck("mqtt", "skipped", told)
     except EdgelmError as error:
-        return Check("mqtt", "failed", str(error))
+        return SmokeCheck("mqtt", "failed", str(error))
 
 
-def _check_at(url: str, name: str, bundle: str, threads: int | None, prompt: str, answer: Completion) -> Check:
+def _check_at(url: str, name: str, bundle: str, threads: int | None, prompt: str, answer: Completion) -> SmokeCheck:
     board = f"smoke-{uuid.uuid4().hex[:8]}"
     config = ServeConfig(mqtt=url, board=board, model=bundle, threads=threads, max_batch=1)
     sampling = {"max_tokens": max(1, len(answer.tokens)), "temperature": 0.0, "seed": 0}
     request = GenerateRequest(
-        uuid.uuid4().hex, prompt=prompt, sampling=sampling, stream=True, timeout_s=ANSWER_WITHIN_S
+        uuid.uuid4().hex, prompt=prompt, sampling=sampling, stream=True, timeout_s=ANSWER_TIMEOUT_S
     )
     with serve_in_background(config), RequestClient(BrokerConfig(url=BrokerUrl.parse(url)), board) as request_client:
         started = time.perf_counter()
@@ -61,9 +63,9 @@ def _check_at(url: str, name: str, bundle: str, threads: int | None, prompt: str
         outcome = run_request(request_client, request, pieces.append)
         elapsed_ms = 1000 * (time.perf_counter() - started)
     if outcome.error is not None:
-        return Check("mqtt", "failed", f"{outcome.error.code}: {outcome.error.message}")
+        return SmokeCheck("mqtt", "failed", f"{outcome.error.code}: {outcome.error.message}")
     if not outcome.completion.text == "".join(pieces) == answer.text:
-        return Check("mqtt", "failed", f"expected the answer {answer.text!r}, got {outcome.completion.text!r}")
+        return SmokeCheck("mqtt", "failed", f"expected the answer {answer.text!r}, got {outcome.completion.text!r}")
     inference_ms = outcome.completion.timing.total_ms
     told = f"the same answer through {name} in {elapsed_ms:.0f} ms, of which inference {inference_ms:.0f} ms"
-    return Check("mqtt", "ok", told, {"elapsed_ms": elapsed_ms, "inference_ms": inference_ms})
+    return SmokeCheck("mqtt", "ok", told, {"elapsed_ms": elapsed_ms, "inference_ms": inference_ms})

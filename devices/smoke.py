@@ -16,8 +16,8 @@ from edgelm.errors import EdgelmError
 from edgelm.runtime.prepack import verify_kernels
 from edgelm.system.memory import memory_mb
 
-from .check_report import Check, Report
-from .detect import Board, detect
+from .check_report import SmokeCheck, SmokeReport
+from .detect import DetectedBoard, detect_board
 from .round_trip import check_round_trip
 
 if TYPE_CHECKING:
@@ -36,14 +36,14 @@ GREEDY: Final[dict[str, Any]] = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "
 """The seed has every token computed by itself, without guesses, whose number depends on a machine's speed."""
 
 
-def run_smoke(
+def run_smoke_test(
     bundle: str = "builtin",
     *,
     prompt: str | None = None,
     threads: int | None = None,
     broker: str | None = None,
-    on_check: Callable[[Check], None] | None = None,
-) -> Report:
+    on_check: Callable[[SmokeCheck], None] | None = None,
+) -> SmokeReport:
     """Check this board with a bundle.
 
     Parameters
@@ -59,10 +59,10 @@ def run_smoke(
     on_check
         Told of each check as soon as it is done.
     """
-    board = detect()
-    checks: list[Check] = []
+    board = detect_board()
+    checks: list[SmokeCheck] = []
 
-    def note(check: Check) -> None:
+    def note(check: SmokeCheck) -> None:
         checks.append(check)
         if on_check is not None:
             on_check(check)
@@ -73,12 +73,12 @@ def run_smoke(
     try:
         model = edgelm.load(bundle, threads=threads)
     except EdgelmError as error:
-        note(Check("load", "failed", str(error)))
-        return Report(board, bundle, None, (), tuple(checks))
+        note(SmokeCheck("load", "failed", str(error)))
+        return SmokeReport(board, bundle, None, (), tuple(checks))
     load_s = time.perf_counter() - started
     with model:
         quant = model.manifest.quant
-        note(Check("load", "ok", f"{bundle} ({quant}) in {load_s:.1f} s, files right", {"load_s": load_s}))
+        note(SmokeCheck("load", "ok", f"{bundle} ({quant}) in {load_s:.1f} s, files right", {"load_s": load_s}))
         intent = INTENT if bundle == "builtin" and prompt is None else None
         text = PROMPT if prompt is None else prompt
         answer = model.generate(text, **GREEDY)
@@ -86,89 +86,93 @@ def run_smoke(
         note(_check_kernels(model, threads))
         note(_check_stream(model, text, answer))
     note(check_round_trip(bundle, threads, text, answer, broker))
-    after = detect()
+    after = detect_board()
     for check in (_tell_speed(answer), _tell_memory(after), _tell_temperature(after), _check_throttling(after)):
         note(check)
-    return Report(board, bundle, quant, answer.tokens, tuple(checks))
+    return SmokeReport(board, bundle, quant, answer.tokens, tuple(checks))
 
 
-def _tell_board(board: Board) -> Check:
+def _tell_board(board: DetectedBoard) -> SmokeCheck:
     title = board.model or (board.profile.title if board.profile else f"unknown {board.machine} board")
     if board.profile and board.matched_by == "processor" and not board.model:
         title = f"a board with the processor of a {board.profile.title}"
     memory = f", {board.memory_bytes / 1e9:.1f} GB" if board.memory_bytes else ""
-    return Check("board", "info", f"{title}: {board.cores} x {board.processor or board.machine}{memory}")
+    return SmokeCheck("board", "info", f"{title}: {board.cores} x {board.processor or board.machine}{memory}")
 
 
-def _tell_packages() -> Check:
+def _tell_packages() -> SmokeCheck:
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     versions["edgelm"] = edgelm.__version__
-    return Check("software", "info", ", ".join(f"{name} {version}" for name, version in versions.items()), versions)
+    return SmokeCheck(
+        "software", "info", ", ".join(f"{name} {version}" for name, version in versions.items()), versions
+    )
 
 
-def check_answer(answer: Completion, intent: str | None) -> Check:
+def check_answer(answer: Completion, intent: str | None) -> SmokeCheck:
     """Compare with the intent that is known; where none is, any answer will do."""
     values = answer.to_dict()
     if intent is None:
         told = f"{len(answer.tokens)} tokens, {answer.finish_reason}: {answer.text!r}"
-        return Check("answer", "ok" if answer.tokens else "failed", told, values)
+        return SmokeCheck("answer", "ok" if answer.tokens else "failed", told, values)
     got = answer.json.get("intent") if isinstance(answer.json, dict) else None
     told = answer.text if got == intent else f"expected the intent {intent}, got {answer.text!r}"
-    return Check("answer", "ok" if got == intent else "failed", told, values)
+    return SmokeCheck("answer", "ok" if got == intent else "failed", told, values)
 
 
-def _check_kernels(model: Model, threads: int | None) -> Check:
+def _check_kernels(model: Model, threads: int | None) -> SmokeCheck:
     """Small bundles run on onnxruntime's kernels; whether larger ones can have ours on this board is tried out."""
     try:
-        return Check("kernels", "ok", verify_kernels(model.bundle, threads))
+        return SmokeCheck("kernels", "ok", verify_kernels(model.bundle, threads))
     except EdgelmError as error:
-        return Check("kernels", "failed", str(error))
+        return SmokeCheck("kernels", "failed", str(error))
     except OSError as error:
-        return Check("kernels", "skipped", f"larger models run on onnxruntime's alone: {error}")
+        return SmokeCheck("kernels", "skipped", f"larger models run on onnxruntime's alone: {error}")
 
 
-def _check_stream(model: Model, text: str, answer: Completion) -> Check:
+def _check_stream(model: Model, text: str, answer: Completion) -> SmokeCheck:
     """Ask again: the tokens must be the same, and the streamed pieces make up the text."""
     *pieces, last = model.stream(text, **GREEDY)
     streamed = "".join(chunk.delta for chunk in (*pieces, last))
     again = last.completion
     if again is None or again.tokens != answer.tokens:
-        return Check("again", "failed", "the same prompt gave other tokens the second time")
+        return SmokeCheck("again", "failed", "the same prompt gave other tokens the second time")
     if streamed != answer.text:
-        return Check("again", "failed", f"the streamed pieces {streamed!r} are not the text {answer.text!r}")
-    return Check("again", "ok", f"the same {len(answer.tokens)} tokens, streamed in {len(pieces) + 1} chunks")
+        return SmokeCheck("again", "failed", f"the streamed pieces {streamed!r} are not the text {answer.text!r}")
+    return SmokeCheck("again", "ok", f"the same {len(answer.tokens)} tokens, streamed in {len(pieces) + 1} chunks")
 
 
-def _tell_speed(answer: Completion) -> Check:
+def _tell_speed(answer: Completion) -> SmokeCheck:
     timing = answer.timing
     told = f"first token after {timing.ttft_ms:.0f} ms, then {timing.tok_s:.0f} tokens/s"
-    return Check("speed", "info", told, {"ttft_ms": timing.ttft_ms, "tok_s": timing.tok_s})
+    return SmokeCheck("speed", "info", told, {"ttft_ms": timing.ttft_ms, "tok_s": timing.tok_s})
 
 
-def _tell_memory(board: Board) -> Check:
+def _tell_memory(board: DetectedBoard) -> SmokeCheck:
     used, available = memory_mb(), board.memory_available_bytes
     told = f"{used['rss_peak_mb']:.0f} MB at most" if used else "this machine tells none"
     if available:
         told += f", {available / 1e6:.0f} MB still available"
-    return Check("memory", "info", told, {**used, "available_bytes": available})
+    return SmokeCheck("memory", "info", told, {**used, "available_bytes": available})
 
 
-def _tell_temperature(board: Board) -> Check:
+def _tell_temperature(board: DetectedBoard) -> SmokeCheck:
     celsius = board.temperature_c
     if celsius is None:
-        return Check("temperature", "skipped", "this machine tells none")
-    return Check("temperature", "info", f"{celsius:.1f} degrees Celsius", {"celsius": celsius})
+        return SmokeCheck("temperature", "skipped", "this machine tells none")
+    return SmokeCheck("temperature", "info", f"{celsius:.1f} degrees Celsius", {"celsius": celsius})
 
 
-def _check_throttling(board: Board) -> Check:
+def _check_throttling(board: DetectedBoard) -> SmokeCheck:
     """Fail a board that is held back right now: its power supply or cooling wants attention."""
     found = board.throttling
     if found is None:
-        return Check("throttling", "skipped", "only a Raspberry Pi tells")
+        return SmokeCheck("throttling", "skipped", "only a Raspberry Pi tells")
     past = f" (since boot: {', '.join(found.since_boot)})" if found.since_boot else ""
     if found.now:
-        return Check("throttling", "failed", f"{', '.join(found.now)} now{past}: mend the power supply or the cooling")
-    return Check("throttling", "ok", f"none{past}")
+        return SmokeCheck(
+            "throttling", "failed", f"{', '.join(found.now)} now{past}: mend the power supply or the cooling"
+        )
+    return SmokeCheck("throttling", "ok", f"none{past}")

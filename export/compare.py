@@ -14,10 +14,10 @@ from edgelm.errors import BundleError, EdgelmError
 from edgelm.text.documents import read_text
 from edgelm.text.tokenizer import Tokenizer
 
-from .calibration.text_samples import measured_documents
-from .progress_callback import Progress, silent
-from .source_model import VOCABULARY, open_model, with_rows
-from .verify.quality_gate import BundleReference, CheckpointReference, measure, quality
+from .calibration.text_samples import evaluation_documents
+from .progress_callback import ProgressCallback, ignore_progress
+from .source_model import VOCABULARY, open_source_model, with_vocabulary
+from .verify.quality_gate import BundlePredictor, CheckpointPredictor, measure_agreement, quality_facts
 
 
 def compare(
@@ -27,7 +27,7 @@ def compare(
     *,
     adapter: str | Path | None = None,
     context: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle beside an unquantized checkpoint, merged with `adapter` if one is given.
 
@@ -37,29 +37,29 @@ def compare(
     [0, 1]. Raises `EdgelmError` when the two do not belong together or a file cannot be read.
     """
     opened = open_bundle(bundle)
-    manifest, told = opened.manifest, progress or silent
+    manifest, told = opened.manifest, progress or ignore_progress
     if manifest.adapter is not None and adapter is None:
         raise EdgelmError(f"{opened.path} has the adapter {manifest.adapter} merged: name it with --adapter")
     length = manifest.context if context is None else context
-    measured = measured_documents(
+    measured = evaluation_documents(
         read_text(text, "--text"), Tokenizer.from_file(opened.tokenizer), manifest.bos_token, length
     )
     if manifest.via == "optimum":
         from .optimum.via_optimum import reference_bundle  # heavy: torch, transformers
 
         with tempfile.TemporaryDirectory() as folder, reference_bundle(checkpoint, Path(folder), length, told) as other:
-            found = measure(opened, BundleReference(other), measured.documents, told)
-            return quality(found, Path(text).name, measured.left_out)
-    model = open_model(checkpoint, adapter)
+            found = measure_agreement(opened, BundlePredictor(other), measured.documents, told)
+            return quality_facts(found, Path(text).name, measured.left_out)
+    model = open_source_model(checkpoint, adapter)
     if manifest.vocabulary is not None:
-        model = with_rows(model, _kept(opened))
+        model = with_vocabulary(model, _kept(opened))
     if model.decoder.vocab_size != manifest.vocab_size:
         raise EdgelmError(
             f"{opened.path} has a vocabulary of {manifest.vocab_size}, {checkpoint} one of {model.decoder.vocab_size}:"
             " they do not belong together"
         )
-    found = measure(opened, CheckpointReference(model.weights, told), measured.documents, told)
-    return quality(found, Path(text).name, measured.left_out)
+    found = measure_agreement(opened, CheckpointPredictor(model.weights, told), measured.documents, told)
+    return quality_facts(found, Path(text).name, measured.left_out)
 
 
 def _kept(bundle: Bundle) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -12,22 +12,22 @@ from edgelm.system.installation import missing_extra
 
 from .quantize.matrix_plan import (
     BITS,
-    BLOCK_SIZE,
     BLOCK_SIZES,
+    DEFAULT_BLOCK_SIZE,
     EMBEDDING_BITS,
-    LARGE_BLOCKS,
+    PARTS_WITH_LARGE_BLOCKS,
     QUANTIZED_BITS,
-    TABLES,
-    Plan,
+    TOKEN_MATRICES,
     Quant,
+    QuantPlan,
     with_bits,
 )
-from .quantize.spec import METHODS, Method, Spec
+from .quantize.spec import METHODS, Method, QuantSpec
 
-SELF: Final = "self"
+SELF_GENERATED: Final = "self"
 """What `--calibrate` takes instead of a file: self-generated text."""
 
-CONTEXT: Final = 4096
+DEFAULT_CONTEXT: Final = 4096
 """Default limit of the context: a longer one costs memory for every request, and rotary tables on disk."""
 
 UNIFORM: Final = ("fp32", "int8", "keep")
@@ -38,7 +38,7 @@ Kv = Literal["fp32", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class ExportOptions:
     """See `edgelm_export.export`. Raises `EdgelmError` for a value out of range or options that contradict."""
 
     quant: Quant = "int4"
@@ -63,7 +63,7 @@ class Options:
 
     def __post_init__(self) -> None:
         self._check_values()
-        self._check_texts()
+        self._check_combinations()
         if self.quant == "keep":
             self._check_keep()
         if self.via == "optimum":
@@ -72,20 +72,20 @@ class Options:
             raise missing_extra("edgelm export --report", "report", "matplotlib")
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> QuantPlan:
         """The plan before any budget is looked at."""
         if self.quant == "fp32":
-            return Plan(None)
-        block_size = BLOCK_SIZE if self.block_size is None else self.block_size
-        default = Spec(BITS[self.quant], block_size, self.symmetric, self.chosen_method)
+            return QuantPlan(None)
+        block_size = DEFAULT_BLOCK_SIZE if self.block_size is None else self.block_size
+        default = QuantSpec(BITS[self.quant], block_size, self.symmetric, self.chosen_method)
         if self.quant in UNIFORM or self.via == "optimum":
-            return Plan(default)
+            return QuantPlan(default)
         bits = EMBEDDING_BITS[self.quant] if self.embedding_bits is None else self.embedding_bits
-        exceptions = dict.fromkeys(TABLES, with_bits(default, bits))
+        exceptions = dict.fromkeys(TOKEN_MATRICES, with_bits(default, bits))
         if self.block_size is None:
-            large = [*(TABLES if bits == 5 else ()), *(LARGE_BLOCKS if self.quant == "int5" else ())]
+            large = [*(TOKEN_MATRICES if bits == 5 else ()), *(PARTS_WITH_LARGE_BLOCKS if self.quant == "int5" else ())]
             exceptions.update({part: replace(exceptions.get(part, default), block_size=64) for part in large})
-        return Plan(with_bits(default, default.bits), exceptions)
+        return QuantPlan(with_bits(default, default.bits), exceptions)
 
     @property
     def chosen_method(self) -> Method:
@@ -98,12 +98,12 @@ class Options:
 
     @property
     def chosen_calibration(self) -> str | Path | None:
-        """The calibration text: a file, `SELF`, or None."""
+        """The calibration text: a file, `SELF_GENERATED`, or None."""
         by_default = self.method == "auto" and self.quant not in UNIFORM
         calibrates = self.via == "native" and self.quant != "fp32" and (by_default or self.method == "gptq")
         if self.calibrate is not None or self.fast or not calibrates:
             return self.calibrate
-        return SELF
+        return SELF_GENERATED
 
     @property
     def has_budget(self) -> bool:
@@ -134,7 +134,7 @@ class Options:
         if self.max_bytes is not None and self.max_bytes < 1:
             raise EdgelmError(f"max_bytes must be positive, got {self.max_bytes}")
 
-    def _check_texts(self) -> None:
+    def _check_combinations(self) -> None:
         if (self.vocab is None) != (self.vocab_size is None):
             raise EdgelmError("--vocab FILE and --vocab-size N go together: the domain's text, and how many tokens")
         if self.fast and (self.calibrate is not None or self.method == "gptq"):
@@ -186,9 +186,9 @@ class Options:
 
 
 def choose_context(wanted: int | None, limit: int) -> int:
-    """Return the bundle's context: what was asked for, else the checkpoint's up to `CONTEXT`."""
+    """Return the bundle's context: what was asked for, else the checkpoint's up to `DEFAULT_CONTEXT`."""
     if wanted is None:
-        return min(limit, CONTEXT)
+        return min(limit, DEFAULT_CONTEXT)
     if not 1 <= wanted <= limit:
         raise EdgelmError(f"context must lie in [1, {limit}], the checkpoint's own limit; got {wanted}")
     return wanted

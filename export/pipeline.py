@@ -15,18 +15,24 @@ from edgelm.text.documents import read_text
 from edgelm.text.static_prompt import PrefixText, read_prefix_text, tokenize_prefix
 from edgelm.text.tokenizer import Tokenizer
 
-from .calibration.text_samples import Document, Measured, calibration_documents, calibration_tokens, measured_documents
-from .int8_kv.int8_cache_graph import OLDEST_RUNTIME
-from .int8_kv.quantize_cache import quantize_cache
-from .options import SELF, Options, choose_context
-from .plan import Outline, make_plan
-from .progress_callback import Progress, silent
-from .self_generated import sampled_documents
-from .source_model import Opened, open_model, pruned, with_prefix
-from .verify.quality_gate import CheckpointReference, check, measure, quality
-from .verify.self_check import refuse_broken, self_check
+from .calibration.text_samples import (
+    Document,
+    EvaluationText,
+    calibration_documents,
+    calibration_token_count,
+    evaluation_documents,
+)
+from .int8_kv.int8_cache_graph import MIN_ONNXRUNTIME
+from .int8_kv.quantize_cache import quantize_kv_cache
+from .options import SELF_GENERATED, ExportOptions, choose_context
+from .plan import ExportOutline, make_plan
+from .progress_callback import ProgressCallback, ignore_progress
+from .self_generated import sample_calibration_documents
+from .source_model import SourceModel, open_source_model, prune_model, with_static_prefix
+from .verify.quality_gate import CheckpointPredictor, check_agreement, measure_agreement, quality_facts
+from .verify.self_check import raise_if_broken, self_check
 from .write.bundle import write_bundle
-from .write.staging import staged
+from .write.staging import staged_directory
 
 
 def export(
@@ -34,7 +40,7 @@ def export(
     out: str | Path,
     *,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     **options: Any,
 ) -> Bundle:
     """Write the bundle of a checkpoint.
@@ -100,13 +106,13 @@ def export(
         The target exists, cannot be written, an option is out of range, or a limit is not met.
     """
     chosen = _checked(options)
-    told = progress or silent
+    told = progress or ignore_progress
     opening = None if chosen.prefix is None else read_prefix_text(chosen.prefix)
-    with staged(Path(out), force=force, replaceable=lambda path: (path / MANIFEST).is_file()) as stage:
+    with staged_directory(Path(out), force=force, replaceable=lambda path: (path / MANIFEST).is_file()) as stage:
         if chosen.via == "optimum":
-            from .optimum.via_optimum import export_optimum  # heavy: torch, transformers
+            from .optimum.via_optimum import export_via_optimum  # heavy: torch, transformers
 
-            export_optimum(checkpoint, stage, chosen, told, force=force)
+            export_via_optimum(checkpoint, stage, chosen, told, force=force)
         else:
             _export(checkpoint, stage, chosen, opening, told, force=force)
         if opening is not None:
@@ -119,7 +125,7 @@ def export(
     return open_bundle(out)
 
 
-def outline(checkpoint: str | Path, *, progress: Progress | None = None, **options: Any) -> Outline:
+def outline(checkpoint: str | Path, *, progress: ProgressCallback | None = None, **options: Any) -> ExportOutline:
     """Return what `export` with the same options would write, without writing it. Raises as `export` does."""
     chosen = _checked(options)
     if chosen.via == "optimum":
@@ -127,40 +133,40 @@ def outline(checkpoint: str | Path, *, progress: Progress | None = None, **optio
     model = _open(checkpoint, chosen)
     length = choose_context(chosen.context, model.decoder.context)
     if chosen.prefix is not None:
-        model = with_prefix(model, read_prefix_text(chosen.prefix), length)
-    told = progress or silent
+        model = with_static_prefix(model, read_prefix_text(chosen.prefix), length)
+    told = progress or ignore_progress
     return make_plan(model, chosen, length, _calibration(model, chosen, length, told), told)[1]
 
 
-def _checked(given: Mapping[str, Any]) -> Options:
+def _checked(given: Mapping[str, Any]) -> ExportOptions:
     quant = given.get("quant") or ("int5" if given.get("fast") else "int4")
-    options = Options(**{**given, "quant": quant})
+    options = ExportOptions(**{**given, "quant": quant})
     if options.kv == "int8":
-        check_ort_version(OLDEST_RUNTIME, "--kv int8")
+        check_ort_version(MIN_ONNXRUNTIME, "--kv int8")
     return options
 
 
-def _open(checkpoint: str | Path, options: Options) -> Opened:
-    model = open_model(checkpoint, options.adapter)
+def _open(checkpoint: str | Path, options: ExportOptions) -> SourceModel:
+    model = open_source_model(checkpoint, options.adapter)
     if options.vocab is None or options.vocab_size is None:
         return model
-    return pruned(model, options.vocab, options.vocab_size)
+    return prune_model(model, options.vocab, options.vocab_size)
 
 
 def _export(
     checkpoint: str | Path,
     stage: Path,
-    options: Options,
+    options: ExportOptions,
     opening: PrefixText | None,
-    progress: Progress,
+    progress: ProgressCallback,
     *,
     force: bool,
 ) -> None:
     model = _open(checkpoint, options)
     length = choose_context(options.context, model.decoder.context)
     if opening is not None:
-        model = with_prefix(model, opening, length)
-    measured = _measured(model, options, length)  # first: whether the text can be read is known at once
+        model = with_static_prefix(model, opening, length)
+    measured = _evaluation_text(model, options, length)  # first: whether the text can be read is known at once
     documents = _calibration(model, options, length, progress, stage)
     plan, outline = make_plan(model, options, length, documents, progress)
     manifest = write_bundle(
@@ -176,38 +182,38 @@ def _export(
     )
     if options.kv == "int8":
         text = documents if options.chosen_calibration is not None else None  # a budget may look at --verify's text
-        manifest = quantize_cache(stage, manifest, model, text, progress)
+        manifest = quantize_kv_cache(stage, manifest, model, text, progress)
     manifest = write_manifest(stage, manifest)
-    reference = CheckpointReference(model.weights, progress)
+    reference = CheckpointPredictor(model.weights, progress)
     if options.quant != "fp32":
         found = self_check(Bundle(stage, manifest), reference, model.tokenizer, progress)
         if not force:
-            refuse_broken(found)
+            raise_if_broken(found)
         manifest = write_manifest(stage, replace(manifest, self_check=found))
     if measured is not None and options.verify is not None:
-        agreement = measure(Bundle(stage, manifest), reference, measured.documents, progress)
-        check(agreement, options.max_kl, options.min_agreement)
-        found = quality(agreement, Path(options.verify).name, measured.left_out)
+        agreement = measure_agreement(Bundle(stage, manifest), reference, measured.documents, progress)
+        check_agreement(agreement, options.max_kl, options.min_agreement)
+        found = quality_facts(agreement, Path(options.verify).name, measured.left_out)
         write_manifest(stage, replace(manifest, quality=found))
 
 
 def _calibration(
-    model: Opened, options: Options, context: int, progress: Progress, beside: Path | None = None
+    model: SourceModel, options: ExportOptions, context: int, progress: ProgressCallback, beside: Path | None = None
 ) -> Sequence[Document] | None:
     """Return the documents that calibration and sensitivity look at, where either is wanted."""
     chosen = options.chosen_calibration
     if not options.has_budget and chosen is None:
         return None
-    if chosen == SELF:
-        return sampled_documents(model, context, progress, beside)
+    if chosen == SELF_GENERATED:
+        return sample_calibration_documents(model, context, progress, beside)
     file, flag = (chosen, "--calibrate") if chosen is not None else (options.verify, "--verify")
     if file is None:
         raise AssertionError("a budget without text")
-    limit = calibration_tokens(model.decoder.parameters)
+    limit = calibration_token_count(model.decoder.parameters)
     return calibration_documents(read_text(file, flag), model.tokenizer, model.bos_token, context, limit, flag)
 
 
-def _measured(model: Opened, options: Options, context: int) -> Measured | None:
+def _evaluation_text(model: SourceModel, options: ExportOptions, context: int) -> EvaluationText | None:
     if options.verify is None:
         return None
-    return measured_documents(read_text(options.verify, "--verify"), model.tokenizer, model.bos_token, context)
+    return evaluation_documents(read_text(options.verify, "--verify"), model.tokenizer, model.bos_token, context)

@@ -13,22 +13,22 @@ import numpy as np
 from edgelm.bundle.manifest import Matrix
 from edgelm.errors import EdgelmError
 
-from .calibration.layers import Layers
+from .calibration.layers import ReferenceModel
 from .calibration.sensitivity import measure_sensitivity, relative_error
 from .calibration.text_samples import Document
-from .graph.decoder_graph import DecoderGraph
-from .graph.initializers import SizedConstants
-from .graph.matrices import tensors_of
-from .graph.nodes import Nodes
-from .int8_kv.int8_cache_graph import CacheScales, with_int8_cache
-from .options import Options
-from .progress_callback import Progress
-from .quantize.budget import Option, choose
-from .quantize.keep import keeping_plan, scale_bits
-from .quantize.matrix_plan import MIXED_BITS, QUANTIZED_BITS, Plan, with_bits
-from .quantize.spec import Spec
-from .source_model import Opened
-from .write.matrix_store import planned
+from .graph.decoder_graph import DecoderGraphBuilder
+from .graph.initializers import CountedInitializers
+from .graph.matrices import matrix_tensors
+from .graph.nodes import GraphBuilder
+from .int8_kv.int8_cache_graph import CacheScales, convert_cache_to_int8
+from .options import ExportOptions
+from .progress_callback import ProgressCallback
+from .quantize.budget import StorageOption, choose_options
+from .quantize.keep import plan_kept_blocks, scale_bits
+from .quantize.matrix_plan import MIXED_BITS, QUANTIZED_BITS, QuantPlan, with_bits
+from .quantize.spec import QuantSpec
+from .source_model import SourceModel
+from .write.matrix_store import planned_matrix
 
 SLACK: Final = 512
 """Bytes of a bundle that are known only when it is written."""
@@ -36,12 +36,12 @@ SLACK: Final = 512
 SENSITIVITY_TOKENS: Final = 256
 """Positions that sensitivity is measured on: every matrix has its own hidden states of all of them, in every layer."""
 
-SENSITIVITY_LENGTH: Final = 64
+MAX_SENSITIVITY_DOCUMENT_TOKENS: Final = 64
 """Most of them from one document."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outline:
+class ExportOutline:
     """What an export would write: `bytes` of all files, within a few; how each matrix is stored, in the graph's order.
 
     `kl` is the divergence in nats that the matrices were measured to add up to, where a budget was given.
@@ -63,46 +63,52 @@ class Outline:
 
 
 def make_plan(
-    model: Opened, options: Options, context: int, documents: Sequence[Document] | None, progress: Progress
-) -> tuple[Plan, Outline]:
+    model: SourceModel,
+    options: ExportOptions,
+    context: int,
+    documents: Sequence[Document] | None,
+    progress: ProgressCallback,
+) -> tuple[QuantPlan, ExportOutline]:
     """Return how each matrix is to be stored, and what that comes to.
 
     `documents` are what sensitivity is measured on, where there is a budget. Raises `EdgelmError` for a budget that
     cannot be met.
     """
-    plan, kl = _fitted(model, options), None
+    plan, kl = _base_plan(model, options), None
     if options.has_budget and documents is not None:
-        plan, kl = _within_budget(model, options, context, documents, progress)
+        plan, kl = _plan_within_budget(model, options, context, documents, progress)
     matrices = _matrices(model, plan)
-    return plan, Outline(tuple(matrices), _size(model, plan, context, options), kl)
+    return plan, ExportOutline(tuple(matrices), _bundle_bytes(model, plan, context, options), kl)
 
 
-def _fitted(model: Opened, options: Options) -> Plan:
+def _base_plan(model: SourceModel, options: ExportOptions) -> QuantPlan:
     """Return the options' plan, with blocks of 16 where blocks of 32 would leave half of a row's last one empty.
 
     The codes that this saves nearly pay for the scales it adds. Only where no block size is asked for.
     """
     if options.quant == "keep":
-        return keeping_plan(model.weights)
+        return plan_kept_blocks(model.weights)
     plan = options.plan
     if options.block_size is not None or plan.default is None or plan.default.bits != 4:
         return plan
     short = [name for name, (_, columns) in model.weights.shapes() if 0 < columns % 32 <= 16]
     finer = {name: dataclasses.replace(spec, block_size=16) for name in short if (spec := plan.spec(name)) is not None}
-    return Plan(plan.default, {**plan.exceptions, **{name: spec for name, spec in finer.items() if spec.bits == 4}})
+    return QuantPlan(
+        plan.default, {**plan.exceptions, **{name: spec for name, spec in finer.items() if spec.bits == 4}}
+    )
 
 
-def _within_budget(
-    model: Opened, options: Options, context: int, documents: Sequence[Document], progress: Progress
-) -> tuple[Plan, float]:
-    base = _fitted(model, options)
+def _plan_within_budget(
+    model: SourceModel, options: ExportOptions, context: int, documents: Sequence[Document], progress: ProgressCallback
+) -> tuple[QuantPlan, float]:
+    base = _base_plan(model, options)
     if base.default is None:
         raise AssertionError("a budget without quantization")
-    layers = Layers(model.weights, max(len(document) for document in documents))
-    probe = Plan(base.default)  # alike for all, so that what is measured stands out from what is not
-    measured = measure_sensitivity(layers, _probed(documents), probe, progress)
+    layers = ReferenceModel(model.weights, max(len(document) for document in documents))
+    probe = QuantPlan(base.default)  # alike for all, so that what is measured stands out from what is not
+    measured = measure_sensitivity(layers, _sensitivity_documents(documents), probe, progress)
     candidates = _candidates(base.default, options)
-    choices: dict[str, list[Option]] = {}
+    choices: dict[str, list[StorageOption]] = {}
     weights = 0
     for name, rows in model.weights.matrices():
         weights += rows.shape[0] * rows.shape[1]
@@ -110,31 +116,35 @@ def _within_budget(
         choices[name] = []
         for spec in candidates:
             kl = measured[name] * relative_error(rows, spec) / max(probed, 1e-30)
-            choices[name].append(Option(spec, planned(name, *rows.shape, spec).bytes(), kl))
+            choices[name].append(StorageOption(spec, planned_matrix(name, *rows.shape, spec).bytes(), kl))
     limit = None
     if options.max_bytes is None and options.max_kl is None:
         limit = int(weights * MIXED_BITS / 8)
     if options.max_bytes is not None:
-        limit = _room(model, base, options, context)
+        limit = _matrix_budget_bytes(model, base, options, context)
     while True:
-        chosen = choose(choices, max_bytes=limit, max_kl=options.max_kl)
-        plan = Plan(base.default, {name: option.spec for name, option in chosen.items()})
-        excess = 0 if options.max_bytes is None else _size(model, plan, context, options) + SLACK - options.max_bytes
+        chosen = choose_options(choices, max_bytes=limit, max_kl=options.max_kl)
+        plan = QuantPlan(base.default, {name: option.spec for name, option in chosen.items()})
+        excess = (
+            0 if options.max_bytes is None else _bundle_bytes(model, plan, context, options) + SLACK - options.max_bytes
+        )
         if excess <= 0 or limit is None:
             return plan, sum(option.kl for option in chosen.values())
         limit -= excess  # page boundaries fall otherwise
 
 
-def _room(model: Opened, plan: Plan, options: Options, context: int) -> int:
+def _matrix_budget_bytes(model: SourceModel, plan: QuantPlan, options: ExportOptions, context: int) -> int:
     """Return the bytes that are left for matrices. Raises `EdgelmError` where there are none."""
     max_bytes = options.max_bytes or 0
-    others = _size(model, plan, context, options) - sum(matrix.bytes() for matrix in _matrices(model, plan)) + SLACK
+    others = (
+        _bundle_bytes(model, plan, context, options) - sum(matrix.bytes() for matrix in _matrices(model, plan)) + SLACK
+    )
     if others >= max_bytes:
         raise EdgelmError(f"--max-bytes {max_bytes}: tokenizer, norms, tables, graph and prefix take {others} already")
     return max_bytes - others
 
 
-def _candidates(base: Spec, options: Options) -> list[Spec]:
+def _candidates(base: QuantSpec, options: ExportOptions) -> list[QuantSpec]:
     """Return how a matrix may be stored under a budget: the method stays, bits and block size may change."""
     sizes = [options.block_size] if options.block_size is not None else [16, 32, 64, 128]
     bits = [8] if options.quant == "int8" else QUANTIZED_BITS
@@ -143,8 +153,8 @@ def _candidates(base: Spec, options: Options) -> list[Spec]:
     )
 
 
-def _matrices(model: Opened, plan: Plan) -> list[Matrix]:
-    matrices = [planned(name, *shape, plan.spec(name)) for name, shape in model.weights.shapes()]
+def _matrices(model: SourceModel, plan: QuantPlan) -> list[Matrix]:
+    matrices = [planned_matrix(name, *shape, plan.spec(name)) for name, shape in model.weights.shapes()]
     return [
         dataclasses.replace(matrix, scale_bits=scale_bits(model.decoder, matrix.name))
         if matrix.method == "keep"
@@ -153,25 +163,25 @@ def _matrices(model: Opened, plan: Plan) -> list[Matrix]:
     ]
 
 
-def _size(model: Opened, plan: Plan, context: int, options: Options) -> int:
+def _bundle_bytes(model: SourceModel, plan: QuantPlan, context: int, options: ExportOptions) -> int:
     """Return the bytes of the files that a plan comes to, but for a few that depend on the weights."""
-    constants = SizedConstants("model.onnx.data")
+    constants = CountedInitializers("model.onnx.data")
     matrices = {matrix.name: matrix for matrix in _matrices(model, plan)}
     for matrix in matrices.values():
-        for name, dtype, shape in tensors_of(matrix):
+        for name, dtype, shape in matrix_tensors(matrix):
             constants.add_shape(name, dtype, shape)
-    graph = DecoderGraph(model.weights, matrices, context, Nodes(constants)).build()
+    graph = DecoderGraphBuilder(model.weights, matrices, context, GraphBuilder(constants)).build()
     if options.kv == "int8":
         d = model.decoder
         ones = np.ones((d.kv_heads, d.padded_head_size), np.float32)
-        with_int8_cache(graph, [CacheScales(ones, ones)] * len(d.layers))
+        convert_cache_to_int8(graph, [CacheScales(ones, ones)] * len(d.layers))
     vocabulary = 0 if model.vocabulary is None else len(json.dumps(model.vocabulary.kept.tolist()))
     prefix = len(model.prefix) * model.decoder.cache.bytes_per_token()
     return constants.bytes + int(graph.ByteSize()) + len(model.tokenizer_text.encode()) + vocabulary + prefix
 
 
-def _probed(documents: Sequence[Document]) -> list[Document]:
+def _sensitivity_documents(documents: Sequence[Document]) -> list[Document]:
     """Return the beginnings of some documents, evenly from the first to the last, of `SENSITIVITY_TOKENS` together."""
-    count = min(len(documents), SENSITIVITY_TOKENS // SENSITIVITY_LENGTH)
-    length = max(SENSITIVITY_LENGTH, SENSITIVITY_TOKENS // count)
+    count = min(len(documents), SENSITIVITY_TOKENS // MAX_SENSITIVITY_DOCUMENT_TOKENS)
+    length = max(MAX_SENSITIVITY_DOCUMENT_TOKENS, SENSITIVITY_TOKENS // count)
     return [documents[i * len(documents) // count][:length] for i in range(count)]

@@ -17,67 +17,72 @@ from numpy.typing import NDArray
 from edgelm.bundle.manifest import Bundle
 from edgelm.runtime.runner import Runner, open_runner
 
-from .calibration.text_samples import Document, calibration_tokens
-from .progress_callback import Progress, silent
-from .quantize.matrix_plan import BLOCK_SIZE, Plan
-from .quantize.spec import Spec
-from .source_model import Opened
+from .calibration.text_samples import Document, calibration_token_count
+from .progress_callback import ProgressCallback, ignore_progress
+from .quantize.matrix_plan import DEFAULT_BLOCK_SIZE, QuantPlan
+from .quantize.spec import QuantSpec
+from .source_model import SourceModel
 from .write.bundle import write_bundle
 
-WRITTEN_TOKENS: Final = 24576
+MAX_SAMPLED_TOKENS: Final = 24576
 """Most tokens that are sampled. A large model samples fewer, two thirds of what it takes from a file, to save time."""
 
-TOKENS: Final = 256
+DOCUMENT_TOKENS: Final = 256
 """Length of each document."""
 
-TOGETHER: Final = 32
+BATCH_DOCUMENTS: Final = 32
 """Documents that are sampled in one batch."""
 
 
-def sampled_documents(model: Opened, context: int, progress: Progress, beside: Path | None) -> list[Document]:
-    """Return self-generated documents of at most `TOKENS` tokens; the same model gives the same documents.
+def sample_calibration_documents(
+    model: SourceModel, context: int, progress: ProgressCallback, beside: Path | None
+) -> list[Document]:
+    """Return self-generated documents of at most `DOCUMENT_TOKENS` tokens; the same model gives the same documents.
 
     The int8 bundle lies in a directory `beside`, or among the system's temporary ones, while it is needed.
     """
-    length = min(TOKENS, context)
+    length = min(DOCUMENT_TOKENS, context)
     with tempfile.TemporaryDirectory(prefix=".sampled.", dir=beside) as folder:
-        plan = Plan(Spec(8, BLOCK_SIZE, True, "rtn"))
-        manifest = write_bundle(Path(folder), model, plan, "int8", length, silent)
-        session = open_runner(Bundle(Path(folder), manifest), rows=TOGETHER)
+        plan = QuantPlan(QuantSpec(8, DEFAULT_BLOCK_SIZE, True, "rtn"))
+        manifest = write_bundle(Path(folder), model, plan, "int8", length, ignore_progress)
+        session = open_runner(Bundle(Path(folder), manifest), rows=BATCH_DOCUMENTS)
         generator = np.random.Generator(np.random.PCG64(0))
         found: list[Document] = []
-        tokens = min(WRITTEN_TOKENS, calibration_tokens(model.decoder.parameters) * 2 // 3)
-        wanted = max(1, tokens // (TOKENS * TOGETHER)) * TOGETHER
+        tokens = min(MAX_SAMPLED_TOKENS, calibration_token_count(model.decoder.parameters) * 2 // 3)
+        wanted = max(1, tokens // (DOCUMENT_TOKENS * BATCH_DOCUMENTS)) * BATCH_DOCUMENTS
         while len(found) < wanted:
             progress("sampling calibration text", len(found), wanted)
-            found += _write(session, _first_tokens(model, generator), length, model.eos_tokens, generator)
+            found += _sample_batch(session, _first_tokens(model, generator), length, model.eos_tokens, generator)
         del session  # before its files go
     return found
 
 
-def write_documents(bundle: Bundle, model: Opened) -> tuple[Runner, list[Document]]:
-    """Return a session and `TOGETHER` documents that a bundle generated in it, all of whose positions its rows hold."""
-    length = min(TOKENS, bundle.manifest.context)
-    session = open_runner(bundle, rows=TOGETHER, context=length)
+def generate_documents(bundle: Bundle, model: SourceModel) -> tuple[Runner, list[Document]]:
+    """Return a runner, and `BATCH_DOCUMENTS` documents that a bundle generated with it.
+
+    The rows of its KV cache hold all their positions.
+    """
+    length = min(DOCUMENT_TOKENS, bundle.manifest.context)
+    session = open_runner(bundle, rows=BATCH_DOCUMENTS, context=length)
     generator = np.random.Generator(np.random.PCG64(0))
-    written = _write(session, _first_tokens(model, generator), length, model.eos_tokens, generator)
-    session.decode(np.stack(written)[:, -1], np.full(TOGETHER, length - 1, np.int32))
+    written = _sample_batch(session, _first_tokens(model, generator), length, model.eos_tokens, generator)
+    session.decode(np.stack(written)[:, -1], np.full(BATCH_DOCUMENTS, length - 1, np.int32))
     return session, written
 
 
-def _first_tokens(model: Opened, generator: np.random.Generator) -> NDArray[np.int64]:
+def _first_tokens(model: SourceModel, generator: np.random.Generator) -> NDArray[np.int64]:
     """Return the start token, where there is one, for every second document, and any of the tokenizer's for others.
 
     What follows a start token alone may be all of one kind: conversations, where a model was trained to hold them.
     """
     limit = min(model.decoder.vocab_size, model.tokenizer.base_vocab_size)
-    tokens = generator.integers(0, limit, TOGETHER, dtype=np.int64)
+    tokens = generator.integers(0, limit, BATCH_DOCUMENTS, dtype=np.int64)
     if model.bos_token is not None:
         tokens[::2] = model.bos_token
     return tokens
 
 
-def _write(
+def _sample_batch(
     session: Runner,
     first: NDArray[np.int64],
     length: int,

@@ -15,19 +15,19 @@ from edgelm.text.documents import read_text
 from edgelm.text.static_prompt import PrefixText, check_prefix_tokens, tokenize_prefix
 from edgelm.text.tokenizer import Tokenizer
 
-from .architectures import find_family
-from .architectures.decoder import Decoder
-from .architectures.weights import Weights
-from .checkpoint import Checkpoint, Source, metadata, open_checkpoint
-from .checkpoint.lora import Adapted, open_adapter
-from .vocabulary import KeptRows, PrunedVocabulary, prune
+from .architectures import find_architecture
+from .architectures.decoder import DecoderConfig
+from .architectures.weights import DecoderWeights
+from .checkpoint import Checkpoint, TensorSource, metadata, open_checkpoint
+from .checkpoint.lora import AdaptedWeights, open_adapter
+from .vocabulary import PrunedVocabulary, PrunedWeights, prune_vocabulary
 
 VOCABULARY = "vocabulary.json"
 """File of a bundle with a pruned vocabulary: the old id of each token, in order."""
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class SourceModel:
     """What an export, a calibration and a comparison read.
 
     tokenizer_text: the bundle's tokenizer.json. vocabulary: what pruning kept, where it was asked for. adapter: the
@@ -35,14 +35,14 @@ class Opened:
     """
 
     checkpoint: Checkpoint
-    weights: Weights
+    weights: DecoderWeights
     tokenizer_text: str
     vocabulary: PrunedVocabulary | None = None
     adapter: str | None = None
     prefix: tuple[int, ...] = ()
 
     @property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> DecoderConfig:
         """The decoder's shapes and options."""
         return self.weights.decoder
 
@@ -55,14 +55,14 @@ class Opened:
     def bos_token(self) -> int | None:
         """The id that starts a text, where the checkpoint has one."""
         old = metadata.bos_token(self.checkpoint)
-        return None if old is None else self._new(old)
+        return None if old is None else self._new_id(old)
 
     @property
     def eos_tokens(self) -> tuple[int, ...]:
         """The ids that end an answer."""
-        return tuple(self._new(old) for old in metadata.eos_tokens(self.checkpoint))
+        return tuple(self._new_id(old) for old in metadata.eos_tokens(self.checkpoint))
 
-    def _new(self, old: int) -> int:
+    def _new_id(self, old: int) -> int:
         if self.vocabulary is None:
             return old
         new = self.vocabulary.new_id(old)
@@ -71,25 +71,25 @@ class Opened:
         return new
 
 
-def open_model(source: str | Path, adapter: str | Path | None = None) -> Opened:
+def open_source_model(source: str | Path, adapter: str | Path | None = None) -> SourceModel:
     """Open a checkpoint with its adapter. Raises `CheckpointError`."""
     checkpoint = open_checkpoint(source)
-    family = find_family(checkpoint.config)
+    family = find_architecture(checkpoint.config)
     decoder = family.decoder(checkpoint.config)
     metadata.check_tokenizer(checkpoint, decoder.vocab_size)
-    tensors: Source = checkpoint
+    tensors: TensorSource = checkpoint
     if adapter is not None:
         opened = open_adapter(adapter, {**checkpoint.config, "tie_word_embeddings": decoder.tied})
         opened.check(checkpoint.names)
-        tensors = Adapted(checkpoint, opened)
-    weights = Weights(tensors, decoder, family.names)
+        tensors = AdaptedWeights(checkpoint, opened)
+    weights = DecoderWeights(tensors, decoder, family.names)
     name = None if adapter is None else Path(adapter).name
-    return Opened(checkpoint, weights, checkpoint.tokenizer_text, adapter=name)
+    return SourceModel(checkpoint, weights, checkpoint.tokenizer_text, adapter=name)
 
 
-def pruned(model: Opened, text_file: str | Path, size: int) -> Opened:
+def prune_model(model: SourceModel, text_file: str | Path, size: int) -> SourceModel:
     """Return the model with a vocabulary of `size` tokens for the domain of a text. Raises `EdgelmError`."""
-    vocabulary = prune(
+    vocabulary = prune_vocabulary(
         model.checkpoint.tokenizer,
         read_text(text_file, "--vocab"),
         size,
@@ -97,10 +97,10 @@ def pruned(model: Opened, text_file: str | Path, size: int) -> Opened:
         required=metadata.required_tokens(model.checkpoint),
         contents=model.checkpoint.tokenizer_text,
     )
-    return replace(with_rows(model, vocabulary.kept), tokenizer_text=vocabulary.tokenizer, vocabulary=vocabulary)
+    return replace(with_vocabulary(model, vocabulary.kept), tokenizer_text=vocabulary.tokenizer, vocabulary=vocabulary)
 
 
-def with_prefix(model: Opened, opening: PrefixText, context: int) -> Opened:
+def with_static_prefix(model: SourceModel, opening: PrefixText, context: int) -> SourceModel:
     """Return the model with the static prefix that the bundle is to have. Raises `EdgelmError` where it cannot."""
     special = metadata.special_tokens(model.checkpoint)
     tokenizer = Tokenizer(
@@ -115,21 +115,23 @@ def with_prefix(model: Opened, opening: PrefixText, context: int) -> Opened:
     return replace(model, prefix=tuple(tokens))
 
 
-def with_rows(model: Opened, kept: NDArray[np.int64]) -> Opened:
+def with_vocabulary(model: SourceModel, kept: NDArray[np.int64]) -> SourceModel:
     """Return the model with only some tokens' rows in its embedding and head. Raises `CheckpointError`."""
     d, names = model.decoder, model.weights.names
     if len(kept) and int(kept.max()) >= d.vocab_size:
         raise CheckpointError(f"{model.checkpoint.path} has {d.vocab_size} tokens, and the bundle keeps {kept.max()}")
-    tensors = KeptRows(model.weights.source, kept, d.vocab_size, (names.embedding, names.head))
+    tensors = PrunedWeights(model.weights.source, kept, d.vocab_size, (names.embedding, names.head))
     smaller = replace(d, vocab_size=len(kept))
-    return replace(model, weights=Weights(tensors, smaller, names))
+    return replace(model, weights=DecoderWeights(tensors, smaller, names))
 
 
-def vocabulary_facts(model: Opened, row_bytes: float) -> dict[str, Any] | None:
+def vocabulary_facts(model: SourceModel, row_bytes: float) -> dict[str, Any] | None:
     """Return what pruning did, for the manifest; `row_bytes` is what a token takes in the bundle's tables."""
     if model.vocabulary is None:
         return None
-    dropped = find_family(model.checkpoint.config).decoder(model.checkpoint.config).vocab_size - model.vocabulary.size
+    dropped = (
+        find_architecture(model.checkpoint.config).decoder(model.checkpoint.config).vocab_size - model.vocabulary.size
+    )
     return {
         "tokens_before": model.vocabulary.size + dropped,
         "tokens": model.vocabulary.size,

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Final, NoReturn
 
 from edgelm._version import __version__
-from edgelm.cli.suggestion import meant
+from edgelm.cli.suggestion import suggest_match
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.system.terminal import escape_output
 
@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `UsageError`, with what may have been meant."""
         wrong = re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)", message)
-        raise UsageError(message + (meant(wrong[1], re.findall(r"[\w.-]+", wrong[2]), 0.8) if wrong else ""))
+        raise UsageError(message + (suggest_match(wrong[1], re.findall(r"[\w.-]+", wrong[2]), 0.8) if wrong else ""))
 
     def options(self) -> set[str]:
         """Return the flags of the command and of the commands below it."""
@@ -100,9 +100,9 @@ def _run(arguments: list[str], chosen: str) -> int:
 def _explain(error: BaseException, command: str) -> tuple[int, str]:
     """Return an error's exit code and what to tell of it."""
     if isinstance(error, ModuleNotFoundError):
-        from edgelm.cli.extras import explain
+        from edgelm.cli.extras import missing_extra_error
 
-        error = explain(error, command)
+        error = missing_extra_error(error, command)
     if _is_interrupt(error):
         return 130, "interrupted"
     if isinstance(error, UsageError):
@@ -149,12 +149,12 @@ def _parse(arguments: list[str], chosen: str) -> argparse.Namespace:
             command.add_argument("--debug", action="store_true", help="show the traceback of an error")
             command.set_defaults(run=module.run)
     if not chosen and arguments and not {"-h", "--help", "--version"}.intersection(arguments):
-        raise UsageError(f"unknown argument {arguments[0]!r}{meant(arguments[0], parser.options())}")
+        raise UsageError(f"unknown argument {arguments[0]!r}{suggest_match(arguments[0], parser.options())}")
     if chosen and chosen not in COMMANDS:
-        raise UsageError(f"there is no command {chosen!r}{meant(chosen, COMMANDS)}")
+        raise UsageError(f"there is no command {chosen!r}{suggest_match(chosen, COMMANDS)}")
     args, unknown = parser.parse_known_args(arguments if chosen else [*arguments, "--help"])
     if unknown:
         options = commands.choices[chosen].options()
         flag = next((word for word in unknown if word.startswith("-")), unknown[0])
-        raise UsageError(f"unknown argument {flag!r}{meant(flag.partition('=')[0], options)}")
+        raise UsageError(f"unknown argument {flag!r}{suggest_match(flag.partition('=')[0], options)}")
     return args

@@ -20,7 +20,7 @@ from edgelm.cli.flags import (
     sampling_from,
     template_from,
 )
-from edgelm.cli.tables import cut_off
+from edgelm.cli.tables import explain_truncation
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.mqtt import request_codec, response_codec
 from edgelm.mqtt.request_client import RequestClient, run_request
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.client is not None:
         check_topic_name("--client", args.client)
     whom = {"model": args.model, "session": args.session, "end_session": args.end_session}
-    request = ask_of(
+    request = make_request(
         None if args.prompt is None else read_prompt(args.prompt),
         stream=not (args.no_stream or args.json),
         timeout_s=args.timeout,
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     broker.warn_if_unencrypted()
     client = args.client
     if client is None and args.session is not None and not is_name(broker.user or ""):
-        client = _own_name()
+        client = _default_client_name()
     with RequestClient(broker, args.board, client) as request_client:
         try:
             final = run_request(request_client, request, show if request.stream else None)
@@ -96,21 +96,21 @@ def run(args: argparse.Namespace) -> int:
         print(response_codec.write_final_message(final).decode())
     elif args.prompt is not None and (final.error is None or final.completion.text):
         print("" if request.stream else final.completion.text)
-    told = None if args.json or final.error is not None else cut_off(final.completion)
+    told = None if args.json or final.error is not None else explain_truncation(final.completion)
     if told is not None:
         print(f"edgelm ask: {told}", file=sys.stderr)
     if final.error is not None:
-        raise EdgelmError(f"{final.error.code}: {final.error.message}{_when_to_retry(final.error.retry_after_s)}")
+        raise EdgelmError(f"{final.error.code}: {final.error.message}{_retry_hint(final.error.retry_after_s)}")
     return 0
 
 
-def ask_of(prompt: str | None, **keys: object) -> request_codec.GenerateRequest:
+def make_request(prompt: str | None, **keys: object) -> request_codec.GenerateRequest:
     """Return a request; raise `RequestError`, which names the key, where the board would refuse it."""
     asked = {} if prompt is None else {"prompt": prompt}
     return request_codec.parse_request(request_codec.Envelope(uuid.uuid4().hex[:16], None, None, {**asked, **keys}))
 
 
-def _own_name() -> str:
+def _default_client_name() -> str:
     """Return a name for whoever runs this, the same every time: a session is a named client's."""
     try:
         user = getpass.getuser()
@@ -120,5 +120,5 @@ def _own_name() -> str:
     return f"ask-{name}" if name else "ask"
 
 
-def _when_to_retry(seconds: float | None) -> str:
+def _retry_hint(seconds: float | None) -> str:
     return "" if seconds is None else f" (try again in {seconds:g} s)"

@@ -18,7 +18,7 @@ from edgelm.cli.flags import add_cache_flag
 from edgelm.cli.profile_table import profile_table
 from edgelm.errors import UsageError
 from edgelm.system.board_cache import BoardCache
-from edgelm.system.progress_bar import Progress
+from edgelm.system.progress_bar import ProgressBar
 
 PROMPT_TOKENS: Final = 256
 NEW_TOKENS: Final = 128
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         return _tune(args, cache)
     prompt_tokens, new_tokens = _lengths(args)
     measure: Callable[..., BenchmarkReport | ProfileReport] = profile if args.profile else benchmark
-    with Progress() as progress:
+    with ProgressBar() as progress:
         report = measure(
             args.bundle,
             prompt_tokens=prompt_tokens,
@@ -94,7 +94,7 @@ def _tune(args: argparse.Namespace, cache: BoardCache | None) -> int:
     busy = os.getloadavg()[0]
     if busy > BUSY:
         print(f"edgelm: other programs run here (load {busy:.1f}): tune again when they are done", file=sys.stderr)
-    with Progress() as progress:
+    with ProgressBar() as progress:
         trials, best, kept = tune(args.bundle, cache, progress)
     if args.json:
         print(json.dumps({"best": asdict(best), "kept": kept, "trials": [_flat(trial) for trial in trials]}))

@@ -24,7 +24,7 @@ from edgelm.cli.flags import (
     sampling_from,
     template_from,
 )
-from edgelm.cli.tables import cut_off, speed_text
+from edgelm.cli.tables import explain_truncation, speed_text
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.model import Model
 from edgelm.sampling import warm_up
@@ -39,10 +39,10 @@ SAMPLING: Final[dict[str, Any]] = {"temperature": 0.3, "top_p": 0.9, "repetition
 ANSWER_SHARE: Final = 4
 """One part in so many of the context is left for an answer: older turns make room."""
 
-MOST_HISTORY: Final = 1000
+MAX_HISTORY_LINES: Final = 1000
 """Lines that the history file keeps."""
 
-MOST_SAVED_BYTES: Final = 50_000_000
+MAX_SAVED_BYTES: Final = 50_000_000
 """Of a saved conversation."""
 
 QUOTES: Final = '"""'
@@ -86,17 +86,17 @@ def run(args: argparse.Namespace) -> int:
     with model, _line_editing():
         if model.manifest.chat_template is None:
             raise EdgelmError(f"{args.bundle} has no chat template; `edgelm generate` continues plain text")
-        chat = Chat(model, template, sampling, is_verbose=args.verbose)
+        chat = TerminalChat(model, template, sampling, is_verbose=args.verbose)
         if sys.stdin.isatty():
             print(_banner(model, args.bundle))
-        for message in _messages():
+        for message in _read_inputs():
             if not chat.take(message):
                 break
     return 0
 
 
 @dataclass
-class Chat:
+class TerminalChat:
     """What was said, how answers are sampled, and the commands.
 
     The whole conversation is given to the model at each turn; what it has in common with the last one is not computed
@@ -131,14 +131,14 @@ class Chat:
         }
         if name not in commands:
             meant = difflib.get_close_matches(name, [*commands, "bye"], n=1)
-            _complain(
+            _print_error(
                 f"there is no /{name}; " + (f"did you mean /{meant[0]}?" if meant else "/help lists what there is")
             )
             return True
         try:
             commands[name](rest)
         except EdgelmError as error:
-            _complain(str(error))
+            _print_error(str(error))
         return True
 
     # --- answers ---
@@ -149,7 +149,7 @@ class Chat:
             kept = self._fitted(messages)
             said = self._stream(kept)
         except RequestError as error:
-            _complain(str(error))
+            _print_error(str(error))
             return
         self.messages = [*kept, {"role": "assistant", "content": said}]
 
@@ -170,9 +170,9 @@ class Chat:
             stream.close()  # type: ignore[attr-defined]
         print()
         if self.last is not None:
-            told = cut_off(self.last, self.model.context)
+            told = explain_truncation(self.last, self.model.context)
             if told is not None:
-                _complain(told)
+                _print_error(told)
             if self.is_verbose:
                 print(speed_text(self.last), file=sys.stderr)
         return "".join(said)
@@ -194,7 +194,7 @@ class Chat:
             dropped += 1
         if dropped:
             turns = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
-            _complain(f"the context of {context} tokens is full: {turns} left out")
+            _print_error(f"the context of {context} tokens is full: {turns} left out")
         return rest
 
     def _tokens(self, messages: list[dict[str, Any]]) -> int:
@@ -278,9 +278,9 @@ class Chat:
 def _read(file: Path) -> Any:
     """Return what a saved conversation holds. Raises `ValueError` for what is too large or no JSON, and `OSError`."""
     with file.open("rb") as stream:
-        content = stream.read(MOST_SAVED_BYTES + 1)
-    if len(content) > MOST_SAVED_BYTES:
-        raise ValueError(f"it has more than {MOST_SAVED_BYTES / 1e6:.0f} MB")
+        content = stream.read(MAX_SAVED_BYTES + 1)
+    if len(content) > MAX_SAVED_BYTES:
+        raise ValueError(f"it has more than {MAX_SAVED_BYTES / 1e6:.0f} MB")
     return json.loads(content.decode("utf-8-sig"))
 
 
@@ -331,14 +331,14 @@ def _banner(model: Model, name: str) -> str:
     )
 
 
-def _messages() -> Iterator[str]:
+def _read_inputs() -> Iterator[str]:
     """Yield what is typed, a message or a command at a time, until the end of input."""
     is_typed = sys.stdin.isatty()
     while True:
         try:
             line = input("> " if is_typed else "").strip()
             if line.startswith(QUOTES):
-                line = _further(line[len(QUOTES) :], is_typed)
+                line = _read_multiline(line[len(QUOTES) :], is_typed)
         except EOFError:
             if is_typed:
                 print()
@@ -352,7 +352,7 @@ def _messages() -> Iterator[str]:
             yield line
 
 
-def _further(begun: str, is_typed: bool) -> str:
+def _read_multiline(begun: str, is_typed: bool) -> str:
     """Return a message of several lines, whose last one ends with three quotes."""
     lines = [begun]
     while not lines[-1].rstrip().endswith(QUOTES):
@@ -375,7 +375,7 @@ def _line_editing() -> Iterator[None]:
     file = user_folder("state") / "chat_history"
     with contextlib.suppress(OSError):
         readline.read_history_file(file)
-    readline.set_history_length(MOST_HISTORY)
+    readline.set_history_length(MAX_HISTORY_LINES)
     try:
         yield
     finally:
@@ -385,5 +385,5 @@ def _line_editing() -> Iterator[None]:
             readline.write_history_file(file)
 
 
-def _complain(text: str) -> None:
+def _print_error(text: str) -> None:
     print(f"edgelm chat: {text}", file=sys.stderr, flush=True)

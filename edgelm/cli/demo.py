@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from edgelm.bundle.manifest import Bundle, open_bundle
-from edgelm.cli.ask import ask_of
+from edgelm.cli.ask import make_request
 from edgelm.errors import EdgelmError
 from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl
 from edgelm.mqtt.local_broker import EmbeddedBroker, make_local_broker
@@ -20,12 +20,12 @@ from edgelm.mqtt.service_setup import serve_in_background
 from edgelm.mqtt.topics import BoardTopics
 
 BOARD: Final = "demo"
-COMMANDS: Final = (
+PROMPTS: Final = (
     "play some jazz by Miles Davis on spotify",
     "book a table for four at an italian restaurant in Boston tomorrow",
     "will it rain in Berlin on friday",
 )
-ANSWER_WITHIN_S: Final = 60.0
+ANSWER_TIMEOUT_S: Final = 60.0
 
 NEXT: Final = """\
 Next
@@ -54,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
         stack.enter_context(serve_in_background(config))
         _show("board", f"{BOARD!r} listens on {BoardTopics(BOARD).generate()}")
         request_client = stack.enter_context(RequestClient(BrokerConfig(url=BrokerUrl.parse(broker.url)), BOARD))
-        answered = sum(_ask(request_client, number, command) for number, command in enumerate(COMMANDS, 1))
-    if answered < len(COMMANDS):
-        raise EdgelmError(f"{answered} of {len(COMMANDS)} commands were answered")
+        answered = sum(_ask(request_client, number, command) for number, command in enumerate(PROMPTS, 1))
+    if answered < len(PROMPTS):
+        raise EdgelmError(f"{answered} of {len(PROMPTS)} commands were answered")
     print(f"\nAll {answered} answered; broker and board are stopped.\n\n{NEXT}", end="", flush=True)
     return 0
 
@@ -74,7 +74,7 @@ def _describe(bundle: Bundle) -> str:
 def _ask(request_client: RequestClient, number: int, command: str) -> bool:
     """Ask one command, show its answer as it comes, and return whether it came whole."""
     print(f"\n  {number}  {command}\n     ", end="", flush=True)
-    ask = ask_of(command, stream=True, chunk_ms=0, timeout_s=ANSWER_WITHIN_S)
+    ask = make_request(command, stream=True, chunk_ms=0, timeout_s=ANSWER_TIMEOUT_S)
     outcome: FinalMessage = run_request(request_client, ask, lambda delta: print(delta, end="", flush=True))
     if outcome.error is not None:
         print(f"failed: {outcome.error.message}", flush=True)

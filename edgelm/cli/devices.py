@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelm.cli.extras import reach
+from edgelm.cli.extras import import_extra
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    profiles = reach("edgelm_devices.board_profile", "edgelm devices").load_profiles().values()
+    profiles = import_extra("edgelm_devices.board_profile", "edgelm devices").load_profiles().values()
     if args.json:
         print(json.dumps({"boards": [profile.to_dict() for profile in profiles]}))
         return 0
@@ -69,7 +69,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _detect(args: argparse.Namespace) -> int:
-    board = reach("edgelm_devices.detect", "edgelm devices").detect()
+    board = import_extra("edgelm_devices.detect", "edgelm devices").detect_board()
     if args.json:
         print(json.dumps(board.to_dict()))
         return 0
@@ -91,8 +91,8 @@ def _detect(args: argparse.Namespace) -> int:
 
 
 def _smoke(args: argparse.Namespace) -> int:
-    smoke = reach("edgelm_devices.smoke", "edgelm devices smoke")
-    report = smoke.run_smoke(
+    smoke = import_extra("edgelm_devices.smoke", "edgelm devices smoke")
+    report = smoke.run_smoke_test(
         args.bundle,
         prompt=args.prompt,
         threads=args.threads,
@@ -107,13 +107,13 @@ def _smoke(args: argparse.Namespace) -> int:
 
 
 def _emulate(args: argparse.Namespace) -> int:
-    module = reach("edgelm_devices.emulate", "edgelm devices emulate")
-    profile = reach("edgelm_devices.board_profile", "edgelm devices").load_profile(args.board)
+    module = import_extra("edgelm_devices.emulate", "edgelm devices emulate")
+    profile = import_extra("edgelm_devices.board_profile", "edgelm devices").load_profile(args.board)
     result = module.emulate(
         profile,
         args.bundle,
         prompt=args.prompt,
-        cache=args.cache or module.default_cache(),
+        cache=args.cache or module.default_cache_folder(),
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     if args.json:

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgelm.cli.extras import reach
+from edgelm.cli.extras import import_extra
 from edgelm.errors import ConfigError, UsageError
-from edgelm.system.progress_bar import Progress
+from edgelm.system.progress_bar import ProgressBar
 
 EPILOG = """\
 DATA holds one {"prompt", "target"} object a line; only targets are learned.
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object at the end")
 
 
-SETTINGS = (
+SETTING_NAMES = (
     "averaging",
     "batch_tokens",
     "dropout",
@@ -82,12 +82,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--loss kl needs --teacher")
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"--threads {args.threads} must be at least 1")
-    pipeline = reach("edgelm_export.distill.distill", "edgelm distill")
-    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    pipeline = import_extra("edgelm_export.distill.distill", "edgelm distill")
+    given = {name: getattr(args, name) for name in SETTING_NAMES if getattr(args, name) is not None}
     for name in WHOLE_NUMBERS:
         if given.get(name, 1) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {given[name]} must be at least 1")
-    with Progress() as bar:
+    with ProgressBar() as bar:
         outcome = pipeline.distill(
             args.student,
             args.data,
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{args.out}: {progress.step} steps in {progress.elapsed_s:.0f} s, loss {progress.loss:.3f}")
         print(score_text(score))
-    if score is not None and is_nothing(score):
+    if score is not None and is_all_wrong(score):
         print(
             "edgelm distill: nothing was learnt: not one held-out answer is right. More steps (--epochs, smaller"
             " --batch-tokens), more data or a larger student may help; so may a teacher",
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def is_nothing(score: Any) -> bool:
+def is_all_wrong(score: Any) -> bool:
     """Whether not one answer of a `TaskScore` is right, as text or as JSON."""
     return not score.exact and not score.frame
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import edgelm
-from edgelm.cli.extras import reach
+from edgelm.cli.extras import import_extra
 from edgelm.cli.flags import add_loading_flags, loading_from
 from edgelm.cli.tables import quality_table
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.evaluation.evaluate import evaluate_text
 from edgelm.evaluation.tasks import read_tasks, score_tasks
 from edgelm.model import Model
-from edgelm.system.progress_bar import Progress
+from edgelm.system.progress_bar import ProgressBar
 from edgelm.text.documents import split_documents
 
 TASK_TOKENS = 256
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     text = _read(args.text) if args.text else None
     tasks = read_tasks(Path(args.task)) if args.task else None
     result: dict[str, Any] = {}
-    with edgelm.load(args.bundle, **loading_from(args)) as model, Progress() as progress:
+    with edgelm.load(args.bundle, **loading_from(args)) as model, ProgressBar() as progress:
         if text is not None:
             quality = evaluate_text(model, split_documents(text), long_documents=args.long_documents, progress=progress)
             if quality.truncated:
@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
-    package = reach("edgelm_export", "edgelm eval --reference")
-    with Progress() as progress:
+    package = import_extra("edgelm_export", "edgelm eval --reference")
+    with ProgressBar() as progress:
         measured: dict[str, Any] = package.compare(
             args.bundle, args.reference, args.text, adapter=args.adapter, context=args.context, progress=progress
         )
@@ -102,7 +102,7 @@ def _read(file: str) -> str:
         raise EdgelmError(f"{file} cannot be read: {error}") from error
 
 
-def _answers(model: Model, prompts: list[str], raw: bool, progress: Progress) -> list[str]:
+def _answers(model: Model, prompts: list[str], raw: bool, progress: ProgressBar) -> list[str]:
     answers = []
     for number, prompt in enumerate(prompts):
         progress("task", number, len(prompts))

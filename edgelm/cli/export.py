@@ -12,10 +12,10 @@ from types import FrameType
 from typing import Any
 
 from edgelm.bundle.manifest import Bundle, Matrix
-from edgelm.cli.extras import reach
+from edgelm.cli.extras import import_extra
 from edgelm.cli.tables import outline_table, prefix_text, quality_table, self_check_text
 from edgelm.errors import UsageError
-from edgelm.system.progress_bar import Progress
+from edgelm.system.progress_bar import ProgressBar
 
 EXAMPLES = """\
 examples:
@@ -115,7 +115,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="key/value memory: int8 is a quarter of fp32 (the default), and needs onnxruntime 1.28",
     )
-    size.add_argument("--max-bytes", type=byte_count, metavar="N", help="size of the bundle at most, such as 150M")
+    size.add_argument(
+        "--max-bytes", type=parse_byte_count, metavar="N", help="size of the bundle at most, such as 150M"
+    )
 
     gate = parser.add_argument_group("quality, measured beside the unquantized checkpoint")
     gate.add_argument("--verify", metavar="FILE", help="text to measure on, which the calibration has not seen")
@@ -143,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def byte_count(text: str) -> int:
+def parse_byte_count(text: str) -> int:
     """Read a number of bytes, with K, M or G for thousands, millions and thousands of millions."""
     units = {"K": 10**3, "M": 10**6, "G": 10**9}
     digits, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
@@ -158,20 +160,20 @@ def byte_count(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Export and say what came of it."""
-    package = reach("edgelm_export", "edgelm export")
+    package = import_extra("edgelm_export", "edgelm export")
     options = {name: getattr(args, name) for name in OPTIONS}
     options["symmetric"] = not args.asymmetric
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+        signal.signal(number, raise_interrupt)
     if args.dry_run:
-        with Progress() as progress:
+        with ProgressBar() as progress:
             outline = package.outline(args.checkpoint, progress=progress, **options)
         print(json.dumps(_outline_facts(outline)) if args.json else outline_table(outline))
         return 0
     if args.out is None:
         raise UsageError("OUT is missing: the directory of the bundle to write (or --dry-run)")
     start = time.monotonic()
-    with Progress() as progress:
+    with ProgressBar() as progress:
         bundle = package.export(args.checkpoint, args.out, force=args.force, progress=progress, **options)
     seconds = time.monotonic() - start
     print(json.dumps(_facts(bundle, seconds)) if args.json else _summary(bundle, seconds))
@@ -267,6 +269,6 @@ def _outline_facts(outline: Any) -> Mapping[str, Any]:
     }
 
 
-def interrupt(_signal: int, _frame: FrameType | None) -> None:
+def raise_interrupt(_signal: int, _frame: FrameType | None) -> None:
     """End like Ctrl-C, so that a half-written bundle is removed."""
     raise KeyboardInterrupt

@@ -10,7 +10,7 @@ from types import ModuleType
 from edgelm.system.installation import missing_extra
 
 
-def reach(module: str, feature: str) -> ModuleType:
+def import_extra(module: str, feature: str) -> ModuleType:
     """Import a module of edgelm_export or edgelm_devices.
 
     Raises `MissingExtraError` naming the extra that brings the missing module, read from the package's own metadata.
@@ -18,17 +18,17 @@ def reach(module: str, feature: str) -> ModuleType:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise explain(error, feature) from error
+        raise missing_extra_error(error, feature) from error
 
 
-def explain(error: ModuleNotFoundError, feature: str) -> Exception:
+def missing_extra_error(error: ModuleNotFoundError, feature: str) -> Exception:
     """Return the error that names the extra to install, or the one given where no extra brings its module."""
     missing = (error.name or "").partition(".")[0]
-    extra = extra_of(missing)
+    extra = find_extra(missing)
     return error if extra is None else missing_extra(feature, extra, missing)
 
 
-def extra_of(module: str) -> str | None:
+def find_extra(module: str) -> str | None:
     """Return the first extra whose requirements bring a module of that name, or None."""
     try:
         lines = requires("edgelm") or []

@@ -18,7 +18,7 @@ from edgelm.cli.flags import (
     sampling_from,
     template_from,
 )
-from edgelm.cli.tables import cut_off
+from edgelm.cli.tables import explain_truncation
 from edgelm.errors import UsageError
 from edgelm.model import Model
 from edgelm.system.progress_bar import Spinner
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(done.to_dict(), ensure_ascii=False) if args.json else done.text)
         else:
             done = _stream(model, {**asked, **given})
-        told = None if args.json else cut_off(done, model.context)
+        told = None if args.json else explain_truncation(done, model.context)
     if told is not None:
         print(f"edgelm: {told}", file=sys.stderr)
     return 0

@@ -22,14 +22,14 @@ def run(args: argparse.Namespace) -> int:
     """Verify the bundle and show it."""
     bundle = open_bundle(args.bundle)
     if args.json:
-        print(json.dumps({**dataclasses.asdict(bundle.manifest), **derived(bundle)}))
+        print(json.dumps({**dataclasses.asdict(bundle.manifest), **derived_facts(bundle)}))
         return 0
     for label, value in rows(bundle):
         print(f"{label:<13} {value}")
     return 0
 
 
-def derived(bundle: Bundle) -> dict[str, Any]:
+def derived_facts(bundle: Bundle) -> dict[str, Any]:
     """Return what follows from the manifest: sizes and memory."""
     manifest = bundle.manifest
     return {

@@ -11,7 +11,7 @@ from edgelm.bench.trace import ModelPart, OperatorTotal, alike
 
 LEAST_SHARE: Final = 0.005
 """Operators below this share of the nodes' time stand on one line."""
-MS_FROM_US: Final = 10_000.0
+MIN_MILLISECOND_STEP_US: Final = 10_000.0
 """Steps at least this long are shown in milliseconds."""
 
 
@@ -26,7 +26,7 @@ def profile_table(profile: ProfileReport) -> str:
 
 def _phase(phase: Phase) -> str:
     folded = phase.fold
-    unit, scale = ("ms", 1e-3) if phase.step_us >= MS_FROM_US else ("us", 1.0)
+    unit, scale = ("ms", 1e-3) if phase.step_us >= MIN_MILLISECOND_STEP_US else ("us", 1.0)
     places = 2 if unit == "ms" else 1
     what = (
         f"prefill of {phase.tokens} tokens, {phase.steps} passes"

@@ -16,12 +16,12 @@ from edgelm.bundle.catalogue import CatalogueModel, ModelVariant, catalogue
 from edgelm.bundle.catalogue import check_name as check_model_name
 from edgelm.bundle.manifest import MANIFEST, Bundle, open_bundle
 from edgelm.bundle.store import BUILTIN, BundleStore, Origin
-from edgelm.cli.export import interrupt
-from edgelm.cli.extras import reach
-from edgelm.cli.suggestion import meant
+from edgelm.cli.export import raise_interrupt
+from edgelm.cli.extras import import_extra
+from edgelm.cli.suggestion import suggest_match
 from edgelm.cli.tables import self_check_text
 from edgelm.errors import BundleError, EdgelmError, UsageError
-from edgelm.system.progress_bar import Progress
+from edgelm.system.progress_bar import ProgressBar
 from edgelm.system.sensors import read_memory_mb
 
 EPILOG: Final = """\
@@ -42,7 +42,7 @@ More choices than these: edgelm export.
 HUB_ID: Final = r"[\w-][\w.-]*/[\w-][\w.-]*"
 """owner/name: a whole match."""
 
-BYTES_A_PARAMETER: Final = 2
+BYTES_PER_PARAMETER: Final = 2
 """Of what a hub's repository holds, mostly bfloat16."""
 
 
@@ -68,28 +68,28 @@ def run(args: argparse.Namespace) -> int:
     name = args.name.rpartition("/")[2].lower() if model is None else model.name
     _check(args, name, model)
     place = store.place(name)
-    bundle = _whole(place)
+    bundle = _open_intact(place)
     if place.is_dir() and bundle is None:
         print(f"{name} is here, and damaged: it is made again", file=sys.stderr)
         args.force = True
         if not (place / MANIFEST).is_file():
             store.remove(name)
     if bundle is not None and not args.force:
-        _tell(
+        _print_result(
             args, name, bundle, None, f"{name} is here already ({_size(bundle)}); --force fetches and converts it again"
         )
         return 0
-    package = reach("edgelm_export", "edgelm pull")
+    package = import_extra("edgelm_export", "edgelm pull")
     options = _options(args, model)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+        signal.signal(number, raise_interrupt)
     start = time.monotonic()
     source, revision = args.source, None
     downloads = store.folder / "downloads" / name
     if source is None:
         source = model.hub if model is not None else args.name
         revision = _fetch(source, model, downloads)
-    with Progress() as progress:
+    with ProgressBar() as progress:
         bundle = package.export(
             downloads if args.source is None else source, place, force=args.force, progress=progress, **options
         )
@@ -99,11 +99,11 @@ def run(args: argparse.Namespace) -> int:
     check = bundle.manifest.self_check
     lines = [f"{name}: {_size(bundle)}, {time.monotonic() - start:.0f} s"]
     lines += [self_check_text(check)] if check is not None else []
-    _tell(args, name, bundle, origin, "\n".join(lines))
+    _print_result(args, name, bundle, origin, "\n".join(lines))
     return 0
 
 
-def _whole(place: Path) -> Bundle | None:
+def _open_intact(place: Path) -> Bundle | None:
     """Return a stored bundle whose files are as its manifest says; None where there is none."""
     try:
         return open_bundle(place)
@@ -124,7 +124,7 @@ def _check(args: argparse.Namespace, name: str, model: CatalogueModel | None) ->
     if model is None and args.source is None and "/" not in args.name:
         raise EdgelmError(
             f"{args.name!r:.80} is not in the catalogue (`edgelm models`; a hub id or --from gets any other model)"
-            + meant(args.name, catalogue(), 0.5)
+            + suggest_match(args.name, catalogue(), 0.5)
         )
     check_model_name(name if args.source is None else args.name)
 
@@ -150,10 +150,10 @@ def _options(args: argparse.Namespace, model: CatalogueModel | None) -> dict[str
 
 def _fetch(source: str, model: CatalogueModel | None, folder: Path) -> str:
     """Download a model of the hub; return its commit. Raises `EdgelmError` where the disk is too small."""
-    hub = reach("edgelm_export.checkpoint.hub", "edgelm pull")
-    offline = f"give it: edgelm pull {folder.name} --from model/"
-    revision: str = hub.newest(source, None if model is None else model.revision, offline=offline)
-    needs = 0 if model is None else BYTES_A_PARAMETER * model.parameters + 1_000_000 * max(f.mb for f in model.forms)
+    hub = import_extra("edgelm_export.checkpoint.hub", "edgelm pull")
+    offline_advice = f"give it: edgelm pull {folder.name} --from model/"
+    revision: str = hub.resolve_commit(source, None if model is None else model.revision, offline_advice=offline_advice)
+    needs = 0 if model is None else BYTES_PER_PARAMETER * model.parameters + 1_000_000 * max(f.mb for f in model.forms)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -162,7 +162,7 @@ def _fetch(source: str, model: CatalogueModel | None, folder: Path) -> str:
     if free < needs:
         raise EdgelmError(f"{folder} has {free / 1e6:.0f} MB free, about {needs / 1e6:.0f} MB are needed")
     print(f"fetching {source} at {revision[:12]}", file=sys.stderr)
-    hub.download(source, revision, folder, offline=offline)
+    hub.download(source, revision, folder, offline_advice=offline_advice)
     return revision
 
 
@@ -171,7 +171,7 @@ def _size(bundle: Bundle) -> str:
     return f"{manifest.parameters / 1e6:.1f} M parameters, {manifest.quant}, {bundle.bytes / 1e6:.1f} MB"
 
 
-def _tell(args: argparse.Namespace, name: str, bundle: Bundle, origin: Origin | None, text: str) -> None:
+def _print_result(args: argparse.Namespace, name: str, bundle: Bundle, origin: Origin | None, text: str) -> None:
     if args.json:
         facts = {
             "name": name,

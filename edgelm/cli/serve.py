@@ -19,7 +19,7 @@ from edgelm.mqtt.service_setup import open_service
 from edgelm.system.terminal import escape_line, shown
 
 DEFAULT_URL: Final = SETTINGS["mqtt"].default
-SWITCH_S: Final = 0.0005
+SWITCH_INTERVAL_S: Final = 0.0005
 """How long a thread may hold the interpreter while another waits. With Python's 5 ms, under a flood paho's thread would
 hold it so long each time that another one has let go of it for a system call, as it does to publish."""
 
@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
     flags = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
     flags["model"] = tuple(args.model) if args.model else None
     config = load_config(args.config, None, flags)
-    _log_as(config.log_format)
-    sys.setswitchinterval(SWITCH_S)
+    _configure_logging(config.log_format)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     broker = config.broker
     with ExitStack() as stack:
         if config.embedded_broker:
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _log_as(form: str) -> None:
+def _configure_logging(form: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines() if form == "json" else _TextLines("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(LogRateLimit(handler))

@@ -9,7 +9,7 @@ import json
 from edgelm.bundle.catalogue import CatalogueModel, catalogue
 from edgelm.bundle.manifest import open_bundle
 from edgelm.bundle.store import BUILTIN, BundleStore, missing, resolve
-from edgelm.cli.info import derived, rows
+from edgelm.cli.info import derived_facts, rows
 from edgelm.cli.models import parameters
 
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
                     "name": args.name,
                     "catalogue": known and dataclasses.asdict(known),
                     "origin": origin and dataclasses.asdict(origin),
-                    "bundle": bundle and {**dataclasses.asdict(bundle.manifest), **derived(bundle)},
+                    "bundle": bundle and {**dataclasses.asdict(bundle.manifest), **derived_facts(bundle)},
                 }
             )
         )

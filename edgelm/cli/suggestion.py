@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 
-def meant(word: str, known: Iterable[str], cutoff: float = 0.7) -> str:
+def suggest_match(word: str, known: Iterable[str], cutoff: float = 0.7) -> str:
     """Return a suggestion to put behind an error; empty where nothing is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]}?" if close else ""

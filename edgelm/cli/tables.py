@@ -9,11 +9,11 @@ from typing import Any, Final
 from edgelm.bundle.manifest import Bundle, Matrix
 from edgelm.types import Completion
 
-SHOWN: Final = 60
+MAX_SHOWN_CHARACTERS: Final = 60
 """Characters of a static prefix that are shown."""
 
 
-def cut_off(done: Completion, context: int | None = None) -> str | None:
+def explain_truncation(done: Completion, context: int | None = None) -> str | None:
     """Return why an answer ended before the model ended it, and what to do; None where the model did.
 
     `context` is how many tokens prompt and answer may have, where that is known.
@@ -76,7 +76,7 @@ def prefix_text(bundle: Bundle) -> str | None:
 
     said = " ".join(Tokenizer.of_bundle(bundle).decode(prefix.tokens).split())
     size = bundle.manifest.files[prefix.file].bytes
-    shown = said if len(said) <= SHOWN else f"{said[:SHOWN]}..."
+    shown = said if len(said) <= MAX_SHOWN_CHARACTERS else f"{said[:MAX_SHOWN_CHARACTERS]}..."
     return f"{len(prefix.tokens)} tokens, {size / 1e6:.2f} MB: {shown!r}"
 
 

@@ -12,14 +12,14 @@ from typing import Final
 from edgelm.system.terminal import escape_line, plain
 
 DELAY_S: Final = 2.0
-EVERY_S: Final = 0.1
+REDRAW_INTERVAL_S: Final = 0.1
 SPINNER_DELAY_S: Final = 0.5
 WIDTH: Final = 30
 BYTES_FROM: Final = 100_000
 """From this many steps on they are bytes, and shown as megabytes."""
 
 
-class Progress:
+class ProgressBar:
     """Shows (what, done, of) as a bar with the time left of that `what`, on standard error. A context manager."""
 
     def __init__(self) -> None:
@@ -33,12 +33,12 @@ class Progress:
         now = time.monotonic()
         if what != self._what:
             self._what, self._begun = what, now
-        if not sys.stderr.isatty() or now - self._start < DELAY_S or now - self._shown < EVERY_S:
+        if not sys.stderr.isatty() or now - self._start < DELAY_S or now - self._shown < REDRAW_INTERVAL_S:
             return
-        _redraw(bar(what, done, of, now - self._begun))
+        _redraw(format_bar(what, done, of, now - self._begun))
         self._shown, self._visible = now, True
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(
@@ -53,7 +53,7 @@ def _redraw(line: str) -> None:
     print(f"\r\x1b[K{escape_line(line)}", end="", file=plain(sys.stderr), flush=True)
 
 
-def bar(what: str, done: int, of: int, elapsed_s: float) -> str:
+def format_bar(what: str, done: int, of: int, elapsed_s: float) -> str:
     """Return the line: what, how far, a bar, and the time left at the pace so far."""
     filled = min(WIDTH, WIDTH * done // max(of, 1))
     left = f"{elapsed_s / done * max(of - done, 0):.0f} s left" if done and elapsed_s > 0 else ""
@@ -79,7 +79,7 @@ class Spinner:
         for sign in itertools.cycle("|/-\\"):
             waited = time.monotonic() - begun + SPINNER_DELAY_S
             _redraw(f"{sign} {self._what} ({waited:.0f} s)")
-            if self._done.wait(EVERY_S):
+            if self._done.wait(REDRAW_INTERVAL_S):
                 break
         _redraw("")
 

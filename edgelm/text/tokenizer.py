@@ -196,7 +196,7 @@ class Tokenizer:
 
     def needs_preparation_for(self, text: str) -> bool:
         """Whether a text spells a special token for the first time, which takes up to a second to prepare for."""
-        if "_renamed" in self.__dict__ or self._chat_template is None:
+        if "_renamed_tokenizer" in self.__dict__ or self._chat_template is None:
             return False
         return any(token in self._placeholders for _, token in self._added.find(text))
 

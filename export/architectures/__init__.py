@@ -1,6 +1,6 @@
 """Model families: how each one's configuration and weight names map onto the decoder.
 
-One file a family: a module here with a `FAMILY` is found by itself.
+One file a family: a module here with a `ARCHITECTURE` is found by itself.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 
 from edgelm.errors import CheckpointError
 
-from .common import Family
+from .common import Architecture
 
 
 @cache
-def families() -> dict[str, Family]:
+def load_architectures() -> dict[str, Architecture]:
     """Return every family by its `model_type`."""
     modules = (import_module(f"{__name__}.{entry.name}") for entry in iter_modules(__path__))
-    found = (module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+    found = (module.ARCHITECTURE for module in modules if hasattr(module, "ARCHITECTURE"))
     return {family.model_type: family for family in found}
 
 
-def find_family(config: Mapping[str, Any]) -> Family:
+def find_architecture(config: Mapping[str, Any]) -> Architecture:
     """Return the family of a config.json. Raises `CheckpointError` naming the model type and the supported ones."""
     model_type = config.get("model_type")
-    known = families()
+    known = load_architectures()
     if not isinstance(model_type, str) or model_type not in known:
         raise CheckpointError(
             f"architecture {model_type!r} has no builder here; supported: {', '.join(sorted(known))}."

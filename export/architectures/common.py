@@ -8,21 +8,30 @@ from typing import Any, NamedTuple
 from edgelm.bundle.manifest import MOST_HEAD_SIZE, MOST_HEADS, MOST_LAYERS
 from edgelm.errors import CheckpointError
 
-from .decoder import Decoder, Layer, Names
-from .fields import FULL, MOST_POSITIONS, SLIDING, activation, flag, layer_list, positive_int, positive_number
-from .positions import partial_rotary_factor, read_rope
-from .rope import Rope
+from .decoder import DecoderConfig, LayerConfig, TensorNames
+from .fields import (
+    FULL_ATTENTION,
+    MAX_POSITIONS,
+    SLIDING_ATTENTION,
+    read_activation,
+    read_bool,
+    read_layer_list,
+    read_positive_int,
+    read_positive_number,
+)
+from .positions import read_partial_rotary_factor, read_rope
+from .rope import RopeConfig
 
 
-class Family(NamedTuple):
+class Architecture(NamedTuple):
     """One model family: its `model_type`, what reads its config.json, and where its checkpoints keep each tensor."""
 
     model_type: str
-    decoder: Callable[[Mapping[str, Any]], Decoder]
-    names: Names
+    decoder: Callable[[Mapping[str, Any]], DecoderConfig]
+    names: TensorNames
 
 
-class Shape(NamedTuple):
+class ModelShape(NamedTuple):
     """What a config.json says of sizes; `context` is the checkpoint's own limit."""
 
     hidden: int
@@ -41,16 +50,16 @@ def read_shape(
     head_size: int | None = None,
     context: int = 2048,
     partial: bool = False,
-) -> Shape:
+) -> ModelShape:
     """Read the sizes; numbers are the family's defaults, `partial` means heads may rotate in part.
 
     Raises `CheckpointError`.
     """
-    hidden = positive_int(config, "hidden_size")
-    heads = positive_int(config, "num_attention_heads", most=MOST_HEADS)
+    hidden = read_positive_int(config, "hidden_size")
+    heads = read_positive_int(config, "num_attention_heads", most=MOST_HEADS)
     if "num_key_value_heads" in config:
         kv_heads = None  # null there means one for each head
-    groups = positive_int(config, "num_key_value_heads", heads if kv_heads is None else kv_heads, most=MOST_HEADS)
+    groups = read_positive_int(config, "num_key_value_heads", heads if kv_heads is None else kv_heads, most=MOST_HEADS)
     if "head_dim" in config and config["head_dim"] is None:
         head_size = None
     if config.get("head_dim") is None and head_size is None and hidden % heads:
@@ -59,66 +68,68 @@ def read_shape(
         raise CheckpointError(
             f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
         )
-    size = positive_int(config, "head_dim", hidden // heads if head_size is None else head_size, most=MOST_HEAD_SIZE)
-    rotary = int(size * partial_rotary_factor(config, built=partial))
+    size = read_positive_int(
+        config, "head_dim", hidden // heads if head_size is None else head_size, most=MOST_HEAD_SIZE
+    )
+    rotary = int(size * read_partial_rotary_factor(config, built=partial))
     if rotary % 2 or not rotary:
         raise CheckpointError(f"config.json: head_dim must be even for rotary embedding, got {rotary} that rotate")
-    length = positive_int(config, "max_position_embeddings", context, most=MOST_POSITIONS)
-    layers = positive_int(config, "num_hidden_layers", most=MOST_LAYERS)
-    return Shape(hidden, layers, heads, groups, size, rotary, length)
+    length = read_positive_int(config, "max_position_embeddings", context, most=MAX_POSITIONS)
+    layers = read_positive_int(config, "num_hidden_layers", most=MOST_LAYERS)
+    return ModelShape(hidden, layers, heads, groups, size, rotary, length)
 
 
-def read_decoder(
+def read_decoder_config(
     config: Mapping[str, Any],
     *,
-    shape: Shape | None = None,
-    layers: Sequence[Layer] | None = None,
+    shape: ModelShape | None = None,
+    layers: Sequence[LayerConfig] | None = None,
     theta: float = 10000.0,
     norm_epsilon: float = 1e-6,
     tied: bool = False,
     attention_scale: float | None = None,
     **options: Any,
-) -> Decoder:
+) -> DecoderConfig:
     """Read a config.json into a decoder.
 
     `layers` are all alike, with the configured rope and no window, unless given; `theta`, `norm_epsilon` and `tied` are
-    what the family takes where the configuration says nothing; `options` are fields of `Decoder`. Raises
+    what the family takes where the configuration says nothing; `options` are fields of `DecoderConfig`. Raises
     `CheckpointError` for a bad value or an option that is not built.
     """
     if config.get("quantization_config") is not None:  # who opens a checkpoint takes it out once it is read
         raise CheckpointError("config.json: quantization_config is not supported here: the weights are taken as floats")
     shape = read_shape(config) if shape is None else shape
     if layers is None:
-        layers = [Layer(rope_of(config, shape, theta))] * shape.layers
-    return Decoder(
-        vocab_size=positive_int(config, "vocab_size"),
+        layers = [LayerConfig(read_shared_rope(config, shape, theta))] * shape.layers
+    return DecoderConfig(
+        vocab_size=read_positive_int(config, "vocab_size"),
         hidden_size=shape.hidden,
         layers=tuple(layers),
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_size=shape.head_size,
-        mlp_size=positive_int(config, "intermediate_size"),
+        mlp_size=read_positive_int(config, "intermediate_size"),
         context=shape.context,
-        norm_epsilon=positive_number(config, "rms_norm_eps", norm_epsilon),
-        tied=flag(config, "tie_word_embeddings", tied),
+        norm_epsilon=read_positive_number(config, "rms_norm_eps", norm_epsilon),
+        tied=read_bool(config, "tie_word_embeddings", tied),
         attention_scale=shape.head_size**-0.5 if attention_scale is None else attention_scale,
         rotary_size=shape.rotary_size,
-        **{"activation": activation(config, "hidden_act"), **options},
+        **{"activation": read_activation(config, "hidden_act"), **options},
     )
 
 
-def rope_of(config: Mapping[str, Any], shape: Shape, theta: float = 10000.0) -> Rope:
+def read_shared_rope(config: Mapping[str, Any], shape: ModelShape, theta: float = 10000.0) -> RopeConfig:
     """Read the rope that all layers of a checkpoint share."""
     return read_rope(config, shape.context, shape.rotary_size, theta=theta)
 
 
-def sliding_layers(config: Mapping[str, Any], layers: int, default: Sequence[bool]) -> list[bool]:
+def read_sliding_layers(config: Mapping[str, Any], layers: int, default: Sequence[bool]) -> list[bool]:
     """Tell which layers see only a window: those that `layer_types` says, else `default`."""
-    kinds = layer_list(config, "layer_types", layers, (FULL, SLIDING))
-    return list(default) if kinds is None else [kind == SLIDING for kind in kinds]
+    kinds = read_layer_list(config, "layer_types", layers, (FULL_ATTENTION, SLIDING_ATTENTION))
+    return list(default) if kinds is None else [kind == SLIDING_ATTENTION for kind in kinds]
 
 
-def windows(config: Mapping[str, Any], sliding: Sequence[bool], default: int | None = None) -> list[int | None]:
+def read_windows(config: Mapping[str, Any], sliding: Sequence[bool], default: int | None = None) -> list[int | None]:
     """Return each layer's window of `sliding_window` positions, None where it sees everything.
 
     Raises `CheckpointError` when layers slide and no window is given.
@@ -127,37 +138,37 @@ def windows(config: Mapping[str, Any], sliding: Sequence[bool], default: int | N
         return [None] * len(sliding)
     if config.get("sliding_window", default) is None:
         raise CheckpointError("config.json: layer_types has sliding_attention, but sliding_window is not set")
-    window = positive_int(config, "sliding_window", default, most=MOST_POSITIONS)
+    window = read_positive_int(config, "sliding_window", default, most=MAX_POSITIONS)
     return [window if slides else None for slides in sliding]
 
 
-def check_no_window(config: Mapping[str, Any], shape: Shape) -> None:
+def check_no_window(config: Mapping[str, Any], shape: ModelShape) -> None:
     """Raise `CheckpointError` for a `sliding_window` in a family that has none, unless it changes nothing.
 
     Idle is one that is null or 0, at least as long as the context, switched off by use_sliding_window, or used by no
     layer of layer_types.
     """
     window = config.get("sliding_window")
-    if window is None or window == 0 or not flag(config, "use_sliding_window", True):
+    if window is None or window == 0 or not read_bool(config, "use_sliding_window", True):
         return
-    kinds = layer_list(config, "layer_types", shape.layers, (FULL, SLIDING))
-    if kinds is not None and SLIDING not in kinds:
+    kinds = read_layer_list(config, "layer_types", shape.layers, (FULL_ATTENTION, SLIDING_ATTENTION))
+    if kinds is not None and SLIDING_ATTENTION not in kinds:
         return
-    if positive_int(config, "sliding_window", most=MOST_POSITIONS) < shape.context:
+    if read_positive_int(config, "sliding_window", most=MAX_POSITIONS) < shape.context:
         raise CheckpointError(
             f"config.json: sliding_window = {window} is not supported in this family: expected null, or at least"
             f" max_position_embeddings {shape.context}"
         )
 
 
-def optional_windows(config: Mapping[str, Any], shape: Shape, max_window_layers: int) -> list[int | None]:
+def read_optional_windows(config: Mapping[str, Any], shape: ModelShape, max_window_layers: int) -> list[int | None]:
     """Return the windows of families that slide only with `use_sliding_window`, from a layer on (Qwen)."""
-    slides = flag(config, "use_sliding_window") and config.get("sliding_window", 4096) is not None
+    slides = read_bool(config, "use_sliding_window") and config.get("sliding_window", 4096) is not None
     first = config.get("max_window_layers")
     first = max_window_layers if first is None else first
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         raise CheckpointError(f"config.json: max_window_layers must be a number of layers, got {first!r}")
-    sliding = sliding_layers(config, shape.layers, [slides and i >= first for i in range(shape.layers)])
+    sliding = read_sliding_layers(config, shape.layers, [slides and i >= first for i in range(shape.layers)])
     if any(sliding) and not slides:
         raise CheckpointError("config.json: layer_types has sliding_attention, but use_sliding_window is off")
-    return windows(config, sliding, 4096)
+    return read_windows(config, sliding, 4096)

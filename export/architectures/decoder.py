@@ -10,27 +10,27 @@ from typing import Final, Literal
 
 from edgelm.bundle.manifest import KVCacheShape
 
-from .rope import Rope
+from .rope import RopeConfig
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
-ROTARY_UNIT: Final = 16
+ROTARY_MULTIPLE: Final = 16
 """The attention kernel rotates by itself where what rotates is a multiple of this."""
 
-HEAD_UNIT: Final = 8
+HEAD_SIZE_MULTIPLE: Final = 8
 """The attention kernel wants head sizes that are a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class LayerConfig:
     """What may differ between layers: `window` positions are seen, a token's own included; None rotates nothing."""
 
-    rope: Rope | None
+    rope: RopeConfig | None
     window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Decoder:
+class DecoderConfig:
     """Shapes and options of a gated, grouped-query decoder.
 
     Widths count elements; `context` counts positions. A branch (attention, MLP) reads the residual stream through a
@@ -42,7 +42,7 @@ class Decoder:
 
     vocab_size: int
     hidden_size: int
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerConfig, ...]
     heads: int
     kv_heads: int
     head_size: int
@@ -63,13 +63,13 @@ class Decoder:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     embedding_scale: float = 1.0
-    branch_scale: float = 1.0
+    residual_scale: float = 1.0
     logit_scale: float = 1.0
 
     @property
     def padded_head_size(self) -> int:
         """Head size in the graph, a multiple of what the attention kernel takes."""
-        return -(-self.head_size // HEAD_UNIT) * HEAD_UNIT
+        return -(-self.head_size // HEAD_SIZE_MULTIPLE) * HEAD_SIZE_MULTIPLE
 
     @property
     def cache(self) -> KVCacheShape:
@@ -77,12 +77,12 @@ class Decoder:
         return KVCacheShape("shared", len(self.layers), self.kv_heads, self.padded_head_size)
 
     @property
-    def rotates_inside(self) -> bool:
+    def has_fused_rotary(self) -> bool:
         """Whether the attention kernel can rotate; if not, a node before it does."""
-        return self.rotary_size % ROTARY_UNIT == 0 and self.padded_head_size % ROTARY_UNIT == 0
+        return self.rotary_size % ROTARY_MULTIPLE == 0 and self.padded_head_size % ROTARY_MULTIPLE == 0
 
     @property
-    def ropes(self) -> tuple[Rope, ...]:
+    def ropes(self) -> tuple[RopeConfig, ...]:
         """The different rotary embeddings of the layers, in order of first use."""
         return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
 
@@ -104,7 +104,7 @@ class Decoder:
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class TensorNames:
     """Where a checkpoint keeps each tensor; `{i}` stands for the layer. A bias is its weight's name with `.bias`.
 
     Empty names are tensors that the family does not have. `qkv` and `gate_up` name projections stored as one.

@@ -19,16 +19,18 @@ ACTIVATIONS: Final[dict[str, Activation]] = {
 }
 """Names in transformers, and what they compute."""
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
 
-MOST_WIDTH: Final = 1 << 24
+MAX_WIDTH: Final = 1 << 24
 """Of a hidden state, a vocabulary and the like: a hundred times what published models have."""
-MOST_POSITIONS: Final = 1 << 40
+MAX_POSITIONS: Final = 1 << 40
 """Some configurations say so that there is no limit."""
 
 
-def positive_int(config: Mapping[str, Any], name: str, default: int | None = None, *, most: int = MOST_WIDTH) -> int:
+def read_positive_int(
+    config: Mapping[str, Any], name: str, default: int | None = None, *, most: int = MAX_WIDTH
+) -> int:
     """Return an integer in [1, most] of the configuration; a missing or null one is `default`."""
     value = config.get(name)
     if value is None:
@@ -40,13 +42,13 @@ def positive_int(config: Mapping[str, Any], name: str, default: int | None = Non
     return value
 
 
-def positive_number(config: Mapping[str, Any], name: str, default: float) -> float:
+def read_positive_number(config: Mapping[str, Any], name: str, default: float) -> float:
     """Return a positive number of the configuration; a missing or null one is `default`."""
-    value = optional_number(config, name)
+    value = read_optional_number(config, name)
     return default if value is None else value
 
 
-def optional_number(config: Mapping[str, Any], name: str) -> float | None:
+def read_optional_number(config: Mapping[str, Any], name: str) -> float | None:
     """Return a positive number of the configuration, or None where it is missing or null."""
     value = config.get(name)
     if value is None:
@@ -56,7 +58,7 @@ def optional_number(config: Mapping[str, Any], name: str) -> float | None:
     return float(value)
 
 
-def flag(config: Mapping[str, Any], name: str, default: bool = False) -> bool:
+def read_bool(config: Mapping[str, Any], name: str, default: bool = False) -> bool:
     """Return a switch of the configuration; a missing or null one is `default`."""
     value = config.get(name)
     if value is not None and not isinstance(value, bool):
@@ -64,7 +66,7 @@ def flag(config: Mapping[str, Any], name: str, default: bool = False) -> bool:
     return default if value is None else value
 
 
-def activation(config: Mapping[str, Any], *names: str) -> Activation:
+def read_activation(config: Mapping[str, Any], *names: str) -> Activation:
     """Return what the first of the names that is present says; SiLU where none is."""
     name = next((name for name in names if config.get(name) is not None), None)
     if name is None:
@@ -75,7 +77,7 @@ def activation(config: Mapping[str, Any], *names: str) -> Activation:
     return ACTIVATIONS[value]
 
 
-def refuse_unless(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+def check_supported(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
     """Raise `CheckpointError` for an option that is present with a value we do not build."""
     for name, values in allowed.items():
         if name in config and config[name] not in values:
@@ -84,7 +86,7 @@ def refuse_unless(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ..
             )
 
 
-def layer_list(config: Mapping[str, Any], name: str, layers: int, allowed: tuple[Any, ...]) -> list[Any] | None:
+def read_layer_list(config: Mapping[str, Any], name: str, layers: int, allowed: tuple[Any, ...]) -> list[Any] | None:
     """Return a list with one entry of `allowed` for each layer, or None where it is missing or null."""
     values = config.get(name)
     if values is None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from .common import Family, check_no_window, read_decoder, read_shape
-from .decoder import Decoder, Names
-from .fields import flag
+from .common import Architecture, check_no_window, read_decoder_config, read_shape
+from .decoder import DecoderConfig, TensorNames
+from .fields import read_bool
 
 
-def decoder(config: Mapping[str, Any]) -> Decoder:
+def decoder(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Llama config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     shape = read_shape(config)
     check_no_window(config, shape)
-    bias = flag(config, "attention_bias")
-    return read_decoder(config, shape=shape, qkv_bias=bias, output_bias=bias, mlp_bias=flag(config, "mlp_bias"))
+    bias = read_bool(config, "attention_bias")
+    return read_decoder_config(
+        config, shape=shape, qkv_bias=bias, output_bias=bias, mlp_bias=read_bool(config, "mlp_bias")
+    )
 
 
-FAMILY: Final = Family("llama", decoder, Names())
+ARCHITECTURE: Final = Architecture("llama", decoder, TensorNames())

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from .common import Family, read_decoder, read_shape, rope_of, windows
-from .decoder import Decoder, Layer, Names
-from .fields import FULL, refuse_unless
+from .common import Architecture, read_decoder_config, read_shape, read_shared_rope, read_windows
+from .decoder import DecoderConfig, LayerConfig, TensorNames
+from .fields import FULL_ATTENTION, check_supported
 
 WINDOW: Final = 4096
 """Where config.json does not say; null there means none."""
 
 
-def decoder(config: Mapping[str, Any]) -> Decoder:
+def decoder(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Mistral config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     shape = read_shape(config, kv_heads=8, context=131_072)
-    rope = rope_of(config, shape)
+    rope = read_shared_rope(config, shape)
     slides = config.get("sliding_window", WINDOW) is not None
-    if slides or config.get("layer_types") != [FULL] * shape.layers:  # idle where it says what the missing window does
-        refuse_unless(config, {"layer_types": (None,)})
-    layers = [Layer(rope, window) for window in windows(config, [slides] * shape.layers, WINDOW)]
-    return read_decoder(config, shape=shape, layers=layers)
+    if (
+        slides or config.get("layer_types") != [FULL_ATTENTION] * shape.layers
+    ):  # idle where it says what the missing window does
+        check_supported(config, {"layer_types": (None,)})
+    layers = [LayerConfig(rope, window) for window in read_windows(config, [slides] * shape.layers, WINDOW)]
+    return read_decoder_config(config, shape=shape, layers=layers)
 
 
-FAMILY: Final = Family("mistral", decoder, Names())
+ARCHITECTURE: Final = Architecture("mistral", decoder, TensorNames())

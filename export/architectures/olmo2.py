@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from .common import Family, read_decoder
-from .decoder import Decoder, Names
-from .fields import flag
+from .common import Architecture, read_decoder_config
+from .decoder import DecoderConfig, TensorNames
+from .fields import read_bool
 
-NAMES: Final = Names(
+NAMES: Final = TensorNames(
     attention_norm="",
     attention_post_norm="model.layers.{i}.post_attention_layernorm.weight",
     mlp_norm="",
@@ -17,10 +17,10 @@ NAMES: Final = Names(
 )
 
 
-def decoder(config: Mapping[str, Any]) -> Decoder:
+def decoder(config: Mapping[str, Any]) -> DecoderConfig:
     """Read an OLMo 2 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
-    bias = flag(config, "attention_bias")
-    return read_decoder(
+    bias = read_bool(config, "attention_bias")
+    return read_decoder_config(
         config,
         norm_epsilon=1e-5,
         pre_norm=False,
@@ -31,4 +31,4 @@ def decoder(config: Mapping[str, Any]) -> Decoder:
     )
 
 
-FAMILY: Final = Family("olmo2", decoder, NAMES)
+ARCHITECTURE: Final = Architecture("olmo2", decoder, NAMES)

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 from edgelm.errors import CheckpointError
 
-from .fields import MOST_POSITIONS, flag, optional_number, positive_int, positive_number
-from .rope import KINDS, Rope, longrope_attention_factor, yarn_attention_factor
+from .fields import MAX_POSITIONS, read_bool, read_optional_number, read_positive_int, read_positive_number
+from .rope import ROPE_KINDS, RopeConfig, longrope_attention_factor, yarn_attention_factor
 
-KNOWN: Final[dict[str, frozenset[str]]] = {
+ROPE_OPTIONS: Final[dict[str, frozenset[str]]] = {
     "default": frozenset(),
     "linear": frozenset({"factor", "original_max_position_embeddings"}),
     "dynamic": frozenset({"factor", "original_max_position_embeddings"}),
@@ -42,7 +42,7 @@ ALIASES: Final = {"mrope": "default"}
 """Kinds under another name: on text, rotation in sections is the plain one (Qwen2-VL, arXiv:2409.12191)."""
 
 
-def rope_options(config: Mapping[str, Any]) -> dict[str, Any]:
+def merge_rope_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of rope_scaling and rope_parameters as one."""
     merged: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
@@ -53,9 +53,9 @@ def rope_options(config: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def partial_rotary_factor(config: Mapping[str, Any], *, built: bool) -> float:
+def read_partial_rotary_factor(config: Mapping[str, Any], *, built: bool) -> float:
     """Return the share of each head that rotates, in (0, 1]; 1 where a family has no other `built`."""
-    share = positive_number({**config, **rope_options(config)}, "partial_rotary_factor", 1.0)
+    share = read_positive_number({**config, **merge_rope_options(config)}, "partial_rotary_factor", 1.0)
     if share > 1 or (share < 1 and not built):
         limit = "at most 1" if built else "1 in this family"
         raise CheckpointError(f"config.json: partial_rotary_factor must be {limit}, got {share}")
@@ -70,58 +70,60 @@ def read_rope(
     theta: float = 10000.0,
     options: Mapping[str, Any] | None = None,
     aliases: Mapping[str, str] | None = None,
-) -> Rope:
+) -> RopeConfig:
     """Read how positions rotate; `size` is how much of a head does, `aliases` are a family's old names of kinds.
 
     Raises `CheckpointError` for a kind or an option that is not built.
     """
-    given = rope_options(config) if options is None else dict(options)
-    base = positive_number({**config, **given}, "rope_theta", theta)
+    given = merge_rope_options(config) if options is None else dict(options)
+    base = read_positive_number({**config, **given}, "rope_theta", theta)
     kind = given.get("rope_type") or given.get("type") or "default"
     kind = {**ALIASES, **(aliases or {})}.get(kind, kind) if isinstance(kind, str) else kind
-    if kind not in KINDS:
-        raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(KINDS)}")
-    unknown = sorted({name for name in given if given[name] is not None} - KNOWN[kind] - COMMON)  # null is idle
+    if kind not in ROPE_KINDS:
+        raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
+    unknown = sorted({name for name in given if given[name] is not None} - ROPE_OPTIONS[kind] - COMMON)  # null is idle
     if kind == "default" and ("rope_type" in given or "type" in given):
-        unknown = sorted(set(unknown).difference(*KNOWN.values()))  # what other kinds read is idle beside this one
+        unknown = sorted(
+            set(unknown).difference(*ROPE_OPTIONS.values())
+        )  # what other kinds read is idle beside this one
     if unknown:
         raise CheckpointError(f"config.json: {unknown[0]} of rope_type {kind!r} is not supported")
     if kind in ("linear", "dynamic", "llama3", "yarn") and given.get("factor") is None:
         raise CheckpointError("config.json: rope_scaling has no factor")
-    factor = positive_number(given, "factor", 1.0)
-    original = positive_int(given, "original_max_position_embeddings", context, most=MOST_POSITIONS)
+    factor = read_positive_number(given, "factor", 1.0)
+    original = read_positive_int(given, "original_max_position_embeddings", context, most=MAX_POSITIONS)
     if kind == "llama3":
-        low = positive_number(given, "low_freq_factor", 1.0)
-        high = positive_number(given, "high_freq_factor", 4.0)
+        low = read_positive_number(given, "low_freq_factor", 1.0)
+        high = read_positive_number(given, "high_freq_factor", 4.0)
         if high <= low:
             raise CheckpointError(f"config.json: high_freq_factor must exceed low_freq_factor {low}, got {high}")
-        return Rope(base, "llama3", factor, original, low, high)
+        return RopeConfig(base, "llama3", factor, original, low, high)
     if kind == "yarn":
-        scale = optional_number(given, "attention_factor")
+        scale = read_optional_number(given, "attention_factor")
         if scale is None:
             scale = yarn_attention_factor(
-                factor, optional_number(given, "mscale"), optional_number(given, "mscale_all_dim")
+                factor, read_optional_number(given, "mscale"), read_optional_number(given, "mscale_all_dim")
             )
-        return Rope(
+        return RopeConfig(
             base,
             "yarn",
             factor,
             original,
-            beta_fast=positive_number(given, "beta_fast", 32.0),
-            beta_slow=positive_number(given, "beta_slow", 1.0),
-            truncate=flag(given, "truncate", True),
+            beta_fast=read_positive_number(given, "beta_fast", 32.0),
+            beta_slow=read_positive_number(given, "beta_slow", 1.0),
+            truncate=read_bool(given, "truncate", True),
             attention_factor=scale,
         )
     if kind == "longrope":
         return _longrope(config, given, base, context, size)
-    return Rope(base) if kind == "default" else Rope(base, kind, factor)
+    return RopeConfig(base) if kind == "default" else RopeConfig(base, kind, factor)
 
 
-def _longrope(config: Mapping[str, Any], given: Mapping[str, Any], base: float, context: int, size: int) -> Rope:
+def _longrope(config: Mapping[str, Any], given: Mapping[str, Any], base: float, context: int, size: int) -> RopeConfig:
     merged = {**given, **{k: v for k, v in config.items() if k == "original_max_position_embeddings" and v is not None}}
-    original = positive_int(merged, "original_max_position_embeddings", context, most=MOST_POSITIONS)
-    factor = positive_number(given, "factor", context / original)
-    scale = optional_number(given, "attention_factor")
+    original = read_positive_int(merged, "original_max_position_embeddings", context, most=MAX_POSITIONS)
+    factor = read_positive_number(given, "factor", context / original)
+    scale = read_optional_number(given, "attention_factor")
     factors = {}
     for name in ("short_factor", "long_factor"):
         values = given.get(name)
@@ -129,8 +131,8 @@ def _longrope(config: Mapping[str, Any], given: Mapping[str, Any], base: float, 
             raise CheckpointError(f"config.json: {name} must have {size // 2} numbers, one for each rotating pair")
         if None in values:
             raise CheckpointError(f"config.json: {name} must have numbers only, got null")
-        factors[name] = tuple(positive_number({name: value}, name, 1.0) for value in values)
-    return Rope(
+        factors[name] = tuple(read_positive_number({name: value}, name, 1.0) for value in values)
+    return RopeConfig(
         base,
         "longrope",
         factor,

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from .common import Family, optional_windows, read_decoder, read_shape, rope_of
-from .decoder import Decoder, Layer, Names
+from .common import Architecture, read_decoder_config, read_optional_windows, read_shape, read_shared_rope
+from .decoder import DecoderConfig, LayerConfig, TensorNames
 
 
-def decoder(config: Mapping[str, Any]) -> Decoder:
+def decoder(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Qwen2 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     shape = read_shape(config, kv_heads=32, context=32_768)
-    rope = rope_of(config, shape)
-    layers = [Layer(rope, window) for window in optional_windows(config, shape, 28)]
-    return read_decoder(config, shape=shape, layers=layers, qkv_bias=True)
+    rope = read_shared_rope(config, shape)
+    layers = [LayerConfig(rope, window) for window in read_optional_windows(config, shape, 28)]
+    return read_decoder_config(config, shape=shape, layers=layers, qkv_bias=True)
 
 
-FAMILY: Final = Family("qwen2", decoder, Names())
+ARCHITECTURE: Final = Architecture("qwen2", decoder, TensorNames())

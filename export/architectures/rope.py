@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 Kind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
-KINDS: Final[tuple[Kind, ...]] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROPE_KINDS: Final[tuple[Kind, ...]] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Rope:
+class RopeConfig:
     """How positions become angles.
 
     `linear` divides positions by `factor` (Chen et al. 2023, arXiv:2306.15595). `dynamic` stretches only past the

@@ -7,38 +7,39 @@ from typing import Any, Final
 
 from edgelm.errors import CheckpointError
 
-from .common import Family, read_decoder, read_shape, rope_of, sliding_layers, windows
-from .decoder import Decoder, Layer, Names
-from .fields import flag, layer_list, positive_int
+from .common import Architecture, read_decoder_config, read_shape, read_shared_rope, read_sliding_layers, read_windows
+from .decoder import DecoderConfig, LayerConfig, TensorNames
+from .fields import read_bool, read_layer_list, read_positive_int
 
 THETA: Final = 2_000_000.0
 
 
-def decoder(config: Mapping[str, Any]) -> Decoder:
+def decoder(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a SmolLM3 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     shape = read_shape(config, kv_heads=4, context=32_768)
-    rope = rope_of(config, shape, THETA)
-    rotates = layer_list(config, "no_rope_layers", shape.layers, (0, 1))  # 1 means that it does rotate
+    rope = read_shared_rope(config, shape, THETA)
+    rotates = read_layer_list(config, "no_rope_layers", shape.layers, (0, 1))  # 1 means that it does rotate
     if rotates is None:
-        interval = positive_int(config, "no_rope_layer_interval", 4)
+        interval = read_positive_int(config, "no_rope_layer_interval", 4)
         rotates = [int((i + 1) % interval != 0) for i in range(shape.layers)]
-    slides = flag(config, "use_sliding_window") and config.get("sliding_window") is not None
-    sliding = sliding_layers(config, shape.layers, [slides and not each for each in rotates])
+    slides = read_bool(config, "use_sliding_window") and config.get("sliding_window") is not None
+    sliding = read_sliding_layers(config, shape.layers, [slides and not each for each in rotates])
     if any(sliding) and not slides:
         raise CheckpointError("config.json: layer_types has sliding_attention, but use_sliding_window is off")
     layers = [
-        Layer(rope if each else None, window) for each, window in zip(rotates, windows(config, sliding), strict=True)
+        LayerConfig(rope if each else None, window)
+        for each, window in zip(rotates, read_windows(config, sliding), strict=True)
     ]
-    bias = flag(config, "attention_bias")
-    return read_decoder(
+    bias = read_bool(config, "attention_bias")
+    return read_decoder_config(
         config,
         shape=shape,
         layers=layers,
         tied=True,
         qkv_bias=bias,
         output_bias=bias,
-        mlp_bias=flag(config, "mlp_bias"),
+        mlp_bias=read_bool(config, "mlp_bias"),
     )
 
 
-FAMILY: Final = Family("smollm3", decoder, Names())
+ARCHITECTURE: Final = Architecture("smollm3", decoder, TensorNames())

@@ -13,9 +13,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import Source
-from ..checkpoint.matrix_reader import Rows
-from .decoder import Decoder, Names
+from ..checkpoint import TensorSource
+from ..checkpoint.matrix_reader import LazyMatrix
+from .decoder import DecoderConfig, TensorNames
 
 Array = NDArray[np.float32]
 
@@ -24,19 +24,19 @@ LAYER_PARTS: Final = ("qkv", "output", "gate_up", "down")
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class DecoderWeights:
     """Reads a checkpoint's tensors for a decoder. Every method raises `CheckpointError` for a bad tensor."""
 
-    source: Source
-    decoder: Decoder
-    names: Names
+    source: TensorSource
+    decoder: DecoderConfig
+    names: TensorNames
 
-    def matrices(self) -> Iterator[tuple[str, Rows]]:
+    def matrices(self) -> Iterator[tuple[str, LazyMatrix]]:
         """Yield every matrix of the graph by name: the embedding, each layer's four, and an untied head."""
         yield "embedding", self.embedding()
         for i in range(len(self.decoder.layers)):
             for part in LAYER_PARTS:
-                yield f"layer.{i}.{part}", Rows.of(self.layer(i, part))
+                yield f"layer.{i}.{part}", LazyMatrix.of(self.layer(i, part))
         if not self.decoder.tied:
             yield "head", self.head()
 
@@ -58,11 +58,11 @@ class Weights:
         if not d.tied:
             yield "head", (d.vocab_size, d.hidden_size)
 
-    def embedding(self) -> Rows:
+    def embedding(self) -> LazyMatrix:
         """[vocab, hidden]."""
         return self._table(self.names.embedding)
 
-    def head(self) -> Rows:
+    def head(self) -> LazyMatrix:
         """[vocab, hidden]."""
         return self._table(self.names.head)
 
@@ -91,13 +91,13 @@ class Weights:
                 parts = [self._read(_bias(name), i, r * d.head_size) for name, r in zip(names, rows, strict=True)]
             return np.concatenate([self._pad(part) for part in parts])
         if part == "output" and d.output_bias:
-            return self._read(_bias(n.output), i, d.hidden_size) * np.float32(d.branch_scale)
+            return self._read(_bias(n.output), i, d.hidden_size) * np.float32(d.residual_scale)
         if part == "gate_up" and d.mlp_bias:
             if n.gate_up:
                 return self._read(_bias(n.gate_up), i, 2 * d.mlp_size)
             return np.concatenate([self._read(_bias(name), i, d.mlp_size) for name in (n.gate, n.up)])
         if part == "down" and d.mlp_bias:
-            return self._read(_bias(n.down), i, d.hidden_size) * np.float32(d.branch_scale)
+            return self._read(_bias(n.down), i, d.hidden_size) * np.float32(d.residual_scale)
         return None
 
     def importance(self, name: str) -> Array | None:
@@ -165,7 +165,7 @@ class Weights:
 
     def _output(self, i: int) -> Array:
         d = self.decoder
-        weight = self._read(self.names.output, i, d.hidden_size, d.heads * d.head_size) * np.float32(d.branch_scale)
+        weight = self._read(self.names.output, i, d.hidden_size, d.heads * d.head_size) * np.float32(d.residual_scale)
         return np.ascontiguousarray(self._pad(np.ascontiguousarray(weight.T)).T)
 
     def _gate_up(self, i: int) -> Array:
@@ -176,13 +176,13 @@ class Weights:
 
     def _down(self, i: int) -> Array:
         d = self.decoder
-        return self._read(self.names.down, i, d.hidden_size, d.mlp_size) * np.float32(d.branch_scale)
+        return self._read(self.names.down, i, d.hidden_size, d.mlp_size) * np.float32(d.residual_scale)
 
     # --- reading ---
 
-    def _table(self, name: str) -> Rows:
+    def _table(self, name: str) -> LazyMatrix:
         shape = (self.decoder.vocab_size, self.decoder.hidden_size)
-        return Rows(shape, lambda start, stop: self.source.tensor(name, shape, slice(start, stop)))
+        return LazyMatrix(shape, lambda start, stop: self.source.tensor(name, shape, slice(start, stop)))
 
     def _read(self, name: str, i: int, *shape: int) -> Array:
         return self.source.tensor(name.format(i=i), shape)

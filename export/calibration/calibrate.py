@@ -13,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..architectures.weights import LAYER_PARTS
-from ..checkpoint.matrix_reader import Rows
-from ..progress_callback import Progress
-from ..quantize.moments import Moments, with_lookup
-from .hidden_states import States
-from .layers import Layers, Part
-from .moment_sums import Sums
-from .release_memory import give_back
+from ..checkpoint.matrix_reader import LazyMatrix
+from ..progress_callback import ProgressCallback
+from ..quantize.moments import Moments, add_lookup_weight
+from .hidden_states import HiddenStates
+from .layers import LayerSubgraph, ReferenceModel
+from .moment_sums import MomentAccumulator
+from .release_memory import release_free_memory
 from .text_samples import Document
 
-HEAD_TOKENS: Final = 2048
+MIN_HEAD_TOKENS: Final = 2048
 """Positions, at least, that tell the moments of a tied head, for which the unquantized model has to run once more; at
 least four times as many as the head has inputs."""
 
@@ -32,59 +32,61 @@ many as it has inputs: they cost inputs squared."""
 
 WIDE_TOKENS: Final = 8192
 
-HELD_BACK: Final = 8
+HELD_OUT_EVERY: Final = 8
 """One of so many documents is held back from the sums: what calibration makes of a matrix is tried on it."""
 
-HELD_TOKENS: Final = 1024
+MAX_HELD_OUT_TOKENS: Final = 1024
 """Positions held back, about, at most."""
 
-WHOLE_BYTES: Final = 256 << 20
+MAX_FLOAT32_STATE_BYTES: Final = 256 << 20
 """Most bytes of a stream's states in float32; where they are more, they are kept in float16."""
 
-KEPT_BYTES: Final = 256 << 20
+MAX_INNER_BYTES: Final = 256 << 20
 """Most bytes of an MLP's inner activations in each stream; where they are more, they are computed again."""
 
 Array = NDArray[np.float32]
 
 
-class Store(Protocol):
+class MatrixSink(Protocol):
     """What quantizes a matrix and puts it away."""
 
-    def __call__(self, name: str, rows: Rows, moments: Moments | None) -> Rows:
+    def __call__(self, name: str, rows: LazyMatrix, moments: Moments | None) -> LazyMatrix:
         """Store a matrix [N, K], calibrated if there are moments; return it as it will be read."""
 
     def is_calibrated(self, name: str) -> bool:
         """Whether a matrix is to be calibrated, so that its moments are wanted."""
 
 
-def calibrate(layers: Layers, documents: Sequence[Document], store: Store, progress: Progress) -> None:
+def calibrate(
+    layers: ReferenceModel, documents: Sequence[Document], store: MatrixSink, progress: ProgressCallback
+) -> None:
     """Store every matrix of the model, in the order of the graph."""
-    _Calibration(layers, documents, store, progress).run()
+    _Calibrator(layers, documents, store, progress).run()
 
 
-class _Stream:
+class _CalibrationStream:
     """A model's hidden states of all documents, and what the matrix whose turn it is multiplies in each."""
 
-    def __init__(self, hidden: Sequence[Array], *, narrow: bool, keeps_inner: bool) -> None:
-        self.hidden = States(enumerate(hidden), narrow=narrow)
-        self.values = States()
-        self._narrow = narrow
+    def __init__(self, hidden: Sequence[Array], *, is_float16: bool, keeps_inner: bool) -> None:
+        self.hidden = HiddenStates(enumerate(hidden), is_float16=is_float16)
+        self.values = HiddenStates()
+        self._narrow = is_float16
         self._keeps_inner = keeps_inner
-        self._inner: Part | None = None
+        self._inner: LayerSubgraph | None = None
         """What computes an MLP's inner activations from its input, where these are not kept."""
 
-    def start(self, piece: Part) -> None:
+    def start(self, piece: LayerSubgraph) -> None:
         """Begin a layer."""
         self._inner = None
         values = ((n, _next(piece, None, self.hidden[n])) for n in range(len(self.hidden)))
-        self.values = States(values, narrow=self._narrow)
+        self.values = HiddenStates(values, is_float16=self._narrow)
 
     def value(self, n: int) -> Array:
         """Return what the matrix multiplies, [positions, inputs]."""
         value = self.values[n]
         return value if self._inner is None else _next(self._inner, value, self.hidden[n])
 
-    def move(self, n: int, piece: Part, value: Array) -> Array:
+    def move(self, n: int, piece: LayerSubgraph, value: Array) -> Array:
         """Run a document through a piece whose matrix multiplies `value`; return its hidden state after that."""
         following, residual = piece.run(value, self.hidden[n])
         if piece.name in ("output", "down"):
@@ -93,7 +95,7 @@ class _Stream:
             self.values[n] = following
         return residual
 
-    def pass_gate_up(self, piece: Part) -> None:
+    def pass_gate_up(self, piece: LayerSubgraph) -> None:
         """Go on from an MLP's input to its inner activations, at once or where they are asked for."""
         if not self._keeps_inner:
             self._inner = piece
@@ -102,25 +104,33 @@ class _Stream:
             self.move(n, piece, self.values[n])
 
 
-class _Calibration:
-    def __init__(self, layers: Layers, documents: Sequence[Document], store: Store, progress: Progress) -> None:
+class _Calibrator:
+    def __init__(
+        self, layers: ReferenceModel, documents: Sequence[Document], store: MatrixSink, progress: ProgressCallback
+    ) -> None:
         self._layers = layers
         self._decoder = layers.weights.decoder
         self._documents = documents
         self._store = store
         self._progress = progress
-        self._held = _held_back(documents)
+        self._held = _held_out_documents(documents)
 
     def run(self) -> None:
         layers, weights, tied = self._layers, self._layers.weights, self._decoder.tied
         table = self._store("embedding", weights.embedding(), self._tied_moments() if tied else None)
         positions, d = sum(map(len, self._documents)), self._decoder
-        narrow = 4 * positions * (d.hidden_size + max(d.mlp_size, d.heads * d.padded_head_size)) > WHOLE_BYTES
-        keeps_inner = (2 if narrow else 4) * positions * d.mlp_size <= KEPT_BYTES
-        self._full = _Stream(layers.embed(self._documents), narrow=narrow, keeps_inner=keeps_inner)
-        self._own = _Stream(layers.embed(self._documents, table), narrow=narrow, keeps_inner=keeps_inner)
+        is_float16 = (
+            4 * positions * (d.hidden_size + max(d.mlp_size, d.heads * d.padded_head_size)) > MAX_FLOAT32_STATE_BYTES
+        )
+        keeps_inner = (2 if is_float16 else 4) * positions * d.mlp_size <= MAX_INNER_BYTES
+        self._unquantized = _CalibrationStream(
+            layers.embed(self._documents), is_float16=is_float16, keeps_inner=keeps_inner
+        )
+        self._own = _CalibrationStream(
+            layers.embed(self._documents, table), is_float16=is_float16, keeps_inner=keeps_inner
+        )
         del table  # what is not needed any more is large
-        give_back()
+        release_free_memory()
         for i in range(len(self._decoder.layers)):
             self._layer(i)
         if not tied:
@@ -131,52 +141,52 @@ class _Calibration:
         if not self._store.is_calibrated("embedding"):
             return None
         layers, width = self._layers, self._decoder.hidden_size
-        documents = self._sample(max(HEAD_TOKENS, 4 * width))
+        documents = self._sample(max(MIN_HEAD_TOKENS, 4 * width))
         hidden, count = layers.embed(documents), len(self._decoder.layers)
         for i in range(count):
             self._progress("calibrating the head", i, count)
             hidden = layers.layer(i).step(hidden)
-        sums = Sums((self._decoder.vocab_size, width))
+        sums = MomentAccumulator((self._decoder.vocab_size, width))
         for number, states in enumerate(hidden):
-            sums.add(layers.final(states), hold_back=number % HELD_BACK == HELD_BACK - 1)
-        return with_lookup(sums.moments())
+            sums.add(layers.final(states), hold_back=number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
+        return add_lookup_weight(sums.moments())
 
     def _head_moments(self) -> Moments:
-        sums = Sums((self._decoder.vocab_size, self._decoder.hidden_size))
+        sums = MomentAccumulator((self._decoder.vocab_size, self._decoder.hidden_size))
         for n in range(len(self._documents)):
-            sums.add(self._layers.final(self._own.hidden[n]), self._layers.final(self._full.hidden[n]))
+            sums.add(self._layers.final(self._own.hidden[n]), self._layers.final(self._unquantized.hidden[n]))
         return sums.moments()
 
     def _layer(self, i: int) -> None:
         start = self._layers.part(i, "start")
-        self._full.start(start)
+        self._unquantized.start(start)
         self._own.start(start)
         is_last = i + 1 == len(self._decoder.layers)
         for part in LAYER_PARTS:
             weight = self._layers.weights.layer(i, part)
             piece = self._layers.part(i, part, weight)
             moments = self._moments(part, weight, piece)
-            stored = self._store(f"layer.{i}.{part}", Rows.of(weight), moments).whole()
+            stored = self._store(f"layer.{i}.{part}", LazyMatrix.of(weight), moments).whole()
             del moments, weight
-            give_back()
+            release_free_memory()
             own = self._layers.part(i, part, stored)
             del stored
             if part == "gate_up":
-                self._full.pass_gate_up(piece)
+                self._unquantized.pass_gate_up(piece)
                 self._own.pass_gate_up(own)
             elif not (part == "down" and is_last and self._decoder.tied):  # nothing would read that
                 for n in range(len(self._documents)):
                     self._own.move(n, own, self._own.value(n))
 
-    def _moments(self, part: str, weight: Array, piece: Part) -> Moments:
+    def _moments(self, part: str, weight: Array, piece: LayerSubgraph) -> Moments:
         """Return a matrix's moments; the unquantized model goes on to the next matrix, but for gate and up."""
         rows, columns = weight.shape
-        sums = Sums((rows, columns), weight, wide=columns > WIDE)
+        sums = MomentAccumulator((rows, columns), weight, wide=columns > WIDE)
         summed = set(self._spread(max(WIDE_TOKENS, 2 * columns)) if columns > WIDE else range(len(self._documents)))
         adds = part in ("output", "down")
         for n in range(len(self._documents)):
-            full, before = self._full.value(n), self._full.hidden[n]
-            after = before if part == "gate_up" else self._full.move(n, piece, full)
+            full, before = self._unquantized.value(n), self._unquantized.hidden[n]
+            after = before if part == "gate_up" else self._unquantized.move(n, piece, full)
             held = n in self._held
             if n not in summed and not held:
                 continue
@@ -197,12 +207,12 @@ class _Calibration:
         return [self._documents[n] for n in self._spread(tokens)]
 
 
-def _held_back(documents: Sequence[Document]) -> set[int]:
+def _held_out_documents(documents: Sequence[Document]) -> set[int]:
     """Return the numbers of the documents that are held back; none where there are too few."""
     held: set[int] = set()
     tokens = 0
-    for n in range(HELD_BACK - 1, len(documents), HELD_BACK):
-        if tokens >= HELD_TOKENS:
+    for n in range(HELD_OUT_EVERY - 1, len(documents), HELD_OUT_EVERY):
+        if tokens >= MAX_HELD_OUT_TOKENS:
             break
         held.add(n)
         tokens += len(documents[n])
@@ -216,7 +226,7 @@ def _inverse_mean_square(values: Array) -> Array:
     return weights
 
 
-def _next(part: Part, value: Array | None, residual: Array) -> Array:
+def _next(part: LayerSubgraph, value: Array | None, residual: Array) -> Array:
     following, _ = part.run(value, residual)
     if following is None:
         raise AssertionError(f"the piece {part.name} has no next value")

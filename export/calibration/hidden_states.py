@@ -10,15 +10,16 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 
-class States:
+class HiddenStates:
     """One float32 [n, width] for each numbered document.
 
-    With `narrow` each is kept to 11 significant bits, whatever its size: half the memory, but converting takes longer
+    With `is_float16` each is kept to 11 significant bits, whatever its size: half the memory, but converting takes
+    longer
     than many a product.
     """
 
-    def __init__(self, arrays: Iterable[tuple[int, Array]] = (), *, narrow: bool = False) -> None:
-        self._narrow = narrow
+    def __init__(self, arrays: Iterable[tuple[int, Array]] = (), *, is_float16: bool = False) -> None:
+        self._narrow = is_float16
         self._stored: dict[int, tuple[NDArray[np.float16], Array] | Array] = {}
         for document, array in arrays:
             self[document] = array

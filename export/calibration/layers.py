@@ -17,12 +17,12 @@ from edgelm.bundle.manifest import Matrix
 from edgelm.runtime.ort import load_graph
 from edgelm.runtime.threads import default_threads
 
-from ..architectures.weights import LAYER_PARTS, Weights
-from ..checkpoint.matrix_reader import Rows
+from ..architectures.weights import LAYER_PARTS, DecoderWeights
+from ..checkpoint.matrix_reader import LazyMatrix
 from ..graph.attention_nodes import needs_positions
-from ..graph.decoder_graph import DecoderGraph
-from ..graph.initializers import InlineConstants
-from ..graph.nodes import Nodes
+from ..graph.decoder_graph import DecoderGraphBuilder
+from ..graph.initializers import InlineInitializers
+from ..graph.nodes import GraphBuilder
 from .text_samples import Document
 
 Array = NDArray[np.float32]
@@ -32,14 +32,14 @@ PARTS: Final = ("start", *LAYER_PARTS)
 
 
 @dataclass(frozen=True, slots=True)
-class Layers:
+class ReferenceModel:
     """A decoder over documents of at most `length` tokens. Every method raises `CheckpointError` for a bad tensor."""
 
-    weights: Weights
+    weights: DecoderWeights
     length: int
     threads: int = field(default_factory=default_threads)
 
-    def embed(self, documents: Sequence[Document], table: Rows | None = None) -> list[Array]:
+    def embed(self, documents: Sequence[Document], table: LazyMatrix | None = None) -> list[Array]:
         """Return the embeddings [n, hidden] of each document; of another table [vocab, hidden] if given."""
         table = self.weights.embedding() if table is None else table
         tokens = np.concatenate(documents)
@@ -52,13 +52,13 @@ class Layers:
         hidden *= np.float32(self.weights.decoder.embedding_scale)
         return np.split(hidden, np.cumsum([len(document) for document in documents])[:-1])
 
-    def part(self, i: int, part: str, weight: Array | None = None) -> Part:
+    def part(self, i: int, part: str, weight: Array | None = None) -> LayerSubgraph:
         """Load a piece of layer `i`, with another matrix than the checkpoint's where `weight` is given."""
-        return Part(self, i, part, weight)
+        return LayerSubgraph(self, i, part, weight)
 
-    def layer(self, i: int) -> Layer:
+    def layer(self, i: int) -> LoadedLayer:
         """Load layer `i`."""
-        return Layer([self.part(i, part) for part in PARTS])
+        return LoadedLayer([self.part(i, part) for part in PARTS])
 
     def final(self, hidden: Array) -> Array:
         """Return what the head multiplies: [n, hidden] -> [n, hidden]."""
@@ -73,27 +73,29 @@ class Layers:
         cap = self.weights.decoder.logit_softcap
         return product if cap is None else np.tanh(product) * np.float32(cap)
 
-    def head(self) -> Rows:
+    def head(self) -> LazyMatrix:
         """Return the matrix that gives the logits, [vocab, hidden]."""
         return self.weights.embedding() if self.weights.decoder.tied else self.weights.head()
 
 
-class Part:
+class LayerSubgraph:
     """One piece of a layer, loaded."""
 
-    def __init__(self, layers: Layers, i: int, part: str, weight: Array | None) -> None:
+    def __init__(self, layers: ReferenceModel, i: int, part: str, weight: Array | None) -> None:
         self.name = part
         self._i = i
         self._length = layers.length
         d = layers.weights.decoder
-        constants = InlineConstants()
+        constants = InlineInitializers()
         matrices: dict[str, Matrix] = {}
         if part in LAYER_PARTS:
             weight = layers.weights.layer(i, part) if weight is None else weight
             name = f"layer.{i}.{part}"
             constants.add(f"{name}.weight", np.ascontiguousarray(weight.T))
             matrices[name] = Matrix(name, weight.shape[0], weight.shape[1], 32)
-        model = DecoderGraph(layers.weights, matrices, layers.length, Nodes(constants)).build_part(i, part)
+        model = DecoderGraphBuilder(layers.weights, matrices, layers.length, GraphBuilder(constants)).build_part(
+            i, part
+        )
         constants.tensors.clear()
         self._graph = load_graph(model.SerializeToString(), layers.threads, spin=False)
         self._past = np.zeros((1, d.kv_heads, 0, d.padded_head_size), np.float32)
@@ -101,7 +103,7 @@ class Part:
         self._positions = needs_positions(d, layers.length)
 
     def run(self, value: Array | None, residual: Array) -> tuple[Array | None, Array]:
-        """Return (next value, residual) of one document; see `DecoderGraph.build_part`."""
+        """Return (next value, residual) of one document; see `DecoderGraphBuilder.build_part`."""
         feeds: dict[str, NDArray[Any]] = {}
         if self.name in ("start", "output", "down"):
             feeds["residual"] = residual[None]
@@ -131,10 +133,10 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class LoadedLayer:
     """A whole layer, loaded."""
 
-    parts: Sequence[Part]
+    parts: Sequence[LayerSubgraph]
 
     def step(self, hidden: Iterable[Array]) -> list[Array]:
         """Return the hidden states [n, hidden] of each document after the layer."""
@@ -146,6 +148,6 @@ class Layer:
             stepped.append(residual)
         return stepped
 
-    def replaced(self, part: Part) -> Layer:
+    def replaced(self, part: LayerSubgraph) -> LoadedLayer:
         """Return the layer with another piece in the place of its own."""
-        return Layer([part if each.name == part.name else each for each in self.parts])
+        return LoadedLayer([part if each.name == part.name else each for each in self.parts])

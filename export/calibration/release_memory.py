@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 
-def give_back() -> None:
+def release_free_memory() -> None:
     """Return freed memory to the system, where the C library has a call for it (glibc's malloc_trim); a few ms."""
     if _trim is not None:
         _trim(0)

@@ -15,28 +15,30 @@ import numpy as np
 from edgelm.runtime.divergence import DivergenceMeter
 
 from ..architectures.weights import LAYER_PARTS
-from ..checkpoint.matrix_reader import Rows
-from ..progress_callback import Progress
-from ..quantize.matrix_plan import Plan
+from ..checkpoint.matrix_reader import LazyMatrix
+from ..progress_callback import ProgressCallback
+from ..quantize.matrix_plan import QuantPlan
 from ..quantize.pack import dequantize
 from ..quantize.quantizer import Quantizer
-from ..quantize.spec import Spec
-from .layers import Layers
-from .text_samples import Document, pieces
+from ..quantize.spec import QuantSpec
+from .layers import ReferenceModel
+from .text_samples import Document, position_ranges
 
 SAMPLED_ROWS: Final = 1024
 """Rows that an estimate of a matrix's error looks at, at least."""
 
 
 def measure_sensitivity(
-    layers: Layers, documents: Sequence[Document], plan: Plan, progress: Progress
+    layers: ReferenceModel, documents: Sequence[Document], plan: QuantPlan, progress: ProgressCallback
 ) -> dict[str, float]:
     """Return the mean KL divergence, in nats, from each matrix by itself stored as the plan says, by name.
 
     Every layer is loaded once; hidden states are kept once for every matrix below.
     """
     weights, count = layers.weights, len(layers.weights.decoder.layers)
-    streams = {"embedding": layers.embed(documents, _rounded(weights.embedding(), plan.spec("embedding")))}
+    streams = {
+        "embedding": layers.embed(documents, _quantize_and_dequantize(weights.embedding(), plan.spec("embedding")))
+    }
     base = layers.embed(documents)
     for i in range(count):
         progress("sensitivity", i, count)
@@ -44,18 +46,18 @@ def measure_sensitivity(
         streams = {name: plain.step(hidden) for name, hidden in streams.items()}
         for part in LAYER_PARTS:
             name = f"layer.{i}.{part}"
-            rounded = _rounded(Rows.of(weights.layer(i, part)), plan.spec(name)).whole()
+            rounded = _quantize_and_dequantize(LazyMatrix.of(weights.layer(i, part)), plan.spec(name)).whole()
             streams[name] = plain.replaced(layers.part(i, part, rounded)).step(base)
         base = plain.step(base)
     head = layers.head().whole()
     tied = weights.decoder.tied
-    rounded = _rounded(layers.head(), plan.spec("embedding" if tied else "head")).whole()
+    rounded = _quantize_and_dequantize(layers.head(), plan.spec("embedding" if tied else "head")).whole()
     heads = {name: rounded if tied and name == "embedding" else head for name in streams}
     if not tied:
         streams["head"], heads["head"] = base, rounded
     divergences = {name: DivergenceMeter() for name in streams}
     for number, document in enumerate(documents):
-        for start, stop in pieces(document):
+        for start, stop in position_ranges(document):
             following = document[start + 1 : stop + 1]
             expected = layers.logits(layers.final(base[number][start:stop]), head)
             for name, hidden in streams.items():
@@ -64,24 +66,24 @@ def measure_sensitivity(
     return {name: divergence.result().kl_mean for name, divergence in divergences.items()}
 
 
-def relative_error(rows: Rows, spec: Spec | None) -> float:
+def relative_error(rows: LazyMatrix, spec: QuantSpec | None) -> float:
     """Return the squared error of a matrix, stored so, over its squared size; by a sample of rows where it is large."""
     if spec is None:
         return 0.0
     step = max(1, rows.shape[0] // SAMPLED_ROWS)
     weight = np.concatenate([chunk[::step] for chunk in rows.chunks()])
-    error = dequantize(Quantizer(uncalibrated(spec)).quantize(weight)).astype(np.float64) - weight
+    error = dequantize(Quantizer(without_calibration(spec)).quantize(weight)).astype(np.float64) - weight
     return float(np.square(error).sum() / max(np.square(weight, dtype=np.float64).sum(), 1e-30))
 
 
-def uncalibrated(spec: Spec) -> Spec:
+def without_calibration(spec: QuantSpec) -> QuantSpec:
     """Return the same storage by the clip search where gptq was asked for: it needs no inputs, and ranks alike."""
     return dataclasses.replace(spec, method="clip") if spec.method == "gptq" else spec
 
 
-def _rounded(rows: Rows, spec: Spec | None) -> Rows:
+def _quantize_and_dequantize(rows: LazyMatrix, spec: QuantSpec | None) -> LazyMatrix:
     """Return a matrix as it is read back when stored so."""
     if spec is None:
         return rows
-    quantizer = Quantizer(uncalibrated(spec))
-    return Rows(rows.shape, lambda start, stop: dequantize(quantizer.quantize(rows.read(start, stop))))
+    quantizer = Quantizer(without_calibration(spec))
+    return LazyMatrix(rows.shape, lambda start, stop: dequantize(quantizer.quantize(rows.read(start, stop))))

@@ -13,37 +13,37 @@ from edgelm.errors import EdgelmError
 from edgelm.text.documents import split_documents
 from edgelm.text.tokenizer import Tokenizer
 
-CALIBRATION_LENGTH: Final = 512
+CALIBRATION_DOCUMENT_TOKENS: Final = 512
 """Tokens of one calibration sequence."""
 
-CALIBRATION_TOKENS: Final = 128 * CALIBRATION_LENGTH
+MAX_CALIBRATION_TOKENS: Final = 128 * CALIBRATION_DOCUMENT_TOKENS
 """Calibration tokens put to use at most; GPTQ (arXiv:2210.17323, section 4) takes 128 segments too, of 2,048 each."""
 
 CALIBRATION_WORK: Final = 1.75e12
 """Weights times tokens from which on fewer tokens are put to use, for the sake of time: at least 12,288 of them."""
 
-MEASURED_LENGTH: Final = 1024
+EVALUATION_DOCUMENT_TOKENS: Final = 1024
 """Tokens of one sequence to measure on: logits of a whole one are in memory."""
 
-MEASURED_TOKENS: Final = 64 * MEASURED_LENGTH
+MAX_EVALUATION_TOKENS: Final = 64 * EVALUATION_DOCUMENT_TOKENS
 """Tokens measured on at most: minutes with a model of a billion weights."""
 
-MOST_READ: Final = 16
+MAX_READ_RATIO: Final = 16
 """So many times the calibration tokens are read of a long text, to be chosen from."""
 
-LEAST_CALIBRATION_TOKENS: Final = 512
+MIN_CALIBRATION_TOKENS: Final = 512
 """Fewer say too little of what a model sees."""
 
-PIECE: Final = 64
+CHUNK_POSITIONS: Final = 64
 """Positions compared at once: bounds the logits in memory."""
 
 Document = NDArray[np.int64]
 
 
-def calibration_tokens(parameters: int) -> int:
+def calibration_token_count(parameters: int) -> int:
     """Return how many tokens a model of so many weights is calibrated on."""
-    wanted = int(CALIBRATION_WORK / max(parameters, 1)) // CALIBRATION_LENGTH * CALIBRATION_LENGTH
-    return min(max(wanted, CALIBRATION_TOKENS * 3 // 16), CALIBRATION_TOKENS)
+    wanted = int(CALIBRATION_WORK / max(parameters, 1)) // CALIBRATION_DOCUMENT_TOKENS * CALIBRATION_DOCUMENT_TOKENS
+    return min(max(wanted, MAX_CALIBRATION_TOKENS * 3 // 16), MAX_CALIBRATION_TOKENS)
 
 
 def calibration_documents(
@@ -52,19 +52,19 @@ def calibration_documents(
     """Cut documents into sequences of at most 512 tokens, and return those of `limit` tokens.
 
     Where there are more, sequences are taken evenly from the whole text. `option` names the text in errors. Raises
-    `EdgelmError` for a text of fewer than `LEAST_CALIBRATION_TOKENS` tokens.
+    `EdgelmError` for a text of fewer than `MIN_CALIBRATION_TOKENS` tokens.
     """
-    length = min(CALIBRATION_LENGTH, context)
+    length = min(CALIBRATION_DOCUMENT_TOKENS, context)
     found: list[Document] = []
     total = 0
     for ids in _tokens(split_documents(text), tokenizer, bos):
         found += [ids[start : start + length] for start in range(0, len(ids), length)]
         total += len(ids)
-        if total >= MOST_READ * limit:
+        if total >= MAX_READ_RATIO * limit:
             break
-    if total < LEAST_CALIBRATION_TOKENS:
+    if total < MIN_CALIBRATION_TOKENS:
         raise EdgelmError(
-            f"{option}: the text has {total} tokens; at least {LEAST_CALIBRATION_TOKENS} are needed, and"
+            f"{option}: the text has {total} tokens; at least {MIN_CALIBRATION_TOKENS} are needed, and"
             f" {limit} are put to use"
         )
     if total <= limit:
@@ -73,28 +73,29 @@ def calibration_documents(
     return [found[i * len(found) // count] for i in range(count)]
 
 
-def pieces(document: Document) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of a document's positions that have a next token, `PIECE` at a time."""
-    for start in range(0, len(document) - 1, PIECE):
-        yield start, min(start + PIECE, len(document) - 1)
+def position_ranges(document: Document) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of a document's positions that have a next token, `CHUNK_POSITIONS` at a time."""
+    for start in range(0, len(document) - 1, CHUNK_POSITIONS):
+        yield start, min(start + CHUNK_POSITIONS, len(document) - 1)
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class EvaluationText:
     """Sequences to measure on, and how many tokens of the text are not among them."""
 
     documents: list[Document]
     left_out: int
 
 
-def measured_documents(text: str, tokenizer: Tokenizer, bos: int | None, context: int) -> Measured:
-    """Cut documents into sequences of at most `MEASURED_LENGTH` tokens, each with one to predict.
+def evaluation_documents(text: str, tokenizer: Tokenizer, bos: int | None, context: int) -> EvaluationText:
+    """Cut documents into sequences of at most `EVALUATION_DOCUMENT_TOKENS` tokens, each with one to predict.
 
-    Of more than `MEASURED_TOKENS` tokens, sequences are taken evenly from the whole text. Each begins with the start
+    Of more than `MAX_EVALUATION_TOKENS` tokens, sequences are taken evenly from the whole text. Each begins with the
+    start
     token where there is one. Raises `EdgelmError` when nothing is left.
     """
     first = [] if bos is None else [bos]
-    length = min(MEASURED_LENGTH, context) - len(first)
+    length = min(EVALUATION_DOCUMENT_TOKENS, context) - len(first)
     found: list[Document] = []
     for ids in _tokens(split_documents(text), tokenizer, None):
         pieces = (ids[start : start + length] for start in range(0, len(ids), max(length, 1)))
@@ -102,12 +103,12 @@ def measured_documents(text: str, tokenizer: Tokenizer, bos: int | None, context
     if not found:
         raise EdgelmError("--verify: the text is too short: it has no token to predict")
     total = sum(map(len, found))
-    count = max(1, len(found) * MEASURED_TOKENS // max(total, MEASURED_TOKENS))
+    count = max(1, len(found) * MAX_EVALUATION_TOKENS // max(total, MAX_EVALUATION_TOKENS))
     taken = [found[i * len(found) // count] for i in range(count)]
-    return Measured(taken, total - sum(map(len, taken)))
+    return EvaluationText(taken, total - sum(map(len, taken)))
 
 
-def first_pieces(text: str, tokenizer: Tokenizer, bos: int | None, length: int) -> list[Document]:
+def document_starts(text: str, tokenizer: Tokenizer, bos: int | None, length: int) -> list[Document]:
     """Return the first `length` tokens of each document that has a token to predict."""
     return [ids[:length] for ids in _tokens(split_documents(text), tokenizer, bos) if len(ids) > 1]
 

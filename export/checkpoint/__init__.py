@@ -6,23 +6,23 @@ from pathlib import Path
 
 from edgelm.errors import CheckpointError
 
-from .checkpoint import Checkpoint, Source, Tensors
-from .gguf import Blocks, GgufTensors, open_gguf
+from .checkpoint import Checkpoint, CheckpointTensors, TensorSource
+from .gguf import GgufBlocks, GgufTensors, open_gguf
 from .gguf_file import is_gguf
-from .huggingface import Safetensors, locate, open_huggingface
-from .ollama import SCHEME, open_ollama
+from .huggingface import Safetensors, open_huggingface, resolve_directory
+from .ollama import OLLAMA_SCHEME, open_ollama
 from .reading import read_json
 
 __all__ = [
-    "Blocks",
     "Checkpoint",
+    "CheckpointTensors",
+    "GgufBlocks",
     "GgufTensors",
     "Safetensors",
-    "Source",
-    "Tensors",
-    "locate",
+    "TensorSource",
     "open_checkpoint",
     "read_json",
+    "resolve_directory",
 ]
 
 
@@ -33,7 +33,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     `CheckpointError` when there is no such file, directory, model or repository, a file is missing, or one is damaged.
     """
     path = Path(source)
-    if isinstance(source, str) and source.startswith(SCHEME):
+    if isinstance(source, str) and source.startswith(OLLAMA_SCHEME):
         return open_ollama(source)
     if path.is_file() and (path.suffix == ".gguf" or is_gguf(path)):
         return open_gguf(path)

@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Where a model's weights come from."""
 
     def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
-        """See `Tensors.tensor`."""
+        """See `CheckpointTensors.tensor`."""
 
 
-class Tensors(Source, Protocol):
+class CheckpointTensors(TensorSource, Protocol):
     """The tensors of one form of checkpoint, under Hugging Face's names."""
 
     @property
@@ -50,10 +50,10 @@ class Checkpoint:
     generation: Mapping[str, Any]
     tokenizer_config: Mapping[str, Any]
     tokenizer_text: str
-    tensors: Tensors
+    tensors: CheckpointTensors
     notes: tuple[str, ...] = ()
     is_quantized: bool = False
-    read_with: Mapping[str, str] = field(default_factory=dict)
+    library_versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Path:
@@ -66,5 +66,5 @@ class Checkpoint:
         return self.tensors.names
 
     def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
-        """See `Tensors.tensor`."""
+        """See `CheckpointTensors.tensor`."""
         return self.tensors.tensor(name, shape, rows)

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from edgelm.errors import CheckpointError
 
 from .checkpoint import Checkpoint
-from .gguf_config import Stored, read_config, stored_tensors
-from .gguf_file import GgufFile, Metadata, library
-from .gguf_tokenizer import read_tokenizer
+from .gguf_config import StoredTensor, read_gguf_config, stored_tensors
+from .gguf_file import GgufFile, GgufMetadata, import_gguf
+from .gguf_tokenizer import read_gguf_tokenizer
 
-PIECE_BYTES: Final = 4 << 20
+DEQUANTIZE_CHUNK_BYTES: Final = 4 << 20
 """Bytes of float32 dequantized at once: what the library needs beside the result is a few times as much."""
 
 PART: Final = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
@@ -33,14 +33,14 @@ SAMPLING: Final = {
 }
 """Keys of the metadata, and the fields of generation_config.json that mean the same."""
 
-BLOCK: Final = 32
+GGUF_BLOCK_SIZE: Final = 32
 """Weights that share a scale in Q4_0 and Q8_0."""
 
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class GgufBlocks:
     """Rows as the file stores them: weight = (code - 2^(bits-1)) * scale.
 
     codes: uint8 [n, K], below 2^bits. scales: float16 [n, K / 32], of either sign, one for every 32 weights of a row.
@@ -57,7 +57,7 @@ class GgufTensors:
 
     path: Path
     files: Sequence[GgufFile]
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, StoredTensor]
 
     @property
     def names(self) -> Collection[str]:
@@ -67,7 +67,7 @@ class GgufTensors:
     def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Array:
         """See `Tensors.tensor`."""
         stored, file = self._stored(name, shape), self._file(name)
-        values = _in_order(stored, rows, lambda start, stop: read_rows(file, stored.name, start, stop))
+        values = _in_order(stored, rows, lambda start, stop: dequantize_rows(file, stored.name, start, stop))
         if not np.isfinite(values).all():
             raise CheckpointError(f"{stored.name} in {self.path} holds NaN or infinite values")
         return values if stored.offset == 0 else values - np.float32(stored.offset)
@@ -76,7 +76,7 @@ class GgufTensors:
         """Return the type that a tensor is stored in, such as "Q4_0"."""
         return self._file(name).tensors[self.stored[name].name].kind
 
-    def blocks(self, name: str, shape: tuple[int, int], rows: slice | None = None) -> Blocks | None:
+    def blocks(self, name: str, shape: tuple[int, int], rows: slice | None = None) -> GgufBlocks | None:
         """Return a matrix as it is stored, or some of its rows; None where it is neither Q4_0 nor Q8_0.
 
         Raises `CheckpointError` as `tensor` does.
@@ -85,7 +85,7 @@ class GgufTensors:
         bits = {"Q4_0": 4, "Q8_0": 8}.get(self.kind(name))
         if bits is None or stored.offset:
             return None
-        file, width = self._file(name), 2 + BLOCK * bits // 8
+        file, width = self._file(name), 2 + GGUF_BLOCK_SIZE * bits // 8
         raw = _in_order(stored, rows, lambda start, stop: file.rows(stored.name, start, stop))
         blocks = raw.reshape(len(raw), -1, width)
         scales = np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0]
@@ -94,9 +94,9 @@ class GgufTensors:
         codes = blocks[:, :, 2:] ^ np.uint8(0x80)  # signed to unsigned, 128 for zero
         if bits == 4:  # the low halves are a block's first 16 weights
             codes = np.concatenate([blocks[:, :, 2:] & 0xF, blocks[:, :, 2:] >> 4], axis=2)
-        return Blocks(codes.reshape(len(raw), -1), scales.astype(np.float16), bits)
+        return GgufBlocks(codes.reshape(len(raw), -1), scales.astype(np.float16), bits)
 
-    def _stored(self, name: str, shape: tuple[int, ...]) -> Stored:
+    def _stored(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         if name not in self.stored:
             raise CheckpointError(f"{self.path} has no tensor for {name}; is the file complete?")
         stored = self.stored[name]
@@ -117,11 +117,11 @@ def open_gguf(path: Path, defaults: Mapping[str, Any] | None = None) -> Checkpoi
     for a file that is damaged, incomplete, or of a kind that is not supported.
     """
     files = _parts(path)
-    metadata = Metadata(path, files[0].metadata)
+    metadata = GgufMetadata(path, files[0].metadata)
     tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
-    config = read_config(metadata, tensors, lambda name: _read_whole(files, name))
+    config = read_gguf_config(metadata, tensors, lambda name: _read_whole(files, name))
     stored = stored_tensors(config, metadata, tensors)
-    tokenizer = read_tokenizer(metadata)
+    tokenizer = read_gguf_tokenizer(metadata)
     generation = {**_sampling(metadata), **(defaults or {})}
     stops = generation.get("stop_strings", [])
     ends = [*tokenizer.ends, *(tokenizer.control[text] for text in stops if text in tokenizer.control)]
@@ -136,16 +136,16 @@ def open_gguf(path: Path, defaults: Mapping[str, Any] | None = None) -> Checkpoi
         tokenizer_config=tokenizer.config,
         tokenizer_text=tokenizer.text,
         tensors=GgufTensors(path, files, stored),
-        read_with={"gguf": version("gguf")},
+        library_versions={"gguf": version("gguf")},
     )
 
 
-def read_rows(file: GgufFile, name: str, start: int, stop: int) -> Array:
+def dequantize_rows(file: GgufFile, name: str, start: int, stop: int) -> Array:
     """Dequantize rows [start, stop) of a tensor, float32 [rows, last dimension]; a vector is one row."""
-    gguf, tensor = library(), file.tensors[name]
+    gguf, tensor = import_gguf(), file.tensors[name]
     kind = gguf.GGMLQuantizationType[tensor.kind]
     values = np.empty((stop - start, tensor.shape[-1]), np.float32)
-    step = max(1, PIECE_BYTES // (4 * tensor.shape[-1]))
+    step = max(1, DEQUANTIZE_CHUNK_BYTES // (4 * tensor.shape[-1]))
     with np.errstate(all="ignore"):  # a damaged scale overflows, which is found in what comes out
         for at in range(start, stop, step):
             end = min(at + step, stop)
@@ -153,7 +153,7 @@ def read_rows(file: GgufFile, name: str, start: int, stop: int) -> Array:
     return values
 
 
-def _in_order(stored: Stored, rows: slice | None, read: Callable[[int, int], NDArray[Any]]) -> NDArray[Any]:
+def _in_order(stored: StoredTensor, rows: slice | None, read: Callable[[int, int], NDArray[Any]]) -> NDArray[Any]:
     """Return some rows of a tensor in Hugging Face's order; `read` returns a range of them in the file's."""
     if len(stored.shape) == 2 and not stored.heads:
         start, stop, _ = (rows or slice(None)).indices(stored.shape[0])
@@ -168,7 +168,7 @@ def _in_order(stored: Stored, rows: slice | None, read: Callable[[int, int], NDA
 def _read_whole(files: Sequence[GgufFile], name: str) -> Array:
     """Read a vector. Raises `CheckpointError` where it holds NaN or infinity."""
     file = next(file for file in files if name in file.tensors)
-    values: Array = read_rows(file, name, 0, 1)[0]
+    values: Array = dequantize_rows(file, name, 0, 1)[0]
     if not np.isfinite(values).all():
         raise CheckpointError(f"{name} in {file.path} holds NaN or infinite values")
     return values
@@ -177,7 +177,7 @@ def _read_whole(files: Sequence[GgufFile], name: str) -> Array:
 def _parts(path: Path) -> list[GgufFile]:
     """Open a file and, where it is the first of several, the others beside it."""
     first = GgufFile(path)
-    metadata = Metadata(path, first.metadata)
+    metadata = GgufMetadata(path, first.metadata)
     count = metadata.integer("split.count", 1)
     if count == 1:
         return [first]
@@ -197,7 +197,7 @@ def _parts(path: Path) -> list[GgufFile]:
         if not part(i).is_file():
             raise CheckpointError(f"{part(i)} is missing: {path} is the first of {count} parts")
         file = GgufFile(part(i))
-        if Metadata(file.path, file.metadata).integer("split.no", least=0) != i:
+        if GgufMetadata(file.path, file.metadata).integer("split.no", least=0) != i:
             raise CheckpointError(f"{file.path} is not what its name says, part {i + 1} of {count}")
         files.append(file)
     names = [name for file in files for name in file.tensors]
@@ -206,7 +206,7 @@ def _parts(path: Path) -> list[GgufFile]:
     return files
 
 
-def _sampling(metadata: Metadata) -> dict[str, Any]:
+def _sampling(metadata: GgufMetadata) -> dict[str, Any]:
     """Return the default sampling as fields of generation_config.json; nothing where the file says nothing."""
     found = {ours: metadata.number(key) for key, ours in SAMPLING.items() if metadata.has(key)}
     if not found:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgelm.errors import CheckpointError
 
-from .gguf_file import Metadata, Tensor
+from .gguf_file import GgufMetadata, GgufTensor
 
 Read = Callable[[str], NDArray[np.float32]]
 """Reads a small tensor whole."""
@@ -43,15 +43,15 @@ PHI: Final = {
     "ffn_down": "mlp.down_proj",
 }
 
-WINDOWED: Final = {"gemma2": 2, "gemma3": 6}
+SLIDING_WINDOW_PATTERNS: Final = {"gemma2": 2, "gemma3": 6}
 """Families with local layers, and how many layers one that sees everything comes in, unless the file says."""
 
-LARGEST: Final = {"gemma2": 46, "gemma3": 62}
+LAYERS_OF_27B: Final = {"gemma2": 46, "gemma3": 62}
 """Layers of Gemma's 27B, whose attention scale is that of hidden size / heads; the others' is the head size's."""
 
 
 @dataclass(frozen=True, slots=True)
-class Architecture:
+class GgufArchitecture:
     """How llama.cpp stores a family: `model_type` of its config.json, `layer` its name of a weight -> Hugging Face's.
 
     interleaved: queries and keys are stored in the order in which llama.cpp rotates them. norm_offset: what the file's
@@ -64,17 +64,17 @@ class Architecture:
     norm_offset: float = 0.0
 
 
-ARCHITECTURES: Final = {
-    "gemma2": Architecture("gemma2", {**ATTENTION, **MLP, **GEMMA_NORMS}, norm_offset=1.0),
-    "gemma3": Architecture("gemma3_text", {**ATTENTION, **MLP, **GEMMA_NORMS, **QK_NORMS}, norm_offset=1.0),
-    "granite": Architecture("granite", {**ATTENTION, **MLP, **PRE_NORMS}, interleaved=True),
-    "llama": Architecture("llama", {**ATTENTION, **MLP, **PRE_NORMS}, interleaved=True),
-    "mistral": Architecture("mistral", {**ATTENTION, **MLP, **PRE_NORMS}, interleaved=True),
-    "olmo2": Architecture("olmo2", {**ATTENTION, **MLP, **QK_NORMS, **POST_NORMS}),
-    "phi3": Architecture("phi3", {**PHI, **PRE_NORMS}),
-    "qwen2": Architecture("qwen2", {**ATTENTION, **MLP, **PRE_NORMS}),
-    "qwen3": Architecture("qwen3", {**ATTENTION, **MLP, **PRE_NORMS, **QK_NORMS}),
-    "smollm3": Architecture("smollm3", {**ATTENTION, **MLP, **PRE_NORMS}, interleaved=True),
+GGUF_ARCHITECTURES: Final = {
+    "gemma2": GgufArchitecture("gemma2", {**ATTENTION, **MLP, **GEMMA_NORMS}, norm_offset=1.0),
+    "gemma3": GgufArchitecture("gemma3_text", {**ATTENTION, **MLP, **GEMMA_NORMS, **QK_NORMS}, norm_offset=1.0),
+    "granite": GgufArchitecture("granite", {**ATTENTION, **MLP, **PRE_NORMS}, interleaved=True),
+    "llama": GgufArchitecture("llama", {**ATTENTION, **MLP, **PRE_NORMS}, interleaved=True),
+    "mistral": GgufArchitecture("mistral", {**ATTENTION, **MLP, **PRE_NORMS}, interleaved=True),
+    "olmo2": GgufArchitecture("olmo2", {**ATTENTION, **MLP, **QK_NORMS, **POST_NORMS}),
+    "phi3": GgufArchitecture("phi3", {**PHI, **PRE_NORMS}),
+    "qwen2": GgufArchitecture("qwen2", {**ATTENTION, **MLP, **PRE_NORMS}),
+    "qwen3": GgufArchitecture("qwen3", {**ATTENTION, **MLP, **PRE_NORMS, **QK_NORMS}),
+    "smollm3": GgufArchitecture("smollm3", {**ATTENTION, **MLP, **PRE_NORMS}, interleaved=True),
 }
 
 GLOBAL: Final = {
@@ -87,7 +87,7 @@ FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rop
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor of the file under Hugging Face's name: `heads` is how many heads' rows are interleaved, 0 where none.
 
     offset: what has been added to every element. shape: what the configuration says.
@@ -100,12 +100,12 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
+class _GgufModel:
     """A file's metadata and tensors; keys of the architecture are given without its name before them."""
 
-    metadata: Metadata
+    metadata: GgufMetadata
     name: str
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, GgufTensor]
     read: Read
 
     def key(self, rest: str) -> str:
@@ -127,14 +127,14 @@ class _Model:
         return CheckpointError(f"{self.metadata.path}: {text}")
 
 
-def read_config(metadata: Metadata, tensors: Mapping[str, Tensor], read: Read) -> dict[str, Any]:
+def read_gguf_config(metadata: GgufMetadata, tensors: Mapping[str, GgufTensor], read: Read) -> dict[str, Any]:
     """Return the config.json of the model in a file.
 
     Raises `CheckpointError` for an architecture that is not supported (with those that are), for missing or wrong
     metadata, and for what llama.cpp knows and this family's decoder does not.
     """
     name, family = _architecture(metadata)
-    model = _Model(metadata, name, tensors, read)
+    model = _GgufModel(metadata, name, tensors, read)
     _refuse(model)
     hidden, heads = model.integer("embedding_length"), model.integer("attention.head_count")
     head_size = model.integer("attention.key_length", max(hidden // heads, 1))
@@ -160,8 +160,8 @@ def read_config(metadata: Metadata, tensors: Mapping[str, Tensor], read: Read) -
         **_rope(model, head_size),
         **_windows(model, layers),
     }
-    if name in LARGEST:
-        config["query_pre_attn_scalar"] = hidden // heads if layers == LARGEST[name] else head_size
+    if name in LAYERS_OF_27B:
+        config["query_pre_attn_scalar"] = hidden // heads if layers == LAYERS_OF_27B[name] else head_size
         for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
             if model.has(cap):
                 config[cap] = model.number(cap) or None
@@ -170,14 +170,16 @@ def read_config(metadata: Metadata, tensors: Mapping[str, Tensor], read: Read) -
     return config
 
 
-def stored_tensors(config: Mapping[str, Any], metadata: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+def stored_tensors(
+    config: Mapping[str, Any], metadata: GgufMetadata, tensors: Mapping[str, GgufTensor]
+) -> dict[str, StoredTensor]:
     """Return where each tensor lies, by Hugging Face's name.
 
     Raises `CheckpointError` for a tensor that has another shape than the configuration says, and for one that the
     family does not have: leaving it out would give another model.
     """
     _, family = _architecture(metadata)
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     known = {FREQUENCIES, LONG, SHORT}
     for name, theirs, heads in _names(config, family):
         known.add(name)
@@ -189,7 +191,7 @@ def stored_tensors(config: Mapping[str, Any], metadata: Metadata, tensors: Mappi
                 f"{metadata.path}: {name} has shape {list(tensors[name].shape)}, the metadata says {list(shape)}"
             )
         offset = family.norm_offset if theirs.endswith("norm.weight") else 0.0
-        found[theirs] = Stored(name, shape, heads, offset)
+        found[theirs] = StoredTensor(name, shape, heads, offset)
     unknown = sorted(set(tensors) - known)
     if unknown:
         raise CheckpointError(
@@ -199,17 +201,17 @@ def stored_tensors(config: Mapping[str, Any], metadata: Metadata, tensors: Mappi
     return found
 
 
-def _architecture(metadata: Metadata) -> tuple[str, Architecture]:
+def _architecture(metadata: GgufMetadata) -> tuple[str, GgufArchitecture]:
     name = metadata.text("general.architecture")
-    if name not in ARCHITECTURES:
+    if name not in GGUF_ARCHITECTURES:
         raise CheckpointError(
             f"{metadata.path}: architecture {name[:80]!r} is not supported; of GGUF files those with"
-            f" {', '.join(sorted(ARCHITECTURES))} are"
+            f" {', '.join(sorted(GGUF_ARCHITECTURES))} are"
         )
-    return name, ARCHITECTURES[name]
+    return name, GGUF_ARCHITECTURES[name]
 
 
-def _refuse(model: _Model) -> None:
+def _refuse(model: _GgufModel) -> None:
     """Raise `CheckpointError` for what would change the arithmetic and is not built."""
     if model.integer("expert_count", 0, least=0):
         raise model.error("a mixture of experts is not supported")
@@ -221,7 +223,7 @@ def _refuse(model: _Model) -> None:
         raise model.error("olmo2 with a sliding window (OLMo 3) is not supported")
 
 
-def _multipliers(model: _Model, head_size: int) -> dict[str, Any]:
+def _multipliers(model: _GgufModel, head_size: int) -> dict[str, Any]:
     """Read Granite's; 0 stands for the default, as in llama.cpp."""
     return {
         "attention_multiplier": model.number("attention.scale", 0.0) or head_size**-0.5,
@@ -234,7 +236,7 @@ def _multipliers(model: _Model, head_size: int) -> dict[str, Any]:
 # --- positions ---
 
 
-def _rope(model: _Model, head_size: int) -> dict[str, Any]:
+def _rope(model: _GgufModel, head_size: int) -> dict[str, Any]:
     """Read how positions rotate: rope_theta, rope_scaling, partial_rotary_factor."""
     size = model.integer("rope.dimension_count", head_size)
     if size > head_size or (size != head_size and model.name != "phi3"):
@@ -267,7 +269,7 @@ def _share(size: int, head_size: int) -> float:
     return share if int(head_size * share) == size else math.nextafter(share, 1.0)
 
 
-def _factors(model: _Model, size: int) -> dict[str, Any]:
+def _factors(model: _GgufModel, size: int) -> dict[str, Any]:
     """Read what the wavelengths of each pair are multiplied by: Llama 3's as one list, LongRoPE's as two.
 
     Llama 3's rule is not stored, only what comes of it: the same factors for every length.
@@ -288,7 +290,7 @@ def _factors(model: _Model, size: int) -> dict[str, Any]:
     return {"rope_scaling": options, "original_max_position_embeddings": original}
 
 
-def _yarn(model: _Model, factor: float) -> dict[str, Any]:
+def _yarn(model: _GgufModel, factor: float) -> dict[str, Any]:
     for name, value in (("yarn_log_multiplier", 0.0), ("yarn_ext_factor", 1.0), ("attn_factor", 1.0)):
         if model.number(f"rope.scaling.{name}", value) != value:
             raise model.error(f"{model.key('rope.scaling')}.{name} is not supported")
@@ -305,12 +307,12 @@ def _yarn(model: _Model, factor: float) -> dict[str, Any]:
     return options
 
 
-def _windows(model: _Model, layers: int) -> dict[str, Any]:
+def _windows(model: _GgufModel, layers: int) -> dict[str, Any]:
     """Read which layers see only a window; the pattern is a number of layers or a list with one entry a layer."""
     window = model.integer("attention.sliding_window", 4096 if model.name == "gemma2" else 0, least=0)
     if model.name in ("phi3", "mistral"):
         return {"sliding_window": window or None}
-    if model.name not in WINDOWED:
+    if model.name not in SLIDING_WINDOW_PATTERNS:
         return {}
     pattern = "attention.sliding_window_pattern"
     if not window:
@@ -318,7 +320,7 @@ def _windows(model: _Model, layers: int) -> dict[str, Any]:
     elif isinstance(model.metadata.values.get(model.key(pattern)), np.ndarray):
         local = [bool(each) for each in model.metadata.numbers(model.key(pattern), layers)]
     else:
-        every = model.integer(pattern, WINDOWED[model.name])
+        every = model.integer(pattern, SLIDING_WINDOW_PATTERNS[model.name])
         local = [i % every < every - 1 for i in range(layers)]
     kinds = ["sliding_attention" if each else "full_attention" for each in local]
     return {"sliding_window": window or None, "layer_types": kinds}
@@ -327,7 +329,7 @@ def _windows(model: _Model, layers: int) -> dict[str, Any]:
 # --- tensors ---
 
 
-def _names(config: Mapping[str, Any], family: Architecture) -> Iterator[tuple[str, str, int]]:
+def _names(config: Mapping[str, Any], family: GgufArchitecture) -> Iterator[tuple[str, str, int]]:
     """Yield every tensor's name in the file, in Hugging Face's terms, and how many heads' rows are interleaved."""
     for name, theirs in GLOBAL.items():
         yield name, theirs, 0

@@ -44,15 +44,15 @@ SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"
 """Number of a type of metadata -> its letter in `struct`; 8 is a string, 9 a list."""
 
 STRING, LIST = 8, 9
-SMALLEST_ENTRY: Final = 13
+MIN_ENTRY_BYTES: Final = 13
 """Bytes of a key of no letters, its type and a value of one byte."""
 
-SMALLEST_TENSOR: Final = 32
+MIN_TENSOR_BYTES: Final = 32
 """Bytes of a tensor's entry with a name of no letters and one dimension."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class GgufTensor:
     """Where a tensor lies: `shape` as numpy has it (slowest dimension first), `offset` in bytes from the file's begin.
 
     kind: its type's name, such as "Q4_0". block: elements that are stored together, in block_bytes bytes.
@@ -86,7 +86,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._data = _map(path)
-        cursor = _Cursor(path, self._data)
+        cursor = _Reader(path, self._data)
         entries, tensors = _read_header(cursor)
         self.metadata: dict[str, Any] = {}
         for _ in range(entries):
@@ -105,7 +105,7 @@ class GgufFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Metadata:
+class GgufMetadata:
     """Typed access to a file's metadata. Every method raises `CheckpointError` naming the key for a wrong value."""
 
     path: Path
@@ -189,7 +189,7 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def library() -> ModuleType:
+def import_gguf() -> ModuleType:
     """Return the package `gguf`. Raises `MissingExtraError` where it is not installed."""
     try:
         import gguf
@@ -199,7 +199,7 @@ def library() -> ModuleType:
     return module
 
 
-class _Cursor:
+class _Reader:
     """Reads values one after the other, and never past the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
@@ -274,7 +274,7 @@ def _map(path: Path) -> mmap.mmap:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def _read_header(cursor: _Cursor) -> tuple[int, int]:
+def _read_header(cursor: _Reader) -> tuple[int, int]:
     """Return the number of entries of the metadata, and that of tensors."""
     path = cursor.path
     magic = cursor.take(min(4, cursor.left), "the header")
@@ -290,7 +290,7 @@ def _read_header(cursor: _Cursor) -> tuple[int, int]:
     if version not in VERSIONS:
         raise CheckpointError(f"{path} is GGUF version {version}; versions 2 and 3 are read: convert the model again")
     tensors, entries = cursor.scalar("Q", "the header"), cursor.scalar("Q", "the header")
-    if entries * SMALLEST_ENTRY + tensors * SMALLEST_TENSOR > cursor.left:
+    if entries * MIN_ENTRY_BYTES + tensors * MIN_TENSOR_BYTES > cursor.left:
         raise CheckpointError(
             f"{path} is damaged or cut off: {cursor.left} bytes cannot hold {entries} entries and {tensors} tensors"
         )
@@ -298,7 +298,7 @@ def _read_header(cursor: _Cursor) -> tuple[int, int]:
 
 
 def _alignment(file: GgufFile) -> int:
-    found = Metadata(file.path, file.metadata).integer("general.alignment", 32)
+    found = GgufMetadata(file.path, file.metadata).integer("general.alignment", 32)
     if found & (found - 1) or found > MAX_ALIGNMENT:
         raise CheckpointError(
             f"{file.path}: general.alignment must be a power of two up to {MAX_ALIGNMENT}, got {found}"
@@ -306,10 +306,10 @@ def _alignment(file: GgufFile) -> int:
     return found
 
 
-def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tensor]:
-    path, gguf = cursor.path, library()
+def _read_tensors(cursor: _Reader, count: int, alignment: int) -> dict[str, GgufTensor]:
+    path, gguf = cursor.path, import_gguf()
     sizes = {int(kind): (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGML_QUANT_SIZES}
-    found: dict[str, Tensor] = {}
+    found: dict[str, GgufTensor] = {}
     for _ in range(count):
         name = cursor.name("a tensor's name")
         dimensions = cursor.scalar("I", name)
@@ -324,7 +324,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tens
             )
         if name in found or 0 in shape or shape[-1] % block:
             raise CheckpointError(f"{path} is damaged: {name} of shape {list(shape)} and type {kind} cannot be")
-        found[name] = Tensor(shape, kind, block, block_bytes, cursor.scalar("Q", name))
+        found[name] = GgufTensor(shape, kind, block, block_bytes, cursor.scalar("Q", name))
     start = -(-cursor.at // alignment) * alignment
     for name, tensor in found.items():
         end = start + tensor.offset + tensor.bytes
@@ -332,5 +332,5 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tens
             raise CheckpointError(
                 f"{path} is damaged or cut off: {name} ends at byte {end}, the file at {cursor.at + cursor.left}"
             )
-        found[name] = Tensor(tensor.shape, tensor.kind, tensor.block, tensor.block_bytes, start + tensor.offset)
+        found[name] = GgufTensor(tensor.shape, tensor.kind, tensor.block, tensor.block_bytes, start + tensor.offset)
     return found

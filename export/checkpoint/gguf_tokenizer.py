@@ -17,7 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from edgelm.errors import CheckpointError
 
-from .gguf_file import Metadata
+from .gguf_file import GgufMetadata
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens."""
@@ -35,7 +35,7 @@ GPT2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 
 
 @dataclass(frozen=True, slots=True)
-class Splitting:
+class PreTokenizerConfig:
     """How a kind of `tokenizer.ggml.pre` splits text: by each pattern in turn, matches and what lies between.
 
     ignore_merges: a piece that is a token stays whole. add_bos: where the file does not say.
@@ -46,33 +46,33 @@ class Splitting:
     add_bos: bool = False
 
 
-_DEFAULT: Final = Splitting((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))
-_GPT2: Final = Splitting((GPT2,))
-_DIGITS: Final = Splitting((r"\p{N}", GPT2))
+_DEFAULT: Final = PreTokenizerConfig((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))
+_GPT2: Final = PreTokenizerConfig((GPT2,))
+_DIGITS: Final = PreTokenizerConfig((r"\p{N}", GPT2))
 _LLAMA3: Final = (rf"{WORDS}|\p{{N}}{{1,3}}|{TAIL}",)
-_QWEN2: Final = Splitting((rf"{WORDS}|\p{{N}}|{TAIL}",))
-_GPT4O: Final = Splitting((rf"{CASED[0]}{CONTRACTION}|{CASED[1]}{CONTRACTION}|\p{{N}}{{1,3}}|{CASED_TAIL}",))
-_TEKKEN: Final = Splitting((rf"{CASED[0]}|{CASED[1]}|\p{{N}}|{CASED_TAIL}",), ignore_merges=True, add_bos=True)
+_QWEN2: Final = PreTokenizerConfig((rf"{WORDS}|\p{{N}}|{TAIL}",))
+_GPT4O: Final = PreTokenizerConfig((rf"{CASED[0]}{CONTRACTION}|{CASED[1]}{CONTRACTION}|\p{{N}}{{1,3}}|{CASED_TAIL}",))
+_TEKKEN: Final = PreTokenizerConfig((rf"{CASED[0]}|{CASED[1]}|\p{{N}}|{CASED_TAIL}",), ignore_merges=True, add_bos=True)
 _DEEPSEEK_CODER: Final = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")
 
-SPLITTINGS: Final[dict[str, Splitting]] = {
+PRE_TOKENIZERS: Final[dict[str, PreTokenizerConfig]] = {
     "default": _DEFAULT,
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "exaone4", "trillion", "granite-docling", "mellum"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
     **dict.fromkeys(
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"),
-        Splitting(_LLAMA3, ignore_merges=True, add_bos=True),
+        PreTokenizerConfig(_LLAMA3, ignore_merges=True, add_bos=True),
     ),
-    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), Splitting(_LLAMA3)),
-    "glm4": Splitting(_LLAMA3, ignore_merges=True),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), PreTokenizerConfig(_LLAMA3)),
+    "glm4": PreTokenizerConfig(_LLAMA3, ignore_merges=True),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "megrez", "stablelm2", "hunyuan"), _QWEN2),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _GPT4O),
     "tekken": _TEKKEN,
-    "deepseek-coder": Splitting(_DEEPSEEK_CODER),
+    "deepseek-coder": PreTokenizerConfig(_DEEPSEEK_CODER),
 }
 """Kinds of `tokenizer.ggml.pre` that are known; several names stand for the same patterns."""
 
-SPECIAL: Final = {
+SPECIAL_TOKEN_KEYS: Final = {
     "bos": "tokenizer.ggml.bos_token_id",
     "eos": "tokenizer.ggml.eos_token_id",
     "eot": "tokenizer.ggml.eot_token_id",
@@ -114,7 +114,7 @@ class GgufTokenizer:
     control: Mapping[str, int]
 
 
-def read_tokenizer(metadata: Metadata) -> GgufTokenizer:
+def read_gguf_tokenizer(metadata: GgufMetadata) -> GgufTokenizer:
     """Read the tokenizer of a file.
 
     Raises `CheckpointError` for a model or a kind of splitting that is not known, and for tokens, scores, types and
@@ -125,7 +125,7 @@ def read_tokenizer(metadata: Metadata) -> GgufTokenizer:
         raise CheckpointError(f"{metadata.path}: tokenizer {model[:80]!r} is not supported; gpt2 and llama are")
     tokens = _tokens(metadata)
     types = _types(metadata, tokens)
-    ids = {name: _special(metadata, key, len(tokens), model) for name, key in SPECIAL.items()}
+    ids = {name: _special(metadata, key, len(tokens), model) for name, key in SPECIAL_TOKEN_KEYS.items()}
     named = (i for i, text in enumerate(tokens) if text in END_TEXTS and types[i] != NORMAL)
     ends = [*(ids[name] for name in ("eos", "eot", "eom")), *named]
     for token in (ids["bos"], *ends):
@@ -146,7 +146,7 @@ def read_tokenizer(metadata: Metadata) -> GgufTokenizer:
     )
 
 
-def _tokens(metadata: Metadata) -> list[str]:
+def _tokens(metadata: GgufMetadata) -> list[str]:
     """Return every token's text, all different; llama.cpp's name for one without any."""
     tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(metadata.texts("tokenizer.ggml.tokens"))]
     if not tokens or len(set(tokens)) < len(tokens):
@@ -154,14 +154,14 @@ def _tokens(metadata: Metadata) -> list[str]:
     return tokens
 
 
-def _types(metadata: Metadata, tokens: Sequence[str]) -> list[int]:
+def _types(metadata: GgufMetadata, tokens: Sequence[str]) -> list[int]:
     key = "tokenizer.ggml.token_type"
     if not metadata.has(key):
         return [NORMAL] * len(tokens)
     return [int(kind) for kind in metadata.numbers(key, len(tokens))]
 
 
-def _special(metadata: Metadata, key: str, count: int, model: str) -> int | None:
+def _special(metadata: GgufMetadata, key: str, count: int, model: str) -> int | None:
     """Return a special token's id; None where there is none, or where it is no token's, as -1 often is."""
     value = metadata.values.get(key, SENTENCEPIECE_IDS.get(key) if model == "llama" else None)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -171,15 +171,15 @@ def _special(metadata: Metadata, key: str, count: int, model: str) -> int | None
     return value if 0 <= value < count else None
 
 
-def _byte_level(metadata: Metadata, tokens: Sequence[str]) -> tuple[tokenizers.Tokenizer, bool]:
+def _byte_level(metadata: GgufMetadata, tokens: Sequence[str]) -> tuple[tokenizers.Tokenizer, bool]:
     """Build a byte-level BPE; also whether text begins with bos where the file does not say."""
     kind = metadata.text("tokenizer.ggml.pre", "default")
-    if kind not in SPLITTINGS:
+    if kind not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"{metadata.path}: tokenizer.ggml.pre {kind[:80]!r} is not supported;"
-            f" supported: {', '.join(sorted(SPLITTINGS))}"
+            f" supported: {', '.join(sorted(PRE_TOKENIZERS))}"
         )
-    splitting = SPLITTINGS[kind]
+    splitting = PRE_TOKENIZERS[kind]
     merges = []
     for merge in metadata.texts("tokenizer.ggml.merges"):
         at = merge.find(" ", 1)  # a first part may be a space itself
@@ -199,7 +199,7 @@ def _byte_level(metadata: Metadata, tokens: Sequence[str]) -> tuple[tokenizers.T
 
 
 def _sentencepiece(
-    metadata: Metadata, tokens: Sequence[str], types: Sequence[int], ids: Mapping[str, int | None]
+    metadata: GgufMetadata, tokens: Sequence[str], types: Sequence[int], ids: Mapping[str, int | None]
 ) -> tuple[tokenizers.Tokenizer, bool]:
     """Build SentencePiece's BPE (Kudo & Richardson 2018, arXiv:1808.06226): pieces of higher scores are made first.
 
@@ -225,7 +225,7 @@ def _sentencepiece(
 
 
 def _bpe(
-    metadata: Metadata, tokens: Sequence[str], merges: list[tuple[str, str]], **options: Any
+    metadata: GgufMetadata, tokens: Sequence[str], merges: list[tuple[str, str]], **options: Any
 ) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer(models.BPE({text: i for i, text in enumerate(tokens)}, merges, **options))
@@ -233,7 +233,7 @@ def _bpe(
         raise CheckpointError(f"{metadata.path}: tokens and merges do not belong together: {error}") from error
 
 
-def _added(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]) -> list[tokenizers.AddedToken]:
+def _added(metadata: GgufMetadata, tokens: Sequence[str], types: Sequence[int]) -> list[tokenizers.AddedToken]:
     """Return the tokens that are found in text before anything else."""
     # the file does not store which tokens swallow the spaces after them: llama.cpp knows it of Phi 3 by name
     phi3 = any(name in metadata.text("general.name", "").lower() for name in ("phi-3", "phi3"))
@@ -253,7 +253,7 @@ def _added(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]) -> l
 def _add_special(
     inner: tokenizers.Tokenizer,
     tokens: Sequence[str],
-    metadata: Metadata,
+    metadata: GgufMetadata,
     add_bos: bool,
     ids: Mapping[str, int | None],
 ) -> None:
@@ -272,7 +272,7 @@ def _add_special(
         )
 
 
-def _config(metadata: Metadata, tokens: Sequence[str], ids: Mapping[str, int | None]) -> dict[str, Any]:
+def _config(metadata: GgufMetadata, tokens: Sequence[str], ids: Mapping[str, int | None]) -> dict[str, Any]:
     """Return special tokens and chat template as tokenizer_config.json has them."""
     config: dict[str, Any] = {
         f"{name}_token": tokens[token] for name in ("bos", "eos", "unk", "pad") if (token := ids[name]) is not None

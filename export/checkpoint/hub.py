@@ -28,15 +28,17 @@ UNREACHABLE: Final = {
 }
 """Errors of the library, of requests and of httpx where the hub does not answer."""
 
-OFFLINE: Final = "give it instead of the id"
+OFFLINE_ADVICE: Final = "give it instead of the id"
 """What to do with a model's files once they came here another way."""
 
 
-def download(hub_id: str, revision: str | None = None, folder: Path | None = None, *, offline: str = OFFLINE) -> Path:
+def download(
+    hub_id: str, revision: str | None = None, folder: Path | None = None, *, offline_advice: str = OFFLINE_ADVICE
+) -> Path:
     """Return where a model's files lie once they are fetched: the library's cache, or `folder`.
 
     What is there already is not fetched again; a broken download goes on where it was. `revision` is a commit, branch
-    or tag; `offline` ends the advice where the hub does not answer. Raises `CheckpointError`, with the remedy.
+    or tag; `offline_advice` ends the advice where the hub does not answer. Raises `CheckpointError`, with the remedy.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
@@ -53,25 +55,25 @@ def download(hub_id: str, revision: str | None = None, folder: Path | None = Non
             )
         )
     except Exception as error:  # the library raises many unrelated types
-        raise _refusal(error, hub_id, offline) from error
+        raise _refusal(error, hub_id, offline_advice) from error
 
 
-def newest(hub_id: str, revision: str | None = None, *, offline: str = OFFLINE) -> str:
+def resolve_commit(hub_id: str, revision: str | None = None, *, offline_advice: str = OFFLINE_ADVICE) -> str:
     """Return the commit that a revision, or the newest one, stands for. Raises `CheckpointError` as `download`."""
     from huggingface_hub import HfApi
 
     try:
         return str(HfApi(endpoint=os.environ.get("HF_ENDPOINT")).model_info(hub_id, revision=revision, timeout=20).sha)
     except Exception as error:  # the library raises many unrelated types
-        raise _refusal(error, hub_id, offline) from error
+        raise _refusal(error, hub_id, offline_advice) from error
 
 
-def _refusal(error: Exception, hub_id: str, offline: str) -> CheckpointError:
-    reason = _reason(error, hub_id, offline)
+def _refusal(error: Exception, hub_id: str, offline_advice: str) -> CheckpointError:
+    reason = _reason(error, hub_id, offline_advice)
     return CheckpointError(f"{hub_id} is not here, and cannot be fetched from the hub: {reason}")
 
 
-def _reason(error: Exception, hub_id: str, offline: str) -> str:
+def _reason(error: Exception, hub_id: str, offline_advice: str) -> str:
     """Return what was wrong and what helps, from an error of the library or of what it uses."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "GatedRepoError" in kinds:
@@ -86,7 +88,7 @@ def _reason(error: Exception, hub_id: str, offline: str) -> str:
     if kinds & UNREACHABLE:
         return (
             f"there is no way to it from here. On a machine with a network: hf download {hub_id} --local-dir model/;"
-            f" then copy that folder here and {offline}"
+            f" then copy that folder here and {offline_advice}"
         )
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return f"{error.filename}: {error.strerror}"  # a full disk, a folder that cannot be written

@@ -21,15 +21,15 @@ from edgelm.errors import CheckpointError
 
 from .checkpoint import Checkpoint
 from .hub import HUB_ID, download
-from .multimodal import text_half
-from .published_quantization import dequantized
-from .reading import read_json, read_text, refuse_stand_in
-from .tokenizer_files import as_its_class, with_special_tokens
+from .multimodal import extract_text_model
+from .published_quantization import dequantize_tensors
+from .reading import check_file_content, read_json, read_text
+from .tokenizer_files import apply_tokenizer_class, with_special_tokens
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 FLOATS: Final = {"F32", "F16", "BF16", "F64"}
-FLOAT8: Final = {"F8_E4M3"}
+FLOAT8_TYPES: Final = {"F8_E4M3"}
 """Types that numpy does not have; they are read as their bytes."""
 
 
@@ -79,7 +79,7 @@ class Safetensors:
         kind, shape = self.layout(name)
         file = self.files[name]
         try:
-            if kind in FLOAT8:
+            if kind in FLOAT8_TYPES:
                 whole: NDArray[Any] = np.memmap(file, np.uint8, "r", _offset(file, name), shape)
             elif rows is None and columns is None:
                 with safe_open(file, "np") as stored:
@@ -100,7 +100,7 @@ def open_huggingface(source: str | Path) -> Checkpoint:
 
     Raises `CheckpointError` when there is no such directory or repository, a file is missing, or one is damaged.
     """
-    path = locate(source)
+    path = resolve_directory(source)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json: it is not a Hugging Face checkpoint")
     if not (path / "tokenizer.json").is_file():
@@ -111,9 +111,9 @@ def open_huggingface(source: str | Path) -> Checkpoint:
     config = read_json(path / "config.json")
     tokenizer_config = _tokenizer_config(path)
     stored = Safetensors(path, tensor_files(path))
-    weights, how = dequantized(stored, config, path)
-    text = text_half(weights, config)
-    return as_its_class(
+    weights, how = dequantize_tensors(stored, config, path)
+    text = extract_text_model(weights, config)
+    return apply_tokenizer_class(
         Checkpoint(
             path=path,
             config=text.config,
@@ -135,7 +135,7 @@ def _offset(file: Path, name: str) -> int:
     return 8 + size + int(header[name]["data_offsets"][0])
 
 
-def locate(source: str | Path) -> Path:
+def resolve_directory(source: str | Path) -> Path:
     """Return a directory, or where a hub id was downloaded to. Raises `CheckpointError`."""
     path = Path(source)
     if path.is_dir():
@@ -175,7 +175,7 @@ def tensor_files(path: Path) -> dict[str, Path]:
     """
     files: dict[str, Path] = {}
     for name in [SINGLE] if (path / SINGLE).is_file() else _shards(path):
-        refuse_stand_in(path / name)
+        check_file_content(path / name)
         try:
             with safe_open(path / name, "np") as stored:
                 files.update(dict.fromkeys(stored.keys(), path / name))

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 from edgelm.errors import CheckpointError
 
-from . import Safetensors, Source, locate
+from . import Safetensors, TensorSource, resolve_directory
 from .lora_config import CONFIG, AdapterOptions, read_options
-from .reading import refuse_stand_in
+from .reading import check_file_content
 
 Array = NDArray[np.float32]
 
@@ -36,7 +36,7 @@ FACTORS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class LoraProduct:
     """scale * B @ A; of an embedding its transpose. `a` and `b` are tensor names in the adapter."""
 
     a: str
@@ -53,7 +53,7 @@ class Adapter:
     """
 
     weights: Safetensors
-    products: Mapping[str, Product]
+    products: Mapping[str, LoraProduct]
     replacements: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     tied: bool | None
@@ -114,7 +114,7 @@ class Adapter:
             return change
         return weight
 
-    def fit(self, name: str, shape: tuple[int, ...]) -> None:
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise `CheckpointError` when what it does to a tensor of the base is not of that tensor's shape."""
         if name in self.replacements:
             self._expect(name, self.shapes[self.replacements[name]], shape)
@@ -154,15 +154,15 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Adapted:
-    """A checkpoint's weights with an adapter's changes: a `Source` like the checkpoint itself."""
+class AdaptedWeights:
+    """A checkpoint's weights with an adapter's changes: a `TensorSource` like the checkpoint itself."""
 
-    base: Source
+    base: TensorSource
     adapter: Adapter
 
     def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Array:
         """Return one tensor as float32 [*shape], or some of its rows. Raises as `Checkpoint.tensor` does."""
-        self.adapter.fit(name, shape)
+        self.adapter.check_shape(name, shape)
         return self.adapter.apply(name, self.base.tensor(name, shape, rows), rows)
 
 
@@ -181,7 +181,7 @@ def open_adapter(path: str | Path, config: Mapping[str, Any]) -> Adapter:
     CheckpointError
         When a file is missing or damaged, half of a pair is missing, or an option is not one that can be merged.
     """
-    folder = locate(path)
+    folder = resolve_directory(path)
     options = read_options(folder)
     file = folder / WEIGHTS
     shapes = _shapes(file)
@@ -211,7 +211,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         hint = "; pickled weights are not read, save it again with peft" if any(file.parent.glob("*.bin")) else ""
         raise CheckpointError(f"{file.parent} has no {WEIGHTS}{hint}")
     try:
-        refuse_stand_in(file)
+        check_file_content(file)
         with safe_open(file, "np") as stored:
             return {key: tuple(stored.get_slice(key).get_shape()) for key in sorted(stored.keys())}
     except (SafetensorError, OSError) as error:
@@ -229,7 +229,7 @@ def _split(key: str) -> tuple[str, str | None]:
 
 def _product(
     file: Path, module: str, found: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], rank: int, scale: float
-) -> Product:
+) -> LoraProduct:
     """Pair the two factors of a module; they must agree with each other and with the rank of the options."""
     is_embedding = any(kind.startswith("embedding") for kind in found)
     kinds = ("embedding A", "embedding B") if is_embedding else ("A", "B")
@@ -241,7 +241,7 @@ def _product(
             f"{file}: {module} has factors {list(shapes[a])} and {list(shapes[b])}, but {CONFIG} says rank {rank}:"
             " they do not belong together"
         )
-    return Product(a, b, scale, is_embedding)
+    return LoraProduct(a, b, scale, is_embedding)
 
 
 def _check_replacements(file: Path, options: AdapterOptions, replacements: Collection[str]) -> None:

@@ -19,7 +19,7 @@ from .lora_patterns import PatternError, first_matches
 
 CONFIG: Final = "adapter_config.json"
 
-HANDLED: Final = {
+SUPPORTED_OPTIONS: Final = {
     "alpha_pattern",
     "bias",
     "ensure_weight_tying",
@@ -31,7 +31,7 @@ HANDLED: Final = {
     "rank_pattern",
     "use_rslora",
 }
-IGNORED: Final = {
+IGNORED_OPTIONS: Final = {
     # what it was made for and from
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
     # which modules were adapted: the tensors say so
@@ -40,7 +40,7 @@ IGNORED: Final = {
     *("corda_config", "eva_config", "lora_dropout", "lora_ga_config", "loftq_config", "megatron_core"),
     *("qalora_group_size", "runtime_config"),
 }
-PLAIN_STARTS: Final = (True, False, "gaussian", "eva", "orthogonal")
+PLAIN_INITIALIZATIONS: Final = (True, False, "gaussian", "eva", "orthogonal")
 """Ways to start an adapter that leave the base as it was."""
 
 
@@ -120,14 +120,14 @@ def _refuse_variants(file: Path, options: Mapping[str, Any]) -> None:
     if options.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type is {options.get('peft_type')}; only LORA can be merged")
     start = options.get("init_lora_weights", True)
-    if start not in PLAIN_STARTS:
+    if start not in PLAIN_INITIALIZATIONS:
         raise CheckpointError(
             f"{file}: init_lora_weights {start!r} has changed the base; save the adapter converted to plain LoRA"
             " (path_initial_model_for_weight_conversion of peft's save_pretrained)"
         )
     if options.get("bias", "none") != "none":
         raise CheckpointError(f"{file}: bias {options['bias']!r} is not supported; only 'none' can be merged")
-    for name in sorted(set(options) - HANDLED - IGNORED):
+    for name in sorted(set(options) - SUPPORTED_OPTIONS - IGNORED_OPTIONS):
         if options[name] not in (None, False, [], {}, ""):
             raise CheckpointError(f"{file}: {name} is not supported; only plain LoRA can be merged")
 

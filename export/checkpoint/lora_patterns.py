@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-LIMIT_S: Final = 10.0
+MATCH_TIMEOUT_S: Final = 10.0
 """How long all patterns of an adapter may take with all its modules, the child's start included."""
 MEMORY_BYTES: Final = 512_000_000
-PLAIN: Final = re.compile(r"[A-Za-z0-9_.]+")
+LITERAL_PATTERN: Final = re.compile(r"[A-Za-z0-9_.]+")
 
 CHILD: Final = """
 import json, re, resource, sys
@@ -48,7 +48,7 @@ def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | N
     """
     if not patterns or not names:
         return [None] * len(names)
-    if all(PLAIN.fullmatch(pattern) for pattern in patterns) and not any("\n" in name for name in names):
+    if all(LITERAL_PATTERN.fullmatch(pattern) for pattern in patterns) and not any("\n" in name for name in names):
         return [next((i for i, each in enumerate(patterns) if _is_end(each, name)), None) for name in names]
     question = json.dumps({"patterns": list(patterns), "names": list(names)})
     try:
@@ -57,12 +57,12 @@ def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | N
             input=question,
             capture_output=True,
             text=True,
-            timeout=LIMIT_S,
+            timeout=MATCH_TIMEOUT_S,
             check=False,
             start_new_session=True,  # Ctrl-C at a terminal is not for it
         )
     except subprocess.TimeoutExpired:
-        raise PatternError(f"the patterns take longer than {LIMIT_S:g} s to match") from None
+        raise PatternError(f"the patterns take longer than {MATCH_TIMEOUT_S:g} s to match") from None
     if done.returncode != 0 or not done.stdout:
         raise PatternError(f"the patterns take more than {MEMORY_BYTES / 1e6:.0f} MB or too much stack to match")
     answer = json.loads(done.stdout)

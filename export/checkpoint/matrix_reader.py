@@ -16,14 +16,14 @@ Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class LazyMatrix:
     """A matrix float32 [N, K]; `read(start, stop)` returns some of its rows."""
 
     shape: tuple[int, int]
     read: Callable[[int, int], Array]
 
     @classmethod
-    def of(cls, array: Array) -> Rows:
+    def of(cls, array: Array) -> LazyMatrix:
         """Wrap a matrix that is in memory."""
         return cls((array.shape[0], array.shape[1]), lambda start, stop: array[start:stop])
 

@@ -17,7 +17,7 @@ from edgelm.text.tokenizer import Tokenizer
 from edgelm.types import SamplingParams
 
 from . import Checkpoint
-from .tokenizer_files import SPECIAL, special_token
+from .tokenizer_files import SPECIAL_TOKENS, special_token
 
 PROBE_QUESTION: Final = "What is on the table?"
 PROBE_ANSWER: Final = "A cup of tea."
@@ -30,7 +30,7 @@ def made_with() -> dict[str, str]:
 
 def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the text of each special token that the tokenizer's files name."""
-    found = {name: special_token(checkpoint.tokenizer_config, name) for name in SPECIAL}
+    found = {name: special_token(checkpoint.tokenizer_config, name) for name in SPECIAL_TOKENS}
     return {name: token for name, token in found.items() if token is not None}
 
 
@@ -40,7 +40,7 @@ def check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:
     Added tokens past the vocabulary are let pass: a bundle's tokenizer leaves them out.
     """
     try:
-        inner = _inner(checkpoint.tokenizer_text)
+        inner = _load_tokenizer(checkpoint.tokenizer_text)
         tokenizer = Tokenizer(inner)
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{checkpoint.tokenizer}: not a tokenizer that we can read: {error}") from error
@@ -71,7 +71,7 @@ def eos_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
     """
     ids = [*_checked_ids(checkpoint, "eos_token_id", checkpoint.generation.get("eos_token_id"))]
     ids += _checked_ids(checkpoint, "eos_token_id", checkpoint.config.get("eos_token_id"))
-    inner = _inner(checkpoint.tokenizer_text)
+    inner = _load_tokenizer(checkpoint.tokenizer_text)
     for token in (special_token(checkpoint.tokenizer_config, "eos_token"), end_of_turn(checkpoint)):
         found = None if token is None else inner.token_to_id(token)
         if found is not None and found < _vocab_size(checkpoint):
@@ -90,7 +90,7 @@ def end_of_turn(checkpoint: Checkpoint) -> str | None:
     except RequestError:  # a template that cannot be used is told of where it is used
         return None
     behind = text.rpartition(PROBE_ANSWER)[2].lstrip() if PROBE_ANSWER in text else ""
-    added = {token.content for token in _inner(checkpoint.tokenizer_text).get_added_tokens_decoder().values()}
+    added = {token.content for token in _load_tokenizer(checkpoint.tokenizer_text).get_added_tokens_decoder().values()}
     return max((token for token in added if token.strip() and behind.startswith(token)), key=len, default=None)
 
 
@@ -120,7 +120,9 @@ def bare_prompt(checkpoint: Checkpoint) -> Literal["message", "text"] | None:
     template = chat_template(checkpoint)
     if template is None:
         return None
-    tokenizer = Tokenizer(_inner(checkpoint.tokenizer_text), template, special_tokens=special_tokens(checkpoint))
+    tokenizer = Tokenizer(
+        _load_tokenizer(checkpoint.tokenizer_text), template, special_tokens=special_tokens(checkpoint)
+    )
     try:
         message = tokenizer.encode_prompt(tokenizer.build_prompt([{"role": "user", "content": PROBE_QUESTION}]))
     except RequestError:
@@ -187,6 +189,6 @@ def _vocab_size(checkpoint: Checkpoint) -> float:
 
 
 @lru_cache(maxsize=2)
-def _inner(tokenizer_text: str) -> tokenizers.Tokenizer:
+def _load_tokenizer(tokenizer_text: str) -> tokenizers.Tokenizer:
     """Return the library's tokenizer, kept for the next question about it."""
     return tokenizers.Tokenizer.from_str(tokenizer_text)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgelm.errors import CheckpointError
 
-from .checkpoint import Tensors
+from .checkpoint import CheckpointTensors
 
 TEXT_TYPES: Final = {
     "gemma3": "gemma3_text",
@@ -32,7 +32,7 @@ TEXT_TYPES: Final = {
 }
 """Multimodal model types, and what their text model is where text_config does not say."""
 
-FAMILIES: Final = {"qwen2_5_vl_text": "qwen2", "qwen2_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+MODEL_TYPE_ALIASES: Final = {"qwen2_5_vl_text": "qwen2", "qwen2_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """Model types of text halves, and the family that computes the same on text."""
 
 DEFAULTS: Final[dict[str, dict[str, Any]]] = {
@@ -60,7 +60,7 @@ DEFAULTS: Final[dict[str, dict[str, Any]]] = {
 }
 """Sizes that a text_config leaves out where they are those of transformers' configuration class."""
 
-TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+SHARED_KEYS: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 """What the whole model's configuration says of its text where text_config does not."""
 
 BODIES: Final = ("language_model.model.", "model.language_model.", "language_model.", "model.text_model.", "model.")
@@ -68,15 +68,15 @@ HEADS: Final = ("language_model.lm_head.", "lm_head.", "model.lm_head.")
 """Where the layers and the head are, in the layouts of transformers 4 before and after 4.52."""
 
 
-class TextHalf(NamedTuple):
+class TextModel(NamedTuple):
     """Configuration and tensors of a model of text, and a sentence that says what was left out."""
 
     config: Mapping[str, Any]
-    tensors: Tensors
+    tensors: CheckpointTensors
     note: str | None = None
 
 
-def text_half(tensors: Tensors, config: Mapping[str, Any]) -> TextHalf:
+def extract_text_model(tensors: CheckpointTensors, config: Mapping[str, Any]) -> TextModel:
     """Return the text half of a multimodal checkpoint; a checkpoint of text alone comes back as it is.
 
     The configuration has no quantization_config any more: the tensors are unquantized by now.
@@ -86,7 +86,7 @@ def text_half(tensors: Tensors, config: Mapping[str, Any]) -> TextHalf:
     whole = {name: value for name, value in config.items() if name not in ("quantization_config", "compression_config")}
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in TEXT_TYPES:
-        return TextHalf(whole, tensors)
+        return TextModel(whole, tensors)
     given = config.get("text_config")
     if given is None:
         given = whole if "hidden_size" in config else {}  # Qwen2-VL's first form: the text's sizes stand by themselves
@@ -95,11 +95,11 @@ def text_half(tensors: Tensors, config: Mapping[str, Any]) -> TextHalf:
     text_type = given.get("model_type") or TEXT_TYPES[kind]
     if text_type == kind:
         text_type = TEXT_TYPES[kind]
-    text_type = FAMILIES.get(text_type, text_type) if isinstance(text_type, str) else text_type
-    shared = {name: config[name] for name in TOKENS if name in config}
+    text_type = MODEL_TYPE_ALIASES.get(text_type, text_type) if isinstance(text_type, str) else text_type
+    shared = {name: config[name] for name in SHARED_KEYS if name in config}
     present = {name: value for name, value in given.items() if name != "quantization_config"}
     text = {**DEFAULTS.get(str(text_type), {}), **shared, **present, "model_type": text_type}
-    for name in TOKENS:
+    for name in SHARED_KEYS:
         if text.get(name) is None and config.get(name) is not None:
             text[name] = config[name]
     body = _prefix(tensors.names, BODIES, "embed_tokens.weight")
@@ -112,14 +112,14 @@ def text_half(tensors: Tensors, config: Mapping[str, Any]) -> TextHalf:
     if head is None:
         text["tie_word_embeddings"] = True
     note = f"a {kind} checkpoint: only its text half ({text_type}) is exported, without images or sound"
-    return TextHalf(text, Renamed(tensors, {"model.": body, "lm_head.": head or "lm_head."}), note)
+    return TextModel(text, RenamedTensors(tensors, {"model.": body, "lm_head.": head or "lm_head."}), note)
 
 
 @dataclass(frozen=True, slots=True)
-class Renamed:
+class RenamedTensors:
     """Tensors whose names begin otherwise. `prefixes`: how a name begins -> how the checkpoint has it."""
 
-    tensors: Tensors
+    tensors: CheckpointTensors
     prefixes: Mapping[str, str]
 
     @property
@@ -133,7 +133,7 @@ class Renamed:
         }
 
     def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
-        """See `Tensors.tensor`."""
+        """See `CheckpointTensors.tensor`."""
         for plain, stored in self.prefixes.items():
             if name.startswith(plain):
                 return self.tensors.tensor(stored + name.removeprefix(plain), shape, rows)

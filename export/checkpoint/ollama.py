@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .gguf import open_gguf
 from .reading import read_json
 
-SCHEME: Final = "ollama:"
+OLLAMA_SCHEME: Final = "ollama:"
 SERVICE: Final = Path("/usr/share/ollama/.ollama/models")
 """Where the service of a Linux installation keeps models."""
 
@@ -31,7 +31,7 @@ NAME: Final = re.compile(
 """No part can be `..` or hold a slash, so that no name leads out of the store."""
 
 DIGEST: Final = re.compile(r"sha256:([0-9a-f]{64})")
-LAYER: Final = "application/vnd.ollama.image."
+MEDIA_TYPE_PREFIX: Final = "application/vnd.ollama.image."
 MAX_JSON: Final = 1 << 20
 LISTED: Final = 20
 """Models that an error lists at most."""
@@ -57,7 +57,7 @@ def open_ollama(source: str) -> Checkpoint:
     The chat template is that of the GGUF file, since Ollama's is not Jinja. Raises `CheckpointError` for a name that is
     none, a model that is not there (with those that are), and a store that is damaged.
     """
-    found = NAME.fullmatch(source.removeprefix(SCHEME))
+    found = NAME.fullmatch(source.removeprefix(OLLAMA_SCHEME))
     if found is None:
         raise CheckpointError(f"{source[:200]!r} is no model's name; expected ollama:NAME or ollama:NAME:TAG")
     parts = [
@@ -72,10 +72,10 @@ def open_ollama(source: str) -> Checkpoint:
         raise CheckpointError(f"{source} is not in {' or '.join(map(str, roots))}; {_listing(roots)}")
     manifest = root.joinpath("manifests", *parts)
     layers = _layers(manifest)
-    model = [layer for layer in layers if layer.get("mediaType") == LAYER + "model"]
-    if len(model) != 1 or any(layer.get("mediaType") == LAYER + "adapter" for layer in layers):
+    model = [layer for layer in layers if layer.get("mediaType") == MEDIA_TYPE_PREFIX + "model"]
+    if len(model) != 1 or any(layer.get("mediaType") == MEDIA_TYPE_PREFIX + "adapter" for layer in layers):
         raise CheckpointError(f"{source} is not one GGUF file: models of several and with an adapter are not supported")
-    parameters = [layer for layer in layers if layer.get("mediaType") == LAYER + "params"]
+    parameters = [layer for layer in layers if layer.get("mediaType") == MEDIA_TYPE_PREFIX + "params"]
     defaults = _generation(_object(_blob(root, manifest, parameters[0]))) if parameters else {}
     return open_gguf(_blob(root, manifest, model[0]), defaults)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edgelm.errors import CheckpointError
 
-from .checkpoint import Tensors
+from .checkpoint import CheckpointTensors
 from .reading import read_json
 
 Array = NDArray[np.float32]
@@ -31,7 +31,7 @@ PACKED: Final = ".qweight"
 SCALES: Final = (".weight_scale_inv", ".weight_scale")
 """What a matrix of 8 bits is multiplied by. The first is called an inverse where it is published, but is none."""
 
-SIDE: Final = (
+AUXILIARY_SUFFIXES: Final = (
     ".qzeros",
     ".scales",
     ".g_idx",
@@ -47,16 +47,16 @@ SIDE: Final = (
 CONFIGS: Final = ("quantize_config.json", "quant_config.json")
 """Where early GPTQ and AWQ checkpoints keep what config.json has today."""
 
-FLOAT8: Final[Array] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+FLOAT8_VALUES: Final[Array] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 """The value of each byte (Micikevicius et al. 2022, arXiv:2209.05433, E4M3)."""
 
-FOREIGN: Final = {".quant_state.bitsandbytes__": "bitsandbytes", ".biases": "MLX"}
+UNSUPPORTED_MARKERS: Final = {".quant_state.bitsandbytes__": "bitsandbytes", ".biases": "MLX"}
 """Parts of tensors' names that tell of a format which config.json may not name."""
 
 AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 """AutoAWQ's gemm layout: the column, of eight, that each 4 bits of a word hold, from the lowest bits on."""
 
-SUFFIX: Final = re.compile(
+QUANTIZED_NAME_SUFFIX: Final = re.compile(
     r"[-_.](gptq|awq|fp8|f8|bnb|bitsandbytes|unsloth|eetq|hqq|aqlm|quip\w*|marlin|exl[23]|spqr|vptq|higgs|quanto|torchao|"
     r"compressed|quantized|autoround|auto|round|dynamic|static|block|nf4|fp4|nvfp4|mxfp4|gemm|gemv|sym|asym|v[12]|"
     r"(?:int|w|q|u?int)?[2348]-?bits?|int[2348]|w\d+a\d+|g\d+|[2348]bpw)$",
@@ -65,7 +65,7 @@ SUFFIX: Final = re.compile(
 """What names of quantized checkpoints end with, after the name of what they were made from."""
 
 
-class Stored(Tensors, Protocol):
+class RawTensors(CheckpointTensors, Protocol):
     """Tensors that can also be read as they are stored."""
 
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
@@ -75,7 +75,7 @@ class Stored(Tensors, Protocol):
         """Return a tensor as it is stored, or some of its rows and columns (step 1); 8-bit floats as uint8."""
 
 
-class Layout(Protocol):
+class QuantizedLayout(Protocol):
     """How the matrices of one format are stored."""
 
     def holds(self, base: str) -> bool:
@@ -85,37 +85,41 @@ class Layout(Protocol):
         """Return rows [start, stop) of a matrix of this shape. Raises `CheckpointError`."""
 
 
-def dequantized(stored: Stored, config: Mapping[str, Any], path: Path) -> tuple[Tensors, str | None]:
+def dequantize_tensors(
+    stored: RawTensors, config: Mapping[str, Any], path: Path
+) -> tuple[CheckpointTensors, str | None]:
     """Return the tensors of a checkpoint unquantized, and a sentence that says so; themselves where they are floats.
 
     Raises `CheckpointError` for a format that is not read, or a quantization_config that is not one.
     """
-    advice = _Advice(path, config)
+    advice = _UnsupportedFormat(path, config)
     for name in stored.names:
-        if any(sign in name for sign in FOREIGN):
-            raise advice.refusal(next(what for sign, what in FOREIGN.items() if sign in name))
+        if any(sign in name for sign in UNSUPPORTED_MARKERS):
+            raise advice.refusal(next(what for sign, what in UNSUPPORTED_MARKERS.items() if sign in name))
     settings = _settings(stored, config, path)
     if settings is None:
         return stored, None
     layout, what = _layout(stored, settings, advice)
-    return Dequantized(stored, layout), f"the weights were published quantized ({what}) and are read back from that"
+    return DequantizedTensors(
+        stored, layout
+    ), f"the weights were published quantized ({what}) and are read back from that"
 
 
 @dataclass(frozen=True, slots=True)
-class Dequantized:
+class DequantizedTensors:
     """The tensors of a quantized checkpoint as floats. Matrices that were left unquantized are read as they are."""
 
-    stored: Stored
-    layout: Layout
+    stored: RawTensors
+    layout: QuantizedLayout
 
     @property
     def names(self) -> Collection[str]:
         """Every tensor's name, matrices by that of the weight they stand for."""
-        kept = (name for name in self.stored.names if not name.endswith(SIDE))
+        kept = (name for name in self.stored.names if not name.endswith(AUXILIARY_SUFFIXES))
         return {name.removesuffix(PACKED) + WEIGHT if name.endswith(PACKED) else name for name in kept}
 
     def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Array:
-        """See `Tensors.tensor`."""
+        """See `CheckpointTensors.tensor`."""
         base = name.removesuffix(WEIGHT)
         if not name.endswith(WEIGHT) or not self.layout.holds(base):
             return self.stored.tensor(name, shape, rows)
@@ -129,14 +133,14 @@ class Dequantized:
 
 
 @dataclass(frozen=True)
-class Float8:
+class Float8Layout:
     """Bytes e4m3 (or int8) times scales: one, one for each row, or one for each block of [block rows, block columns].
 
     As transformers' `fp8` (`weight_scale_inv`, DeepSeek-V3's layout, arXiv:2412.19437, section 3.3), `fbgemm_fp8` and
     compressed-tensors' `float-quantized` and `int-quantized` write them.
     """
 
-    stored: Stored
+    stored: RawTensors
     block: tuple[int, int] | None
     integers: bool = False
 
@@ -145,21 +149,21 @@ class Float8:
         return frozenset(self.stored.names)
 
     def holds(self, base: str) -> bool:
-        """See `Layout.holds`."""
+        """See `QuantizedLayout.holds`."""
         if base + WEIGHT not in self._names:
             return False
         kind = self.stored.layout(base + WEIGHT)[0]
         return kind == "F8_E4M3" or (kind == "I8" and self.integers)
 
     def rows(self, base: str, shape: tuple[int, ...], rows: slice) -> Array:
-        """See `Layout.rows`."""
+        """See `QuantizedLayout.rows`."""
         name = base + WEIGHT
         kind, found = self.stored.layout(name)
         if found != shape:
             raise CheckpointError(f"{name} has shape {list(found)}, expected {list(shape)}")
         scales = self._scales(base, shape)
         codes = self.stored.read(name, rows)
-        values: Array = FLOAT8[codes] if kind == "F8_E4M3" else codes.astype(np.float32)
+        values: Array = FLOAT8_VALUES[codes] if kind == "F8_E4M3" else codes.astype(np.float32)
         if scales.shape[1] == 1 and scales.shape[0] in (1, shape[0]):
             values *= scales if scales.shape[0] == 1 else scales[rows]
             return values
@@ -190,7 +194,7 @@ class Float8:
 
 
 @dataclass(frozen=True)
-class Gptq:
+class GptqLayout:
     """Words of 32 bits that each hold 32 / bits rows of a transposed matrix, as AutoGPTQ and GPTQModel write them.
 
     `qweight` int32 [K * bits / 32, N], the lowest bits first; `scales` [groups, N]; `qzeros` int32
@@ -198,7 +202,7 @@ class Gptq:
     each input. w[n, k] = scales[g_idx[k], n] * (code[k, n] - zero[g_idx[k], n]).
     """
 
-    stored: Stored
+    stored: RawTensors
     bits: int
     group_size: int
     zero_offset: int
@@ -208,11 +212,11 @@ class Gptq:
         return frozenset(self.stored.names)
 
     def holds(self, base: str) -> bool:
-        """See `Layout.holds`."""
+        """See `QuantizedLayout.holds`."""
         return base + PACKED in self._names
 
     def rows(self, base: str, shape: tuple[int, ...], rows: slice) -> Array:
-        """See `Layout.rows`."""
+        """See `QuantizedLayout.rows`."""
         outputs, inputs = shape
         each = 32 // self.bits
         size = inputs if self.group_size == -1 else self.group_size
@@ -247,14 +251,14 @@ class Gptq:
 
 
 @dataclass(frozen=True)
-class Awq:
+class AwqLayout:
     """Words of 32 bits that each hold eight columns of a transposed matrix, interleaved, as AutoAWQ's `gemm` writes.
 
     `qweight` int32 [K, N / 8], `qzeros` int32 [K / group, N / 8], `scales` [K / group, N]:
     w[n, k] = scales[k // group, n] * (code[k, n] - zero[k // group, n]) (Lin et al. 2023, arXiv:2306.00978).
     """
 
-    stored: Stored
+    stored: RawTensors
     group_size: int
 
     @cached_property
@@ -262,11 +266,11 @@ class Awq:
         return frozenset(self.stored.names)
 
     def holds(self, base: str) -> bool:
-        """See `Layout.holds`."""
+        """See `QuantizedLayout.holds`."""
         return base + PACKED in self._names
 
     def rows(self, base: str, shape: tuple[int, ...], rows: slice) -> Array:
-        """See `Layout.rows`."""
+        """See `QuantizedLayout.rows`."""
         outputs, inputs = shape
         size = inputs if self.group_size == -1 else self.group_size
         if outputs % 8 or inputs % size:
@@ -291,7 +295,7 @@ class Awq:
 
 
 def _integers(
-    stored: Stored, name: str, shape: tuple[int, ...], rows: slice | None = None, columns: slice | None = None
+    stored: RawTensors, name: str, shape: tuple[int, ...], rows: slice | None = None, columns: slice | None = None
 ) -> Integers:
     """Return an int32 tensor of a known shape, or some of its rows and columns."""
     kind, found = stored.layout(name)
@@ -311,7 +315,7 @@ def _unpack(words: Integers, bits: int) -> Codes:
 # --- which format it is ---
 
 
-def _settings(stored: Stored, config: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
+def _settings(stored: RawTensors, config: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
     """Return what the checkpoint says of its quantization; None where it has none."""
     text = config.get("text_config")
     holders = [config, *([text] if isinstance(text, Mapping) else [])]
@@ -337,7 +341,7 @@ def _settings(stored: Stored, config: Mapping[str, Any], path: Path) -> Mapping[
     return None
 
 
-def _layout(stored: Stored, settings: Mapping[str, Any], advice: _Advice) -> tuple[Layout, str]:
+def _layout(stored: RawTensors, settings: Mapping[str, Any], advice: _UnsupportedFormat) -> tuple[QuantizedLayout, str]:
     method = settings.get("quant_method")
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = "bitsandbytes"
@@ -346,13 +350,13 @@ def _layout(stored: Stored, settings: Mapping[str, Any], advice: _Advice) -> tup
     if method == "awq":
         return _awq(stored, settings, advice)
     if method in ("fp8", "fbgemm_fp8"):
-        return Float8(stored, _block(settings)), "FP8"
+        return Float8Layout(stored, _block(settings)), "FP8"
     if method in ("compressed-tensors", "compressed_tensors"):
         return _compressed(stored, settings, advice)
     raise advice.refusal(f"quant_method {method!r}" if method is not None else "no quant_method")
 
 
-def _gptq(stored: Stored, settings: Mapping[str, Any], advice: _Advice) -> tuple[Layout, str]:
+def _gptq(stored: RawTensors, settings: Mapping[str, Any], advice: _UnsupportedFormat) -> tuple[QuantizedLayout, str]:
     bits, form = settings.get("bits"), settings.get("checkpoint_format") or "gptq"
     if settings.get("is_marlin_format"):
         form = "marlin"
@@ -360,20 +364,22 @@ def _gptq(stored: Stored, settings: Mapping[str, Any], advice: _Advice) -> tuple
         raise advice.refusal(f"GPTQ with bits {bits!r} (2, 4 and 8 are read)")
     if form not in ("gptq", "gptq_v2"):
         raise advice.refusal(f"GPTQ in the checkpoint_format {form!r} ('gptq' and 'gptq_v2' are read)")
-    return Gptq(stored, bits, _group_size(settings), 1 if form == "gptq" else 0), f"GPTQ, {bits} bits"
+    return GptqLayout(stored, bits, _group_size(settings), 1 if form == "gptq" else 0), f"GPTQ, {bits} bits"
 
 
-def _awq(stored: Stored, settings: Mapping[str, Any], advice: _Advice) -> tuple[Layout, str]:
+def _awq(stored: RawTensors, settings: Mapping[str, Any], advice: _UnsupportedFormat) -> tuple[QuantizedLayout, str]:
     bits = settings.get("bits", settings.get("w_bit"))
     version = str(settings.get("version") or "gemm").lower()
     if bits != 4 or isinstance(bits, bool):
         raise advice.refusal(f"AWQ with bits {bits!r} (4 are read)")
     if version not in ("gemm", "ipex"):
         raise advice.refusal(f"AWQ of version {version!r} ('gemm' is read)")
-    return Awq(stored, _group_size(settings)), "AWQ, 4 bits"
+    return AwqLayout(stored, _group_size(settings)), "AWQ, 4 bits"
 
 
-def _compressed(stored: Stored, settings: Mapping[str, Any], advice: _Advice) -> tuple[Layout, str]:
+def _compressed(
+    stored: RawTensors, settings: Mapping[str, Any], advice: _UnsupportedFormat
+) -> tuple[QuantizedLayout, str]:
     """Compressed-tensors: scaled bytes without zero points, in any of their formats."""
     form = settings.get("format")
     if form not in ("float-quantized", "int-quantized", "naive-quantized"):
@@ -393,7 +399,7 @@ def _compressed(stored: Stored, settings: Mapping[str, Any], advice: _Advice) ->
     )
     blocks = {_block({"weight_block_size": args.get("block_structure")}) for args in given if isinstance(args, Mapping)}
     block = next((found for found in blocks if found is not None), None)
-    return Float8(stored, block, integers=True), "FP8" if form == "float-quantized" else "8 bits"
+    return Float8Layout(stored, block, integers=True), "FP8" if form == "float-quantized" else "8 bits"
 
 
 def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -421,14 +427,14 @@ def _group_size(settings: Mapping[str, Any]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Advice:
+class _UnsupportedFormat:
     """What to tell of a format that is not read."""
 
     path: Path
     config: Mapping[str, Any]
 
     def refusal(self, what: str) -> CheckpointError:
-        sibling = unquantized_name(self.path, self.config)
+        sibling = guess_unquantized_name(self.path, self.config)
         named = "" if sibling is None else f", perhaps {sibling}"
         return CheckpointError(
             f"{self.path} is already quantized in a way that is not read (quantization_config: {what}): export the"
@@ -436,14 +442,14 @@ class _Advice:
         )
 
 
-def unquantized_name(path: Path, config: Mapping[str, Any]) -> str | None:
+def guess_unquantized_name(path: Path, config: Mapping[str, Any]) -> str | None:
     """Return what the checkpoint that a quantized one was made from is probably called; None where nothing tells."""
     folder = next((part for part in path.parts if part.startswith("models--")), path.name)  # a hub's cache
     found = folder.removeprefix("models--").replace("--", "/")
     given = config.get("_name_or_path")
     for name in (found, given if isinstance(given, str) else ""):
         bare = name
-        while (shorter := SUFFIX.sub("", bare)) != bare:
+        while (shorter := QUANTIZED_NAME_SUFFIX.sub("", bare)) != bare:
             bare = shorter
         if bare != name and bare:
             return bare

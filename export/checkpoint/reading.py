@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from edgelm.errors import CheckpointError
 
-LOOKED_AT: Final = 512
+PEEK_BYTES: Final = 512
 """Bytes at the start of a file that tell what it is."""
 
 POINTERS: Final = {
@@ -30,7 +30,7 @@ MESSAGES: Final = (
 """What a hub answers in place of a file, in lower case."""
 
 
-def refuse_stand_in(file: Path) -> None:
+def check_file_content(file: Path) -> None:
     """Raise `CheckpointError` for a file that is not what its name says: an LFS pointer, a web page, nothing at all.
 
     A file that is missing or cannot be read is let pass: whoever reads it says so.
@@ -41,7 +41,7 @@ def refuse_stand_in(file: Path) -> None:
         raise CheckpointError(f"{file} is no regular file: download it again")
     try:
         with file.open("rb") as stream:
-            start = stream.read(LOOKED_AT)
+            start = stream.read(PEEK_BYTES)
     except OSError:
         return
     what = next((told for begins, told in POINTERS.items() if start.startswith(begins)), None)
@@ -58,7 +58,7 @@ def refuse_stand_in(file: Path) -> None:
 
 def read_text(file: Path) -> str:
     """Return a UTF-8 text, without the byte order mark that some editors put first. Raises `CheckpointError`."""
-    refuse_stand_in(file)
+    check_file_content(file)
     try:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:

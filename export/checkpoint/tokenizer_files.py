@@ -18,7 +18,7 @@ from edgelm.text.tokenizer_file import check_numbers_of_text, sanitize_tokenizer
 
 from .checkpoint import Checkpoint
 
-SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
+SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 LLAMA: Final = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 GPT2: Final = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
@@ -47,7 +47,7 @@ ADDS_BOS: Final = {
 }
 """Classes that write the post-processor themselves, whatever tokenizer.json has, and their default of add_bos_token."""
 
-CLASS_OF: Final = {
+CLASS_OF_MODEL_TYPE: Final = {
     "gemma2": "GemmaTokenizer",
     "gemma3_text": "GemmaTokenizer",
     "llama": "LlamaTokenizer",
@@ -64,11 +64,11 @@ def with_special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any
     The map takes precedence over a tokenizer_config.json of the older form, which has no `added_tokens_decoder`; beside
     the newer form it only adds what that leaves out.
     """
-    given = {name: special_map[name] for name in SPECIAL if special_map.get(name) is not None}
+    given = {name: special_map[name] for name in SPECIAL_TOKENS if special_map.get(name) is not None}
     return {**given, **config} if "added_tokens_decoder" in config else {**config, **given}
 
 
-def as_its_class(checkpoint: Checkpoint) -> Checkpoint:
+def apply_tokenizer_class(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint with the tokenizer that a bundle carries.
 
     tokenizer.json has no padding, no truncation, no added token without a row in the model, and a post-processor that
@@ -158,7 +158,7 @@ def _class_of(checkpoint: Checkpoint, *, fallback: bool) -> str | None:
     named = checkpoint.tokenizer_config.get("tokenizer_class") or checkpoint.config.get("tokenizer_class")
     if isinstance(named, str):
         return named.removesuffix("Fast")
-    return CLASS_OF.get(str(checkpoint.config.get("model_type"))) if fallback else None
+    return CLASS_OF_MODEL_TYPE.get(str(checkpoint.config.get("model_type"))) if fallback else None
 
 
 def _switch(checkpoint: Checkpoint, config: Mapping[str, Any], name: str) -> bool | None:

@@ -15,10 +15,10 @@ from edgelm.errors import CheckpointError
 from .huggingface import tensor_files
 from .reading import read_json
 
-SAFELY: Final = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
-"""What every `from_pretrained` of a model is called with, beside a configuration of `plain_config`."""
+SAFE_LOAD_OPTIONS: Final = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+"""What every `from_pretrained` of a model is called with, beside a configuration of `read_safe_config`."""
 
-NAMES_CODE: Final = {
+CODE_FIELDS: Final = {
     "attn_implementation",
     "auto_map",
     "custom_generate",
@@ -30,11 +30,11 @@ NAMES_CODE: Final = {
     "use_kernels",
 }
 """Fields that can name code, or files outside the directory. So can those that begin with an underscore."""
-PLAIN: Final = {"_sliding_window_pattern"}
+ALLOWED_PRIVATE_FIELDS: Final = {"_sliding_window_pattern"}
 """The one of those that belongs to a model (Gemma 3) and not to transformers."""
 
 
-def plain_config(transformers: Any, directory: Path) -> Any:
+def read_safe_config(transformers: Any, directory: Path) -> Any:
     """Return a checkpoint's configuration as transformers' own class for its `model_type`, without what names code.
 
     Raises `CheckpointError` for a directory without one, for a type that transformers does not have itself, for an
@@ -66,5 +66,5 @@ def _without_code(value: Any) -> Any:
     return {
         name: _without_code(inner)
         for name, inner in value.items()
-        if name not in NAMES_CODE and (not name.startswith("_") or name in PLAIN)
+        if name not in CODE_FIELDS and (not name.startswith("_") or name in ALLOWED_PRIVATE_FIELDS)
     }

@@ -20,7 +20,7 @@ SHARED: Final = {
 }
 """Slots whose values mean the same in every intent; the values of other slots stay within their intent."""
 
-TITLES: Final = frozenset(
+FREE_TEXT_SLOTS: Final = frozenset(
     {"album", "artist", "entity_name", "movie_name", "object_name", "playlist", "restaurant_name", "track"}
 )
 """Slots that can hold any words, so that a blend of two values is as good as a value."""
@@ -30,7 +30,7 @@ SUFFIXES: Final = (" please", " thanks", ", please", " thank you")
 
 
 @dataclass(frozen=True, slots=True)
-class Noise:
+class AugmentationRates:
     """How often each change is made, 0 to 1.
 
     Parameters
@@ -60,16 +60,16 @@ Pieces = list[tuple[str | None, str]]
 class Augmenter:
     """Makes new utterances from those given; slots stay marked, so the answer stays right."""
 
-    def __init__(self, utterances: Sequence[Utterance], noise: Noise) -> None:
+    def __init__(self, utterances: Sequence[Utterance], noise: AugmentationRates) -> None:
         self.noise = noise
         self._seen: dict[str, list[str]] = {}
         for utterance in utterances:
             for name, value in utterance.slots:
-                self._seen.setdefault(self._pool(utterance.intent, name), []).append(value)
+                self._seen.setdefault(self._slot_key(utterance.intent, name), []).append(value)
         self._distinct = {pool: sorted(set(values)) for pool, values in self._seen.items()}
 
     @staticmethod
-    def _pool(intent: str, name: str) -> str:
+    def _slot_key(intent: str, name: str) -> str:
         return SHARED.get(name) or f"{intent}.{name}"
 
     def __call__(self, utterance: Utterance, rng: np.random.Generator) -> Utterance:
@@ -89,12 +89,12 @@ class Augmenter:
     def _swap(self, intent: str, name: str, value: str, rng: np.random.Generator) -> str:
         if rng.random() >= self.noise.swap:
             return value
-        pool = self._pool(intent, name)
+        pool = self._slot_key(intent, name)
         # As often as seen half of the time, each distinct value alike the other half: a common value stays
         # common, a rare one is met.
         values = (self._seen if rng.random() < 0.5 else self._distinct)[pool]
         chosen = values[rng.integers(len(values))]
-        if name in TITLES and rng.random() < self.noise.blend:
+        if name in FREE_TEXT_SLOTS and rng.random() < self.noise.blend:
             other = values[rng.integers(len(values))].split(" ")
             words = chosen.split(" ")
             cut = rng.integers(1, len(words) + 1)

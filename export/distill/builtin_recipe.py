@@ -17,20 +17,20 @@ import numpy as np
 import torch
 
 from edgelm.errors import EdgelmError
-from edgelm.system.progress_bar import Progress as Bar
+from edgelm.system.progress_bar import ProgressBar as Bar
 
-from .augment import Augmenter, Noise
-from .data import Encoded, encode_tasks
-from .distill import Start, claim, fingerprint, train_into
+from .augment import AugmentationRates, Augmenter
+from .data import EncodedExample, encode_tasks
+from .distill import InitialStudent, hash_parts, prepare_target, train_into
 from .score_student import evaluate
-from .settings import Progress, Settings
-from .shape import Shape, parse_shape
+from .settings import TrainingProgress, TrainingSettings
+from .shape import StudentShape, parse_shape
 from .snips import Utterance, answer_pieces, read_utterances
 from .student import make_student
 from .student_tokenizer import BOS, EOS, save_tokenizer, train_tokenizer
 from .trainer import Dataset
 
-CONTEXT: Final = 256
+CONTEXT_TOKENS: Final = 256
 """Positions of the model; the longest training example takes 213 tokens."""
 
 
@@ -38,17 +38,17 @@ CONTEXT: Final = 256
 class Recipe:
     """All that decides what comes out, next to the data."""
 
-    shape: Shape
-    settings: Settings
+    shape: StudentShape
+    settings: TrainingSettings
     vocab_size: int = 2048
-    noise: Noise = field(default_factory=Noise)
+    noise: AugmentationRates = field(default_factory=AugmentationRates)
 
 
 SHAPE: Final = "hidden=192,layers=6,heads=6,kv-heads=2,mlp=512"
 
-BUILTIN: Final = Recipe(
+BUILTIN_RECIPE: Final = Recipe(
     parse_shape(SHAPE),
-    Settings(
+    TrainingSettings(
         epochs=16,
         batch_tokens=2048,
         row_length=192,
@@ -62,24 +62,24 @@ BUILTIN: Final = Recipe(
 """What the bundle in the package was made with."""
 
 
-def make_start(utterances: Sequence[Utterance], recipe: Recipe) -> Start:
+def make_initial_student(utterances: Sequence[Utterance], recipe: Recipe) -> InitialStudent:
     """Return the untrained model and its tokenizer."""
     texts = [text for u in utterances for text in (u.text, u.text.lower(), *(value for _, value in u.slots))]
     tokenizer = train_tokenizer(texts, recipe.vocab_size, answer_pieces(utterances), spaces_apart=True)
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
-    model = make_student(recipe.shape, tokenizer.get_vocab_size(), CONTEXT, bos, eos, recipe.settings.seed)
-    return Start(model, tokenizer, [eos], lambda to: save_tokenizer(tokenizer, to, CONTEXT))
+    model = make_student(recipe.shape, tokenizer.get_vocab_size(), CONTEXT_TOKENS, bos, eos, recipe.settings.seed)
+    return InitialStudent(model, tokenizer, [eos], lambda to: save_tokenizer(tokenizer, to, CONTEXT_TOKENS))
 
 
-def make_dataset(utterances: Sequence[Utterance], start: Start, recipe: Recipe) -> Dataset:
+def make_dataset(utterances: Sequence[Utterance], start: InitialStudent, recipe: Recipe) -> Dataset:
     """Return the examples of each epoch, augmented anew; those that outgrow a row are left out."""
     augment = Augmenter(utterances, recipe.noise)
     row_length = recipe.settings.row_length
 
-    def examples(epoch: int) -> list[Encoded]:
+    def examples(epoch: int) -> list[EncodedExample]:
         rng = np.random.default_rng([recipe.settings.seed, epoch, 1])
         tasks = [augment(utterance, rng).to_task() for utterance in utterances]
-        encoded = encode_tasks(start.tokenizer, tasks, start.eos[0], 4 * CONTEXT)
+        encoded = encode_tasks(start.tokenizer, tasks, start.eos[0], 4 * CONTEXT_TOKENS)
         return [example for example in encoded if len(example.tokens) <= row_length]
 
     return examples
@@ -92,18 +92,18 @@ def train_builtin(
     *,
     resume: bool = False,
     force: bool = False,
-    report: Callable[[Progress], None] = lambda _: None,
-) -> tuple[Start, Progress]:
+    report: Callable[[TrainingProgress], None] = lambda _: None,
+) -> tuple[InitialStudent, TrainingProgress]:
     """Train by `recipe` on SNIPS utterances in `data`; write the checkpoint directory `out`."""
-    claim(out, resume=resume, force=force)
+    prepare_target(out, resume=resume, force=force)
     utterances = read_utterances(data)
-    start = make_start(utterances, recipe)
+    start = make_initial_student(utterances, recipe)
     progress = train_into(
         out,
         start,
         make_dataset(utterances, start, recipe),
         recipe.settings,
-        identity=fingerprint(data.read_bytes(), json.dumps(asdict(recipe), sort_keys=True)),
+        identity=hash_parts(data.read_bytes(), json.dumps(asdict(recipe), sort_keys=True)),
         resume=resume,
         report=report,
     )
@@ -117,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dev", type=Path, help="dev.jsonl, to score the result; never trained on")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to make")
     parser.add_argument("--shape", default=SHAPE, help="(%(default)s)")
-    parser.add_argument("--epochs", type=int, default=BUILTIN.settings.epochs, help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=BUILTIN.settings.seed, help="(%(default)s)")
+    parser.add_argument("--epochs", type=int, default=BUILTIN_RECIPE.settings.epochs, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=BUILTIN_RECIPE.settings.seed, help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="processor threads (all cores)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("--force", action="store_true", help="replace OUT")
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        recipe = Recipe(parse_shape(args.shape), replace(BUILTIN.settings, epochs=args.epochs, seed=args.seed))
+        recipe = Recipe(parse_shape(args.shape), replace(BUILTIN_RECIPE.settings, epochs=args.epochs, seed=args.seed))
         with Bar() as bar:
             start, progress = train_builtin(
                 args.data,

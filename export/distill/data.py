@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from edgelm.errors import DataError
 from edgelm.evaluation.tasks import Task
 
-IGNORED: Final = -100
+IGNORED_LABEL: Final = -100
 """The label of a position that is not learned: prompts and padding."""
 
-PADDING: Final = -1
+PADDING_SEGMENT: Final = -1
 """The segment of a position that belongs to no example."""
 
 OPEN_ROWS: Final = 32
@@ -45,7 +45,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Soft:
+class TeacherTargets:
     """What a teacher expects at each target token: its k best tokens. What it gives to all others is the rest to 1.
 
     Parameters
@@ -61,7 +61,7 @@ class Soft:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedExample:
     """One example as tokens: prompt, then target, then the end token.
 
     Parameters
@@ -76,7 +76,7 @@ class Encoded:
 
     tokens: NDArray[np.int32]
     target_start: int
-    soft: Soft | None = None
+    soft: TeacherTargets | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +88,11 @@ class Batch:
     tokens
         What the model reads; padding holds token 0.
     labels
-        The token that follows, where that token belongs to a target; `IGNORED` elsewhere.
+        The token that follows, where that token belongs to a target; `IGNORED_LABEL` elsewhere.
     positions
         Counted from 0 within each example.
     segments
-        Which example of its row a position belongs to, from 0; `PADDING` where none.
+        Which example of its row a position belongs to, from 0; `PADDING_SEGMENT` where none.
     soft
         For each label in order of rows and positions, where every example has it.
     """
@@ -101,10 +101,10 @@ class Batch:
     labels: NDArray[np.int64]
     positions: NDArray[np.int64]
     segments: NDArray[np.int64]
-    soft: Soft | None = None
+    soft: TeacherTargets | None = None
 
 
-def encode_tasks(encoder: Encoder, tasks: Sequence[Task], end_token: int, length: int) -> list[Encoded]:
+def encode_tasks(encoder: Encoder, tasks: Sequence[Task], end_token: int, length: int) -> list[EncodedExample]:
     """Tokenize each task as prompt (with the tokenizer's own special tokens), target, end token.
 
     Raises
@@ -122,11 +122,11 @@ def encode_tasks(encoder: Encoder, tasks: Sequence[Task], end_token: int, length
             raise DataError(f"{where} takes {len(tokens)} tokens, a row holds {length}: shorten it or lengthen the row")
         if not prompt.ids:
             raise DataError(f"{where}: the prompt gives no token")
-        encoded.append(Encoded(tokens, len(prompt.ids)))
+        encoded.append(EncodedExample(tokens, len(prompt.ids)))
     return encoded
 
 
-def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+def pack_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """Distribute examples over rows: first fit into the last `OPEN_ROWS` rows, in the order given.
 
     Parameters
@@ -155,17 +155,17 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     return rows
 
 
-def collate(rows: Iterable[Sequence[Encoded]], length: int) -> Batch:
+def collate(rows: Iterable[Sequence[EncodedExample]], length: int) -> Batch:
     """Lay examples side by side into rows of `length` positions; see `Batch`."""
     listed = list(rows)
     shape = (len(listed), length)
     soft = [example.soft for examples in listed for example in examples if example.soft is not None]
     batch = Batch(
         tokens=np.zeros(shape, np.int64),
-        labels=np.full(shape, IGNORED, np.int64),
+        labels=np.full(shape, IGNORED_LABEL, np.int64),
         positions=np.zeros(shape, np.int64),
-        segments=np.full(shape, PADDING, np.int64),
-        soft=Soft(np.concatenate([s.log_probs for s in soft]), np.concatenate([s.tokens for s in soft]))
+        segments=np.full(shape, PADDING_SEGMENT, np.int64),
+        soft=TeacherTargets(np.concatenate([s.log_probs for s in soft]), np.concatenate([s.tokens for s in soft]))
         if soft and len(soft) == sum(map(len, listed))
         else None,
     )
@@ -184,11 +184,11 @@ def collate(rows: Iterable[Sequence[Encoded]], length: int) -> Batch:
 
 
 def make_batches(
-    examples: Sequence[Encoded], row_length: int, rows_per_batch: int, rng: np.random.Generator
+    examples: Sequence[EncodedExample], row_length: int, rows_per_batch: int, rng: np.random.Generator
 ) -> list[Batch]:
     """Shuffle, pack and cut into batches; the same `rng` state gives the same batches."""
     shuffled = [examples[index] for index in rng.permutation(len(examples))]
-    rows = pack([len(example.tokens) for example in shuffled], row_length)
+    rows = pack_rows([len(example.tokens) for example in shuffled], row_length)
     order = rng.permutation(len(rows))
     return [
         collate(

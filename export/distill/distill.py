@@ -22,15 +22,15 @@ from tokenizers import Tokenizer
 from edgelm.errors import CheckpointError, ConfigError, EdgelmError
 from edgelm.evaluation.tasks import Task, TaskScore, read_tasks
 
-from ..write.staging import check_target, staged
-from .data import Batch, Encoded, encode_tasks, make_batches
+from ..write.staging import check_target, staged_directory
+from .data import Batch, EncodedExample, encode_tasks, make_batches
 from .losses import cross_entropy
 from .score_student import evaluate
-from .settings import Progress, Settings, fitted
-from .shape import Shape, parse_shape
-from .student import inherit_layers, make_student, open_model, save_student
+from .settings import TrainingProgress, TrainingSettings, fit_settings
+from .shape import StudentShape, parse_shape
+from .student import inherit_layers, load_transformers_model, make_student, save_student
 from .student_tokenizer import BOS, EOS, save_tokenizer, train_tokenizer
-from .teacher import ask_teacher
+from .teacher import add_teacher_targets
 from .trainer import Dataset, Trainer, target_logits
 
 TOKENIZER_FILES: Final = (
@@ -44,7 +44,7 @@ TOKENIZER_FILES: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class InitialStudent:
     """What training starts from.
 
     Parameters
@@ -66,20 +66,20 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class DistillResult:
     """What a run came to. `score` is on examples that were held out of training; None where there were none."""
 
-    progress: Progress
-    settings: Settings
+    progress: TrainingProgress
+    settings: TrainingSettings
     score: TaskScore | None
 
 
-LEAST_HELD_OUT: Final = 40
-"""From so many examples on some are held out: a tenth, at most `MOST_HELD_OUT`."""
-MOST_HELD_OUT: Final = 500
+MIN_EXAMPLES_FOR_HOLD_OUT: Final = 40
+"""From so many examples on some are held out: a tenth, at most `MAX_HELD_OUT`."""
+MAX_HELD_OUT: Final = 500
 
 
-def hold_out(tasks: Sequence[Task], count: int | None, seed: int) -> tuple[list[Task], list[Task]]:
+def split_held_out(tasks: Sequence[Task], count: int | None, seed: int) -> tuple[list[Task], list[Task]]:
     """Divide tasks into those to train on and `count` to score with, drawn by the seed; None is a tenth of enough.
 
     No prompt is in both: of several tasks with one prompt that is drawn, the first counts. Raises `ConfigError` where
@@ -87,7 +87,7 @@ def hold_out(tasks: Sequence[Task], count: int | None, seed: int) -> tuple[list[
     """
     prompts = list(dict.fromkeys(task.prompt for task in tasks))
     if count is None:
-        count = min(len(prompts) // 10, MOST_HELD_OUT) if len(prompts) >= LEAST_HELD_OUT else 0
+        count = min(len(prompts) // 10, MAX_HELD_OUT) if len(prompts) >= MIN_EXAMPLES_FOR_HOLD_OUT else 0
     if not 0 <= count < len(prompts):
         raise ConfigError(f"held-out {count}: of {len(prompts)} prompts at least one must be left to train on")
     drawn = {prompts[i] for i in np.random.default_rng([seed, 2]).permutation(len(prompts))[:count]}
@@ -108,9 +108,9 @@ def distill(
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
-    report: Callable[[Progress], None] = lambda _: None,
+    report: Callable[[TrainingProgress], None] = lambda _: None,
     told: Callable[[str], None] = lambda _: None,
-) -> Outcome:
+) -> DistillResult:
     """Train a student on tasks and write it to `out` as a Hugging Face directory.
 
     Parameters
@@ -124,9 +124,9 @@ def distill(
     out
         Directory to make.
     given
-        Fields of `Settings`; row length, batch and epochs that are not among them are chosen to suit the data.
+        Fields of `TrainingSettings`; row length, batch and epochs that are not among them are chosen to suit the data.
     held_out
-        How many examples are kept from training, to score the student with; see `hold_out`.
+        How many examples are kept from training, to score the student with; see `split_held_out`.
     threads
         Threads to multiply with; None measures which number is quickest. Sums differ in their last digits with it.
     teacher
@@ -145,21 +145,21 @@ def distill(
     DataError, CheckpointError, ConfigError
         Something given is not what it should be; `out` is then as it was.
     """
-    claim(out, resume=resume, force=force)
-    tasks, unseen = hold_out(read_tasks(data), held_out, int(given.get("seed") or 0))
-    teacher_model = open_model(teacher, "teacher") if teacher else None
+    prepare_target(out, resume=resume, force=force)
+    tasks, unseen = split_held_out(read_tasks(data), held_out, int(given.get("seed") or 0))
+    teacher_model = load_transformers_model(teacher, "teacher") if teacher else None
     tokenizer = _tokenizer(student, tasks, teacher, vocab_size)
     lengths = [len(each.tokens) for each in encode_tasks(tokenizer, tasks, 0, sys.maxsize)]
-    settings = fitted(lengths, given)
+    settings = fit_settings(lengths, given)
     start = _start(student, tokenizer, teacher, settings)
     if teacher is not None:
         _check_same_vocabulary(start, teacher, teacher_model)
     examples = encode_tasks(start.tokenizer, tasks, start.eos[0], settings.row_length)
     if teacher_model is not None and settings.teacher_top_k:
-        examples = ask_teacher(teacher_model, examples, settings, device)
+        examples = add_teacher_targets(teacher_model, examples, settings, device)
         teacher_model = None
     torch.set_num_threads(threads or _best_threads(start.model, examples, settings, device, told))
-    identity = fingerprint(
+    identity = hash_parts(
         data.read_bytes(),
         str(len(unseen)),
         student,
@@ -172,13 +172,13 @@ def distill(
         teacher=teacher_model, device=device, identity=identity, resume=resume, report=report,
     )  # fmt: skip
     if not unseen:
-        return Outcome(progress, settings, None)
+        return DistillResult(progress, settings, None)
     told(f"answering {len(unseen)} held-out prompts")
-    return Outcome(progress, settings, evaluate(start.model, start.tokenizer, unseen))
+    return DistillResult(progress, settings, evaluate(start.model, start.tokenizer, unseen))
 
 
 def _best_threads(
-    model: Any, examples: Sequence[Encoded], settings: Settings, device: str, told: Callable[[str], None]
+    model: Any, examples: Sequence[EncodedExample], settings: TrainingSettings, device: str, told: Callable[[str], None]
 ) -> int:
     """Return the number of threads with which a step takes least time now, beside whatever else runs here."""
     most = int(torch.get_num_threads())
@@ -207,18 +207,18 @@ def _step_seconds(model: Any, batch: Batch) -> float:
 
 def train_into(
     out: Path,
-    start: Start,
+    start: InitialStudent,
     dataset: Dataset,
-    settings: Settings,
+    settings: TrainingSettings,
     *,
     teacher: Any = None,
     device: str = "cpu",
     identity: str = "",
     resume: bool = False,
-    report: Callable[[Progress], None] = lambda _: None,
-) -> Progress:
-    """Train `start` and write `out`; call `claim` first. See `distill` and `Trainer` for the parameters."""
-    partial = partial_of(out)
+    report: Callable[[TrainingProgress], None] = lambda _: None,
+) -> TrainingProgress:
+    """Train `start` and write `out`; call `prepare_target` first. See `distill` and `Trainer` for the parameters."""
+    partial = partial_directory(out)
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -230,19 +230,19 @@ def train_into(
     if resume and checkpoint.exists():
         trainer.resume()
     trainer.run(report)
-    with staged(out, force=True, replaceable=_is_checkpoint) as stage:  # claimed before
+    with staged_directory(out, force=True, replaceable=_is_checkpoint) as stage:  # claimed before
         save_student(start.model, stage, start.eos)
         start.write_tokenizer(stage)
     shutil.rmtree(partial)
     return trainer.progress
 
 
-def partial_of(out: Path) -> Path:
+def partial_directory(out: Path) -> Path:
     """Return the directory that holds a run's checkpoint until it is done."""
     return out.with_name(out.name + ".partial")
 
 
-def claim(out: Path, *, resume: bool, force: bool) -> None:
+def prepare_target(out: Path, *, resume: bool, force: bool) -> None:
     """Refuse an existing `out`, and the remains of a run, unless told what to do with them.
 
     Raises
@@ -251,7 +251,7 @@ def claim(out: Path, *, resume: bool, force: bool) -> None:
         There is something that neither `resume` nor `force` covers.
     """
     check_target(out, force=force, replaceable=_is_checkpoint)
-    partial = partial_of(out)
+    partial = partial_directory(out)
     if partial.exists() and not resume:
         if not force:
             raise ConfigError(f"{partial} holds an unfinished run: --resume goes on with it, --force discards it")
@@ -262,7 +262,7 @@ def _is_checkpoint(directory: Path) -> bool:
     return (directory / "config.json").is_file()
 
 
-def fingerprint(*parts: str | bytes) -> str:
+def hash_parts(*parts: str | bytes) -> str:
     """Return the SHA-256 of all parts, hex; it names a run's data and settings."""
     digest = hashlib.sha256()
     for part in parts:
@@ -283,15 +283,15 @@ def _tokenizer(student: str, tasks: Sequence[Task], teacher: Path | None, vocab_
     return train_tokenizer([text for task in tasks for text in (task.prompt, task.target)], vocab_size)
 
 
-def _start(student: str, tokenizer: Tokenizer, teacher: Path | None, settings: Settings) -> Start:
+def _start(student: str, tokenizer: Tokenizer, teacher: Path | None, settings: TrainingSettings) -> InitialStudent:
     """Open the student that is named, or make the one that is described."""
     directory = Path(student)
     if directory.is_dir():
-        model = open_model(directory, "student")
+        model = load_transformers_model(directory, "student")
         return _from_directory(model, directory, model, tokenizer)
     shape = parse_shape(student)
     if teacher is not None:
-        guide = open_model(teacher, "teacher")
+        guide = load_transformers_model(teacher, "teacher")
         context = guide.config.max_position_embeddings
         model = _make(shape, guide.config.vocab_size, context, guide.config.bos_token_id or 0, 0, settings)
         inherit_layers(model, guide)
@@ -299,16 +299,16 @@ def _start(student: str, tokenizer: Tokenizer, teacher: Path | None, settings: S
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     context = settings.row_length
     model = _make(shape, tokenizer.get_vocab_size(), context, bos, eos, settings)
-    return Start(model, tokenizer, [eos], lambda to: save_tokenizer(tokenizer, to, context))
+    return InitialStudent(model, tokenizer, [eos], lambda to: save_tokenizer(tokenizer, to, context))
 
 
-def _make(shape: Shape, vocab_size: int, context: int, bos: int, eos: int, settings: Settings) -> Any:
+def _make(shape: StudentShape, vocab_size: int, context: int, bos: int, eos: int, settings: TrainingSettings) -> Any:
     if settings.row_length > context:
         raise ConfigError(f"row length {settings.row_length} is over the context of {context} tokens")
     return make_student(shape, vocab_size, context, bos, eos, settings.seed)
 
 
-def _from_directory(model: Any, directory: Path, owner: Any, tokenizer: Tokenizer) -> Start:
+def _from_directory(model: Any, directory: Path, owner: Any, tokenizer: Tokenizer) -> InitialStudent:
     """Take the tokenizer's files and end tokens from `directory`, whose model is `owner`."""
     eos = owner.generation_config.eos_token_id
     if eos is None:
@@ -321,7 +321,7 @@ def _from_directory(model: Any, directory: Path, owner: Any, tokenizer: Tokenize
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, to / name)
 
-    return Start(model, tokenizer, eos if isinstance(eos, list) else [eos], copy)
+    return InitialStudent(model, tokenizer, eos if isinstance(eos, list) else [eos], copy)
 
 
 def open_tokenizer(directory: Path) -> Tokenizer:
@@ -335,7 +335,7 @@ def open_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def _check_same_vocabulary(start: Start, teacher: Path, model: Any) -> None:
+def _check_same_vocabulary(start: InitialStudent, teacher: Path, model: Any) -> None:
     same_tokens = start.tokenizer.get_vocab() == open_tokenizer(teacher).get_vocab()
     if not same_tokens or start.model.config.vocab_size != model.config.vocab_size:
         raise CheckpointError(

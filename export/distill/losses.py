@@ -42,7 +42,7 @@ def forward_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return functional.kl_div(given, wanted, reduction="batchmean", log_target=True) * temperature**2
 
 
-def forward_kl_of_best(student: Tensor, log_probs: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+def forward_kl_top_k(student: Tensor, log_probs: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """Return `forward_kl` with all tokens but the teacher's k best taken as one: never more than the whole.
 
     Parameters

@@ -11,7 +11,7 @@ from edgelm.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class TrainingSettings:
     """How to train.
 
     Parameters
@@ -83,34 +83,35 @@ class Settings:
                 raise ConfigError(f"{name.replace('_', '-')} {getattr(self, name)} must be {allowed}")
 
 
-STEPS_AN_EPOCH: Final = 32
+STEPS_PER_EPOCH: Final = 32
 """So many batches the data are divided into, where that makes none of them smaller or larger than these bounds."""
-BATCH_TOKENS: Final = (512, 4096)
-LEAST_STEPS: Final = 1000
+BATCH_TOKENS_RANGE: Final = (512, 4096)
+MIN_STEPS: Final = 1000
 """What a new student needs at least: fewer leave it where it began, however little data there are."""
-EPOCHS: Final = (10, 60)
+EPOCHS_RANGE: Final = (10, 60)
 
 
-def fitted(lengths: Sequence[int], given: Mapping[str, Any]) -> Settings:
+def fit_settings(lengths: Sequence[int], given: Mapping[str, Any]) -> TrainingSettings:
     """Return settings for data: what is given, and row length, batch and epochs chosen to suit where they are not.
 
-    lengths: tokens of each example; given: fields of `Settings`. A row holds the longest example. Raises `ConfigError`
+    lengths: tokens of each example; given: fields of `TrainingSettings`. A row holds the longest example. Raises
+    `ConfigError`
     for a value out of range.
     """
     longest, total = max(lengths), sum(lengths)
     row_length = given.get("row_length") or -(-longest // 16) * 16
-    least, most = (max(bound, row_length) for bound in BATCH_TOKENS)
+    least, most = (max(bound, row_length) for bound in BATCH_TOKENS_RANGE)
     batch = given.get("batch_tokens")
     if batch is None:
-        wanted = max(total // STEPS_AN_EPOCH, 1)
+        wanted = max(total // STEPS_PER_EPOCH, 1)
         batch = min(max(1 << (wanted.bit_length() - 1), least), most)
     steps = max(1, total // max(batch, 1))
-    epochs = given.get("epochs") or min(max(-(-LEAST_STEPS // steps), EPOCHS[0]), EPOCHS[1])
-    return Settings(**{**given, "row_length": row_length, "batch_tokens": batch, "epochs": epochs})
+    epochs = given.get("epochs") or min(max(-(-MIN_STEPS // steps), EPOCHS_RANGE[0]), EPOCHS_RANGE[1])
+    return TrainingSettings(**{**given, "row_length": row_length, "batch_tokens": batch, "epochs": epochs})
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TrainingProgress:
     """Where a run stands.
 
     Parameters
@@ -140,7 +141,7 @@ class Progress:
         return f"epoch {self.epoch + 1}, loss {self.loss:.3f}"
 
 
-def learning_rate(share: float, settings: Settings) -> float:
+def learning_rate(share: float, settings: TrainingSettings) -> float:
     """Return the rate at `share` of the run: linear warm-up, then a cosine down to 1 % of the peak."""
     if share < settings.warmup:
         return settings.lr * max(share / settings.warmup, 1e-3)

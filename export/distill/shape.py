@@ -8,7 +8,7 @@ from edgelm.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class StudentShape:
     """A Llama-shaped decoder with a tied head.
 
     Parameters
@@ -43,7 +43,7 @@ class Shape:
                 raise ConfigError(f"student shape: {name}={value} must be a multiple of {multiple}")
 
 
-def parse_shape(text: str) -> Shape:
+def parse_shape(text: str) -> StudentShape:
     """Parse `name=number,...`; names left out keep their defaults.
 
     Raises
@@ -51,7 +51,7 @@ def parse_shape(text: str) -> Shape:
     ConfigError
         A name is unknown, a value is not a whole number over 0, or the numbers do not fit each other.
     """
-    names = {field.replace("_", "-"): field for field in Shape.__dataclass_fields__}
+    names = {field.replace("_", "-"): field for field in StudentShape.__dataclass_fields__}
     values: dict[str, int] = {}
     for part in text.split(","):
         name, _, value = part.strip().partition("=")
@@ -63,4 +63,4 @@ def parse_shape(text: str) -> Shape:
         if not value.isdecimal() or not int(value):
             raise ConfigError(f"student shape {text!r}: {name} must be a whole number over 0, not {value!r}")
         values[names[name]] = int(value)
-    return Shape(**values)
+    return StudentShape(**values)

@@ -13,11 +13,11 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from edgelm.errors import CheckpointError
 
-from ..checkpoint.transformers_config import SAFELY, plain_config
-from .shape import Shape
+from ..checkpoint.transformers_config import SAFE_LOAD_OPTIONS, read_safe_config
+from .shape import StudentShape
 
 
-def make_student(shape: Shape, vocab_size: int, context: int, bos: int, eos: int, seed: int) -> Any:
+def make_student(shape: StudentShape, vocab_size: int, context: int, bos: int, eos: int, seed: int) -> Any:
     """Return a Llama of random weights with a tied head."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -64,7 +64,7 @@ def inherit_layers(student: Any, teacher: Any) -> bool:
     return True
 
 
-def open_model(directory: Path, what: str) -> Any:
+def load_transformers_model(directory: Path, what: str) -> Any:
     """Open a Hugging Face causal language model in fp32; `what` ("teacher", "student") names it in errors.
 
     Raises
@@ -75,10 +75,10 @@ def open_model(directory: Path, what: str) -> Any:
     """
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{what} {directory} has no config.json: a Hugging Face directory is expected")
-    config = plain_config(transformers, directory)
+    config = read_safe_config(transformers, directory)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=torch.float32, attn_implementation="eager", **SAFELY
+            directory, config=config, dtype=torch.float32, attn_implementation="eager", **SAFE_LOAD_OPTIONS
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{what} {directory} cannot be read: {error}") from error

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 EOS: Final = "<eos>"
 BOS: Final = "<bos>"
 ANSWER: Final = "<answer>"
-SPECIAL: Final = (EOS, BOS, ANSWER)
+SPECIAL_TOKENS: Final = (EOS, BOS, ANSWER)
 """Tokens 0, 1 and 2; they never show in decoded text."""
 
 CHAT_TEMPLATE: Final = BOS + "{{ messages[-1]['content'] }}" + ANSWER
@@ -47,7 +47,7 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(pieces),
-        special_tokens=list(SPECIAL),
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data import Encoded, Soft, collate, pack
-from .settings import Settings
+from .data import EncodedExample, TeacherTargets, collate, pack_rows
+from .settings import TrainingSettings
 from .trainer import target_logits
 
 
 @torch.no_grad()
-def ask_teacher(
+def add_teacher_targets(
     teacher: Any,
-    examples: Sequence[Encoded],
-    settings: Settings,
+    examples: Sequence[EncodedExample],
+    settings: TrainingSettings,
     device: str = "cpu",
     report: Callable[[int, int], None] = lambda _done, _of: None,
-) -> list[Encoded]:
+) -> list[EncodedExample]:
     """Return the examples with the teacher's `settings.teacher_top_k` best tokens for each target token.
 
     Parameters
@@ -36,7 +36,7 @@ def ask_teacher(
     """
     teacher = teacher.to(device).eval()
     asked = list(examples)
-    rows = pack([len(example.tokens) for example in examples], settings.row_length)
+    rows = pack_rows([len(example.tokens) for example in examples], settings.row_length)
     per_batch = max(1, settings.batch_tokens // settings.row_length)
     for start in range(0, len(rows), per_batch):
         chosen = rows[start : start + per_batch]
@@ -50,6 +50,6 @@ def ask_teacher(
         ends = np.cumsum(counts)[:-1]
         values, names = np.split(log_probs.cpu().numpy(), ends), np.split(tokens.to(torch.int32).cpu().numpy(), ends)
         for at, index in enumerate(order):
-            asked[index] = replace(asked[index], soft=Soft(values[at].copy(), names[at].copy()))
+            asked[index] = replace(asked[index], soft=TeacherTargets(values[at].copy(), names[at].copy()))
         report(min(start + per_batch, len(rows)), len(rows))
     return asked

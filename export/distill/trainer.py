@@ -20,11 +20,11 @@ from torch.nn import functional
 
 from edgelm.errors import CheckpointError, ConfigError, EdgelmError
 
-from .data import IGNORED, Batch, Encoded, make_batches
-from .losses import cross_entropy, forward_kl, forward_kl_of_best
-from .settings import Progress, Settings, learning_rate
+from .data import IGNORED_LABEL, Batch, EncodedExample, make_batches
+from .losses import cross_entropy, forward_kl, forward_kl_top_k
+from .settings import TrainingProgress, TrainingSettings, learning_rate
 
-Dataset = Callable[[int], Sequence[Encoded]]
+Dataset = Callable[[int], Sequence[EncodedExample]]
 """The examples of an epoch; the same epoch number must give the same examples."""
 
 
@@ -59,11 +59,11 @@ def target_logits(model: Any, batch: Batch, device: str) -> tuple[Tensor, Tensor
         position_ids=positions,
         use_cache=False,
     ).last_hidden_state
-    learned = labels != IGNORED
+    learned = labels != IGNORED_LABEL
     return model.get_output_embeddings()(hidden[learned]), labels[learned]
 
 
-def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
     """Return AdamW for all weights, or Muon (Jordan et al. 2024) for the layers' matrices and AdamW for the rest.
 
     Muon's step is scaled as in Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2, so that one
@@ -97,7 +97,7 @@ class Trainer:
     dataset
         See `Dataset`.
     settings
-        See `Settings`.
+        See `TrainingSettings`.
     teacher
         A model with the same vocabulary that is asked at every step; None where there is none or the examples
         hold what it said.
@@ -115,7 +115,7 @@ class Trainer:
         self,
         model: Any,
         dataset: Dataset,
-        settings: Settings,
+        settings: TrainingSettings,
         *,
         teacher: Any = None,
         checkpoint: Path | None = None,
@@ -126,7 +126,7 @@ class Trainer:
         self.model = model.to(device)
         self.teacher = teacher.to(device).eval() if teacher is not None else None
         self.settings = settings
-        self.progress = Progress(0.0, 0, 0, math.nan, 0, 0.0)
+        self.progress = TrainingProgress(0.0, 0, 0, math.nan, 0, 0.0)
         self._dataset = dataset
         self._checkpoint = checkpoint
         self._device = device
@@ -137,7 +137,7 @@ class Trainer:
         self._average = [weight.detach().clone() for weight in model.parameters()] if settings.averaging else []
         torch.manual_seed(settings.seed)
 
-    def run(self, report: Callable[[Progress], None] = lambda _: None) -> None:
+    def run(self, report: Callable[[TrainingProgress], None] = lambda _: None) -> None:
         """Train to the end; the model holds the result, the averaged weights where averaging is on."""
         settings, start = self.settings, self._clock() - self.progress.elapsed_s
         saved = self._clock()
@@ -148,7 +148,7 @@ class Trainer:
                 loss = self._step(batch, share)
                 elapsed = self._clock() - start
                 last = self.progress
-                self.progress = Progress(
+                self.progress = TrainingProgress(
                     share,
                     epoch,
                     last.step + 1,
@@ -212,7 +212,7 @@ class Trainer:
         elif batch.soft is not None:
             log_probs = torch.from_numpy(batch.soft.log_probs).to(self._device)
             tokens = torch.from_numpy(batch.soft.tokens).to(self._device, torch.int64)
-            kl = forward_kl_of_best(logits, log_probs, tokens, settings.temperature)
+            kl = forward_kl_top_k(logits, log_probs, tokens, settings.temperature)
         else:
             return loss
         return (1 - settings.kl_weight) * loss + settings.kl_weight * kl
@@ -233,7 +233,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "average": self._average,
             "torch_rng": torch.get_rng_state(),
-            "progress": [getattr(self.progress, name) for name in Progress.__slots__],
+            "progress": [getattr(self.progress, name) for name in TrainingProgress.__slots__],
             "batch_of_epoch": self._batch_of_epoch,
         }
         partial = self._checkpoint.with_suffix(".tmp")
@@ -267,7 +267,7 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self._average = state["average"]
         torch.set_rng_state(state["torch_rng"].cpu())
-        self.progress = Progress(*state["progress"])
+        self.progress = TrainingProgress(*state["progress"])
         self._batch_of_epoch = state["batch_of_epoch"]
 
 

@@ -6,21 +6,21 @@ from typing import Any
 
 from onnx import TensorProto, ValueInfoProto, helper
 
-from ..architectures.decoder import Decoder
-from ..architectures.rope import Rope
-from ..architectures.weights import Weights
-from .nodes import MICROSOFT, Nodes
+from ..architectures.decoder import DecoderConfig
+from ..architectures.rope import RopeConfig
+from ..architectures.weights import DecoderWeights
+from .nodes import MICROSOFT_DOMAIN, GraphBuilder
 
 
-def needs_positions(decoder: Decoder, context: int) -> bool:
+def needs_positions(decoder: DecoderConfig, context: int) -> bool:
     """Tell whether the graph has the input `positions`: where the kernel does not rotate, or tables switch."""
-    return bool(decoder.ropes) and (not decoder.rotates_inside or decoder.long_from(context) is not None)
+    return bool(decoder.ropes) and (not decoder.has_fused_rotary or decoder.long_from(context) is not None)
 
 
-class Attention:
+class AttentionBuilder:
     """Writes the attention of each layer; rotary tables are stored when a layer first needs them."""
 
-    def __init__(self, weights: Weights, context: int, nodes: Nodes) -> None:
+    def __init__(self, weights: DecoderWeights, context: int, nodes: GraphBuilder) -> None:
         self._weights = weights
         self._decoder = weights.decoder
         self._context = context
@@ -29,7 +29,7 @@ class Attention:
     def add(self, i: int, packed: str) -> str:
         """Attend in layer `i`: packed [B, S, (heads + 2 kv_heads) * size] -> [B, S, heads * size]."""
         d, layer, name = self._decoder, self._decoder.layers[i], f"layer.{i}"
-        rope, inside = layer.rope, self._decoder.rotates_inside
+        rope, inside = layer.rope, self._decoder.has_fused_rotary
         if d.qk_norm is None and (rope is None or inside):
             projections = [packed, "", ""]
         else:
@@ -54,18 +54,18 @@ class Attention:
         if d.attention_softcap is not None:
             options["softcap"] = d.attention_softcap
         outputs = [f"{name}.attention.out", f"present.{i}.key", f"present.{i}.value"]
-        return self._nodes.add_many(
+        return self._nodes.add_node_with_outputs(
             "GroupQueryAttention",
             inputs,
             outputs,
-            domain=MICROSOFT,
+            domain=MICROSOFT_DOMAIN,
             num_heads=d.heads,
             kv_num_heads=d.kv_heads,
             scale=d.attention_scale,
             **options,
         )[0]
 
-    def caches(self, i: int) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:
+    def cache_values(self, i: int) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:
         """Return what a layer reads as past and writes as present."""
         d = self._decoder
         shape: list[str | int | None] = ["batch", d.kv_heads, "capacity", d.padded_head_size]
@@ -81,7 +81,9 @@ class Attention:
         d, nodes, name = self._decoder, self._nodes, f"layer.{i}"
         sizes = [heads * d.padded_head_size for heads in (d.heads, d.kv_heads, d.kv_heads)]
         parts = [f"{name}.{part}" for part in ("query", "key", "value")]
-        query, key, value = nodes.add_many("Split", [packed, nodes.integers("qkv.sizes", sizes)], parts, axis=-1)
+        query, key, value = nodes.add_node_with_outputs(
+            "Split", [packed, nodes.integers("qkv.sizes", sizes)], parts, axis=-1
+        )
         if d.qk_norm is None:
             return [query, key, value]
         names = self._weights.names
@@ -103,7 +105,7 @@ class Attention:
         normed = nodes.rms_norm(by_head, factors, f"{value}.heads.normed", epsilon)
         return nodes.add("Reshape", [normed, joined], f"{value}.normed")
 
-    def _rotate(self, i: int, projections: list[str], rope: Rope) -> list[str]:
+    def _rotate(self, i: int, projections: list[str], rope: RopeConfig) -> list[str]:
         """Rotate queries and keys in nodes of their own."""
         d = self._decoder
         tables = self._tables(rope)
@@ -115,7 +117,7 @@ class Attention:
                     "RotaryEmbedding",
                     inputs,
                     f"layer.{i}.{part}.rotated",
-                    domain=MICROSOFT,
+                    domain=MICROSOFT_DOMAIN,
                     interleaved=0,
                     num_heads=heads,
                     rotary_embedding_dim=d.rotary_size,
@@ -123,7 +125,7 @@ class Attention:
             )
         return [*rotated, projections[2]]
 
-    def _tables(self, rope: Rope) -> tuple[str, str]:
+    def _tables(self, rope: RopeConfig) -> tuple[str, str]:
         d = self._decoder
         suffix = f".{d.ropes.index(rope)}" if len(d.ropes) > 1 else ""
         names = f"cos_cache{suffix}", f"sin_cache{suffix}"

@@ -20,29 +20,31 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 from edgelm.bundle.manifest import Matrix
 
 from ..architectures.decoder import Activation
-from ..architectures.weights import Weights
-from .attention_nodes import Attention, needs_positions
-from .matrices import look_up, multiply, multiply_table
-from .nodes import MICROSOFT, Nodes
+from ..architectures.weights import DecoderWeights
+from .attention_nodes import AttentionBuilder, needs_positions
+from .matrices import add_lookup, add_matmul, add_table_matmul
+from .nodes import MICROSOFT_DOMAIN, GraphBuilder
 
 ACTIVATIONS: Final[dict[Activation, tuple[str, str, dict[str, float]]]] = {
     # QuickGelu with alpha 1 is x * sigmoid(x), SiLU, as one node.
-    "silu": ("QuickGelu", MICROSOFT, {"alpha": 1.0}),
-    "gelu": ("Gelu", MICROSOFT, {}),
-    "gelu_tanh": ("FastGelu", MICROSOFT, {}),
+    "silu": ("QuickGelu", MICROSOFT_DOMAIN, {"alpha": 1.0}),
+    "gelu": ("Gelu", MICROSOFT_DOMAIN, {}),
+    "gelu_tanh": ("FastGelu", MICROSOFT_DOMAIN, {}),
     "relu": ("Relu", "", {}),
 }
 
 
-class DecoderGraph:
+class DecoderGraphBuilder:
     """Writes the nodes of one decoder, whose matrices are stored already. Call `build` or `build_part` once."""
 
-    def __init__(self, weights: Weights, matrices: Mapping[str, Matrix], context: int, nodes: Nodes) -> None:
+    def __init__(
+        self, weights: DecoderWeights, matrices: Mapping[str, Matrix], context: int, nodes: GraphBuilder
+    ) -> None:
         self._weights = weights
         self._decoder = weights.decoder
         self._matrices = matrices
         self._nodes = nodes
-        self._attention = Attention(weights, context, nodes)
+        self._attention = AttentionBuilder(weights, context, nodes)
         self._context = context
 
     def build(self) -> ModelProto:
@@ -61,7 +63,7 @@ class DecoderGraph:
         ]
         inputs.append(helper.make_tensor_value_info("rows", TensorProto.INT64, ["rows"]))
         for i in range(len(d.layers)):
-            past, present = self._attention.caches(i)
+            past, present = self._attention.cache_values(i)
             inputs += past
             outputs += present
         return self._nodes.model("decoder", inputs, outputs)
@@ -102,7 +104,7 @@ class DecoderGraph:
             if made is not None:
                 outputs.append(value(self._nodes.add("Identity", [made], name), TensorProto.FLOAT, None))
         if part == "qkv":
-            past, present = self._attention.caches(i)
+            past, present = self._attention.cache_values(i)
             inputs += [*self._lengths(), *past]
             outputs += present
         return self._nodes.model(part, inputs, outputs)
@@ -111,7 +113,7 @@ class DecoderGraph:
 
     def _embed(self) -> str:
         scaled = self._decoder.embedding_scale != 1.0
-        embedded = look_up(self._nodes, self._matrices["embedding"], "input_ids", "embedded")
+        embedded = add_lookup(self._nodes, self._matrices["embedding"], "input_ids", "embedded")
         if not scaled:
             return embedded
         return self._nodes.add(
@@ -139,7 +141,7 @@ class DecoderGraph:
     def _gated(self, i: int, normed: str) -> str:
         packed = self._linear(i, "gate_up", normed)
         parts = [f"layer.{i}.gate", f"layer.{i}.up"]
-        gate, up = self._nodes.add_many("Split", [packed], parts, axis=-1, num_outputs=2)
+        gate, up = self._nodes.add_node_with_outputs("Split", [packed], parts, axis=-1, num_outputs=2)
         operator, domain, attributes = ACTIVATIONS[self._decoder.activation]
         active = self._nodes.add(operator, [gate], f"layer.{i}.active", domain=domain, **attributes)
         return self._nodes.add("Mul", [active, up], f"layer.{i}.gated")
@@ -147,9 +149,9 @@ class DecoderGraph:
     def _head(self, normed: str) -> None:
         matrix, cap = self._matrices["embedding" if self._decoder.tied else "head"], self._decoder.logit_softcap
         if cap is None:
-            multiply_table(self._nodes, matrix, normed, "logits")
+            add_table_matmul(self._nodes, matrix, normed, "logits")
             return
-        bounded = self._nodes.add("Tanh", [multiply_table(self._nodes, matrix, normed, "head.out")], "head.bounded")
+        bounded = self._nodes.add("Tanh", [add_table_matmul(self._nodes, matrix, normed, "head.out")], "head.bounded")
         self._nodes.add("Mul", [bounded, self._nodes.number("head.cap", cap)], "logits")
 
     # --- the residual stream ---
@@ -168,11 +170,11 @@ class DecoderGraph:
         if not branch:
             return self._nodes.rms_norm(residual, factors, f"{name}.normed", epsilon), residual
         outputs = [f"{name}.normed", "", "", f"{name}.residual"]
-        made = self._nodes.add_many(
+        made = self._nodes.add_node_with_outputs(
             "SkipSimplifiedLayerNormalization",
             [residual, branch, factors],
             outputs,
-            domain=MICROSOFT,
+            domain=MICROSOFT_DOMAIN,
             epsilon=epsilon,
         )
         return made[0], made[3]
@@ -190,7 +192,7 @@ class DecoderGraph:
         name = f"layer.{i}.{part}"
         bias = self._weights.bias(i, part)
         bias_name = None if bias is None else self._nodes.constants.add(f"{name}.bias", bias)
-        return multiply(self._nodes, self._matrices[name], value, bias_name, f"{name}.out")
+        return add_matmul(self._nodes, self._matrices[name], value, bias_name, f"{name}.out")
 
     def _choose(self, value: str, name: str, width: int) -> str:
         """[B, S, width] -> the chosen rows [R, width]."""

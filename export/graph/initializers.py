@@ -18,7 +18,7 @@ ALIGNMENT: Final = 4096
 """External tensors start on page boundaries, so that a runtime can map them."""
 
 
-class Initializers:
+class FileInitializers:
     """Collects tensors by name; writes each large one to the data file at once and forgets it."""
 
     def __init__(self, data_file: Path) -> None:
@@ -26,7 +26,7 @@ class Initializers:
         self._stream = data_file.open("wb")
         self.tensors: dict[str, TensorProto] = {}
 
-    def __enter__(self) -> Initializers:
+    def __enter__(self) -> FileInitializers:
         return self
 
     def __exit__(
@@ -49,11 +49,11 @@ class Initializers:
 
     def alias(self, name: str, of: str, shape: tuple[int, ...]) -> str:
         """Name the bytes of another tensor under another shape: stored once, mapped once."""
-        self.tensors[name] = renamed(self.tensors[of], name, shape)
+        self.tensors[name] = alias_tensor(self.tensors[of], name, shape)
         return name
 
 
-class InlineConstants:
+class InlineInitializers:
     """Constants of a graph that stays in memory."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class InlineConstants:
         raise AssertionError(f"{name} of {of} {shape} needs a data file")
 
 
-class SizedConstants:
+class CountedInitializers:
     """Constants that are only counted: `bytes` is what they take beside the graph that names them."""
 
     def __init__(self, location: str) -> None:
@@ -97,7 +97,7 @@ class SizedConstants:
 
     def alias(self, name: str, of: str, shape: tuple[int, ...]) -> str:
         """Name another tensor's bytes under another shape, which costs only the name."""
-        self.tensors[name] = renamed(self.tensors[of], name, shape)
+        self.tensors[name] = alias_tensor(self.tensors[of], name, shape)
         return name
 
 
@@ -112,7 +112,7 @@ def external_tensor(
     return tensor
 
 
-def renamed(tensor: TensorProto, name: str, shape: tuple[int, ...]) -> TensorProto:
+def alias_tensor(tensor: TensorProto, name: str, shape: tuple[int, ...]) -> TensorProto:
     """Return the same bytes under another name and shape."""
     other = TensorProto()
     other.CopyFrom(tensor)

@@ -15,26 +15,26 @@ from numpy.typing import NDArray
 
 from edgelm.bundle.manifest import Matrix
 
-from ..checkpoint.matrix_reader import Rows
-from ..quantize.pack import Packed
-from ..quantize.spec import Spec
-from .initializers import Initializers
-from .nodes import MICROSOFT, Nodes
+from ..checkpoint.matrix_reader import LazyMatrix
+from ..quantize.pack import PackedMatrix
+from ..quantize.spec import QuantSpec
+from .initializers import FileInitializers
+from .nodes import MICROSOFT_DOMAIN, GraphBuilder
 
-FLOAT: Final = 1
+FLOAT32_TYPE: Final = 1
 """TensorProto's number for float32."""
 
 Array = NDArray[np.float32]
 
 
-def store_float(initializers: Initializers, name: str, rows: Rows, *, table: bool) -> Matrix:
+def store_float(initializers: FileInitializers, name: str, rows: LazyMatrix, *, table: bool) -> Matrix:
     """Write a matrix as float32: [N, K] for a `table` of rows, else transposed, as MatMul reads it."""
     whole = rows.whole()
     initializers.add(_weight(name), whole if table else np.ascontiguousarray(whole.T))
     return Matrix(name, *rows.shape, 32)
 
 
-def store_packed(initializers: Initializers, name: str, packed: Packed, spec: Spec) -> Matrix:
+def store_packed(initializers: FileInitializers, name: str, packed: PackedMatrix, spec: QuantSpec) -> Matrix:
     """Write a quantized matrix: codes, scales and, if it has them, zero points."""
     initializers.add(_low_codes(name) if packed.high is not None else _codes(name), packed.data)
     if packed.high is not None:
@@ -56,7 +56,7 @@ def store_packed(initializers: Initializers, name: str, packed: Packed, spec: Sp
     )
 
 
-def tensors_of(matrix: Matrix) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
+def matrix_tensors(matrix: Matrix) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
     """Yield name, type and shape of the tensors that a matrix is stored in, in the order they are written."""
     rows, columns = matrix.rows, matrix.columns
     if matrix.block_size is None:
@@ -64,7 +64,7 @@ def tensors_of(matrix: Matrix) -> Iterator[tuple[str, np.dtype[Any], tuple[int, 
         return
     blocks = -(-columns // matrix.block_size)
     narrow = matrix.scale_bits == 16
-    if is_split(matrix):
+    if has_split_codes(matrix):
         yield _low_codes(matrix.name), np.dtype(np.uint8), (rows, blocks, matrix.block_size // 2)
         yield _high_codes(matrix.name), np.dtype(np.uint8), (rows, blocks, matrix.block_size * (matrix.bits - 4) // 8)
     else:
@@ -75,7 +75,7 @@ def tensors_of(matrix: Matrix) -> Iterator[tuple[str, np.dtype[Any], tuple[int, 
         yield _zero_points(matrix.name), np.dtype(np.uint8), (rows, -(-blocks * matrix.bits // 8))
 
 
-def multiply(nodes: Nodes, matrix: Matrix, value: str, bias: str | None, output: str) -> str:
+def add_matmul(nodes: GraphBuilder, matrix: Matrix, value: str, bias: str | None, output: str) -> str:
     """Value [..., K] -> value @ matrix.T + bias, [..., N]; `bias` names a float32 [N]."""
     if matrix.bits == 32:
         product = output if bias is None else f"{output}.product"
@@ -89,7 +89,7 @@ def multiply(nodes: Nodes, matrix: Matrix, value: str, bias: str | None, output:
         "MatMulNBits",
         inputs,
         output,
-        domain=MICROSOFT,
+        domain=MICROSOFT_DOMAIN,
         K=matrix.columns,
         N=matrix.rows,
         bits=_read_bits(matrix),
@@ -98,21 +98,21 @@ def multiply(nodes: Nodes, matrix: Matrix, value: str, bias: str | None, output:
     )
 
 
-def multiply_table(nodes: Nodes, matrix: Matrix, value: str, output: str) -> str:
+def add_table_matmul(nodes: GraphBuilder, matrix: Matrix, value: str, output: str) -> str:
     """Multiply by a matrix stored as a table of rows: value [R, K] -> [R, N]."""
     if matrix.bits == 32:
         return nodes.add("Gemm", [value, _weight(matrix.name)], output, transB=1)
-    return multiply(nodes, matrix, value, None, output)
+    return add_matmul(nodes, matrix, value, None, output)
 
 
-def look_up(nodes: Nodes, matrix: Matrix, indices: str, output: str) -> str:
-    """Rows of a table: int64 [...] -> float32 [..., K]. The codes are those that `multiply` reads, stored once."""
+def add_lookup(nodes: GraphBuilder, matrix: Matrix, indices: str, output: str) -> str:
+    """Rows of a table: int64 [...] -> float32 [..., K]. The codes are those that `add_matmul` reads, stored once."""
     if matrix.bits == 32 or matrix.block_size is None:
         return nodes.add("Gather", [_weight(matrix.name), indices], output, axis=0)
     blocks = -(-matrix.columns // matrix.block_size)
     width = blocks * matrix.block_size
     table = f"{matrix.name}.rows"
-    if is_split(matrix):
+    if has_split_codes(matrix):
         shape = nodes.integers(f"{table}.shape", [matrix.rows, width])
         nodes.add("Reshape", [_read_codes(nodes, matrix), shape], table)
     elif table not in nodes.constants.tensors:
@@ -125,7 +125,7 @@ def look_up(nodes: Nodes, matrix: Matrix, indices: str, output: str) -> str:
         "GatherBlockQuantized",
         inputs,
         looked_up,
-        domain=MICROSOFT,
+        domain=MICROSOFT_DOMAIN,
         bits=_read_bits(matrix),
         block_size=matrix.block_size,
         gather_axis=0,
@@ -137,25 +137,25 @@ def look_up(nodes: Nodes, matrix: Matrix, indices: str, output: str) -> str:
     return nodes.add("Slice", [looked_up, *bounds, nodes.integers("last_axis", [-1])], output)
 
 
-def _read_scales(nodes: Nodes, matrix: Matrix) -> str:
+def _read_scales(nodes: GraphBuilder, matrix: Matrix) -> str:
     """Return the name of a matrix's float32 scales, cast from float16 once where they are stored so."""
     name = _scales(matrix.name)
     if matrix.scale_bits == 16 and not nodes.has(name):
-        nodes.add("Cast", [_stored_scales(matrix.name)], name, to=FLOAT)
+        nodes.add("Cast", [_stored_scales(matrix.name)], name, to=FLOAT32_TYPE)
     return name
 
 
-def is_split(matrix: Matrix) -> bool:
+def has_split_codes(matrix: Matrix) -> bool:
     """Whether a matrix's codes are stored as their low halves and the bits above."""
     return matrix.bits in (5, 6)
 
 
 def _read_bits(matrix: Matrix) -> int:
     """Return the bits of the codes that the operators read."""
-    return 8 if is_split(matrix) else matrix.bits
+    return 8 if has_split_codes(matrix) else matrix.bits
 
 
-def _read_codes(nodes: Nodes, matrix: Matrix) -> str:
+def _read_codes(nodes: GraphBuilder, matrix: Matrix) -> str:
     """Return the name of a matrix's codes as the operators read them.
 
     With 5 and 6 bits they are joined from their parts: a code's distance from its zero point 2^(bits-1) becomes the
@@ -163,7 +163,7 @@ def _read_codes(nodes: Nodes, matrix: Matrix) -> str:
     01110000; of 6 bits hg and xxxx, hhhgxxxx ^ 01100000.
     """
     name = _codes(matrix.name)
-    if not is_split(matrix) or nodes.has(name):
+    if not has_split_codes(matrix) or nodes.has(name):
         return name
     bits = matrix.bits - 4
     shape = [matrix.rows, -(-matrix.columns // (matrix.block_size or 1)), matrix.block_size or 1]

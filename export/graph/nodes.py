@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-MICROSOFT: Final = "com.microsoft"
+MICROSOFT_DOMAIN: Final = "com.microsoft"
 OPSET: Final = 18
 IR_VERSION: Final = 10
 """Old enough for onnxruntime 1.23, the newest on Python 3.10."""
 
 
-class Constants(Protocol):
+class InitializerStore(Protocol):
     """Where a graph's tensors go; see `edgelm_export.initializers`."""
 
     tensors: dict[str, TensorProto]
@@ -27,19 +27,19 @@ class Constants(Protocol):
         """Name the bytes of another tensor under another shape."""
 
 
-class Nodes:
+class GraphBuilder:
     """Collects nodes of one graph. A node is named after its first output."""
 
-    def __init__(self, constants: Constants) -> None:
+    def __init__(self, constants: InitializerStore) -> None:
         self.constants = constants
         self.nodes: list[NodeProto] = []
         self._made: set[str] = set()
 
     def add(self, operator: str, inputs: Sequence[str], output: str, *, domain: str = "", **attributes: Any) -> str:
         """Append a node with one output and return the output's name."""
-        return self.add_many(operator, inputs, [output], domain=domain, **attributes)[0]
+        return self.add_node_with_outputs(operator, inputs, [output], domain=domain, **attributes)[0]
 
-    def add_many(
+    def add_node_with_outputs(
         self, operator: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any
     ) -> list[str]:
         """Append a node with several outputs, empty names for those not wanted; return the names."""
@@ -79,7 +79,7 @@ class Nodes:
         read = {value for node in self.nodes for value in node.input}
         tensors = [tensor for key, tensor in self.constants.tensors.items() if key in read]
         graph = helper.make_graph(self.nodes, name, inputs, outputs, tensors)
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT_DOMAIN, 1)]
         model: ModelProto = helper.make_model(
             graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgelm"
         )

@@ -17,7 +17,7 @@ from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgelm.errors import CheckpointError
 
-RESHAPING: Final = {"Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten"}
+PASS_THROUGH_OPERATORS: Final = {"Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten"}
 """Operators that pass token ids on as they are."""
 
 
@@ -32,14 +32,14 @@ class OnnxGraph:
         self.outputs = {value.name: value for value in self.model.graph.output}
         self._tensors: dict[str, TensorProto] = {tensor.name: tensor for tensor in self.model.graph.initializer}
         self._producers: dict[str, NodeProto] = {name: node for node in self.nodes for name in node.output}
-        self._uses = Counter(name for node in self.nodes for name in reads(node))
+        self._uses = Counter(name for node in self.nodes for name in node_inputs(node))
         self._uses.update(list(self.outputs))
 
     def producer(self, name: str) -> NodeProto | None:
         """Return the node that computes a name."""
         return self._producers.get(name)
 
-    def sole_use(self, name: str) -> NodeProto | None:
+    def sole_consumer(self, name: str) -> NodeProto | None:
         """Return the node that reads a name, where exactly one does and the name is no output."""
         if self._uses[name] != 1 or name in self.outputs:
             return None
@@ -55,7 +55,7 @@ class OnnxGraph:
         if node.op_type == "Identity":
             return self.constant(node.input[0])
         if node.op_type == "Constant":
-            value = attributes(node).get("value")
+            value = node_attributes(node).get("value")
             return value if isinstance(value, TensorProto) else None
         return None
 
@@ -73,11 +73,11 @@ class OnnxGraph:
             raise CheckpointError(f"the tensor {tensor.name} holds NaN")
         return values
 
-    def is_tokens(self, name: str) -> bool:
+    def is_token_ids(self, name: str) -> bool:
         """Tell whether a name is the graph's token ids, perhaps in another shape."""
         while name != "input_ids":
             node = self.producer(name)
-            if node is None or node.op_type not in RESHAPING:
+            if node is None or node.op_type not in PASS_THROUGH_OPERATORS:
                 return False
             name = node.input[0]
         return True
@@ -90,29 +90,29 @@ class OnnxGraph:
                 yield name, tensor
 
 
-def reads(node: NodeProto) -> Iterator[str]:
+def node_inputs(node: NodeProto) -> Iterator[str]:
     """Yield every name a node reads, those read inside its branches and loops included."""
     yield from (name for name in node.input if name)
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
             for inner in attribute.g.node:
-                yield from reads(inner)
+                yield from node_inputs(inner)
             yield from (value.name for value in attribute.g.output)
 
 
-def attributes(node: NodeProto) -> dict[str, Any]:
+def node_attributes(node: NodeProto) -> dict[str, Any]:
     """Return a node's attributes by name."""
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
-def needed(nodes: list[NodeProto], outputs: Iterable[str]) -> tuple[list[NodeProto], set[str]]:
+def required_nodes(nodes: list[NodeProto], outputs: Iterable[str]) -> tuple[list[NodeProto], set[str]]:
     """Return the nodes that the outputs depend on, in their order, and every name these read."""
     names = set(outputs)
     kept: list[NodeProto] = []
     for node in reversed(nodes):
         if names.intersection(node.output):
             kept.append(node)
-            names.update(reads(node))
+            names.update(node_inputs(node))
     return kept[::-1], names
 
 

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-OLDEST_RUNTIME: Final = "1.28"
+MIN_ONNXRUNTIME: Final = "1.28"
 """onnxruntime 1.27 has the kernel too, but rows of different lengths in one batch come out wrong there."""
 
-PAST_KEY: Final = 3
+PAST_KEY_INPUT: Final = 3
 """Input of GroupQueryAttention that names the layer's past keys."""
 
-SCALES: Final = 12
+KEY_SCALE_INPUT: Final = 12
 """Its first input of scales: the keys'; the values' follow."""
 
 
@@ -33,14 +33,14 @@ class CacheScales:
     value: NDArray[np.float32]
 
 
-def with_int8_cache(model: ModelProto, scales: Sequence[CacheScales]) -> ModelProto:
+def convert_cache_to_int8(model: ModelProto, scales: Sequence[CacheScales]) -> ModelProto:
     """Change a decoder's graph to keep keys and values in int8, one entry of `scales` a layer; return it."""
     graph = model.graph
     for node in graph.node:
         if node.op_type != "GroupQueryAttention":
             continue
-        i = int(node.input[PAST_KEY].split(".")[1])
-        node.input.extend([""] * (SCALES - len(node.input)))
+        i = int(node.input[PAST_KEY_INPUT].split(".")[1])
+        node.input.extend([""] * (KEY_SCALE_INPUT - len(node.input)))
         for part, values in (("key", scales[i].key), ("value", scales[i].value)):
             name = f"layer.{i}.{part}.scale"
             graph.initializer.append(numpy_helper.from_array(values[None, :, None, :], name))

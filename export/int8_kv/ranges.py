@@ -12,51 +12,55 @@ from edgelm.bundle.manifest import Bundle
 from edgelm.runtime.kv_cache import KvSegment
 from edgelm.runtime.runner import open_runner
 
-from ..architectures.rope import Rope
+from ..architectures.rope import RopeConfig
 from ..calibration.text_samples import Document
-from ..progress_callback import Progress
-from ..self_generated import write_documents
-from ..source_model import Opened
+from ..progress_callback import ProgressCallback
+from ..self_generated import generate_documents
+from ..source_model import SourceModel
 from .int8_cache_graph import CacheScales
 
 READ_TOKENS: Final = 16384
 """Calibration tokens, about, whose keys and values are looked at."""
 
-LARGEST_CODE: Final = 127
+MAX_CODE: Final = 127
 
-FLOOR: Final = 1e-3
+MIN_SCALE_SHARE: Final = 1e-3
 """A channel that stays smaller than this share of its layer's largest, or is padding, has the scale of this share."""
 
 Array = NDArray[np.float32]
 
 
-def measure_scales(
-    bundle: Bundle, model: Opened, documents: Sequence[Document] | None, progress: Progress
+def measure_cache_scales(
+    bundle: Bundle, model: SourceModel, documents: Sequence[Document] | None, progress: ProgressCallback
 ) -> list[CacheScales]:
     """Return the scales of each layer: the largest value of a channel gets the largest code.
 
     `bundle` keeps its cache in float32, and reads the documents, or 8,192 self-generated tokens. Keys are cached
-    rotated, and count as if each had stood at every position of the context; see `reach`.
+    rotated, and count as if each had stood at every position of the context; see `max_over_positions`.
     """
     d = model.decoder
     shape = 2 * len(d.layers), d.kv_heads, d.padded_head_size
     largest = np.zeros(shape, np.float32)
-    for piece in _filled(bundle, model, documents, progress):
+    for piece in _read_caches(bundle, model, documents, progress):
         for i, array in enumerate(piece):
             rope = d.layers[i // 2].rope if i % 2 == 0 else None
-            size = np.abs(array) if rope is None else reach(array, rope, bundle.manifest.context, d.rotary_size)
+            size = (
+                np.abs(array)
+                if rope is None
+                else max_over_positions(array, rope, bundle.manifest.context, d.rotary_size)
+            )
             np.maximum(largest[i], size.max(axis=1), out=largest[i])
     tops = largest.max(axis=(1, 2), keepdims=True)
-    scales = np.maximum(largest, np.where(tops > 0, FLOOR * tops, 1)) / np.float32(LARGEST_CODE)
+    scales = np.maximum(largest, np.where(tops > 0, MIN_SCALE_SHARE * tops, 1)) / np.float32(MAX_CODE)
     return [CacheScales(key, value) for key, value in zip(scales[::2], scales[1::2], strict=True)]
 
 
-def _filled(
-    bundle: Bundle, model: Opened, documents: Sequence[Document] | None, progress: Progress
+def _read_caches(
+    bundle: Bundle, model: SourceModel, documents: Sequence[Document] | None, progress: ProgressCallback
 ) -> Iterator[KvSegment]:
     """Yield keys and values of every layer, float32 [kv_heads, n, head_size] each, of one document after the other."""
     if documents is None:
-        session, written = write_documents(bundle, model)
+        session, written = generate_documents(bundle, model)
         for row, document in enumerate(written):
             yield session.read_row(row, 0, len(document))
         return
@@ -68,7 +72,7 @@ def _filled(
         yield session.read_row(0, 0, len(document))
 
 
-def reach(keys: Array, rope: Rope, context: int, rotary_size: int) -> Array:
+def max_over_positions(keys: Array, rope: RopeConfig, context: int, rotary_size: int) -> Array:
     """Return the largest size that each channel has at any position of the context.
 
     keys: float32 [kv_heads, n, head_size], rotated to the positions 0 .. n - 1; so is what is returned. Two channels
@@ -85,12 +89,12 @@ def reach(keys: Array, rope: Rope, context: int, rotary_size: int) -> Array:
     cosines, sines = rope.tables(2, rotary_size)
     step = np.arctan2(sines[1], cosines[1]).astype(np.float64)  # radians a position, [half]
     start = np.arctan2(second, first) - np.arange(keys.shape[1])[:, None] * step
-    size[..., :half] = radius * _peak(start, (context - 1) * step)
-    size[..., half : 2 * half] = radius * _peak(start - np.pi / 2, (context - 1) * step)
+    size[..., :half] = radius * _max_abs_cosine(start, (context - 1) * step)
+    size[..., half : 2 * half] = radius * _max_abs_cosine(start - np.pi / 2, (context - 1) * step)
     return size
 
 
-def _peak(start: NDArray[np.float64], turn: NDArray[np.float64]) -> NDArray[np.float64]:
+def _max_abs_cosine(start: NDArray[np.float64], turn: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the largest |cos| on the arcs [start, start + turn]: 1 where one passes a multiple of pi."""
     passes = np.floor(start / np.pi) < np.floor((start + turn) / np.pi)
     return np.where(passes, 1.0, np.maximum(np.abs(np.cos(start)), np.abs(np.cos(start + turn))))

@@ -19,14 +19,14 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from edgelm.bundle.manifest import Matrix
 from edgelm.errors import CheckpointError
 
-from ..checkpoint.matrix_reader import Rows
-from ..graph.initializers import Initializers
-from ..graph.matrices import look_up, multiply, store_packed
-from ..graph.nodes import MICROSOFT, Nodes
-from ..graph.onnx_graph import OnnxGraph, attributes, needed
-from ..progress_callback import Progress, silent
-from ..quantize.matrix_plan import Plan
-from ..write.matrix_store import quantize_rows
+from ..checkpoint.matrix_reader import LazyMatrix
+from ..graph.initializers import FileInitializers
+from ..graph.matrices import add_lookup, add_matmul, store_packed
+from ..graph.nodes import MICROSOFT_DOMAIN, GraphBuilder
+from ..graph.onnx_graph import OnnxGraph, node_attributes, required_nodes
+from ..progress_callback import ProgressCallback, ignore_progress
+from ..quantize.matrix_plan import QuantPlan
+from ..write.matrix_store import quantize_matrix
 
 ELEMENTWISE: Final = {"Add", "Mul", "Div", "Sub", "Tanh", "Cast", "Identity"}
 """Operators between head and logits that do not mind which positions they see."""
@@ -45,21 +45,21 @@ class _Linear:
     output: str
 
 
-class Requantizer:
+class OnnxQuantizer:
     """Rewrites one graph. Call `build` once."""
 
     def __init__(
         self,
         graph: OnnxGraph,
-        plan: Plan,
-        initializers: Initializers,
-        progress: Progress | None = None,
+        plan: QuantPlan,
+        initializers: FileInitializers,
+        progress: ProgressCallback | None = None,
     ) -> None:
-        self._progress = progress or silent
+        self._progress = progress or ignore_progress
         self._graph = graph
         self._plan = plan
         self._initializers = initializers
-        self._nodes = Nodes(initializers)
+        self._nodes = GraphBuilder(initializers)
         self._stored: dict[bytes, Matrix] = {}
         self._tables: dict[bytes, str] = {}
         self._absorbed: set[str] = set()
@@ -92,7 +92,7 @@ class Requantizer:
         """Return the product that gives the logits, if only elementwise nodes with small constants follow it."""
         name = "logits"
         while (node := self._graph.producer(name)) is not None:
-            if name != "logits" and self._graph.sole_use(name) is None:
+            if name != "logits" and self._graph.sole_consumer(name) is None:
                 return None
             if node.op_type == "MatMul" and self._graph.matrix(node.input[1]) is not None:
                 return node
@@ -108,9 +108,9 @@ class Requantizer:
     def _is_table(self, node: NodeProto) -> bool:
         return (
             node.op_type == "Gather"
-            and attributes(node).get("axis", 0) == 0
+            and node_attributes(node).get("axis", 0) == 0
             and self._graph.matrix(node.input[0]) is not None
-            and self._graph.is_tokens(node.input[1])
+            and self._graph.is_token_ids(node.input[1])
         )
 
     def _linear(self, node: NodeProto) -> _Linear | None:
@@ -118,7 +118,7 @@ class Requantizer:
         if node.op_type not in ("MatMul", "Gemm"):
             return None
         tensor = self._graph.matrix(node.input[1])
-        given = attributes(node)
+        given = node_attributes(node)
         if tensor is None or self._graph.constant(node.input[0]) is not None or given.get("transA", 0):
             return None
         weight = self._read(tensor) * np.float32(given.get("alpha", 1.0))
@@ -131,7 +131,7 @@ class Requantizer:
                 return None
             bias = bias * np.float32(given.get("beta", 1.0))
         elif node.op_type == "MatMul" and self._plan.default is not None:
-            following = self._graph.sole_use(output)
+            following = self._graph.sole_consumer(output)
             if following is not None and following.op_type == "Add":
                 other = following.input[1] if following.input[0] == output else following.input[0]
                 bias = self._bias(other, weight.shape[0])
@@ -173,7 +173,7 @@ class Requantizer:
             self._tables[_digest(table)] = node.input[0]
             self._nodes.nodes.append(node)
         else:
-            look_up(self._nodes, stored, node.input[1], node.output[0])
+            add_lookup(self._nodes, stored, node.input[1], node.output[0])
 
     def _multiply(self, node: NodeProto, linear: _Linear, *, is_head: bool) -> None:
         value = self._choose(linear.value, linear.weight.shape[1]) if is_head else linear.value
@@ -191,7 +191,7 @@ class Requantizer:
         bias = None if linear.bias is None else self._initializers.add(f"{linear.name}.bias.row", linear.bias)
         if linear.output != node.output[0]:
             self._absorbed.add(linear.output)
-        multiply(self._nodes, stored, value, bias, linear.output)
+        add_matmul(self._nodes, stored, value, bias, linear.output)
 
     def _choose(self, value: str, width: int) -> str:
         """[B, S, width] -> the chosen rows [R, width]."""
@@ -206,7 +206,7 @@ class Requantizer:
             return self.matrices[-1]
         key = _digest(weight)
         if key not in self._stored:
-            packed = quantize_rows(Rows.of(weight), spec)
+            packed = quantize_matrix(LazyMatrix.of(weight), spec)
             self._stored[key] = store_packed(self._initializers, name, packed, spec)
             self.matrices.append(self._stored[key])
         return self._stored[key]
@@ -219,7 +219,7 @@ class Requantizer:
             vocab = outputs[0].type.tensor_type.shape.dim[-1].dim_value
             inputs.append(helper.make_tensor_value_info("rows", TensorProto.INT64, ["rows"]))
             outputs[0] = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", vocab])
-        nodes, names = needed(self._nodes.nodes, self._graph.outputs)
+        nodes, names = required_nodes(self._nodes.nodes, self._graph.outputs)
         for name, tensor in self._graph.initializers(names):
             self._initializers.add(name, self._graph.array(tensor))
         for node in nodes:
@@ -229,8 +229,8 @@ class Requantizer:
         model: ModelProto = helper.make_model(
             helper.make_graph(nodes, "decoder", inputs, outputs, tensors),
             opset_imports=[
-                *(entry for entry in old.opset_import if entry.domain != MICROSOFT),
-                helper.make_opsetid(MICROSOFT, 1),
+                *(entry for entry in old.opset_import if entry.domain != MICROSOFT_DOMAIN),
+                helper.make_opsetid(MICROSOFT_DOMAIN, 1),
             ],
             ir_version=old.ir_version,
             producer_name="edgelm",

@@ -27,23 +27,23 @@ from edgelm.system.installation import install_command, missing_extra
 from edgelm.text.documents import read_text
 from edgelm.text.tokenizer import Tokenizer
 
-from ..calibration.text_samples import measured_documents
+from ..calibration.text_samples import evaluation_documents
 from ..checkpoint import Checkpoint, Safetensors, metadata, open_checkpoint
-from ..checkpoint.transformers_config import SAFELY, plain_config
-from ..graph.initializers import Initializers
+from ..checkpoint.transformers_config import SAFE_LOAD_OPTIONS, read_safe_config
+from ..graph.initializers import FileInitializers
 from ..graph.onnx_graph import OnnxGraph, dims
-from ..options import CONTEXT, Options, choose_context
-from ..progress_callback import Progress
-from ..quantize.matrix_plan import Plan, Quant
-from ..verify.quality_gate import BundleReference, check, measure, quality
-from ..verify.self_check import refuse_broken, self_check
-from .requantize import Requantizer
+from ..options import DEFAULT_CONTEXT, ExportOptions, choose_context
+from ..progress_callback import ProgressCallback
+from ..quantize.matrix_plan import Quant, QuantPlan
+from ..verify.quality_gate import BundlePredictor, check_agreement, measure_agreement, quality_facts
+from ..verify.self_check import raise_if_broken, self_check
+from .requantize import OnnxQuantizer
 
 TASK: Final = "text-generation-with-past"
-FED: Final = {"input_ids", "attention_mask", "position_ids"}
+SUPPORTED_INPUTS: Final = {"input_ids", "attention_mask", "position_ids"}
 """Inputs, beside the cache, that the runtime's growing session knows how to feed."""
 
-LIMITS: Final = ("max_position_embeddings", "max_seq_len", "seq_length")
+CONTEXT_ATTRIBUTES: Final = ("max_position_embeddings", "max_seq_len", "seq_length")
 """Attributes of a configuration that say how many positions a model knows; the first that is there counts."""
 
 SHAPES: Final = {
@@ -63,9 +63,13 @@ class _Libraries:
     configs: ModuleType
 
 
-def export_optimum(source: str | Path, stage: Path, options: Options, progress: Progress, *, force: bool) -> None:
+def export_via_optimum(
+    source: str | Path, stage: Path, options: ExportOptions, progress: ProgressCallback, *, force: bool
+) -> None:
     """Write a whole bundle into `stage`, measured where the options say so. Raises as `edgelm_export.export` does."""
-    manifest = write_manifest(stage, convert(source, stage, options.plan, options.quant, options.context, progress))
+    manifest = write_manifest(
+        stage, convert_checkpoint(source, stage, options.plan, options.quant, options.context, progress)
+    )
     if options.verify is None and options.quant == "fp32":
         return
     bundle = Bundle(stage, manifest)
@@ -73,31 +77,33 @@ def export_optimum(source: str | Path, stage: Path, options: Options, progress: 
     documents = None
     if options.verify is not None:
         text = read_text(options.verify, "--verify")
-        documents = measured_documents(text, tokenizer, manifest.bos_token, manifest.context)
+        documents = evaluation_documents(text, tokenizer, manifest.bos_token, manifest.context)
     measured: dict[str, Any] = {}
     with reference_bundle(source, stage, manifest.context, progress) as beside:
-        reference = BundleReference(beside)
+        reference = BundlePredictor(beside)
         if options.quant != "fp32":
             measured["self_check"] = self_check(bundle, reference, tokenizer, progress)
             if not force:
-                refuse_broken(measured["self_check"])
+                raise_if_broken(measured["self_check"])
         if documents is not None and options.verify is not None:
-            agreement = measure(bundle, reference, documents.documents, progress)
-            check(agreement, options.max_kl, options.min_agreement)
-            measured["quality"] = quality(agreement, Path(options.verify).name, documents.left_out)
+            agreement = measure_agreement(bundle, reference, documents.documents, progress)
+            check_agreement(agreement, options.max_kl, options.min_agreement)
+            measured["quality"] = quality_facts(agreement, Path(options.verify).name, documents.left_out)
     write_manifest(stage, replace(manifest, **measured))
 
 
 @contextmanager
-def reference_bundle(source: str | Path, beside: Path, context: int, progress: Progress) -> Iterator[Bundle]:
+def reference_bundle(source: str | Path, beside: Path, context: int, progress: ProgressCallback) -> Iterator[Bundle]:
     """Yield the float32 bundle of a checkpoint, in a directory that goes again."""
     with tempfile.TemporaryDirectory(prefix=".reference.", dir=beside) as folder:
         path = Path(folder)
-        yield Bundle(path, write_manifest(path, convert(source, path, Plan(None), "fp32", context, progress)))
+        yield Bundle(
+            path, write_manifest(path, convert_checkpoint(source, path, QuantPlan(None), "fp32", context, progress))
+        )
 
 
-def convert(
-    source: str | Path, stage: Path, plan: Plan, quant: Quant, context: int | None, progress: Progress
+def convert_checkpoint(
+    source: str | Path, stage: Path, plan: QuantPlan, quant: Quant, context: int | None, progress: ProgressCallback
 ) -> Manifest:
     """Write model.onnx, its data and tokenizer.json into `stage`; return the manifest.
 
@@ -123,8 +129,8 @@ def convert(
         del model
         graph = OnnxGraph(file)
         cache, vocab_size = _cache(graph), _vocab_size(graph)
-        with Initializers(stage / "model.onnx.data") as initializers:
-            quantizer = Requantizer(graph, plan, initializers, progress)
+        with FileInitializers(stage / "model.onnx.data") as initializers:
+            quantizer = OnnxQuantizer(graph, plan, initializers, progress)
             quantized = quantizer.build()
     quantizable = sum(matrix.rows * matrix.columns for matrix in quantizer.matrices)
     if plan.default is not None and 2 * quantizable < parameters:
@@ -176,10 +182,10 @@ def _load(checkpoint: Checkpoint, libraries: _Libraries) -> Any:
             f"architecture {kind!r} is not one that optimum-onnx {version('optimum-onnx')} exports for text generation;"
             f" it knows {', '.join(supported)}"
         )
-    config = plain_config(libraries.transformers, checkpoint.path)
+    config = read_safe_config(libraries.transformers, checkpoint.path)
     try:
         model, loading = libraries.transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, config=config, dtype=libraries.torch.float32, output_loading_info=True, **SAFELY
+            checkpoint.path, config=config, dtype=libraries.torch.float32, output_loading_info=True, **SAFE_LOAD_OPTIONS
         )
     except Exception as error:  # the libraries raise many unrelated types
         raise CheckpointError(f"transformers cannot load {checkpoint.path}: {_reason(error)}") from error
@@ -210,7 +216,7 @@ def _cache(graph: OnnxGraph) -> KVCacheShape:
     past = [name for name in graph.inputs if name.startswith("past_key_values.")]
     layers = len(past) // 2
     expected = {f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")}
-    unknown = sorted((set(graph.inputs) - FED - expected) | (expected - set(graph.inputs)))
+    unknown = sorted((set(graph.inputs) - SUPPORTED_INPUTS - expected) | (expected - set(graph.inputs)))
     if unknown or "input_ids" not in graph.inputs or not layers:
         raise CheckpointError(
             f"the exported graph has inputs that edgelm cannot feed: {', '.join(unknown) or 'no cache'}"
@@ -234,7 +240,9 @@ def _vocab_size(graph: OnnxGraph) -> int:
 
 def _context(config: Any, wanted: int | None) -> int:
     """Return the bundle's context; positions past a sliding window would need a cache that drops the oldest."""
-    limit = next((value for name in LIMITS if isinstance(value := getattr(config, name, None), int)), CONTEXT)
+    limit = next(
+        (value for name in CONTEXT_ATTRIBUTES if isinstance(value := getattr(config, name, None), int)), DEFAULT_CONTEXT
+    )
     window = getattr(config, "sliding_window", None)
     return choose_context(wanted, limit if not window else min(limit, window - 1))
 

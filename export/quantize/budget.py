@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 from edgelm.errors import EdgelmError
 
-from .spec import Spec
+from .spec import QuantSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class StorageOption:
     """One way to store a matrix: what it takes, and the KL divergence it is expected to cost."""
 
-    spec: Spec | None
+    spec: QuantSpec | None
     bytes: int
     kl: float
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _Upgrade:
     """An upgrade of one matrix."""
 
     name: str
@@ -33,9 +33,9 @@ class _Step:
         return self.kl / self.bytes
 
 
-def choose(
-    options: Mapping[str, Sequence[Option]], *, max_bytes: int | None = None, max_kl: float | None = None
-) -> dict[str, Option]:
+def choose_options(
+    options: Mapping[str, Sequence[StorageOption]], *, max_bytes: int | None = None, max_kl: float | None = None
+) -> dict[str, StorageOption]:
     """Return an option for each matrix: the least divergence within `max_bytes`, or the fewest bytes for `max_kl`.
 
     Divergences are taken to add up. Starting from the smallest options, upgrades are taken in the order of divergence
@@ -44,7 +44,7 @@ def choose(
     both limits the upgrades end when the divergence is met. Raises `EdgelmError` when the smallest options exceed
     `max_bytes`.
     """
-    hulls = {name: _hull(list(each)) for name, each in options.items()}
+    hulls = {name: _convex_hull(list(each)) for name, each in options.items()}
     chosen = dict.fromkeys(hulls, 0)
     size = sum(hull[0].bytes for hull in hulls.values())
     divergence = sum(hull[0].kl for hull in hulls.values())
@@ -63,9 +63,9 @@ def choose(
     return {name: hull[chosen[name]] for name, hull in hulls.items()}
 
 
-def _hull(options: list[Option]) -> list[Option]:
+def _convex_hull(options: list[StorageOption]) -> list[StorageOption]:
     """Return the options worth taking, smallest first: each larger one saves less a byte than the one before it."""
-    kept: list[Option] = []
+    kept: list[StorageOption] = []
     for option in sorted(options, key=lambda each: (each.bytes, each.kl)):
         if kept and option.kl >= kept[-1].kl:
             continue
@@ -77,12 +77,12 @@ def _hull(options: list[Option]) -> list[Option]:
     return kept
 
 
-def _slope(first: Option, second: Option) -> float:
+def _slope(first: StorageOption, second: StorageOption) -> float:
     return (first.kl - second.kl) / max(second.bytes - first.bytes, 1)
 
 
-def _steps(hulls: Mapping[str, Sequence[Option]]) -> Iterator[_Step]:
+def _steps(hulls: Mapping[str, Sequence[StorageOption]]) -> Iterator[_Upgrade]:
     for name, hull in hulls.items():
         for index in range(1, len(hull)):
             before, after = hull[index - 1], hull[index]
-            yield _Step(name, index, after.bytes - before.bytes, before.kl - after.kl)
+            yield _Upgrade(name, index, after.bytes - before.bytes, before.kl - after.kl)

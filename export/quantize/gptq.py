@@ -19,29 +19,29 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .grids import nearest, to_stored
+from .grids import nearest_code, round_scale
 
-TILE = 16
+ROW_TILE = 16
 """Rows that pass over the factors together, so that these come from memory once for all of them."""
 
-SPAN = 16
+COLUMN_BLOCK = 16
 """Columns whose errors reach the columns outside of them together."""
 
 Array = NDArray[np.float32]
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _add(factor: float, vector: Array, to: Array) -> None:
+def _axpy(factor: float, vector: Array, to: Array) -> None:
     """Add a multiple of a vector to another, in place."""
     for j in range(to.shape[0]):
         to[j] += factor * vector[j]
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _add_products(factors: Array, table: Array, lines: Any, first: int, last: int, rows: Array) -> None:
+def _add_outer_products(factors: Array, table: Array, lines: Any, first: int, last: int, rows: Array) -> None:
     """Add factors[:, m] * table[lines[m]] to rows, for one m after the other, in columns [first, last).
 
-    The same sums as by `_add`, and in the same order; but eight at a time, while what they need is near.
+    The same sums as by `_axpy`, and in the same order; but eight at a time, while what they need is near.
     """
     n, count = factors.shape
     size, m = last - first, 0
@@ -68,13 +68,13 @@ def _add_products(factors: Array, table: Array, lines: Any, first: int, last: in
         m += 8
     while m < count:
         for i in range(n):
-            _add(factors[i, m], table[lines[m], first:last], rows[i, first:last])
+            _axpy(factors[i, m], table[lines[m], first:last], rows[i, first:last])
         m += 1
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def round_columns(
-    rows: Array, factors: Array, scales: Array, zeros: Array, groups: Any, top: float, codes: Any
+    rows: Array, factors: Array, scales: Array, zeros: Array, groups: Any, max_code: float, codes: Any
 ) -> None:
     """Choose codes column by column.
 
@@ -83,27 +83,27 @@ def round_columns(
     codes: uint8 [n, K], written.
     """
     n, columns = rows.shape
-    errors = np.empty((n, SPAN), np.float32)
-    for start in range(0, columns, SPAN):
-        stop = min(start + SPAN, columns)
+    errors = np.empty((n, COLUMN_BLOCK), np.float32)
+    for start in range(0, columns, COLUMN_BLOCK):
+        stop = min(start + COLUMN_BLOCK, columns)
         for k in range(start, stop):
             g = groups[k]
             for i in range(n):
                 value, scale, zero = float(rows[i, k]), float(scales[i, g]), float(zeros[i, g])
-                code = nearest(value, scale, zero, top)
+                code = nearest_code(value, scale, zero, max_code)
                 codes[i, k] = np.uint8(code)
                 error = np.float32((value - (code - zero) * scale) * float(factors[k, k]))
                 errors[i, k - start] = error
                 rows[i, k] = np.float32(0.0)
-                _add(error, factors[k, start:stop], rows[i, start:stop])
+                _axpy(error, factors[k, start:stop], rows[i, start:stop])
         lines = np.arange(start, stop)
-        _add_products(errors[:, : stop - start], factors, lines, 0, start, rows)
-        _add_products(errors[:, : stop - start], factors, lines, stop, columns, rows)
+        _add_outer_products(errors[:, : stop - start], factors, lines, 0, start, rows)
+        _add_outer_products(errors[:, : stop - start], factors, lines, stop, columns, rows)
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def improve_codes(
-    residual: Array, second: Array, scales: Array, zeros: Array, groups: Any, top: float, codes: Any
+    residual: Array, hessian: Array, scales: Array, zeros: Array, groups: Any, max_code: float, codes: Any
 ) -> int:
     """Set every code in turn to its best value given the others; return how many changed.
 
@@ -115,19 +115,19 @@ def improve_codes(
         g = groups[k]
         for i in range(n):
             old, scale, zero = float(codes[i, k]), float(scales[i, g]), float(zeros[i, g])
-            wanted = (old - zero) * scale + float(residual[i, k]) / float(second[k, k])
-            code = nearest(wanted, scale, zero, top)
+            wanted = (old - zero) * scale + float(residual[i, k]) / float(hessian[k, k])
+            code = nearest_code(wanted, scale, zero, max_code)
             if code != old:
                 codes[i, k] = np.uint8(code)
                 move = np.float32((code - old) * scale)
-                _add(-move, second[k], residual[i])
+                _axpy(-move, hessian[k], residual[i])
                 changed += 1
     return changed
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def improve_scales(
-    residual: Array, second: Array, scales: Array, zeros: Array, members: Any, half: bool, codes: Any
+    residual: Array, hessian: Array, scales: Array, zeros: Array, members: Any, is_float16: bool, codes: Any
 ) -> int:
     """Set every scale in turn to its best stored value given the codes and the others; return how many changed.
 
@@ -151,12 +151,12 @@ def improve_scales(
                 product = 0.0
                 for o in range(m):
                     j = members[b, o]
-                    product += float(second[k, j]) * (float(codes[i, j]) - zero)
-                square += code * (2.0 * product + float(second[k, k]) * code)
+                    product += float(hessian[k, j]) * (float(codes[i, j]) - zero)
+                square += code * (2.0 * product + float(hessian[k, k]) * code)
             moves[i] = 0.0
             if square > 0.0:
                 old = float(scales[i, b])
-                stored = to_stored(old + dot / square, half)
+                stored = round_scale(old + dot / square, is_float16)
                 move = stored - old
                 if 2.0 * move * dot > move * move * square:
                     moves[i] = move
@@ -166,5 +166,5 @@ def improve_scales(
             k = members[b, m]
             for i in range(n):
                 steps[i, m] = np.float32(-moves[i] * (float(codes[i, k]) - float(zeros[i, b])))
-        _add_products(steps[:, :size], second, members[b, :size], 0, residual.shape[1], residual)
+        _add_outer_products(steps[:, :size], hessian, members[b, :size], 0, residual.shape[1], residual)
     return changed

@@ -15,10 +15,10 @@ import math
 import numpy as np
 from numba import njit
 
-from .grids import Vector, fitted_scale, nearest, plain_grid, to_stored
+from .grids import Vector, fit_scale, minmax_grid, nearest_code, round_scale
 
 ITERATIONS = 10
-NORM = 0.7
+LP_NORM = 0.7
 """p of the lp norm, the paper's."""
 
 BETA = 10.0
@@ -27,30 +27,32 @@ GROWTH = 1.01
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def lp_error(block: Vector, importance: Vector, scale: float, zero: float, top: float) -> float:
+def lp_error(block: Vector, importance: Vector, scale: float, zero: float, max_code: float) -> float:
     """Weighted sum of |error|^p of a block on a grid, in units of the weights."""
     total = 0.0
     for k in range(block.shape[0]):
         value = float(block[k])
-        total += float(importance[k]) * abs(value - (nearest(value, scale, zero, top) - zero) * scale) ** NORM
+        total += (
+            float(importance[k]) * abs(value - (nearest_code(value, scale, zero, max_code) - zero) * scale) ** LP_NORM
+        )
     return total
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def hqq_grid(block: Vector, importance: Vector, bits: int, symmetric: bool, half: bool) -> tuple[float, float]:
+def hqq_grid(block: Vector, importance: Vector, bits: int, symmetric: bool, is_float16: bool) -> tuple[float, float]:
     """Return the (scale, zero) of least lp error that the alternation passes."""
-    top = float((1 << bits) - 1)
-    best, best_zero = plain_grid(block, bits, symmetric, half)
-    least = lp_error(block, importance, best, best_zero, top)
+    max_code = float((1 << bits) - 1)
+    best, best_zero = minmax_grid(block, bits, symmetric, is_float16)
+    least = lp_error(block, importance, best, best_zero, max_code)
     scale, zero, beta = best, best_zero, BETA
     for _ in range(ITERATIONS):
         dot, square, offset, total = 0.0, 0.0, 0.0, 0.0
         for k in range(block.shape[0]):
             steps, weight = float(block[k]) / scale, float(importance[k])
-            code = min(max(np.rint(steps + zero), 0.0), top) - zero  # here zero need not be a whole number
+            code = min(max(np.rint(steps + zero), 0.0), max_code) - zero  # here zero need not be a whole number
             error = steps - code
             if error != 0.0:
-                kept = max(abs(error) - abs(error) ** (NORM - 1.0) / beta, 0.0)
+                kept = max(abs(error) - abs(error) ** (LP_NORM - 1.0) / beta, 0.0)
                 steps -= math.copysign(kept, error)
             dot += weight * code * steps
             square += weight * code * code
@@ -58,13 +60,13 @@ def hqq_grid(block: Vector, importance: Vector, bits: int, symmetric: bool, half
             total += weight
         if square <= 0.0 or dot <= 0.0:
             break
-        scale = to_stored(scale * dot / square, half)
+        scale = round_scale(scale * dot / square, is_float16)
         if not symmetric:
-            zero = min(max(zero + offset / total, 0.0), top)
+            zero = min(max(zero + offset / total, 0.0), max_code)
         beta *= GROWTH
         whole = zero if symmetric else float(np.rint(zero))
-        fitted = to_stored(fitted_scale(block, importance, scale, whole, top), half)
-        error = lp_error(block, importance, fitted, whole, top)
+        fitted = round_scale(fit_scale(block, importance, scale, whole, max_code), is_float16)
+        error = lp_error(block, importance, fitted, whole, max_code)
         if error < least:
             best, best_zero, least = fitted, whole, error
     return best, best_zero

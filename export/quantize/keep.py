@@ -13,29 +13,29 @@ import numpy as np
 
 from edgelm.errors import EdgelmError
 
-from ..architectures.decoder import Decoder
-from ..architectures.weights import Weights
-from ..checkpoint import Blocks, Checkpoint, GgufTensors, Source
+from ..architectures.decoder import DecoderConfig
+from ..architectures.weights import DecoderWeights
+from ..checkpoint import Checkpoint, GgufBlocks, GgufTensors, TensorSource
 from ..checkpoint.matrix_reader import CHUNK_BYTES
-from ..vocabulary import KeptRows
-from .matrix_plan import BLOCK_SIZE, Plan
-from .pack import Packed, pack
-from .spec import Spec
+from ..vocabulary import PrunedWeights
+from .matrix_plan import DEFAULT_BLOCK_SIZE, QuantPlan
+from .pack import PackedMatrix, pack
+from .spec import QuantSpec
 
 FORMATS: Final = {"Q4_0": 4, "Q8_0": 8}
 """Formats that are kept, and their bits."""
 
-SMALLEST: Final = 2.0**-24
+MIN_FLOAT16_SCALE: Final = 2.0**-24
 """Scale of a block of zeros: the least that float16 holds, since a scale may not be zero."""
 
 
-def keeping_plan(weights: Weights) -> Plan:
+def plan_kept_blocks(weights: DecoderWeights) -> QuantPlan:
     """Return the plan that keeps what can be kept. Raises `EdgelmError` where that is nothing."""
-    kept: dict[str, Spec | None] = {}
+    kept: dict[str, QuantSpec | None] = {}
     for name, _ in weights.shapes():
         bits = _bits(weights, name)
         if bits is not None:
-            kept[name] = Spec(bits, BLOCK_SIZE, method="keep")
+            kept[name] = QuantSpec(bits, DEFAULT_BLOCK_SIZE, method="keep")
     if not kept:
         kinds = Counter(
             _kind(weights.source, part) for name, _ in weights.shapes() for part, _ in _parts(weights, name)
@@ -45,10 +45,10 @@ def keeping_plan(weights: Weights) -> Plan:
             f"--quant keep: none of the matrices is stored in {' or '.join(FORMATS)} blocks (there are {found});"
             " choose another precision, such as --quant int8"
         )
-    return Plan(Spec(8, BLOCK_SIZE, method="rtn"), kept)
+    return QuantPlan(QuantSpec(8, DEFAULT_BLOCK_SIZE, method="rtn"), kept)
 
 
-def kept_matrix(weights: Weights, name: str) -> Packed:
+def read_kept_matrix(weights: DecoderWeights, name: str) -> PackedMatrix:
     """Return a matrix as it is stored, some rows at a time. Raises `CheckpointError` for a damaged one."""
     pieces = []
     for part, shape in _parts(weights, name):
@@ -57,25 +57,27 @@ def kept_matrix(weights: Weights, name: str) -> Packed:
             blocks = _blocks(weights.source, part, shape, slice(start, min(start + step, shape[0])))
             if blocks is None:
                 raise AssertionError(f"{part} is not stored in blocks that can be kept")
-            pieces.append(_packed(blocks, weights.decoder.branch_scale if _is_scaled(weights.decoder, name) else None))
-    return Packed.join(pieces)
+            pieces.append(
+                _packed(blocks, weights.decoder.residual_scale if _is_scaled(weights.decoder, name) else None)
+            )
+    return PackedMatrix.join(pieces)
 
 
-def scale_bits(decoder: Decoder, name: str) -> int:
+def scale_bits(decoder: DecoderConfig, name: str) -> int:
     """Return the bits of each scale of a kept matrix: 32 where the decoder multiplies it by a number of its own."""
     return 32 if _is_scaled(decoder, name) else 16
 
 
-def _packed(blocks: Blocks, factor: float | None) -> Packed:
-    codes = blocks.codes.reshape(*blocks.scales.shape, BLOCK_SIZE)
+def _packed(blocks: GgufBlocks, factor: float | None) -> PackedMatrix:
+    codes = blocks.codes.reshape(*blocks.scales.shape, DEFAULT_BLOCK_SIZE)
     empty = blocks.scales == 0
     codes[empty] = 1 << (blocks.bits - 1)
-    scales = np.where(empty, np.float16(SMALLEST), blocks.scales)
+    scales = np.where(empty, np.float16(MIN_FLOAT16_SCALE), blocks.scales)
     stored = scales if factor is None else scales.astype(np.float32) * np.float32(factor)
     return pack(codes.reshape(blocks.codes.shape), stored, None, blocks.bits, blocks.codes.shape[1])
 
 
-def _bits(weights: Weights, name: str) -> int | None:
+def _bits(weights: DecoderWeights, name: str) -> int | None:
     """Return the bits of a matrix that can be kept, else None."""
     d = weights.decoder
     if d.padded_head_size != d.head_size and name.endswith((".qkv", ".output")):
@@ -84,11 +86,11 @@ def _bits(weights: Weights, name: str) -> int | None:
     return FORMATS.get(kinds.pop()) if len(kinds) == 1 else None
 
 
-def _is_scaled(d: Decoder, name: str) -> bool:
-    return d.branch_scale != 1 and name.endswith((".output", ".down"))
+def _is_scaled(d: DecoderConfig, name: str) -> bool:
+    return d.residual_scale != 1 and name.endswith((".output", ".down"))
 
 
-def _parts(weights: Weights, name: str) -> list[tuple[str, tuple[int, int]]]:
+def _parts(weights: DecoderWeights, name: str) -> list[tuple[str, tuple[int, int]]]:
     """Return the tensors whose rows, one after the other, are a matrix, with their shapes."""
     d, n = weights.decoder, weights.names
     if name in ("embedding", "head"):
@@ -107,22 +109,22 @@ def _parts(weights: Weights, name: str) -> list[tuple[str, tuple[int, int]]]:
     return [(tensor.format(i=i), (rows, columns)) for tensor, rows in parts]
 
 
-def _kind(source: Source, name: str) -> str:
+def _kind(source: TensorSource, name: str) -> str:
     """Return the format that a tensor is stored in."""
-    if isinstance(source, KeptRows):
+    if isinstance(source, PrunedWeights):
         return _kind(source.source, name)
     tensors = source.tensors if isinstance(source, Checkpoint) else source
     return tensors.kind(name) if isinstance(tensors, GgufTensors) else "of a checkpoint that is no GGUF file"
 
 
-def _blocks(source: Source, name: str, shape: tuple[int, int], rows: slice) -> Blocks | None:
+def _blocks(source: TensorSource, name: str, shape: tuple[int, int], rows: slice) -> GgufBlocks | None:
     """Return some rows of a tensor as they are stored."""
-    if isinstance(source, KeptRows):
+    if isinstance(source, PrunedWeights):
         if name not in source.names:
             return _blocks(source.source, name, shape, rows)
         old = source.kept[rows]
         first = int(old.min())
         found = _blocks(source.source, name, (source.rows, shape[1]), slice(first, int(old.max()) + 1))
-        return found and Blocks(found.codes[old - first], found.scales[old - first], found.bits)
+        return found and GgufBlocks(found.codes[old - first], found.scales[old - first], found.bits)
     tensors = source.tensors if isinstance(source, Checkpoint) else source
     return tensors.blocks(name, shape, rows) if isinstance(tensors, GgufTensors) else None

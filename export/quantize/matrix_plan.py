@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from .spec import Spec
+from .spec import QuantSpec
 
 Quant = Literal["fp32", "int8", "int6", "int5", "int4", "mixed", "keep"]
 BITS: Final[dict[Quant, int]] = {"fp32": 32, "int8": 8, "int6": 6, "int5": 5, "int4": 4, "mixed": 4, "keep": 8}
@@ -16,20 +16,20 @@ that cannot be kept."""
 QUANTIZED_BITS: Final = (4, 5, 6, 8)
 """Bits that a quantized matrix may have."""
 
-TABLES: Final = ("embedding", "head")
+TOKEN_MATRICES: Final = ("embedding", "head")
 """The matrices with a row for each token."""
 
 EMBEDDING_BITS: Final[dict[Quant, int]] = {"int4": 5, "int5": 5, "int6": 6, "mixed": 4}
 """Bits of embedding and head unless a budget chooses them. Rounded to 4 bits they cost much for their share of the
 weights; llama.cpp's Q4_0 has them in 8 where they are one matrix."""
 
-LARGE_BLOCKS: Final = ("gate_up",)
+PARTS_WITH_LARGE_BLOCKS: Final = ("gate_up",)
 """Parts that have blocks of 64 weights in an int5 bundle, as embedding and head of 5 bits have in all: they gain least
 from smaller ones (SmolLM2-135M in int5 without calibration: KL .126 in 91.5 MB, .102 in 94 MB with 32 for all parts,
 .139 in 90 MB with 64 for all)."""
 
 BLOCK_SIZES: Final = (16, 32, 64, 128)
-BLOCK_SIZE: Final = 32
+DEFAULT_BLOCK_SIZE: Final = 32
 """4.5 bits a weight, as llama.cpp's Q4_0; larger blocks are smaller and faster and lose more, unless calibrated."""
 
 MIXED_BITS: Final = 5.5
@@ -37,16 +37,16 @@ MIXED_BITS: Final = 5.5
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class QuantPlan:
     """How matrices are stored; None is float32.
 
     `exceptions` are by a matrix's name (`layer.3.down`), which comes first, or by its part (`down`).
     """
 
-    default: Spec | None
-    exceptions: Mapping[str, Spec | None] = field(default_factory=dict)
+    default: QuantSpec | None
+    exceptions: Mapping[str, QuantSpec | None] = field(default_factory=dict)
 
-    def spec(self, name: str) -> Spec | None:
+    def spec(self, name: str) -> QuantSpec | None:
         """Return how a matrix is stored."""
         part = name.rpartition(".")[2]
         return self.exceptions.get(name, self.exceptions.get(part, self.default))
@@ -58,7 +58,7 @@ class Plan:
         return any(spec is not None and spec.method == "gptq" for spec in specs)
 
 
-def with_bits(spec: Spec, bits: int) -> Spec:
+def with_bits(spec: QuantSpec, bits: int) -> QuantSpec:
     """Return how a matrix is stored in other bits.
 
     8 bits are rounded to nearest: more costs time and brings nothing. 5 and 6 bits have no zero points, and blocks of

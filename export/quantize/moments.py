@@ -25,12 +25,12 @@ the moments of a large model come from 8,000 to 12,000 positions, not 262,144: o
 DRIFT_DAMPING: Final = 0.1
 """Share for `compensate_drift`, which would otherwise trust directions that the text hardly used."""
 
-LOOKUP: Final = 0.3
+LOOKUP_WEIGHT: Final = 0.3
 """How much the lookup weighs in a tied embedding beside the head."""
 
 
 @dataclass(frozen=True, slots=True)
-class HeldBack:
+class HeldOut:
     """Calibration positions that a matrix [N, K] is tried on and not fitted to.
 
     inputs: float32 [n, K], what the matrix multiplies in the quantized model. target: float32 [n, N], what its output
@@ -53,22 +53,22 @@ class Moments:
     count: positions summed over. held_back: positions that are in none of the sums.
     """
 
-    second: NDArray[Any]
+    hessian: NDArray[Any]
     cross: NDArray[Any] | None = None
     residual: NDArray[Any] | None = None
     count: int = 0
-    held_back: HeldBack | None = None
+    held_out: HeldOut | None = None
 
     def damped(self, share: float = DAMPING) -> Array:
         """Return float32 [K, K], the second moments with `share` of each on the diagonal added to it."""
-        second = np.array(self.second, np.float32)
-        diagonal = np.arange(len(second))
-        second[diagonal, diagonal] = self.damped_diagonal(share)
-        return second
+        hessian = np.array(self.hessian, np.float32)
+        diagonal = np.arange(len(hessian))
+        hessian[diagonal, diagonal] = self.damped_diagonal(share)
+        return hessian
 
     def damped_diagonal(self, share: float = DAMPING) -> Array:
         """Return float32 [K], the diagonal of `damped`; no channel is dead."""
-        diagonal = np.diag(self.second).astype(np.float64)
+        diagonal = np.diag(self.hessian).astype(np.float64)
         used = diagonal[diagonal > 0]
         typical = float(np.median(used)) if len(used) else 1.0
         damped: Array = (diagonal + share * np.maximum(diagonal, typical)).astype(np.float32)
@@ -95,16 +95,16 @@ def compensate_drift(weight: Array, moments: Moments) -> Array:
     scale = 1 / np.sqrt(np.diag(inverse))  # factors of a matrix with ones on its diagonal
     inverse *= scale[:, None]
     inverse *= scale
-    triangular.factor(inverse)
-    triangular.invert(inverse)  # of a lower triangle L with L L^T = the scaled moments
+    triangular.factor_cholesky(inverse)
+    triangular.invert_lower_triangle(inverse)  # of a lower triangle L with L L^T = the scaled moments
     move: Array = np.matmul((moved * scale).astype(np.float32) @ inverse.T, inverse, dtype=np.float32)
     move *= scale
-    if moments.held_back is not None:
-        move *= np.float32(_step_length(weight, move, moments.held_back))
+    if moments.held_out is not None:
+        move *= np.float32(_step_length(weight, move, moments.held_out))
     return weight + move
 
 
-def _step_length(weight: Array, move: Array, held: HeldBack) -> float:
+def _step_length(weight: Array, move: Array, held: HeldOut) -> float:
     """Return the share in [0, 1] of a move that brings a matrix's output closest to the target."""
     target = held.inputs @ weight.T if held.target is None else held.target
     missing = target - held.inputs @ weight.T
@@ -115,52 +115,52 @@ def _step_length(weight: Array, move: Array, held: HeldBack) -> float:
     return min(max(float(np.sum(step * missing, dtype=np.float64)) / size, 0.0), 1.0)
 
 
-def output_error(weight: Array, held: HeldBack, read: Array) -> float:
+def output_error(weight: Array, held: HeldOut, read: Array) -> float:
     """Return the squared output error, on the held-back positions, of rows of a matrix stored as `read` [n, K]."""
     found = held.inputs @ read.T
     expected = held.inputs @ weight.T if held.target is None else held.target
     return float(np.square(found - expected, dtype=np.float64).sum())
 
 
-def with_lookup(head: Moments, share: float = LOOKUP) -> Moments:
+def add_lookup_weight(head: Moments, share: float = LOOKUP_WEIGHT) -> Moments:
     """Return a tied embedding's moments: those of the head's inputs, with `share` of their mean added to each.
 
     A row is read as it is where its token is the input and multiplied with the inputs of the head elsewhere, so an
     error in any direction costs something.
     """
-    second = np.array(head.second)
-    diagonal = np.arange(len(second))
-    second[diagonal, diagonal] += share * second[diagonal, diagonal].mean()
-    return Moments(second, count=head.count, held_back=head.held_back)
+    hessian = np.array(head.hessian)
+    diagonal = np.arange(len(hessian))
+    hessian[diagonal, diagonal] += share * hessian[diagonal, diagonal].mean()
+    return Moments(hessian, count=head.count, held_out=head.held_out)
 
 
-def prepare(moments: Moments) -> tuple[NDArray[np.int64], Array, Array]:
+def prepare_gptq(moments: Moments) -> tuple[NDArray[np.int64], Array, Array]:
     """Return (order, second, factors) for GPTQ: columns by falling moment, and the rest in that order.
 
-    second: float32 [K, K], damped. factors: see `factors`. Raises EdgelmError where the moments are not positive
+    second: float32 [K, K], damped. factors: see `gptq_factors`. Raises EdgelmError where the moments are not positive
     definite, as those of no text are.
     """
     diagonal = moments.damped_diagonal()
     order = np.argsort(-diagonal, kind="stable")
-    second = np.empty(moments.second.shape, np.float32)
-    for row, k in zip(second, order, strict=True):
-        row[:] = moments.second[k, order]
-    second[np.arange(len(order)), np.arange(len(order))] = diagonal[order]
+    hessian = np.empty(moments.hessian.shape, np.float32)
+    for row, k in zip(hessian, order, strict=True):
+        row[:] = moments.hessian[k, order]
+    hessian[np.arange(len(order)), np.arange(len(order))] = diagonal[order]
     try:
-        return order, second, factors(second)
+        return order, hessian, gptq_factors(hessian)
     except np.linalg.LinAlgError as error:
         raise EdgelmError(
             "gptq: the second moments are not positive definite: use other calibration text, or the method clip"
         ) from error
 
 
-def factors(second: Array) -> Array:
+def gptq_factors(hessian: Array) -> Array:
     """Return float32 [K, K] for `gptq.round_columns`: V on and below the diagonal and -V^-T above, second = V^T V.
 
     second: float32 [K, K], damped. Raises numpy's LinAlgError where it is not positive definite.
     """
-    table = second[::-1, ::-1].copy()
-    triangular.factor(table)
-    triangular.flip(table)
-    triangular.fill_with_inverse(table)
+    table = hessian[::-1, ::-1].copy()
+    triangular.factor_cholesky(table)
+    triangular.flip_antidiagonal(table)
+    triangular.write_inverse_transpose(table)
     return table

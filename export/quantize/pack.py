@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackedMatrix:
     """A quantized matrix [N, K], 4, 5, 6 or 8 bits a code.
 
     data: uint8 [N, blocks, block_size * bits / 8], two 4-bit codes a byte, the first in the low half; with 5 and 6 bits
@@ -35,14 +35,14 @@ class Packed:
     columns: int
     high: NDArray[np.uint8] | None = None
 
-    def rows(self, start: int, stop: int) -> Packed:
+    def rows(self, start: int, stop: int) -> PackedMatrix:
         """Return rows [start, stop) as a matrix of their own."""
         points = None if self.zero_points is None else self.zero_points[start:stop]
         high = None if self.high is None else self.high[start:stop]
         return replace(self, data=self.data[start:stop], scales=self.scales[start:stop], zero_points=points, high=high)
 
     @classmethod
-    def join(cls, parts: Sequence[Packed]) -> Packed:
+    def join(cls, parts: Sequence[PackedMatrix]) -> PackedMatrix:
         """Return the matrix whose rows are those of the parts, which are stored alike."""
         points = [part.zero_points for part in parts if part.zero_points is not None]
         high = [part.high for part in parts if part.high is not None]
@@ -55,43 +55,45 @@ class Packed:
         )
 
 
-def pack(codes: NDArray[np.uint8], scales: NDArray[Any], zeros: NDArray[Any] | None, bits: int, columns: int) -> Packed:
+def pack(
+    codes: NDArray[np.uint8], scales: NDArray[Any], zeros: NDArray[Any] | None, bits: int, columns: int
+) -> PackedMatrix:
     """Pack codes uint8 [N, blocks * block_size] with scales and zero points [N, blocks]."""
     rows, blocks = scales.shape
     block_size = codes.shape[1] // blocks
     if bits in (5, 6):
-        low, high = _halves(codes & np.uint8(15), 4), _joined(codes >> np.uint8(4), bits - 4)
+        low, high = _pack_nibbles(codes & np.uint8(15), 4), _pack_bits(codes >> np.uint8(4), bits - 4)
         shape = rows, blocks, -1
-        return Packed(low.reshape(shape), scales, None, bits, block_size, columns, high.reshape(shape))
-    points = None if zeros is None else _halves(zeros.astype(np.uint8), bits)
-    return Packed(_halves(codes, bits).reshape(rows, blocks, -1), scales, points, bits, block_size, columns)
+        return PackedMatrix(low.reshape(shape), scales, None, bits, block_size, columns, high.reshape(shape))
+    points = None if zeros is None else _pack_nibbles(zeros.astype(np.uint8), bits)
+    return PackedMatrix(_pack_nibbles(codes, bits).reshape(rows, blocks, -1), scales, points, bits, block_size, columns)
 
 
-def unpack_codes(packed: Packed) -> NDArray[np.uint8]:
+def unpack_codes(packed: PackedMatrix) -> NDArray[np.uint8]:
     """Return uint8 [N, blocks, block_size]."""
     rows, blocks, _ = packed.data.shape
     shape = rows, blocks, packed.block_size
     if packed.high is None:
-        return _whole(packed.data.reshape(rows, -1), packed.bits).reshape(shape)
-    low = _whole(packed.data.reshape(rows, -1), 4).reshape(shape)
-    return low | _split(packed.high.reshape(rows, -1), packed.bits - 4).reshape(shape) << np.uint8(4)
+        return _unpack_nibbles(packed.data.reshape(rows, -1), packed.bits).reshape(shape)
+    low = _unpack_nibbles(packed.data.reshape(rows, -1), 4).reshape(shape)
+    return low | _unpack_bits(packed.high.reshape(rows, -1), packed.bits - 4).reshape(shape) << np.uint8(4)
 
 
-def unpack_zeros(packed: Packed) -> NDArray[np.uint8]:
+def unpack_zero_points(packed: PackedMatrix) -> NDArray[np.uint8]:
     """Return the zero points, stored or not, as uint8 [N, blocks]."""
     if packed.zero_points is None:
         return np.full(packed.scales.shape, 1 << (packed.bits - 1), np.uint8)
-    return _whole(packed.zero_points, packed.bits)[:, : packed.scales.shape[1]]
+    return _unpack_nibbles(packed.zero_points, packed.bits)[:, : packed.scales.shape[1]]
 
 
-def dequantize(packed: Packed) -> NDArray[np.float32]:
+def dequantize(packed: PackedMatrix) -> NDArray[np.float32]:
     """Return the float32 [N, K] that the operators compute with."""
-    centred = unpack_codes(packed).astype(np.float32) - unpack_zeros(packed)[:, :, None]
+    centred = unpack_codes(packed).astype(np.float32) - unpack_zero_points(packed)[:, :, None]
     values = centred * packed.scales.astype(np.float32)[:, :, None]
     return values.reshape(len(values), -1)[:, : packed.columns]
 
 
-def _halves(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+def _pack_nibbles(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """[N, n] -> two 4-bit values a byte, the first in the low half; 8-bit ones as they are."""
     if bits == 8:
         return values
@@ -100,11 +102,11 @@ def _halves(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(values[:, 0::2] | (values[:, 1::2] << 4))
 
 
-def _whole(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+def _unpack_nibbles(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return values if bits == 8 else np.stack([values & 0xF, values >> 4], axis=-1).reshape(len(values), -1)
 
 
-def _joined(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+def _pack_bits(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """[N, n] of 1 or 2 bits -> as many a byte as fit, the first in the lowest bits."""
     parts = values.reshape(len(values), -1, 8 // bits)
     joined = np.zeros(parts.shape[:2], np.uint8)
@@ -113,8 +115,8 @@ def _joined(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return joined
 
 
-def _split(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Undo `_joined`."""
+def _unpack_bits(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Undo `_pack_bits`."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     parts: NDArray[np.uint8] = (values[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
     return parts.reshape(len(values), -1)

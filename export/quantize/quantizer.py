@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from edgelm.errors import EdgelmError
 
 from . import gptq, rounding
-from .grids import CANDIDATES
-from .moments import Moments, prepare
-from .pack import Packed, pack
-from .spec import Spec
+from .grids import SCALE_CANDIDATES
+from .moments import Moments, prepare_gptq
+from .pack import PackedMatrix, pack
+from .spec import QuantSpec
 
-ROUNDS: Final = 1
+DESCENT_ROUNDS: Final = 1
 """After GPTQ, so often are codes improved until they settle, and then scales. A second round changes nothing that can
 be measured (stories260K: KL .0487 and .0486) and takes half as long as GPTQ itself."""
 
-SWEEPS: Final = 8
+MAX_SWEEPS: Final = 8
 """At most so many times are codes improved in a round; few change after the first, so it costs little."""
 
-WAYS: Final = {"rtn": rounding.PLAIN, "clip": rounding.SEARCHED, "hqq": rounding.HQQ, "gptq": rounding.SEARCHED}
+GRID_SEARCHES: Final = {"rtn": rounding.MINMAX, "clip": rounding.SEARCH, "hqq": rounding.HQQ, "gptq": rounding.SEARCH}
 
 Array = NDArray[np.float32]
 
@@ -61,7 +61,7 @@ class Quantizer:
 
     def __init__(
         self,
-        spec: Spec,
+        spec: QuantSpec,
         *,
         importance: Array | None = None,
         moments: Moments | None = None,
@@ -75,10 +75,10 @@ class Quantizer:
             importance = moments.damped_diagonal()
         self._importance = None if importance is None else _normalized(importance)
         if spec.method == "gptq" and moments is not None:
-            self._order, self._second, self._factors = prepare(moments)
+            self._order, self._second, self._factors = prepare_gptq(moments)
             self._groups = self._order // spec.block_size
 
-    def quantize(self, rows: Array) -> Packed:
+    def quantize(self, rows: Array) -> PackedMatrix:
         """Quantize float32 [n, K], unchanged, on all CPUs; the last block of a row may be short."""
         spec = self._spec
         n, columns = rows.shape
@@ -96,43 +96,43 @@ class Quantizer:
                 spec.block_size,
                 spec.bits,
                 spec.symmetric,
-                WAYS[spec.method],
+                GRID_SEARCHES[spec.method],
                 self._dtype is np.float16,
-                CANDIDATES,
+                SCALE_CANDIDATES,
                 scales[part],
                 zeros[part],
             )
-            top = float((1 << spec.bits) - 1)
-            rounding.round_blocks(rows[part], scales[part], zeros[part], spec.block_size, top, codes[part])
+            max_code = float((1 << spec.bits) - 1)
+            rounding.round_blocks(rows[part], scales[part], zeros[part], spec.block_size, max_code, codes[part])
             if spec.method == "gptq":
-                self._improve(rows[part], scales[part], zeros[part], codes[part])
+                self._run_gptq(rows[part], scales[part], zeros[part], codes[part])
 
         workers = os.cpu_count() or 1
         step = min(256, -(-n // (4 * workers)))
-        step = -(-step // gptq.TILE) * gptq.TILE
+        step = -(-step // gptq.ROW_TILE) * gptq.ROW_TILE
         with ThreadPoolExecutor(workers) as pool:
             for task in [pool.submit(some, i, min(i + step, n)) for i in range(0, n, step)]:
                 task.result()
         return pack(codes, scales.astype(self._dtype), None if spec.symmetric else zeros, spec.bits, columns)
 
-    def _improve(self, rows: Array, scales: Array, zeros: Array, codes: NDArray[np.uint8]) -> None:
+    def _run_gptq(self, rows: Array, scales: Array, zeros: Array, codes: NDArray[np.uint8]) -> None:
         """Replace the codes of columns below K, and the scales, by GPTQ's."""
         columns = rows.shape[1]
         members = np.full((scales.shape[1], self._spec.block_size), -1, np.int64)
         members.reshape(-1)[self._order] = np.arange(columns)
-        half, top = self._dtype is np.float16, float((1 << self._spec.bits) - 1)
-        for i in range(0, len(rows), gptq.TILE):
-            part = slice(i, i + gptq.TILE)
+        is_float16, max_code = self._dtype is np.float16, float((1 << self._spec.bits) - 1)
+        for i in range(0, len(rows), gptq.ROW_TILE):
+            part = slice(i, i + gptq.ROW_TILE)
             residual = np.take(rows[part], self._order, axis=1)  # a fancy index would not be contiguous
             chosen = np.empty(residual.shape, np.uint8)
             grids = scales[part], zeros[part]
-            gptq.round_columns(residual, self._factors, *grids, self._groups, top, chosen)
-            for _ in range(ROUNDS):
-                for _ in range(SWEEPS):
-                    if not gptq.improve_codes(residual, self._second, *grids, self._groups, top, chosen):
+            gptq.round_columns(residual, self._factors, *grids, self._groups, max_code, chosen)
+            for _ in range(DESCENT_ROUNDS):
+                for _ in range(MAX_SWEEPS):
+                    if not gptq.improve_codes(residual, self._second, *grids, self._groups, max_code, chosen):
                         break
-                gptq.improve_scales(residual, self._second, *grids, members, half, chosen)
-            gptq.improve_codes(residual, self._second, *grids, self._groups, top, chosen)
+                gptq.improve_scales(residual, self._second, *grids, members, is_float16, chosen)
+            gptq.improve_codes(residual, self._second, *grids, self._groups, max_code, chosen)
             codes[part, self._order] = chosen
 
 

@@ -9,11 +9,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .grids import nearest, plain_grid, searched_grid
+from .grids import minmax_grid, nearest_code, search_grid
 from .hqq import hqq_grid
 
-PLAIN, SEARCHED, HQQ = 0, 1, 2
-"""Ways to choose a grid: `plain_grid`, `searched_grid`, `hqq_grid`."""
+MINMAX, SEARCH, HQQ = 0, 1, 2
+"""Ways to choose a grid: `minmax_grid`, `search_grid`, `hqq_grid`."""
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -24,7 +24,7 @@ def choose_grids(
     bits: int,
     symmetric: bool,
     way: int,
-    half: bool,
+    is_float16: bool,
     candidates: int,
     scales: NDArray[np.float32],
     zeros: NDArray[np.float32],
@@ -35,12 +35,12 @@ def choose_grids(
         for b in range(scales.shape[1]):
             first, last = b * block_size, min((b + 1) * block_size, columns)
             block, weights = rows[n, first:last], importance[first:last]
-            if way == PLAIN:
-                scale, zero = plain_grid(block, bits, symmetric, half)
-            elif way == SEARCHED:
-                scale, zero = searched_grid(block, weights, bits, symmetric, half, candidates)
+            if way == MINMAX:
+                scale, zero = minmax_grid(block, bits, symmetric, is_float16)
+            elif way == SEARCH:
+                scale, zero = search_grid(block, weights, bits, symmetric, is_float16, candidates)
             else:
-                scale, zero = hqq_grid(block, weights, bits, symmetric, half)
+                scale, zero = hqq_grid(block, weights, bits, symmetric, is_float16)
             scales[n, b], zeros[n, b] = scale, zero
 
 
@@ -50,7 +50,7 @@ def round_blocks(
     scales: NDArray[np.float32],
     zeros: NDArray[np.float32],
     block_size: int,
-    top: float,
+    max_code: float,
     codes: NDArray[np.uint8],
 ) -> None:
     """Write the codes, uint8 [n, blocks * block_size], nearest to rows float32 [n, K]; past K, the code of zero."""
@@ -58,4 +58,4 @@ def round_blocks(
     for n in range(rows.shape[0]):
         for k in range(codes.shape[1]):
             scale, zero = float(scales[n, k // block_size]), float(zeros[n, k // block_size])
-            codes[n, k] = np.uint8(nearest(float(rows[n, k]), scale, zero, top) if k < columns else zero)
+            codes[n, k] = np.uint8(nearest_code(float(rows[n, k]), scale, zero, max_code) if k < columns else zero)

@@ -12,7 +12,7 @@ calibration text. `keep` stands for codes that the checkpoint has already."""
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
+class QuantSpec:
     """How one matrix is stored and by which method its codes are chosen.
 
     bits: 4, 5, 6 or 8, 5 and 6 symmetric only; 32 says not quantized, and never reaches the quantizer. block_size:

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 PANEL: Final = 256
 """Columns worked on at once."""
 
-SMALL: Final = 64
+MAX_DIRECT_SIZE: Final = 64
 """Up to this size a triangle is inverted by numpy."""
 
 Array = NDArray[np.float32]
 
 
-def factor(matrix: Array) -> None:
+def factor_cholesky(matrix: Array) -> None:
     """Replace a symmetric matrix [n, n], of which the lower half is read, by the lower L with L L^T = it, zeros above.
 
     Blocks of columns in turn: each is factored, and what it explains is taken off the rest. Raises numpy's LinAlgError
@@ -28,7 +28,7 @@ def factor(matrix: Array) -> None:
         corner = np.linalg.cholesky(matrix[start:stop, start:stop].astype(np.float64)).astype(np.float32)
         matrix[start:stop, start:stop] = corner
         matrix[start:stop, stop:] = 0
-        invert(corner)
+        invert_lower_triangle(corner)
         below = matrix[stop:, start:stop] @ corner.T
         matrix[stop:, start:stop] = below
         for first in range(stop, size, PANEL):  # the lower half of the rest, a few columns at a time
@@ -36,35 +36,35 @@ def factor(matrix: Array) -> None:
             matrix[first:, first:last] -= below[first - stop :] @ below[first - stop : last - stop].T
 
 
-def invert(lower: Array) -> None:
+def invert_lower_triangle(lower: Array) -> None:
     """Replace a lower triangle [n, n] by its inverse, halves at a time."""
     size = len(lower)
-    if size <= SMALL:
+    if size <= MAX_DIRECT_SIZE:
         lower[:] = np.tril(np.linalg.inv(lower))
         return
     half = size // 2
-    invert(lower[:half, :half])
-    invert(lower[half:, half:])
+    invert_lower_triangle(lower[:half, :half])
+    invert_lower_triangle(lower[half:, half:])
     lower[half:, :half] = -lower[half:, half:] @ (lower[half:, :half] @ lower[:half, :half])
 
 
-def fill_with_inverse(lower: Array) -> None:
+def write_inverse_transpose(lower: Array) -> None:
     """Write -L^-T above the diagonal of a lower triangle L [n, n], halves at a time."""
     size = len(lower)
-    if size <= SMALL:
+    if size <= MAX_DIRECT_SIZE:
         lower -= np.triu(np.linalg.inv(lower).T, 1)
         return
     half = size // 2
     first, second, both = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    fill_with_inverse(first)
-    fill_with_inverse(second)
+    write_inverse_transpose(first)
+    write_inverse_transpose(second)
     product = both @ _inverse_rows(first, 0, half)
     for start in range(0, len(second), PANEL):
         stop = start + PANEL
         lower[:half, half + start : half + stop] = (_inverse_rows(second, start, stop) @ product).T
 
 
-def flip(matrix: Array) -> None:
+def flip_antidiagonal(matrix: Array) -> None:
     """Mirror a matrix [n, n] along its other diagonal: the transposed, read backwards both ways."""
     last = len(matrix) - 1
     for k in range(last):

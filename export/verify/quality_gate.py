@@ -13,66 +13,70 @@ from edgelm.errors import EdgelmError
 from edgelm.runtime.divergence import DivergenceMeter, DivergenceReport
 from edgelm.runtime.runner import open_runner
 
-from ..architectures.weights import Weights
-from ..calibration.layers import Layers
-from ..calibration.text_samples import Document, pieces
-from ..progress_callback import Progress
+from ..architectures.weights import DecoderWeights
+from ..calibration.layers import ReferenceModel
+from ..calibration.text_samples import Document, position_ranges
+from ..progress_callback import ProgressCallback
 
 Array = NDArray[np.float32]
 
 
-class Reference(Protocol):
+class Predictor(Protocol):
     """Something that predicts documents."""
 
     def logits(self, documents: Sequence[Document]) -> Iterator[Array]:
-        """Yield float32 [n, V] for pieces of `PIECE` positions, in the order of `pieces`."""
+        """Yield float32 [n, V] for pieces of `CHUNK_POSITIONS` positions, in the order of `position_ranges`."""
 
 
-class CheckpointReference:
+class CheckpointPredictor:
     """The unquantized checkpoint, through our own float32 graph, a layer at a time."""
 
-    def __init__(self, weights: Weights, progress: Progress) -> None:
+    def __init__(self, weights: DecoderWeights, progress: ProgressCallback) -> None:
         self._weights = weights
         self._progress = progress
 
     def logits(self, documents: Sequence[Document]) -> Iterator[Array]:
-        """See `Reference`. All documents' hidden states are in memory, and the head's matrix."""
-        layers = Layers(self._weights, max(len(document) for document in documents))
+        """See `Predictor`. All documents' hidden states are in memory, and the head's matrix."""
+        layers = ReferenceModel(self._weights, max(len(document) for document in documents))
         hidden, count = layers.embed(documents), len(self._weights.decoder.layers)
         for i in range(count):
             self._progress("reference layers", i, count)
             hidden = layers.layer(i).step(hidden)
         head = layers.head().whole()
         for document, states in zip(documents, hidden, strict=True):
-            for start, stop in pieces(document):
+            for start, stop in position_ranges(document):
                 yield layers.logits(layers.final(states[start:stop]), head)
 
 
-class BundleReference:
+class BundlePredictor:
     """Another bundle."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
 
     def logits(self, documents: Sequence[Document]) -> Iterator[Array]:
-        """See `Reference`."""
+        """See `Predictor`."""
         session = open_runner(self._bundle, rows=1, context=max(len(document) for document in documents))
         for document in documents:
-            for start, stop in pieces(document):
+            for start, stop in position_ranges(document):
                 yield session.prefill(0, document[start:stop], start, every=True, total=len(document))
 
 
-def measure(
-    bundle: Bundle, reference: Reference, documents: Sequence[Document], progress: Progress, what: str = "verify"
+def measure_agreement(
+    bundle: Bundle,
+    reference: Predictor,
+    documents: Sequence[Document],
+    progress: ProgressCallback,
+    what: str = "verify",
 ) -> DivergenceReport:
     """Compare a bundle with its reference at every position that has a next token; `what` is told of the progress.
 
     Raises `EdgelmError` when the two do not have the same vocabulary.
     """
     divergence = DivergenceMeter()
-    expected, found = reference.logits(documents), BundleReference(bundle).logits(documents)
+    expected, found = reference.logits(documents), BundlePredictor(bundle).logits(documents)
     for number, document in enumerate(documents):
-        for start, stop in pieces(document):
+        for start, stop in position_ranges(document):
             first, second = next(expected), next(found)
             if first.shape != second.shape:
                 raise EdgelmError(
@@ -84,7 +88,7 @@ def measure(
     return divergence.result()
 
 
-def check(agreement: DivergenceReport, max_kl: float | None, min_agreement: float | None) -> None:
+def check_agreement(agreement: DivergenceReport, max_kl: float | None, min_agreement: float | None) -> None:
     """Raise `EdgelmError` when a bundle is further from its checkpoint than asked for."""
     if max_kl is not None and agreement.kl_mean > max_kl:
         raise EdgelmError(
@@ -99,7 +103,7 @@ def check(agreement: DivergenceReport, max_kl: float | None, min_agreement: floa
         )
 
 
-def quality(agreement: DivergenceReport, name: str, left_out: int = 0) -> dict[str, Any]:
+def quality_facts(agreement: DivergenceReport, name: str, left_out: int = 0) -> dict[str, Any]:
     """Return what goes into the manifest; `name` is the text's file name, of which `left_out` tokens were left out."""
     return {
         "text": name,

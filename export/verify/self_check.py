@@ -14,11 +14,11 @@ from edgelm.bundle.manifest import Bundle
 from edgelm.errors import EdgelmError
 from edgelm.text.tokenizer import Tokenizer
 
-from ..calibration.text_samples import Document, first_pieces
-from ..progress_callback import Progress
-from .quality_gate import Reference, measure, quality
+from ..calibration.text_samples import Document, document_starts
+from ..progress_callback import ProgressCallback
+from .quality_gate import Predictor, measure_agreement, quality_facts
 
-SAMPLE: Final = Path(__file__).with_name("sample.txt")
+SAMPLE_FILE: Final = Path(__file__).with_name("sample.txt")
 """Five short texts of different kinds that come with the program."""
 
 CHECKED_TOKENS: Final = 128
@@ -35,23 +35,25 @@ class SelfCheckError(EdgelmError):
     """A new bundle predicts so much worse than the model it was made from that it is of no use."""
 
 
-def self_check(bundle: Bundle, reference: Reference, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
-    """Return what a bundle loses on the sample text beside its reference; keys as in `Manifest.quality`.
+def self_check(
+    bundle: Bundle, reference: Predictor, tokenizer: Tokenizer, progress: ProgressCallback
+) -> dict[str, Any]:
+    """Return what a bundle loses on the sample text beside its reference; keys as in `Manifest.quality_facts`.
 
-    Raises `EdgelmError` where the bundle's logits are not numbers; see `refuse_broken` for bounds.
+    Raises `EdgelmError` where the bundle's logits are not numbers; see `raise_if_broken` for bounds.
     """
     documents = sample_documents(bundle, tokenizer)
-    return quality(measure(bundle, reference, documents, progress, "self-check"), SAMPLE.name)
+    return quality_facts(measure_agreement(bundle, reference, documents, progress, "self-check"), SAMPLE_FILE.name)
 
 
 def sample_documents(bundle: Bundle, tokenizer: Tokenizer) -> list[Document]:
     """Return the sample text as token ids, a document each, cut at `CHECKED_TOKENS` or the bundle's context."""
     manifest = bundle.manifest
     length = min(CHECKED_TOKENS, manifest.context)
-    return first_pieces(SAMPLE.read_text(encoding="utf-8"), tokenizer, manifest.bos_token, length)
+    return document_starts(SAMPLE_FILE.read_text(encoding="utf-8"), tokenizer, manifest.bos_token, length)
 
 
-def refuse_broken(found: Mapping[str, Any]) -> None:
+def raise_if_broken(found: Mapping[str, Any]) -> None:
     """Raise `SelfCheckError` for a self-check whose figures exceed `MAX_KL` or `MAX_PERPLEXITY_RATIO`."""
     ratio = found["perplexity"] / found["reference_perplexity"]
     if found["kl_mean"] <= MAX_KL and ratio <= MAX_PERPLEXITY_RATIO:

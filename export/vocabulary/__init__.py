@@ -1,9 +1,10 @@
 """A smaller vocabulary for one domain: tokenizer, embedding and head shrink together.
 
-`prune` chooses the tokens and rewrites tokenizer.json; `KeptRows` reads the rows of the weights that belong to them.
+`prune_vocabulary` chooses the tokens and rewrites tokenizer.json; `PrunedWeights` reads the rows of the weights that
+belong to them.
 """
 
-from .kept_rows import KeptRows
-from .pruning import PrunedVocabulary, prune
+from .kept_rows import PrunedWeights
+from .pruning import PrunedVocabulary, prune_vocabulary
 
-__all__ = ["KeptRows", "PrunedVocabulary", "prune"]
+__all__ = ["PrunedVocabulary", "PrunedWeights", "prune_vocabulary"]

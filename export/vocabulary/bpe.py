@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 
-class Bpe:
+class BpeModel:
     """The model of a tokenizer.json in the library's own form. Ids are those of that file.
 
     Parameters
@@ -47,7 +47,7 @@ class Bpe:
         """Return the symbols in a token; every part of it has fewer."""
         return len(self._names.get(token, ""))
 
-    def by_age(self) -> list[int]:
+    def ids_by_merge_order(self) -> list[int]:
         """Return every token of the model, the earliest merged first, those that no merge makes last."""
         made: dict[str, int] = {}
         for (left, right), rank in self._ranks.items():

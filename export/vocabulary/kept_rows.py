@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import Source
+from ..checkpoint import TensorSource
 
 
 @dataclass(frozen=True, slots=True)
-class KeptRows:
-    """A checkpoint's weights with fewer rows in some tensors: a `Source` like the checkpoint itself.
+class PrunedWeights:
+    """A checkpoint's weights with fewer rows in some tensors: a `TensorSource` like the checkpoint itself.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class KeptRows:
         Kept rows gathered at once, so that the whole matrix is never in memory beside them.
     """
 
-    source: Source
+    source: TensorSource
     kept: NDArray[np.int64]
     rows: int
     names: Collection[str]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from edgelm.errors import CheckpointError, DataError, EdgelmError
 
-from .tokenizer_json import Document, read
+from .tokenizer_json import TokenizerJson, read_tokenizer_json
 
 MIN_TOKENS: Final = 100
 """Fewer tokens of text say nothing of a domain."""
@@ -70,7 +70,7 @@ class PrunedVocabulary:
         return int(found[0]) if len(found) else None
 
 
-def prune(
+def prune_vocabulary(
     tokenizer_json: str | Path,
     text: str,
     size: int,
@@ -113,8 +113,8 @@ def prune(
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"the vocabulary's text is not valid Unicode: {error.reason}") from error
-    document = read(tokenizer_json, contents)
-    stay = _must_stay(document, model_vocab_size, required)
+    document = read_tokenizer_json(tokenizer_json, contents)
+    stay = _required_ids(document, model_vocab_size, required)
     extra = [token for token in document.added if token in stay and token not in document.base]
     counts = _count(document.inner, text)
     if sum(counts.values()) < MIN_TOKENS:
@@ -127,7 +127,7 @@ def prune(
             f"a vocabulary of {size} was asked for, but {document.path} has only {limit} tokens:"
             " choose fewer, or leave the vocabulary as it is"
         )
-    chosen = _choose(document, counts, stay, size)
+    chosen = _choose_ids(document, counts, stay, size)
     sufficient = len(_with_parts(document, stay | set(counts)))
     lost = sum(count for token, count in counts.items() if token not in chosen)
     kept = [*sorted(chosen - set(extra)), *extra]
@@ -144,7 +144,7 @@ def prune(
     return PrunedVocabulary(pruned, np.array(kept, np.int64), sum(counts.values()), after, lost, sufficient)
 
 
-def _must_stay(document: Document, rows: int, required: Collection[int]) -> set[int]:
+def _required_ids(document: TokenizerJson, rows: int, required: Collection[int]) -> set[int]:
     """Return the bytes, the added tokens that the model has rows for, and what is named or required."""
     tokens = set(document.ids.values())
     if max(document.base) >= rows:
@@ -160,7 +160,7 @@ def _must_stay(document: Document, rows: int, required: Collection[int]) -> set[
     return needed | {token for token in document.added if token < rows}
 
 
-def _choose(document: Document, counts: Counter[int], stay: set[int], size: int) -> set[int]:
+def _choose_ids(document: TokenizerJson, counts: Counter[int], stay: set[int], size: int) -> set[int]:
     """Return `size` ids, with every token also those it is made of."""
     model = document.model
     kept = _with_parts(document, stay)
@@ -174,7 +174,7 @@ def _choose(document: Document, counts: Counter[int], stay: set[int], size: int)
         for part in (token, *model.parts(token)):
             applied[part] += count * (CHARACTER_WEIGHT if model.length(part) == 1 else 1)
     used = sorted(applied, key=lambda token: (-applied[token], model.length(token), token))
-    for token in _without_end(used, model.by_age()):
+    for token in _without_end(used, model.ids_by_merge_order()):
         if len(kept) == size:
             break
         added = {token, *model.parts(token)} - kept
@@ -183,7 +183,7 @@ def _choose(document: Document, counts: Counter[int], stay: set[int], size: int)
     return kept
 
 
-def _with_parts(document: Document, tokens: Collection[int]) -> set[int]:
+def _with_parts(document: TokenizerJson, tokens: Collection[int]) -> set[int]:
     """Return tokens and all that they are made of."""
     return {part for token in tokens for part in (token, *document.model.parts(token))}
 

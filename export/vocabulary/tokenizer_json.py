@@ -17,8 +17,8 @@ import tokenizers
 from edgelm.errors import CheckpointError
 from edgelm.text.tokenizer_file import check_numbers
 
-from .bpe import Bpe
-from .unigram import Unigram
+from .bpe import BpeModel
+from .unigram import UnigramModel
 
 BYTE_TOKENS: Final = tuple(f"<0x{byte:02X}>" for byte in range(256))
 DECODERS: Final = {"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
@@ -27,7 +27,7 @@ WITHOUT_IDS: Final = {"ByteLevel"}
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class TokenizerJson:
     """A tokenizer that can be pruned.
 
     `content` is the file in the library's own form, `model` its model, `ids` every token's id by name, added tokens
@@ -37,7 +37,7 @@ class Document:
     path: Path
     inner: tokenizers.Tokenizer
     content: Mapping[str, Any]
-    model: Bpe | Unigram
+    model: BpeModel | UnigramModel
     ids: Mapping[str, int]
     base: frozenset[int]
     basis: frozenset[int]
@@ -49,12 +49,12 @@ class Document:
 
     def named(self) -> set[int]:
         """Return the ids that padding and post-processor write."""
-        return {holder[key] for holder, key in _places(self.content)}
+        return {holder[key] for holder, key in _id_references(self.content)}
 
     def pruned(self, new: Mapping[int, int]) -> str:
         """Return the text of the tokenizer.json of the kept tokens; `new` maps their ids to the new ones, in order."""
         content = deepcopy({name: value for name, value in self.content.items() if name != "model"})
-        for holder, key in _places(content):
+        for holder, key in _id_references(content):
             holder[key] = new[holder[key]]
         added = [{**token, "id": new[token["id"]]} for token in content["added_tokens"] if token["id"] in new]
         content["added_tokens"] = sorted(added, key=lambda token: token["id"])
@@ -62,7 +62,7 @@ class Document:
         return json.dumps(content, ensure_ascii=False)
 
 
-def read(path: str | Path, text: str | None = None) -> Document:
+def read_tokenizer_json(path: str | Path, text: str | None = None) -> TokenizerJson:
     """Read a tokenizer.json that is to be pruned; where its `text` is given, `path` is only what messages call it.
 
     Raises `CheckpointError` when it cannot be read, or when texts would be lost: it spells no bytes, or decodes in a
@@ -84,22 +84,22 @@ def read(path: str | Path, text: str | None = None) -> Document:
     if reason is not None:
         raise CheckpointError(f"{path}: the vocabulary cannot be pruned: {reason}")
     basis = _spelling(content, ids)
-    model: Bpe | Unigram
+    model: BpeModel | UnigramModel
     if content["model"]["type"] == "BPE":
-        model = Bpe(content["model"], basis)
+        model = BpeModel(content["model"], basis)
         unknown = content["model"]["unk_token"]
         basis |= {ids[unknown]} if unknown in ids else set()
     else:
-        model = Unigram(content["model"], basis)
+        model = UnigramModel(content["model"], basis)
         basis |= model.basis()
     try:
-        lost = {holder[key] for holder, key in _places(content)} - set(ids.values())
+        lost = {holder[key] for holder, key in _id_references(content)} - set(ids.values())
     except ValueError as error:
         raise CheckpointError(f"{path}: the vocabulary cannot be pruned: {error}") from error
     if lost:
         raise CheckpointError(f"{path}: its post-processor or padding names the id {min(lost)}, which is no token's")
     base = frozenset(inner.get_vocab(with_added_tokens=False).values())
-    return Document(Path(path), inner, content, model, ids, base, frozenset(basis))
+    return TokenizerJson(Path(path), inner, content, model, ids, base, frozenset(basis))
 
 
 def _obstacle(content: Mapping[str, Any], ids: Mapping[str, int]) -> str | None:
@@ -166,7 +166,7 @@ def _signs(decoder: Mapping[str, Any] | None) -> list[str]:
     return found
 
 
-def _places(content: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+def _id_references(content: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     """Yield (object, key) of every token id outside the model and the list of added tokens.
 
     Raises `ValueError` for a post-processor that is not known.

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-class Unigram:
+class UnigramModel:
     """The model of a tokenizer.json in the library's own form. A token's id is its place in the list of pieces.
 
     Parameters
@@ -43,7 +43,7 @@ class Unigram:
         """Return the characters in a token; every part of it has fewer."""
         return len(self._pieces[token]) if token < len(self._pieces) else 0
 
-    def by_age(self) -> list[int]:
+    def ids_by_merge_order(self) -> list[int]:
         """Return every token of the model; the list of pieces is sorted by score where it was trained."""
         return list(range(len(self._pieces)))
 

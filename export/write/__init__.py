@@ -1,1 +1,1 @@
-"""A bundle on disk: matrices, graph and manifest, staged and renamed into place."""
+"""A bundle on disk: matrices, graph and manifest, staged_directory and renamed into place."""

@@ -8,27 +8,27 @@ from pathlib import Path
 
 from edgelm.bundle.manifest import Manifest, Matrix
 
-from ..architectures.decoder import Decoder
+from ..architectures.decoder import DecoderConfig
 from ..calibration.text_samples import Document
 from ..checkpoint import metadata
-from ..graph.decoder_graph import DecoderGraph
-from ..graph.initializers import Initializers
-from ..graph.nodes import Nodes
-from ..progress_callback import Progress
-from ..quantize.matrix_plan import TABLES, Plan, Quant
-from ..source_model import VOCABULARY, Opened, vocabulary_facts
-from .matrix_store import MatrixStore, store_matrices
+from ..graph.decoder_graph import DecoderGraphBuilder
+from ..graph.initializers import FileInitializers
+from ..graph.nodes import GraphBuilder
+from ..progress_callback import ProgressCallback
+from ..quantize.matrix_plan import TOKEN_MATRICES, Quant, QuantPlan
+from ..source_model import VOCABULARY, SourceModel, vocabulary_facts
+from .matrix_store import MatrixWriter, store_matrices
 
 REPORT = "report.svg"
 
 
 def write_bundle(
     folder: Path,
-    model: Opened,
-    plan: Plan,
+    model: SourceModel,
+    plan: QuantPlan,
     quant: Quant,
     context: int,
-    progress: Progress,
+    progress: ProgressCallback,
     *,
     total: int = 0,
     documents: Sequence[Document] | None = None,
@@ -42,22 +42,22 @@ def write_bundle(
     (folder / "tokenizer.json").write_text(model.tokenizer_text, encoding="utf-8")
     if model.vocabulary is not None:
         (folder / VOCABULARY).write_text(json.dumps(model.vocabulary.kept.tolist()), encoding="utf-8")
-    with Initializers(folder / "model.onnx.data") as initializers:
-        store = MatrixStore(model.weights, plan, initializers, progress, total, measure=report)
+    with FileInitializers(folder / "model.onnx.data") as initializers:
+        store = MatrixWriter(model.weights, plan, initializers, progress, total, measure=report)
         store_matrices(store, documents if plan.is_calibrated else None)
-        graph = DecoderGraph(model.weights, store.matrices, context, Nodes(initializers)).build()
+        graph = DecoderGraphBuilder(model.weights, store.matrices, context, GraphBuilder(initializers)).build()
     (folder / "model.onnx").write_bytes(graph.SerializeToString(deterministic=True))
     if report:
-        from .plot import plot  # heavy: matplotlib
+        from .plot import plot_report  # heavy: matplotlib
 
-        plot(folder / REPORT, tuple(store.matrices.values()), store.errors)
+        plot_report(folder / REPORT, tuple(store.matrices.values()), store.errors)
     return _manifest(model, quant, context, store)
 
 
-def _manifest(model: Opened, quant: Quant, context: int, store: MatrixStore) -> Manifest:
+def _manifest(model: SourceModel, quant: Quant, context: int, store: MatrixWriter) -> Manifest:
     d, checkpoint = model.decoder, model.checkpoint
     matrices = tuple(store.matrices.values())
-    tables = [matrix for matrix in matrices if matrix.name in TABLES]
+    tables = [matrix for matrix in matrices if matrix.name in TOKEN_MATRICES]
     return Manifest(
         architecture=str(checkpoint.config["model_type"]),
         context=context,
@@ -73,7 +73,7 @@ def _manifest(model: Opened, quant: Quant, context: int, store: MatrixStore) -> 
         chat_template=metadata.chat_template(checkpoint),
         bare_prompt=metadata.bare_prompt(checkpoint),
         special_tokens=metadata.special_tokens(checkpoint),
-        made_with={**metadata.made_with(), **checkpoint.read_with},
+        made_with={**metadata.made_with(), **checkpoint.library_versions},
         vocabulary=vocabulary_facts(model, sum(matrix.bytes() for matrix in tables) / d.vocab_size),
         adapter=model.adapter,
         long_from=d.long_from(context),
@@ -83,13 +83,13 @@ def _manifest(model: Opened, quant: Quant, context: int, store: MatrixStore) -> 
 
 def _precision(quant: Quant, matrices: Sequence[Matrix]) -> str:
     """Return what the manifest calls the precision of all matrices together, embedding and head left out."""
-    bits = {matrix.bits for matrix in matrices if matrix.name not in TABLES}
+    bits = {matrix.bits for matrix in matrices if matrix.name not in TOKEN_MATRICES}
     if len(bits) > 1:
         return "mixed"
     return f"int{min(bits)}" if quant == "keep" else quant
 
 
-def _shapes(d: Decoder) -> dict[str, int]:
+def _shapes(d: DecoderConfig) -> dict[str, int]:
     return {
         "hidden_size": d.hidden_size,
         "layers": len(d.layers),

@@ -15,7 +15,7 @@ COLOURS = {"qkv": "#4477aa", "output": "#ee6677", "gate_up": "#228833", "down": 
 TABLE_COLOUR = "#555555"
 
 
-def plot(file: Path, matrices: Sequence[Matrix], errors: Mapping[str, float]) -> None:
+def plot_report(file: Path, matrices: Sequence[Matrix], errors: Mapping[str, float]) -> None:
     """Draw relative error (lines) over size (stacked bars) for every layer; the same input gives the same bytes.
 
     `errors` are relative root mean square errors of the weights, by matrix name.

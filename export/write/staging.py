@@ -14,12 +14,12 @@ from edgelm.errors import EdgelmError
 
 ABANDONED_S: Final = 900
 """What nothing was written to for so long was left by a run that was killed."""
-LEAST_BYTES: Final = 2_000_000
+MIN_FREE_BYTES: Final = 2_000_000
 """A disk with less room counts as full."""
 
 
 def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
-    """Raise `EdgelmError` where `staged` would refuse `target`: to know before long work, not after it."""
+    """Raise `EdgelmError` where `staged_directory` would refuse `target`: to know before long work, not after it."""
     exists = target.exists() and not (target.is_dir() and not any(target.iterdir()))
     if exists and not force:
         raise EdgelmError(f"{target} exists; --force replaces it")
@@ -28,7 +28,7 @@ def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], boo
 
 
 @contextmanager
-def staged(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+def staged_directory(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield an empty directory that becomes `target` when the block ends well and vanishes when it does not.
 
     An existing target is refused unless it is an empty directory or `force` is given and `replaceable(target)` holds;
@@ -38,7 +38,7 @@ def staged(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) ->
     stage: Path | None = None
     missing: list[Path] = []
     try:
-        _clear_remains(target)
+        _remove_abandoned(target)
         exists = target.exists() and not (target.is_dir() and not any(target.iterdir()))
         if exists and not force:
             raise EdgelmError(f"{target} exists; --force replaces it")
@@ -49,7 +49,7 @@ def staged(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) ->
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         stage.chmod(0o755)
         yield stage
-        _put(stage, target)
+        _rename_into_place(stage, target)
     except BaseException as error:
         is_full = isinstance(error, OSError) and _is_full(target.parent)  # before what was written goes again
         if stage is not None:
@@ -63,7 +63,7 @@ def staged(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) ->
         raise
 
 
-def _clear_remains(target: Path) -> None:
+def _remove_abandoned(target: Path) -> None:
     """Remove what killed runs left beside the target: what nobody has written to lately."""
     for remains in target.parent.glob(f".{target.name}.*"):
         try:
@@ -78,12 +78,12 @@ def _clear_remains(target: Path) -> None:
 def _is_full(folder: Path) -> bool:
     """Whether there is no room left where a folder lies."""
     try:
-        return shutil.disk_usage(folder).free < LEAST_BYTES
+        return shutil.disk_usage(folder).free < MIN_FREE_BYTES
     except OSError:
         return False
 
 
-def _put(stage: Path, target: Path) -> None:
+def _rename_into_place(stage: Path, target: Path) -> None:
     """Rename the stage to the target; what stood there is removed after, or put back on failure."""
     if not target.exists():
         stage.rename(target)

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from edgelm_export.architectures import find_family
+from edgelm_export.architectures import find_architecture
 
 from edgelm.bundle.catalogue import FILE, CatalogueModel, ModelVariant, catalogue
 from edgelm.runtime.memory_plan import PREFIX_CACHE_MB, PROGRAM_BYTES
@@ -35,7 +35,7 @@ LICENCES = {"Llama 3.2 Community": "llama3.2", "Gemma Terms of Use": "gemma"}
 def sized(model: CatalogueModel, form: ModelVariant) -> tuple[int, int]:
     """Return a form's size on disk and what it takes in memory, both in 10^6 bytes."""
     config, parameters = PUBLISHED[CATALOGUE[model.name]]
-    decoder = find_family(config).decoder(config)
+    decoder = find_architecture(config).decoder(config)
     outside = decoder.vocab_size * decoder.hidden_size * (1 if decoder.tied else 2)
     inner, outer = BITS[form.quant]
     weights = ((parameters - outside) * inner + outside * outer) / 8

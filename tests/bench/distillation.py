@@ -19,14 +19,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from edgelm_export.distill.builtin_recipe import BUILTIN
+from edgelm_export.distill.builtin_recipe import BUILTIN_RECIPE
 from edgelm_export.distill.data import encode_tasks
 from edgelm_export.distill.distill import open_tokenizer
 from edgelm_export.distill.score_student import evaluate
 from edgelm_export.distill.shape import parse_shape
 from edgelm_export.distill.snips import read_utterances
-from edgelm_export.distill.student import inherit_layers, make_student, open_model
-from edgelm_export.distill.teacher import ask_teacher
+from edgelm_export.distill.student import inherit_layers, load_transformers_model, make_student
+from edgelm_export.distill.teacher import add_teacher_targets
 from edgelm_export.distill.trainer import Trainer
 
 from edgelm.evaluation.tasks import TaskScore
@@ -81,17 +81,17 @@ def run(name: str, seed: int, args: argparse.Namespace) -> Arm:
     """Train one student and score it."""
     tokenizer = open_tokenizer(args.teacher)
     settings = replace(
-        BUILTIN.settings, seed=seed, epochs=10_000, kl_weight=args.kl_weight, temperature=args.temperature
+        BUILTIN_RECIPE.settings, seed=seed, epochs=10_000, kl_weight=args.kl_weight, temperature=args.temperature
     )
     tasks = [utterance.to_task() for utterance in read_utterances(args.train)]
     examples = encode_tasks(tokenizer, tasks, 0, settings.row_length)
     start = time.process_time()
     if name == "with teacher":
-        examples = ask_teacher(open_model(args.teacher, "teacher"), examples, settings)
+        examples = add_teacher_targets(load_transformers_model(args.teacher, "teacher"), examples, settings)
     asking = time.process_time() - start
     student = make_student(parse_shape(args.student), tokenizer.get_vocab_size(), 256, 1, 0, seed)
     if name == "with teacher":
-        inherit_layers(student, open_model(args.teacher, "teacher"))
+        inherit_layers(student, load_transformers_model(args.teacher, "teacher"))
     limited = replace(settings, max_s=args.seconds - asking)
     trainer = Trainer(student, lambda _: examples, limited, clock=time.process_time)
     trainer.run()

@@ -17,7 +17,7 @@ from tiny import TinyLlama, save_tensors, write_json
 pytest.importorskip("safetensors", reason="needs pip install 'edgelm[export]'")
 
 from edgelm_export.checkpoint import Checkpoint, open_checkpoint
-from edgelm_export.checkpoint.lora import Adapted, Adapter, open_adapter
+from edgelm_export.checkpoint.lora import AdaptedWeights, Adapter, open_adapter
 from edgelm_export.checkpoint.lora_patterns import first_matches
 
 from edgelm.errors import CheckpointError
@@ -106,7 +106,7 @@ def test_the_sum_is_the_plain_one(
     stop = data.draw(st.integers(start + 1, len(weight)))
     rows = slice(start, stop)
     np.testing.assert_allclose(adapter.apply(name, weight[rows], rows), found[rows], rtol=1e-6, atol=1e-5)
-    adapted = Adapted(base, adapter)
+    adapted = AdaptedWeights(base, adapter)
     np.testing.assert_allclose(adapted.tensor(name, weight.shape, rows), found[rows], rtol=1e-6, atol=1e-5)
     np.testing.assert_array_equal(adapted.tensor(name, weight.shape), found)
 
@@ -117,7 +117,7 @@ def test_other_tensors_are_as_they_were(base: Checkpoint, folder: Path) -> None:
     for name, weight in BASE.tensors().items():
         if name != f"{QUERY}.weight":
             assert adapter.apply(name, weight) is weight
-            np.testing.assert_array_equal(Adapted(base, adapter).tensor(name, weight.shape), weight)
+            np.testing.assert_array_equal(AdaptedWeights(base, adapter).tensor(name, weight.shape), weight)
 
 
 def test_patterns_give_a_module_its_own_rank_and_alpha(folder: Path) -> None:
@@ -302,10 +302,10 @@ def test_an_adapter_for_another_base_is_refused(base: Checkpoint, folder: Path) 
         with pytest.raises(CheckpointError, match=reason):
             adapter.apply(name, BASE.tensors()[name], rows)
         with pytest.raises(CheckpointError, match=reason):
-            Adapted(base, adapter).tensor(name, shape, rows)
+            AdaptedWeights(base, adapter).tensor(name, shape, rows)
     tall = {f"base_model.model.{EMBEDDING}.weight": np.ones((340, 64), np.float32)}
     with pytest.raises(CheckpointError, match=r"as \[340, 64\], the checkpoint has \[331, 64\]"):
-        Adapted(base, opened(save(folder, tall))).tensor(f"{EMBEDDING}.weight", (331, 64), slice(0, 10))
+        AdaptedWeights(base, opened(save(folder, tall))).tensor(f"{EMBEDDING}.weight", (331, 64), slice(0, 10))
     with pytest.raises(CheckpointError, match=r"as \[340, 64\], the checkpoint has \[331, 64\]"):
         opened(folder).apply(f"{EMBEDDING}.weight", BASE.tensors()[f"{EMBEDDING}.weight"])
 

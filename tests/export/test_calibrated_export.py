@@ -11,9 +11,9 @@ from folder_hashes import contents
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import edgelm_export
-from edgelm_export.calibration.layers import Layers
-from edgelm_export.self_generated import sampled_documents
-from edgelm_export.source_model import open_model
+from edgelm_export.calibration.layers import ReferenceModel
+from edgelm_export.self_generated import sample_calibration_documents
+from edgelm_export.source_model import open_source_model
 from tiny import TEXT
 
 import edgelm
@@ -49,7 +49,7 @@ def test_the_layers_give_the_logits_of_the_runtime(tiny_checkpoint, export_to_ca
     for fields in ({"tied": False, "attention_bias": True, "mlp_bias": True}, {"head_size": 24, "kv_heads": 1}):
         checkpoint = tiny_checkpoint(**fields)
         documents = [np.arange(length, dtype=np.int64) % 300 for length in (1, 7, 130)]
-        layers = Layers(open_model(checkpoint).weights, 130, threads=1)
+        layers = ReferenceModel(open_source_model(checkpoint).weights, 130, threads=1)
         hidden = layers.embed(documents)
         for i in range(2):
             hidden = layers.layer(i).step(hidden)
@@ -255,8 +255,8 @@ def test_a_model_calibrates_on_what_it_makes_up(stories_checkpoint, stories_text
 
 def test_made_up_documents_start_well_and_do_not_end(tiny_checkpoint):
     for bos in (True, False):
-        model = open_model(tiny_checkpoint(bos=bos, tied=False))
-        documents = sampled_documents(model, 40, lambda _what, _done, _of: None, None)
+        model = open_source_model(tiny_checkpoint(bos=bos, tied=False))
+        documents = sample_calibration_documents(model, 40, lambda _what, _done, _of: None, None)
         assert len(documents) == 96
         assert {len(document) for document in documents} == {40}
         assert len({tuple(document[1:]) for document in documents}) > 90

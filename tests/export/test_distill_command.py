@@ -14,8 +14,8 @@ pytest.importorskip("transformers", reason="pip install 'edgelm[distill]'")
 
 import transformers
 from edgelm_export.distill import builtin_recipe, distill
-from edgelm_export.distill.distill import LEAST_HELD_OUT, MOST_HELD_OUT, hold_out
-from edgelm_export.distill.settings import BATCH_TOKENS, EPOCHS, LEAST_STEPS, fitted
+from edgelm_export.distill.distill import MAX_HELD_OUT, MIN_EXAMPLES_FOR_HOLD_OUT, split_held_out
+from edgelm_export.distill.settings import BATCH_TOKENS_RANGE, EPOCHS_RANGE, MIN_STEPS, fit_settings
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -179,17 +179,17 @@ def test_the_recipe_makes_a_model_that_spells_json_in_few_tokens(tmp_path, utter
     ),
 )
 def test_settings_fit_the_data_where_they_are_not_given(lengths, given_options):
-    settings = fitted(lengths, given_options)
+    settings = fit_settings(lengths, given_options)
     assert max(lengths) <= settings.row_length < max(lengths) + 16
     for name, value in given_options.items():
         assert getattr(settings, name) == value
     steps = sum(lengths) / settings.batch_tokens * settings.epochs
     if "batch_tokens" not in given_options:
-        assert max(BATCH_TOKENS[0], settings.row_length) <= settings.batch_tokens
-        assert settings.batch_tokens <= max(BATCH_TOKENS[1], settings.row_length)
+        assert max(BATCH_TOKENS_RANGE[0], settings.row_length) <= settings.batch_tokens
+        assert settings.batch_tokens <= max(BATCH_TOKENS_RANGE[1], settings.row_length)
     if "epochs" not in given_options:
-        assert EPOCHS[0] <= settings.epochs <= EPOCHS[1]
-        assert settings.epochs in EPOCHS or 0.5 * LEAST_STEPS <= steps <= 2.5 * LEAST_STEPS
+        assert EPOCHS_RANGE[0] <= settings.epochs <= EPOCHS_RANGE[1]
+        assert settings.epochs in EPOCHS_RANGE or 0.5 * MIN_STEPS <= steps <= 2.5 * MIN_STEPS
 
 
 @given(st.integers(1, 6000), st.one_of(st.none(), st.integers(-2, 6001)), st.integers(0, 9), st.integers(1, 3))
@@ -197,15 +197,17 @@ def test_held_out_prompts_are_drawn_once_and_never_trained_on(size, count, seed,
     tasks = [Task(str(i), str(again), i) for again in range(times) for i in range(size)]
     if count is not None and not 0 <= count < size:
         with pytest.raises(ConfigError, match="held-out"):
-            hold_out(tasks, count, seed)
+            split_held_out(tasks, count, seed)
         return
-    kept, unseen = hold_out(tasks, count, seed)
+    kept, unseen = split_held_out(tasks, count, seed)
     assert {task.line for task in [*kept, *unseen]} == set(range(size))
     assert not {task.prompt for task in kept} & {task.prompt for task in unseen}
     assert len(kept) == times * (size - len(unseen))
     assert all(task.target == "0" for task in unseen)
-    assert (kept, unseen) == hold_out(tasks, count, seed)
-    expected = count if count is not None else (min(size // 10, MOST_HELD_OUT) if size >= LEAST_HELD_OUT else 0)
+    assert (kept, unseen) == split_held_out(tasks, count, seed)
+    expected = (
+        count if count is not None else (min(size // 10, MAX_HELD_OUT) if size >= MIN_EXAMPLES_FOR_HOLD_OUT else 0)
+    )
     assert len(unseen) == expected
 
 

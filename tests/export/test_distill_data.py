@@ -7,9 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgelm_export.distill.augment import Augmenter, Noise
-from edgelm_export.distill.data import IGNORED, PADDING, Encoded, collate, encode_tasks, make_batches, pack
-from edgelm_export.distill.shape import Shape, parse_shape
+from edgelm_export.distill.augment import AugmentationRates, Augmenter
+from edgelm_export.distill.data import (
+    IGNORED_LABEL,
+    PADDING_SEGMENT,
+    EncodedExample,
+    collate,
+    encode_tasks,
+    make_batches,
+    pack_rows,
+)
+from edgelm_export.distill.shape import StudentShape, parse_shape
 from edgelm_export.distill.snips import Utterance, answer_pieces, read_utterances
 from edgelm_export.distill.student_tokenizer import ANSWER, BOS, EOS, train_tokenizer
 from hypothesis import given, settings
@@ -30,23 +38,23 @@ def tokenizer(request):
 
 examples = st.lists(
     st.tuples(st.lists(st.integers(1, 500), min_size=2, max_size=20), st.integers(1, 19)), min_size=1, max_size=40
-).map(lambda rows: [Encoded(np.array(tokens, np.int32), min(start, len(tokens) - 1)) for tokens, start in rows])
+).map(lambda rows: [EncodedExample(np.array(tokens, np.int32), min(start, len(tokens) - 1)) for tokens, start in rows])
 
 
 @given(lengths=st.lists(st.integers(1, 64), max_size=200))
 def test_every_example_is_packed_once_into_rows_that_hold_it(lengths):
-    rows = pack(lengths, 64)
+    rows = pack_rows(lengths, 64)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(0 < sum(lengths[index] for index in row) <= 64 for row in rows)
 
 
 def test_later_examples_fill_earlier_rows():
-    assert pack([40, 40, 40, 24, 24, 24], 64) == [[0, 3], [1, 4], [2, 5]]
+    assert pack_rows([40, 40, 40, 24, 24, 24], 64) == [[0, 3], [1, 4], [2, 5]]
 
 
 @given(examples=examples)
 def test_packed_rows_give_back_every_example(examples):
-    rows = [[examples[index] for index in row] for row in pack([len(e.tokens) for e in examples], 32)]
+    rows = [[examples[index] for index in row] for row in pack_rows([len(e.tokens) for e in examples], 32)]
     batch = collate(rows, 32)
     for at, row in enumerate(rows):
         for segment, example in enumerate(row):
@@ -54,11 +62,11 @@ def test_packed_rows_give_back_every_example(examples):
             assert np.array_equal(batch.tokens[at, here], example.tokens)
             assert np.array_equal(batch.positions[at, here], np.arange(len(example.tokens)))
             labels = batch.labels[at, here]
-            learned = np.flatnonzero(labels != IGNORED)
+            learned = np.flatnonzero(labels != IGNORED_LABEL)
             assert np.array_equal(learned + 1, np.arange(example.target_start, len(example.tokens)))
             assert np.array_equal(labels[learned], example.tokens[example.target_start :])
-    empty = batch.segments == PADDING
-    assert (batch.labels[empty] == IGNORED).all()
+    empty = batch.segments == PADDING_SEGMENT
+    assert (batch.labels[empty] == IGNORED_LABEL).all()
     assert (~empty).sum() == sum(len(e.tokens) for e in examples)
 
 
@@ -66,7 +74,7 @@ def test_packed_rows_give_back_every_example(examples):
 def test_a_seed_decides_the_batches_and_none_is_lost(examples, seed):
     first, again = (make_batches(examples, 32, 3, np.random.default_rng(seed)) for _ in range(2))
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(first, again, strict=True))
-    assert sum(int((b.segments != PADDING).sum()) for b in first) == sum(len(e.tokens) for e in examples)
+    assert sum(int((b.segments != PADDING_SEGMENT).sum()) for b in first) == sum(len(e.tokens) for e in examples)
 
 
 @given(text=st.text(max_size=60))
@@ -165,7 +173,7 @@ def test_plain_text_targets_have_no_frame():
 
 
 def test_a_shape_is_parsed_with_its_defaults():
-    assert parse_shape("hidden=64,heads=2,kv-heads=1,mlp=96") == Shape(64, 6, 2, 1, 96, 32)
+    assert parse_shape("hidden=64,heads=2,kv-heads=1,mlp=96") == StudentShape(64, 6, 2, 1, 96, 32)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +226,7 @@ chances = st.floats(0, 1)
 
 @settings(max_examples=200)
 @given(
-    noise=st.builds(Noise, swap=chances, blend=chances, case=chances, mark=chances, polite=chances),
+    noise=st.builds(AugmentationRates, swap=chances, blend=chances, case=chances, mark=chances, polite=chances),
     seed=st.integers(0, 2**32),
     utterance=st.sampled_from(UTTERANCES),
 )
@@ -234,12 +242,12 @@ def test_augmented_values_stand_in_the_prompt(noise, seed, utterance):
 
 
 def test_no_noise_changes_nothing():
-    augment = Augmenter(UTTERANCES, Noise(0, 0, 0, 0, 0))
+    augment = Augmenter(UTTERANCES, AugmentationRates(0, 0, 0, 0, 0))
     assert [augment(u, np.random.default_rng(0)) for u in UTTERANCES] == UTTERANCES
 
 
 def test_courtesy_and_marks_leave_values_as_they_are():
-    augment = Augmenter(UTTERANCES, Noise(swap=0, blend=0, case=0, mark=1, polite=1))
+    augment = Augmenter(UTTERANCES, AugmentationRates(swap=0, blend=0, case=0, mark=1, polite=1))
     rng = np.random.default_rng(0)
     for utterance in UTTERANCES * 20:
         changed = augment(utterance, rng)
@@ -248,7 +256,7 @@ def test_courtesy_and_marks_leave_values_as_they_are():
 
 
 def test_case_changes_the_whole_sentence_alike():
-    augment = Augmenter(UTTERANCES, Noise(swap=0, blend=0, case=1, mark=0, polite=0))
+    augment = Augmenter(UTTERANCES, AugmentationRates(swap=0, blend=0, case=1, mark=0, polite=0))
     rng = np.random.default_rng(0)
     texts = {augment(UTTERANCES[2], rng).text for _ in range(100)}
     assert texts == {
@@ -260,7 +268,7 @@ def test_case_changes_the_whole_sentence_alike():
 
 
 def test_a_swap_takes_values_of_the_same_slot():
-    augment = Augmenter(UTTERANCES, Noise(swap=1, blend=0, case=0, mark=0, polite=0))
+    augment = Augmenter(UTTERANCES, AugmentationRates(swap=1, blend=0, case=0, mark=0, polite=0))
     rng = np.random.default_rng(0)
     met = {value for _ in range(50) for name, value in augment(UTTERANCES[0], rng).slots if name == "artist"}
     assert met == {"Miles Davis", "Ella", "Louis Armstrong"}

@@ -15,17 +15,17 @@ pytest.importorskip("torch", reason="pip install 'edgelm[distill]'")
 pytest.importorskip("transformers", reason="pip install 'edgelm[distill]'")
 
 import torch
-from edgelm_export.distill.data import Encoded, collate
-from edgelm_export.distill.losses import cross_entropy, forward_kl, forward_kl_of_best
-from edgelm_export.distill.settings import Settings, learning_rate
-from edgelm_export.distill.shape import Shape
+from edgelm_export.distill.data import EncodedExample, collate
+from edgelm_export.distill.losses import cross_entropy, forward_kl, forward_kl_top_k
+from edgelm_export.distill.settings import TrainingSettings, learning_rate
+from edgelm_export.distill.shape import StudentShape
 from edgelm_export.distill.student import inherit_layers, make_student
-from edgelm_export.distill.teacher import ask_teacher
+from edgelm_export.distill.teacher import add_teacher_targets
 from edgelm_export.distill.trainer import Trainer, target_logits
 
 from edgelm.errors import CheckpointError, ConfigError
 
-TINY = Shape(hidden=32, layers=2, heads=2, kv_heads=1, mlp=32)
+TINY = StudentShape(hidden=32, layers=2, heads=2, kv_heads=1, mlp=32)
 VOCABULARY = 24
 
 
@@ -73,14 +73,14 @@ def test_kl_of_the_best_tokens_takes_the_others_as_one(student, teacher, tempera
         for group in filter(None, groups):
             wanted, given_ = (sum(math.exp(log[token]) for token in group) for log in (wanted_log, given_log))
             plain += wanted * (math.log(wanted) - math.log(given_)) if wanted > 1e-5 else 0.0
-    measured = forward_kl_of_best(torch.from_numpy(student), log_probs, tokens, temperature).item()
+    measured = forward_kl_top_k(torch.from_numpy(student), log_probs, tokens, temperature).item()
     assert measured == pytest.approx(temperature**2 * plain / 5, rel=2e-2, abs=temperature**2 * 2e-3)
 
 
-def random_examples(count: int, seed: int = 0) -> list[Encoded]:
+def random_examples(count: int, seed: int = 0) -> list[EncodedExample]:
     rng = np.random.default_rng(seed)
     return [
-        Encoded(
+        EncodedExample(
             rng.integers(3, VOCABULARY, size := int(rng.integers(3, 12))).astype(np.int32), int(rng.integers(1, size))
         )
         for _ in range(count)
@@ -104,7 +104,7 @@ def test_packed_examples_get_the_logits_they_get_alone_on_targets_only():
     assert torch.equal(labels, torch.cat(wanted))
 
 
-SETTINGS = Settings(epochs=3, batch_tokens=64, row_length=32, dropout=0.2, averaging=0.9, smoothing=0.1)
+SETTINGS = TrainingSettings(epochs=3, batch_tokens=64, row_length=32, dropout=0.2, averaging=0.9, smoothing=0.1)
 
 
 def weights_of(trainer: Trainer) -> dict:
@@ -148,7 +148,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path_fa
 def test_training_lowers_the_loss_and_averaging_gives_other_weights():
     examples = random_examples(20)
     losses = []
-    settings = Settings(epochs=30, batch_tokens=128, row_length=32, lr=1e-2)
+    settings = TrainingSettings(epochs=30, batch_tokens=128, row_length=32, lr=1e-2)
     plain = Trainer(tiny_model(), lambda _: examples, settings)
     plain.run(lambda progress: losses.append(progress.loss))
     assert losses[-1] < 0.7 * losses[0]
@@ -159,7 +159,7 @@ def test_training_lowers_the_loss_and_averaging_gives_other_weights():
 
 
 def test_dropout_ends_with_the_training_and_clipping_bounds_a_step():
-    settings = Settings(epochs=1, batch_tokens=64, row_length=32, dropout=0.5, clip=1e-12, weight_decay=0.0)
+    settings = TrainingSettings(epochs=1, batch_tokens=64, row_length=32, dropout=0.5, clip=1e-12, weight_decay=0.0)
     trainer = Trainer(tiny_model(), lambda _: random_examples(20), settings)
     before = weights_of(trainer)
     trainer.run()
@@ -184,7 +184,7 @@ def test_a_student_comes_closer_to_its_teacher():
 
     student = tiny_model(1)
     before = distance(student)
-    settings = Settings(epochs=10, batch_tokens=128, row_length=32, kl_weight=1.0)
+    settings = TrainingSettings(epochs=10, batch_tokens=128, row_length=32, kl_weight=1.0)
     Trainer(student, lambda _: examples, settings, teacher=teacher).run()
     assert distance(student) < 0.5 * before
 
@@ -215,7 +215,7 @@ def test_a_teacher_asked_once_says_what_it_says_at_every_step():
     at_every_step = Trainer(tiny_model(), lambda _: examples, every, teacher=tiny_model(7))
     at_every_step.run()
     kept = replace(every, teacher_top_k=VOCABULARY)
-    asked = ask_teacher(tiny_model(7), examples, kept)
+    asked = add_teacher_targets(tiny_model(7), examples, kept)
     assert all(example.soft is not None for example in asked)
     once = Trainer(tiny_model(), lambda _: asked, kept)
     once.run()
@@ -226,7 +226,7 @@ def test_a_teacher_asked_once_says_what_it_says_at_every_step():
 
 def test_a_time_limit_ends_the_run_with_the_rate_run_down():
     ticks = iter(range(10_000))
-    settings = Settings(epochs=1000, batch_tokens=64, row_length=32, max_s=40, warmup=0.1)
+    settings = TrainingSettings(epochs=1000, batch_tokens=64, row_length=32, max_s=40, warmup=0.1)
     trainer = Trainer(tiny_model(), lambda _: random_examples(20), settings, clock=lambda: float(next(ticks)))
     trainer.run()
     assert 20 <= trainer.progress.step <= 45
@@ -236,7 +236,7 @@ def test_a_time_limit_ends_the_run_with_the_rate_run_down():
 
 @given(share=st.floats(0, 1), warmup=st.floats(0, 0.9))
 def test_the_rate_stays_between_zero_and_its_peak(share, warmup):
-    settings = Settings(warmup=warmup)
+    settings = TrainingSettings(warmup=warmup)
     assert 0 < learning_rate(share, settings) <= settings.lr * (1 + 1e-9)
     assert learning_rate(1.0, settings) == pytest.approx(settings.lr / 100)
 
@@ -256,4 +256,4 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 )
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong)).replace("_", "-")):
-        Settings(**wrong)
+        TrainingSettings(**wrong)

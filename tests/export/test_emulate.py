@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from edgelm_devices import rootfs
 from edgelm_devices.board_profile import PROFILES, load_profile
-from edgelm_devices.emulate import default_cache, emulate
+from edgelm_devices.emulate import default_cache_folder, emulate
 
 import edgelm
 from edgelm.cli import main
@@ -27,12 +27,12 @@ def cache() -> Path:
     if not (shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")):
         pytest.skip("emulation needs QEMU: apt-get install qemu-user-static")
     try:
-        folder = rootfs.rootfs_folder(default_cache())
+        folder = rootfs.rootfs_folder(default_cache_folder())
     except DeviceError as error:
         pytest.skip(str(error))
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: `edgelm devices emulate pi5` fetches it")
-    return default_cache()
+    return default_cache_folder()
 
 
 @pytest.mark.parametrize("name", ["pi4", "pi5"])
@@ -105,5 +105,5 @@ def test_a_root_is_published_once(tmp_path: Path):
     for place in (made, folder):
         place.mkdir()
         (place / "by").write_text(place.name)
-    rootfs._publish(made, folder)
+    rootfs._rename_into_place(made, folder)
     assert (folder / "by").read_text() == "folder"

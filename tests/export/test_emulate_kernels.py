@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from edgelm_devices.board_profile import load_profile
-from edgelm_devices.emulate import default_cache, lay_over
+from edgelm_devices.emulate import default_cache_folder, write_board_files
 from edgelm_devices.rootfs import prepare_rootfs, rootfs_folder
 
 import edgelm
@@ -75,12 +75,12 @@ def emulated_root():
     if qemu is None:
         pytest.skip("emulation needs QEMU: apt-get install qemu-user-static")
     try:
-        folder = rootfs_folder(default_cache())
+        folder = rootfs_folder(default_cache_folder())
     except DeviceError as error:
         pytest.skip(str(error))
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: `edgelm devices emulate pi5` fetches it")
-    return prepare_rootfs(default_cache(), print), qemu
+    return prepare_rootfs(default_cache_folder(), print), qemu
 
 
 def test_kernels_are_right_on_an_emulated_pi5(emulated_root, tmp_path):
@@ -89,7 +89,7 @@ def test_kernels_are_right_on_an_emulated_pi5(emulated_root, tmp_path):
     target = next(target for target in TARGETS if target.name == "dotprod")
     library = tmp_path / "kernels.so"
     library.write_bytes(compile_kernels(target, SUPPORTED_FORMATS, profile.emulation.qemu_cpu))
-    lay_over(tmp_path / "root", rootfs.root, profile, profile.cpu, profile.emulation)
+    write_board_files(tmp_path / "root", rootfs.root, profile, profile.cpu, profile.emulation)
     packages = [Path(edgelm.__file__).parents[1], HELPERS, rootfs.site]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment = {

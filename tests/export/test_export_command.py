@@ -10,8 +10,8 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 from tiny import TEXT
 
-from edgelm.cli.export import byte_count
-from edgelm.system.progress_bar import bar
+from edgelm.cli.export import parse_byte_count
+from edgelm.system.progress_bar import format_bar
 
 
 @pytest.fixture
@@ -92,10 +92,10 @@ def test_an_error_is_one_line_and_leaves_nothing(arguments, message, tiny_checkp
 
 def test_sizes_are_read_with_their_units():
     sizes = {"1": 1, "150M": 150_000_000, "1.5g": 1_500_000_000, "20k": 20_000}
-    assert {text: byte_count(text) for text in sizes} == sizes
+    assert {text: parse_byte_count(text) for text in sizes} == sizes
 
 
 def test_the_bar_shows_bytes_and_the_time_left():
-    assert bar("quantizing", 5, 10, 2.0) == "quantizing 5/10 [###############...............] 2 s left"
-    assert bar("quantizing", 0, 10**8, 0.5) == "quantizing 0.0/100.0 MB [..............................]"
-    assert bar("quantizing", 75 * 10**6, 10**8, 30.0).endswith("] 10 s left")
+    assert format_bar("quantizing", 5, 10, 2.0) == "quantizing 5/10 [###############...............] 2 s left"
+    assert format_bar("quantizing", 0, 10**8, 0.5) == "quantizing 0.0/100.0 MB [..............................]"
+    assert format_bar("quantizing", 75 * 10**6, 10**8, 30.0).endswith("] 10 s left")

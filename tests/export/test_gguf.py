@@ -11,14 +11,14 @@ import edgelm_export
 import gguf
 import numpy as np
 import pytest
-from edgelm_export.architectures.weights import Weights
+from edgelm_export.architectures.weights import DecoderWeights
 from edgelm_export.checkpoint import GgufTensors, open_checkpoint
 from edgelm_export.checkpoint import gguf as reading
 from edgelm_export.checkpoint.gguf_config import _share
 from edgelm_export.checkpoint.gguf_file import TYPES, GgufFile
-from edgelm_export.quantize.keep import kept_matrix
+from edgelm_export.quantize.keep import read_kept_matrix
 from edgelm_export.quantize.pack import dequantize
-from edgelm_export.source_model import open_model
+from edgelm_export.source_model import open_source_model
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import converted, interleaved, write_gguf
 from tiny import CHAT_TEMPLATE, TinyLlama, tokenizer_json
@@ -42,7 +42,7 @@ def write(path, shape=SHAPE, **options):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_type_is_dequantized_as_the_library_does(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "PIECE_BYTES", 40 * 256 * 4)  # so that a matrix takes several pieces
+    monkeypatch.setattr(reading, "DEQUANTIZE_CHUNK_BYTES", 40 * 256 * 4)  # so that a matrix takes several pieces
     file = write(tmp_path / "model.gguf", kind=Kind[kind])
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
 
@@ -189,12 +189,12 @@ def test_parts_that_are_not_as_they_should_be(spoil, message, parts):
 
 def kept_and_stored(file):
     """Yield each kept matrix's name, what the bundle has, and what the file says."""
-    model = open_model(file)
-    weights = Weights(model.checkpoint, model.decoder, model.weights.names)
+    model = open_source_model(file)
+    weights = DecoderWeights(model.checkpoint, model.decoder, model.weights.names)
     for name, rows in weights.matrices():
         kinds = {model.checkpoint.tensors.kind(part) for part in model.checkpoint.names if _is_part(part, name)}
         if len(kinds) == 1 and kinds <= {"Q4_0", "Q8_0"}:
-            yield name, dequantize(kept_matrix(weights, name)), rows.whole()
+            yield name, dequantize(read_kept_matrix(weights, name)), rows.whole()
 
 
 def _is_part(tensor, matrix):
@@ -227,8 +227,8 @@ def test_blocks_without_a_scale_are_zeros(kind, tmp_path):
         start = at + i * gguf.GGML_QUANT_SIZES[kind][1]
         content[start : start + 2] = np.float16([0.0, -0.0][i > 0]).tobytes()
     file.write_bytes(content)
-    weights = open_model(file).weights
-    packed, expected = kept_matrix(weights, "embedding"), weights.embedding().whole()
+    weights = open_source_model(file).weights
+    packed, expected = read_kept_matrix(weights, "embedding"), weights.embedding().whole()
     assert not expected[0, :32].any()
     assert not expected[1, 32:].any()
     assert np.array_equal(dequantize(packed), expected)
@@ -279,9 +279,9 @@ def test_a_pruned_vocabulary_keeps_the_rows_blocks(tmp_path):
     file = write(tmp_path / "model.gguf", kind=Kind.Q8_0)
     edgelm_export.export(file, tmp_path / "out", quant="keep", vocab=text, vocab_size=300)
     kept = json.loads((tmp_path / "out" / "vocabulary.json").read_text())
-    model = open_model(file)
-    small = edgelm_export.source_model.with_rows(model, np.array(kept))
-    found = dequantize(kept_matrix(small.weights, "embedding"))
+    model = open_source_model(file)
+    small = edgelm_export.source_model.with_vocabulary(model, np.array(kept))
+    found = dequantize(read_kept_matrix(small.weights, "embedding"))
     assert np.array_equal(found, model.weights.embedding().whole()[kept])
 
 
@@ -357,8 +357,8 @@ def test_the_real_model_is_read_as_it_is(smollm2_gguf):
 
 
 def test_the_real_models_kept_embedding_is_the_files(smollm2_gguf):
-    weights = open_model(smollm2_gguf).weights
-    assert np.array_equal(dequantize(kept_matrix(weights, "embedding")), weights.embedding().whole())
+    weights = open_source_model(smollm2_gguf).weights
+    assert np.array_equal(dequantize(read_kept_matrix(weights, "embedding")), weights.embedding().whole())
 
 
 def test_the_writer_of_the_tests_is_the_converters_inverse(tmp_path):

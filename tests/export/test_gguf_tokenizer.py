@@ -13,8 +13,8 @@ import pytest
 import regex
 import tokenizers
 from edgelm_export.checkpoint import open_checkpoint
-from edgelm_export.checkpoint.gguf_file import Metadata
-from edgelm_export.checkpoint.gguf_tokenizer import SPLITTINGS, read_tokenizer
+from edgelm_export.checkpoint.gguf_file import GgufMetadata
+from edgelm_export.checkpoint.gguf_tokenizer import PRE_TOKENIZERS, read_gguf_tokenizer
 from gguf_files import TYPES
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,7 +135,7 @@ def byte_level(pre="gpt-2"):
 
 
 def read(values):
-    return read_tokenizer(Metadata(Path("model.gguf"), values))
+    return read_gguf_tokenizer(GgufMetadata(Path("model.gguf"), values))
 
 
 def inner(values):
@@ -215,8 +215,8 @@ def made(pre):
 
 
 def test_every_kind_splits_like_one_that_is_tested():
-    tested = {SPLITTINGS[pre].patterns for pre in PATTERNS}
-    assert {splitting.patterns for splitting in SPLITTINGS.values()} == tested
+    tested = {PRE_TOKENIZERS[pre].patterns for pre in PATTERNS}
+    assert {splitting.patterns for splitting in PRE_TOKENIZERS.values()} == tested
 
 
 @pytest.mark.parametrize(

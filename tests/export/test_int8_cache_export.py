@@ -12,8 +12,8 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 import edgelm_export
 import onnx
 from edgelm_export.calibration.text_samples import calibration_documents
-from edgelm_export.int8_kv.int8_cache_graph import OLDEST_RUNTIME
-from edgelm_export.source_model import open_model
+from edgelm_export.int8_kv.int8_cache_graph import MIN_ONNXRUNTIME
+from edgelm_export.source_model import open_source_model
 from onnx import numpy_helper
 from tiny import TEXT
 
@@ -21,8 +21,8 @@ from edgelm.errors import EdgelmError
 from edgelm.runtime.ort import ORT_RELEASE
 from edgelm.runtime.runner import open_runner
 
-too_old = tuple(map(int, OLDEST_RUNTIME.split("."))) > ORT_RELEASE
-needs_runtime = pytest.mark.skipif(too_old, reason=f"needs onnxruntime {OLDEST_RUNTIME}")
+too_old = tuple(map(int, MIN_ONNXRUNTIME.split("."))) > ORT_RELEASE
+needs_runtime = pytest.mark.skipif(too_old, reason=f"needs onnxruntime {MIN_ONNXRUNTIME}")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_no_value_of_the_calibration_text_exceeds_its_scale(fields, text, tiny_c
     scales = scales_of(bundle)
     assert len(scales) == 4  # layers, keys and values
     assert all(np.isfinite(each).all() and (each > 0).all() for each in scales.values())
-    documents = calibration_documents(text.read_text("utf-8"), open_model(checkpoint).tokenizer, 0, 512, 65536)
+    documents = calibration_documents(text.read_text("utf-8"), open_source_model(checkpoint).tokenizer, 0, 512, 65536)
     sessions = [open_runner(each, rows=1, threads=1) for each in (bundle, plain)]
     highest = 0
     for document in documents:
@@ -86,7 +86,7 @@ def test_info_shows_it(tiny_checkpoint, tmp_path, run):
     assert (code, json.loads(out)["quant"]) == (0, "int4"), err
     code, out, _ = run("info", tmp_path / "out")
     assert code == 0
-    assert f"onnxruntime {OLDEST_RUNTIME} or newer" in out
+    assert f"onnxruntime {MIN_ONNXRUNTIME} or newer" in out
     assert "keys and values in int8: 128 bytes a token" in out
     code, out, _ = run("info", tmp_path / "out", "--json")
     assert json.loads(out)["cache"]["bits"] == 8
@@ -95,6 +95,6 @@ def test_info_shows_it(tiny_checkpoint, tmp_path, run):
 
 def test_an_older_runtime_is_refused_before_any_work(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("edgelm.runtime.ort.RUNTIME", (1, 23))
-    with pytest.raises(EdgelmError, match=f"--kv int8 needs onnxruntime {OLDEST_RUNTIME} or newer"):
+    with pytest.raises(EdgelmError, match=f"--kv int8 needs onnxruntime {MIN_ONNXRUNTIME} or newer"):
         edgelm_export.export(tiny_checkpoint(), tmp_path / "out", kv="int8")
     assert not (tmp_path / "out").exists()

@@ -15,8 +15,8 @@ from edgelm.errors import CheckpointError
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from edgelm_export.checkpoint.transformers_config import NAMES_CODE, SAFELY, plain_config  # noqa: E402
-from edgelm_export.distill.student import open_model  # noqa: E402
+from edgelm_export.checkpoint.transformers_config import CODE_FIELDS, SAFE_LOAD_OPTIONS, read_safe_config  # noqa: E402
+from edgelm_export.distill.student import load_transformers_model  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[2]
 MODULE = "own.py"
@@ -59,22 +59,22 @@ def test_fields_that_name_code_are_left_out(hostile, mark, fields, monkeypatch):
     monkeypatch.setattr(transformers.modeling_utils, "load_and_register_kernel", lambda *_: mark.touch())
     monkeypatch.setattr(transformers.modeling_utils, "is_kernel", lambda name: name is not None and "/" in name)
     change(hostile, **fields)
-    config = plain_config(transformers, hostile)
+    config = read_safe_config(transformers, hostile)
     for name in fields:
         assert "repository" not in str(getattr(config, name, None))
-    assert open_model(hostile, "teacher").config._attn_implementation == "eager"
+    assert load_transformers_model(hostile, "teacher").config._attn_implementation == "eager"
     assert not mark.exists()
 
 
 def test_they_are_left_out_at_any_depth(hostile):
     change(hostile, text_config=[{"auto_map": AUTO_MAP, "_attn_implementation": "a/b", "kept": 1}])
-    assert plain_config(transformers, hostile).text_config == [{"kept": 1}]
+    assert read_safe_config(transformers, hostile).text_config == [{"kept": 1}]
 
 
 def test_an_architecture_that_is_its_own_code_is_refused(hostile, mark):
     change(hostile, model_type="own", auto_map=AUTO_MAP, architectures=["M"])
     with pytest.raises(CheckpointError, match=r"model_type 'own' is not one of transformers.* never run"):
-        open_model(hostile, "teacher")
+        load_transformers_model(hostile, "teacher")
     assert not mark.exists()
 
 
@@ -100,7 +100,7 @@ def test_pickled_weights_are_refused(hostile, mark, named):
             index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": "pytorch_model.bin"}}
             (hostile / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"pickled weights are not read|cannot be read|adapter_config"):
-        open_model(hostile, "student")
+        load_transformers_model(hostile, "student")
     assert not mark.exists()
 
 
@@ -126,12 +126,12 @@ def test_every_call_that_loads_says_so():
                     continue
                 words = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 if node.func.attr == "from_pretrained":
-                    assert words.get(None) == "SAFELY", f"{file}:{node.lineno}"
+                    assert words.get(None) == "SAFE_LOAD_OPTIONS", f"{file}:{node.lineno}"
                     assert words.get("config") == "config", f"{file}:{node.lineno}"
                     found += 1
                 elif ast.unparse(node.func) in ("torch.load", "np.load", "pickle.load", "pickle.loads"):
                     assert words.get("weights_only") == "True", f"{file}:{node.lineno}"
                     found += 1
     assert found == 3
-    assert SAFELY == {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
-    assert "auto_map" in NAMES_CODE
+    assert SAFE_LOAD_OPTIONS == {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    assert "auto_map" in CODE_FIELDS

@@ -11,7 +11,7 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import edgelm_export
 from edgelm_export.checkpoint import open_checkpoint
-from edgelm_export.checkpoint.published_quantization import unquantized_name
+from edgelm_export.checkpoint.published_quantization import guess_unquantized_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_packing import float8_value, pack_awq, pack_gptq, scaled_bytes, unpacked
@@ -114,10 +114,12 @@ def test_awq(tmp_path, size):
 
 
 def test_the_value_of_each_byte():
-    from edgelm_export.checkpoint.published_quantization import FLOAT8
+    from edgelm_export.checkpoint.published_quantization import FLOAT8_VALUES
 
     for byte in range(256):
-        assert FLOAT8[byte] == float8_value(byte) or (np.isnan(FLOAT8[byte]) and np.isnan(float8_value(byte)))
+        assert FLOAT8_VALUES[byte] == float8_value(byte) or (
+            np.isnan(FLOAT8_VALUES[byte]) and np.isnan(float8_value(byte))
+        )
 
 
 FLOAT8_FORMS = {
@@ -198,11 +200,11 @@ def test_the_settings_may_lie_in_a_file_of_their_own(tmp_path):
 )
 def test_rows_of_any_shape(shape, size, seed, rows):
     """Without files: the layout alone, in every cut."""
-    from edgelm_export.checkpoint.published_quantization import Gptq
+    from edgelm_export.checkpoint.published_quantization import GptqLayout
 
     packed, weight = gptq_layer(np.random.default_rng(seed), shape, 4, size, act_order=True)
     start, stop = sorted(min(row, shape[0]) for row in rows)
-    found = Gptq(InMemory(packed), 4, size, 1).rows("m", shape, slice(start, stop))
+    found = GptqLayout(InMemory(packed), 4, size, 1).rows("m", shape, slice(start, stop))
     assert np.array_equal(found, weight[start:stop])
 
 
@@ -302,10 +304,10 @@ def test_a_format_that_only_the_tensors_tell(tmp_path, part, message):
     ],
 )
 def test_the_name_without_what_tells_of_quantization(tmp_path, name, bare):
-    assert unquantized_name(tmp_path / name, {}) == bare
+    assert guess_unquantized_name(tmp_path / name, {}) == bare
     hub = tmp_path / f"models--owner--{name}" / "snapshots" / "0123"
-    assert unquantized_name(hub, {}) == (None if bare is None else f"owner/{bare}")
-    found = unquantized_name(tmp_path / "my-folder", {"_name_or_path": f"owner/{name}"})
+    assert guess_unquantized_name(hub, {}) == (None if bare is None else f"owner/{bare}")
+    found = guess_unquantized_name(tmp_path / "my-folder", {"_name_or_path": f"owner/{name}"})
     assert found == f"owner/{bare or name}"
 
 

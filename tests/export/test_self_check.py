@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import edgelm_export
-from edgelm_export.verify.self_check import CHECKED_TOKENS, SelfCheckError, refuse_broken
+from edgelm_export.verify.self_check import CHECKED_TOKENS, SelfCheckError, raise_if_broken
 from edgelm_export.write import matrix_store
 
 from edgelm.bundle.manifest import open_bundle
@@ -21,14 +21,14 @@ GOOD = {"tokens": 100, "perplexity": 22.0, "reference_perplexity": 20.0, "kl_mea
 @pytest.fixture
 def broken(monkeypatch):
     """Let a quantizer mix up the rows of what it stores."""
-    quantize = matrix_store.quantize_rows
+    quantize = matrix_store.quantize_matrix
 
     def mixed_up(rows, *given, **known):
         packed = quantize(rows, *given, **known)
         packed.data[:] = np.random.default_rng(0).permutation(packed.data)
         return packed
 
-    monkeypatch.setattr(matrix_store, "quantize_rows", mixed_up)
+    monkeypatch.setattr(matrix_store, "quantize_matrix", mixed_up)
 
 
 @pytest.mark.parametrize("options", [{"quant": "int8"}, {"fast": True}, {"quant": "int4"}, {"quant": "mixed"}], ids=str)
@@ -66,6 +66,6 @@ def test_force_writes_a_broken_bundle_with_its_figures(broken, stories_checkpoin
     "worse", [{"kl_mean": 1.2}, {"perplexity": 61.0}, {"perplexity": float("inf")}, {"kl_mean": float("nan")}], ids=str
 )
 def test_either_figure_counts(worse):
-    refuse_broken(GOOD)
+    raise_if_broken(GOOD)
     with pytest.raises(SelfCheckError):
-        refuse_broken(GOOD | worse)
+        raise_if_broken(GOOD | worse)

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.vocabulary import PrunedVocabulary, prune
+from edgelm_export.vocabulary import PrunedVocabulary, prune_vocabulary
 from edgelm_export.vocabulary.pruning import CHUNK
 
 LETTERS = pre_tokenizers.ByteLevel.alphabet()
@@ -45,17 +45,17 @@ def test_the_most_applied_merges_stay(tmp_path: Path) -> None:
         (260, {"ef", "efg", "efgh", "cd"}),
         (261, {"ef", "efg", "efgh", "cd", "ab"}),
     ):
-        result = prune(path, text, size, model_vocab_size=262)
+        result = prune_vocabulary(path, text, size, model_vocab_size=262)
         assert names(result) - set(LETTERS) == expected
     assert result.tokens_before == result.tokens_after == 3 + 5 + 20 + 10 + 100
-    assert prune(path, text, 256, model_vocab_size=262).tokens_after == len(text)
+    assert prune_vocabulary(path, text, 256, model_vocab_size=262).tokens_after == len(text)
 
 
 def test_the_earliest_merges_fill_what_the_text_leaves(tmp_path: Path) -> None:
     made = byte_level([("q", "r"), ("a", "b"), ("qr", "s"), ("t", "u")], first=["tu"])
     path = write(tmp_path, made)
-    assert names(prune(path, "ab" * 200, 258, model_vocab_size=ALL)) - set(LETTERS) == {"ab", "qr"}
-    assert names(prune(path, "ab" * 200, 259, model_vocab_size=ALL)) - set(LETTERS) == {"ab", "qr", "qrs"}
+    assert names(prune_vocabulary(path, "ab" * 200, 258, model_vocab_size=ALL)) - set(LETTERS) == {"ab", "qr"}
+    assert names(prune_vocabulary(path, "ab" * 200, 259, model_vocab_size=ALL)) - set(LETTERS) == {"ab", "qr", "qrs"}
 
 
 def test_a_character_outweighs_a_merge(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_character_outweighs_a_merge(tmp_path: Path) -> None:
     vocab = {name: token for token, name in enumerate([*BYTES, "t", "h", "e", "th", "the", "ñ"])}
     made = tokenizers.Tokenizer(models.BPE(vocab, [("t", "h"), ("th", "e")], byte_fallback=True))
     made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    result = prune(write(tmp_path, made), "the" * 200 + "ñ" * 60, 260, model_vocab_size=ALL)
+    result = prune_vocabulary(write(tmp_path, made), "the" * 200 + "ñ" * 60, 260, model_vocab_size=ALL)
     assert names(result) - set(BYTES) == {"t", "h", "e", "ñ"}
     assert (result.tokens_lost, result.sufficient_size) == (200, 262)
 
@@ -71,21 +71,24 @@ def test_a_character_outweighs_a_merge(tmp_path: Path) -> None:
 def test_a_filler_comes_with_what_it_is_made_of(tmp_path: Path) -> None:
     """The list names `abc` before its part `bc`: alone it would be a row that no text reaches."""
     made = byte_level([("a", "bc"), ("x", "y"), ("b", "c")])
-    assert names(prune(write(tmp_path, made), "z" * 200, 257, model_vocab_size=ALL)) - set(LETTERS) == {"xy"}
-    assert names(prune(write(tmp_path, made), "z" * 200, 258, model_vocab_size=ALL)) - set(LETTERS) == {"abc", "bc"}
+    assert names(prune_vocabulary(write(tmp_path, made), "z" * 200, 257, model_vocab_size=ALL)) - set(LETTERS) == {"xy"}
+    assert names(prune_vocabulary(write(tmp_path, made), "z" * 200, 258, model_vocab_size=ALL)) - set(LETTERS) == {
+        "abc",
+        "bc",
+    }
 
 
 def test_equal_pairs_join_from_the_left(tmp_path: Path) -> None:
     """`aaa` passes through `aa`, `a`: from the right it would not be reached, and seem to need nothing."""
     made = byte_level([("x", "y"), ("a", "a"), ("aa", "a")])
-    result = prune(write(tmp_path, made), "aaa." * 100, 257, model_vocab_size=ALL)
+    result = prune_vocabulary(write(tmp_path, made), "aaa." * 100, 257, model_vocab_size=ALL)
     assert names(result) - set(LETTERS) == {"aa"}
 
 
 def test_a_word_found_whole_needs_no_merges(tmp_path: Path) -> None:
     made = byte_level([("k", "i")], first=["kitchen"], ignore_merges=True)
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), made.pre_tokenizer])
-    result = prune(write(tmp_path, made), "kitchen " * 200, 257, model_vocab_size=ALL)
+    result = prune_vocabulary(write(tmp_path, made), "kitchen " * 200, 257, model_vocab_size=ALL)
     after = tokenizers.Tokenizer.from_str(result.tokenizer)
     assert names(result) - set(LETTERS) == {"kitchen"}
     assert after.encode("kitchen").ids == [result.new_id(0)]
@@ -94,7 +97,7 @@ def test_a_word_found_whole_needs_no_merges(tmp_path: Path) -> None:
 def test_the_unknown_token_stays(tmp_path: Path) -> None:
     """A vocabulary trained without an initial alphabet lacks bytes, and says so with this token."""
     made = byte_level([("a", "b"), ("c", "d")], list("abcd"), first=["ab", "cd", "<unk>"], unk_token="<unk>")
-    result = prune(write(tmp_path, made), "abcd" * 100, 6, model_vocab_size=ALL)
+    result = prune_vocabulary(write(tmp_path, made), "abcd" * 100, 6, model_vocab_size=ALL)
     before, after = made.encode("abxcd"), tokenizers.Tokenizer.from_str(result.tokenizer).encode("abxcd")
     assert before.tokens == ["ab", "<unk>", "cd"]
     assert after.tokens == ["ab", "<unk>", "c", "d"]
@@ -114,7 +117,9 @@ def test_an_unknown_character_costs_what_it_did(tmp_path: Path) -> None:
     made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     path = write(tmp_path, made)
     for size in range(260, 262):
-        after = tokenizers.Tokenizer.from_str(prune(path, "ab" * 99 + "bb" * 99, size, model_vocab_size=ALL).tokenizer)
+        after = tokenizers.Tokenizer.from_str(
+            prune_vocabulary(path, "ab" * 99 + "bb" * 99, size, model_vocab_size=ALL).tokenizer
+        )
         assert after.token_to_id("é") is not None
         assert after.decode(after.encode("abéab").ids) == "abéab"
         assert [token for token in after.encode("ab" * 2).tokens if token.startswith("<")] == []
@@ -124,7 +129,7 @@ def test_ids_move_wherever_they_are_written(tmp_path: Path) -> None:
     content = json.loads(tokenizer_json("gpt2"))
     end = content["padding"]["pad_id"]
     path = write(tmp_path, "gpt2")
-    result = prune(path, DOMAIN, 300, model_vocab_size=ALL)
+    result = prune_vocabulary(path, DOMAIN, 300, model_vocab_size=ALL)
     moved = json.loads(result.tokenizer)
     added = {token["content"]: token["id"] for token in moved["added_tokens"]}
     assert added == {token["content"]: result.new_id(token["id"]) for token in content["added_tokens"]}
@@ -135,7 +140,7 @@ def test_ids_move_wherever_they_are_written(tmp_path: Path) -> None:
 
 
 def test_truncation_and_the_other_processors_stay(tmp_path: Path) -> None:
-    moved = json.loads(prune(write(tmp_path, "llama2"), DOMAIN, 300, model_vocab_size=ALL).tokenizer)
+    moved = json.loads(prune_vocabulary(write(tmp_path, "llama2"), DOMAIN, 300, model_vocab_size=ALL).tokenizer)
     before = json.loads(tokenizer_json("llama2"))
     for name in ("truncation", "normalizer", "pre_tokenizer", "decoder", "post_processor", "version"):
         assert moved[name] == before[name]
@@ -146,7 +151,7 @@ def test_truncation_and_the_other_processors_stay(tmp_path: Path) -> None:
 def test_rows_without_tokens_are_dropped(tmp_path: Path) -> None:
     path = write(tmp_path, "llama3")
     total = tokenizers.Tokenizer.from_file(str(path)).get_vocab_size()
-    result = prune(path, DOMAIN, total, model_vocab_size=total + 271)
+    result = prune_vocabulary(path, DOMAIN, total, model_vocab_size=total + 271)
     assert result.kept.tolist() == list(range(total))
     assert json.loads(result.tokenizer)["model"] == json.loads(path.read_text("utf-8"))["model"]
 
@@ -155,7 +160,7 @@ def test_added_tokens_without_a_row_are_dropped(tmp_path: Path) -> None:
     path = write(tmp_path, "llama3")
     before = tokenizers.Tokenizer.from_file(str(path))
     reserved = before.token_to_id("<|reserved|>")
-    result = prune(path, DOMAIN, 300, model_vocab_size=reserved)
+    result = prune_vocabulary(path, DOMAIN, 300, model_vocab_size=reserved)
     after = tokenizers.Tokenizer.from_str(result.tokenizer)
     assert after.token_to_id("<|reserved|>") is None
     assert result.new_id(before.token_to_id("<|eot|>")) == 299
@@ -169,7 +174,7 @@ def test_tokens_numbered_out_of_order(tmp_path: Path) -> None:
         {"id": 258, "content": "<s>", "special": True}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     ]
-    result = prune(write(tmp_path, made), "abc" * 200, 259, model_vocab_size=401)
+    result = prune_vocabulary(write(tmp_path, made), "abc" * 200, 259, model_vocab_size=401)
     after = tokenizers.Tokenizer.from_str(result.tokenizer)
     assert result.kept[-3:].tolist() == [256, 400, 258]
     assert result.kept[after.encode("abc<s>").ids].tolist() == [400, 258]
@@ -179,14 +184,14 @@ def test_long_texts_are_counted_in_parts(tmp_path: Path) -> None:
     path = write(tmp_path, "gpt2")
     text = (DOMAIN + "\n") * (3 * CHUNK // len(DOMAIN))
     before = tokenizers.Tokenizer.from_file(str(path))
-    assert prune(path, text, 400, model_vocab_size=ALL).tokens_before == len(
+    assert prune_vocabulary(path, text, 400, model_vocab_size=ALL).tokens_before == len(
         before.encode(text, add_special_tokens=False).ids
     )
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     path = write(tmp_path, "unigram")
-    first, second = (prune(path, DOMAIN, 300, model_vocab_size=ALL) for _ in range(2))
+    first, second = (prune_vocabulary(path, DOMAIN, 300, model_vocab_size=ALL) for _ in range(2))
     assert first.tokenizer == second.tokenizer
     assert first.kept.tolist() == second.kept.tolist()
 
@@ -195,12 +200,12 @@ def test_stories_for_stories(stories_checkpoint: Path, shared: Path) -> None:
     """Two thirds of its 512 tokens are bytes and special ones; the rest of the room is for the most used merges."""
     text = (shared / "data" / "tinystories" / "dev.txt").read_text("utf-8")[:50_000]
     path = stories_checkpoint / "tokenizer.json"
-    result = prune(path, text, 400, model_vocab_size=512)
+    result = prune_vocabulary(path, text, 400, model_vocab_size=512)
     assert result.size == 400
     assert result.tokens_before < result.tokens_after < 1.4 * result.tokens_before
     assert 0 < result.tokens_lost < result.tokens_before
-    enough = prune(path, text, result.sufficient_size, model_vocab_size=512)
+    enough = prune_vocabulary(path, text, result.sufficient_size, model_vocab_size=512)
     assert enough.tokens_lost == 0
     assert enough.tokens_before == enough.tokens_after
-    assert prune(path, text, result.sufficient_size - 1, model_vocab_size=512).tokens_lost > 0
+    assert prune_vocabulary(path, text, result.sufficient_size - 1, model_vocab_size=512).tokens_lost > 0
     assert {"▁the", "▁and", "▁to"} <= names(result)

@@ -13,7 +13,7 @@ from tokenizers import models
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.vocabulary import prune
+from edgelm_export.vocabulary import prune_vocabulary
 
 from edgelm.errors import CheckpointError, DataError, EdgelmError
 
@@ -61,7 +61,7 @@ STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 def test_tokenizers_that_would_lose_text_are_refused(tmp_path: Path, made: Any, reason: str) -> None:
     path = write(tmp_path, made)
     with pytest.raises(CheckpointError) as refusal:
-        prune(path, DOMAIN, 300, model_vocab_size=ALL)
+        prune_vocabulary(path, DOMAIN, 300, model_vocab_size=ALL)
     assert reason in str(refusal.value)
     assert str(path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -70,12 +70,12 @@ def test_tokenizers_that_would_lose_text_are_refused(tmp_path: Path, made: Any, 
 @pytest.mark.parametrize("text", ["", " \n", "turn on the light"])
 def test_a_text_too_short_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(DataError, match=r"has \d+ tokens; give at least 100"):
-        prune(write(tmp_path, "gpt2"), text, 300, model_vocab_size=ALL)
+        prune_vocabulary(write(tmp_path, "gpt2"), text, 300, model_vocab_size=ALL)
 
 
 def test_a_text_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not valid Unicode"):
-        prune(write(tmp_path, "gpt2"), DOMAIN + "\ud800", 300, model_vocab_size=ALL)
+        prune_vocabulary(write(tmp_path, "gpt2"), DOMAIN + "\ud800", 300, model_vocab_size=ALL)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_a_text_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
 )
 def test_sizes_out_of_range_are_refused(tmp_path: Path, size: int, reason: str) -> None:
     with pytest.raises(EdgelmError, match=reason):
-        prune(write(tmp_path, "gpt2"), DOMAIN, size, model_vocab_size=ALL)
+        prune_vocabulary(write(tmp_path, "gpt2"), DOMAIN, size, model_vocab_size=ALL)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the model 200 rows: they do not belong together"):
-        prune(write(tmp_path, "gpt2"), DOMAIN, 150, model_vocab_size=200)
+        prune_vocabulary(write(tmp_path, "gpt2"), DOMAIN, 150, model_vocab_size=200)
 
 
 @pytest.mark.parametrize("kind", ["llama3", "gemma"])
@@ -105,14 +105,14 @@ def test_required_tokens_that_do_not_exist_are_refused(tmp_path: Path, kind: str
     total = tokenizers.Tokenizer.from_file(str(path)).get_vocab_size()
     for token in (total, -1):
         with pytest.raises(CheckpointError, match=f"the token {token}, which has to stay, is not in"):
-            prune(path, DOMAIN, 300, model_vocab_size=ALL, required=[token])
+            prune_vocabulary(path, DOMAIN, 300, model_vocab_size=ALL, required=[token])
 
 
 def test_required_tokens_without_a_row_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "llama3")
     reserved = tokenizers.Tokenizer.from_file(str(path)).token_to_id("<|reserved|>")
     with pytest.raises(CheckpointError, match=f"the token {reserved}, which has to stay, has no row"):
-        prune(path, DOMAIN, 300, model_vocab_size=reserved, required=[reserved])
+        prune_vocabulary(path, DOMAIN, 300, model_vocab_size=reserved, required=[reserved])
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -121,4 +121,4 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
         if text is not None:
             path.write_text(text)
         with pytest.raises(CheckpointError, match="that we can read"):
-            prune(path, DOMAIN, 300, model_vocab_size=ALL)
+            prune_vocabulary(path, DOMAIN, 300, model_vocab_size=ALL)

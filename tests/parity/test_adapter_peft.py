@@ -19,7 +19,7 @@ import peft
 import torch
 import transformers
 from edgelm_export.checkpoint import Checkpoint, open_checkpoint
-from edgelm_export.checkpoint.lora import Adapted, Adapter, open_adapter
+from edgelm_export.checkpoint.lora import AdaptedWeights, Adapter, open_adapter
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_the_sum_is_that_of_peft(train: Callable[..., Any], options: dict[str, A
     expected = model.merge_and_unload().state_dict()
     changed = 0
     for name, weight in shape.tensors().items():
-        found = Adapted(base, adapter).tensor(name, weight.shape)
+        found = AdaptedWeights(base, adapter).tensor(name, weight.shape)
         np.testing.assert_allclose(found, expected[name].numpy(), rtol=1e-6, atol=1e-6)
         changed += not np.array_equal(found, weight)
     assert changed == len(adapter.changed) > 0
@@ -80,5 +80,5 @@ def test_a_tied_matrix_is_changed_once(train: Callable[..., Any], options: dict[
         expected = model(tokens).logits
         plain = type(model.get_base_model()).from_pretrained(base.path, dtype=torch.float32)
         for name, weight in shape.tensors().items():
-            plain.get_parameter(name).copy_(torch.from_numpy(Adapted(base, adapter).tensor(name, weight.shape)))
+            plain.get_parameter(name).copy_(torch.from_numpy(AdaptedWeights(base, adapter).tensor(name, weight.shape)))
         np.testing.assert_allclose(plain(tokens).logits, expected, rtol=1e-4, atol=1e-3)

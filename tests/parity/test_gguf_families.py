@@ -5,8 +5,8 @@ from __future__ import annotations
 import families
 import numpy as np
 import pytest
-from edgelm_export.architectures import find_family
-from edgelm_export.architectures.weights import Weights
+from edgelm_export.architectures import find_architecture
+from edgelm_export.architectures.weights import DecoderWeights
 from edgelm_export.checkpoint import open_checkpoint
 from gguf_files import write_gguf
 from tiny import tokenizer_json
@@ -89,10 +89,10 @@ def both(family, options, folder):
 def test_logits_and_greedy_steps_match_transformers(family, options, tmp_path, export_to_cache):
     network, checkpoint, path = both(family, options, tmp_path)
     theirs, ours = open_checkpoint(checkpoint), open_checkpoint(path)
-    expected = find_family(theirs.config)
-    found = find_family(ours.config)
-    first = Weights(theirs, expected.decoder(theirs.config), expected.names)
-    second = Weights(ours, found.decoder(ours.config), found.names)
+    expected = find_architecture(theirs.config)
+    found = find_architecture(ours.config)
+    first = DecoderWeights(theirs, expected.decoder(theirs.config), expected.names)
+    second = DecoderWeights(ours, found.decoder(ours.config), found.names)
     for (name, rows), (_, other) in zip(first.matrices(), second.matrices(), strict=True):
         assert np.array_equal(rows.whole(), other.whole()), name
     assert first.decoder.parameters == second.decoder.parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import families
 import numpy as np
 import pytest
-from edgelm_export.int8_kv.int8_cache_graph import OLDEST_RUNTIME
+from edgelm_export.int8_kv.int8_cache_graph import MIN_ONNXRUNTIME
 
 import edgelm
 from edgelm.runtime.divergence import DivergenceMeter
@@ -13,7 +13,7 @@ from edgelm.runtime.ort import ORT_RELEASE
 
 pytestmark = [
     pytest.mark.usefixtures("one_torch_thread"),
-    pytest.mark.skipif(tuple(map(int, OLDEST_RUNTIME.split("."))) > ORT_RELEASE, reason=f"needs {OLDEST_RUNTIME}"),
+    pytest.mark.skipif(tuple(map(int, MIN_ONNXRUNTIME.split("."))) > ORT_RELEASE, reason=f"needs {MIN_ONNXRUNTIME}"),
 ]
 
 LONG = {"short_factor": [1 + i / 6 for i in range(6)], "long_factor": [2 + 3 * i for i in range(6)]}

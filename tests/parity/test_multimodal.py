@@ -152,8 +152,8 @@ def test_both_layouts_of_tensors_are_read(kind, layout, tmp_path, export_to_cach
 
 
 def test_what_the_text_half_leaves_out_is_the_class_s(tmp_path):
-    from edgelm_export.architectures import find_family
-    from edgelm_export.checkpoint.multimodal import text_half
+    from edgelm_export.architectures import find_architecture
+    from edgelm_export.checkpoint.multimodal import extract_text_model
 
     class Named:
         names = ("language_model.model.embed_tokens.weight", "vision_tower.x")
@@ -174,8 +174,8 @@ def test_what_the_text_half_leaves_out_is_the_class_s(tmp_path):
         },
         "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
     }
-    text = text_half(Named(), published)
-    decoder = find_family(text.config).decoder(text.config)
+    text = extract_text_model(Named(), published)
+    decoder = find_architecture(text.config).decoder(text.config)
     assert (decoder.heads, decoder.kv_heads, decoder.head_size, decoder.vocab_size) == (8, 4, 256, 262_208)
     assert decoder.parameters == 4_300_079_472 - 416_866_032 - 2_950_272  # the whole, its vision tower, its projector
     assert text.config["eos_token_id"] == [1, 106]

@@ -12,13 +12,13 @@ from edgelm.errors import EdgelmError
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.quantize.budget import Option, choose
-from edgelm_export.quantize.spec import Spec
+from edgelm_export.quantize.budget import StorageOption, choose_options
+from edgelm_export.quantize.spec import QuantSpec
 
 OPTIONS = st.lists(
     st.builds(
-        Option,
-        st.builds(Spec, st.sampled_from([4, 8]), st.sampled_from([32, 64])),
+        StorageOption,
+        st.builds(QuantSpec, st.sampled_from([4, 8]), st.sampled_from([32, 64])),
         st.integers(1, 60),
         st.integers(0, 1000).map(lambda each: each / 1000),
     ),
@@ -38,7 +38,7 @@ def combinations(options):
 
 @given(MODELS, st.floats(0, 3))
 def test_no_combination_of_as_few_bytes_is_better(options, max_kl):
-    size, kl = total(choose(options, max_kl=max_kl).values())
+    size, kl = total(choose_options(options, max_kl=max_kl).values())
     assert all(other_kl >= kl - 1e-9 for other_size, other_kl in combinations(options) if other_size <= size)
     if kl > max_kl:  # even the best there is does not reach it
         assert kl <= min(each for _, each in combinations(options)) + 1e-9
@@ -49,9 +49,9 @@ def test_bytes_are_spent_within_the_limit_and_to_some_use(options, max_bytes):
     least = min(size for size, _ in combinations(options))
     if least > max_bytes:
         with pytest.raises(EdgelmError, match=f"at least {least} bytes, {max_bytes} are left"):
-            choose(options, max_bytes=max_bytes)
+            choose_options(options, max_bytes=max_bytes)
         return
-    chosen = choose(options, max_bytes=max_bytes)
+    chosen = choose_options(options, max_bytes=max_bytes)
     assert chosen.keys() == options.keys()
     assert all(chosen[name] in options[name] for name in options)
     size, kl = total(chosen.values())
@@ -82,15 +82,15 @@ def _off_hull(options, better):
 
 @given(MODELS)
 def test_a_limit_already_met_takes_the_smallest(options):
-    size, _ = total(choose(options, max_kl=1e9).values())
+    size, _ = total(choose_options(options, max_kl=1e9).values())
     assert size == min(each for each, _ in combinations(options))
 
 
 def test_the_sensitive_matrix_is_upgraded_first():
-    coarse, fine = Spec(4, 32), Spec(8, 32)
+    coarse, fine = QuantSpec(4, 32), QuantSpec(8, 32)
     options = {
-        "dull": [Option(coarse, 10, 0.01), Option(fine, 20, 0.0)],
-        "touchy": [Option(coarse, 10, 0.5), Option(fine, 20, 0.0)],
+        "dull": [StorageOption(coarse, 10, 0.01), StorageOption(fine, 20, 0.0)],
+        "touchy": [StorageOption(coarse, 10, 0.5), StorageOption(fine, 20, 0.0)],
     }
-    chosen = choose(options, max_bytes=30)
+    chosen = choose_options(options, max_bytes=30)
     assert (chosen["dull"].spec, chosen["touchy"].spec) == (coarse, fine)

@@ -15,12 +15,12 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import edgelm_export
 from edgelm_export.calibration.calibrate import _inverse_mean_square
-from edgelm_export.calibration.moment_sums import Sums
-from edgelm_export.checkpoint.matrix_reader import Rows
+from edgelm_export.calibration.moment_sums import MomentAccumulator
+from edgelm_export.checkpoint.matrix_reader import LazyMatrix
 from edgelm_export.quantize.pack import dequantize
-from edgelm_export.quantize.spec import Spec
-from edgelm_export.source_model import open_model
-from edgelm_export.write.matrix_store import MOST_GROWTH, calibrated_rows, quantize_rows
+from edgelm_export.quantize.spec import QuantSpec
+from edgelm_export.source_model import open_source_model
+from edgelm_export.write.matrix_store import MAX_WEIGHT_GROWTH, quantize_calibrated, quantize_matrix
 from safetensors.numpy import load_file, save_file
 
 SIZES = st.sampled_from([1.0, 1e2, 1e3, 1e4])
@@ -52,20 +52,20 @@ def streams(draw):
 @given(given_streams=streams(), bits=st.sampled_from([4, 5]), adds=st.booleans())
 def test_a_calibrated_matrix_is_no_worse_on_new_positions_of_the_same_kind(given_streams, bits, adds):
     weight, documents = given_streams
-    sums = Sums(weight.shape, weight)
+    sums = MomentAccumulator(weight.shape, weight)
     for number, (own, full, drift, stream) in enumerate(documents):
         weights = _inverse_mean_square(stream) if adds else None
         sums.add(own, full, drift if adds else None, weights, hold_back=number % 4 == 3)
     moments = sums.moments()
-    spec = Spec(bits, 32, True, "gptq")
-    packed = calibrated_rows(Rows.of(weight), spec, moments, None)
+    spec = QuantSpec(bits, 32, True, "gptq")
+    packed = quantize_calibrated(LazyMatrix.of(weight), spec, moments, None)
     if packed is None:  # the uncalibrated form stays
         return
-    plain = quantize_rows(Rows.of(weight), Spec(bits, 32, True, "clip"))
-    held = moments.held_back
+    plain = quantize_matrix(LazyMatrix.of(weight), QuantSpec(bits, 32, True, "clip"))
+    held = moments.held_out
     errors = [np.square(held.inputs @ dequantize(each).T - held.target).sum() for each in (packed, plain)]
     assert errors[0] < errors[1]
-    assert np.abs(dequantize(packed)).max() <= MOST_GROWTH * np.abs(weight).max() * (
+    assert np.abs(dequantize(packed)).max() <= MAX_WEIGHT_GROWTH * np.abs(weight).max() * (
         1 + 1e-6
     )  # scales do not grow from layer to layer
 
@@ -97,7 +97,7 @@ def with_outliers(checkpoint, out, size, layers):
 def test_a_model_with_outlier_channels_survives_calibration(size, tiny_checkpoint, tmp_path):
     checkpoint = with_outliers(tiny_checkpoint(hidden=64, mlp=96, layers=3, tied=False), tmp_path / "outliers", size, 3)
     generator = np.random.default_rng(0)
-    vocab = [token for token in open_model(checkpoint).tokenizer._inner.get_vocab() if token.isalpha()]
+    vocab = [token for token in open_source_model(checkpoint).tokenizer._inner.get_vocab() if token.isalpha()]
     texts = [" ".join(generator.choice(vocab, 400)) for _ in range(12)]
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(texts[:10]), encoding="utf-8")
     (tmp_path / "verify.txt").write_text("\n<|endoftext|>\n".join(texts[10:]), encoding="utf-8")

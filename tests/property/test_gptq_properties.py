@@ -15,23 +15,23 @@ import naive_quantize
 from edgelm_export.quantize import gptq, quantizer
 from edgelm_export.quantize.moments import (
     DAMPING,
-    HeldBack,
+    HeldOut,
     Moments,
+    add_lookup_weight,
     compensate_drift,
-    factors,
+    gptq_factors,
     output_error,
-    prepare,
-    with_lookup,
+    prepare_gptq,
 )
-from edgelm_export.quantize.pack import Packed, dequantize
+from edgelm_export.quantize.pack import PackedMatrix, dequantize
 from edgelm_export.quantize.quantizer import Quantizer
-from edgelm_export.quantize.spec import Spec
+from edgelm_export.quantize.spec import QuantSpec
 
 from edgelm.errors import EdgelmError
 
 specs = st.builds(
-    Spec, st.sampled_from([4, 5, 6, 8]), st.sampled_from([32, 64]), st.just(True), st.just("gptq")
-) | st.builds(Spec, st.sampled_from([4, 8]), st.sampled_from([16, 32, 64]), st.booleans(), st.just("gptq"))
+    QuantSpec, st.sampled_from([4, 5, 6, 8]), st.sampled_from([32, 64]), st.just(True), st.just("gptq")
+) | st.builds(QuantSpec, st.sampled_from([4, 8]), st.sampled_from([16, 32, 64]), st.booleans(), st.just("gptq"))
 
 
 @st.composite
@@ -51,35 +51,35 @@ def moments_of(x):
     return Moments(x.T @ x, count=len(x))
 
 
-def cost(weight, read, second):
+def cost(weight, read, hessian):
     """Of each row, the quadratic form of its error."""
     error = read.astype(np.float64) - weight
-    return np.einsum("nk,kl,nl->n", error, second.astype(np.float64), error)
+    return np.einsum("nk,kl,nl->n", error, hessian.astype(np.float64), error)
 
 
 @given(layer=layers())
 def test_the_factors_are_those_of_the_second_moments_and_their_inverse(layer):
     _, x, _ = layer
-    second = moments_of(x).damped()
-    both = factors(second).astype(np.float64)
+    hessian = moments_of(x).damped()
+    both = gptq_factors(hessian).astype(np.float64)
     lower = np.tril(both)
     upper = np.diag(1 / np.diag(both)) - np.triu(both, 1)
-    size = np.abs(second).max()
-    assert np.allclose(lower.T @ lower, second, rtol=0, atol=1e-4 * size)
-    assert np.allclose(upper @ lower.T, np.eye(len(second)), rtol=0, atol=1e-2)
+    size = np.abs(hessian).max()
+    assert np.allclose(lower.T @ lower, hessian, rtol=0, atol=1e-4 * size)
+    assert np.allclose(upper @ lower.T, np.eye(len(hessian)), rtol=0, atol=1e-2)
 
 
 @given(layer=layers(), spec=specs)
 def test_the_descent_never_raises_the_cost_that_gptq_left(layer, spec):
     weight, x, _ = layer
-    second = moments_of(x).damped()
+    hessian = moments_of(x).damped()
     costs = []
     for rounds in (0, 1, 2, 3):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantizer, "ROUNDS", rounds)
+            patch.setattr(quantizer, "DESCENT_ROUNDS", rounds)
             read = dequantize(Quantizer(spec, moments=moments_of(x), scale_dtype=np.float32).quantize(weight))
-        costs.append(cost(weight, read, second))
-    slack = 1e-4 * costs[0] + 1e-7 * cost(weight, 0 * weight, second)
+        costs.append(cost(weight, read, hessian))
+    slack = 1e-4 * costs[0] + 1e-7 * cost(weight, 0 * weight, hessian)
     for before, after in itertools.pairwise(costs):
         assert (after <= before + slack).all()
 
@@ -91,11 +91,11 @@ def test_gptq_costs_much_less_than_rounding_where_inputs_hang_together(symmetric
     weight = generator.normal(size=(64, 128)).astype(np.float32)
     moments = moments_of(x)
     costs = []
-    for method, rounds in (("clip", 0), ("gptq", 0), ("gptq", quantizer.ROUNDS)):
+    for method, rounds in (("clip", 0), ("gptq", 0), ("gptq", quantizer.DESCENT_ROUNDS)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantizer, "ROUNDS", rounds)
-            read = dequantize(Quantizer(Spec(4, 32, symmetric, method), moments=moments).quantize(weight))
-        costs.append(cost(weight, read, moments.second).sum())
+            patch.setattr(quantizer, "DESCENT_ROUNDS", rounds)
+            read = dequantize(Quantizer(QuantSpec(4, 32, symmetric, method), moments=moments).quantize(weight))
+        costs.append(cost(weight, read, moments.hessian).sum())
     assert costs[1] < 0.5 * costs[0]
     assert costs[2] < 0.9 * costs[1]
 
@@ -105,7 +105,7 @@ def test_gptq_rounds_to_nearest_where_inputs_are_unrelated(layer, spec):
     weight, _, _ = layer
     moments = Moments(np.eye(weight.shape[1]))
     by_gptq = Quantizer(spec, moments=moments).quantize(weight)
-    clip = Spec(spec.bits, spec.block_size, spec.symmetric, "clip")
+    clip = QuantSpec(spec.bits, spec.block_size, spec.symmetric, "clip")
     by_clip = Quantizer(clip, moments=moments).quantize(weight)
     squares = [((dequantize(packed) - weight.astype(np.float64)) ** 2).sum(axis=1) for packed in (by_gptq, by_clip)]
     assert (squares[0] <= squares[1] * (1 + 1e-3) + 1e-12).all()  # the same, or a scale fitted further
@@ -118,7 +118,7 @@ def test_rows_are_quantized_alike_in_any_company(layer, spec, cut, cpus):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantizer.os, "cpu_count", lambda: cpus)
         whole = one.quantize(weight)
-    joined = Packed.join([one.quantize(weight[i : i + cut]) for i in range(0, len(weight), cut)])
+    joined = PackedMatrix.join([one.quantize(weight[i : i + cut]) for i in range(0, len(weight), cut)])
     for name in ("data", "scales", "zero_points"):
         assert np.array_equal(getattr(joined, name), getattr(whole, name)), name
 
@@ -127,35 +127,35 @@ def test_channels_that_no_text_used_are_rounded_to_nearest():
     generator = np.random.default_rng(0)
     x, weight = generator.normal(size=(100, 64)), generator.normal(size=(8, 64)).astype(np.float32)
     x[:, ::2] = 0
-    read = dequantize(Quantizer(Spec(8, 32, method="gptq"), moments=moments_of(x)).quantize(weight))
+    read = dequantize(Quantizer(QuantSpec(8, 32, method="gptq"), moments=moments_of(x)).quantize(weight))
     assert np.abs(read - weight).max() < 0.1
-    nothing = dequantize(Quantizer(Spec(8, 32, method="gptq"), moments=moments_of(0 * x)).quantize(weight))
+    nothing = dequantize(Quantizer(QuantSpec(8, 32, method="gptq"), moments=moments_of(0 * x)).quantize(weight))
     assert np.abs(nothing - weight).max() < 0.1
 
 
 def test_gptq_without_calibration_text_is_refused():
     with pytest.raises(EdgelmError, match="calibration text"):
-        Quantizer(Spec(4, 32, method="gptq"))
+        Quantizer(QuantSpec(4, 32, method="gptq"))
 
 
 def test_columns_are_ordered_by_their_moments():
     x = np.random.default_rng(0).normal(size=(100, 3)) * [1, 100, 10]
-    order, second, _ = prepare(moments_of(x))
+    order, hessian, _ = prepare_gptq(moments_of(x))
     assert order.tolist() == [1, 2, 0]
-    assert np.array_equal(second, moments_of(x).damped()[np.ix_(order, order)])
+    assert np.array_equal(hessian, moments_of(x).damped()[np.ix_(order, order)])
 
 
 def test_channels_that_say_the_same_at_very_different_sizes_do_not_break_the_factorization():
     generator = np.random.default_rng(0)
     x = np.repeat(generator.normal(size=(50, 1)), 400, axis=1) * 10.0 ** generator.uniform(-4, 4, 400)
     weight = generator.normal(size=(2, 400)).astype(np.float32)
-    read = dequantize(Quantizer(Spec(8, 32, method="gptq"), moments=moments_of(x)).quantize(weight))
+    read = dequantize(Quantizer(QuantSpec(8, 32, method="gptq"), moments=moments_of(x)).quantize(weight))
     assert np.square(x @ (read - weight).T).sum() < 1e-2 * np.square(x @ weight.T).sum()
 
 
 def test_moments_that_no_text_can_have_are_refused():
     with pytest.raises(EdgelmError, match="positive definite"):
-        Quantizer(Spec(4, 32, method="gptq"), moments=Moments(np.full((8, 8), 9.0) - 8 * np.eye(8)))
+        Quantizer(QuantSpec(4, 32, method="gptq"), moments=Moments(np.full((8, 8), 9.0) - 8 * np.eye(8)))
 
 
 # --- making up for the drift of the matrices before ---
@@ -200,8 +200,8 @@ def test_drift_is_compensated_only_as_far_as_held_back_positions_agree(layer, se
     drift[0] = outlier * generator.normal(size=drift[0].shape)
     held_x = generator.normal(size=(30, own.shape[1])).astype(np.float32)
     held_target = held_x @ weight.T + 0.01 * generator.normal(size=(30, len(weight))).astype(np.float32)
-    held = HeldBack(held_x, held_target)
-    moved = compensate_drift(weight, Moments(own.T @ own, drift.T @ own, held_back=held))
+    held = HeldOut(held_x, held_target)
+    moved = compensate_drift(weight, Moments(own.T @ own, drift.T @ own, held_out=held))
     assert np.isfinite(moved).all()
     assert output_error(weight, held, moved) <= output_error(weight, held, weight) * (1 + 1e-3) + 1e-9
 
@@ -210,8 +210,8 @@ def test_all_of_a_compensation_is_taken_where_held_back_positions_confirm_it():
     generator = np.random.default_rng(0)
     full, weight = generator.normal(size=(600, 32)), generator.normal(size=(16, 32)).astype(np.float32)
     own = full @ (np.eye(32) + 0.1 * generator.normal(size=(32, 32)))
-    held = HeldBack(own[500:].astype(np.float32), (full[500:] @ weight.T).astype(np.float32))
-    moments = Moments(own[:500].T @ own[:500], (full[:500] - own[:500]).T @ own[:500], held_back=held)
+    held = HeldOut(own[500:].astype(np.float32), (full[500:] @ weight.T).astype(np.float32))
+    moments = Moments(own[:500].T @ own[:500], (full[:500] - own[:500]).T @ own[:500], held_out=held)
     assert output_error(weight, held, compensate_drift(weight, moments)) < 0.05 * output_error(weight, held, weight)
 
 
@@ -221,7 +221,7 @@ def test_a_channel_of_outliers_does_not_damp_the_others(layer, outlier):
     x = x.copy()
     x[:, 0] *= outlier
     moments = moments_of(x)
-    diagonal = np.diag(moments.second)
+    diagonal = np.diag(moments.hessian)
     typical = np.median(diagonal[diagonal > 0]) if diagonal.any() else 1.0
     added = moments.damped_diagonal() - diagonal
     assert (added <= 1.01 * DAMPING * np.maximum(diagonal, typical) + 1e-6 * diagonal).all()
@@ -230,8 +230,8 @@ def test_a_channel_of_outliers_does_not_damp_the_others(layer, outlier):
 
 def test_a_lookup_adds_to_the_head_s_moments_in_every_direction():
     head = Moments(np.diag([1.0, 3.0]), count=7)
-    assert np.allclose(with_lookup(head, 0.5).second, np.diag([2.0, 4.0]))
-    assert np.array_equal(head.second, np.diag([1.0, 3.0]))
+    assert np.allclose(add_lookup_weight(head, 0.5).hessian, np.diag([2.0, 4.0]))
+    assert np.array_equal(head.hessian, np.diag([1.0, 3.0]))
 
 
 # --- the kernels and their twins ---
@@ -245,7 +245,7 @@ def test_the_kernels_equal_their_plain_twins(compiled, layer, spec, half, seed):
     weight = weight[:3]
     columns, top = weight.shape[1], 2.0**spec.bits - 1
     generator = np.random.default_rng(seed)
-    second = moments_of(x).damped()
+    hessian = moments_of(x).damped()
     order = generator.permutation(columns)
     groups = order // spec.block_size
     blocks = -(-columns // spec.block_size)
@@ -258,19 +258,19 @@ def test_the_kernels_equal_their_plain_twins(compiled, layer, spec, half, seed):
     rounded, codes_better, scales_better = kernels if compiled else map(naive_quantize.as_python, kernels)
 
     residual, codes = weight.copy(), np.full(weight.shape, 255, np.uint8)
-    table = factors(second)
+    table = gptq_factors(hessian)
     rounded(residual, table, scales, zeros, groups, top, codes)
     expected_codes, expected_residual = naive_quantize.round_columns(weight, table, scales, zeros, groups, top)
     assert np.array_equal(codes, expected_codes)
     assert np.array_equal(residual, expected_residual)
     for _ in range(2):
-        expected = naive_quantize.improve_codes(residual, second, scales, zeros, groups, top, codes)
-        changed = codes_better(residual, second, scales, zeros, groups, top, codes)
+        expected = naive_quantize.improve_codes(residual, hessian, scales, zeros, groups, top, codes)
+        changed = codes_better(residual, hessian, scales, zeros, groups, top, codes)
         assert np.array_equal(codes, expected[0])
         assert np.array_equal(residual, expected[1])
         assert changed == expected[2]
-        expected = naive_quantize.improve_scales(residual, second, scales, zeros, members, half, codes)
-        changed = scales_better(residual, second, scales, zeros, members, half, codes)
+        expected = naive_quantize.improve_scales(residual, hessian, scales, zeros, members, half, codes)
+        changed = scales_better(residual, hessian, scales, zeros, members, half, codes)
         assert np.array_equal(scales, expected[0])
         assert np.array_equal(residual, expected[1])
         assert changed == expected[2]
@@ -279,14 +279,14 @@ def test_the_kernels_equal_their_plain_twins(compiled, layer, spec, half, seed):
 @given(layer=layers(most_columns=40), spec=specs)
 def test_the_residual_that_the_kernels_keep_is_that_of_the_codes(layer, spec):
     weight, x, _ = layer
-    second = moments_of(x).damped()
+    hessian = moments_of(x).damped()
     groups = np.arange(weight.shape[1]) // spec.block_size
     top = 2.0**spec.bits - 1
     scales = np.full((len(weight), groups[-1] + 1), np.abs(weight).max() / 8 + 1e-3, np.float32)
     zeros = np.full_like(scales, 2 ** (spec.bits - 1))
     residual, codes = weight.copy(), np.zeros(weight.shape, np.uint8)
-    gptq.round_columns(residual, factors(second), scales, zeros, groups, top, codes)
-    gptq.improve_codes(residual, second, scales, zeros, groups, top, codes)
+    gptq.round_columns(residual, gptq_factors(hessian), scales, zeros, groups, top, codes)
+    gptq.improve_codes(residual, hessian, scales, zeros, groups, top, codes)
     read = (codes.astype(np.float64) - zeros[:, groups]) * scales[:, groups]
-    expected = (weight - read) @ second.astype(np.float64)
-    assert np.allclose(residual, expected, rtol=0, atol=1e-3 * np.abs(weight).max() * np.abs(second).max())
+    expected = (weight - read) @ hessian.astype(np.float64)
+    assert np.allclose(residual, expected, rtol=0, atol=1e-3 * np.abs(weight).max() * np.abs(hessian).max())

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.architectures.rope import Rope
-from edgelm_export.int8_kv.int8_cache_graph import OLDEST_RUNTIME, CacheScales, with_int8_cache
-from edgelm_export.int8_kv.ranges import reach
+from edgelm_export.architectures.rope import RopeConfig
+from edgelm_export.int8_kv.int8_cache_graph import MIN_ONNXRUNTIME, CacheScales, convert_cache_to_int8
+from edgelm_export.int8_kv.ranges import max_over_positions
 from naive_attention import Int8Layer
 from onnx import TensorProto, helper, numpy_helper
 
@@ -23,8 +23,8 @@ from edgelm.runtime.ort import ORT_RELEASE, check_ort_version, load_graph
 from edgelm.runtime.runner import open_runner
 from edgelm.types import Request, SamplingParams
 
-if tuple(map(int, OLDEST_RUNTIME.split("."))) > ORT_RELEASE:
-    pytest.skip(f"needs onnxruntime {OLDEST_RUNTIME}", allow_module_level=True)
+if tuple(map(int, MIN_ONNXRUNTIME.split("."))) > ORT_RELEASE:
+    pytest.skip(f"needs onnxruntime {MIN_ONNXRUNTIME}", allow_module_level=True)
 
 CAPACITY = 48
 
@@ -94,7 +94,7 @@ def attend(case, scales, packed, memory, tables):
         [node], "one", inputs, [value("out", TensorProto.FLOAT, None), *present], initializer=constants
     )
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    model = with_int8_cache(helper.make_model(graph, opset_imports=opsets, ir_version=10), [scales])
+    model = convert_cache_to_int8(helper.make_model(graph, opset_imports=opsets, ir_version=10), [scales])
     lengths = np.array(case.past, np.int32) + case.new
     feeds = {"packed": packed, "seqlens_k": lengths - 1, "total": lengths.max(keepdims=True)}
     feeds |= {f"past.0.{part}": array for part, array in memory.items()}
@@ -151,12 +151,12 @@ def test_the_kernel_attends_over_rounded_keys_and_values(case):
 def test_keys_reach_as_far_as_at_the_farthest_position(theta, context, rotary, length, seed):
     length = min(length, context)
     plain = np.random.default_rng(seed).normal(size=(2, length, 8)).astype(np.float32)
-    cosines, sines = Rope(theta).tables(context, rotary)
+    cosines, sines = RopeConfig(theta).tables(context, rotary)
     everywhere = np.stack(
         [np.stack([rotated(plain[:, n], cosines[p], sines[p]) for n in range(length)], 1) for p in range(context)]
     )
     keys = np.stack([everywhere[n][:, n] for n in range(length)], 1)
-    found = reach(keys, Rope(theta), context, rotary)
+    found = max_over_positions(keys, RopeConfig(theta), context, rotary)
     largest = np.abs(everywhere).max(axis=0)
     assert (found >= largest - 1e-4).all()
     radius = np.hypot(plain[..., : rotary // 2], plain[..., rotary // 2 : rotary])
@@ -187,7 +187,7 @@ def test_the_manifest_says_what_the_cache_is(quantized):
     size = {12: 16}.get(manifest.shapes["head_size"], manifest.shapes["head_size"])
     assert (manifest.cache.bits, manifest.cache.head_size) == (8, size)
     assert manifest.cache.bytes_per_token() == 2 * 2 * 2 * size  # layers, kv heads
-    assert manifest.needs_onnxruntime == OLDEST_RUNTIME
+    assert manifest.needs_onnxruntime == MIN_ONNXRUNTIME
     piece = open_runner(quantized, rows=1, threads=1).read_row(0, 0, 3)
     assert {array.dtype for array in piece} == {np.dtype(np.int8)}
     assert sum(array.nbytes for array in piece) == 3 * manifest.cache.bytes_per_token()
@@ -256,7 +256,9 @@ def near(one, other):
 
 def test_an_older_runtime_is_refused_in_one_line(quantized, monkeypatch):
     monkeypatch.setattr("edgelm.runtime.ort.RUNTIME", (1, 27))
-    with pytest.raises(Exception, match=rf"needs onnxruntime {OLDEST_RUNTIME} or newer, this is .*--kv fp32") as caught:
+    with pytest.raises(
+        Exception, match=rf"needs onnxruntime {MIN_ONNXRUNTIME} or newer, this is .*--kv fp32"
+    ) as caught:
         open_runner(quantized, rows=1)
     assert type(caught.value).__name__ == "BundleError"
     assert "\n" not in str(caught.value)

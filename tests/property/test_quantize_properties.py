@@ -13,14 +13,16 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 import naive_quantize
 from edgelm_export.quantize import grids, quantizer, rounding
 from edgelm_export.quantize.moments import Moments
-from edgelm_export.quantize.pack import Packed, dequantize, pack, unpack_codes, unpack_zeros
+from edgelm_export.quantize.pack import PackedMatrix, dequantize, pack, unpack_codes, unpack_zero_points
 from edgelm_export.quantize.quantizer import Quantizer, choose_scale_dtype
-from edgelm_export.quantize.spec import Spec
+from edgelm_export.quantize.spec import QuantSpec
 
 METHODS = ["rtn", "clip", "hqq"]
 specs = st.builds(
-    Spec, st.sampled_from([4, 8]), st.sampled_from([16, 32, 64, 128]), st.booleans(), st.sampled_from(METHODS)
-) | st.builds(Spec, st.sampled_from([5, 6]), st.sampled_from([32, 64, 128]), st.just(True), st.sampled_from(METHODS))
+    QuantSpec, st.sampled_from([4, 8]), st.sampled_from([16, 32, 64, 128]), st.booleans(), st.sampled_from(METHODS)
+) | st.builds(
+    QuantSpec, st.sampled_from([5, 6]), st.sampled_from([32, 64, 128]), st.just(True), st.sampled_from(METHODS)
+)
 
 
 @st.composite
@@ -62,7 +64,7 @@ def test_a_weight_moves_at_most_half_a_step_unless_its_grid_ends(weight, spec):
 
 @given(weight=matrices(), spec=specs)
 def test_a_plain_grid_reaches_both_ends_of_a_block(weight, spec):
-    spec = Spec(spec.bits, spec.block_size, spec.symmetric, "rtn")
+    spec = QuantSpec(spec.bits, spec.block_size, spec.symmetric, "rtn")
     packed = Quantizer(spec, scale_dtype=np.float32).quantize(weight)
     error = np.abs(blocks_of(weight, spec.block_size) - blocks_of(dequantize(packed), spec.block_size))
     steps = error / np.abs(packed.scales.astype(np.float64))[:, :, None]
@@ -77,7 +79,7 @@ def test_zero_stays_zero_and_padding_is_zero(weight, spec):
     assert (packed.scales != 0).all()
     assert (dequantize(packed)[weight == 0] == 0).all()
     codes = unpack_codes(packed).reshape(len(weight), -1)
-    zeros = np.repeat(unpack_zeros(packed), spec.block_size, axis=1)
+    zeros = np.repeat(unpack_zero_points(packed), spec.block_size, axis=1)
     assert (codes == zeros)[:, weight.shape[1] :].all()
     assert (packed.zero_points is None) == spec.symmetric
 
@@ -88,7 +90,7 @@ def test_the_search_never_does_worse_than_rounding(data, weight, spec):
 
     def error(method):
         read = dequantize(
-            quantize(weight, Spec(spec.bits, spec.block_size, spec.symmetric, method), importance=importance)
+            quantize(weight, QuantSpec(spec.bits, spec.block_size, spec.symmetric, method), importance=importance)
         )
         power = 0.7 if method == "hqq" else 2
         return read, lambda of: importance * np.abs(weight.astype(np.float64) - of) ** power
@@ -111,7 +113,7 @@ def test_the_search_never_does_worse_than_rounding(data, weight, spec):
 def test_blocks_of_extreme_size_stay_finite_and_close(size, method, symmetric):
     weight = np.linspace(-1, 1, 64, dtype=np.float64).reshape(2, 32)
     weight = (weight * size).astype(np.float32)
-    packed = quantize(weight, Spec(8, 32, symmetric, method))
+    packed = quantize(weight, QuantSpec(8, 32, symmetric, method))
     assert np.isfinite(packed.scales).all()
     assert np.abs(dequantize(packed).astype(np.float64) - weight).max() <= max(size / 100, 2.0**-118)
 
@@ -138,7 +140,7 @@ def test_a_stored_scale_is_the_nearest_that_is_neither_zero_nor_infinite(half, s
 def test_the_search_helps_where_weights_are_normal(symmetric):
     weight = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
     errors = [
-        ((dequantize(quantize(weight, Spec(4, 32, symmetric, method))) - weight) ** 2).sum()
+        ((dequantize(quantize(weight, QuantSpec(4, 32, symmetric, method))) - weight) ** 2).sum()
         for method in ("rtn", "clip")
     ]
     assert errors[1] < 0.93 * errors[0]
@@ -150,7 +152,7 @@ def test_importance_moves_the_error_to_where_it_matters_less():
     importance = np.where(np.arange(256) % 4 == 0, 50, 1).astype(np.float32)
 
     def cost(**known):
-        return (importance * (dequantize(quantize(weight, Spec(4, 32), **known)) - weight) ** 2).sum()
+        return (importance * (dequantize(quantize(weight, QuantSpec(4, 32), **known)) - weight) ** 2).sum()
 
     assert cost(importance=importance) < 0.8 * cost()
     by_moments = Moments(np.diag(importance), count=1)
@@ -165,7 +167,7 @@ def test_rows_are_quantized_alike_in_any_company(weight, spec, cut, cpus):
         one = Quantizer(spec, scale_dtype=dtype)
         whole = one.quantize(weight)
     parts = [one.quantize(weight[i : i + cut]) for i in range(0, len(weight), cut)]
-    joined = Packed.join(parts)
+    joined = PackedMatrix.join(parts)
     for name in ("data", "high", "scales", "zero_points"):
         assert np.array_equal(getattr(joined, name), getattr(whole, name)), name
     assert np.array_equal(dequantize(whole.rows(0, 3)), dequantize(whole)[0:3])
@@ -179,12 +181,12 @@ def test_packing_loses_nothing(data, rows, blocks, spec):
     if spec.bits in (5, 6):
         packed = pack(codes, np.ones((rows, blocks), np.float16), None, spec.bits, codes.shape[1])
         assert np.array_equal(unpack_codes(packed).reshape(rows, -1), codes)
-        assert (unpack_zeros(packed) == 2 ** (spec.bits - 1)).all()
+        assert (unpack_zero_points(packed) == 2 ** (spec.bits - 1)).all()
         assert packed.data.nbytes + packed.high.nbytes == codes.size * spec.bits // 8
         return
     packed = pack(codes, np.ones((rows, blocks), np.float16), zeros, spec.bits, codes.shape[1])
     assert np.array_equal(unpack_codes(packed).reshape(rows, -1), codes)
-    assert np.array_equal(unpack_zeros(packed), zeros)
+    assert np.array_equal(unpack_zero_points(packed), zeros)
     assert packed.data.nbytes == codes.size * spec.bits // 8
     assert packed.zero_points.nbytes == rows * -(-blocks * spec.bits // 8)
 
@@ -195,9 +197,9 @@ def test_packing_loses_nothing(data, rows, blocks, spec):
     data=st.data(),
     weight=matrices(),
     spec=specs,
-    way=st.sampled_from([rounding.PLAIN, rounding.SEARCHED, rounding.HQQ]),
+    way=st.sampled_from([rounding.MINMAX, rounding.SEARCH, rounding.HQQ]),
     half=st.booleans(),
-    candidates=st.sampled_from([0, 1, 2, 7, grids.CANDIDATES]),
+    candidates=st.sampled_from([0, 1, 2, 7, grids.SCALE_CANDIDATES]),
 )
 def test_the_kernels_equal_their_plain_twins(compiled, data, weight, spec, way, half, candidates):
     weight = weight[:2, :70]

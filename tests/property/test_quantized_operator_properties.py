@@ -10,17 +10,21 @@ from hypothesis import strategies as st
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import onnxruntime as ort
-from edgelm_export.graph.initializers import Initializers
-from edgelm_export.graph.matrices import look_up, multiply, store_packed, tensors_of
-from edgelm_export.graph.nodes import Nodes
+from edgelm_export.graph.initializers import FileInitializers
+from edgelm_export.graph.matrices import add_lookup, add_matmul, matrix_tensors, store_packed
+from edgelm_export.graph.nodes import GraphBuilder
 from edgelm_export.quantize.pack import dequantize
 from edgelm_export.quantize.quantizer import Quantizer
-from edgelm_export.quantize.spec import Spec
+from edgelm_export.quantize.spec import QuantSpec
 from onnx import TensorProto, helper, numpy_helper
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 300))
 specs = st.builds(
-    Spec, st.sampled_from([4, 8]), st.sampled_from([16, 32, 64, 128]), st.booleans(), st.sampled_from(["rtn", "clip"])
+    QuantSpec,
+    st.sampled_from([4, 8]),
+    st.sampled_from([16, 32, 64, 128]),
+    st.booleans(),
+    st.sampled_from(["rtn", "clip"]),
 )
 dtypes = st.sampled_from([np.float16, np.float32])
 
@@ -89,7 +93,9 @@ def test_onnxruntime_gathers_what_we_dequantize(shape, spec, dtype, seed):
 @settings(max_examples=30)
 @given(
     shape=shapes,
-    spec=st.builds(Spec, st.sampled_from([4, 5, 6, 8]), st.sampled_from([32, 64, 128]), st.just(True), st.just("clip")),
+    spec=st.builds(
+        QuantSpec, st.sampled_from([4, 5, 6, 8]), st.sampled_from([32, 64, 128]), st.just(True), st.just("clip")
+    ),
     dtype=dtypes,
     seed=st.integers(0, 99),
 )
@@ -100,16 +106,16 @@ def test_a_graph_multiplies_by_and_looks_up_what_was_stored(shape, spec, dtype, 
     weight = (generator.normal(size=shape) + generator.uniform(-1, 1)).astype(np.float32)
     x, ids = generator.normal(size=(3, shape[1])).astype(np.float32), generator.integers(0, shape[0], (2, 3))
     packed = Quantizer(spec, scale_dtype=dtype).quantize(weight)
-    with Initializers(folder / "model.onnx.data") as initializers:
+    with FileInitializers(folder / "model.onnx.data") as initializers:
         matrix = store_packed(initializers, "one", packed, spec)
-        nodes = Nodes(initializers)
-        multiply(nodes, matrix, "x", None, "product")
-        look_up(nodes, matrix, "ids", "rows")
+        nodes = GraphBuilder(initializers)
+        add_matmul(nodes, matrix, "x", None, "product")
+        add_lookup(nodes, matrix, "ids", "rows")
     assert matrix.bytes() == packed.data.nbytes + packed.scales.nbytes + (
         0 if packed.high is None else packed.high.nbytes
     )
-    assert {name: tuple(initializers.tensors[name].dims) for name, _, _ in tensors_of(matrix)} == {
-        name: wanted for name, _, wanted in tensors_of(matrix)
+    assert {name: tuple(initializers.tensors[name].dims) for name, _, _ in matrix_tensors(matrix)} == {
+        name: wanted for name, _, wanted in matrix_tensors(matrix)
     }
     value = helper.make_tensor_value_info
     model = nodes.model(

@@ -15,18 +15,21 @@ pytest.importorskip("onnxruntime", reason="needs pip install 'edgelm[cpu]'")
 
 import onnx
 import onnxruntime as ort
-from edgelm_export.checkpoint.matrix_reader import Rows
-from edgelm_export.graph.initializers import Initializers
+from edgelm_export.checkpoint.matrix_reader import LazyMatrix
+from edgelm_export.graph.initializers import FileInitializers
 from edgelm_export.graph.onnx_graph import OnnxGraph
-from edgelm_export.optimum.requantize import Requantizer
-from edgelm_export.quantize.matrix_plan import Plan
+from edgelm_export.optimum.requantize import OnnxQuantizer
+from edgelm_export.quantize.matrix_plan import QuantPlan
 from edgelm_export.quantize.pack import dequantize
-from edgelm_export.quantize.spec import Spec
-from edgelm_export.write.matrix_store import quantize_rows
+from edgelm_export.quantize.spec import QuantSpec
+from edgelm_export.write.matrix_store import quantize_matrix
 
 FLOAT, INT = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 PLANS = st.sampled_from(
-    [Plan(None), *(Plan(Spec(*each, "rtn")) for each in ((8, 32, True), (4, 32, True), (4, 64, True), (4, 16, False)))]
+    [
+        QuantPlan(None),
+        *(QuantPlan(QuantSpec(*each, "rtn")) for each in ((8, 32, True), (4, 32, True), (4, 64, True), (4, 16, False))),
+    ]
 )
 SIZES = st.integers(1, 70)
 
@@ -47,8 +50,8 @@ def rewrite(nodes, inputs, outputs, tensors, plan, feed):
     with tempfile.TemporaryDirectory() as folder:
         # All data external, as it is for a model of more than 2 GB.
         onnx.save(model, f"{folder}/in.onnx", save_as_external_data=True, location="in.data", size_threshold=0)
-        with Initializers(Path(folder) / "model.onnx.data") as initializers:
-            quantizer = Requantizer(OnnxGraph(Path(folder) / "in.onnx"), plan, initializers)
+        with FileInitializers(Path(folder) / "model.onnx.data") as initializers:
+            quantizer = OnnxQuantizer(OnnxGraph(Path(folder) / "in.onnx"), plan, initializers)
             rewritten = quantizer.build()
         Path(folder, "model.onnx").write_bytes(rewritten.SerializeToString())
         session = ort.InferenceSession(f"{folder}/model.onnx", providers=["CPUExecutionProvider"])
@@ -57,7 +60,7 @@ def rewrite(nodes, inputs, outputs, tensors, plan, feed):
 
 def seen_as(weight, plan):
     """The weight that a runtime computes with."""
-    return weight if plan.default is None else dequantize(quantize_rows(Rows.of(weight), plan.default))
+    return weight if plan.default is None else dequantize(quantize_matrix(LazyMatrix.of(weight), plan.default))
 
 
 def bits_of(plan):
@@ -169,7 +172,7 @@ def test_a_position_table_stays():
     places = np.random.default_rng(1).normal(0, 1, (8, 16)).astype(np.float32)
     tensors = {"places": places, "table": table}
     outputs = [value("y", FLOAT, [None, 16])]
-    (got,), graph, matrices = rewrite(nodes, inputs, outputs, tensors, Plan(Spec(8, 32, True, "rtn")), feed)
+    (got,), graph, matrices = rewrite(nodes, inputs, outputs, tensors, QuantPlan(QuantSpec(8, 32, True, "rtn")), feed)
     np.testing.assert_allclose(got, places[[3, 4]] + table[[1, 2]], rtol=0, atol=0.02)
     assert [matrix.name for matrix in matrices] == ["place.t"]
     assert "places" in {tensor.name for tensor in graph.initializer}

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.calibration.hidden_states import States
+from edgelm_export.calibration.hidden_states import HiddenStates
 
 ARRAYS = hnp.arrays(
     np.float32, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=st.floats(-(2.0**60), 2.0**60, width=32)
@@ -19,7 +19,7 @@ ARRAYS = hnp.arrays(
 
 @given(st.lists(ARRAYS, min_size=1, max_size=3))
 def test_eleven_bits_are_kept_beside_the_largest_of_a_position(arrays):
-    states = States(enumerate(arrays), narrow=True)
+    states = HiddenStates(enumerate(arrays), is_float16=True)
     assert len(states) == len(arrays)
     for number, array in enumerate(arrays):
         largest = np.abs(array).max(axis=1, keepdims=True)
@@ -29,16 +29,16 @@ def test_eleven_bits_are_kept_beside_the_largest_of_a_position(arrays):
 
 @given(st.lists(ARRAYS, min_size=1, max_size=3))
 def test_whole_states_are_as_they_were(arrays):
-    states = States(enumerate(arrays))
+    states = HiddenStates(enumerate(arrays))
     for number, array in enumerate(arrays):
         np.testing.assert_array_equal(states[number], array)
 
 
 @given(ARRAYS, ARRAYS, st.booleans())
-def test_a_document_can_be_replaced(first, second, narrow):
-    states = States([(7, first), (2, first)], narrow=narrow)
+def test_a_document_can_be_replaced(first, second, is_float16):
+    states = HiddenStates([(7, first), (2, first)], is_float16=is_float16)
     states[2] = second
-    again = States(enumerate([first, second]), narrow=narrow)
+    again = HiddenStates(enumerate([first, second]), is_float16=is_float16)
     assert 7 in states
     assert 0 not in states
     for number, other in ((7, 0), (2, 1)):

@@ -37,9 +37,9 @@ def passes(draw):
 def test_sums_are_those_of_all_documents(given_passes, together, columns, wide, drifts, weighted):
     weight, documents = given_passes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moment_sums, "TOGETHER", together)
-        patch.setattr(moment_sums, "COLUMNS", columns)
-        found = moment_sums.Sums(weight.shape, weight, wide=wide)
+        patch.setattr(moment_sums, "MIN_BATCH_VALUES", together)
+        patch.setattr(moment_sums, "COLUMN_CHUNK", columns)
+        found = moment_sums.MomentAccumulator(weight.shape, weight, wide=wide)
         for own, full, drift, weights, held in documents:
             found.add(own, full, drift if drifts else None, weights if weighted else None, hold_back=held)
         moments = found.moments()
@@ -57,8 +57,8 @@ def test_sums_are_those_of_all_documents(given_passes, together, columns, wide, 
         assert moments.cross is None
     else:
         assert np.allclose(moments.cross, (full - own).T @ own, rtol=1e-4, atol=1e-3)
-    assert np.allclose(moments.second, own.T @ own, rtol=1e-4, atol=1e-3)
-    assert np.array_equal(moments.second, moments.second.T)
+    assert np.allclose(moments.hessian, own.T @ own, rtol=1e-4, atol=1e-3)
+    assert np.array_equal(moments.hessian, moments.hessian.T)
     assert moments.count == len(own)
     expected = missing.T @ own
     if moments.residual is None:
@@ -66,20 +66,20 @@ def test_sums_are_those_of_all_documents(given_passes, together, columns, wide, 
     else:
         assert np.allclose(moments.residual, expected, rtol=1e-4, atol=1e-3)
     if not any(held for *_, held in documents):
-        assert moments.held_back is None
+        assert moments.held_out is None
         return
     own, full, missing = joined(away=True)
-    assert np.allclose(moments.held_back.inputs, own, rtol=1e-5, atol=1e-6)
-    assert np.allclose(moments.held_back.target, full @ weight.T + missing, rtol=1e-4, atol=1e-4)
+    assert np.allclose(moments.held_out.inputs, own, rtol=1e-5, atol=1e-6)
+    assert np.allclose(moments.held_out.target, full @ weight.T + missing, rtol=1e-4, atol=1e-4)
 
 
 def test_without_the_unquantized_model_there_is_nothing_to_make_up_for():
-    found = moment_sums.Sums((2, 3), np.ones((2, 3), np.float32))
+    found = moment_sums.MomentAccumulator((2, 3), np.ones((2, 3), np.float32))
     found.add(np.ones((4, 3), np.float32))
     found.add(np.full((1, 3), 2, np.float32), hold_back=True)
     moments = found.moments()
     assert moments.residual is None
     assert moments.cross is None
-    assert np.array_equal(moments.second, np.full((3, 3), 4))
-    assert np.array_equal(moments.held_back.inputs, np.full((1, 3), 2))
-    assert moments.held_back.target is None
+    assert np.array_equal(moments.hessian, np.full((3, 3), 4))
+    assert np.array_equal(moments.held_out.inputs, np.full((1, 3), 2))
+    assert moments.held_out.target is None

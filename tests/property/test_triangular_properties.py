@@ -26,7 +26,7 @@ def test_a_matrix_becomes_its_cholesky_factor(size, seed):
     second = moments(size, seed)
     found = second.astype(np.float32)
     found[np.triu_indices(size, 1)] = 7  # the upper half is not read
-    triangular.factor(found)
+    triangular.factor_cholesky(found)
     assert np.allclose(found, np.linalg.cholesky(second), rtol=0, atol=1e-4)
 
 
@@ -35,7 +35,7 @@ def test_a_matrix_becomes_its_cholesky_factor(size, seed):
 def test_a_triangle_becomes_its_inverse(size, seed):
     lower = np.linalg.cholesky(moments(size, seed))
     found = lower.astype(np.float32)
-    triangular.invert(found)
+    triangular.invert_lower_triangle(found)
     assert np.allclose(found, np.linalg.inv(lower), rtol=0, atol=1e-4)
     assert not np.triu(found, 1).any()
 
@@ -45,7 +45,7 @@ def test_a_triangle_becomes_its_inverse(size, seed):
 def test_the_inverse_goes_above_the_diagonal(size, seed):
     lower = np.linalg.cholesky(moments(size, seed))
     found = lower.astype(np.float32)
-    triangular.fill_with_inverse(found)
+    triangular.write_inverse_transpose(found)
     assert np.array_equal(np.tril(found), lower.astype(np.float32))
     assert np.allclose(np.triu(found, 1), -np.triu(np.linalg.inv(lower).T, 1), rtol=0, atol=1e-4)
 
@@ -54,7 +54,7 @@ def test_the_inverse_goes_above_the_diagonal(size, seed):
 def test_a_flip_is_a_transposition_read_backwards(size, seed):
     matrix = np.random.default_rng(seed).normal(size=(size, size)).astype(np.float32)
     found = matrix.copy()
-    triangular.flip(found)
+    triangular.flip_antidiagonal(found)
     assert np.array_equal(found, matrix.T[::-1, ::-1])
 
 
@@ -63,4 +63,4 @@ def test_what_is_not_positive_definite_is_refused(size):
     matrix = np.eye(size, dtype=np.float32)
     matrix[-1, -1] = -1
     with pytest.raises(np.linalg.LinAlgError):
-        triangular.factor(matrix)
+        triangular.factor_cholesky(matrix)

@@ -18,7 +18,7 @@ from vocabularies import TEXTS
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 from edgelm_export.checkpoint import Checkpoint, open_checkpoint
-from edgelm_export.vocabulary import KeptRows, PrunedVocabulary, prune
+from edgelm_export.vocabulary import PrunedVocabulary, PrunedWeights, prune_vocabulary
 
 from edgelm.errors import CheckpointError, EdgelmError
 
@@ -63,10 +63,10 @@ def total(tokenizer: tokenizers.Tokenizer) -> int:
 def least(path: Path, rows: int, required: Collection[int] = ()) -> int:
     """The least size that is not refused, as the refusal of a smaller one names it."""
     with pytest.raises(EdgelmError, match=r"choose at least \d+$") as refusal:
-        prune(path, DOMAIN, 0, model_vocab_size=rows, required=required)
+        prune_vocabulary(path, DOMAIN, 0, model_vocab_size=rows, required=required)
     size = int(str(refusal.value).split()[-1])
     with pytest.raises(EdgelmError, match=f"choose at least {size}$"):
-        prune(path, DOMAIN, size - 1, model_vocab_size=rows, required=required)
+        prune_vocabulary(path, DOMAIN, size - 1, model_vocab_size=rows, required=required)
     return size
 
 
@@ -75,7 +75,7 @@ def pruned(path: Path, share: float) -> tuple[PrunedVocabulary, tokenizers.Token
     """Prune to a share of the way from the least size to all."""
     rows = total(tokenizers.Tokenizer.from_file(str(path)))
     low = least(path, rows)
-    result = prune(path, DOMAIN, low + round(share * (rows - low)), model_vocab_size=rows + 7)
+    result = prune_vocabulary(path, DOMAIN, low + round(share * (rows - low)), model_vocab_size=rows + 7)
     return result, plain(tokenizers.Tokenizer.from_str(result.tokenizer))
 
 
@@ -150,7 +150,7 @@ def test_what_is_required_stays(original: Original, required: set[int]) -> None:
     rows = total(before)
     wanted = {token for token in required if token < rows}
     size = least(path, rows, wanted)
-    result = prune(path, DOMAIN, size, model_vocab_size=rows, required=wanted)
+    result = prune_vocabulary(path, DOMAIN, size, model_vocab_size=rows, required=wanted)
     assert result.size == size
     assert wanted <= set(result.kept.tolist())
 
@@ -171,7 +171,7 @@ def test_the_kept_rows_are_the_old_ones(checkpoint: Checkpoint, data: st.DataObj
     whole = checkpoint.tensor(name, (331, 64))
     chosen = data.draw(st.lists(st.integers(0, 330), min_size=1, max_size=60, unique=True))
     kept = np.array(sorted(chosen) if ordered else chosen)
-    source = KeptRows(checkpoint, kept, 331, {name}, chunk)
+    source = PrunedWeights(checkpoint, kept, 331, {name}, chunk)
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(kept))] * 2)))
     np.testing.assert_array_equal(source.tensor(name, (len(kept), 64)), whole[kept])
     found = source.tensor(name, (len(kept), 64), slice(start, stop))
@@ -183,4 +183,4 @@ def test_kept_rows_of_another_shape_are_refused(checkpoint: Checkpoint) -> None:
     name = "model.embed_tokens.weight"
     for rows, columns in ((330, 64), (331, 63)):
         with pytest.raises(CheckpointError, match=r"has shape \[331, 64\], expected"):
-            KeptRows(checkpoint, np.arange(9), rows, {name}).tensor(name, (9, columns))
+            PrunedWeights(checkpoint, np.arange(9), rows, {name}).tensor(name, (9, columns))

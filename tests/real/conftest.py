@@ -19,10 +19,10 @@ WINDOWS = 3
 def smollm2_checkpoint(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model in Hugging Face form, float32, as our own reader takes it from the GGUF file."""
     from edgelm_export.checkpoint import open_checkpoint
-    from edgelm_export.source_model import open_model
+    from edgelm_export.source_model import open_source_model
     from safetensors.numpy import save_file
 
-    opened, model = open_checkpoint(smollm2_gguf), open_model(smollm2_gguf)
+    opened, model = open_checkpoint(smollm2_gguf), open_source_model(smollm2_gguf)
     folder = tmp_path_factory.mktemp("smollm2")
     (folder / "config.json").write_text(json.dumps(dict(opened.config)), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(dict(opened.tokenizer_config)), encoding="utf-8")
@@ -70,10 +70,10 @@ def real_bundle(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def windows(shared: Path, smollm2_gguf: Path) -> list[NDArray[np.int64]]:
     """A few windows of WikiText-2's validation text, from all over it."""
-    from edgelm_export.source_model import open_model
+    from edgelm_export.source_model import open_source_model
 
     text = (shared / "data" / "wikitext2" / "valid.txt").read_text("utf-8")
-    tokenizer = open_model(smollm2_gguf).tokenizer
+    tokenizer = open_source_model(smollm2_gguf).tokenizer
     starts = [i * len(text) // WINDOWS for i in range(WINDOWS)]
     return [
         np.array(tokenizer.encode(text[start : start + 8 * WINDOW], add_special_tokens=False)[:WINDOW], np.int64)

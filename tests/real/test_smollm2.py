@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.source_model import open_model
-from edgelm_export.verify.quality_gate import CheckpointReference, measure
+from edgelm_export.source_model import open_source_model
+from edgelm_export.verify.quality_gate import CheckpointPredictor, measure_agreement
 
 import edgelm
 from edgelm.bundle.manifest import open_bundle
@@ -32,7 +32,7 @@ def silent(*_: object) -> None:
 @pytest.fixture(scope="module")
 def measured(smollm2_gguf, real_bundle, windows):
     """Options of an export -> what the bundle loses on the windows beside the float32 model."""
-    reference = CheckpointReference(open_model(smollm2_gguf).weights, silent)
+    reference = CheckpointPredictor(open_source_model(smollm2_gguf).weights, silent)
     pieces = list(reference.logits(windows))
 
     class Kept:
@@ -41,7 +41,7 @@ def measured(smollm2_gguf, real_bundle, windows):
         def logits(self, documents):
             return iter(pieces)
 
-    return lambda **options: measure(open_bundle(real_bundle(**options)), Kept(), windows, silent)
+    return lambda **options: measure_agreement(open_bundle(real_bundle(**options)), Kept(), windows, silent)
 
 
 def test_float32_is_transformers(smollm2_checkpoint, real_bundle, windows):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from edgelm_devices.smoke import INTENT, PROMPT, check_answer, run_smoke
+from edgelm_devices.smoke import INTENT, PROMPT, check_answer, run_smoke_test
 
 from edgelm.cli import main
 from edgelm.mqtt import local_broker
@@ -42,7 +42,7 @@ def test_the_report_has_one_line_a_check(bundle: Path, capsys):
 def test_the_embedded_broker_will_do(bundle: Path, monkeypatch):
     pytest.importorskip("amqtt", reason="pip install 'edgelm[broker]'")
     monkeypatch.setattr(local_broker, "find_mosquitto", lambda: None)
-    check = next(check for check in run_smoke(str(bundle), threads=1).checks if check.name == "mqtt")
+    check = next(check for check in run_smoke_test(str(bundle), threads=1).checks if check.name == "mqtt")
     assert check.status == "ok"
     assert "amqtt" in check.told
 
@@ -51,7 +51,7 @@ def test_no_broker_at_all_is_skipped_with_what_to_do(bundle: Path, monkeypatch):
     monkeypatch.setattr(local_broker, "find_mosquitto", lambda: None)
     monkeypatch.setitem(sys.modules, "amqtt.broker", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "edgelm.mqtt.amqtt_broker", raising=False)
-    report = run_smoke(str(bundle), threads=1)
+    report = run_smoke_test(str(bundle), threads=1)
     check = next(check for check in report.checks if check.name == "mqtt")
     assert (check.status, report.ok) == ("skipped", True)
     assert "apt-get install mosquitto" in check.told
@@ -78,7 +78,7 @@ def test_the_builtin_bundle_gives_its_intent():
     builtin = Path(sys.modules["edgelm"].__file__).parent / "builtin"
     if not (builtin / "manifest.json").is_file():
         pytest.skip("the built-in bundle is not there: see edgelm/builtin/README.md")
-    report = run_smoke()
+    report = run_smoke_test()
     answer = next(check for check in report.checks if check.name == "answer")
     assert answer.status == "ok"
     assert json.loads(answer.told)["intent"] == "PlayMusic"

@@ -148,23 +148,23 @@ def round_columns(rows, factors, scales, zeros, groups, top):
     return codes, rows
 
 
-def improve_codes(residual, second, scales, zeros, groups, top, codes):
+def improve_codes(residual, hessian, scales, zeros, groups, top, codes):
     """-> the new codes, the new residual, how many changed."""
     codes, residual, changed = codes.copy(), residual.copy(), 0
     for i in range(len(codes)):
         for k, g in enumerate(groups):
             old, scale, zero = float(codes[i, k]), float(scales[i, g]), float(zeros[i, g])
-            wanted = (old - zero) * scale + float(residual[i, k]) / float(second[k, k])
+            wanted = (old - zero) * scale + float(residual[i, k]) / float(hessian[k, k])
             codes[i, k] = nearest(wanted, scale, zero, top)
             if codes[i, k] != old:
                 changed += 1
                 move = np.float32((float(codes[i, k]) - old) * scale)
                 for j in range(len(groups)):
-                    residual[i, j] = residual[i, j] - move * second[k, j]
+                    residual[i, j] = residual[i, j] - move * hessian[k, j]
     return codes, residual, changed
 
 
-def improve_scales(residual, second, scales, zeros, members, half, codes):
+def improve_scales(residual, hessian, scales, zeros, members, half, codes):
     """-> the new scales, the new residual, how many changed."""
     scales, residual, changed = scales.copy(), residual.copy(), 0
     for i in range(len(codes)):
@@ -176,8 +176,8 @@ def improve_scales(residual, second, scales, zeros, members, half, codes):
                 dot += steps[k] * float(residual[i, k])
                 product = 0.0
                 for j in columns[:at]:
-                    product += float(second[k, j]) * steps[j]
-                square += steps[k] * (2.0 * product + float(second[k, k]) * steps[k])
+                    product += float(hessian[k, j]) * steps[j]
+                square += steps[k] * (2.0 * product + float(hessian[k, k]) * steps[k])
             if square <= 0:
                 continue
             old = float(scales[i, b])
@@ -188,5 +188,5 @@ def improve_scales(residual, second, scales, zeros, members, half, codes):
             for k in columns:
                 step = np.float32(move * steps[k])
                 for j in range(residual.shape[1]):
-                    residual[i, j] = residual[i, j] - step * second[k, j]
+                    residual[i, j] = residual[i, j] - step * hessian[k, j]
     return scales, residual, changed

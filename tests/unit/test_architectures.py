@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.architectures import families, find_family
+from edgelm_export.architectures import find_architecture, load_architectures
 
 from edgelm.errors import CheckpointError
 
@@ -21,7 +21,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-ALL = sorted(families())
+ALL = sorted(load_architectures())
 ROPE_SCALINGS = {
     "linear": {"factor": 4.0},
     "dynamic": {"factor": 2.0},
@@ -52,7 +52,7 @@ SCALED = [(family, kind) for family in ALL for kind in ROPE_SCALINGS if (family,
 def read(family, **options):
     """A decoder of the small shape; an option that is ... is left out."""
     config = {**SMALL, "model_type": family, **options}
-    return find_family(config).decoder({name: value for name, value in config.items() if value is not ...})
+    return find_architecture(config).decoder({name: value for name, value in config.items() if value is not ...})
 
 
 def windows(decoder):
@@ -128,7 +128,7 @@ def test_gemma_defaults():
 
 def test_granite_defaults_multiply_by_one_and_scores_too():
     decoder = read("granite")
-    assert (decoder.embedding_scale, decoder.branch_scale, decoder.logit_scale, decoder.attention_scale) == (1,) * 4
+    assert (decoder.embedding_scale, decoder.residual_scale, decoder.logit_scale, decoder.attention_scale) == (1,) * 4
     assert read("granite", logits_scaling=8).logit_scale == 0.125
 
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.architectures import find_family
+from edgelm_export.architectures import find_architecture
 from published import PUBLISHED
 
 
@@ -29,7 +29,7 @@ def as_transformers_5_saves_it(config):
 
 @pytest.mark.parametrize(("config", "parameters"), PUBLISHED.values(), ids=PUBLISHED)
 def test_a_published_configuration_is_read(config, parameters):
-    family = find_family(config)
+    family = find_architecture(config)
     decoder = family.decoder(config)
     assert decoder.parameters == parameters
     assert family.decoder(as_transformers_5_saves_it(config)) == decoder

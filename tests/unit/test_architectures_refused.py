@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.architectures import find_family
+from edgelm_export.architectures import find_architecture
 from test_architectures import ALL, read
 
 from edgelm.errors import CheckpointError
@@ -119,7 +119,7 @@ def test_options_of_other_kinds_are_idle_beside_the_default_kind(family):
 @pytest.mark.parametrize("model_type", ["gpt2", "", None, 5, ["llama"], {"llama": 1}])
 def test_an_unknown_architecture_is_named_beside_the_known(model_type):
     with pytest.raises(CheckpointError, match=r"has no builder here; supported: gemma2, .*--via optimum") as raised:
-        find_family({"model_type": model_type})
+        find_architecture({"model_type": model_type})
     assert repr(model_type) in str(raised.value)
     assert all(family in str(raised.value) for family in ALL)
 

@@ -16,7 +16,7 @@ import pytest
 
 import edgelm
 from edgelm.cli import chat as module
-from edgelm.cli.chat import Chat
+from edgelm.cli.chat import TerminalChat
 from edgelm.types import SamplingParams
 
 GREEDY = {"temperature": 0.0, "max_tokens": 6, "seed": 0, "ignore_eos": True}
@@ -32,7 +32,7 @@ def chatty(model):
 
 @pytest.fixture
 def chat(chatty):
-    return Chat(chatty, {}, dict(GREEDY))
+    return TerminalChat(chatty, {}, dict(GREEDY))
 
 
 def said(chat, role="assistant"):
@@ -82,7 +82,7 @@ def test_a_saved_conversation_goes_on(chat, chatty, tmp_path, capsys):
     chat.take("hello")
     file = tmp_path / "with a space.json"
     chat.take(f"/save '{file}'")
-    other = Chat(chatty, {}, dict(GREEDY))
+    other = TerminalChat(chatty, {}, dict(GREEDY))
     other.take(f"/load '{file}'")
     assert (other.messages, other.template["system"]) == (chat.messages, "Be brief.")
     assert capsys.readouterr().err.count("edgelm chat: ") == 1, "the answer that was cut, and nothing else"
@@ -154,7 +154,7 @@ def test_a_path_is_a_message(chat):
 def test_a_full_context_drops_the_oldest_turns(bundle, chatty, capsys):
     assert chatty
     with edgelm.load(bundle, threads=1, max_batch=1, context=96) as small:
-        chat = Chat(small, {}, {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True})
+        chat = TerminalChat(small, {}, {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True})
         for number in range(8):
             chat.take(f"number {number} of the things to say")
         assert said(chat, "user")[-1] == "number 7 of the things to say"

@@ -8,7 +8,7 @@ import re
 import pytest
 
 import edgelm
-from edgelm.cli.demo import COMMANDS, NEXT
+from edgelm.cli.demo import NEXT, PROMPTS
 
 UNDERSTOOD = {
     "play some jazz by Miles Davis on spotify": (
@@ -56,7 +56,7 @@ def test_the_demo_recommends_something():
     assert recommended()
 
 
-@pytest.mark.parametrize("sentence", [*COMMANDS, *recommended()])
+@pytest.mark.parametrize("sentence", [*PROMPTS, *recommended()])
 def test_every_sentence_is_understood(builtin, sentence):
     frame = json.loads(builtin.generate(sentence).text, object_pairs_hook=unique)
     assert (frame["intent"], frame["slots"]) == UNDERSTOOD[sentence]

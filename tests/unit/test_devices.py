@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from edgelm_devices.board_profile import PROFILES, Profile, load_profile, load_profiles, read_profile
-from edgelm_devices.detect import detect
-from edgelm_devices.emulate import lay_over
+from edgelm_devices.board_profile import PROFILES, BoardProfile, load_profile, load_profiles, read_profile
+from edgelm_devices.detect import detect_board
+from edgelm_devices.emulate import write_board_files
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -54,7 +54,7 @@ def test_every_profile_is_named_as_its_file():
 
 
 @pytest.mark.parametrize("profile", EMULATED, ids=lambda profile: profile.name)
-def test_theoretical_figures_are_possible(profile: Profile):
+def test_theoretical_figures_are_possible(profile: BoardProfile):
     assert profile.cpu
     assert profile.memory
     assert 1 <= profile.cpu.threads <= profile.cpu.cores
@@ -132,39 +132,39 @@ def test_an_unknown_board_is_refused_with_the_known_ones():
     ],
 )
 def test_a_board_is_known_by_its_device_tree(machine, model: str, name: str):
-    board = detect(machine(**{"proc/device-tree/model": model + "\0"}), machine="aarch64")
+    board = detect_board(machine(**{"proc/device-tree/model": model + "\0"}), machine="aarch64")
     assert (board.profile.name, board.matched_by, board.model) == (name, "device tree", model)
 
 
 def test_a_longer_number_is_another_board(machine):
-    board = detect(machine(**{"proc/device-tree/model": "Raspberry Pi 51 Model B\0"}), machine="aarch64")
+    board = detect_board(machine(**{"proc/device-tree/model": "Raspberry Pi 51 Model B\0"}), machine="aarch64")
     assert (board.profile, board.model) == (None, "Raspberry Pi 51 Model B")
 
 
 def test_an_unknown_board_is_matched_by_processor_and_says_so(machine):
     root = machine(**{"proc/device-tree/model": "Some Other Board\0", "proc/cpuinfo": PI5})
-    board = detect(root, machine="aarch64")
+    board = detect_board(root, machine="aarch64")
     assert (board.profile.name, board.matched_by) == ("pi5", "processor")
     assert (board.cores, board.implementer, board.part) == (4, "0x41", "0xd0b")
     assert board.features == board.profile.cpu.features
 
 
 def test_nothing_told_is_nothing_known(tmp_path: Path):
-    board = detect(tmp_path, machine="riscv64")
+    board = detect_board(tmp_path, machine="riscv64")
     assert (board.profile, board.matched_by, board.model, board.memory_bytes) == (None, None, None, None)
     assert (board.temperature_c, board.throttling, board.cores) == (None, None, 1)
 
 
 def test_any_other_computer_is_known_by_its_architecture(tmp_path: Path):
-    board = detect(tmp_path, machine="x86_64")
+    board = detect_board(tmp_path, machine="x86_64")
     assert (board.profile.name, board.matched_by) == ("x86-64", "machine")
 
 
 @pytest.mark.parametrize("profile", EMULATED, ids=lambda profile: profile.name)
-def test_an_emulated_board_is_detected_as_what_it_emulates(tmp_path: Path, profile: Profile):
+def test_an_emulated_board_is_detected_as_what_it_emulates(tmp_path: Path, profile: BoardProfile):
     (tmp_path / "unpacked" / "usr").mkdir(parents=True)
-    lay_over(tmp_path / "root", tmp_path / "unpacked", profile, profile.cpu, profile.emulation)
-    board = detect(tmp_path / "root", machine="aarch64")
+    write_board_files(tmp_path / "root", tmp_path / "unpacked", profile, profile.cpu, profile.emulation)
+    board = detect_board(tmp_path / "root", machine="aarch64")
     assert (board.profile, board.matched_by) == (profile, "device tree")
     assert (board.cores, board.features) == (profile.cpu.cores, profile.cpu.features)
     assert board.part == profile.emulation.part
@@ -173,7 +173,7 @@ def test_an_emulated_board_is_detected_as_what_it_emulates(tmp_path: Path, profi
 
 
 def test_memory_is_read_in_bytes(machine):
-    board = detect(machine(**{"proc/meminfo": "MemTotal:        8245220 kB\nMemAvailable:    7016032 kB\n"}))
+    board = detect_board(machine(**{"proc/meminfo": "MemTotal:        8245220 kB\nMemAvailable:    7016032 kB\n"}))
     assert (board.memory_bytes, board.memory_available_bytes) == (8245220 * 1024, 7016032 * 1024)
 
 

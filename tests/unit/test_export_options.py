@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.options import Options
-from edgelm_export.quantize.spec import Spec
+from edgelm_export.options import ExportOptions
+from edgelm_export.quantize.spec import QuantSpec
 
 from edgelm.errors import EdgelmError
 
@@ -51,32 +51,32 @@ FILE = "text.txt"
 )
 def test_nonsense_is_refused(options, message):
     with pytest.raises(EdgelmError) as caught:
-        Options(**options)
+        ExportOptions(**options)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("options", "spec"),
     [
-        ({}, Spec(4, 32, True, "gptq")),
-        ({"fast": True}, Spec(4, 32, True, "clip")),
-        ({"quant": "int5", "fast": True}, Spec(5, 32, True, "clip")),
-        ({"quant": "int6", "block_size": 16, "symmetric": False}, Spec(6, 32, True, "gptq")),
-        ({"via": "optimum"}, Spec(4, 32, True, "clip")),
-        ({"calibrate": FILE}, Spec(4, 32, True, "gptq")),
-        ({"method": "hqq", "symmetric": False, "block_size": 64}, Spec(4, 64, False, "hqq")),
-        ({"quant": "int8"}, Spec(8, 32, True, "rtn")),
-        ({"quant": "int8", "method": "gptq", "calibrate": FILE, "block_size": 128}, Spec(8, 128, True, "gptq")),
-        ({"quant": "mixed", "calibrate": FILE}, Spec(4, 32, True, "gptq")),
-        ({"quant": "mixed", "verify": FILE, "fast": True}, Spec(4, 32, True, "clip")),
+        ({}, QuantSpec(4, 32, True, "gptq")),
+        ({"fast": True}, QuantSpec(4, 32, True, "clip")),
+        ({"quant": "int5", "fast": True}, QuantSpec(5, 32, True, "clip")),
+        ({"quant": "int6", "block_size": 16, "symmetric": False}, QuantSpec(6, 32, True, "gptq")),
+        ({"via": "optimum"}, QuantSpec(4, 32, True, "clip")),
+        ({"calibrate": FILE}, QuantSpec(4, 32, True, "gptq")),
+        ({"method": "hqq", "symmetric": False, "block_size": 64}, QuantSpec(4, 64, False, "hqq")),
+        ({"quant": "int8"}, QuantSpec(8, 32, True, "rtn")),
+        ({"quant": "int8", "method": "gptq", "calibrate": FILE, "block_size": 128}, QuantSpec(8, 128, True, "gptq")),
+        ({"quant": "mixed", "calibrate": FILE}, QuantSpec(4, 32, True, "gptq")),
+        ({"quant": "mixed", "verify": FILE, "fast": True}, QuantSpec(4, 32, True, "clip")),
         ({"quant": "fp32"}, None),
         ({"quant": "fp32", "kv": "int8", "calibrate": FILE}, None),  # whose text is for the cache alone
-        ({"quant": "int8", "kv": "int8", "calibrate": FILE}, Spec(8, 32, True, "rtn")),
+        ({"quant": "int8", "kv": "int8", "calibrate": FILE}, QuantSpec(8, 32, True, "rtn")),
     ],
     ids=str,
 )
 def test_the_plan_before_any_budget(options, spec):
-    assert Options(**options).plan.default == spec
+    assert ExportOptions(**options).plan.default == spec
 
 
 @pytest.mark.parametrize(
@@ -92,30 +92,30 @@ def test_the_plan_before_any_budget(options, spec):
     ids=str,
 )
 def test_when_matrices_are_chosen_one_by_one(options, budget):
-    assert Options(**options).has_budget is budget
+    assert ExportOptions(**options).has_budget is budget
 
 
 @pytest.mark.parametrize(
     ("options", "name", "spec"),
     [
-        ({}, "embedding", Spec(5, 64, True, "gptq")),
-        ({}, "head", Spec(5, 64, True, "gptq")),
-        ({}, "layer.3.gate_up", Spec(4, 32, True, "gptq")),
-        ({"block_size": 32}, "embedding", Spec(5, 32, True, "gptq")),
-        ({"embedding_bits": 8}, "embedding", Spec(8, 32, True, "rtn")),
-        ({"embedding_bits": 4}, "embedding", Spec(4, 32, True, "gptq")),
-        ({"quant": "int5"}, "embedding", Spec(5, 64, True, "gptq")),
-        ({"quant": "int5"}, "layer.3.gate_up", Spec(5, 64, True, "gptq")),
-        ({"quant": "int5"}, "layer.3.down", Spec(5, 32, True, "gptq")),
-        ({"quant": "int5", "block_size": 32}, "layer.3.gate_up", Spec(5, 32, True, "gptq")),
-        ({"quant": "int6"}, "embedding", Spec(6, 32, True, "gptq")),
-        ({"quant": "int8"}, "embedding", Spec(8, 32, True, "rtn")),
-        ({"via": "optimum"}, "embedding", Spec(4, 32, True, "clip")),
+        ({}, "embedding", QuantSpec(5, 64, True, "gptq")),
+        ({}, "head", QuantSpec(5, 64, True, "gptq")),
+        ({}, "layer.3.gate_up", QuantSpec(4, 32, True, "gptq")),
+        ({"block_size": 32}, "embedding", QuantSpec(5, 32, True, "gptq")),
+        ({"embedding_bits": 8}, "embedding", QuantSpec(8, 32, True, "rtn")),
+        ({"embedding_bits": 4}, "embedding", QuantSpec(4, 32, True, "gptq")),
+        ({"quant": "int5"}, "embedding", QuantSpec(5, 64, True, "gptq")),
+        ({"quant": "int5"}, "layer.3.gate_up", QuantSpec(5, 64, True, "gptq")),
+        ({"quant": "int5"}, "layer.3.down", QuantSpec(5, 32, True, "gptq")),
+        ({"quant": "int5", "block_size": 32}, "layer.3.gate_up", QuantSpec(5, 32, True, "gptq")),
+        ({"quant": "int6"}, "embedding", QuantSpec(6, 32, True, "gptq")),
+        ({"quant": "int8"}, "embedding", QuantSpec(8, 32, True, "rtn")),
+        ({"via": "optimum"}, "embedding", QuantSpec(4, 32, True, "clip")),
     ],
     ids=str,
 )
 def test_the_plan_of_a_matrix(options, name, spec):
-    assert Options(**options).plan.spec(name) == spec
+    assert ExportOptions(**options).plan.spec(name) == spec
 
 
 @pytest.mark.parametrize(
@@ -134,4 +134,4 @@ def test_the_plan_of_a_matrix(options, name, spec):
     ids=str,
 )
 def test_what_is_calibrated_on(options, calibration):
-    assert Options(**options).chosen_calibration == calibration
+    assert ExportOptions(**options).chosen_calibration == calibration

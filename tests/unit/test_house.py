@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgelm.cli import COMMANDS, MODULES, main
-from edgelm.cli.extras import extra_of
+from edgelm.cli.extras import find_extra
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGES = {"edgelm": "edgelm", "export": "edgelm_export", "devices": "edgelm_devices"}
@@ -326,4 +326,4 @@ def test_extras_are_read_from_the_packages_own_metadata():
         "nonsense": None,
         "edgelm": None,
     }
-    assert {module: extra_of(module) for module in expected} == expected
+    assert {module: find_extra(module) for module in expected} == expected

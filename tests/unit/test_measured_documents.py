@@ -7,7 +7,11 @@ import pytest
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.calibration.text_samples import MEASURED_LENGTH, MEASURED_TOKENS, measured_documents
+from edgelm_export.calibration.text_samples import (
+    EVALUATION_DOCUMENT_TOKENS,
+    MAX_EVALUATION_TOKENS,
+    evaluation_documents,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,7 +32,7 @@ DIVIDER = "\n<|endoftext|>\n"
 def test_every_token_is_measured_once_where_there_are_not_too_many(lengths, bos, context):
     texts = ["".join(chr(97 + (i + n) % 26) for n in range(length)) for i, length in enumerate(lengths)]
     try:
-        found = measured_documents(DIVIDER.join(texts), Letters(), bos, context)
+        found = evaluation_documents(DIVIDER.join(texts), Letters(), bos, context)
     except EdgelmError:
         assert bos is None
         assert max(lengths) == 1
@@ -39,21 +43,21 @@ def test_every_token_is_measured_once_where_there_are_not_too_many(lengths, bos,
     lost = sum(map(len, texts)) - len(said)
     assert 0 <= lost <= (0 if own else len(texts))  # a last piece of one token, with nothing before it
     for document in found.documents:
-        assert 2 <= len(document) <= min(MEASURED_LENGTH, context)
+        assert 2 <= len(document) <= min(EVALUATION_DOCUMENT_TOKENS, context)
         assert bos is None or document[0] == bos
     if not lost:
         assert said == "".join(texts)
 
 
 def test_of_a_long_text_pieces_are_taken_evenly_and_the_rest_is_counted():
-    text = "abcdefgh" * (MEASURED_TOKENS // 2)
-    found = measured_documents(text, Letters(), None, 4096)
+    text = "abcdefgh" * (MAX_EVALUATION_TOKENS // 2)
+    found = evaluation_documents(text, Letters(), None, 4096)
     taken = sum(map(len, found.documents))
-    assert taken == MEASURED_TOKENS
+    assert taken == MAX_EVALUATION_TOKENS
     assert found.left_out == len(text) - taken
     assert all(isinstance(document, np.ndarray) for document in found.documents)
 
 
 def test_a_text_without_anything_to_predict_is_named():
     with pytest.raises(EdgelmError, match="--verify: the text is too short"):
-        measured_documents("a", Letters(), None, 64)
+        evaluation_documents("a", Letters(), None, 64)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
-from edgelm_export.architectures.rope import KINDS, Rope, longrope_attention_factor, yarn_attention_factor
+from edgelm_export.architectures.rope import ROPE_KINDS, RopeConfig, longrope_attention_factor, yarn_attention_factor
 
 
 def naive_frequency(rope, i, size, long=False):
@@ -52,14 +52,14 @@ def naive_yarn_share(rope, i, size):
 
 
 @st.composite
-def ropes(draw, kinds=KINDS):
+def ropes(draw, kinds=ROPE_KINDS):
     """A rope and the size of what it rotates."""
     size = 2 * draw(st.integers(1, 40))
     kind = draw(st.sampled_from(kinds))
     numbers = st.floats(1.0, 60.0)
     factors = st.tuples(*[numbers] * (size // 2))
     low = draw(st.floats(0.5, 3.0))
-    return size, Rope(
+    return size, RopeConfig(
         theta=draw(st.sampled_from([50.0, 1e4, 5e5, 1e8]) | st.floats(20.0, 1e7)),
         kind=kind,
         factor=draw(st.floats(1.0, 40.0)),
@@ -105,8 +105,8 @@ def test_the_tables_are_those_of_the_plain_formulas(drawn, context):
 def test_longrope_keeps_both_halves_where_a_sequence_can_need_them(drawn, context):
     size, rope = drawn
     cosines, sines = rope.tables(context, size)
-    short = Rope(rope.theta, "longrope", original_context=context, short_factors=rope.short_factors)
-    long = Rope(rope.theta, "longrope", original_context=context, short_factors=rope.long_factors)
+    short = RopeConfig(rope.theta, "longrope", original_context=context, short_factors=rope.short_factors)
+    long = RopeConfig(rope.theta, "longrope", original_context=context, short_factors=rope.long_factors)
     scale = np.float32(rope.attention_factor)
     for which, table in enumerate((cosines, sines)):
         np.testing.assert_array_equal(table[:context], short.tables(context, size)[which] * scale)
@@ -118,7 +118,7 @@ def test_longrope_keeps_both_halves_where_a_sequence_can_need_them(drawn, contex
             assert len(table) == context
 
 
-@given(ropes(kinds=[kind for kind in KINDS if kind != "longrope"]), st.integers(1, 100_000))
+@given(ropes(kinds=[kind for kind in ROPE_KINDS if kind != "longrope"]), st.integers(1, 100_000))
 def test_no_other_kind_switches(drawn, context):
     assert drawn[1].switch(context) is None
 
@@ -127,7 +127,7 @@ def test_no_other_kind_switches(drawn, context):
 def test_stretching_never_quickens_and_divides_by_the_factor_at_most(drawn):
     size, rope = drawn
     found = rope._frequencies(size, ())
-    plain = Rope(rope.theta)._frequencies(size, ())
+    plain = RopeConfig(rope.theta)._frequencies(size, ())
     assert (found <= plain * np.float32(1 + 1e-6)).all()
     assert (found * np.float32(rope.factor) >= plain * np.float32(1 - 1e-5)).all()
 

@@ -60,7 +60,7 @@ def test_the_same_seed_gives_these_tokens_everywhere() -> None:
 def test_uncompiled_kernels_choose_the_same_tokens() -> None:
     here = Path(__file__).parent
     code = "import numba, test_sampling; assert numba.config.DISABLE_JIT; print(test_sampling.choose_many())"
-    environment = os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    environment = os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent / 'support'}"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True, check=False
     )

@@ -7,11 +7,11 @@ import pytest
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import numpy as np
-from edgelm_export.graph.initializers import InlineConstants
-from edgelm_export.graph.matrices import look_up, multiply, store_packed
-from edgelm_export.graph.nodes import Nodes
+from edgelm_export.graph.initializers import InlineInitializers
+from edgelm_export.graph.matrices import add_lookup, add_matmul, store_packed
+from edgelm_export.graph.nodes import GraphBuilder
 from edgelm_export.quantize.pack import pack
-from edgelm_export.quantize.spec import Spec
+from edgelm_export.quantize.spec import QuantSpec
 from kernel_graphs import assert_close, rewritten, run_both
 from onnx import helper, numpy_helper
 
@@ -38,12 +38,12 @@ def graph_of(form, size):
     blocks = -(-size // form.block)
     codes = rng.integers(0, 2**form.bits, (COLUMNS, blocks * form.block)).astype(np.uint8)
     scales = (rng.random((COLUMNS, blocks)) * 0.02).astype(np.float16)
-    constants = InlineConstants()
+    constants = InlineInitializers()
     packed = pack(codes, scales, None, form.bits, size)
-    matrix = store_packed(constants, "m", packed, Spec(form.bits, form.block))
-    nodes = Nodes(constants)
-    look_up(nodes, matrix, "ids", "rows")
-    multiply(nodes, matrix, "x", None, "y")
+    matrix = store_packed(constants, "m", packed, QuantSpec(form.bits, form.block))
+    nodes = GraphBuilder(constants)
+    add_lookup(nodes, matrix, "ids", "rows")
+    add_matmul(nodes, matrix, "x", None, "y")
     return list(nodes.nodes), {name: numpy_helper.to_array(tensor) for name, tensor in constants.tensors.items()}
 
 

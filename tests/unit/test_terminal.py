@@ -185,8 +185,8 @@ def test_a_progress_line_is_redrawn_and_shows_names(monkeypatch: pytest.MonkeyPa
     out = Terminal()
     monkeypatch.setattr(sys, "stderr", EscapingStream(out))  # type: ignore[arg-type]
     monkeypatch.setattr(progress_bar, "DELAY_S", 0.0)
-    monkeypatch.setattr(progress_bar, "EVERY_S", 0.0)
-    with progress_bar.Progress() as bar:
+    monkeypatch.setattr(progress_bar, "REDRAW_INTERVAL_S", 0.0)
+    with progress_bar.ProgressBar() as bar:
         bar(f"{EVIL}\nfetching", 1, 3)
     drawn = out.getvalue()
     assert drawn.startswith("\r\x1b[K")
