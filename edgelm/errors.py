@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-LONGEST_MESSAGE: Final = 4000
+MAX_MESSAGE_LENGTH: Final = 4000
 """Characters of an error's text."""
 
 
@@ -19,7 +19,7 @@ class EdgelmError(Exception):
 
     def __str__(self) -> str:
         text = " ".join(super().__str__().splitlines())
-        return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
+        return text if len(text) <= MAX_MESSAGE_LENGTH else f"{text[:MAX_MESSAGE_LENGTH]}..."
 
 
 class BundleError(EdgelmError):

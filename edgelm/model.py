@@ -219,11 +219,11 @@ class Model:
 
     def end_session(self, name: str) -> bool:
         """Forget a session, after the answer it is giving; return whether there was one."""
-        return self.worker.call(lambda engine: engine.conversations.end(name))
+        return self.worker.call(lambda engine: engine.sessions.end_session(name))
 
     def sessions(self) -> dict[str, int]:
         """Return the sessions that are kept and how many tokens each has, the least recently used first."""
-        return self.worker.call(lambda engine: engine.conversations.lengths())
+        return self.worker.call(lambda engine: engine.sessions.token_counts())
 
     def score(self, text: str) -> NDArray[np.float64]:
         """Return the natural-log probability of each token of a text after its first, float64 [n - 1].

@@ -27,7 +27,7 @@ from edgelm.cli.flags import (
 from edgelm.cli.tables import explain_truncation, speed_text
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.model import Model
-from edgelm.sampling import warm_up
+from edgelm.sampling import load_kernels
 from edgelm.system.progress_bar import Spinner
 from edgelm.system.user_folders import user_folder
 from edgelm.text.chat_template import check_messages
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         model = edgelm.load(args.bundle, **loading_from(args), max_batch=1)
         sampling = {**_defaults(model), **given}
         if sampling.get("temperature", model.manifest.sampling.temperature) > 0:
-            warm_up()
+            load_kernels()
     with model, _line_editing():
         if model.manifest.chat_template is None:
             raise EdgelmError(f"{args.bundle} has no chat template; `edgelm generate` continues plain text")

@@ -16,7 +16,7 @@ from edgelm.engine.fairness import NO_CLIENT_LIMITS, ClientLimits
 from edgelm.engine.sequence import Sequence
 from edgelm.engine.sessions import Sessions, SessionState
 from edgelm.errors import RequestError
-from edgelm.sampling import are_kernels_loaded, needs_kernels, warm_up
+from edgelm.sampling import are_kernels_loaded, load_kernels, needs_kernels
 from edgelm.text.tokenizer import SHORT, Tokenizer
 from edgelm.types import Request
 
@@ -34,10 +34,10 @@ class Admission:
         self._eos = frozenset(manifest.eos_tokens)
         self._constraints = ConstraintCache(bundle.tokenizer, manifest.vocab_size, manifest.eos_tokens)
         self.tokenizer = Tokenizer.of_bundle(bundle)
-        self.conversations = Sessions(self.tokenizer, context, client_limits=client_limits)
+        self.sessions = Sessions(self.tokenizer, context, client_limits=client_limits)
         self._background = BackgroundThread("edgelm-prompts")
 
-    def prepare(self, request: Request) -> Future[Matcher] | None:
+    def prepare_constraint(self, request: Request) -> Future[Matcher] | None:
         """Have a request's constraint made ready on another thread; None where it has none."""
         return None if request.constraint is None else self._constraints.prepare(request.constraint, request.owner)
 
@@ -46,7 +46,7 @@ class Admission:
         self._constraints.close()
         self._background.close()
 
-    def read(self, request: Request, before: SessionState) -> Future[SessionState]:
+    def prepare_prompt(self, request: Request, before: SessionState) -> Future[SessionState]:
         """Return what will have a conversation with a request's prompt behind it; done already where that is quick.
 
         `before` is what `Sessions.begin` returned. The future may hold a `RequestError`.
@@ -56,8 +56,8 @@ class Admission:
         def work() -> SessionState:
             try:
                 if needs_loading:
-                    warm_up()
-                return self.conversations.asked(before, request)
+                    load_kernels()
+                return self.sessions.append_prompt(before, request)
             except RequestError:
                 raise
             except BaseException as error:  # a library's panic is no Exception, and concerns this request alone
@@ -77,7 +77,7 @@ class Admission:
             rest = repr((request.prompt, request.messages, request.system, request.tools, request.template_vars))
         return len(before.text) + len(rest) <= SHORT and not self.tokenizer.needs_preparation_for(rest)
 
-    def open(
+    def create_sequence(
         self, request: Request, submitted_s: float, asked: SessionState, matcher_future: Future[Matcher] | None
     ) -> Sequence:
         """Return a request's sequence. Raises `RequestError` for a prompt or a constraint that cannot be used.
@@ -86,7 +86,7 @@ class Admission:
         """
         return Sequence(
             request,
-            self.checked(self.conversations.read(request, asked)),
+            self.checked(self.sessions.record_prompt(request, asked)),
             tokenizer=self.tokenizer,
             vocab_size=self._bundle.manifest.vocab_size,
             context=self._context,

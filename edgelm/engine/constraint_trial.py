@@ -79,7 +79,7 @@ class ConstraintSandbox:
         if self._is_closed:
             raise RequestError("interrupted", "the service stopped before the constraint was tried")
         self._child = subprocess.Popen(
-            build_python_command("edgelm.engine.constraint_trial", "serve"),
+            build_python_command("edgelm.engine.constraint_trial", "run_child"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -121,7 +121,7 @@ def _exchange(child: subprocess.Popen[bytes], question: dict[str, Any], limit_s:
 # --- in the child ---
 
 
-def serve() -> None:
+def run_child() -> None:
     """Answer a line for each line until the input ends: a JSON object with error, bytes and goes_on."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -21,7 +21,7 @@ from edgelm.types import UNCACHED_OWNER, Constraint, Owner
 if TYPE_CHECKING:
     from edgelm.text.grammar import ConstraintCompiler, Matcher
 
-KEPT_BYTES: Final = 64_000_000
+CONSTRAINT_CACHE_BYTES: Final = 64_000_000
 """About how much compiled constraints may take that are kept for the next request which brings the same one."""
 
 TRIM_INTERVAL: Final = 25
@@ -123,7 +123,7 @@ class ConstraintCache:
             self._kept[key] = (future, size)
             total = sum(each for _, each in self._kept.values())
             for other in [known for known, (_, each) in self._kept.items() if each and known != key]:
-                if total <= KEPT_BYTES:
+                if total <= CONSTRAINT_CACHE_BYTES:
                     break
                 total -= self._kept.pop(other)[1]
 

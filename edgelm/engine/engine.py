@@ -67,15 +67,15 @@ class Engine:
         self.memory = check_memory(
             bundle.manifest, memory_limit_mb, rows=rows, context=most, prefix_cache_bytes=prefix_cache_bytes
         )
-        self.session: Runner = open_runner(bundle, rows=rows, threads=threads, spin=spin, context=context, cache=cache)
-        self.context = self.session.context
+        self.runner: Runner = open_runner(bundle, rows=rows, threads=threads, spin=spin, context=context, cache=cache)
+        self.context = self.runner.context
         self._admission = Admission(bundle, self.context, client_limits)
-        self.tokenizer, self.conversations = self._admission.tokenizer, self._admission.conversations
+        self.tokenizer, self.sessions = self._admission.tokenizer, self._admission.sessions
         self._waiting: deque[QueuedRequest] = deque()
-        self._scheduler = Scheduler(self.session, max_batch)
+        self._scheduler = Scheduler(self.runner, max_batch)
         self._fairness = FairnessPolicy(client_limits.rows)
         self._cancelled: set[str] = set()
-        self._prefix_cache = PrefixCache(self.session, bundle, prefix_cache_bytes)
+        self._prefix_cache = PrefixCache(self.runner, bundle, prefix_cache_bytes)
         self._speculator = Speculator() if speculation else None
         self._ready: list[Chunk] = []
         """What the step so far has for clients: kept here so that a failure later in the step does not lose it."""
@@ -88,8 +88,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """Run the graph once, so that the first request does not pay for what is allocated late."""
-        self.session.prefill(self.max_batch, np.zeros(1, np.int64), 0)
-        self.session.decode(np.zeros(1, np.int64), np.zeros(1, np.int32))
+        self.runner.prefill(self.max_batch, np.zeros(1, np.int64), 0)
+        self.runner.decode(np.zeros(1, np.int64), np.zeros(1, np.int32))
 
     @property
     def queued(self) -> int:
@@ -103,7 +103,7 @@ class Engine:
 
     def add(self, request: Request, submitted_s: float) -> None:
         """Queue a request; `submitted_s` is when it came, in seconds of `time.monotonic`."""
-        self._waiting.append(QueuedRequest(request, submitted_s, self._admission.prepare(request)))
+        self._waiting.append(QueuedRequest(request, submitted_s, self._admission.prepare_constraint(request)))
 
     def cancel(self, request_id: str) -> None:
         """Mark a request; the next step ends it with what it has."""
@@ -135,12 +135,12 @@ class Engine:
         """
         if len(tokens) > self.context:
             raise RequestError("bad_request", f"the text has {len(tokens)} tokens, the context holds {self.context}")
-        return score(self.session, self.max_batch, self._admission.checked(tokens))
+        return score(self.runner, self.max_batch, self._admission.checked(tokens))
 
     # --- the parts of a step ---
 
     def _take_ready(self) -> list[Chunk]:
-        ready, self._ready = [self.conversations.record_completion(chunk) for chunk in self._ready], []
+        ready, self._ready = [self.sessions.record_completion(chunk) for chunk in self._ready], []
         return ready
 
     def _drop_ended(self) -> None:
@@ -153,7 +153,7 @@ class Engine:
         for sequence in self._scheduler.held:
             if ended := self._end_of(sequence.request, now):
                 self._ready.append(sequence.finish(ended))
-                self._prefix_cache.keep(sequence)
+                self._prefix_cache.store(sequence)
                 self._scheduler.release(sequence)
         self._cancelled.clear()
 
@@ -190,7 +190,7 @@ class Engine:
             if session in behind:
                 continue
             if entry.is_constraint_ready and (
-                entry.prompt_future is not None or not self.conversations.is_session_busy(request)
+                entry.prompt_future is not None or not self.sessions.is_session_busy(request)
             ):
                 if entry.prompt_future is None:
                     entry.prompt_future = self._read(request)
@@ -200,9 +200,9 @@ class Engine:
                 behind.add(session)
 
     def _read(self, request: Request) -> Future[SessionState]:
-        before = self.conversations.begin(request)
+        before = self.sessions.begin_request(request)
         if not request.is_end_session_only:
-            return self._admission.read(request, before)
+            return self._admission.prepare_prompt(request, before)
         nothing: Future[SessionState] = Future()
         nothing.set_result(before)
         return nothing
@@ -218,7 +218,7 @@ class Engine:
         """Return a request's sequence, or None for one that ends here: with an error, or because it asks nothing."""
         try:
             if not entry.request.is_end_session_only and entry.prompt_future is not None:
-                return self._admission.open(
+                return self._admission.create_sequence(
                     entry.request, entry.submitted_s, entry.prompt_future.result(), entry.matcher_future
                 )
             self._ready.append(entry.end("stop"))
@@ -234,14 +234,14 @@ class Engine:
         if (
             sequence.computed_tokens == 0
         ):  # not before: what it shares with a prompt read in the meantime is known by now
-            self._prefix_cache.begin(sequence)
+            self._prefix_cache.load_prefix(sequence)
         start = sequence.computed_tokens
         end = min(start + PREFILL_CHUNK, sequence.length)
         tokens = sequence.history[start:end].astype(np.int64)
-        logits = self.session.prefill(sequence.row, tokens, start, total=sequence.length)
+        logits = self.runner.prefill(sequence.row, tokens, start, total=sequence.length)
         sequence.computed_tokens = end
         if sequence.is_prefilled():
-            self._prefix_cache.keep(sequence)
+            self._prefix_cache.store(sequence)
             self._scheduler.start(sequence)
             self._advance(sequence, logits[0])
         return len(tokens)
@@ -251,7 +251,7 @@ class Engine:
 
         Of the tokens that a constraint forced, at most `most` are computed beside: who has more samples later.
         """
-        batch, long_from = list(self._scheduler.running), self.session.long_from
+        batch, long_from = list(self._scheduler.running), self.runner.long_from
         for sequence in batch:
             if long_from is not None and sequence.computed_tokens <= long_from < sequence.length:
                 self._compute_again(sequence)
@@ -264,7 +264,7 @@ class Engine:
             most -= self._compute(sequence, min(sequence.length - 1, sequence.computed_tokens + most))
         tokens = np.array([sequence.pending[0] for sequence in batch], np.int64)
         lengths = np.array([sequence.computed_tokens for sequence in batch], np.int32)
-        logits = self.session.decode(tokens, lengths)
+        logits = self.runner.decode(tokens, lengths)
         for sequence in batch:  # all of them before any row moves
             sequence.computed_tokens += 1
         for row, sequence in enumerate(batch):
@@ -278,10 +278,10 @@ class Engine:
         tokens = np.concatenate([pending, guess]) if len(guess) else pending
         begun = time.perf_counter()
         if len(tokens) == 1:
-            logits = self.session.decode(tokens, np.array([sequence.computed_tokens], np.int32))
+            logits = self.runner.decode(tokens, np.array([sequence.computed_tokens], np.int32))
         else:
             every, total = len(guess) > 0, sequence.length + len(guess)
-            logits = self.session.prefill(sequence.row, tokens, sequence.computed_tokens, every=every, total=total)
+            logits = self.runner.prefill(sequence.row, tokens, sequence.computed_tokens, every=every, total=total)
         took = time.perf_counter() - begun
         sequence.computed_tokens = sequence.length
         right = 0
@@ -293,13 +293,13 @@ class Engine:
             if sequence.length > sequence.computed_tokens:
                 break  # a constraint has forced more
         if self._speculator is not None:
-            self._speculator.learn(sequence.draft_state, len(tokens), took, len(guess), right)
+            self._speculator.record_pass(sequence.draft_state, len(tokens), took, len(guess), right)
 
     def _propose_draft(self, sequence: Sequence) -> NDArray[np.int32]:
         """Return tokens that may follow, int32 [n]; none that would outgrow the context or its embedding."""
-        if self._speculator is None or (sequence.is_seeded and not self.session.is_invariant):
+        if self._speculator is None or (sequence.is_seeded and not self.runner.is_invariant):
             return NO_DRAFT
-        most, long_from = sequence.remaining_tokens - 1, self.session.long_from
+        most, long_from = sequence.remaining_tokens - 1, self.runner.long_from
         if long_from is not None and sequence.length <= long_from:
             most = min(most, long_from - sequence.length)
         return self._speculator.propose(
@@ -311,7 +311,7 @@ class Engine:
         begun = sequence.computed_tokens
         for start in range(begun, end, PREFILL_CHUNK):
             part = sequence.history[start : min(start + PREFILL_CHUNK, end)].astype(np.int64)
-            self.session.prefill(sequence.row, part, start, total=sequence.length)
+            self.runner.prefill(sequence.row, part, start, total=sequence.length)
         sequence.computed_tokens = end
         return end - begun
 
@@ -335,7 +335,7 @@ class Engine:
         if last is None:
             return False
         if last.error is None:
-            self._prefix_cache.keep(sequence)
+            self._prefix_cache.store(sequence)
             if self._speculator is not None:
                 self._speculator.add_sequence(sequence.history[: sequence.length], sequence.request.owner)
         self._scheduler.release(sequence)

@@ -19,16 +19,16 @@ class PrefixCache:
     Where a model has both, each kind has half of the bytes.
     """
 
-    def __init__(self, session: Runner, bundle: Bundle, max_bytes: int) -> None:
-        self._runner = session
+    def __init__(self, runner: Runner, bundle: Bundle, max_bytes: int) -> None:
+        self._runner = runner
         cache = bundle.manifest.cache
-        each = max_bytes if session.long_from is None else max_bytes // 2
+        each = max_bytes if runner.long_from is None else max_bytes // 2
         self._prefixes = {is_long_rope: RadixTree(each, cache.bytes_per_token()) for is_long_rope in (False, True)}
         static = map_prefix(bundle)
         if static is not None:
             self._prefixes[False].pin(*static)
 
-    def begin(self, sequence: Sequence) -> None:
+    def load_prefix(self, sequence: Sequence) -> None:
         """Begin a sequence's row with what is known of its prompt; the last token's logits are always computed.
 
         Where a pass's length changes its rounding, a seeded sequence begins with the static prefix at most, which is
@@ -45,8 +45,8 @@ class PrefixCache:
             sequence.computed_tokens = sum(piece[0].shape[1] for piece in pieces)
             sequence.cached = min(sequence.computed_tokens, sequence.prompt_tokens)
 
-    def keep(self, sequence: Sequence) -> None:
+    def store(self, sequence: Sequence) -> None:
         """Keep what a sequence has computed."""
         tokens, row = sequence.history[: sequence.computed_tokens], sequence.row
         known = self._prefixes[sequence.is_long_rope]
-        known.keep(tokens, lambda start, stop: self._runner.read_row(row, start, stop), sequence.request.owner)
+        known.insert(tokens, lambda start, stop: self._runner.read_row(row, start, stop), sequence.request.owner)

@@ -64,7 +64,7 @@ class RadixTree:
         self._use(node for node, _ in passed)
         return [[array[:, :shared] for array in node.piece] for node, shared in passed]
 
-    def keep(self, tokens: Tokens, read: Read, owner: Owner = None) -> None:
+    def insert(self, tokens: Tokens, read: Read, owner: Owner = None) -> None:
         """Keep an owner's sequence, int32 [n], as far as there is room; `read` is asked for what is not known yet."""
         if owner == UNCACHED_OWNER:
             return

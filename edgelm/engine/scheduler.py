@@ -13,12 +13,12 @@ from edgelm.runtime.runner import Runner
 class Scheduler:
     """The rows of a session, `max_active` of which can be held."""
 
-    def __init__(self, session: Runner, max_active: int) -> None:
+    def __init__(self, runner: Runner, max_active: int) -> None:
         self.running: list[Sequence] = []
         """Those being answered, by their rows."""
         self.prefilling: list[Sequence] = []
         """Those whose prompts are being read, the oldest first."""
-        self._runner = session
+        self._runner = runner
         self._max_active = max_active
         self._prefill_round = 0
 

@@ -13,13 +13,13 @@ SCORE_CHUNK: Final = 64
 """Positions scored in one pass: bounds the logits held at once."""
 
 
-def score(session: Runner, row: int, tokens: list[int]) -> NDArray[np.float64]:
+def score(runner: Runner, row: int, tokens: list[int]) -> NDArray[np.float64]:
     """Return the natural-log probability of each token after the first, float64 [n - 1]; a row is written over."""
     result = np.empty(max(len(tokens) - 1, 0), np.float64)
     inputs = np.asarray(tokens, np.int64)
     for start in range(0, len(result), SCORE_CHUNK):
         end = min(start + SCORE_CHUNK, len(result))
-        part = session.prefill(row, inputs[start:end], start, every=True, total=len(tokens))
+        part = runner.prefill(row, inputs[start:end], start, every=True, total=len(tokens))
         logits = part.astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
         chosen = logits[np.arange(end - start), inputs[start + 1 : end + 1]]

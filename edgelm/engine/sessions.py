@@ -77,7 +77,7 @@ class SessionState:
             new = tokenizer.encode(request.prompt or "")
         return dataclasses.replace(self, tokens=[*self.tokens, *new])
 
-    def answer(self, tokens: tuple[int, ...], tokenizer: Tokenizer) -> SessionState:
+    def with_answer(self, tokens: tuple[int, ...], tokenizer: Tokenizer) -> SessionState:
         """Return the conversation with an answer behind it, one that was cut off included."""
         whole = array("i", [*self.tokens, *tokens])  # kept for long: a fifth of a list's bytes
         if self.messages is None:
@@ -158,9 +158,9 @@ class Sessions:
         That of the model.
     context
         Tokens that a request may hold, its answer included.
-    most
+    max_sessions
         Sessions that are kept, of all clients.
-    shares
+    client_limits
         What one client may have of them.
     """
 
@@ -168,12 +168,12 @@ class Sessions:
         self,
         tokenizer: Tokenizer,
         context: int,
-        most: int = MAX_SESSIONS,
+        max_sessions: int = MAX_SESSIONS,
         client_limits: ClientLimits = NO_CLIENT_LIMITS,
     ) -> None:
         self._tokenizer = tokenizer
         self._context = context
-        self._max_sessions = most
+        self._max_sessions = max_sessions
         self._client_limits = client_limits
         self._known: OrderedDict[SessionKey, SessionState] = OrderedDict()
         self._active: dict[str, _ActiveRequest] = {}
@@ -183,7 +183,7 @@ class Sessions:
         name = _name_of(request)
         return name is not None and any(_name_of(turn.request) == name for turn in self._active.values())
 
-    def begin(self, request: Request) -> SessionState:
+    def begin_request(self, request: Request) -> SessionState:
         """Start a request of a session that answers no other, and return the session so far.
 
         `record_completion` must follow.
@@ -195,7 +195,7 @@ class Sessions:
         self._active[request.id] = _ActiveRequest(request, before, ends=request.end_session)
         return before
 
-    def asked(self, before: SessionState, request: Request) -> SessionState:
+    def append_prompt(self, before: SessionState, request: Request) -> SessionState:
         """Return a conversation with a request's prompt behind it. Callable from any thread.
 
         Raises `RequestError("bad_request")` as `SessionState.with_prompt` does, and where the session outgrows the
@@ -212,7 +212,7 @@ class Sessions:
             )
         return asked
 
-    def read(self, request: Request, asked: SessionState) -> list[int]:
+    def record_prompt(self, request: Request, asked: SessionState) -> list[int]:
         """Note what `asked` returned for a request, and return the tokens of its prompt, after those of its session."""
         turn = self._active.get(request.id)
         if turn is not None:
@@ -230,7 +230,7 @@ class Sessions:
         if completion is None or turn is None or name is None:
             return chunk
         if turn.asked is not None and completion.error is None:
-            after = turn.asked.answer(completion.tokens, self._tokenizer)
+            after = turn.asked.with_answer(completion.tokens, self._tokenizer)
             self._known[name] = after
             chunk = dataclasses.replace(chunk, completion=dataclasses.replace(completion, turn=after.turns))
         if name in self._known:
@@ -276,7 +276,7 @@ class Sessions:
         most = max(held.values())
         del self._known[next(name for name in self._known if held[name[0]] == most)]
 
-    def end(self, session: str, client: str | None = None) -> bool:
+    def end_session(self, session: str, client: str | None = None) -> bool:
         """Forget a session, with the answer under way once that is whole; return whether there was one."""
         name = (client, session)
         turns = [turn for turn in self._active.values() if _name_of(turn.request) == name]
@@ -284,7 +284,7 @@ class Sessions:
             turn.ends = True
         return self._known.pop(name, None) is not None or bool(turns)
 
-    def lengths(self, client: str | None = None) -> dict[str, int]:
+    def token_counts(self, client: str | None = None) -> dict[str, int]:
         """Return a client's sessions and their tokens, the least recently used first; one that begins has none yet."""
         begun = [_name_of(turn.request) for turn in self._active.values() if not turn.ends]
         lengths = {name: len(known.tokens) for name, known in self._known.items()}

@@ -32,7 +32,7 @@ NGRAM_SIZE: Final = 3
 HISTORY_TOKENS: Final = 4096
 """Tokens of earlier prompts and answers that are searched, at least."""
 
-MOST_OWNERS: Final = 16
+MAX_OWNERS: Final = 16
 """Owners whose earlier tokens are kept."""
 
 SEPARATOR: Final = -1
@@ -56,9 +56,9 @@ PRIOR_TOKEN_COST: Final = 0.05
 """What a further token is taken to cost beside the first before it was measured."""
 
 PAUSE: Final = 8
-"""Tokens without a guess after guesses that did not pay; doubled each time, up to `LONGEST_PAUSE`."""
+"""Tokens without a guess after guesses that did not pay; doubled each time, up to `MAX_PAUSE`."""
 
-LONGEST_PAUSE: Final = 256
+MAX_PAUSE: Final = 256
 
 
 class NgramIndex:
@@ -83,15 +83,15 @@ class NgramIndex:
 
 
 class DraftState:
-    """How guesses fare in one answer; `rate` is the share of guessed tokens that is expected to be right."""
+    """How guesses fare in one answer; `accept_rate` is the share of guessed tokens that is expected to be right."""
 
-    __slots__ = ("lookup", "pause", "rate", "wait")
+    __slots__ = ("accept_rate", "lookup", "pause", "paused_tokens_left")
 
     def __init__(self) -> None:
         self.lookup = NgramIndex()
-        self.rate: float | None = None
+        self.accept_rate: float | None = None
         self.pause = PAUSE
-        self.wait = 0
+        self.paused_tokens_left = 0
 
 
 class Speculator:
@@ -115,7 +115,7 @@ class Speculator:
             earlier.add(kept)
         earlier.add([SEPARATOR, *tokens[-HISTORY_TOKENS:].tolist()])
         self._earlier[owner] = earlier
-        if len(self._earlier) > MOST_OWNERS:
+        if len(self._earlier) > MAX_OWNERS:
             self._earlier.popitem(last=False)
 
     def propose(self, draft_state: DraftState, tokens: Tokens, most: int, owner: Owner = None) -> Tokens:
@@ -123,34 +123,34 @@ class Speculator:
 
         It is searched for in these tokens and in what the same owner's earlier sequences were.
         """
-        if draft_state.rate is None:
-            draft_state.rate = self._rate
-        if draft_state.wait > 0:
-            draft_state.wait -= 1
+        if draft_state.accept_rate is None:
+            draft_state.accept_rate = self._rate
+        if draft_state.paused_tokens_left > 0:
+            draft_state.paused_tokens_left -= 1
             return NO_DRAFT
-        size = self._size(draft_state.rate, most)
+        size = self._size(draft_state.accept_rate, most)
         if size == 0:
             return NO_DRAFT
         own = draft_state.lookup
         own.add(tokens[len(own.tokens) :].tolist())
         return np.array(_continuation(own, self._earlier.get(owner), size), np.int32)
 
-    def learn(self, draft_state: DraftState, tokens: int, elapsed_s: float, guessed: int, right: int) -> None:
+    def record_pass(self, draft_state: DraftState, tokens: int, elapsed_s: float, guessed: int, right: int) -> None:
         """Take note of how long a pass of so many tokens took, and how many of the guessed ones were right."""
         self._took(tokens, elapsed_s)
         if not guessed:
             return
-        rate = self._rate if draft_state.rate is None else draft_state.rate
+        rate = self._rate if draft_state.accept_rate is None else draft_state.accept_rate
         for i in range(min(right + 1, guessed)):  # those after the first wrong one were not looked at
             rate = EMA_DECAY * rate + (1 - EMA_DECAY) * (i < right)
             self._rate = GLOBAL_EMA_DECAY * self._rate + (1 - GLOBAL_EMA_DECAY) * (i < right)
         if right:
             draft_state.pause = PAUSE
         if self._size(rate, DRAFT_LENGTHS[0]) == 0:
-            draft_state.wait = draft_state.pause
-            draft_state.pause = min(2 * draft_state.pause, LONGEST_PAUSE)
+            draft_state.paused_tokens_left = draft_state.pause
+            draft_state.pause = min(2 * draft_state.pause, MAX_PAUSE)
             rate = max(rate, PRIOR_ACCEPT_RATE / 2)  # it is tried again some time
-        draft_state.rate = rate
+        draft_state.accept_rate = rate
 
     def _took(self, tokens: int, elapsed_s: float) -> None:
         """Take note of how long a pass of so many tokens took; the first one also allocates, and does not count."""

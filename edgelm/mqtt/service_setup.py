@@ -17,7 +17,7 @@ from edgelm.mqtt.request_handler import ServedModel
 from edgelm.mqtt.service import Service
 from edgelm.mqtt.service_config import ServeConfig
 from edgelm.runtime.prepack import open_verified
-from edgelm.sampling import ensure_compiled, warm_up
+from edgelm.sampling import ensure_compiled, load_kernels
 from edgelm.system.board_cache import BoardCache
 
 START_WITHIN_S: Final = 60.0
@@ -45,7 +45,7 @@ def open_service(config: ServeConfig, on_online: Callable[[], None] | None = Non
                 raise EdgelmError(f"two models are called {model.name}: requests could not tell them apart")
             models.append(model)
             if bundle.manifest.sampling.temperature > 0:
-                warm_up()  # compiling takes seconds, which the first request would wait for
+                load_kernels()  # compiling takes seconds, which the first request would wait for
             else:
                 ensure_compiled()  # a request may have a temperature of its own
             if left_mb is not None:

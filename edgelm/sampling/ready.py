@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from edgelm.sampling.sampler import warm_up
+from edgelm.sampling.sampler import load_kernels
 from edgelm.system.board_cache import BoardCache
 from edgelm.system.isolated_python import build_python_command
 
@@ -34,14 +34,14 @@ def ensure_compiled() -> None:
         return
     folder = BoardCache.default().prepare_numba_folder()
     if folder is None:
-        warm_up()
+        load_kernels()
         return
     marker = folder / f"compiled-{_digest()}"
     if marker.exists():
         return
     try:
         done = subprocess.run(
-            build_python_command("edgelm.sampling", "warm_up"),
+            build_python_command("edgelm.sampling", "load_kernels"),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=COMPILE_TIMEOUT_S,
@@ -54,7 +54,7 @@ def ensure_compiled() -> None:
         LOG.debug("the kernels were not compiled: %s", done.stderr.decode(errors="replace")[-500:])
     except (OSError, subprocess.TimeoutExpired) as error:
         LOG.debug("the kernels are not kept: %s", error)
-    warm_up()
+    load_kernels()
 
 
 def _digest() -> str:

@@ -137,7 +137,7 @@ class Sampler:
         return int(kernels.sample_all(*arguments, *filters, self._scratch))
 
 
-def warm_up() -> None:
+def load_kernels() -> None:
     """Load the kernels now: about 0.4 s from Numba's cache, several seconds where they must be compiled first.
 
     A service calls this before it answers its first request.

@@ -285,7 +285,7 @@ class Board:
         manifest["sampling"]["max_tokens"] = MOST_TOKENS
         (bundle / MANIFEST).write_text(json.dumps(manifest), "utf-8")
         self._log = folder / "log"
-        program = "import sys; from edgelm import cli; from edgelm.engine import constraints; constraints.KEPT_BYTES //= 8; sys.exit(cli.main())"
+        program = "import sys; from edgelm import cli; from edgelm.engine import constraints; constraints.CONSTRAINT_CACHE_BYTES //= 8; sys.exit(cli.main())"
         command = [sys.executable, "-c", program, "serve", "--mqtt", f"mqtt://127.0.0.1:{port}"]
         command += ["--board", BOARD, "--model", str(bundle), "--threads", "1", "--prefix-cache-mb", "4"]
         environment = {

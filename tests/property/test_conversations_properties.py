@@ -64,7 +64,7 @@ def talk(turns, tokenizer):
         asked = now.with_prompt(Request(str(i), SAMPLING, messages=messages_of(texts)), tokenizer)
         said = tuple(token % tokenizer.vocab_size for token in answer)
         yield now, asked, said
-        now = asked.answer(said, tokenizer)
+        now = asked.with_answer(said, tokenizer)
 
 
 @pytest.mark.parametrize("template", EXTENDING)
@@ -73,7 +73,7 @@ def test_what_was_read_and_said_is_kept_as_it_was(template, turns, plain):
     tokenizer = with_template(plain, EXTENDING[template])
     for before, asked, said in talk(turns, tokenizer):
         assert list(asked.tokens[: len(before.tokens)]) == list(before.tokens)
-        after = asked.answer(said, tokenizer)
+        after = asked.with_answer(said, tokenizer)
         assert tuple(after.tokens) == (*asked.tokens, *said)
         assert after.turns == before.turns + 1
 
@@ -101,7 +101,7 @@ def test_a_past_that_is_written_otherwise_is_kept_up_to_there(texts, plain):
     tokenizer = with_template(plain, THOUGHTS)
     first = SessionState().with_prompt(Request("1", SAMPLING, messages=messages_of(texts[:1])), tokenizer)
     thought = tuple(tokenizer.encode_continuation("a!b"))
-    asked = first.answer(thought, tokenizer).with_prompt(
+    asked = first.with_answer(thought, tokenizer).with_prompt(
         Request("2", SAMPLING, messages=messages_of(texts[1:])), tokenizer
     )
     assert list(asked.tokens[: len(first.tokens)]) == list(first.tokens)
@@ -116,7 +116,7 @@ def test_a_template_may_bring_the_space_before_an_answer(texts, plain):
     for i, text in enumerate(texts):
         asked = now.with_prompt(Request(str(i), SAMPLING, messages=messages_of([text])), tokenizer)
         assert list(asked.tokens[: len(now.tokens)]) == list(now.tokens)
-        now = asked.answer(tuple(tokenizer.encode_continuation(" b b")), tokenizer)
+        now = asked.with_answer(tuple(tokenizer.encode_continuation(" b b")), tokenizer)
         assert now.messages[-1]["content"] == " b b"
     assert now.text.count("[/INST] b b </s>") == len(texts) - 1
 
@@ -132,7 +132,7 @@ def test_prompts_are_added_as_they_stand(texts, ids, plain):
             assert list(new) == plain.encode(text)
         else:
             assert b"".join(names[token] for token in new).decode() == text
-        now = asked.answer((), plain)
+        now = asked.with_answer((), plain)
 
 
 @given(before=WORDS, text=WORDS)
@@ -146,7 +146,7 @@ def test_prompts_and_messages_do_not_mix(plain):
     said = Request("1", SAMPLING, messages=messages_of(["a"]))
     typed = Request("1", SAMPLING, prompt="a", raw=True)
     for first, then, names in ((said, typed, "messages"), (typed, said, "plain text")):
-        talked = SessionState().with_prompt(first, tokenizer).answer((), tokenizer)
+        talked = SessionState().with_prompt(first, tokenizer).with_answer((), tokenizer)
         with pytest.raises(RequestError, match=f"begun with {names}"):
             talked.with_prompt(then, tokenizer)
 
@@ -158,7 +158,7 @@ def test_a_bare_prompt_is_a_message_of_the_user(plain):
         prompts = prompts.with_prompt(Request("1", SAMPLING, prompt=turn), tokenizer)
         said = said.with_prompt(Request("1", SAMPLING, messages=messages_of([turn])), tokenizer)
         assert list(prompts.tokens) == list(said.tokens)
-        prompts, said = prompts.answer((), tokenizer), said.answer((), tokenizer)
+        prompts, said = prompts.with_answer((), tokenizer), said.with_answer((), tokenizer)
     typed = SessionState().with_prompt(Request("1", SAMPLING, prompt="a", raw=True), tokenizer)
     assert list(typed.tokens) == tokenizer.encode("a")
     assert typed.messages is None
@@ -167,7 +167,7 @@ def test_a_bare_prompt_is_a_message_of_the_user(plain):
 def test_a_conversation_keeps_the_system_message_that_it_began_with(plain):
     tokenizer = with_template(plain, BARE)
     first = Request("1", SAMPLING, prompt="a", system="Be brief.")
-    talked = SessionState().with_prompt(first, tokenizer).answer((), tokenizer)
+    talked = SessionState().with_prompt(first, tokenizer).with_answer((), tokenizer)
     assert talked.messages[0] == {"role": "system", "content": "Be brief."}
     for system in (None, "Be brief."):
         again = talked.with_prompt(Request("1", SAMPLING, prompt="b", system=system), tokenizer)
@@ -194,26 +194,29 @@ OPS = st.lists(
 
 @given(ops=OPS)
 def test_sessions_are_a_short_dictionary_of_what_was_used_last(ops, plain):
-    known = Sessions(plain, CONTEXT, most=MOST)
+    known = Sessions(plain, CONTEXT, max_sessions=MOST)
     expected = OrderedDict()
     for number, (what, session, client, tokens, fault) in enumerate(ops):
         name = (client, session)
         if what == "end":
-            assert known.end(session, client) == (expected.pop(name, None) is not None)
+            assert known.end_session(session, client) == (expected.pop(name, None) is not None)
             continue
         given = {"tokens": tuple(tokens)} if what == "ask" or tokens else {}
         request = Request(str(number), SAMPLING, session=session, client=client, end_session=what == "last", **given)
         before = expected.get(name)
         error = None if fault is None else RequestError(fault, "on purpose")
-        conversation = known.begin(request)
+        conversation = known.begin_request(request)
         assert known.is_session_busy(request)
         if not request.is_end_session_only:
             if before and len(before) + len(tokens) >= CONTEXT:
                 with pytest.raises(RequestError, match=f"has {len(before)} tokens") as caught:
-                    known.asked(conversation, request)
+                    known.append_prompt(conversation, request)
                 error = caught.value
             else:
-                assert known.read(request, known.asked(conversation, request)) == [*(before or []), *tokens]
+                assert known.record_prompt(request, known.append_prompt(conversation, request)) == [
+                    *(before or []),
+                    *tokens,
+                ]
         done = Completion(request.id, "", (1, 2), "error" if error else "stop", error=error)
         last = Chunk(request.id, 0, "", None, True, done)
         assert known.record_completion(Chunk(request.id, 0, "a", 1)).completion is None
@@ -234,24 +237,24 @@ def test_sessions_are_a_short_dictionary_of_what_was_used_last(ops, plain):
             del expected[next(key for key in expected if held[key[0]] == max(held.values()))]
         for owner in (None, "x"):
             mine = [(key[1], len(value)) for key, value in expected.items() if key[0] == owner]
-            assert list(known.lengths(owner).items()) == mine
+            assert list(known.token_counts(owner).items()) == mine
 
 
 def test_a_session_that_is_answering_is_forgotten_once_it_is_done(plain):
     known = Sessions(plain, CONTEXT)
     for turn in itertools.count(1):
         request = Request(str(turn), SAMPLING, tokens=(1, 2), session="a")
-        known.read(request, known.asked(known.begin(request), request))
-        assert known.lengths() == {"a": 3 * (turn - 1)}
+        known.record_prompt(request, known.append_prompt(known.begin_request(request), request))
+        assert known.token_counts() == {"a": 3 * (turn - 1)}
         if turn == 3:
-            assert known.end("a")
-            assert known.lengths() == {}
+            assert known.end_session("a")
+            assert known.token_counts() == {}
         done = Completion(request.id, "", (3,), "stop")
         assert known.record_completion(Chunk(request.id, 0, "", None, True, done)).completion.turn == turn
         if turn == 3:
             break
-    assert known.lengths() == {}
-    assert not known.end("a")
+    assert known.token_counts() == {}
+    assert not known.end_session("a")
 
 
 SHARES = ClientLimits(sessions=2, session_bytes=60_000, all_sessions_bytes=150_000)
@@ -261,10 +264,10 @@ def use(known, number, client, session, *, messages=None):
     """Ask and answer in a session; return the error it was refused with, if any."""
     given = {"tokens": (1, 2)} if messages is None else {"messages": messages}
     request = Request(str(number), SAMPLING, session=session, client=client, **given)
-    before = known.begin(request)
+    before = known.begin_request(request)
     error = None
     try:
-        known.read(request, known.asked(before, request))
+        known.record_prompt(request, known.append_prompt(before, request))
     except RequestError as refused:
         error = refused
     done = Completion(request.id, "", (3,), "error" if error else "stop", error=error)
@@ -274,7 +277,7 @@ def use(known, number, client, session, *, messages=None):
 
 @given(used=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xyzw")), max_size=40))
 def test_a_client_keeps_its_share_of_sessions_and_loses_its_own_oldest(used, plain):
-    known, expected = Sessions(plain, 10_000, most=6, client_limits=SHARES), {}
+    known, expected = Sessions(plain, 10_000, max_sessions=6, client_limits=SHARES), {}
     for number, (client, session) in enumerate(used):
         assert use(known, number, client, session) is None
         mine = expected.setdefault(client, [])
@@ -283,17 +286,17 @@ def test_a_client_keeps_its_share_of_sessions_and_loses_its_own_oldest(used, pla
         mine.append(session)
         del mine[: -SHARES.sessions]
         for each in "abc":
-            assert list(known.lengths(each)) == expected.get(each, [])
+            assert list(known.token_counts(each)) == expected.get(each, [])
 
 
 def test_many_sessions_of_many_never_push_out_one_that_holds_less(plain):
-    known = Sessions(plain, CONTEXT, most=10, client_limits=ClientLimits(sessions=8))
+    known = Sessions(plain, CONTEXT, max_sessions=10, client_limits=ClientLimits(sessions=8))
     use(known, 0, "quiet", "mine")
     for number in range(1, 60):
         use(known, number, "loud", f"s{number}")
         use(known, 100 + number, "louder", f"s{number}")
-    assert list(known.lengths("quiet")) == ["mine"]
-    assert sum(len(known.lengths(each)) for each in ("quiet", "loud", "louder")) <= 10
+    assert list(known.token_counts("quiet")) == ["mine"]
+    assert sum(len(known.token_counts(each)) for each in ("quiet", "loud", "louder")) <= 10
 
 
 LEFT_OUT = "<{{ messages[-1]['content'] }}>"
@@ -321,4 +324,4 @@ def test_sessions_of_all_are_bounded_in_bytes_and_who_holds_most_loses(plain):
         messages = ({"role": "user", "content": "a" * 50_000}, {"role": "user", "content": "b"})
         assert use(known, number, f"loud {number % 4}", f"s{number}", messages=messages) is None
         assert sum(each.bytes for each in known._known.values()) <= SHARES.all_sessions_bytes
-    assert list(known.lengths("quiet")) == ["mine"]
+    assert list(known.token_counts("quiet")) == ["mine"]

@@ -176,14 +176,14 @@ def test_a_seed_gives_the_same_answer_in_any_company(which, seed, engine, known,
 @given(cuts=st.lists(st.tuples(st.integers(0, 999), st.integers(1, 300)), min_size=2, max_size=8), whole=st.booleans())
 def test_what_a_prompt_shares_with_an_earlier_one_is_not_computed_again(cuts, whole, opened, known):
     engine = Engine(opened, threads=1, max_batch=MAX_BATCH, speculation=False)
-    prefill = engine.session.prefill
+    prefill = engine.runner.prefill
     computed, earlier = [], []
 
     def counting(row, tokens, *given_too, **more):
         computed.append(len(tokens))
         return prefill(row, tokens, *given_too, **more)
 
-    engine.session.prefill = counting
+    engine.runner.prefill = counting
     for which, cut in cuts:
         entry = known[which % len(known)]
         tokens = entry.prompt if whole else entry.prompt[: 1 + cut % len(entry.prompt)]

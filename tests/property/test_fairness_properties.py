@@ -25,13 +25,13 @@ FORCED = Constraint("regex", "(yes|no)" + ", the dog" * 90 + " (home|away)")
 def engine(float32_bundle):
     """Counts the tokens of every pass that is not one of decoding a batch."""
     engine = Engine(open_bundle(float32_bundle), threads=1, max_batch=MAX_BATCH, prefix_cache_mb=0)
-    prefill, engine.passes = engine.session.prefill, []
+    prefill, engine.passes = engine.runner.prefill, []
 
     def counting(row, tokens, *more, **options):
         engine.passes.append(len(tokens))
         return prefill(row, tokens, *more, **options)
 
-    engine.session.prefill = counting
+    engine.runner.prefill = counting
     return engine
 
 

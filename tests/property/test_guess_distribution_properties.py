@@ -67,14 +67,14 @@ def probabilities(session, kind):
 def ask(engine, kind, monkeypatch):
     """How often each answer came, and of how many tokens guessed how many were right."""
     counts, guessed = Counter(), [0, 0]
-    learn = engine._speculator.learn
+    learn = engine._speculator.record_pass
 
     def noting(draft_state, tokens, seconds, size, right):
         guessed[0] += size
         guessed[1] += right
         learn(draft_state, tokens, seconds, size, right)
 
-    monkeypatch.setattr(engine._speculator, "learn", noting)
+    monkeypatch.setattr(engine._speculator, "record_pass", noting)
     sampling = SamplingParams(max_tokens=LENGTH, ignore_eos=True, **kind)
     for _ in range(ASKED):
         engine.add(Request("one", sampling, tokens=PROMPT), time.monotonic())
@@ -99,7 +99,7 @@ def significance(counts, expected):
 
 @KINDS
 def test_guesses_keep_the_distribution(engine, kind, monkeypatch):
-    expected = probabilities(engine.session, kind)
+    expected = probabilities(engine.runner, kind)
     counts, guessed, right = ask(engine, kind, monkeypatch)
     assert len(expected) > 50
     assert counts.total() == ASKED
@@ -121,7 +121,7 @@ def draw_again(sample, wanted):
 @KINDS
 @pytest.mark.parametrize("biased", [accept, draw_again])
 def test_biased_acceptance_is_found(engine, kind, biased, monkeypatch):
-    expected = probabilities(engine.session, kind)
+    expected = probabilities(engine.runner, kind)
     wanted = {}
     propose, sample = engine._speculator.propose, Sampler.sample
 

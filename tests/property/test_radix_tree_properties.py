@@ -34,7 +34,7 @@ def keep(prefixes, tokens):
         asked.append((start, stop))
         return piece_of(tokens, start, stop)
 
-    prefixes.keep(np.array(tokens, np.int32), read)
+    prefixes.insert(np.array(tokens, np.int32), read)
     return asked
 
 
@@ -123,9 +123,9 @@ def test_a_shared_beginning_outlives_its_ends():
 def test_what_it_returns_and_keeps_are_copies():
     prefixes = cache_of(100)
     rows = piece_of([1, 2, 3], 0, 3)
-    prefixes.keep(np.array([1, 2, 3], np.int32), lambda start, stop: [array[:, start:stop].copy() for array in rows])
+    prefixes.insert(np.array([1, 2, 3], np.int32), lambda start, stop: [array[:, start:stop].copy() for array in rows])
     tokens = np.array([1, 2, 4], np.int32)
-    prefixes.keep(tokens, lambda start, stop: piece_of([1, 2, 4], start, stop))
+    prefixes.insert(tokens, lambda start, stop: piece_of([1, 2, 4], start, stop))
     tokens[:] = 0
     assert found(prefixes, [1, 2, 3]) == 3
     assert found(prefixes, [1, 2, 4]) == 3
@@ -139,7 +139,7 @@ def test_an_owner_finds_its_own_sequences_and_the_pinned_one_and_nobody_elses(ke
     prefixes, pinned = cache_of(1000), [0, 1, 1]
     prefixes.pin(np.array(pinned, np.int32), piece_of(pinned, 0, 3))
     for owner, tokens in kept:
-        prefixes.keep(np.array(tokens, np.int32), lambda a, b, tokens=tokens: piece_of(tokens, a, b), owner)
+        prefixes.insert(np.array(tokens, np.int32), lambda a, b, tokens=tokens: piece_of(tokens, a, b), owner)
     for owner in (None, "a", "b", "c", "newcomer", UNCACHED_OWNER):
         mine = [tokens for other, tokens in kept if other == owner]
         for tokens in asked:
@@ -154,7 +154,7 @@ def test_owners_share_the_room_and_only_who_holds_most_loses(kept, room):
     prefixes, everyone = cache_of(room), (None, "a", "b", "c")
     for owner, tokens in kept:
         before = {each: prefixes.kept_by(each) for each in everyone}
-        prefixes.keep(np.array(tokens, np.int32), lambda a, b, tokens=tokens: piece_of(tokens, a, b), owner)
+        prefixes.insert(np.array(tokens, np.int32), lambda a, b, tokens=tokens: piece_of(tokens, a, b), owner)
         after = {each: prefixes.kept_by(each) for each in everyone}
         assert prefixes.tokens == sum(after.values()) <= room
         assert sum(bytes_of(prefixes, each) for each in everyone) == prefixes.tokens * (TOKEN_BYTES + 4)
@@ -165,6 +165,6 @@ def test_owners_share_the_room_and_only_who_holds_most_loses(kept, room):
 
 def test_nobodys_sequences_are_not_kept():
     prefixes = cache_of(100)
-    prefixes.keep(np.array([1, 2, 3], np.int32), lambda a, b: piece_of([1, 2, 3], a, b), UNCACHED_OWNER)
+    prefixes.insert(np.array([1, 2, 3], np.int32), lambda a, b: piece_of([1, 2, 3], a, b), UNCACHED_OWNER)
     assert prefixes.tokens == 0
     assert found(prefixes, [1, 2, 3], owner=UNCACHED_OWNER) == 0

@@ -35,7 +35,7 @@ def pair(request, tiny_checkpoint, export_to_cache, tmp_path_factory):
         bundle = open_verified(path, cache)
         warm = Engine(bundle, threads=2, max_batch=3, cache=cache)
         cold = Engine(bundle, threads=1, max_batch=1, prefix_cache_mb=0, speculation=False, cache=cache)
-        assert warm.session.is_invariant
+        assert warm.runner.is_invariant
         yield warm, cold
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.engine.repetition import COPIES, LEAST, LONGEST_PERIOD, LoopDetector
+from edgelm.engine.repetition import MAX_PERIOD, MIN_COPIES, MIN_LOOP_TOKENS, LoopDetector
 
 
 def ends_at(tokens):
@@ -19,8 +19,8 @@ def ends_at(tokens):
 def plainly(tokens):
     """The same by comparing slices."""
     for size in range(1, len(tokens) + 1):
-        for period in range(1, LONGEST_PERIOD + 1):
-            whole = max(LEAST, COPIES * period)
+        for period in range(1, MAX_PERIOD + 1):
+            whole = max(MIN_LOOP_TOKENS, MIN_COPIES * period)
             tail = tokens[size - whole : size]
             if size >= whole and tail[period:] == tail[:-period]:
                 return size
@@ -29,7 +29,7 @@ def plainly(tokens):
 
 @given(
     before=st.lists(st.integers(0, 3), max_size=40),
-    passage=st.lists(st.integers(0, 3), min_size=1, max_size=LONGEST_PERIOD + 4),
+    passage=st.lists(st.integers(0, 3), min_size=1, max_size=MAX_PERIOD + 4),
     copies=st.integers(1, 9),
     behind=st.lists(st.integers(0, 3), max_size=10),
 )
@@ -38,13 +38,13 @@ def test_a_loop_is_found_where_slices_find_it(before, passage, copies, behind):
     assert ends_at(tokens) == plainly(tokens)
 
 
-@pytest.mark.parametrize("period", [1, 2, 7, 40, LONGEST_PERIOD])
+@pytest.mark.parametrize("period", [1, 2, 7, 40, MAX_PERIOD])
 def test_a_loop_ends_after_its_copies(period):
     beginning, passage = [1000, 1001], list(range(period))
-    assert ends_at(beginning + passage * 100) == 2 + max(LEAST, COPIES * period)
+    assert ends_at(beginning + passage * 100) == 2 + max(MIN_LOOP_TOKENS, MIN_COPIES * period)
 
 
-@pytest.mark.parametrize("period", [LONGEST_PERIOD + 1, 1000])
+@pytest.mark.parametrize("period", [MAX_PERIOD + 1, 1000])
 def test_long_passages_are_let_pass(period):
     assert ends_at(list(range(period)) * 6) is None
 

@@ -90,7 +90,7 @@ def alike(completion):
 def test_a_session_answers_as_its_whole_list_of_tokens_does(rounds, twins, opened):
     named, plain = twins
     for name in NAMES:
-        named.conversations.end(name)
+        named.sessions.end_session(name)
     said, turns = {}, {}
     for plans in rounds:
         in_sessions, whole = [], []
@@ -116,7 +116,7 @@ def test_a_session_answers_as_its_whole_list_of_tokens_does(rounds, twins, opene
             if planned.last and (begun or answer.error is not None):
                 said.pop(name, None)
                 turns.pop(name, None)
-        assert named.conversations.lengths() == {name: len(tokens) for name, tokens in said.items()}
+        assert named.sessions.token_counts() == {name: len(tokens) for name, tokens in said.items()}
 
 
 @settings(max_examples=10)
@@ -130,23 +130,23 @@ def test_requests_of_one_session_are_answered_one_after_another(asked, twins):
     sampling = SamplingParams(max_tokens=3, ignore_eos=True, seed=1)
     for engine in twins:
         for name in NAMES:
-            engine.conversations.end(name)
+            engine.sessions.end_session(name)
     requests = [Request(str(i), sampling, tokens=tuple(tokens), session=name) for i, (name, tokens) in enumerate(asked)]
     at_once = run(together, requests)
     for request in requests:
         alone = run(in_turn, [request])[request.id]
         assert at_once[request.id].turn == alone.turn
         assert at_once[request.id].usage == alone.usage
-    assert together.conversations.lengths() == {name: in_turn.conversations.lengths()[name] for name, _ in asked}
+    assert together.sessions.token_counts() == {name: in_turn.sessions.token_counts()[name] for name, _ in asked}
 
 
 def test_a_request_that_breaks_the_step_gets_its_final_and_leaves_its_session_free(twins, monkeypatch):
     engine = twins[0]
-    engine.conversations.end("a")
+    engine.sessions.end_session("a")
     sampling = SamplingParams(max_tokens=2, ignore_eos=True)
     assert run(engine, [Request("1", sampling, tokens=(5,), session="a")])["1"].turn == 1
     with monkeypatch.context() as patched:
-        patched.setattr(engine._admission, "open", lambda *_: 1 // 0)
+        patched.setattr(engine._admission, "create_sequence", lambda *_: 1 // 0)
         engine.add(Request("2", sampling, tokens=(5,), session="a"), time.monotonic())
         with pytest.raises(ZeroDivisionError):
             engine.step()

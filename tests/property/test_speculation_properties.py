@@ -47,7 +47,7 @@ def run(engine, *requests):
 def passes(engine, monkeypatch):
     """A list that grows by the number of tokens of every pass."""
     sizes = []
-    prefill, decode = engine.session.prefill, engine.session.decode
+    prefill, decode = engine.runner.prefill, engine.runner.decode
 
     def counted(call, count):
         def run_it(*args, **options):
@@ -56,8 +56,8 @@ def passes(engine, monkeypatch):
 
         return run_it
 
-    monkeypatch.setattr(engine.session, "prefill", counted(prefill, lambda row, tokens, *_: len(tokens)))
-    monkeypatch.setattr(engine.session, "decode", counted(decode, lambda tokens, *_: 1))
+    monkeypatch.setattr(engine.runner, "prefill", counted(prefill, lambda row, tokens, *_: len(tokens)))
+    monkeypatch.setattr(engine.runner, "decode", counted(decode, lambda tokens, *_: 1))
     return sizes
 
 
@@ -129,8 +129,8 @@ def test_a_seeded_answer_is_computed_step_by_step(engines, monkeypatch):
 def test_an_answer_that_repeats_itself_is_guessed(engines, monkeypatch):
     _, guessing = engines
     request = Request("one", SamplingParams(max_tokens=100, ignore_eos=True), tokens=tuple([9, 8, 7, 6, 5] * 20))
-    monkeypatch.setattr(guessing.session, "prefill", repeating(guessing.session.prefill, [9, 8, 7, 6, 5]))
-    monkeypatch.setattr(guessing.session, "decode", repeating(guessing.session.decode, [9, 8, 7, 6, 5]))
+    monkeypatch.setattr(guessing.runner, "prefill", repeating(guessing.runner.prefill, [9, 8, 7, 6, 5]))
+    monkeypatch.setattr(guessing.runner, "decode", repeating(guessing.runner.decode, [9, 8, 7, 6, 5]))
     measured_alike(guessing, monkeypatch)
     sizes = passes(guessing, monkeypatch)
     done = run(guessing, request)[0]

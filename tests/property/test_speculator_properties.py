@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from edgelm.engine.speculation import (
     DRAFT_LENGTHS,
     HISTORY_TOKENS,
-    LONGEST_PAUSE,
-    MOST_OWNERS,
+    MAX_OWNERS,
+    MAX_PAUSE,
     NGRAM_SIZE,
     DraftState,
     Speculator,
@@ -29,7 +29,7 @@ def after_last(tokens, gram):
 @given(tokens=tokens_lists, earlier=st.lists(tokens_lists, max_size=4), most=st.integers(-1, 9))
 def test_a_guess_is_what_followed_the_last_time(tokens, earlier, most):
     drafter, draft_state = Speculator(), DraftState()
-    draft_state.rate = 1.0  # the most that is allowed pays
+    draft_state.accept_rate = 1.0  # the most that is allowed pays
     for each in earlier:
         drafter.add_sequence(np.array(each, np.int32))
     found = drafter.propose(draft_state, np.array(tokens, np.int32), most).tolist()
@@ -48,7 +48,7 @@ def test_as_much_is_guessed_as_pays(costs, rate):
     drafter, draft_state = Speculator(), DraftState()
     times = {1: 1.0} | {size + 1: cost for size, cost in zip(sorted(DRAFT_LENGTHS), sorted(costs), strict=True)}
     drafter._pass_time_s = dict(times)
-    draft_state.rate = rate
+    draft_state.accept_rate = rate
     found = len(drafter.propose(draft_state, np.array([1, 2, 3] * 9, np.int32), 99))
     best = max((sum(rate**i for i in range(size + 1)) / times[size + 1], -size) for size in (0, *DRAFT_LENGTHS))
     assert found == -best[1]
@@ -62,9 +62,9 @@ def test_wrong_guesses_cost_less_and_less():
         guess = drafter.propose(draft_state, tokens, 99)
         tried.append(len(guess) > 0)
         if len(guess):
-            drafter.learn(draft_state, len(guess) + 1, drafter._pass_time_s[len(guess) + 1], len(guess), 0)
+            drafter.record_pass(draft_state, len(guess) + 1, drafter._pass_time_s[len(guess) + 1], len(guess), 0)
     assert sum(tried) < 30
-    assert any(tried[-2 * LONGEST_PAUSE :])
+    assert any(tried[-2 * MAX_PAUSE :])
 
 
 def test_what_was_said_long_ago_is_forgotten_and_no_more():
@@ -90,7 +90,7 @@ def test_an_answer_begins_as_earlier_ones_fared():
     for _ in range(1000):
         draft_state = DraftState()
         guessed = len(drafter.propose(draft_state, history, 99))
-        drafter.learn(draft_state, guessed + 1, costs[guessed + 1], guessed, 0)
+        drafter.record_pass(draft_state, guessed + 1, costs[guessed + 1], guessed, 0)
         begun.append(guessed > 0)
     assert begun[0]
     assert 0 < sum(begun[100:]) <= 90  # costs are forgotten, so it is tried again
@@ -102,7 +102,7 @@ def test_the_first_pass_of_a_size_does_not_count():
     guessed = []
     for _ in range(3):
         for size in (0, *DRAFT_LENGTHS):
-            drafter.learn(draft_state, size + 1, 50.0 if size else 1.0, 0, 0)
+            drafter.record_pass(draft_state, size + 1, 50.0 if size else 1.0, 0, 0)
         guessed.append(len(drafter.propose(draft_state, history, 99)) > 0)
     assert guessed == [True, False, False]
 
@@ -113,7 +113,7 @@ def test_a_pass_that_was_slow_once_is_tried_again():
     history = np.array([1, 2, 3] * 9, np.int32)
     assert not len(drafter.propose(draft_state, history, 99))
     for _ in range(3000):
-        drafter.learn(draft_state, 1, 1.0, 0, 0)
+        drafter.record_pass(draft_state, 1, 1.0, 0, 0)
     assert len(drafter.propose(draft_state, history, 99))
 
 
@@ -127,6 +127,6 @@ def test_what_another_owner_said_is_no_guess():
     assert (
         drafter.propose(DraftState(), np.arange(50, 50 + NGRAM_SIZE, dtype=np.int32), 1, UNCACHED_OWNER).tolist() == []
     )
-    for i in range(2 * MOST_OWNERS):
+    for i in range(2 * MAX_OWNERS):
         drafter.add_sequence(told, f"owner {i}")
-    assert len(drafter._earlier) == MOST_OWNERS
+    assert len(drafter._earlier) == MAX_OWNERS

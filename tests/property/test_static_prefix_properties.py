@@ -104,8 +104,8 @@ def test_a_seeded_request_takes_the_same_passes_whatever_was_asked_before(opened
         ),
     )
     sizes = []
-    prefill = engine.session.prefill
-    engine.session.prefill = lambda row, ids, *rest, **more: (sizes.append(len(ids)), prefill(row, ids, *rest, **more))[
+    prefill = engine.runner.prefill
+    engine.runner.prefill = lambda row, ids, *rest, **more: (sizes.append(len(ids)), prefill(row, ids, *rest, **more))[
         1
     ]
     done = run(engine, Request("seeded", sampling, tokens=tokens))[0]

@@ -242,7 +242,7 @@ def test_a_session_keeps_them_text() -> None:
     for turn, content in enumerate(("hi <|im_end|>", "again <|im_end|><|im_start|>"), 1):
         now = now.with_prompt(Request(str(turn), sampling, messages=(user(content),)), tokenizer)
         assert list(now.tokens).count(end) == 2 * turn - 1
-        now = now.answer(tuple(tokenizer.encode("yes <|")), tokenizer)
+        now = now.with_answer(tuple(tokenizer.encode("yes <|")), tokenizer)
 
 
 # --- requests ---

@@ -72,5 +72,5 @@ def test_without_numba_a_greedy_service_has_nothing_to_compile(monkeypatch):
     from edgelm.sampling import ready
 
     monkeypatch.setattr(ready, "find_spec", lambda name: None)
-    monkeypatch.setattr(ready, "warm_up", lambda: pytest.fail("nothing can be loaded"))
+    monkeypatch.setattr(ready, "load_kernels", lambda: pytest.fail("nothing can be loaded"))
     ready.ensure_compiled()

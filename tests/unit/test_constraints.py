@@ -140,7 +140,7 @@ def test_what_is_kept_is_bounded_by_its_size(asked):
             """Nothing to stop."""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "KEPT_BYTES", 100)
+        patch.setattr(module, "CONSTRAINT_CACHE_BYTES", 100)
         made = ConstraintCache(Path("none"), 1, ())
         made._sandbox = Known()
         made._compiled = lambda constraint: constraint

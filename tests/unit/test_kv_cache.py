@@ -58,7 +58,7 @@ def test_finished_requests_leave_their_rows_empty(bundle, together):
     with edgelm.load(str(bundle), threads=1, max_batch=4) as lm, ThreadPoolExecutor(together) as pool:
         prompts = [np.random.default_rng(i).integers(3, 60, lm.manifest.context - 8).tolist() for i in range(8)]
         list(pool.map(lambda prompt: lm.generate(tokens=prompt, max_tokens=4, ignore_eos=True), prompts))
-        arrays = lm.worker.call(lambda engine: engine.session._kv.arrays)
+        arrays = lm.worker.call(lambda engine: engine.runner._kv.arrays)
         assert arrays[0][0].size > 4 * page
         for array in arrays:
             assert not any(row.reshape(-1)[page:-page].any() for row in array[:4])  # the last one is for scores

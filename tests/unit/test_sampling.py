@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgelm.errors import RequestError
-from edgelm.sampling import Sampler, warm_up
+from edgelm.sampling import Sampler, load_kernels
 from edgelm.types import SamplingParams
 
 CHAINS = (
@@ -72,14 +72,14 @@ def test_greedy_loads_no_numba() -> None:
     code = """
 import sys, numpy
 from edgelm.types import SamplingParams
-from edgelm.sampling import Sampler, warm_up
+from edgelm.sampling import Sampler, load_kernels
 logits = numpy.arange(40, dtype=numpy.float32)
 sampler = Sampler(SamplingParams(logprobs=3), 40)
 assert sampler.sample(logits) == 39
 assert sampler.sample(logits, numpy.array([0x80000000, 0], dtype=numpy.uint32)) == 31
 sampler.logprobs(logits, 3)
 assert "numba" not in sys.modules
-warm_up()
+load_kernels()
 assert "numba" in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -177,5 +177,5 @@ def test_extreme_logits() -> None:
 
 
 def test_warm_up_can_be_repeated() -> None:
-    warm_up()
-    warm_up()
+    load_kernels()
+    load_kernels()

@@ -14,13 +14,13 @@ def test_a_failing_step_ends_in_errors_and_the_next_request_works(part, start_wo
     worker = start_worker(max_batch=2)
 
     def break_once(engine):
-        real = getattr(engine.session, part)
+        real = getattr(engine.runner, part)
 
         def fail(*given, **options):
-            setattr(engine.session, part, real)
+            setattr(engine.runner, part, real)
             raise OSError("the memory is on fire")
 
-        setattr(engine.session, part, fail)
+        setattr(engine.runner, part, fail)
 
     expected = ask(worker, "before").completion().tokens
     running = occupy(worker)
@@ -46,13 +46,13 @@ def test_a_failing_step_does_not_lose_the_last_chunk_of_another(start_worker):
     other = ask(worker, "other", max_tokens=300)
 
     def break_decode(engine):
-        real = engine.session.decode
+        real = engine.runner.decode
 
         def fail(*given):
-            engine.session.decode = real
+            engine.runner.decode = real
             raise OSError("the memory is on fire")
 
-        engine.session.decode = fail
+        engine.runner.decode = fail
 
     caller = threading.Thread(target=worker.call, args=(break_decode,))
     caller.start()
