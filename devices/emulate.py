@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import edgelm
 from edgelm.errors import DeviceError
 from edgelm.system.board_cache import BoardCache
-from edgelm.system.isolated_python import build_command, paths
+from edgelm.system.isolated_python import build_command, list_import_paths
 
 from .rootfs import StatusCallback, prepare_rootfs
 
@@ -114,7 +114,7 @@ def emulate(
         (packages / "edgelm").symlink_to(Path(edgelm.__file__).parent)
         (packages / "edgelm_devices").symlink_to(Path(__file__).parent)
         say("running the smoke test on this machine")
-        host = _run_smoke([sys.executable], [str(packages), *paths()], smoke, {}, "this machine")
+        host = _run_smoke([sys.executable], [str(packages), *list_import_paths()], smoke, {}, "this machine")
         say(f"running it on an emulated {profile.cpu.core} (slowly: this says nothing of the board's speed)")
         compiled = f"pycache_prefix={rootfs.folder / 'pycache'}"
         python = [qemu, "-L", str(prefix), str(rootfs.interpreter), "-X", compiled]

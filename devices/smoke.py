@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import edgelm
 from edgelm.errors import EdgelmError
 from edgelm.runtime.prepack import verify_kernels
-from edgelm.system.memory import memory_mb
+from edgelm.system.memory import measure_memory_mb
 
 from .check_report import SmokeCheck, SmokeReport
 from .detect import DetectedBoard, detect_board
@@ -151,7 +151,7 @@ def _tell_speed(answer: Completion) -> SmokeCheck:
 
 
 def _tell_memory(board: DetectedBoard) -> SmokeCheck:
-    used, available = memory_mb(), board.memory_available_bytes
+    used, available = measure_memory_mb(), board.memory_available_bytes
     told = f"{used['rss_peak_mb']:.0f} MB at most" if used else "this machine tells none"
     if available:
         told += f", {available / 1e6:.0f} MB still available"

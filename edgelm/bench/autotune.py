@@ -18,7 +18,7 @@ from edgelm.runtime.runner import open_runner
 from edgelm.runtime.threads import ThreadSettings, count_cores, save_tuning
 from edgelm.system.board_cache import BoardCache
 
-MOST_THREADS: Final = 8
+MAX_THREADS: Final = 8
 """More than this never helped a model of this size."""
 STEPS: Final = 32
 ROUNDS: Final = 3
@@ -46,7 +46,7 @@ def tune(
     bundle = open_verified(path, cache)
     settings = [
         ThreadSettings(threads, spin)
-        for threads in range(1, min(count_cores(), MOST_THREADS) + 1)
+        for threads in range(1, min(count_cores(), MAX_THREADS) + 1)
         for spin in (True, False)
     ]
     settings.remove(ThreadSettings(1, spin=False))  # one thread waits for nobody
@@ -72,18 +72,18 @@ def _measure(bundle: Bundle, setting: ThreadSettings, cache: BoardCache) -> tupl
     """Return the median seconds of a decoding step and of a prompt token."""
     prompt = min(PREFILL_CHUNK // 2, bundle.manifest.context // 2)
     steps = min(STEPS, bundle.manifest.context - prompt)
-    session = open_runner(
+    runner = open_runner(
         bundle, rows=1, threads=setting.threads, spin=setting.spin, context=prompt + steps, cache=cache
     )
     tokens = np.random.default_rng(0).integers(0, bundle.manifest.vocab_size, prompt, dtype=np.int64)
-    session.prefill(0, tokens, 0)  # the first one allocates
+    runner.prefill(0, tokens, 0)  # the first one allocates
     begun = time.perf_counter()
-    newest = session.prefill(0, tokens, 0).argmax(axis=1)
+    newest = runner.prefill(0, tokens, 0).argmax(axis=1)
     prefill_s = time.perf_counter() - begun
     times = []
     for length in range(prompt, prompt + steps):
         begun = time.perf_counter()
-        newest = session.decode(newest, np.array([length], np.int32)).argmax(axis=1)
+        newest = runner.decode(newest, np.array([length], np.int32)).argmax(axis=1)
         times.append(time.perf_counter() - begun)
     return statistics.median(times), prefill_s / max(prompt, 1)
 

@@ -18,7 +18,7 @@ from edgelm.runtime.prepack import open_verified
 from edgelm.runtime.runner import Runner, open_runner
 from edgelm.sampling import Sampler
 from edgelm.system.board_cache import BoardCache
-from edgelm.system.memory import memory_bandwidth_gb_s, memory_mb
+from edgelm.system.memory import measure_memory_mb, memory_bandwidth_gb_s
 from edgelm.types import SamplingParams
 
 SAMPLER_ROUNDS: Final = 50
@@ -29,8 +29,8 @@ class Spread:
     """Median, least and greatest of the repeats."""
 
     median: float
-    least: float
-    most: float
+    minimum: float
+    maximum: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
@@ -58,8 +58,8 @@ class BatchResult:
             "new_tokens": self.new_tokens,
             "prefill_tok_s": round(self.prefill_tok_s.median, 2),
             "decode_tok_s": round(self.decode_tok_s.median, 2),
-            "decode_tok_s_min": round(self.decode_tok_s.least, 2),
-            "decode_tok_s_max": round(self.decode_tok_s.most, 2),
+            "decode_tok_s_min": round(self.decode_tok_s.minimum, 2),
+            "decode_tok_s_max": round(self.decode_tok_s.maximum, 2),
             "ttft_ms": round(self.ttft_ms.median, 3),
             "bandwidth_share": round(self.bandwidth_share, 4),
         }
@@ -108,16 +108,16 @@ def benchmark(
     start = time.perf_counter()
     bundle = open_for_benchmark(path, prompt_tokens, new_tokens, batches, repeat, cache)
     count = resolve_thread_settings(bundle, threads, cache).threads
-    session = open_runner(bundle, rows=max(batches), threads=threads, context=prompt_tokens + new_tokens, cache=cache)
+    runner = open_runner(bundle, rows=max(batches), threads=threads, context=prompt_tokens + new_tokens, cache=cache)
     load_s = time.perf_counter() - start
     rounds = {
         batch: [
-            _round(session, bundle, batch, prompt_tokens, new_tokens)
+            _round(runner, bundle, batch, prompt_tokens, new_tokens)
             for _ in _counted(repeat + 1, number, len(batches), progress)
         ][1:]
         for number, batch in enumerate(batches)
     }
-    memory = memory_mb()  # before numba and the arrays of the bandwidth measurement join in
+    memory = measure_memory_mb()  # before numba and the arrays of the bandwidth measurement join in
     bandwidth = memory_bandwidth_gb_s(count)
     runs = [_summary(bundle, batch, prompt_tokens, new_tokens, rounds[batch], bandwidth) for batch in batches]
     return BenchmarkReport(count, bandwidth, load_s, _sampler_us(bundle.manifest.vocab_size), memory, tuple(runs))
@@ -158,7 +158,7 @@ class _Times:
     decode_s: float
 
 
-def _round(session: Runner, bundle: Bundle, batch: int, prompt_tokens: int, new_tokens: int) -> _Times:
+def _round(runner: Runner, bundle: Bundle, batch: int, prompt_tokens: int, new_tokens: int) -> _Times:
     """Prefill every row, then decode them together."""
     generator = np.random.default_rng(0)
     prompts = generator.integers(0, bundle.manifest.vocab_size, (batch, prompt_tokens), dtype=np.int64)
@@ -167,13 +167,13 @@ def _round(session: Runner, bundle: Bundle, batch: int, prompt_tokens: int, new_
     start = time.perf_counter()
     for row in range(batch):
         for at in range(0, prompt_tokens, PREFILL_CHUNK):
-            logits = session.prefill(row, prompts[row, at : at + PREFILL_CHUNK], at)
+            logits = runner.prefill(row, prompts[row, at : at + PREFILL_CHUNK], at)
         tokens[row] = logits[0].argmax()
         ttft_s = ttft_s or time.perf_counter() - start
     middle = time.perf_counter()
     lengths = np.full(batch, prompt_tokens, np.int32)
     for _ in range(new_tokens):
-        tokens[:] = session.decode(tokens, lengths).argmax(axis=1)
+        tokens[:] = runner.decode(tokens, lengths).argmax(axis=1)
         lengths += 1
     return _Times(middle - start, ttft_s, time.perf_counter() - middle)
 

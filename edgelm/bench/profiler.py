@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bench.benchmark import open_for_benchmark
-from edgelm.bench.trace import GraphRun, StepProfile, fold, parse_runs
+from edgelm.bench.trace import GraphRun, StepProfile, parse_runs, summarize_steps
 from edgelm.bundle.manifest import Manifest
 from edgelm.errors import EdgelmError
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
@@ -46,16 +46,16 @@ class Phase:
     """A step where nothing is profiled."""
     outside_us: float
     """What Python takes of a profiled step around the graph's runs."""
-    fold: StepProfile
+    typical_step: StepProfile
 
     @property
     def step_us(self) -> float:
         """A typical step that is profiled: nodes, what lies between them, and Python."""
-        return self.fold.run_us + self.outside_us
+        return self.typical_step.run_us + self.outside_us
 
     def to_dict(self) -> dict[str, object]:
         """Return the phase as `--json` prints it; shares are of the nodes' time."""
-        folded = self.fold
+        folded = self.typical_step
         operators = [
             {
                 "operator": each.operator,
@@ -117,7 +117,7 @@ class ProfileReport:
         }
 
 
-def profile(
+def profile_bundle(
     path: str,
     *,
     prompt_tokens: int = 256,
@@ -130,7 +130,7 @@ def profile(
 ) -> ProfileReport:
     """Profile `repeat` prefills of random tokens and, for each batch, up to `DECODE_STEPS` of its `new_tokens` steps.
 
-    Everything runs twice, first in a session without a profile. Raises `EdgelmError` as `benchmark` does, and where
+    Everything runs twice, first in a runner without a profile. Raises `EdgelmError` as `benchmark` does, and where
     onnxruntime kept less of the profile than was run.
     """
     bundle = open_for_benchmark(path, prompt_tokens, new_tokens, batches, repeat, cache)
@@ -139,12 +139,12 @@ def profile(
     prompt = np.random.default_rng(0).integers(0, bundle.manifest.vocab_size, prompt_tokens, dtype=np.int64)
     has_run_per_row = bundle.manifest.cache.kind == "growing"
 
-    def measured(what: str, session: Runner) -> list[_PhaseTimes]:
-        phases = [_prefill(session, prompt, repeat)]
+    def measured(what: str, runner: Runner) -> list[_PhaseTimes]:
+        phases = [_prefill(runner, prompt, repeat)]
         for number, batch in enumerate(batches):
             if progress is not None:
                 progress(what, number + 1, len(batches) + 1)
-            phases.append(_decode(session, batch, prompt_tokens, steps, batch if has_run_per_row else 1))
+            phases.append(_decode(runner, batch, prompt_tokens, steps, batch if has_run_per_row else 1))
         return phases
 
     def opened(to: Path | None) -> Runner:
@@ -152,9 +152,9 @@ def profile(
 
     plain = measured("plain", opened(None))
     with tempfile.TemporaryDirectory(prefix="edgelm-profile-") as folder:
-        session = opened(Path(folder) / "runs")
-        profiled = measured("profiled", session)
-        with session.end_profile().open(encoding="utf-8") as lines:
+        runner = opened(Path(folder) / "runs")
+        profiled = measured("profiled", runner)
+        with runner.end_profile().open(encoding="utf-8") as lines:
             runs = parse_runs(_events(lines))
     expected = sum(phase.runs * (phase.warmup_steps + len(phase.us)) for phase in profiled)
     if len(runs) != expected:
@@ -170,7 +170,7 @@ def profile(
 
 @dataclass(frozen=True, slots=True)
 class _PhaseTimes:
-    """Steps of one phase in one session."""
+    """Steps of one phase in one runner."""
 
     name: Literal["prefill", "decode"]
     batch: int
@@ -183,29 +183,29 @@ class _PhaseTimes:
     us: list[float] = field(default_factory=list)
 
 
-def _prefill(session: Runner, prompt: NDArray[np.int64], repeat: int) -> _PhaseTimes:
+def _prefill(runner: Runner, prompt: NDArray[np.int64], repeat: int) -> _PhaseTimes:
     starts = range(0, len(prompt), PREFILL_CHUNK)
     timed = _PhaseTimes("prefill", 1, len(prompt), 0, len(starts), 1)
     for number in range(repeat + 1):
         begun = time.perf_counter()
         for at in starts:
-            session.prefill(0, prompt[at : at + PREFILL_CHUNK], at)
+            runner.prefill(0, prompt[at : at + PREFILL_CHUNK], at)
         if number:
             timed.us.append(1e6 * (time.perf_counter() - begun))
     return timed
 
 
-def _decode(session: Runner, batch: int, context: int, steps: int, runs: int) -> _PhaseTimes:
+def _decode(runner: Runner, batch: int, context: int, steps: int, runs: int) -> _PhaseTimes:
     """Decode rows that all begin like row 0, whose first `context` positions are filled."""
     timed = _PhaseTimes("decode", batch, 1, context, runs, WARMUP_STEPS)
     for row in range(1, batch):
-        session.copy_row(0, row, context)
+        runner.copy_row(0, row, context)
     tokens = np.zeros(batch, np.int64)
     lengths = np.full(batch, context, np.int32)
     for number in range(-WARMUP_STEPS, steps):
         lengths[:] = context + max(number, 0)
         begun = time.perf_counter()
-        logits = session.decode(tokens, lengths)
+        logits = runner.decode(tokens, lengths)
         if number >= 0:
             timed.us.append(1e6 * (time.perf_counter() - begun))
         tokens[:] = logits.argmax(axis=1)
@@ -226,7 +226,7 @@ def _phase(plain: _PhaseTimes, profiled: _PhaseTimes, runs: Iterator[GraphRun], 
         len(profiled.us),
         median(plain.us),
         median(outside),
-        fold(steps, manifest),
+        summarize_steps(steps, manifest),
     )
 
 

@@ -132,7 +132,7 @@ def parse_runs(events: Iterable[Mapping[str, Any]]) -> list[GraphRun]:
     return [GraphRun(us, tuple(inner)) for (_, us), inner in zip(spans, found, strict=True)]
 
 
-def fold(steps: Sequence[Sequence[GraphRun]], manifest: Manifest) -> StepProfile:
+def summarize_steps(steps: Sequence[Sequence[GraphRun]], manifest: Manifest) -> StepProfile:
     """Fold at least one step of at least one run each into a typical one: every node takes its median over the steps.
 
     A node that one step was interrupted in does not look slow so. One that not every step runs counts for as much less.
@@ -155,7 +155,7 @@ def fold(steps: Sequence[Sequence[GraphRun]], manifest: Manifest) -> StepProfile
     return StepProfile(nodes_us, between_us, tuple(operators), parts)
 
 
-def alike(parts: Sequence[ModelPart]) -> list[list[ModelPart]]:
+def group_layers(parts: Sequence[ModelPart]) -> list[list[ModelPart]]:
     """Return parts in their order, neighbouring layers of the same operators together."""
     groups = groupby(parts, lambda part: part.operators if LAYER_PART.match(part.name) else part.name)
     return [list(group) for _, group in groups]

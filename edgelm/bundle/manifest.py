@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from edgelm.bundle.field_types import check_type
-from edgelm.bundle.store import missing, resolve
+from edgelm.bundle.store import missing_bundle_error, resolve_bundle_path
 from edgelm.errors import BundleError, RequestError
 from edgelm.system.digest import file_sha256
 from edgelm.types import SamplingParams
@@ -27,19 +27,19 @@ SCHEMA: Final = 1
 
 MANIFEST: Final = "manifest.json"
 
-MOST_MANIFEST_BYTES: Final = 16_000_000
-MOST_CONTEXT: Final = 1 << 24
+MAX_MANIFEST_BYTES: Final = 16_000_000
+MAX_CONTEXT: Final = 1 << 24
 """Positions: sixteen times the longest context that a published model has."""
-MOST_VOCABULARY: Final = 1 << 22
-MOST_LAYERS: Final = 1024
-MOST_HEADS: Final = 1024
-MOST_HEAD_SIZE: Final = 1024
-MOST_ENTRIES: Final = 100_000
+MAX_VOCAB_SIZE: Final = 1 << 22
+MAX_LAYERS: Final = 1024
+MAX_HEADS: Final = 1024
+MAX_HEAD_SIZE: Final = 1024
+MAX_ENTRIES: Final = 100_000
 """Matrices, and entries of every other list."""
-MOST_FILES: Final = 1000
-MOST_TEXT: Final = 1_000_000
+MAX_FILES: Final = 1000
+MAX_TEMPLATE_LENGTH: Final = 1_000_000
 """Characters of the chat template; of a name or note a hundredth."""
-MOST_SIZE: Final = 1 << 40
+MAX_SIZE: Final = 1 << 40
 """Parameters, bytes of a file, rows or columns of a matrix."""
 
 
@@ -200,9 +200,9 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     With `verify` every file's size and SHA-256 is checked. Raises `BundleError` for a missing or foreign directory,
     a newer schema, a missing file or a wrong hash.
     """
-    root = resolve(path)
+    root = resolve_bundle_path(path)
     if not root.is_dir():
-        raise missing(str(path))
+        raise missing_bundle_error(str(path))
     try:
         text = _read_bounded(root / MANIFEST)
     except FileNotFoundError:
@@ -277,46 +277,46 @@ def _read_bounded(file: Path) -> str:
     if not stat.S_ISREG(file.stat().st_mode):  # a named pipe from an archive would keep the reader waiting for ever
         raise ValueError("it is not a regular file")
     with file.open("rb") as stream:
-        content = stream.read(MOST_MANIFEST_BYTES + 1)
-    if len(content) > MOST_MANIFEST_BYTES:
-        raise ValueError(f"it has more than {MOST_MANIFEST_BYTES} bytes")
+        content = stream.read(MAX_MANIFEST_BYTES + 1)
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
     return content.decode("utf-8")
 
 
 def _sizes(manifest: Manifest) -> Iterator[tuple[str, int, int, int]]:
     """Yield every number that a manifest may set: its name, the number, the least and the most that it may be."""
     cache, vocabulary = manifest.cache, manifest.vocab_size
-    yield "context", manifest.context, 1, MOST_CONTEXT
-    yield "vocab_size", vocabulary, 1, MOST_VOCABULARY
-    yield "cache.layers", cache.layers, 1, MOST_LAYERS
-    yield "cache.kv_heads", cache.kv_heads, 1, MOST_HEADS
-    yield "cache.head_size", cache.head_size, 1, MOST_HEAD_SIZE
-    yield "parameters", manifest.parameters, 0, MOST_SIZE
+    yield "context", manifest.context, 1, MAX_CONTEXT
+    yield "vocab_size", vocabulary, 1, MAX_VOCAB_SIZE
+    yield "cache.layers", cache.layers, 1, MAX_LAYERS
+    yield "cache.kv_heads", cache.kv_heads, 1, MAX_HEADS
+    yield "cache.head_size", cache.head_size, 1, MAX_HEAD_SIZE
+    yield "parameters", manifest.parameters, 0, MAX_SIZE
     tokens = [manifest.bos_token] if manifest.bos_token is not None else []
-    yield "eos_tokens' number", len(manifest.eos_tokens), 0, MOST_ENTRIES
+    yield "eos_tokens' number", len(manifest.eos_tokens), 0, MAX_ENTRIES
     for token in (*tokens, *manifest.eos_tokens):
         yield "a token", token, 0, vocabulary - 1
     if manifest.long_from is not None:
-        yield "long_from", manifest.long_from, 1, MOST_CONTEXT
+        yield "long_from", manifest.long_from, 1, MAX_CONTEXT
     for name, entries in (("matrices", manifest.matrices), ("special_tokens", manifest.special_tokens)):
-        yield f"the number of {name}", len(entries), 0, MOST_ENTRIES
+        yield f"the number of {name}", len(entries), 0, MAX_ENTRIES
     for matrix in manifest.matrices:
-        yield "rows", matrix.rows, 1, MOST_SIZE
-        yield "columns", matrix.columns, 1, MOST_SIZE
+        yield "rows", matrix.rows, 1, MAX_SIZE
+        yield "columns", matrix.columns, 1, MAX_SIZE
         yield "bits", matrix.bits, 1, 64
         yield "scale_bits", matrix.scale_bits, 0, 64
         if matrix.block_size is not None:
-            yield "block_size", matrix.block_size, 1, MOST_CONTEXT
+            yield "block_size", matrix.block_size, 1, MAX_CONTEXT
     for number in manifest.shapes.values():
-        yield "shapes", number, 0, MOST_SIZE
-    yield "the number of files", len(manifest.files), 0, MOST_FILES
+        yield "shapes", number, 0, MAX_SIZE
+    yield "the number of files", len(manifest.files), 0, MAX_FILES
     for file in manifest.files.values():
-        yield "bytes of a file", file.bytes, 0, MOST_SIZE
-    yield "the length of chat_template", len(manifest.chat_template or ""), 0, MOST_TEXT
-    yield "the number of notes", len(manifest.notes), 0, MOST_FILES
+        yield "bytes of a file", file.bytes, 0, MAX_SIZE
+    yield "the length of chat_template", len(manifest.chat_template or ""), 0, MAX_TEMPLATE_LENGTH
+    yield "the number of notes", len(manifest.notes), 0, MAX_FILES
     texts = (manifest.architecture, manifest.quant, manifest.graph, *manifest.notes, *manifest.files, *manifest.shapes)
     for text in (*texts, *(value for pair in manifest.special_tokens.items() for value in pair)):
-        yield "the length of a text", len(text), 0, MOST_TEXT // 100
+        yield "the length of a text", len(text), 0, MAX_TEMPLATE_LENGTH // 100
 
 
 def _prefix(raw: Any) -> StaticPrefix | None:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from edgelm.bundle.catalogue import MODEL_NAME_PATTERN, catalogue, check_name
+from edgelm.bundle.catalogue import MODEL_NAME_PATTERN, check_name, load_catalogue
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.system.user_folders import user_folder
 
@@ -50,7 +50,7 @@ class BundleStore:
             return cls(Path(named))
         return cls(user_folder("data"))
 
-    def place(self, name: str) -> Path:
+    def bundle_path(self, name: str) -> Path:
         """Return where a bundle of that name lies, or would. Raises `EdgelmError` for what cannot be a name."""
         check_name(name)
         return self.folder / "bundles" / name
@@ -59,7 +59,7 @@ class BundleStore:
         """Return the directory of a stored bundle; None for anything else."""
         if not MODEL_NAME_PATTERN.fullmatch(name) or name == BUILTIN:
             return None
-        place = self.place(name)
+        place = self.bundle_path(name)
         return place if place.is_dir() else None
 
     def names(self) -> list[str]:
@@ -82,7 +82,7 @@ class BundleStore:
             return None
         return Origin(source, revision)
 
-    def remember(self, name: str, origin: Origin) -> None:
+    def write_origin(self, name: str, origin: Origin) -> None:
         """Write down where a bundle came from."""
         self._record(name).write_text(json.dumps(asdict(origin)), "utf-8")
 
@@ -91,7 +91,7 @@ class BundleStore:
 
         Raises `EdgelmError` where there is none, or it cannot be removed.
         """
-        place = self.place(name)
+        place = self.bundle_path(name)
         if not place.is_dir():
             raise EdgelmError(f"there is no bundle {name!r} here")
         freed = sum(path.lstat().st_size for path in place.rglob("*") if path.is_file())
@@ -110,7 +110,7 @@ class BundleStore:
         return self.folder / "bundles" / f"{name}.json"
 
 
-def resolve(model: str | Path) -> Path:
+def resolve_bundle_path(model: str | Path) -> Path:
     """Return the directory that a name, or the path of a directory, stands for; "builtin" is inside the package.
 
     A name wins over a directory that is called so, which `./name` stands for. What is neither is returned as a path.
@@ -121,9 +121,9 @@ def resolve(model: str | Path) -> Path:
     return Path(model) if found is None else found
 
 
-def missing(model: str) -> BundleError:
+def missing_bundle_error(model: str) -> BundleError:
     """Return the error for what is neither a directory nor the name of a stored bundle, with the remedy."""
-    known = catalogue()
+    known = load_catalogue()
     if model in known:
         return BundleError(f"{model} is not here yet: `edgelm pull {model}` fetches and converts it")
     if Path(model).is_file():

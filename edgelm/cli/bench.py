@@ -12,7 +12,7 @@ from typing import Final
 
 from edgelm.bench.autotune import TuningResult, tune
 from edgelm.bench.benchmark import BenchmarkReport, benchmark
-from edgelm.bench.profiler import DECODE_STEPS, ProfileReport, profile
+from edgelm.bench.profiler import DECODE_STEPS, ProfileReport, profile_bundle
 from edgelm.bundle.manifest import open_bundle
 from edgelm.cli.flags import add_cache_flag
 from edgelm.cli.profile_table import profile_table
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tune:
         return _tune(args, cache)
     prompt_tokens, new_tokens = _lengths(args)
-    measure: Callable[..., BenchmarkReport | ProfileReport] = profile if args.profile else benchmark
+    measure: Callable[..., BenchmarkReport | ProfileReport] = profile_bundle if args.profile else benchmark
     with ProgressBar() as progress:
         report = measure(
             args.bundle,
@@ -131,7 +131,7 @@ def _table(report: BenchmarkReport) -> str:
         f" {'first token ms':>16} {'bandwidth':>9}",
     ]
     for run in report.runs:
-        rates = [f"{s.median:.1f} ({s.least:.1f}-{s.most:.1f})" for s in (run.prefill_tok_s, run.decode_tok_s)]
+        rates = [f"{s.median:.1f} ({s.minimum:.1f}-{s.maximum:.1f})" for s in (run.prefill_tok_s, run.decode_tok_s)]
         lines.append(
             f"{run.batch:>5} {run.prompt_tokens:>6} {run.new_tokens:>5} {rates[0]:>24} {rates[1]:>24}"
             f" {run.ttft_ms.median:>16.1f} {100 * run.bandwidth_share:>8.0f}%"

@@ -39,4 +39,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(entry: CacheEntry) -> dict[str, Any]:
-    return {"kind": entry.kind, "of": str(entry.note.get("bundle", "")), "bytes": entry.bytes, "made": entry.made}
+    return {
+        "kind": entry.kind,
+        "of": str(entry.metadata.get("bundle", "")),
+        "bytes": entry.bytes,
+        "made": entry.created_s,
+    }

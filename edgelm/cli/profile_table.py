@@ -7,7 +7,7 @@ from statistics import median
 from typing import Final
 
 from edgelm.bench.profiler import Phase, ProfileReport
-from edgelm.bench.trace import ModelPart, OperatorTotal, alike
+from edgelm.bench.trace import ModelPart, OperatorTotal, group_layers
 
 LEAST_SHARE: Final = 0.005
 """Operators below this share of the nodes' time stand on one line."""
@@ -25,7 +25,7 @@ def profile_table(profile: ProfileReport) -> str:
 
 
 def _phase(phase: Phase) -> str:
-    folded = phase.fold
+    folded = phase.typical_step
     unit, scale = ("ms", 1e-3) if phase.step_us >= MIN_MILLISECOND_STEP_US else ("us", 1.0)
     places = 2 if unit == "ms" else 1
     what = (
@@ -60,7 +60,7 @@ def _phase(phase: Phase) -> str:
         lines.append("by operator only: this bundle's nodes are not named after layers")
         return "\n".join(lines)
     lines.append(f"{'by layer':<44} {unit + ' a step':>9} {'share':>6} {'nodes':>6}   each: least, median, most")
-    for parts in alike(folded.parts):
+    for parts in group_layers(folded.parts):
         us, scaled = sum(part.us for part in parts), [scale * part.us for part in parts]
         nodes = sum(part.nodes for part in parts)
         numbers = f"{100 * folded.share(us):>5.1f}% {nodes:>6.4g}"

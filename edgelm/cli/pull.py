@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from edgelm.bundle.catalogue import CatalogueModel, ModelVariant, catalogue
+from edgelm.bundle.catalogue import CatalogueModel, ModelVariant, load_catalogue
 from edgelm.bundle.catalogue import check_name as check_model_name
 from edgelm.bundle.manifest import MANIFEST, Bundle, open_bundle
 from edgelm.bundle.store import BUILTIN, BundleStore, Origin
@@ -63,11 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch, convert, store."""
-    store, known = BundleStore.default(), catalogue()
+    store, known = BundleStore.default(), load_catalogue()
     model = known.get(args.name)
     name = args.name.rpartition("/")[2].lower() if model is None else model.name
     _check(args, name, model)
-    place = store.place(name)
+    place = store.bundle_path(name)
     bundle = _open_intact(place)
     if place.is_dir() and bundle is None:
         print(f"{name} is here, and damaged: it is made again", file=sys.stderr)
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             downloads if args.source is None else source, place, force=args.force, progress=progress, **options
         )
     origin = Origin(source if args.source is None or ":" in source else str(Path(source).absolute()), revision)
-    store.remember(name, origin)
+    store.write_origin(name, origin)
     shutil.rmtree(downloads, ignore_errors=True)
     check = bundle.manifest.self_check
     lines = [f"{name}: {_size(bundle)}, {time.monotonic() - start:.0f} s"]
@@ -124,25 +124,25 @@ def _check(args: argparse.Namespace, name: str, model: CatalogueModel | None) ->
     if model is None and args.source is None and "/" not in args.name:
         raise EdgelmError(
             f"{args.name!r:.80} is not in the catalogue (`edgelm models`; a hub id or --from gets any other model)"
-            + suggest_match(args.name, catalogue(), 0.5)
+            + suggest_match(args.name, load_catalogue(), 0.5)
         )
     check_model_name(name if args.source is None else args.name)
 
 
 def _options(args: argparse.Namespace, model: CatalogueModel | None) -> dict[str, Any]:
-    """Return how to export: as asked for, else the catalogue's form that fits this board."""
+    """Return how to export: as asked for, else the catalogue's variant that fits this board."""
     options = {"quant": args.quant, "fast": args.fast, "context": args.context}
     if model is None:
         return options
     memory = read_memory_mb()
-    form = model.choose_variant(memory)
-    if form is None and not args.quant:
-        least = min(model.forms, key=lambda form: form.memory_mb)
+    variant = model.choose_variant(memory)
+    if variant is None and not args.quant:
+        least = min(model.variants, key=lambda variant: variant.memory_mb)
         raise EdgelmError(
             f"{model.name} takes about {least.memory_mb} MB of memory in {least.quant}, this board has {memory:.0f} MB;"
             f" `edgelm models` shows smaller ones, and --quant converts it all the same"
         )
-    chosen = form or ModelVariant(args.quant, 0, 0)
+    chosen = variant or ModelVariant(args.quant, 0, 0)
     options["quant"] = args.quant or chosen.quant
     options["fast"] = (args.fast or chosen.fast) and options["quant"] not in {"int8", "fp32"}
     return options
@@ -153,7 +153,9 @@ def _fetch(source: str, model: CatalogueModel | None, folder: Path) -> str:
     hub = import_extra("edgelm_export.checkpoint.hub", "edgelm pull")
     offline_advice = f"give it: edgelm pull {folder.name} --from model/"
     revision: str = hub.resolve_commit(source, None if model is None else model.revision, offline_advice=offline_advice)
-    needs = 0 if model is None else BYTES_PER_PARAMETER * model.parameters + 1_000_000 * max(f.mb for f in model.forms)
+    needs = (
+        0 if model is None else BYTES_PER_PARAMETER * model.parameters + 1_000_000 * max(f.mb for f in model.variants)
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free

@@ -20,10 +20,10 @@ def run(args: argparse.Namespace) -> int:
     for name in args.names:
         if name == BUILTIN:
             raise EdgelmError("the built-in model is part of the package; nothing was removed")
-        if not store.place(name).is_dir():
+        if not store.bundle_path(name).is_dir():
             here = ", ".join(store.names()) or "none"
             raise EdgelmError(f"there is no model {name!r:.80} here (there: {here}); nothing was removed")
     for name in dict.fromkeys(args.names):
-        freed = store.remove(name) + cache.forget(store.place(name))
+        freed = store.remove(name) + cache.remove_bundle(store.bundle_path(name))
         print(f"removed {name}: {freed / 1e6:.1f} MB")
     return 0

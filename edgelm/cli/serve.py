@@ -16,7 +16,7 @@ from edgelm.mqtt.local_broker import EmbeddedBroker
 from edgelm.mqtt.log_rate_limit import LogRateLimit
 from edgelm.mqtt.service_config import SETTINGS, load_config
 from edgelm.mqtt.service_setup import open_service
-from edgelm.system.terminal import escape_line, shown
+from edgelm.system.terminal import escape_controls, escape_line
 
 DEFAULT_URL: Final = SETTINGS["mqtt"].default
 SWITCH_INTERVAL_S: Final = 0.0005
@@ -122,7 +122,7 @@ class _TextLines(logging.Formatter):
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record))
+        return escape_controls(super().format(record))
 
 
 class _JsonLines(logging.Formatter):
@@ -133,8 +133,8 @@ class _JsonLines(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created)),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": shown(record.getMessage()),
+            "message": escape_controls(record.getMessage()),
         }
         if record.exc_info:
-            line["trace"] = shown(self.formatException(record.exc_info))
+            line["trace"] = escape_controls(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False)

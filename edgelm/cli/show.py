@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import json
 
-from edgelm.bundle.catalogue import CatalogueModel, catalogue
+from edgelm.bundle.catalogue import CatalogueModel, load_catalogue
 from edgelm.bundle.manifest import open_bundle
-from edgelm.bundle.store import BUILTIN, BundleStore, missing, resolve
+from edgelm.bundle.store import BUILTIN, BundleStore, missing_bundle_error, resolve_bundle_path
 from edgelm.cli.info import derived_facts, rows
 from edgelm.cli.models import parameters
 
@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show the catalogue's entry and the stored bundle, whichever there is."""
-    known = catalogue().get(args.name)
-    is_here = resolve(args.name).is_dir()
+    known = load_catalogue().get(args.name)
+    is_here = resolve_bundle_path(args.name).is_dir()
     if known is None and not is_here:
-        raise missing(args.name)
+        raise missing_bundle_error(args.name)
     bundle = open_bundle(args.name) if is_here else None
     origin = BundleStore.default().origin(args.name) if is_here and args.name != BUILTIN else None
     if args.json:
@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
 def _entry(model: CatalogueModel) -> list[tuple[str, str]]:
     """Return the catalogue's entry, row by row."""
     account = " (asks for an account that has accepted it)" if model.gated else ""
-    forms = [
-        f"{form.quant}{', no calibration' * form.fast}: {form.mb} MB, {form.memory_mb} MB of memory with 2,048 tokens"
-        for form in model.forms
+    variants = [
+        f"{variant.quant}{', no calibration' * variant.fast}: {variant.mb} MB,"
+        f" {variant.memory_mb} MB of memory with 2,048 tokens"
+        for variant in model.variants
     ]
     return [
         ("hub", f"{model.hub}{f' at {model.revision}' if model.revision else ''}"),
@@ -64,5 +65,5 @@ def _entry(model: CatalogueModel) -> list[tuple[str, str]]:
         ("parameters", parameters(model)),
         ("good at", model.good_at),
         ("boards", f"from {model.smallest_board_gb} GB of memory"),
-        *(("forms" if i == 0 else "", text) for i, text in enumerate(forms)),
+        *(("variants" if i == 0 else "", text) for i, text in enumerate(variants)),
     ]

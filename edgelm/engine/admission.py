@@ -17,7 +17,7 @@ from edgelm.engine.sequence import Sequence
 from edgelm.engine.sessions import Sessions, SessionState
 from edgelm.errors import RequestError
 from edgelm.sampling import are_kernels_loaded, load_kernels, needs_kernels
-from edgelm.text.tokenizer import SHORT, Tokenizer
+from edgelm.text.tokenizer import SHORT_TEXT_LENGTH, Tokenizer
 from edgelm.types import Request
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Admission:
             rest = request.prompt or ""
         else:
             rest = repr((request.prompt, request.messages, request.system, request.tools, request.template_vars))
-        return len(before.text) + len(rest) <= SHORT and not self.tokenizer.needs_preparation_for(rest)
+        return len(before.text) + len(rest) <= SHORT_TEXT_LENGTH and not self.tokenizer.needs_preparation_for(rest)
 
     def create_sequence(
         self, request: Request, submitted_s: float, asked: SessionState, matcher_future: Future[Matcher] | None

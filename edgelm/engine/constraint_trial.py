@@ -156,7 +156,7 @@ def _try(grammar: Any, constraint: Constraint, answer: dict[str, Any]) -> None:
     """Compile a constraint and follow it for some tokens."""
     generator = np.random.default_rng(0)
     try:
-        matcher = grammar.start(constraint)
+        matcher = grammar.compile(constraint)
         for _ in range(SAMPLED_TOKENS):
             matcher.forced_tokens()
             bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")

@@ -41,7 +41,7 @@ class ConstraintCache:
     def __init__(self, tokenizer: Path, vocab_size: int, eos_tokens: tuple[int, ...]) -> None:
         self._vocabulary = (tokenizer, vocab_size, eos_tokens)
         self._sandbox = ConstraintSandbox(tokenizer, vocab_size, eos_tokens)
-        self._grammar: ConstraintCompiler | None = None
+        self._compiler: ConstraintCompiler | None = None
         self._changed = threading.Condition()
         self._kept: OrderedDict[_Key, tuple[Future[Matcher], int]] = OrderedDict()
         """By owner and constraint, the one used longest ago first: the matcher, and about how many bytes it takes."""
@@ -108,11 +108,11 @@ class ConstraintCache:
                 future.set_result(matcher)
 
     def _compiled(self, constraint: Constraint) -> Matcher:
-        if self._grammar is None:
+        if self._compiler is None:
             from edgelm.text.grammar import ConstraintCompiler
 
-            self._grammar = ConstraintCompiler(*self._vocabulary)
-        return self._grammar.start(constraint)
+            self._compiler = ConstraintCompiler(*self._vocabulary)
+        return self._compiler.compile(constraint)
 
     def _settle(self, key: _Key, future: Future[Matcher], size: int | None) -> None:
         """Keep a matcher of so many bytes, and what else fits; None was refused, and is not kept."""

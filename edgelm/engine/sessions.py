@@ -128,7 +128,7 @@ class SessionState:
         length, count = self.boundaries[kept]
         if context is not None:
             tokenizer.check_length(prompt.text[length:] if count else prompt.text, context)
-        rest = tokenizer.encode_prompt(prompt.after(length) if count else prompt, is_continuation=count > 0)
+        rest = tokenizer.encode_prompt(prompt.suffix_from(length) if count else prompt, is_continuation=count > 0)
         tokens = [*self.tokens[:count], *rest]
         boundaries = (*self.boundaries[: kept + 1], (len(prompt.text), len(tokens)))
         message_bytes = self.message_bytes + sum(map(_bytes_of, new))

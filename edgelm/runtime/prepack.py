@@ -74,7 +74,7 @@ def open_verified(path: str | Path, cache: BoardCache | None) -> Bundle:
     known = _unchanged(bundle, entry) if entry is not None else []
     bundle.verify(known)
     if entry is not None and len(known) < len(_files(bundle)):  # a copy of the bundle, or one that was touched
-        cache.update(key, {**entry.note, "bundle": str(bundle.path), "files": file_signatures(_files(bundle))})
+        cache.update(key, {**entry.metadata, "bundle": str(bundle.path), "files": file_signatures(_files(bundle))})
     return bundle
 
 
@@ -116,7 +116,7 @@ def _load_or_pack(
     """Load what was packed before, or pack it now; return None where the cache cannot keep it."""
     key = cache_key(bundle, "weights")
     entry = cache.find(key)
-    if entry is not None and UNUSABLE not in entry.note:
+    if entry is not None and UNUSABLE not in entry.metadata:
         graph = _load_cached(entry, tuning, profile_prefix)
         if graph is not None:
             return graph
@@ -125,14 +125,14 @@ def _load_or_pack(
     if entry is None:
         check_graph(bundle)  # what is kept was checked then: the key holds the digest of graph and data
         entry = cache.make(key, MAX_CACHE_RATIO * bundle.bytes, lambda folder: _pack(bundle, tuning, folder))
-        if entry is not None and UNUSABLE in entry.note:
-            LOG.warning("the weights of %s stay in private memory: %s", bundle.path, entry.note[UNUSABLE])
-    return _load_cached(entry, tuning, profile_prefix) if entry is not None and UNUSABLE not in entry.note else None
+        if entry is not None and UNUSABLE in entry.metadata:
+            LOG.warning("the weights of %s stay in private memory: %s", bundle.path, entry.metadata[UNUSABLE])
+    return _load_cached(entry, tuning, profile_prefix) if entry is not None and UNUSABLE not in entry.metadata else None
 
 
 def _load_cached(entry: CacheEntry, tuning: ThreadSettings, profile_prefix: Path | None) -> Graph | None:
     try:
-        formats = [WeightFormat(*fmt) for fmt in entry.note.get(FORMATS, [])]
+        formats = [WeightFormat(*fmt) for fmt in entry.metadata.get(FORMATS, [])]
         return load_packed(entry.path, tuning, _operators_in(entry, formats), profile_prefix)
     except Exception as error:  # noqa: BLE001  whatever onnxruntime dislikes about it: the bundle itself is there
         LOG.warning("%s in the board cache is not used: %s", entry.path, summarize_error(error))
@@ -285,5 +285,5 @@ def _unchanged(bundle: Bundle, entry: CacheEntry) -> list[str]:
         now = file_signatures(_files(bundle))
     except OSError:
         return []
-    known = entry.note.get("files")
+    known = entry.metadata.get("files")
     return [name for name, seen in now.items() if isinstance(known, dict) and known.get(name) == seen]

@@ -33,7 +33,7 @@ def default_threads() -> int:
 def load_tuning(cache: BoardCache, key: CacheKey) -> ThreadSettings | None:
     """Return what was measured to be best; None where nothing was, or for more cores than there are now."""
     entry = cache.find(key)
-    threads, spin = (entry.note.get(name) if entry is not None else None for name in ("threads", "spin"))
+    threads, spin = (entry.metadata.get(name) if entry is not None else None for name in ("threads", "spin"))
     if not isinstance(threads, int) or not isinstance(spin, bool) or not 1 <= threads <= count_cores():
         return None
     return ThreadSettings(threads, spin)

@@ -39,9 +39,9 @@ LIMIT_MB: Final = 4000
 
 STAMP: Final = "stamp.json"
 SCHEMA: Final = 1
-UNUSED_S: Final = 60 * 86_400
+UNUSED_AFTER_S: Final = 60 * 86_400
 """Entries that nothing has used for so long are removed when another one is made."""
-ABANDONED_S: Final = 3600
+ABANDONED_AFTER_S: Final = 3600
 """Age from which a half-written entry is taken to be left over from a process that died."""
 MIN_FREE_BYTES: Final = 100_000_000
 """Space that an entry must leave on its disk."""
@@ -74,10 +74,10 @@ class CacheEntry:
 
     path: Path
     kind: str
-    note: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     sha256: Mapping[str, str]
     bytes: int
-    made: float
+    created_s: float
     """Seconds since the epoch."""
 
 
@@ -86,7 +86,7 @@ class BoardCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.kernels = folder / "kernels"
+        self.numba_folder = folder / "kernels"
         """Where Numba keeps what it compiles, in files of its own."""
 
     @classmethod
@@ -112,11 +112,11 @@ class BoardCache:
         try:
             if not self.is_safe():
                 return None
-            make_private(self.kernels)
+            make_private(self.numba_folder)
         except OSError:
             return None
-        usable = self.is_safe() and self._is_trusted(find_content_fault, self.kernels)
-        return self.kernels if usable and os.access(self.kernels, os.W_OK) else None
+        usable = self.is_safe() and self._is_trusted(find_content_fault, self.numba_folder)
+        return self.numba_folder if usable and os.access(self.numba_folder, os.W_OK) else None
 
     def find(self, key: CacheKey) -> CacheEntry | None:
         """Return an intact entry; one that is not is removed, and that is logged.
@@ -158,8 +158,8 @@ class BoardCache:
             LOG.warning("the board cache %s is not used: %s; it runs without", self.folder, error.strerror or error)
             return None
         try:
-            note = fill(scratch)
-            _write_stamp(scratch, key, note)
+            metadata = fill(scratch)
+            _write_stamp(scratch, key, metadata)
             try:
                 scratch.rename(place)
             except OSError:  # another process was quicker
@@ -174,12 +174,12 @@ class BoardCache:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def update(self, key: CacheKey, note: Mapping[str, Any]) -> None:
+    def update(self, key: CacheKey, metadata: Mapping[str, Any]) -> None:
         """Replace an entry's note, where the folder can be written."""
         path = self.folder / key.name
         try:
             stamp = json.loads((path / STAMP).read_text("utf-8"))
-            _write(path / STAMP, json.dumps({**stamp, "note": note}))
+            _write(path / STAMP, json.dumps({**stamp, "note": metadata}))
         except (OSError, ValueError):
             LOG.debug("%s cannot be brought up to date", path, exc_info=True)
 
@@ -191,11 +191,11 @@ class BoardCache:
         """Yield every entry whose stamp can be read, the oldest first."""
         found = [path for path in self._directories() if (path / STAMP).is_file()]
         readable = [entry for entry in map(_entry, found) if entry is not None]
-        yield from sorted(readable, key=lambda entry: entry.made)
+        yield from sorted(readable, key=lambda entry: entry.created_s)
 
-    def forget(self, bundle: Path) -> int:
+    def remove_bundle(self, bundle: Path) -> int:
         """Remove what was made of the bundle at a place; return how many bytes that frees."""
-        entries = [entry for entry in self.entries() if entry.note.get("bundle") == str(bundle)]
+        entries = [entry for entry in self.entries() if entry.metadata.get("bundle") == str(bundle)]
         for entry in entries:
             self._remove(entry.path)
         return sum(entry.bytes for entry in entries)
@@ -203,7 +203,7 @@ class BoardCache:
     def clear(self) -> int:
         """Remove everything that this class wrote; return how many bytes that frees."""
         freed = self.numba_bytes()
-        self._remove(self.kernels)
+        self._remove(self.numba_folder)
         for path in self._directories():
             freed += _size(path)
             self._remove(path)
@@ -211,7 +211,7 @@ class BoardCache:
 
     def numba_bytes(self) -> int:
         """Return the size of all compiled kernels."""
-        return _size(self.kernels)
+        return _size(self.numba_folder)
 
     def _may_use(self, entry: Path) -> bool:
         """Whether nobody but this user and root could have written an entry or the folder; else why not is said."""
@@ -249,7 +249,7 @@ class BoardCache:
                 age = now - (path if scratch else path / STAMP).stat().st_mtime
             except FileNotFoundError:  # another process was quicker
                 continue
-            if age > (ABANDONED_S if scratch else UNUSED_S):
+            if age > (ABANDONED_AFTER_S if scratch else UNUSED_AFTER_S):
                 self._remove(path)
 
     def _evict(self, newest: Path) -> None:
@@ -319,7 +319,7 @@ def file_signatures(files: Mapping[str, Path]) -> dict[str, list[int]]:
     return {name: [file.stat().st_size, file.stat().st_mtime_ns] for name, file in files.items()}
 
 
-def _write_stamp(path: Path, key: CacheKey, note: Mapping[str, Any]) -> None:
+def _write_stamp(path: Path, key: CacheKey, metadata: Mapping[str, Any]) -> None:
     """Write the stamp after everything else has reached the disk."""
     files = {file.name: file for file in sorted(path.iterdir())}
     for file in files.values():
@@ -331,7 +331,7 @@ def _write_stamp(path: Path, key: CacheKey, note: Mapping[str, Any]) -> None:
         "made": time.time(),
         "signature": file_signatures(files),
         "sha256": {name: file_sha256(file) for name, file in files.items()},
-        "note": note,
+        "note": metadata,
     }
     _write(path / STAMP, json.dumps(stamp))
     _sync(path)

@@ -25,7 +25,7 @@ def build_python_command(module: str, function: str, *arguments: str) -> list[st
 
     `arguments` are its sys.argv[1:]; what it returns is the exit status, as for `sys.exit`.
     """
-    return build_command([sys.executable], paths(), module, function, *arguments)
+    return build_command([sys.executable], list_import_paths(), module, function, *arguments)
 
 
 def build_command(
@@ -35,7 +35,7 @@ def build_command(
     return [*python, "-I", "-c", BOOTSTRAP_CODE, json.dumps([list(folders), module, function]), *arguments]
 
 
-def paths() -> list[str]:
+def list_import_paths() -> list[str]:
     """Return the folders that a child needs and -I leaves out: edgelm's own, PYTHONPATH's, the user's packages.
 
     PYTHONPATH counts as far as it names absolute paths: an empty or relative part of it is the current folder, or lies

@@ -13,7 +13,7 @@ COPY_BYTES: Final = 1 << 27
 """Bytes each thread reads and writes a round: far larger than any cache."""
 
 
-def memory_mb() -> dict[str, float]:
+def measure_memory_mb() -> dict[str, float]:
     """Return resident, private and peak resident memory in MB (10^6 bytes); empty where /proc has none."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")

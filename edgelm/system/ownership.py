@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-MOST_LINKS: Final = 40
+MAX_LINKS: Final = 40
 """As many symbolic links in one path as Linux follows."""
 PRIVATE: Final = 0o700
 """Mode of a folder that is made for this user alone."""
@@ -113,7 +113,7 @@ def _walk(path: Path) -> Iterator[tuple[Path, os.stat_result, bool]]:
             continue
         yield part, status, False
         links += 1
-        if links > MOST_LINKS:
+        if links > MAX_LINKS:
             raise OSError(f"{path} has too many symbolic links")
         target = part.readlink()
         if target.is_absolute():

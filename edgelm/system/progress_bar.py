@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import Final
 
-from edgelm.system.terminal import escape_line, plain
+from edgelm.system.terminal import escape_line, unwrap_stream
 
 DELAY_S: Final = 2.0
 REDRAW_INTERVAL_S: Final = 0.1
@@ -50,7 +50,7 @@ class ProgressBar:
 
 def _redraw(line: str) -> None:
     """Write a line in place of the last one."""
-    print(f"\r\x1b[K{escape_line(line)}", end="", file=plain(sys.stderr), flush=True)
+    print(f"\r\x1b[K{escape_line(line)}", end="", file=unwrap_stream(sys.stderr), flush=True)
 
 
 def format_bar(what: str, done: int, of: int, elapsed_s: float) -> str:
@@ -70,9 +70,9 @@ class Spinner:
     def __init__(self, what: str) -> None:
         self._what = what
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._turn, daemon=True)
+        self._thread = threading.Thread(target=self._spin, daemon=True)
 
-    def _turn(self) -> None:
+    def _spin(self) -> None:
         if self._done.wait(SPINNER_DELAY_S):
             return
         begun = time.monotonic()

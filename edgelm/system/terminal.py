@@ -19,14 +19,14 @@ UNSAFE: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u20
 which stand for bytes of a file's name that are no text."""
 
 
-def shown(text: str) -> str:
+def escape_controls(text: str) -> str:
     r"""Return a text with its control characters as visible escapes, such as `\x1b` and `\u202e`."""
     return UNSAFE.sub(_escape, text)
 
 
 def escape_line(text: str) -> str:
-    """Return a text as `shown`, its line feeds too: it cannot pass for more than one line of a log."""
-    return shown(text).replace("\n", "\\n")
+    """Return a text as `escape_controls`, its line feeds too: it cannot pass for more than one line of a log."""
+    return escape_controls(text).replace("\n", "\\n")
 
 
 def _escape(found: re.Match[str]) -> str:
@@ -35,32 +35,32 @@ def _escape(found: re.Match[str]) -> str:
 
 
 class EscapingStream:
-    """A text stream that writes what it is given as `shown`. Everything else is the stream's own."""
+    """A text stream that writes what it is given as `escape_controls`. Everything else is the stream's own."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.plain = stream
+        self.raw = stream
         """The stream itself, for control sequences of ours."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.plain, name)
+        return getattr(self.raw, name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.plain)
+        return iter(self.raw)
 
     def write(self, text: str) -> int:
-        """Write a text as `shown`; return its length."""
-        self.plain.write(shown(text))
+        """Write a text as `escape_controls`; return its length."""
+        self.raw.write(escape_controls(text))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """Write each line as `shown`."""
+        """Write each line as `escape_controls`."""
         for line in lines:
             self.write(line)
 
 
-def plain(stream: TextIO) -> TextIO:
-    """Return the stream behind a `EscapingStream` one: what is written there must be ours, or have passed `shown`."""
-    return stream.plain if isinstance(stream, EscapingStream) else stream
+def unwrap_stream(stream: TextIO) -> TextIO:
+    """Return the stream behind an `EscapingStream`; only our own control sequences and escaped text may go there."""
+    return stream.raw if isinstance(stream, EscapingStream) else stream
 
 
 @contextmanager

@@ -97,11 +97,12 @@ class ChatTemplate:
             if self._unusable is not None:
                 raise self._unusable
             given = self._adapt_messages(messages)
-            marker = TaintTracker(self._spellings, [given, options])
-            marked = [
-                {name: marker.mark(value, ends=name != "role") for name, value in message.items()} for message in given
+            tracker = TaintTracker(self._spellings, [given, options])
+            tainted = [
+                {name: tracker.taint(value, ends=name != "role") for name, value in message.items()}
+                for message in given
             ]
-            return marker.read(self._render(marked, generation_prompt, marker.mark(options)))
+            return tracker.untaint(self._render(tainted, generation_prompt, tracker.taint(options)))
         except Exception as error:
             text = "".join(c for c in " ".join(str(error)[:MAX_ERROR_LENGTH].split()) if ord(c) not in NONCHARACTERS)
             raise RequestError("bad_request", f"the model's chat template refuses the messages: {text}") from error

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 JSON_DEFAULTS: Final[dict[str, Any]] = {"whitespace_pattern": r"[ \t\r\n]{1,32}"}
 """Small models can get lost in whitespace, which JSON allows without end. A schema's `x-guidance` overrules."""
 
-LARGEST_NUMBER: Final = 2**53
+MAX_NUMBER: Final = 2**53
 """Beyond, JSON's numbers are not exact everywhere (RFC 8259, section 6), and the library's not either."""
-DEEPEST: Final = 200
+MAX_SCHEMA_DEPTH: Final = 200
 """Levels of a schema."""
 
 MAX_ERROR_LENGTH: Final = 300
@@ -67,7 +67,7 @@ class ConstraintCompiler:
         except (OSError, ValueError) as error:
             raise BundleError(f"{tokenizer}: cannot be used for constrained answers: {error}") from error
 
-    def start(self, constraint: Constraint) -> Matcher:
+    def compile(self, constraint: Constraint) -> Matcher:
         """Return a matcher at the beginning of an answer; `Matcher.copy` makes others of it.
 
         A regular expression is in the syntax of Rust's regex crate: no look-around, and its digits are Unicode's.
@@ -116,23 +116,23 @@ def panics_are_errors() -> Iterator[None]:
 def _check_schema(schema: object) -> None:
     """Raise `ValueError` for numbers that are too large, and for what is nested too deep."""
     level = [schema]
-    for _ in range(DEEPEST):
+    for _ in range(MAX_SCHEMA_DEPTH):
         deeper: list[object] = []
         for each in level:
             if isinstance(each, dict):
                 deeper += each.values()
             elif isinstance(each, list):
                 deeper += each
-            elif isinstance(each, int | float) and not abs(each) <= LARGEST_NUMBER:
+            elif isinstance(each, int | float) and not abs(each) <= MAX_NUMBER:
                 raise ValueError(f"{each:.6g} is beyond 2^53, where numbers are not exact")
         level = deeper
         if not level:
             return
-    raise ValueError(f"it has more than {DEEPEST} levels")
+    raise ValueError(f"it has more than {MAX_SCHEMA_DEPTH} levels")
 
 
 class Matcher:
-    """Follows one answer token by token. Made by `ConstraintCompiler.start`."""
+    """Follows one answer token by token. Made by `ConstraintCompiler.compile`."""
 
     def __init__(self, inner: Any, vocab_size: int) -> None:
         self._inner = inner

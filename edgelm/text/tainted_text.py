@@ -25,20 +25,20 @@ class RenderedPrompt:
     """A rendered chat. `data` are positions, ascending, of characters that belong to no special token."""
 
     text: str
-    data: tuple[int, ...] = ()
+    tainted_positions: tuple[int, ...] = ()
 
-    def after(self, start: int) -> RenderedPrompt:
+    def suffix_from(self, start: int) -> RenderedPrompt:
         """Return the prompt from a position on."""
-        return RenderedPrompt(self.text[start:], tuple(p - start for p in self.data if p >= start))
+        return RenderedPrompt(self.text[start:], tuple(p - start for p in self.tainted_positions if p >= start))
 
-    def behind(self, text: str) -> RenderedPrompt:
+    def with_prefix(self, text: str) -> RenderedPrompt:
         """Return the prompt with a text before it."""
-        return RenderedPrompt(text + self.text, tuple(p + len(text) for p in self.data))
+        return RenderedPrompt(text + self.text, tuple(p + len(text) for p in self.tainted_positions))
 
     def is_tainted(self, start: int, end: int) -> bool:
         """Whether a character of data lies in [start, end)."""
-        i = bisect_left(self.data, start)
-        return i < len(self.data) and self.data[i] < end
+        i = bisect_left(self.tainted_positions, start)
+        return i < len(self.tainted_positions) and self.tainted_positions[i] < end
 
 
 class SpecialTokenFinder:
@@ -64,7 +64,7 @@ class SpecialTokenFinder:
                 if token is not None:
                     yield found.start(), token
 
-    def marks(self, text: str, *, ends: bool) -> list[int]:
+    def find_taint_positions(self, text: str, *, ends: bool) -> list[int]:
         """Return a position in each spelled token; with `ends` also at ends that could be a part of one.
 
         Such an end, outer space left out, is the beginning of a token at the end of the text, or the reverse: it
@@ -94,21 +94,21 @@ class TaintTracker:
         used = set(chain.from_iterable(_texts(values)))
         self.taint_mark = next(c for c in map(chr, chain(NONCHARACTERS, PRIVATE_USE_AREA)) if c not in used)
 
-    def mark(self, value: Any, *, ends: bool = True) -> Any:
+    def taint(self, value: Any, *, ends: bool = True) -> Any:
         """Return JSON's values with marks in their texts; those that need none, and other values, as they are."""
         if isinstance(value, str):
-            marks = self._spellings.marks(value, ends=ends)
+            marks = self._spellings.find_taint_positions(value, ends=ends)
             if not marks:
                 return value
             cuts = [0, *marks, len(value)]
             return TaintedText(self.taint_mark.join(value[a:b] for a, b in pairwise(cuts)), self.taint_mark)
         if isinstance(value, Mapping):
-            return {self.mark(name, ends=ends): self.mark(each, ends=ends) for name, each in value.items()}
+            return {self.taint(name, ends=ends): self.taint(each, ends=ends) for name, each in value.items()}
         if isinstance(value, (list, tuple)):
-            return [self.mark(each, ends=ends) for each in value]
+            return [self.taint(each, ends=ends) for each in value]
         return value
 
-    def read(self, rendered: str) -> RenderedPrompt:
+    def untaint(self, rendered: str) -> RenderedPrompt:
         """Return a rendered text without signs, and where they stood."""
         if self.taint_mark not in rendered:
             return RenderedPrompt(rendered)
@@ -137,7 +137,7 @@ class TaintedText(str):
         return self
 
     @property
-    def bare(self) -> str:
+    def plain_text(self) -> str:
         """The text without signs."""
         return str.replace(self, self._taint_mark, "")
 
@@ -169,19 +169,19 @@ class TaintedText(str):
         )  # a template may write a whole list
 
     def __eq__(self, other: object) -> bool:
-        return self.bare == (other.bare if isinstance(other, TaintedText) else other)
+        return self.plain_text == (other.plain_text if isinstance(other, TaintedText) else other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     def __hash__(self) -> int:
-        return hash(self.bare)
+        return hash(self.plain_text)
 
     def __len__(self) -> int:
-        return len(self.bare)
+        return len(self.plain_text)
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and _bare_of(key) in self.bare
+        return isinstance(key, str) and _plain_text_of(key) in self.plain_text
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._cuts((i, i + 1) for i in range(len(self))))
@@ -204,56 +204,56 @@ class TaintedText(str):
 
     def strip(self, chars: str | None = None, /) -> str:
         """See `str.strip`."""
-        start = len(self) - len(self.bare.lstrip(chars))
-        return self._cut(start, len(self.bare.rstrip(chars)))
+        start = len(self) - len(self.plain_text.lstrip(chars))
+        return self._cut(start, len(self.plain_text.rstrip(chars)))
 
     def lstrip(self, chars: str | None = None, /) -> str:
         """See `str.lstrip`."""
-        return self._cut(len(self) - len(self.bare.lstrip(chars)), len(self))
+        return self._cut(len(self) - len(self.plain_text.lstrip(chars)), len(self))
 
     def rstrip(self, chars: str | None = None, /) -> str:
         """See `str.rstrip`."""
-        return self._cut(0, len(self.bare.rstrip(chars)))
+        return self._cut(0, len(self.plain_text.rstrip(chars)))
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """See `str.split`."""
-        return self._pieces(self.bare.split(None if sep is None else _bare_of(sep), maxsplit), sep)
+        return self._pieces(self.plain_text.split(None if sep is None else _plain_text_of(sep), maxsplit), sep)
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """See `str.rsplit`."""
-        return self._pieces(self.bare.rsplit(None if sep is None else _bare_of(sep), maxsplit), sep)
+        return self._pieces(self.plain_text.rsplit(None if sep is None else _plain_text_of(sep), maxsplit), sep)
 
     def splitlines(self, keepends: bool = False) -> list[str]:
         """See `str.splitlines`."""
-        lines, at, ranges = self.bare.splitlines(keepends=True), 0, []
-        for line, bare in zip(lines, self.bare.splitlines(keepends), strict=True):
+        lines, at, ranges = self.plain_text.splitlines(keepends=True), 0, []
+        for line, bare in zip(lines, self.plain_text.splitlines(keepends), strict=True):
             ranges.append((at, at + len(bare)))
             at += len(line)
         return self._cuts(ranges)
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
         """See `str.partition`."""
-        before, between, _ = self.bare.partition(_bare_of(sep))
+        before, between, _ = self.plain_text.partition(_plain_text_of(sep))
         end = len(before) + len(between)
         return self._cut(0, len(before)), self._cut(len(before), end), self._cut(end, len(self))
 
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         """See `str.rpartition`."""
-        before, between, _ = self.bare.rpartition(_bare_of(sep))
+        before, between, _ = self.plain_text.rpartition(_plain_text_of(sep))
         end = len(before) + len(between)
         return self._cut(0, len(before)), self._cut(len(before), end), self._cut(end, len(self))
 
     def removeprefix(self, prefix: str, /) -> str:
         """See `str.removeprefix`."""
-        return self._cut(len(self) - len(self.bare.removeprefix(_bare_of(prefix))), len(self))
+        return self._cut(len(self) - len(self.plain_text.removeprefix(_plain_text_of(prefix))), len(self))
 
     def removesuffix(self, suffix: str, /) -> str:
         """See `str.removesuffix`."""
-        return self._cut(0, len(self.bare.removesuffix(_bare_of(suffix))))
+        return self._cut(0, len(self.plain_text.removesuffix(_plain_text_of(suffix))))
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
         """See `str.replace`."""
-        bare = _bare_of(old)
+        bare = _plain_text_of(old)
         if not bare:
             return self._rewrap(str.replace(self, bare, new, count))
         pieces = self.split(bare, count)
@@ -261,19 +261,19 @@ class TaintedText(str):
 
     def _pieces(self, pieces: list[str], sep: str | None) -> list[str]:
         """Return pieces of the bare text, between which a separator or space was, with their signs."""
-        text, ranges, at = self.bare, [], 0
+        text, ranges, at = self.plain_text, [], 0
         for i, piece in enumerate(pieces):
             if sep is None:
                 at = text.index(piece, at)
             elif i:
-                at += len(_bare_of(sep))
+                at += len(_plain_text_of(sep))
             ranges.append((at, at + len(piece)))
             at += len(piece)
         return self._cuts(ranges)
 
 
-def _bare_of(value: str) -> str:
-    return value.bare if isinstance(value, TaintedText) else value
+def _plain_text_of(value: str) -> str:
+    return value.plain_text if isinstance(value, TaintedText) else value
 
 
 def _searching(name: str) -> Any:
@@ -281,8 +281,8 @@ def _searching(name: str) -> Any:
     ask = getattr(str, name)
 
     def method(self: TaintedText, part: Any, *bounds: Any) -> Any:
-        bare = tuple(map(_bare_of, part)) if isinstance(part, tuple) else _bare_of(part)
-        return ask(self.bare, bare, *bounds)
+        bare = tuple(map(_plain_text_of, part)) if isinstance(part, tuple) else _plain_text_of(part)
+        return ask(self.plain_text, bare, *bounds)
 
     method.__name__ = name
     method.__doc__ = f"See `str.{name}`."

@@ -28,26 +28,26 @@ from jinja2.visitor import NodeTransformer
 from edgelm.errors import TemplateLimitError
 from edgelm.text.tainted_text import NONCHARACTERS
 
-MOST_SOURCE: Final = 100_000
+MAX_SOURCE_LENGTH: Final = 100_000
 """Characters of a template: several times the longest that is published."""
 MAX_RENDERED_SIZE: Final = 32_000_000
 """Characters, or as many entries of lists, that one rendering may make in all."""
-LIMIT_S: Final = 1.0
+RENDER_LIMIT_S: Final = 1.0
 """Processor time of one rendering."""
-MOST_WIDTH: Final = 1000
+MAX_WIDTH: Final = 1000
 """Of an indentation, of a number that is written in columns, and the like."""
-MOST_BITS: Final = 4096
+MAX_INTEGER_BITS: Final = 4096
 """Of an integer."""
-MOST_MESSAGE: Final = 300
+MAX_ERROR_LENGTH: Final = 300
 """Characters of an error that a template raises."""
 VALUE_SIZE: Final = 16
 """What a value counts besides its characters, about as many bytes as the least one takes."""
 
-ESCAPED: Final = re.compile("|".join(rf"\\u{code:04x}" for code in NONCHARACTERS))
+ESCAPED_TAINT_MARK: Final = re.compile("|".join(rf"\\u{code:04x}" for code in NONCHARACTERS))
 _LONG_NUMBER: Final = re.compile(r"\d{4}|\*|\{[^{}]*\{")
 """A width or precision in a format that is long, or given as a value."""
 
-_PLAIN: Final = frozenset({
+_BOUNDED_METHODS: Final = frozenset({
     "as_integer_ratio", "bit_length", "capitalize", "casefold", "copy", "count", "difference", "endswith", "find",
     "fromkeys", "get", "hex", "index", "intersection", "is_integer", "isalnum", "isalpha", "isascii", "isdecimal",
     "isdigit", "isdisjoint", "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "issubset", "issuperset",
@@ -56,10 +56,10 @@ _PLAIN: Final = frozenset({
     "union", "upper", "values",
 })  # fmt: skip
 """Methods of Python's own values that make no more than they are given."""
-_JINJAS: Final = frozenset({"_loop_vars", "_block_vars"})
+_JINJA_ARGUMENTS: Final = frozenset({"_loop_vars", "_block_vars"})
 """What Jinja gives besides."""
-_WIDENING: Final = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
-_REMOVED: Final = frozenset({"urlize", "wordwrap", "xmlattr", "striptags"})
+_WIDENING_METHODS: Final = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
+_REMOVED_FILTERS: Final = frozenset({"urlize", "wordwrap", "xmlattr", "striptags"})
 """Filters for pages of the web, of which some take long for short texts."""
 _WIDE_FILTERS: Final = frozenset({"batch", "center", "indent", "round", "slice", "tojson", "truncate"})
 
@@ -71,13 +71,13 @@ class Template:
     """
 
     def __init__(self, source: str) -> None:
-        if len(source) > MOST_SOURCE:
-            raise ValueError(f"it has {len(source)} characters, the limit is {MOST_SOURCE}")
+        if len(source) > MAX_SOURCE_LENGTH:
+            raise ValueError(f"it has {len(source)} characters, the limit is {MAX_SOURCE_LENGTH}")
         self._environment = _Environment()
         try:
             self._template = self._environment.from_string(source)
         except Exception as error:  # Jinja's own errors, and Python's for what is nested too deeply
-            raise ValueError(" ".join(str(error).split())[:MOST_MESSAGE] or type(error).__name__) from error
+            raise ValueError(" ".join(str(error).split())[:MAX_ERROR_LENGTH] or type(error).__name__) from error
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """Return the text. Raises `TemplateLimitError`, and whatever else a template can raise."""
@@ -88,13 +88,13 @@ class Template:
 class _RenderBudget(threading.local):
     """What a rendering may still do, a thread's own."""
 
-    left = MAX_RENDERED_SIZE
+    remaining = MAX_RENDERED_SIZE
     deadline_s = 0.0
     _calls = 0
 
     def begun(self) -> _RenderBudget:
         """Begin anew."""
-        self.left, self.deadline_s = MAX_RENDERED_SIZE, time.thread_time() + LIMIT_S
+        self.remaining, self.deadline_s = MAX_RENDERED_SIZE, time.thread_time() + RENDER_LIMIT_S
         return self
 
     def __enter__(self) -> _RenderBudget:
@@ -107,18 +107,18 @@ class _RenderBudget(threading.local):
         """Look at the clock now and then. Without a rendering, as when a template is compiled, there is none."""
         self._calls += 1
         if self._calls % 32 == 0 and self.deadline_s and time.thread_time() > self.deadline_s:
-            raise TemplateLimitError(f"it takes longer than {LIMIT_S:g} s")
+            raise TemplateLimitError(f"it takes longer than {RENDER_LIMIT_S:g} s")
 
     def check(self, size: float) -> None:
         """Refuse to make so much."""
         self.check_time()
-        if size > self.left:
+        if size > self.remaining:
             raise TemplateLimitError(f"it makes more than {MAX_RENDERED_SIZE / 1e6:.0f} million characters")
 
     def spend(self, size: float) -> None:
         """Count what was made."""
         self.check(size)
-        self.left -= int(size)
+        self.remaining -= int(size)
 
     def measure(self, *values: Any) -> int:
         """Return about how many characters values have when they are written. Refuses those that are too large."""
@@ -132,7 +132,7 @@ class _RenderBudget(threading.local):
                 waiting += itertools.chain(value.keys(), value.values())
             elif isinstance(value, int):
                 total += value.bit_length() // 3
-                if value.bit_length() > MOST_BITS:
+                if value.bit_length() > MAX_INTEGER_BITS:
                     raise TemplateLimitError(f"it computes an integer of {value.bit_length()} bits")
             elif isinstance(value, range):
                 total += VALUE_SIZE * len(value)
@@ -170,14 +170,14 @@ class _Counted:
     """What has a length, with a look at the clock for each of its values."""
 
     def __init__(self, budget: _RenderBudget, values: Any) -> None:
-        self._limits, self._values = budget, values
+        self._budget, self._values = budget, values
 
     def __len__(self) -> int:
         return len(self._values)
 
     def __iter__(self) -> Iterator[Any]:
         for value in self._values:
-            self._limits.check_time()
+            self._budget.check_time()
             yield value
 
 
@@ -185,7 +185,7 @@ class _Generator(CodeGenerator):
     """Writes `~` as an operator that is counted."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802  Jinja's name
-        self.write("environment.joined((")
+        self.write("environment.concatenate((")
         for each in node.nodes:
             self.visit(each, frame)
             self.write(", ")
@@ -239,7 +239,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             finalize=pass_context(lambda _context, value: self.count_output(value)),
         )
         self.budget = _RenderBudget()
-        known = {name: each for name, each in self.filters.items() if name not in _REMOVED}
+        known = {name: each for name, each in self.filters.items() if name not in _REMOVED_FILTERS}
         self.filters = {name: self._bounded(name, each) for name, each in {**known, "tojson": _to_json}.items()}
         self.filters["_counted"] = self.budget.counted
         self.filters["_made"] = self._made
@@ -258,7 +258,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.budget.spend(len(value) if isinstance(value, str) else self.budget.measure(value))
         return value
 
-    def joined(self, values: tuple[Any, ...]) -> str:
+    def concatenate(self, values: tuple[Any, ...]) -> str:
         """Return what `~` makes."""
         self.budget.spend(self.budget.measure(*values))
         return "".join(map(str, values))
@@ -275,7 +275,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if numbers:
             bits = [n.bit_length() if isinstance(n, int) else 64 for n in (left, right)]
             power = bits[0] * (abs(right) if operator == "**" else 1) + bits[1]
-            if power > MOST_BITS and isinstance(left, int) and isinstance(right, int):
+            if power > MAX_INTEGER_BITS and isinstance(left, int) and isinstance(right, int):
                 raise TemplateLimitError("it computes with integers that are too long")
         elif operator == "*":
             times, value = (left, right) if isinstance(left, int) else (right, left)
@@ -295,7 +295,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         method = getattr(called, "__wrapped__", called)  # Jinja wraps `format` of texts
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, (str, bytes, bytearray, int, float, complex, list, tuple, Mapping, set, frozenset, range)):
-            self._check_method(owner, name, given, {key: named[key] for key in named.keys() - _JINJAS})
+            self._check_method(owner, name, given, {key: named[key] for key in named.keys() - _JINJA_ARGUMENTS})
         elif called is not _raise_exception:
             self.budget.measure(given, named)
         made = super().call(context, called, *given, **named)
@@ -306,9 +306,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         return made
 
     def _check_method(self, owner: Any, name: str, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        if name in _PLAIN:
+        if name in _BOUNDED_METHODS:
             return
-        if name in _WIDENING:
+        if name in _WIDENING_METHODS:
             width = next((n for n in (*given, *named.values()) if isinstance(n, int)), 8)
             self.budget.check(len(owner) + (owner.count("\t") if name == "expandtabs" else 1) * abs(width))
         elif name == "replace" and isinstance(owner, str) and len(given) >= 2:
@@ -330,7 +330,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Refuse a format that writes wide columns, or its values too often."""
         if _LONG_NUMBER.search(text):
             raise TemplateLimitError("it formats numbers with more places than a template may")
-        self.budget.spend(len(text) + (1 + text.count(sign)) * (self.budget.measure(values) + MOST_WIDTH))
+        self.budget.spend(len(text) + (1 + text.count(sign)) * (self.budget.measure(values) + MAX_WIDTH))
 
     def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a filter that counts what it is given and what it makes."""
@@ -343,8 +343,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             size = budget.measure(*values)
             if name in _WIDE_FILTERS:
                 widths = [abs(n) if isinstance(n, int) else len(n) for n in values[1:] if isinstance(n, int | str)]
-                if max(widths, default=0) > MOST_WIDTH:
-                    raise TemplateLimitError(f"it gives {name} a number above {MOST_WIDTH}")
+                if max(widths, default=0) > MAX_WIDTH:
+                    raise TemplateLimitError(f"it gives {name} a number above {MAX_WIDTH}")
                 widest = max([1, *widths])
                 budget.check(widest * _lines(values[0], name))
             elif name == "replace" and len(values) >= 3:
@@ -370,7 +370,7 @@ def _lines(value: Any, name: str) -> int:
         return value.count("\n") + 2
     if name == "tojson":
         count, waiting, depth = 0, [value], 0
-        while waiting and depth < MOST_WIDTH:
+        while waiting and depth < MAX_WIDTH:
             depth += 1
             count += len(waiting) * depth
             level, waiting = waiting, []
@@ -392,7 +392,7 @@ def _to_json(
 ) -> str:
     """Return JSON; Jinja's own filter escapes HTML. Signs of `edgelm.text.tainted_text` stay what they are."""
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return ESCAPED.sub(lambda found: chr(int(found[0][2:], 16)), text) if ensure_ascii else text
+    return ESCAPED_TAINT_MARK.sub(lambda found: chr(int(found[0][2:], 16)), text) if ensure_ascii else text
 
 
 def _raise_exception(message: Any) -> None:
@@ -400,6 +400,6 @@ def _raise_exception(message: Any) -> None:
 
 
 def _strftime_now(form: str) -> str:
-    if not isinstance(form, str) or len(form) > MOST_WIDTH or re.search(r"%[^a-zA-Z%]*\d", form):
+    if not isinstance(form, str) or len(form) > MAX_WIDTH or re.search(r"%[^a-zA-Z%]*\d", form):
         raise TemplateLimitError("it gives strftime_now a format that is too long or has widths")
     return datetime.now().strftime(form)

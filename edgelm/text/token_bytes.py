@@ -21,12 +21,12 @@ KEEPING_SPLITTERS: Final = frozenset({"Sequence", "ByteLevel", "Digits", "Split"
 class TokenSizeBound:
     """What is known of a tokenizer: the most bytes of text that one token stands for, and bytes that have no token."""
 
-    longest: int
+    max_bytes: int
     dropped: bytes = b""
 
-    def fewest(self, text: str) -> int:
+    def min_tokens(self, text: str) -> int:
         """Return a number of tokens that the text has at least."""
-        return -(-len(text.encode("utf-8", "replace").translate(None, self.dropped)) // self.longest)
+        return -(-len(text.encode("utf-8", "replace").translate(None, self.dropped)) // self.max_bytes)
 
 
 def measure_token_size(inner: Any) -> TokenSizeBound | None:

@@ -21,7 +21,13 @@ from edgelm.text.chat_template import ChatTemplate
 from edgelm.text.detokenizer import StreamDecoder
 from edgelm.text.tainted_text import RenderedPrompt, SpecialTokenFinder
 from edgelm.text.token_bytes import TokenSizeBound, measure_token_size
-from edgelm.text.tokenizer_file import MOST_ADDED, check_numbers, check_replacements, find_regexes, sanitize_tokenizer
+from edgelm.text.tokenizer_file import (
+    MAX_ADDED_TOKENS,
+    check_numbers,
+    check_replacements,
+    find_regexes,
+    sanitize_tokenizer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -30,12 +36,12 @@ if TYPE_CHECKING:
 
 __all__ = ["StreamDecoder", "Tokenizer"]
 
-SHORT: Final = 4000
+SHORT_TEXT_LENGTH: Final = 4000
 """Characters of a text that is encoded in some milliseconds."""
 
 BYTE: Final = re.compile("<0x[0-9A-F]{2}>")
 """How vocabularies with byte fallback call a byte."""
-PROBE_S: Final = 0.05
+PROBE_LIMIT_S: Final = 0.05
 """How long a text of one letter, many times, may take where there are regular expressions: usually it is 0.1 ms."""
 PROBE_LENGTHS: Final = (20, 60, 500)
 
@@ -163,13 +169,13 @@ class Tokenizer:
         if not is_continuation:
             return self._encode_rendered(prompt)
         start = self.encode("\n", add_special_tokens=False)  # takes the space that many put before what they are given
-        whole = self._encode_rendered(prompt.behind("\n"))
+        whole = self._encode_rendered(prompt.with_prefix("\n"))
         if whole[: len(start)] == start:
             return whole[len(start) :]
         return self._encode_rendered(prompt)  # a tokenizer that joins line breaks adds no space
 
     def _encode_rendered(self, prompt: RenderedPrompt) -> list[int]:
-        renamed = self._rename(prompt) if prompt.data else None
+        renamed = self._rename(prompt) if prompt.tainted_positions else None
         if renamed is None:
             return self.encode(prompt.text, add_special_tokens=False)
         _check_unicode(renamed)
@@ -180,13 +186,13 @@ class Tokenizer:
 
         Nothing is checked for tokenizers that may drop some of a text: see `tokenbytes`.
         """
-        if len(text) <= max(context, SHORT) or self._token_size_bound is None:
+        if len(text) <= max(context, SHORT_TEXT_LENGTH) or self._token_size_bound is None:
             return
-        fewest = self._token_size_bound.fewest(text)
-        if fewest >= context:
+        min_tokens = self._token_size_bound.min_tokens(text)
+        if min_tokens >= context:
             raise RequestError(
                 "bad_request",
-                f"the prompt has at least {fewest} tokens, the context holds {context} with at least one for the"
+                f"the prompt has at least {min_tokens} tokens, the context holds {context} with at least one for the"
                 " answer: shorten the prompt or load with a longer context",
             )
 
@@ -333,8 +339,8 @@ def _ids(inner: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> li
 
 def _check(inner: tokenizers.Tokenizer) -> None:
     """Raise `ValueError` for a tokenizer that makes long texts of short ones, or takes long for them."""
-    if inner.num_special_tokens_to_add(False) > MOST_ADDED:
-        raise ValueError(f"it puts more than {MOST_ADDED} tokens around every text")
+    if inner.num_special_tokens_to_add(False) > MAX_ADDED_TOKENS:
+        raise ValueError(f"it puts more than {MAX_ADDED_TOKENS} tokens around every text")
     parts = [part and part.__getstate__() for part in (inner.normalizer, inner.pre_tokenizer, inner.decoder)]
     check_replacements(parts[0], parts[2])
     found = "".join(find_regexes(*parts))
@@ -347,7 +353,7 @@ def _check(inner: tokenizers.Tokenizer) -> None:
             begun = time.thread_time()
             ids = inner.encode(f"{letter * length}!{tail}\x01", add_special_tokens=False).ids
             inner.decode(ids)
-            if time.thread_time() - begun > PROBE_S:
+            if time.thread_time() - begun > PROBE_LIMIT_S:
                 raise ValueError("its regular expressions take too long for short texts")
 
 

@@ -25,11 +25,11 @@ ESCAPED: Final = re.compile(rb"\\u00[2-7]")
 """A letter that nobody needs to escape: it would hide a name."""
 CHARSMAP: Final = "precompiled_charsmap"
 """A table of SentencePiece's for a normalizer, in base64: the size of its first part, that part, and the rest."""
-MOST_ID: Final = 9_999_999
+MAX_TOKEN_ID: Final = 9_999_999
 """Libraries allocate as much memory as the largest id says, and end the process where that fails."""
-MOST_ADDED: Final = 64
+MAX_ADDED_TOKENS: Final = 64
 """Tokens that a tokenizer puts around every text."""
-MOST_GROWTH: Final = 64
+MAX_GROWTH: Final = 64
 """How many times longer a text may become by what is replaced in it."""
 
 
@@ -64,8 +64,8 @@ def _check_leaves(text: str) -> None:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     for name, value in _leaves(whole):
-        if isinstance(value, int) and value > MOST_ID:
-            raise ValueError(f"it has a token with an id above {MOST_ID}")
+        if isinstance(value, int) and value > MAX_TOKEN_ID:
+            raise ValueError(f"it has a token with an id above {MAX_TOKEN_ID}")
         if name == CHARSMAP and isinstance(value, str):
             _check_charsmap(value)
 
@@ -78,10 +78,10 @@ def _check_charsmap(encoded: str) -> None:
 
 
 def check_replacements(normalizer: bytes | None, decoder: bytes | None) -> None:
-    """Raise `ValueError` where parts of a tokenizer.json, as JSON, make texts more than `MOST_GROWTH` times longer."""
+    """Raise `ValueError` where parts of a tokenizer.json, as JSON, make texts more than `MAX_GROWTH` times longer."""
     for part in (normalizer, decoder):
-        if part is not None and b"Replace" in part and _growth(json.loads(part)) > MOST_GROWTH:
-            raise ValueError(f"it makes texts more than {MOST_GROWTH} times longer")
+        if part is not None and b"Replace" in part and _growth(json.loads(part)) > MAX_GROWTH:
+            raise ValueError(f"it makes texts more than {MAX_GROWTH} times longer")
 
 
 def find_regexes(*parts: bytes | None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from edgelm.bundle.manifest import MOST_HEAD_SIZE, MOST_HEADS, MOST_LAYERS
+from edgelm.bundle.manifest import MAX_HEAD_SIZE, MAX_HEADS, MAX_LAYERS
 from edgelm.errors import CheckpointError
 
 from .decoder import DecoderConfig, LayerConfig, TensorNames
@@ -56,10 +56,10 @@ def read_shape(
     Raises `CheckpointError`.
     """
     hidden = read_positive_int(config, "hidden_size")
-    heads = read_positive_int(config, "num_attention_heads", most=MOST_HEADS)
+    heads = read_positive_int(config, "num_attention_heads", most=MAX_HEADS)
     if "num_key_value_heads" in config:
         kv_heads = None  # null there means one for each head
-    groups = read_positive_int(config, "num_key_value_heads", heads if kv_heads is None else kv_heads, most=MOST_HEADS)
+    groups = read_positive_int(config, "num_key_value_heads", heads if kv_heads is None else kv_heads, most=MAX_HEADS)
     if "head_dim" in config and config["head_dim"] is None:
         head_size = None
     if config.get("head_dim") is None and head_size is None and hidden % heads:
@@ -69,13 +69,13 @@ def read_shape(
             f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
         )
     size = read_positive_int(
-        config, "head_dim", hidden // heads if head_size is None else head_size, most=MOST_HEAD_SIZE
+        config, "head_dim", hidden // heads if head_size is None else head_size, most=MAX_HEAD_SIZE
     )
     rotary = int(size * read_partial_rotary_factor(config, built=partial))
     if rotary % 2 or not rotary:
         raise CheckpointError(f"config.json: head_dim must be even for rotary embedding, got {rotary} that rotate")
     length = read_positive_int(config, "max_position_embeddings", context, most=MAX_POSITIONS)
-    layers = read_positive_int(config, "num_hidden_layers", most=MOST_LAYERS)
+    layers = read_positive_int(config, "num_hidden_layers", most=MAX_LAYERS)
     return ModelShape(hidden, layers, heads, groups, size, rotary, length)
 
 

@@ -1,6 +1,6 @@
 """Checks edgelm/catalogue.toml: `python -m tests.bench.catalogue`; by hand.
 
-Without options the sizes of every form are computed from the models' shapes and compared. `--write` puts them right.
+Without options the sizes of every variant are computed from the models' shapes and compared. `--write` puts them right.
 `--online` asks the hub, which needs a network: does the model exist, has it this licence and these shapes; with
 `--write` too the newest commit becomes the one that is fetched.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edgelm_export.architectures import find_architecture
 
-from edgelm.bundle.catalogue import FILE, CatalogueModel, ModelVariant, catalogue
+from edgelm.bundle.catalogue import CATALOGUE_FILE, CatalogueModel, ModelVariant, load_catalogue
 from edgelm.runtime.memory_plan import PREFIX_CACHE_MB, PROGRAM_BYTES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
@@ -32,12 +32,12 @@ LICENCES = {"Llama 3.2 Community": "llama3.2", "Gemma Terms of Use": "gemma"}
 """What the hub calls those that are not SPDX identifiers."""
 
 
-def sized(model: CatalogueModel, form: ModelVariant) -> tuple[int, int]:
-    """Return a form's size on disk and what it takes in memory, both in 10^6 bytes."""
+def sized(model: CatalogueModel, variant: ModelVariant) -> tuple[int, int]:
+    """Return a variant's size on disk and what it takes in memory, both in 10^6 bytes."""
     config, parameters = PUBLISHED[CATALOGUE[model.name]]
     decoder = find_architecture(config).decoder(config)
     outside = decoder.vocab_size * decoder.hidden_size * (1 if decoder.tied else 2)
-    inner, outer = BITS[form.quant]
+    inner, outer = BITS[variant.quant]
     weights = ((parameters - outside) * inner + outside * outer) / 8
     keys = 2 * TOKENS * decoder.cache.bytes_per_token()  # of the request, and of one being scored
     return round(weights / 1e6), round((PROGRAM_BYTES + 1.05 * weights + keys) / 1e6) + PREFIX_CACHE_MB
@@ -68,19 +68,20 @@ def main() -> int:
     parser.add_argument("--online", action="store_true")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    text, faults = FILE.read_text("utf-8"), 0
-    for model in catalogue().values():
+    text, faults = CATALOGUE_FILE.read_text("utf-8"), 0
+    for model in load_catalogue().values():
         start = text.index(f'["{model.name}"]')
         stop = text.find("\n\n", start) + 1 or len(text)
         section = text[start:stop]
-        for form in model.forms:
-            size, memory = sized(model, form)
-            if (form.mb, form.memory_mb) != (size, memory):
+        for variant in model.variants:
+            size, memory = sized(model, variant)
+            if (variant.mb, variant.memory_mb) != (size, memory):
                 faults += not args.write
                 print(
-                    f"{model.name} {form.quant}: {size} MB, {memory} MB of memory; written: {form.mb}, {form.memory_mb}"
+                    f"{model.name} {variant.quant}: {size} MB, {memory} MB of memory;"
+                    f" the file has {variant.mb}, {variant.memory_mb}"
                 )
-                pattern = rf'(quant = "{form.quant}", mb = )\d+(, memory_mb = )\d+'
+                pattern = rf'(quant = "{variant.quant}", mb = )\d+(, memory_mb = )\d+'
                 section = re.sub(pattern, rf"\g<1>{size}\g<2>{memory}", section)
         if args.online:
             found, commit = online(model)
@@ -92,7 +93,7 @@ def main() -> int:
                 section = section.replace("licence =", f'revision = "{commit}"\nlicence =')
         text = text[:start] + section + text[stop:]
     if args.write:
-        FILE.write_text(text, "utf-8")
+        CATALOGUE_FILE.write_text(text, "utf-8")
     print(f"{faults} faults" if faults else "the catalogue is right")
     return 1 if faults else 0
 

@@ -8,26 +8,26 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 from published import CATALOGUE, PUBLISHED
 
-from edgelm.bundle.catalogue import catalogue
+from edgelm.bundle.catalogue import load_catalogue
 from tests.bench.catalogue import sized
 
 
 def test_every_model_has_recorded_shapes():
-    assert set(CATALOGUE) == set(catalogue())
+    assert set(CATALOGUE) == set(load_catalogue())
 
 
-@pytest.mark.parametrize("name", sorted(catalogue()))
+@pytest.mark.parametrize("name", sorted(load_catalogue()))
 def test_sizes_are_computed_from_shapes(name):
-    model = catalogue()[name]
+    model = load_catalogue()[name]
     assert model.parameters == PUBLISHED[CATALOGUE[name]][1]
-    for form in model.forms:
-        assert (form.mb, form.memory_mb) == sized(model, form)
+    for variant in model.variants:
+        assert (variant.mb, variant.memory_mb) == sized(model, variant)
 
 
 def test_a_real_bundle_is_as_large_as_the_catalogue_says(smollm2_gguf, tmp_path):
     import edgelm_export
 
-    form = next(form for form in catalogue()["smollm2-135m"].forms if form.quant == "int8")
+    variant = next(variant for variant in load_catalogue()["smollm2-135m"].variants if variant.quant == "int8")
     bundle = edgelm_export.export(smollm2_gguf, tmp_path / "bundle", quant="int8")
     weights = (bundle.path / "model.onnx.data").stat().st_size
-    assert weights / 1e6 == pytest.approx(form.mb, rel=0.02)
+    assert weights / 1e6 == pytest.approx(variant.mb, rel=0.02)

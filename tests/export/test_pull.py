@@ -92,9 +92,9 @@ def store(tmp_path, monkeypatch):
 
 @pytest.fixture
 def known(monkeypatch):
-    """A catalogue of one model, with a fixed commit and two forms."""
-    forms = (ModelVariant("int8", 1, 4000), ModelVariant("int4", 1, 1000))
-    model = CatalogueModel("tiny", "owner/tiny", "MIT", 100_000, "tests", forms, revision=OLDER)
+    """A catalogue of one model, with a fixed commit and two variants."""
+    variants = (ModelVariant("int8", 1, 4000), ModelVariant("int4", 1, 1000))
+    model = CatalogueModel("tiny", "owner/tiny", "MIT", 100_000, "tests", variants, revision=OLDER)
     monkeypatch.setattr(command, "catalogue", lambda: {"tiny": model})
     return model
 
@@ -189,7 +189,7 @@ def test_a_damaged_model_is_made_again(store, tiny_checkpoint, run):
     checkpoint = tiny_checkpoint()
     assert run("pull", "mine", "--from", checkpoint, "--fast")[0] == 0
     for damage in ("cut", "no manifest"):
-        place = store.place("mine")
+        place = store.bundle_path("mine")
         if damage == "cut":
             (place / "tokenizer.json").write_bytes(b"")
         else:

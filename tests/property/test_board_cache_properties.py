@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from edgelm.cli import main
 from edgelm.errors import EdgelmError
 from edgelm.system.board_cache import (
-    ABANDONED_S,
+    ABANDONED_AFTER_S,
     CACHE_DIR_VARIABLE,
     LIMIT_VARIABLE,
     STAMP,
-    UNUSED_S,
+    UNUSED_AFTER_S,
     BoardCache,
     CacheKey,
     describe_cpu,
@@ -67,7 +67,7 @@ def test_what_was_put_in_comes_out(tmp_path_factory, files):
     found = cache.find(KEY)
     assert made.path == found.path
     assert read(found) == files
-    assert found.note == {"n": 1}
+    assert found.metadata == {"n": 1}
     assert not leftovers(cache)
     again = put(cache, KEY, files)  # as if another process had been quicker
     assert again.path == made.path
@@ -190,8 +190,8 @@ def test_old_things_go_and_foreign_ones_stay(cache):
     torn = cache.folder / ".making-torn"
     torn.mkdir()
     now = time.time()
-    os.utime(unused.path / STAMP, (now - UNUSED_S - 10, now - UNUSED_S - 10))
-    os.utime(torn, (now - ABANDONED_S - 10, now - ABANDONED_S - 10))
+    os.utime(unused.path / STAMP, (now - UNUSED_AFTER_S - 10, now - UNUSED_AFTER_S - 10))
+    os.utime(torn, (now - ABANDONED_AFTER_S - 10, now - ABANDONED_AFTER_S - 10))
     put(cache, KEY, {"a": b"3"})
     assert {entry.path.name for entry in cache.entries()} == {young.name, KEY.name}
     assert not leftovers(cache)
@@ -203,7 +203,7 @@ def test_an_entry_can_be_told_something_new(cache):
     put(cache, KEY, {"a": b"1"}, {"n": 1})
     cache.update(KEY, {"n": 2})
     found = cache.find(KEY)
-    assert found.note == {"n": 2}
+    assert found.metadata == {"n": 2}
     assert read(found) == {"a": b"1"}
     cache.update(CacheKey("weights", "none", "1", "c"), {"n": 2})
 
@@ -211,12 +211,12 @@ def test_an_entry_can_be_told_something_new(cache):
 def test_the_command_lists_and_clears(cache, monkeypatch, capsys):
     monkeypatch.setenv(CACHE_DIR_VARIABLE, str(cache.folder))
     put(cache, KEY, {"a": b"x" * 2_000_000}, {"bundle": "my/bundle"})
-    cache.kernels.mkdir()
-    (cache.kernels / "kernel.nbi").write_bytes(b"y" * 1_000_000)
+    cache.numba_folder.mkdir()
+    (cache.numba_folder / "kernel.nbi").write_bytes(b"y" * 1_000_000)
     assert main(["cache", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     (entry,) = said["entries"]
-    assert (entry["kind"], entry["of"], said["numba_bytes"]) == ("weights", "my/bundle", 1_000_000)
+    assert (entry["kind"], entry["of"], said["kernels_bytes"]) == ("weights", "my/bundle", 1_000_000)
     assert entry["bytes"] >= 2_000_000
     assert main(["cache"]) == 0
     assert "my/bundle" in capsys.readouterr().out
@@ -229,7 +229,7 @@ def test_the_command_lists_and_clears(cache, monkeypatch, capsys):
 
 def test_use_keeps_an_entry(cache):
     entry = put(cache, KEY, {"a": b"1"})
-    long_ago = time.time() - UNUSED_S - 10
+    long_ago = time.time() - UNUSED_AFTER_S - 10
     os.utime(entry.path / STAMP, (long_ago, long_ago))
     cache.find(KEY)
     put(cache, CacheKey("weights", "other", "1", "c"), {"a": b"1"})

@@ -185,7 +185,11 @@ def bare(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(bare, value))
     return (
-        value.replace("\ufdd0", "") if type(value) is str else value.bare if isinstance(value, TaintedText) else value
+        value.replace("\ufdd0", "")
+        if type(value) is str
+        else value.plain_text
+        if isinstance(value, TaintedText)
+        else value
     )
 
 
@@ -229,7 +233,7 @@ OPERATIONS = {
 @given(name=st.sampled_from(sorted(OPERATIONS)), text=marked(), part=PARTS, n=st.integers(-4, 4))
 def test_a_marked_text_behaves_like_the_bare_one(name: str, text: TaintedText, part: str, n: int) -> None:
     operation = OPERATIONS[name]
-    assert bare(operation(text, part, n)) == operation(text.bare, bare(part), n)
+    assert bare(operation(text, part, n)) == operation(text.plain_text, bare(part), n)
 
 
 @given(text=marked(), n=st.integers(-4, 4))
@@ -241,8 +245,8 @@ def test_what_is_cut_keeps_its_signs(text: TaintedText, n: int) -> None:
 
 @given(text=SPELLED)
 def test_marks_lie_in_every_spelling(text: str) -> None:
-    marker = TaintTracker(SpecialTokenFinder(SPECIAL), text)
-    read = marker.read(str.__str__(marker.mark(text)))
+    tracker = TaintTracker(SpecialTokenFinder(SPECIAL), text)
+    read = tracker.untaint(str.__str__(tracker.taint(text)))
     assert read.text == text
     for special in SPECIAL:
         for start in range(len(text)):

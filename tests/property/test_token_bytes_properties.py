@@ -53,9 +53,9 @@ def test_a_text_has_no_fewer_tokens(name: str, text: str) -> None:
     inner = KNOWN[name]
     known = measure_token_size(inner)
     assert known is not None
-    assert len(inner.encode(text, add_special_tokens=False).ids) >= known.fewest(text)
+    assert len(inner.encode(text, add_special_tokens=False).ids) >= known.min_tokens(text)
     if name in {"bytes", "split"}:
-        assert known.fewest(text) == -(-len(text.encode()) // 4)
+        assert known.min_tokens(text) == -(-len(text.encode()) // 4)
 
 
 def test_nfc_shrinks_no_letter_by_more() -> None:
@@ -92,12 +92,12 @@ def test_nothing_is_said_where_a_token_swallows_spaces() -> None:
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer(bytewise())
-    text = "a" * (admission.SHORT // 4 * 4 + 4)
-    fewest = len(text) // 4
-    with pytest.raises(RequestError, match=f"at least {fewest} tokens, the context holds {fewest}") as caught:
-        tokenizer.check_length(text, fewest)
+    text = "a" * (admission.SHORT_TEXT_LENGTH // 4 * 4 + 4)
+    min_tokens = len(text) // 4
+    with pytest.raises(RequestError, match=f"at least {min_tokens} tokens, the context holds {min_tokens}") as caught:
+        tokenizer.check_length(text, min_tokens)
     assert caught.value.code == "bad_request"
-    tokenizer.check_length(text, fewest + 1)
+    tokenizer.check_length(text, min_tokens + 1)
     Tokenizer(bytewise(normalizers.Strip())).check_length(" " * 1_000_000, 10)
     conversation = SessionState()
     monkeypatch.setattr(tokenizer, "encode", lambda *_: 1 // 0)

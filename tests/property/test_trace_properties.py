@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from edgelm.bench.profiler import _phase, _PhaseTimes
-from edgelm.bench.trace import LAYER_PART, GraphRun, alike, find_part, fold, parse_runs
+from edgelm.bench.trace import LAYER_PART, GraphRun, find_part, group_layers, parse_runs, summarize_steps
 from edgelm.bundle.manifest import KVCacheShape, Manifest, Matrix
 
 LAYERS = 3
@@ -106,7 +106,7 @@ def test_nodes_outside_every_run_are_left_out(profile):
 @given(profiles(), st.sampled_from(["native", "optimum"]))
 def test_sums_are_conserved(profile, via):
     events, expected = profile
-    folded = fold([parse_runs(events)], manifest(via))  # one step of several runs
+    folded = summarize_steps([parse_runs(events)], manifest(via))  # one step of several runs
     assert folded.run_us == pytest.approx(sum(us for us, _, _ in expected))
     assert folded.nodes_us == pytest.approx(sum(busy for _, busy, _ in expected))
     for table in [folded.operators, *([folded.parts] if folded.parts else [])]:
@@ -124,7 +124,7 @@ def test_sums_are_conserved(profile, via):
 def test_steps_of_other_nodes_are_averaged(profile):
     events, expected = profile
     runs = parse_runs(events)
-    folded = fold([[run] for run in runs], manifest())
+    folded = summarize_steps([[run] for run in runs], manifest())
     for table in [folded.operators, *([folded.parts] if folded.parts else [])]:
         nodes = sum(nodes for *_, nodes in expected)
         assert len(runs) * sum(each.nodes for each in table) == pytest.approx(nodes)
@@ -137,13 +137,13 @@ def test_interrupted_steps_do_not_count(profile, half, data):
     runs = parse_runs(profile[0])
     slow = [GraphRun(run.us + 9e3, tuple(replace(node, us=node.us + 4e3) for node in run.nodes)) for run in runs]
     order = data.draw(st.permutations([runs] * (half + 1) + [slow] * half))
-    assert fold(order, manifest()) == fold([runs], manifest())
+    assert summarize_steps(order, manifest()) == summarize_steps([runs], manifest())
 
 
 @given(profiles())
 def test_bytes_are_those_of_the_matrices_in_memory(profile):
     runs = parse_runs(profile[0])
-    folded = fold([runs], manifest())
+    folded = summarize_steps([runs], manifest())
     total = 0.0
     for node in (node for run in runs for node in run.nodes):
         if node.operator not in ("MatMulNBits", "MatMul") or node.shape[1:] == (5, 7):
@@ -164,12 +164,12 @@ def test_parts_are_the_models_in_its_order_or_none(profile):
     runs = parse_runs(profile[0])
     told = {find_part(node.name, LAYERS) for run in runs for node in run.nodes}
     layers = [f"layer {i}" for i in range(LAYERS)]
-    parts = fold([[run] for run in runs], manifest()).parts
+    parts = summarize_steps([[run] for run in runs], manifest()).parts
     assert (parts is None) == (not told >= set(layers))
     if parts is None:
         return
     assert [part.name for part in parts] == ["embedding", *layers, "head"]
-    groups = alike(parts)
+    groups = group_layers(parts)
     assert [part for group in groups for part in group] == list(parts)
     for group in groups:
         assert len({part.operators for part in group}) == 1
@@ -186,7 +186,7 @@ def test_a_name_tells_its_layer(layer, layers, rest):
 
 def test_a_profile_without_runs_has_none():
     assert parse_runs([]) == []
-    assert fold([[GraphRun(7.0, ())]], manifest()).share(0.0) == 0.0
+    assert summarize_steps([[GraphRun(7.0, ())]], manifest()).share(0.0) == 0.0
 
 
 @given(st.lists(st.lists(st.integers(1, 900), min_size=1, max_size=3), min_size=2, max_size=20), st.data())
@@ -199,5 +199,5 @@ def test_a_step_is_folded_with_its_own_runs(times, data):
     following = iter([*(GraphRun(us, ()) for step in times for us in step), GraphRun(7.0, ())])
     phase = _phase(plain, timed, following, manifest())
     assert (phase.plain_us, phase.outside_us) == (4, 5.0 * (len(times) - skipped - 1))
-    assert phase.fold.run_us == median(sum(step) for step in times[skipped:])
+    assert phase.typical_step.run_us == median(sum(step) for step in times[skipped:])
     assert next(following).us == 7  # the next phase begins where this one ends

@@ -62,7 +62,7 @@ def hostile(tmp_path):
 
 
 def answer(hostile, *options, **environment):
-    command = [sys.executable, "-I", "-c", ANSWER, "\n".join(isolated_python.paths()), "generate", *options]
+    command = [sys.executable, "-I", "-c", ANSWER, "\n".join(isolated_python.list_import_paths()), "generate", *options]
     cache = hostile.parent / "cache"
     done = subprocess.run(
         command,
@@ -102,7 +102,7 @@ def test_trying_a_constraint_runs_nothing_of_the_current_folder(hostile):
 
 def test_a_child_gets_the_folders_that_it_needs_and_no_relative_ones(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "relative", ".", str(tmp_path), ""]))
-    paths = isolated_python.paths()
+    paths = isolated_python.list_import_paths()
     assert paths[0] == str(PACKAGE.resolve().parent)
     assert paths[1] == str(tmp_path)
     assert all(Path(path).is_absolute() for path in paths)

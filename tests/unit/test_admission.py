@@ -14,7 +14,7 @@ import pytest
 import edgelm
 from edgelm.bundle.manifest import MANIFEST
 from edgelm.engine import admission
-from edgelm.engine.admission import SHORT
+from edgelm.engine.admission import SHORT_TEXT_LENGTH
 from edgelm.errors import RequestError
 from edgelm.model import Model
 
@@ -24,7 +24,7 @@ if not (Path(edgelm.__file__).parent / "builtin" / MANIFEST).is_file():
         allow_module_level=True,
     )
 
-LONG = "play some jazz " * (SHORT // 10)
+LONG = "play some jazz " * (SHORT_TEXT_LENGTH // 10)
 PATIENCE_S = 30.0
 
 
@@ -45,7 +45,7 @@ class Held:
 
         def slow(text: str, add_special_tokens: bool = True) -> list[int]:
             self.threads.append(threading.current_thread().name)
-            if len(text) > SHORT:
+            if len(text) > SHORT_TEXT_LENGTH:
                 self.begun.set()
                 assert self.release.wait(PATIENCE_S)
             return encode(text, add_special_tokens)
@@ -115,7 +115,7 @@ def test_answers_are_the_same_whoever_reads_the_prompt(model: Model, monkeypatch
         return [(each.text, each.turn) for each in said]
 
     at_once = answers("a")
-    monkeypatch.setattr(admission, "SHORT", -1)
+    monkeypatch.setattr(admission, "SHORT_TEXT_LENGTH", -1)
     assert answers("b") == at_once
 
 

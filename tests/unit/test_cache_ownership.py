@@ -61,14 +61,14 @@ def test_the_cache_is_made_for_this_user_alone_whatever_the_umask(tmp_path, umas
     try:
         cache = BoardCache(tmp_path / "home" / ".cache" / "edgelm")
         entry = put(cache)
-        assert cache.prepare_numba_folder() == cache.kernels
+        assert cache.prepare_numba_folder() == cache.numba_folder
         cache.update(KEY, {"n": 1})
     finally:
         os.umask(before)
-    for folder in (cache.folder, cache.folder.parent, cache.folder.parent.parent, cache.kernels, entry.path):
+    for folder in (cache.folder, cache.folder.parent, cache.folder.parent.parent, cache.numba_folder, entry.path):
         assert mode(folder) == 0o700
     assert all(not mode(file) & 0o022 for file in entry.path.iterdir())
-    assert cache.find(KEY).note == {"n": 1}
+    assert cache.find(KEY).metadata == {"n": 1}
     assert said() == []
 
 
@@ -88,7 +88,7 @@ def test_numba_keeps_its_files_for_this_user_alone_whatever_the_umask(tmp_path):
             timeout=240,
         )
         assert (done.stdout.split(), done.stderr) == (["5", str(hits), "0"], "")
-        files = [cache.kernels, *cache.kernels.rglob("*")]
+        files = [cache.numba_folder, *cache.numba_folder.rglob("*")]
         assert len(files) > 3
         assert all(not mode(file) & 0o077 for file in files)
 
@@ -144,16 +144,16 @@ def test_an_entry_that_leads_elsewhere_is_not_used(cache, said, part):
 @pytest.mark.parametrize("way", [*WAYS, link_elsewhere])
 @pytest.mark.parametrize("part", ["the folder", "a folder in it", "a file in it"])
 def test_numbas_pickles_that_others_could_have_written_are_not_read(cache, said, part, way):
-    inner = cache.kernels / "sampling_1"
+    inner = cache.numba_folder / "sampling_1"
     make_private(inner)
     file = inner / "ranking.rank_of.nbi"
     file.write_bytes(b"pickle")
-    assert cache.prepare_numba_folder() == cache.kernels
-    way({"the folder": cache.kernels, "a folder in it": inner}.get(part, file))
+    assert cache.prepare_numba_folder() == cache.numba_folder
+    way({"the folder": cache.numba_folder, "a folder in it": inner}.get(part, file))
     assert cache.prepare_numba_folder() is None
     assert cache.prepare_numba_folder() is None
     assert len(said()) == 1, "said once"
-    assert said()[0].startswith(f"{cache.kernels} is not used")
+    assert said()[0].startswith(f"{cache.numba_folder} is not used")
 
 
 def test_without_a_safe_folder_numba_looks_for_no_other_one(tmp_path):

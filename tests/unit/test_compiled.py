@@ -34,7 +34,7 @@ def sample(cache, **more):
 
 def test_a_kernel_is_compiled_once(cache):
     assert sample(cache) == (False, "")
-    assert list(BoardCache(cache).kernels.rglob("ranking.rank_of-*.nbi"))
+    assert list(BoardCache(cache).numba_folder.rglob("ranking.rank_of-*.nbi"))
     assert sample(cache) == (True, "")
 
 
@@ -42,7 +42,7 @@ def test_a_kernel_is_compiled_once(cache):
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_half_a_file_is_compiled_again_and_said_once(cache, ending, share):
     sample(cache)
-    for file in BoardCache(cache).kernels.rglob(f"*.{ending}"):
+    for file in BoardCache(cache).numba_folder.rglob(f"*.{ending}"):
         content = file.read_bytes()
         file.write_bytes(content[: int(share * len(content))])
     hit, said = sample(cache)
@@ -64,7 +64,7 @@ def test_other_users_of_numba_keep_their_own_place():
     from edgelm.sampling import ranking
 
     assert ranking is not None
-    assert str(BoardCache.default().kernels) != config.CACHE_DIR
+    assert str(BoardCache.default().numba_folder) != config.CACHE_DIR
 
 
 def test_without_numba_a_greedy_service_has_nothing_to_compile(monkeypatch):

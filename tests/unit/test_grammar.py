@@ -47,7 +47,7 @@ def answer(
     grammar: ConstraintCompiler, tokenizer: Tokenizer, constraint: Constraint, seed: int, limit: int = 150
 ) -> str | None:
     """Sample under the mask from logits that know nothing; None where the answer does not end in time."""
-    matcher = grammar.start(constraint)
+    matcher = grammar.compile(constraint)
     width = tokenizer.vocab_size + EXTRA
     sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), width)
     closing = [token for name, token in tokenizer._inner.get_vocab().items() if name[-1] in '"}],' or name.isdigit()]
@@ -159,7 +159,7 @@ def test_answers_follow_a_lark_grammar(grammar: ConstraintCompiler, tokenizer: T
 
 
 def test_whitespace_in_json_is_bounded(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
-    matcher = grammar.start(Constraint("json_schema", '{"type": "object"}'))
+    matcher = grammar.compile(Constraint("json_schema", '{"type": "object"}'))
     (brace,) = tokenizer.encode("x{", add_special_tokens=False)[-1:]
     newline = tokenizer.encode("x\n", add_special_tokens=False)[-1]
     matcher.accept(brace)
@@ -172,7 +172,7 @@ def test_whitespace_in_json_is_bounded(grammar: ConstraintCompiler, tokenizer: T
 
 
 def test_forced_tokens_are_what_the_mask_leaves(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
-    matcher = grammar.start(Constraint("regex", "(red|green) ball"))
+    matcher = grammar.compile(Constraint("regex", "(red|green) ball"))
     assert matcher.forced_tokens() == []
     (letter,) = tokenizer.encode("xr", add_special_tokens=False)[-1:]
     matcher.accept(letter)
@@ -186,7 +186,7 @@ def test_forced_tokens_are_what_the_mask_leaves(grammar: ConstraintCompiler, tok
 
 def test_two_answers_to_one_constraint_do_not_meet(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
     constraint = Constraint("choices", ("a", "b"))
-    first, second = grammar.start(constraint), grammar.start(constraint)
+    first, second = grammar.compile(constraint), grammar.compile(constraint)
     before = allowed(second, tokenizer.vocab_size)
     first.accept(before[0])
     assert first.is_finished
@@ -216,7 +216,7 @@ def test_what_cannot_be_followed_is_one_clear_line(
     kind: Any, value: str, message: str, grammar: ConstraintCompiler
 ) -> None:
     with pytest.raises(RequestError, match=message) as caught:
-        grammar.start(Constraint(kind, value))
+        grammar.compile(Constraint(kind, value))
     assert caught.value.code == "bad_request"
     assert str(caught.value).startswith(f"{kind} is not valid: ")
     assert "\n" not in str(caught.value)
@@ -224,7 +224,7 @@ def test_what_cannot_be_followed_is_one_clear_line(
 
 
 def test_a_token_against_the_mask_is_an_internal_error(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
-    matcher = grammar.start(Constraint("choices", ("a", "b")))
+    matcher = grammar.compile(Constraint("choices", ("a", "b")))
     wrong = next(t for t in range(3, tokenizer.vocab_size) if t not in allowed(matcher, tokenizer.vocab_size))
     with pytest.raises(RequestError, match=f"token {wrong} was chosen") as caught:
         matcher.accept(wrong)

@@ -16,7 +16,7 @@ from vocabularies import byte_fallback, byte_level
 from edgelm.errors import BundleError, EdgelmError, RequestError
 from edgelm.text.tainted_text import SpecialTokenFinder, TaintedText, TaintTracker
 from edgelm.text.tokenizer import Tokenizer
-from edgelm.text.tokenizer_file import MOST_ADDED, MOST_GROWTH, MOST_ID
+from edgelm.text.tokenizer_file import MAX_ADDED_TOKENS, MAX_GROWTH, MAX_TOKEN_ID
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -66,13 +66,13 @@ def around(count: int) -> Change:
 
 REFUSED: dict[str, tuple[Change, str]] = {
     "an id of 32 bits": (token(2**32 - 1), "id above"),
-    "an id above the largest": (token(MOST_ID + 1), "id above"),
+    "an id above the largest": (token(MAX_TOKEN_ID + 1), "id above"),
     "an id around a text": (lambda c: (around(1)(c), c["post_processor"]["special_tokens"]["<s>"].update(ids=[4 * 10**9])), "id above"),
     "a table's size": (charsmap(2**32 - 1), "precompiled_charsmap says"),
-    "many tokens around a text": (around(MOST_ADDED + 1), "tokens around every text"),
-    "replaced by a long text": (replace({"String": "a"}, "a" * (MOST_GROWTH + 1)), "times longer"),
+    "many tokens around a text": (around(MAX_ADDED_TOKENS + 1), "tokens around every text"),
+    "replaced by a long text": (replace({"String": "a"}, "a" * (MAX_GROWTH + 1)), "times longer"),
     "replaced step by step": (replace({"String": "a"}, "aaaaaaaaaa", 9), "times longer"),
-    "matched and replaced": (replace({"Regex": "."}, "x" * (MOST_GROWTH + 1)), "times longer"),
+    "matched and replaced": (replace({"Regex": "."}, "x" * (MAX_GROWTH + 1)), "times longer"),
     "replaced in an answer": (replace({"String": "a"}, "a" * 10, 9, "decoder"), "times longer"),
     "nested repetitions": (split("(a+)+$"), "too long for short texts|retry-limit"),
     "nested alternatives": (split("(?:a|a)*$"), "too long for short texts|retry-limit"),
@@ -100,8 +100,8 @@ def test_a_name_that_is_escaped_hides_nothing(tmp_path: Path, change: Change, na
 @pytest.mark.parametrize(
     "change",
     [
-        around(MOST_ADDED),
-        replace({"String": "a"}, "b" * MOST_GROWTH),
+        around(MAX_ADDED_TOKENS),
+        replace({"String": "a"}, "b" * MAX_GROWTH),
         replace({"String": " "}, "\u2581"),
         split(r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"),
         split(
@@ -151,8 +151,8 @@ def test_an_error_is_one_line_and_has_an_end() -> None:
 )
 def test_a_long_text_that_spells_tokens_is_cut_in_time(method: Callable[[str], object]) -> None:
     """What a template does to a message of 64 KB: it took a minute where each cut looked for all signs again."""
-    marker = TaintTracker(SpecialTokenFinder(["<|im_end|>"]), [])
-    text = marker.mark("</think>\n" * 7000 + "<|im_end|>")
+    tracker = TaintTracker(SpecialTokenFinder(["<|im_end|>"]), [])
+    text = tracker.taint("</think>\n" * 7000 + "<|im_end|>")
     assert isinstance(text, TaintedText)
     begun = time.thread_time()
     method(text)

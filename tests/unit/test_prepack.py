@@ -142,7 +142,7 @@ def test_a_bundle_elsewhere_shares_the_packed_weights(own, bundle, cache):
         file.touch()
     logits_of(own, cache)
     (entry,) = cache.entries()
-    assert entry.note["bundle"] == str(own), "its files are known from now on"
+    assert entry.metadata["bundle"] == str(own), "its files are known from now on"
     assert set(prepack._unchanged(open_bundle(own), entry)) == {"model.onnx", "model.onnx.data"}
 
 

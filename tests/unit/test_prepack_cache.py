@@ -63,7 +63,7 @@ def test_our_kernels_compute_what_onnxruntimes_do(tiny_checkpoint, export_to_cac
     np.testing.assert_array_equal(*found)
     assert 0 < apart(found[0], plain) < 0.05
     (entry,) = cache.entries()
-    assert entry.note[FORMATS]
+    assert entry.metadata[FORMATS]
     operators = {node.operator for node in read_model((entry.path / PACKED_GRAPH_FILE).read_bytes()).nodes}
     taken_over = {"MatMulNBits", "Cast", "Split", "QuickGelu", "Mul", "SkipSimplifiedLayerNormalization"}
     assert not operators & taken_over, "all of that is in the kernels"
@@ -75,8 +75,10 @@ def test_matrices_of_several_formats_run_side_by_side(tiny_checkpoint, export_to
     assert apart(logits_of(path, cache), logits_of(path, None)) < 0.05
     (entry,) = cache.entries()
     matrices = open_bundle(path).manifest.matrices
-    assert len(entry.note[FORMATS]) > 1
-    assert {tuple(form) for form in entry.note[FORMATS]} <= {(matrix.bits, matrix.block_size) for matrix in matrices}
+    assert len(entry.metadata[FORMATS]) > 1
+    assert {tuple(form) for form in entry.metadata[FORMATS]} <= {
+        (matrix.bits, matrix.block_size) for matrix in matrices
+    }
 
 
 ASYMMETRIC = {"quant": "int4", "symmetric": False, "embedding_bits": 4}
@@ -86,7 +88,7 @@ def test_bundles_that_there_are_no_kernels_for_keep_onnxruntimes(tiny_checkpoint
     path = export_to_cache(tiny_checkpoint(**SMALL), **ASYMMETRIC)
     np.testing.assert_array_equal(logits_of(path, cache), logits_of(path, None))
     (entry,) = cache.entries()
-    assert FORMATS not in entry.note
+    assert FORMATS not in entry.metadata
     assert said() == []
 
 
@@ -101,7 +103,7 @@ def test_without_our_kernels_onnxruntimes_are_used(small, cache, monkeypatch, mi
         monkeypatch.setattr(prepack, "rewrite_graph", lambda *_: 1 / 0)
     np.testing.assert_array_equal(logits_of(small, cache), plain)
     (entry,) = cache.entries()
-    assert FORMATS not in entry.note
+    assert FORMATS not in entry.metadata
     assert not (entry.path / KERNELS).exists()
     assert said() == []
     assert any("own kernels are not used" in line for line in said(logging.INFO))
@@ -194,5 +196,5 @@ def test_the_built_in_bundle_runs_on_our_kernels(cache, said):
         path = lm.bundle.path
     assert apart(logits_of(path, cache), logits_of(path, None)) < 0.1
     (entry,) = cache.entries()
-    assert entry.note[FORMATS]
+    assert entry.metadata[FORMATS]
     assert said() == []

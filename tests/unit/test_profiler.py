@@ -61,15 +61,15 @@ def test_every_layer_has_its_products(profiled, ours, tmp_path, monkeypatch):
     monkeypatch.setattr(prepack, "MIN_CACHED_BYTES", 0 if ours else 10**12)
     manifest = open_bundle(profiled).manifest
     sizes = {"prompt_tokens": 20, "new_tokens": 3, "repeat": 1, "threads": 1}
-    found = profiler.profile(profiled, **sizes, cache=BoardCache(tmp_path / "cache"))
+    found = profiler.profile_bundle(profiled, **sizes, cache=BoardCache(tmp_path / "cache"))
     for phase in found.phases:
-        _, *layers, head = phase.fold.parts
+        _, *layers, head = phase.typical_step.parts
         for part in layers:
             assert sum(map(is_product, part.operators)) == 4, part  # qkv, output, gate_up, down
         assert sum(map(is_product, head.operators)) == 1
         if ours and any(matrix.bits < 32 for matrix in manifest.matrices):
             assert any(map(WeightFormat.from_op_type, head.operators))
-        read = [each for each in phase.fold.operators if each.bytes]
+        read = [each for each in phase.typical_step.operators if each.bytes]
         assert sum(each.nodes for each in read) == 4 * manifest.cache.layers + 1
         named = {(matrix.columns, matrix.rows, matrix.bits) for matrix in manifest.matrices}
         assert {(*each.shape, each.bits) for each in read} <= named
@@ -78,10 +78,12 @@ def test_every_layer_has_its_products(profiled, ours, tmp_path, monkeypatch):
 def test_a_long_prompt_is_one_pass_of_several_runs(bundle):
     context = open_bundle(bundle).manifest.context
     tokens = min(300, context - 3)
-    (prefill, decode) = profiler.profile(str(bundle), prompt_tokens=tokens, new_tokens=3, repeat=1, threads=1).phases
+    (prefill, decode) = profiler.profile_bundle(
+        str(bundle), prompt_tokens=tokens, new_tokens=3, repeat=1, threads=1
+    ).phases
     runs = -(-tokens // profiler.PREFILL_CHUNK)
-    nodes = sum(each.nodes for each in decode.fold.operators)
-    assert sum(each.nodes for each in prefill.fold.operators) == runs * nodes
+    nodes = sum(each.nodes for each in decode.typical_step.operators)
+    assert sum(each.nodes for each in prefill.typical_step.operators) == runs * nodes
     assert (prefill.tokens, decode.context) == (tokens, tokens)
 
 
@@ -133,7 +135,7 @@ def test_an_interrupted_profile_leaves_no_file(bundle, scratch, monkeypatch):
         profiler, "_decode", lambda session, *rest: interrupt() if any(scratch.iterdir()) else decode(session, *rest)
     )
     with pytest.raises(KeyboardInterrupt):
-        profiler.profile(str(bundle), prompt_tokens=4, new_tokens=1, repeat=1, threads=1)
+        profiler.profile_bundle(str(bundle), prompt_tokens=4, new_tokens=1, repeat=1, threads=1)
     assert list(scratch.iterdir()) == []
 
 
@@ -142,6 +144,6 @@ def test_weights_packed_for_the_board_are_profiled_too(bundle, tmp_path, monkeyp
     cache = BoardCache(tmp_path / "cache")
     for _ in range(2):  # packed, then found
         sizes = {"prompt_tokens": 4, "new_tokens": 2, "repeat": 1, "threads": 1}
-        found = profiler.profile(str(bundle), **sizes, cache=cache)
+        found = profiler.profile_bundle(str(bundle), **sizes, cache=cache)
         assert len(list(cache.entries())) == 1
-        assert all(phase.fold.parts for phase in found.phases)
+        assert all(phase.typical_step.parts for phase in found.phases)

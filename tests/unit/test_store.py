@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm.bundle.catalogue import USABLE_MEMORY_SHARE, catalogue, check_name
+from edgelm.bundle.catalogue import USABLE_MEMORY_SHARE, check_name, load_catalogue
 from edgelm.bundle.manifest import open_bundle
-from edgelm.bundle.store import BUILTIN, BundleStore, Origin, resolve
+from edgelm.bundle.store import BUILTIN, BundleStore, Origin, resolve_bundle_path
 from edgelm.errors import BundleError, EdgelmError
 
 BUILTIN_FOLDER = Path(edgelm.__file__).parent / "builtin"
@@ -27,13 +27,13 @@ def store(tmp_path, monkeypatch):
 
 
 def put(store, name, origin=None):
-    shutil.copytree(BUILTIN_FOLDER, store.place(name))
+    shutil.copytree(BUILTIN_FOLDER, store.bundle_path(name))
     if origin is not None:
-        store.remember(name, origin)
+        store.write_origin(name, origin)
 
 
 def test_every_entry_of_the_catalogue_is_whole():
-    models = catalogue()
+    models = load_catalogue()
     assert len(models) >= 10
     assert [model.parameters for model in models.values()] == sorted(model.parameters for model in models.values())
     for name, model in models.items():
@@ -43,20 +43,20 @@ def test_every_entry_of_the_catalogue_is_whole():
         assert repository
         assert model.licence
         assert model.good_at
-        assert model.forms
+        assert model.variants
         assert model.revision is None or len(model.revision) == 40
         assert 1 <= model.smallest_board_gb <= 16
 
 
-@given(st.floats(1, 100_000), st.sampled_from(sorted(catalogue())))
+@given(st.floats(1, 100_000), st.sampled_from(sorted(load_catalogue())))
 def test_the_first_form_that_fits_is_taken(memory, name):
-    model = catalogue()[name]
+    model = load_catalogue()[name]
     found = model.choose_variant(memory)
-    fitting = [form for form in model.forms if form.memory_mb <= USABLE_MEMORY_SHARE * memory]
+    fitting = [variant for variant in model.variants if variant.memory_mb <= USABLE_MEMORY_SHARE * memory]
     assert found == (fitting[0] if fitting else None)
-    assert model.choose_variant(None) == model.forms[0]
-    for form in model.forms:
-        assert model.choose_variant(None, form.quant) == form
+    assert model.choose_variant(None) == model.variants[0]
+    for variant in model.variants:
+        assert model.choose_variant(None, variant.quant) == variant
 
 
 @given(st.text(max_size=80))
@@ -72,8 +72,8 @@ def test_only_a_name_is_one(text):
 
 def test_a_name_stands_for_a_stored_bundle(store, run):
     put(store, "mine", Origin("owner/model", "0123456789abcdef"))
-    assert resolve("mine") == store.place("mine")
-    assert open_bundle("mine").path == store.place("mine")
+    assert resolve_bundle_path("mine") == store.bundle_path("mine")
+    assert open_bundle("mine").path == store.bundle_path("mine")
     code, out, err = run("generate", "mine", "play some jazz")
     assert (code, err) == (0, "")
     assert json.loads(out)["intent"] == "PlayMusic"
@@ -88,10 +88,10 @@ def test_a_name_wins_over_a_directory_here_and_builtin_over_all(store, tmp_path,
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "other", BUILTIN):
         (tmp_path / name).mkdir()
-    assert resolve("mine") == store.place("mine")
-    assert resolve("./mine") == resolve("mine/") == Path("mine")
-    assert resolve("other") == Path("other")
-    assert resolve(BUILTIN) == BUILTIN_FOLDER
+    assert resolve_bundle_path("mine") == store.bundle_path("mine")
+    assert resolve_bundle_path("./mine") == resolve_bundle_path("mine/") == Path("mine")
+    assert resolve_bundle_path("other") == Path("other")
+    assert resolve_bundle_path(BUILTIN) == BUILTIN_FOLDER
     assert "cannot be opened" not in run("list")[1]
 
 
@@ -135,10 +135,10 @@ def test_models(store, run):
     code, out, err = run("models")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert len(lines) == 1 + len(catalogue())
+    assert len(lines) == 1 + len(load_catalogue())
     assert lines[1].endswith("(here)")
     assert not lines[2].endswith("(here)")
-    assert {entry["name"] for entry in json.loads(run("models", "--json")[1])} == set(catalogue())
+    assert {entry["name"] for entry in json.loads(run("models", "--json")[1])} == set(load_catalogue())
 
 
 def test_rm_removes_what_is_named_and_what_was_made_of_it(store, run, tmp_path, monkeypatch):
@@ -147,14 +147,14 @@ def test_rm_removes_what_is_named_and_what_was_made_of_it(store, run, tmp_path, 
 
     for name in ("mine", "other"):
         put(store, name, Origin("owner/model"))
-        note = {"bundle": str(store.place(name))}
+        note = {"bundle": str(store.bundle_path(name))}
         BoardCache.default().make(CacheKey("weights", name, "r", "c"), 1, lambda folder, note=note: note)
     code, out, err = run("rm", "mine")
     assert (code, err) == (0, "")
     assert out.startswith("removed mine: 2.1 MB")
     assert store.names() == ["other"]
     assert sorted(path.name for path in (store.folder / "bundles").iterdir()) == ["other", "other.json"]
-    assert [entry.note["bundle"] for entry in BoardCache.default().entries()] == [str(store.place("other"))]
+    assert [entry.metadata["bundle"] for entry in BoardCache.default().entries()] == [str(store.bundle_path("other"))]
 
 
 @pytest.mark.parametrize("wrong", ["nothing", "builtin", "../mine", "", "Mine"])
@@ -179,9 +179,9 @@ def test_who_names_what_is_not_here_learns_what_to_do(name, remedy, store, run):
     for command in (["generate", name, "x"], ["info", name], ["serve", "--model", name], ["show", name]):
         code, out, err = run(*command)
         assert (code, out, err.count("\n")) == (1, "", 1), command
-        if command[0] != "show" or name not in catalogue():
+        if command[0] != "show" or name not in load_catalogue():
             assert remedy in err
-        if name in catalogue():
+        if name in load_catalogue():
             break
     with pytest.raises(BundleError):
         edgelm.load(name)

@@ -16,7 +16,7 @@ from edgelm.text.template_sandbox import Template
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "play <eos> music"}]
 GROW = "{% set ns = namespace(s='ab', l=[1]) %}{% for i in range(70) %}{% set ns.s = STEP %}{% endfor %}{{ ns.s | length }}"
-PROCESSOR_S = 5 * template_sandbox.LIMIT_S
+PROCESSOR_S = 5 * template_sandbox.RENDER_LIMIT_S
 """A single step may be under way when the time is over."""
 
 TOO_LONG = {
@@ -131,7 +131,7 @@ def test_one_that_fails_for_a_short_text_is_not_tried_again():
             template.render(MESSAGES)
         took = time.thread_time() - begun
     assert caught.value.code == "bad_request"
-    assert took < template_sandbox.LIMIT_S / 2
+    assert took < template_sandbox.RENDER_LIMIT_S / 2
 
 
 def test_limits_are_a_threads_own_and_a_renderings_own():

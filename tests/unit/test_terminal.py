@@ -25,7 +25,7 @@ from edgelm.bundle.store import BundleStore, Origin
 from edgelm.cli import main
 from edgelm.cli.serve import _JsonLines, _TextLines
 from edgelm.system import progress_bar
-from edgelm.system.terminal import EscapingStream, escape_line, escape_output, plain, shown
+from edgelm.system.terminal import EscapingStream, escape_controls, escape_line, escape_output, unwrap_stream
 
 BUILTIN = Path(edgelm.__file__).parent / "builtin"
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\x7f\rhi"
@@ -41,17 +41,17 @@ def is_safe(text: str) -> bool:
 @example(text=EVIL)
 @example(text="".join(map(chr, range(0x2100))))
 def test_nothing_that_a_terminal_obeys_is_left(text: str) -> None:
-    assert is_safe(shown(text))
+    assert is_safe(escape_controls(text))
     assert is_safe(escape_line(text))
     assert "\n" not in escape_line(text)
     if is_safe(text) and not re.search("[\ud800-\udfff]", text):
-        assert shown(text) == text
+        assert escape_controls(text) == text
 
 
 def test_escapes_are_visible_and_other_writing_stays() -> None:
-    assert shown(EVIL) == TOLD
+    assert escape_controls(EVIL) == TOLD
     kept = "tab\tand\nline, Grüße, 東京, שלום, عربي, 👩‍👩‍👧, e\u0301\u200f"
-    assert shown(kept) == kept
+    assert escape_controls(kept) == kept
 
 
 @given(text=st.text(), at=st.integers(0, 50))
@@ -61,7 +61,7 @@ def test_a_sequence_in_two_pieces_is_shown_like_one(text: str, at: int) -> None:
     stream = EscapingStream(out)
     stream.write(text[:at])
     stream.write(text[at:])
-    assert out.getvalue() == shown(text)
+    assert out.getvalue() == escape_controls(text)
 
 
 @pytest.mark.parametrize("as_they_are", [True, False])
@@ -70,7 +70,7 @@ def test_output_is_ours_again_afterwards(as_they_are: bool, capsys: pytest.Captu
     with escape_output(raw_stdout=as_they_are):
         print(EVIL)
         print(EVIL, file=sys.stderr)
-        print("\x1b[K", end="", file=plain(sys.stderr))
+        print("\x1b[K", end="", file=unwrap_stream(sys.stderr))
     assert (sys.stdout, sys.stderr) == before
     told = capsys.readouterr()
     assert told.out == (f"{EVIL}\n" if as_they_are else f"{TOLD}\n")
@@ -87,7 +87,7 @@ def evil_bundle(tmp_path: Path) -> Path:
     """A bundle whose manifest holds escape sequences wherever it holds text that a person sees."""
     need_builtin()
     store = BundleStore(tmp_path / "data")
-    folder = store.place("evil")
+    folder = store.bundle_path("evil")
     folder.parent.mkdir(parents=True)
     shutil.copytree(BUILTIN, folder)
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -96,7 +96,7 @@ def evil_bundle(tmp_path: Path) -> Path:
     manifest["quant"] = EVIL
     manifest["adapter"] = EVIL
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    store.remember("evil", Origin(EVIL, EVIL))
+    store.write_origin("evil", Origin(EVIL, EVIL))
     return store.folder
 
 
