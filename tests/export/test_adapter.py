@@ -161,7 +161,7 @@ def test_patterns_match_as_peft_matches_them(patterns: list[str], names: list[st
 def test_a_pattern_that_never_ends_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, option: str, pattern: str
 ) -> None:
-    monkeypatch.setattr("edgelm_export.checkpoint.lora_patterns.LIMIT_S", 1.0)
+    monkeypatch.setattr("edgelm_export.checkpoint.lora_patterns.MATCH_TIMEOUT_S", 1.0)
     module = f"{QUERY}_{'a' * 60}"
     stored = {key.replace(QUERY, module): value for key, value in factors(QUERY, 4).items()}
     begun = time.monotonic()

@@ -255,7 +255,7 @@ def near(one, other):
 
 
 def test_an_older_runtime_is_refused_in_one_line(quantized, monkeypatch):
-    monkeypatch.setattr("edgelm.runtime.ort.RUNTIME", (1, 27))
+    monkeypatch.setattr("edgelm.runtime.ort.ORT_RELEASE", (1, 27))
     with pytest.raises(
         Exception, match=rf"needs onnxruntime {MIN_ONNXRUNTIME} or newer, this is .*--kv fp32"
     ) as caught:
