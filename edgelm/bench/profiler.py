@@ -148,7 +148,7 @@ def profile_bundle(
         return phases
 
     def opened(to: Path | None) -> Runner:
-        return open_runner(bundle, rows=max(batches), threads=threads, context=context, cache=cache, profile=to)
+        return open_runner(bundle, rows=max(batches), threads=threads, context=context, cache=cache, profile_prefix=to)
 
     plain = measured("plain", opened(None))
     with tempfile.TemporaryDirectory(prefix="edgelm-profile-") as folder:

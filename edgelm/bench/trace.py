@@ -263,7 +263,7 @@ def _our_product(args: Mapping[str, Any], fmt: WeightFormat) -> tuple[int, int, 
     *rows, width = _dims(args["input_type_shape"][0])
     y, scratch = (_dims(each) for each in args["output_type_shape"][:2])
     count = math.prod(rows)
-    whole = scratch[0] // (count * (fmt.block * fmt.code_bytes + QUANT_PARAM_BYTES)) * fmt.block
+    whole = scratch[0] // (count * (fmt.block_size * fmt.code_bytes + QUANT_PARAM_BYTES)) * fmt.block_size
     return count, width // 2 if width > whole else width, y[-1]
 
 

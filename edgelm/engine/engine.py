@@ -238,7 +238,7 @@ class Engine:
         start = sequence.computed_tokens
         end = min(start + PREFILL_CHUNK, sequence.length)
         tokens = sequence.history[start:end].astype(np.int64)
-        logits = self.runner.prefill(sequence.row, tokens, start, total=sequence.length)
+        logits = self.runner.prefill(sequence.row, tokens, start, final_length=sequence.length)
         sequence.computed_tokens = end
         if sequence.is_prefilled():
             self._prefix_cache.store(sequence)
@@ -281,7 +281,9 @@ class Engine:
             logits = self.runner.decode(tokens, np.array([sequence.computed_tokens], np.int32))
         else:
             every, total = len(guess) > 0, sequence.length + len(guess)
-            logits = self.runner.prefill(sequence.row, tokens, sequence.computed_tokens, every=every, total=total)
+            logits = self.runner.prefill(
+                sequence.row, tokens, sequence.computed_tokens, all_logits=every, final_length=total
+            )
         took = time.perf_counter() - begun
         sequence.computed_tokens = sequence.length
         right = 0
@@ -311,7 +313,7 @@ class Engine:
         begun = sequence.computed_tokens
         for start in range(begun, end, PREFILL_CHUNK):
             part = sequence.history[start : min(start + PREFILL_CHUNK, end)].astype(np.int64)
-            self.runner.prefill(sequence.row, part, start, total=sequence.length)
+            self.runner.prefill(sequence.row, part, start, final_length=sequence.length)
         sequence.computed_tokens = end
         return end - begun
 

@@ -19,7 +19,7 @@ def score(runner: Runner, row: int, tokens: list[int]) -> NDArray[np.float64]:
     inputs = np.asarray(tokens, np.int64)
     for start in range(0, len(result), SCORE_CHUNK):
         end = min(start + SCORE_CHUNK, len(result))
-        part = runner.prefill(row, inputs[start:end], start, every=True, total=len(tokens))
+        part = runner.prefill(row, inputs[start:end], start, all_logits=True, final_length=len(tokens))
         logits = part.astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
         chosen = logits[np.arange(end - start), inputs[start + 1 : end + 1]]

@@ -34,11 +34,11 @@ from edgelm.graph.onnx_model import (
 from edgelm.graph.protobuf import parse_fields
 from edgelm.graph.shape_inference import ShapeInference
 
-MOST_BYTES: Final = 1 << 40
+MAX_TENSOR_BYTES: Final = 1 << 40
 """Most bytes of one tensor."""
-MOST_GRAPH_BYTES: Final = 2_000_000_000
+MAX_GRAPH_BYTES: Final = 2_000_000_000
 """Most bytes of a graph without its data file: Protobuf's own limit."""
-MOST_DEPTH: Final = 4
+MAX_DEPTH: Final = 4
 """Most graphs inside each other."""
 
 UNBOUNDED_OPERATORS: Final = frozenset({"Loop", "Scan"})
@@ -77,8 +77,8 @@ def check_graph(bundle: Bundle) -> None:
     The bundle's files must have been verified. Takes some 25 microseconds a node.
     """
     try:
-        if bundle.graph.stat().st_size > MOST_GRAPH_BYTES:
-            raise _InvalidGraphError(f"it has more than {MOST_GRAPH_BYTES} bytes")
+        if bundle.graph.stat().st_size > MAX_GRAPH_BYTES:
+            raise _InvalidGraphError(f"it has more than {MAX_GRAPH_BYTES} bytes")
         model = read_model(bundle.graph.read_bytes())
         _GraphCheck(bundle, model).run()
     except OSError as error:
@@ -113,7 +113,7 @@ class _GraphCheck:
             self._check_node(node)
             self._check_sizes(node)
             if self._shapes is not None:
-                self._shapes.add(node)
+                self._shapes.infer(node)
         if self._shapes is not None:
             self._check_results(self._shapes)
 
@@ -145,7 +145,7 @@ class _GraphCheck:
             seen.add(name)
         for node in self._model.nodes:
             if not node.outputs:
-                raise _InvalidGraphError(f"a node {node.operator!r:.40} gives nothing")
+                raise _InvalidGraphError(f"a node {node.op_type!r:.40} gives nothing")
             self._producers |= {name: node for name in node.outputs if name}
             for name in node.inputs:
                 if name and name not in seen:
@@ -155,7 +155,7 @@ class _GraphCheck:
 
     def _check_tensor(self, tensor: Tensor) -> None:
         size = _bytes_of(tensor)
-        if tensor.place is None:
+        if tensor.external_range is None:
             if tensor.raw and len(tensor.raw) != size:
                 raise _InvalidGraphError(f"{tensor.name!r:.60} has {len(tensor.raw)} bytes instead of {size}")
             return
@@ -165,15 +165,15 @@ class _GraphCheck:
                 f"{tensor.name!r:.60} lies in {name!r:.80}; a bundle's weights lie in {self._data}, which its manifest"
                 " lists"
             )
-        start = tensor.place.start
-        length = size if tensor.place.stop is None else tensor.place.stop - start
+        start = tensor.external_range.start
+        length = size if tensor.external_range.stop is None else tensor.external_range.stop - start
         if length != size or start + size > self._data_bytes:
             raise _InvalidGraphError(f"{tensor.name!r:.60} has {length} bytes at {start} of {name} instead of {size}")
 
     def _source(self, name: str) -> Tensor | None:
         """Return the stored tensor that a value is, or is cast from."""
         maker = self._producers.get(name)
-        if maker is not None and maker.operator == "Cast" and maker.inputs:
+        if maker is not None and maker.op_type == "Cast" and maker.inputs:
             name = maker.inputs[0]
         return self._model.tensors.get(name)
 
@@ -204,14 +204,14 @@ class _GraphCheck:
 
     def _check_results(self, shapes: ShapeInference) -> None:
         """Refuse logits that are not one row for each wanted position, and memory that comes back in another shape."""
-        found = shapes.of("logits")
+        found = shapes.shape_of("logits")
         if found != ("rows", self._manifest.vocab_size):
             raise _InvalidGraphError(
                 f"it gives logits {list(found)}, the manifest says {self._manifest.vocab_size} tokens"
             )
         for past in self._model.inputs:
             present = past.replace("past.", "present.", 1)
-            if past != present and shapes.of(present) != shapes.of(past):
+            if past != present and shapes.shape_of(present) != shapes.shape_of(past):
                 raise _InvalidGraphError(f"{present} has another shape than {past}")
 
     def _check_kv_cache(self, name: str, value: ValueInfo) -> None:
@@ -232,19 +232,19 @@ class _GraphCheck:
         """Refuse operators that no bundle has, and check what a node carries inside."""
         if node.domain == DOMAIN:
             raise _InvalidGraphError(
-                f"it holds {node.operator!r:.40} of edgelm's own domain, which is made on the board only"
+                f"it holds {node.op_type!r:.40} of edgelm's own domain, which is made on the board only"
             )
         if node.domain not in ORT_DOMAINS:
-            raise _InvalidGraphError(f"it holds {node.operator!r:.40} of the domain {node.domain!r:.60}")
-        if node.operator in UNBOUNDED_OPERATORS:
-            raise _InvalidGraphError(f"it holds {node.operator}, which may never end")
+            raise _InvalidGraphError(f"it holds {node.op_type!r:.40} of the domain {node.domain!r:.60}")
+        if node.op_type in UNBOUNDED_OPERATORS:
+            raise _InvalidGraphError(f"it holds {node.op_type}, which may never end")
         for number, body in node.nested_messages:
             if number in _TENSORS:
                 tensor = read_tensor(body)
                 _bytes_of(tensor)
-                if tensor.place is not None:
+                if tensor.external_range is not None:
                     raise _InvalidGraphError("a node's own tensor lies in another file")
-            elif number in _GRAPHS and depth < MOST_DEPTH:
+            elif number in _GRAPHS and depth < MAX_DEPTH:
                 self._check_body(body, depth + 1)
             else:
                 raise _InvalidGraphError("it holds graphs too deep in each other, or a sparse tensor")
@@ -261,11 +261,11 @@ class _GraphCheck:
 
     def _check_sizes(self, node: Node) -> None:
         """Check the numbers of operators that read quantized weights, or keys and values."""
-        if node.operator == "MatMulNBits":
+        if node.op_type == "MatMulNBits":
             self._check_product(node)
-        elif node.operator == "GatherBlockQuantized":
+        elif node.op_type == "GatherBlockQuantized":
             self._check_table(node)
-        elif node.operator == "GroupQueryAttention":
+        elif node.op_type == "GroupQueryAttention":
             self._check_attention(node)
 
     def _check_product(self, node: Node) -> None:
@@ -376,7 +376,7 @@ def _domain(opset: bytes) -> str:
 def _number(node: Node, name: str, default: int | None = None) -> int:
     value = node.attributes.get(name, default)
     if value is None or value != int(value):
-        raise _InvalidGraphError(f"{node.operator} has no whole number {name}")
+        raise _InvalidGraphError(f"{node.op_type} has no whole number {name}")
     return int(value)
 
 
@@ -386,12 +386,12 @@ def _count(tensor: Tensor) -> int:
 
 def _bytes_of(tensor: Tensor) -> int:
     """Return how many bytes a tensor's values take. Raises `ValueError` for a shape that no tensor has."""
-    if any(not 0 <= size <= MOST_BYTES for size in tensor.shape):
+    if any(not 0 <= size <= MAX_TENSOR_BYTES for size in tensor.shape):
         raise _InvalidGraphError(f"{tensor.name!r:.60} has the shape {list(tensor.shape[:9])}")
     item = _ITEM_BYTES.get(tensor.dtype)
     if item is None:
         raise _InvalidGraphError(f"{tensor.name!r:.60} has the type {tensor.dtype}")
     size = math.ceil(_count(tensor) * item) if item < 1 else _count(tensor) * int(item)
-    if size > MOST_BYTES:
+    if size > MAX_TENSOR_BYTES:
         raise _InvalidGraphError(f"{tensor.name!r:.60} has {size} bytes")
     return size

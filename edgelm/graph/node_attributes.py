@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from edgelm.graph.protobuf import LENGTH_DELIMITED, VARINT, Field, message, parse_fields
+from edgelm.graph.protobuf import LENGTH_DELIMITED, VARINT, Field, encode_message, parse_fields
 
 _PATH: Final = (7, 1, 5)
 """Field numbers that lead to an attribute: ModelProto.graph, GraphProto.node, NodeProto.attribute."""
@@ -27,7 +27,7 @@ def _changed(data: bytes, path: tuple[int, ...], name: bytes, change: Callable[[
     if name not in data:
         return data  # as it is: a number may be written in more bytes than it needs
     if path:
-        return message(
+        return encode_message(
             (number, wire_type, _changed(value, path[1:], name, change))
             if number == path[0] and wire_type == LENGTH_DELIMITED and isinstance(value, bytes)
             else (number, wire_type, value)
@@ -35,7 +35,7 @@ def _changed(data: bytes, path: tuple[int, ...], name: bytes, change: Callable[[
         )
     if (_NAME, LENGTH_DELIMITED, name) not in parts:
         return data
-    return message(
+    return encode_message(
         (
             number,
             wire_type,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from edgelm.graph.protobuf import FIXED32, LENGTH_DELIMITED, VARINT, Field, message, parse_fields
+from edgelm.graph.protobuf import FIXED32, LENGTH_DELIMITED, VARINT, Field, encode_message, parse_fields
 
 FLOAT, UINT8, INT8, INT32, INT64, FLOAT16 = 1, 2, 3, 6, 7, 10
 """Values of TensorProto.DataType."""
@@ -32,7 +32,7 @@ class Node:
     """
 
     domain: str
-    operator: str
+    op_type: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: Mapping[str, float]
@@ -43,12 +43,12 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A TensorProto; `place` are the bytes of the file `location` that hold its values, if they lie in one."""
+    """A TensorProto; `external_range` are the bytes of the file `location` that hold its values, if they lie in one."""
 
     name: str
     shape: tuple[int, ...]
     dtype: int
-    place: slice | None
+    external_range: slice | None
     location: str
     raw: bytes
     encoded: bytes
@@ -80,7 +80,7 @@ class Model:
 
 def is_ort_operator(node: Node, *operators: str) -> bool:
     """Whether a node is one of some operators of ONNX's or onnxruntime's: another domain may have the same names."""
-    return node.domain in ORT_DOMAINS and node.operator in operators
+    return node.domain in ORT_DOMAINS and node.op_type in operators
 
 
 def read_model(data: bytes) -> Model:
@@ -106,10 +106,14 @@ def encode_model(model: Model, nodes: Sequence[bytes], tensors: Sequence[bytes],
     """Return a model with other nodes and initializers, which may use a further domain's operators of version 1."""
     opset: list[Field] = []
     if domain is not None:
-        opset.append((_OPSET, LENGTH_DELIMITED, message([(1, LENGTH_DELIMITED, domain.encode()), (2, VARINT, 1)])))
+        opset.append(
+            (_OPSET, LENGTH_DELIMITED, encode_message([(1, LENGTH_DELIMITED, domain.encode()), (2, VARINT, 1)]))
+        )
     graph: list[Field] = [(_NODE, LENGTH_DELIMITED, node) for node in nodes]
     graph += [(_INITIALIZER, LENGTH_DELIMITED, tensor) for tensor in tensors]
-    return message([*model.rest, *opset, (_GRAPH, LENGTH_DELIMITED, message([*graph, *model.graph_rest]))])
+    return encode_message(
+        [*model.rest, *opset, (_GRAPH, LENGTH_DELIMITED, encode_message([*graph, *model.graph_rest]))]
+    )
 
 
 def encode_node(
@@ -119,10 +123,14 @@ def encode_node(
     names: list[Field] = [(1, LENGTH_DELIMITED, each.encode()) for each in inputs]
     names += [(2, LENGTH_DELIMITED, each.encode()) for each in outputs]
     values: list[Field] = [
-        (5, LENGTH_DELIMITED, message([(1, LENGTH_DELIMITED, key.encode()), (3, VARINT, value), (20, VARINT, _INT)]))
+        (
+            5,
+            LENGTH_DELIMITED,
+            encode_message([(1, LENGTH_DELIMITED, key.encode()), (3, VARINT, value), (20, VARINT, _INT)]),
+        )
         for key, value in attributes.items()
     ]
-    return message(
+    return encode_message(
         [
             *names,
             (3, LENGTH_DELIMITED, name.encode()),
@@ -137,11 +145,15 @@ def encode_tensor(name: str, shape: Sequence[int], dtype: int, file: str, offset
     """Return a TensorProto whose values lie in a file beside the model."""
     place = {"location": file, "offset": str(offset), "length": str(length)}
     entries: list[Field] = [
-        (13, LENGTH_DELIMITED, message([(1, LENGTH_DELIMITED, key.encode()), (2, LENGTH_DELIMITED, value.encode())]))
+        (
+            13,
+            LENGTH_DELIMITED,
+            encode_message([(1, LENGTH_DELIMITED, key.encode()), (2, LENGTH_DELIMITED, value.encode())]),
+        )
         for key, value in place.items()
     ]
     dims: list[Field] = [(1, VARINT, size) for size in shape]
-    return message([*dims, (2, VARINT, dtype), (8, LENGTH_DELIMITED, name.encode()), *entries, (14, VARINT, 1)])
+    return encode_message([*dims, (2, VARINT, dtype), (8, LENGTH_DELIMITED, name.encode()), *entries, (14, VARINT, 1)])
 
 
 def read_node(encoded: bytes) -> Node:

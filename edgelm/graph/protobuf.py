@@ -11,7 +11,7 @@ from typing import Final
 VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5
 """Kinds of fields."""
 
-_MOST_BITS: Final = 70
+_MAX_VARINT_BITS: Final = 70
 """Bits of a number's bytes, seven each."""
 
 _SIZES: Final = {FIXED64: 8, FIXED32: 4}
@@ -44,7 +44,7 @@ def parse_fields(message: bytes) -> Iterator[Field]:
         at += size
 
 
-def message(parts: Iterable[Field]) -> bytes:
+def encode_message(parts: Iterable[Field]) -> bytes:
     """Return the bytes of a message."""
     data = bytearray()
     for number, wire_type, value in parts:
@@ -67,7 +67,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if data[at - 1] < 0x80:
             return value % (1 << 64), at
-        if shift >= _MOST_BITS:
+        if shift >= _MAX_VARINT_BITS:
             raise ValueError("not a protobuf message: a number of more than ten bytes")
 
 

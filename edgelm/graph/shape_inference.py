@@ -19,7 +19,7 @@ from edgelm.graph.onnx_model import INT64, UINT8, Model, Node, Tensor
 Shape = tuple["int | str", ...]
 
 MAX_RANK: Final = 8
-MOST_VALUES: Final = 1 << 40
+MAX_VALUES: Final = 1 << 40
 """Most numbers that a value has which does not change from call to call."""
 
 _TOKENS: Final = ("batch", "sequence")
@@ -60,17 +60,17 @@ class ShapeInference:
             "Unsqueeze": self._unsqueeze,
         }
 
-    def add(self, node: Node) -> None:
+    def infer(self, node: Node) -> None:
         """Tell the shapes of a node's outputs. Raises `ShapeError` for one that does not fit its inputs."""
-        rule = self._rules.get(node.operator)
+        rule = self._rules.get(node.op_type)
         if rule is None:
-            raise ShapeError(f"it holds {node.operator!r:.40}, which `edgelm export` never writes")
+            raise ShapeError(f"it holds {node.op_type!r:.40}, which `edgelm export` never writes")
         shapes = rule(node)
         if len(shapes) != len(node.outputs):
-            raise ShapeError(f"{node.operator} has {len(node.outputs)} outputs")
+            raise ShapeError(f"{node.op_type} has {len(node.outputs)} outputs")
         self._known |= dict(zip(node.outputs, shapes, strict=True))
 
-    def of(self, name: str) -> Shape:
+    def shape_of(self, name: str) -> Shape:
         """Return a value's shape. Raises `ShapeError` for one that is not known yet."""
         shape = self._known.get(name)
         if shape is None:
@@ -79,14 +79,14 @@ class ShapeInference:
 
     def count(self, name: str) -> int:
         """Return how many numbers a value has that does not change from call to call. Raises `ShapeError`."""
-        return math.prod(_fixed(self.of(name), name))
+        return math.prod(_fixed(self.shape_of(name), name))
 
     # -- rules --------------------------------------------------------------------------------------------------
 
     def _inputs(self, node: Node, count: int) -> list[Shape]:
         if len(node.inputs) != count:
-            raise ShapeError(f"{node.operator} has {len(node.inputs)} inputs")
-        return [self.of(name) for name in node.inputs]
+            raise ShapeError(f"{node.op_type} has {len(node.inputs)} inputs")
+        return [self.shape_of(name) for name in node.inputs]
 
     def _alike(self, node: Node) -> list[Shape]:
         return self._inputs(node, 1)
@@ -96,17 +96,17 @@ class ShapeInference:
         one, other = self._inputs(node, 2)
         larger, smaller = (one, other) if len(one) >= len(other) else (other, one)
         if smaller not in {larger, (), (1,), larger[-1:]}:
-            raise ShapeError(f"{node.operator} is given {_text(one)} and {_text(other)}")
+            raise ShapeError(f"{node.op_type} is given {_text(one)} and {_text(other)}")
         return [larger]
 
     def _bits(self, node: Node) -> list[Shape]:
-        one, other = (_fixed(shape, node.operator) for shape in self._inputs(node, 2))
+        one, other = (_fixed(shape, node.op_type) for shape in self._inputs(node, 2))
         if other in (one, (1,)) and one:
             return [one]  # as nearly always: a mask, a shift
         try:
             shape = np.broadcast_shapes(one, other)
         except ValueError:
-            raise ShapeError(f"{node.operator} is given {_text(one)} and {_text(other)}") from None
+            raise ShapeError(f"{node.op_type} is given {_text(one)} and {_text(other)}") from None
         return [_bounded(shape)]
 
     def _gather(self, node: Node) -> list[Shape]:
@@ -127,7 +127,7 @@ class ShapeInference:
             )
 
     def _look_up(self, node: Node) -> list[Shape]:
-        source, _, scales, *_ = (self.of(name) for name in node.inputs)
+        source, _, scales, *_ = (self.shape_of(name) for name in node.inputs)
         bits, block = (int(node.attributes.get(name, default)) for name, default in (("bits", 4), ("block_size", 128)))
         self._require_table(node.inputs[1], source)
         _, blocks = _fixed(scales, "scales") if len(scales) == 2 else (0, 0)
@@ -154,18 +154,18 @@ class ShapeInference:
 
     def _multiply_quantized(self, node: Node) -> list[Shape]:
         columns, rows = (int(node.attributes.get(name, 0)) for name in ("K", "N"))
-        return [(*self._leading(node, self.of(node.inputs[0]), columns), rows)]
+        return [(*self._leading(node, self.shape_of(node.inputs[0]), columns), rows)]
 
     def _leading(self, node: Node, value: Shape, columns: int) -> Shape:
         """Return all but the last dimension of what a matrix multiplies."""
         if not 2 <= len(value) <= 3 or value[-1] != columns:
-            raise ShapeError(f"{node.operator} of {columns} columns is given {_text(value)}")
+            raise ShapeError(f"{node.op_type} of {columns} columns is given {_text(value)}")
         return value[:-1]
 
     def _attend(self, node: Node) -> list[Shape]:
         heads, kv_heads = (int(node.attributes.get(name, 0)) for name in ("num_heads", "kv_num_heads"))
         size = self._manifest.cache.head_size
-        query, key, value, past_key, past_value = (self.of(name) if name else () for name in node.inputs[:5])
+        query, key, value, past_key, past_value = (self.shape_of(name) if name else () for name in node.inputs[:5])
         wide = heads if key else heads + 2 * kv_heads
         both = (*_TOKENS, kv_heads * size) if key else ()
         if (
@@ -228,7 +228,7 @@ class ShapeInference:
         return [(*source[:-1], end[0])]
 
     def _split(self, node: Node) -> list[Shape]:
-        source = self.of(node.inputs[0])
+        source = self.shape_of(node.inputs[0])
         width = source[-1] if source else 0
         if node.attributes.get("axis", 0) != -1 or not isinstance(width, int):
             raise ShapeError(f"Split of {_text(source)}")
@@ -250,7 +250,7 @@ class ShapeInference:
         if tensor is None or tensor.dtype not in (INT64, UINT8) or len(tensor.shape) != 1 or tensor.shape[0] > MAX_RANK:
             raise ShapeError(f"{name!r:.60} is not a few stored whole numbers")
         kind: Any = np.dtype("<i8") if tensor.dtype == INT64 else np.dtype("u1")
-        if tensor.place is not None or len(tensor.raw) != tensor.shape[0] * kind.itemsize:
+        if tensor.external_range is not None or len(tensor.raw) != tensor.shape[0] * kind.itemsize:
             raise ShapeError(f"{name!r:.60} is not stored in the graph")
         return [int(value) for value in np.frombuffer(tensor.raw, kind)]
 
@@ -268,7 +268,7 @@ def _fixed(shape: Shape, what: str) -> tuple[int, ...]:
 
 
 def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) > MAX_RANK or math.prod(shape) > MOST_VALUES:
+    if len(shape) > MAX_RANK or math.prod(shape) > MAX_VALUES:
         raise ShapeError(f"a value of {_text(shape)}")
     return shape
 

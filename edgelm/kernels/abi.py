@@ -48,7 +48,7 @@ class WeightFormat:
     """How a matrix is quantized: bits of a weight, weights that share a scale."""
 
     bits: int
-    block: int
+    block_size: int
 
     @classmethod
     def from_op_type(cls, name: str) -> WeightFormat | None:
@@ -67,24 +67,24 @@ class WeightFormat:
         return self.bits - 4 if self.bits in (5, 6) else 0
 
     @property
-    def operator(self) -> str:
+    def matmul_op_type(self) -> str:
         """The name of the operator for matrices of this format."""
-        return f"MatMulInt{self.bits}Block{self.block}"
+        return f"MatMulInt{self.bits}Block{self.block_size}"
 
     @property
-    def compute(self) -> str:
+    def matmul_symbol(self) -> str:
         """The function that computes a node, by the name that the library exports."""
-        return f"compute_{self.bits}_{self.block}"
+        return f"compute_{self.bits}_{self.block_size}"
 
     @property
     def gather_op_type(self) -> str:
         """The name of the operator that looks rows up in a table of this format."""
-        return f"LookUpInt{self.bits}Block{self.block}"
+        return f"LookUpInt{self.bits}Block{self.block_size}"
 
     @property
-    def look_up(self) -> str:
+    def gather_symbol(self) -> str:
         """The function that looks rows up, by the name that the library exports."""
-        return f"look_up_{self.bits}_{self.block}"
+        return f"look_up_{self.bits}_{self.block_size}"
 
     @property
     def code_bytes(self) -> int:
@@ -103,7 +103,7 @@ class WeightFormat:
     @property
     def block_bytes(self) -> int:
         """The bytes of a block of one column."""
-        return self.block * self.bits // 8
+        return self.block_size * self.bits // 8
 
 
 SUPPORTED_FORMATS: Final = tuple(
@@ -114,7 +114,7 @@ SUPPORTED_FORMATS: Final = tuple(
 
 def is_operator(name: str) -> bool:
     """Whether an operator is for products with, or rows of, matrices of one of the formats."""
-    return any(name in (fmt.operator, fmt.gather_op_type) for fmt in SUPPORTED_FORMATS)
+    return any(name in (fmt.matmul_op_type, fmt.gather_op_type) for fmt in SUPPORTED_FORMATS)
 
 
 class StateField(IntEnum):
@@ -157,7 +157,7 @@ class InputErrorCode(IntEnum):
     WIDTH = 1
     SKIP = 2
     PROJECTIONS = 3
-    MEMORY = 4
+    KV_CACHE = 4
     HEAD = 5
     TOKENS = 6
     LENGTHS = 7
@@ -170,7 +170,7 @@ ERROR_MESSAGES: Final = {
     InputErrorCode.WIDTH: "the input's last dimension is not the matrix's K",
     InputErrorCode.SKIP: "what is added has not the shape of the product",
     InputErrorCode.PROJECTIONS: "query, key and value do not have the widths and lengths of the heads",
-    InputErrorCode.MEMORY: "the memory of keys or of values has not the shape of the heads and the batch",
+    InputErrorCode.KV_CACHE: "the memory of keys or of values has not the shape of the heads and the batch",
     InputErrorCode.HEAD: "the size of a head is not one that there are kernels for",
     InputErrorCode.TOKENS: "there are more new tokens than the memory holds",
     InputErrorCode.LENGTHS: "there are fewer lengths than rows of the batch, or a length that the memory does not hold",

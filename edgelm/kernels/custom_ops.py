@@ -173,7 +173,7 @@ class CustomOpLibrary:
             input_count=_COUNT(lambda _: len(schema.inputs)),
             output_type=_TYPE(lambda _, index: schema.outputs[index]),
             output_count=_COUNT(lambda _: len(schema.outputs)),
-            compute=self._address(schema.compute),
+            compute=self._address(schema.symbol),
             destroy=self._address(DESTROY),
             input_kind=_TYPE(lambda _, index: _OPTIONAL if index in schema.optional else _REQUIRED),
             output_kind=_TYPE(lambda _, __: _REQUIRED),
@@ -207,7 +207,7 @@ class CustomOpLibrary:
         """Return the address of the state of a node. Raises `ValueError` for attributes that do not fit."""
         value = c_int64()
         attributes: dict[StateField, int] = {}
-        for field in (*schema.numbers, *schema.places):
+        for field in (*schema.value_attributes, *schema.offset_attributes):
             if self._get_attribute(info, field.name.encode(), ctypes.byref(value)):  # the status is lost: at load only
                 raise ValueError(f"a node has no {field.name}")
             attributes[field] = value.value
@@ -216,13 +216,13 @@ class CustomOpLibrary:
         state = self._functions_state.copy()
         sizes = schema.bytes_at(attributes)
         for field, number in attributes.items():
-            state[field] = self._place(number, sizes[field], field) if field in sizes else number % (1 << 64)
+            state[field] = self._resolve_address(number, sizes[field], field) if field in sizes else number % (1 << 64)
         panels = -(-int(state[StateField.N]) // PANEL_COLUMNS)
         state[StateField.PANELS_PER_TASK] = max(1, -(-panels // TASKS_PER_MATMUL))
         self._kept.append(state)
         return int(state.ctypes.data)
 
-    def _place(self, offset: int, size: int, field: StateField) -> int:
+    def _resolve_address(self, offset: int, size: int, field: StateField) -> int:
         """Return the address of something in the file; null where there is nothing."""
         if offset == NO_OFFSET and field in OPTIONAL_OFFSETS:
             return 0

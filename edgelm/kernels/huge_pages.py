@@ -36,7 +36,7 @@ def map_file(file: Path) -> NDArray[np.uint8]:
 
 
 class HugePageFile:
-    """A file that is written a large page at a time; `place` is where the next byte goes."""
+    """A file that is written a large page at a time; `offset` is where the next byte goes."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
@@ -52,7 +52,7 @@ class HugePageFile:
                 self._write(len(self._page))
 
     @property
-    def place(self) -> int:
+    def offset(self) -> int:
         """How many bytes there are."""
         return self._written + len(self._page)
 

@@ -35,12 +35,12 @@ class OpSchema:
     """
 
     name: str
-    compute: str
+    symbol: str
     inputs: tuple[int, ...]
     optional: frozenset[int]
     outputs: tuple[int, ...]
-    numbers: tuple[StateField, ...]
-    places: tuple[StateField, ...] = ()
+    value_attributes: tuple[StateField, ...]
+    offset_attributes: tuple[StateField, ...] = ()
     fmt: WeightFormat | None = None
     """Of the matrix, for products and tables."""
 
@@ -52,16 +52,16 @@ class OpSchema:
         size, columns = attributes[StateField.K], attributes[StateField.N]
         if not (1 <= size <= MAX_MATRIX_DIM and 1 <= columns <= MAX_MATRIX_DIM):
             raise ValueError(f"a matrix of {columns} x {size}")
-        blocks = -(-size // self.fmt.block)
+        blocks = -(-size // self.fmt.block_size)
         panels = -(-columns // PANEL_COLUMNS)
         cells = panels * PANEL_COLUMNS * blocks
         bytes_at = {
             StateField.WEIGHTS: cells * self.fmt.block_bytes,
             StateField.SCALES: cells * _SCALE_BYTES,
             StateField.BIAS: panels * PANEL_COLUMNS * _FLOAT_BYTES,
-            StateField.NORM: blocks * self.fmt.block * _FLOAT_BYTES,
+            StateField.NORM: blocks * self.fmt.block_size * _FLOAT_BYTES,
         }
-        return {place: bytes_at[place] for place in self.places}
+        return {place: bytes_at[place] for place in self.offset_attributes}
 
 
 def _check_heads(attributes: Mapping[StateField, int]) -> None:
@@ -76,8 +76,8 @@ def _check_heads(attributes: Mapping[StateField, int]) -> None:
 def matmul_schema(fmt: WeightFormat) -> OpSchema:
     """Return the operator for matrices of a format (see `entry_points`)."""
     return OpSchema(
-        fmt.operator,
-        fmt.compute,
+        fmt.matmul_op_type,
+        fmt.matmul_symbol,
         (FLOAT, FLOAT),
         frozenset({1}),
         (FLOAT, UINT8),
@@ -91,7 +91,7 @@ def gather_schema(fmt: WeightFormat) -> OpSchema:
     """Return the operator for tables of a format (see `looking_up`)."""
     places = (StateField.WEIGHTS, StateField.SCALES)
     sizes = (StateField.K, StateField.N)
-    return OpSchema(fmt.gather_op_type, fmt.look_up, (INT64,), frozenset(), (FLOAT,), sizes, places, fmt)
+    return OpSchema(fmt.gather_op_type, fmt.gather_symbol, (INT64,), frozenset(), (FLOAT,), sizes, places, fmt)
 
 
 ATTENTION_SCHEMA: Final = OpSchema(

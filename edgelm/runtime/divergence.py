@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edgelm.errors import EdgelmError
 
-LARGEST_NATS = 700.0
+MAX_NATS = 700.0
 """Mean nats a token that a perplexity tells; that of more would be no float."""
 
 
@@ -47,7 +47,7 @@ class DivergenceMeter:
         if not (np.isfinite(reference).all() and np.isfinite(logits).all()):
             raise EdgelmError("the model's logits are not numbers: it cannot be measured")
         expected, found = _log_softmax(reference), _log_softmax(logits)
-        self._kl.append(_divergences(expected, found))
+        self._kl.append(_kl_divergences(expected, found))
         at = np.arange(len(following))
         for i, logprobs in enumerate((expected, found)):
             self._nats[i] -= float(logprobs[at, following].sum())
@@ -58,7 +58,7 @@ class DivergenceMeter:
         kl = np.concatenate(self._kl) if self._kl else np.zeros(0)
         if not len(kl):
             raise EdgelmError("the text is too short: it has no token to predict")
-        reference, own = (math.exp(min(nats / len(kl), LARGEST_NATS)) for nats in self._nats)
+        reference, own = (math.exp(min(nats / len(kl), MAX_NATS)) for nats in self._nats)
         return DivergenceReport(
             tokens=len(kl),
             perplexity=own,
@@ -69,15 +69,15 @@ class DivergenceMeter:
         )
 
 
-def divergences(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> NDArray[np.float64]:
+def kl_divergences(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the Kullback-Leibler divergence of each position in nats, float64 [n]; logits are float32 [n, V].
 
     Not a number where logits are none.
     """
-    return _divergences(_log_softmax(reference), _log_softmax(logits))
+    return _kl_divergences(_log_softmax(reference), _log_softmax(logits))
 
 
-def _divergences(expected: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.float64]:
+def _kl_divergences(expected: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.float64]:
     total: NDArray[np.float64] = (np.exp(expected) * (expected - found)).sum(axis=1)
     return total
 

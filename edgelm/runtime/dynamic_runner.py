@@ -98,12 +98,18 @@ class DynamicRunner:
         self._logits = np.zeros((rows, manifest.vocab_size), np.float32)
 
     def prefill(
-        self, row: int, tokens: NDArray[np.int64], start: int, *, every: bool = False, total: int | None = None
+        self,
+        row: int,
+        tokens: NDArray[np.int64],
+        start: int,
+        *,
+        all_logits: bool = False,
+        final_length: int | None = None,
     ) -> NDArray[np.float32]:
-        """See `Session`. Positions do not depend on `total` here."""
-        del total
-        logits = self._run(row, tokens, start, every=every)
-        if every:
+        """See `Session`. Positions do not depend on `final_length` here."""
+        del final_length
+        logits = self._run(row, tokens, start, all_logits=all_logits)
+        if all_logits:
             return logits
         self._logits[0] = logits[-1]
         return self._logits[:1]
@@ -112,7 +118,7 @@ class DynamicRunner:
         """See `Session`. One run a row."""
         batch = len(tokens)
         for row in range(batch):
-            self._logits[row] = self._run(row, tokens[row : row + 1], int(lengths[row]), every=False)[-1]
+            self._logits[row] = self._run(row, tokens[row : row + 1], int(lengths[row]), all_logits=False)[-1]
         return self._logits[:batch]
 
     def copy_row(self, source: int, target: int, length: int) -> None:
@@ -136,7 +142,7 @@ class DynamicRunner:
         """See `Session`."""
         return Path(self._graph.end_profiling())
 
-    def _run(self, row: int, tokens: NDArray[np.int64], start: int, *, every: bool) -> NDArray[np.float32]:
+    def _run(self, row: int, tokens: NDArray[np.int64], start: int, *, all_logits: bool) -> NDArray[np.float32]:
         """Compute tokens int64 [n] at positions [start, start + n); keep the row's new past; return [r, V]."""
         count = len(tokens)
         past = self._cut(self._rows[row], start)
@@ -144,7 +150,7 @@ class DynamicRunner:
             "input_ids": np.ascontiguousarray(tokens.reshape(1, count)),
             "attention_mask": np.ones((1, start + count), np.int64),
             "position_ids": np.arange(start, start + count, dtype=np.int64).reshape(1, count),
-            "rows": np.arange(0 if every else count - 1, count, dtype=np.int64),
+            "rows": np.arange(0 if all_logits else count - 1, count, dtype=np.int64),
         }
         binding = self._graph.io_binding()
         for name in self._inputs & offered.keys():

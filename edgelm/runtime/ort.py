@@ -11,7 +11,7 @@ from edgelm.bundle.manifest import Bundle
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.graph.domain import BATCH_INVARIANT_KEY
 from edgelm.graph.node_attributes import change_attribute
-from edgelm.graph.protobuf import LENGTH_DELIMITED, message
+from edgelm.graph.protobuf import LENGTH_DELIMITED, encode_message
 from edgelm.kernels.abi import KERNELS_VERSION
 from edgelm.kernels.custom_ops import CustomOpLibrary
 from edgelm.kernels.rewrite.code_expansion import expand_codes
@@ -128,8 +128,8 @@ def is_invariant(graph: Graph) -> bool:
 
 def mark_invariant(model: bytes) -> bytes:
     """Return a model, an ONNX ModelProto, whose metadata says that it is invariant."""
-    entry = message([(1, LENGTH_DELIMITED, BATCH_INVARIANT_KEY.encode()), (2, LENGTH_DELIMITED, b"1")])
-    return model + message([(_METADATA, LENGTH_DELIMITED, entry)])
+    entry = encode_message([(1, LENGTH_DELIMITED, BATCH_INVARIANT_KEY.encode()), (2, LENGTH_DELIMITED, b"1")])
+    return model + encode_message([(_METADATA, LENGTH_DELIMITED, entry)])
 
 
 def load_packed(

@@ -98,11 +98,11 @@ def _without_prefix(manifest: Manifest) -> Manifest:
 
 
 def _compute(bundle: Bundle, tokens: Sequence[int], threads: int | None) -> KvSegment:
-    session = open_runner(bundle, rows=1, threads=threads, context=len(tokens))
+    runner = open_runner(bundle, rows=1, threads=threads, context=len(tokens))
     ids = np.array(tokens, np.int64)
     for start in range(0, len(ids), PREFILL_CHUNK):
-        session.prefill(0, ids[start : start + PREFILL_CHUNK], start)
-    return session.read_row(0, 0, len(ids))
+        runner.prefill(0, ids[start : start + PREFILL_CHUNK], start)
+    return runner.read_row(0, 0, len(ids))
 
 
 def _write(root: Path, piece: KvSegment) -> tuple[str, File]:

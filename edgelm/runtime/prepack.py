@@ -35,7 +35,7 @@ from edgelm.runtime.ort import (
     mark_invariant,
     summarize_error,
 )
-from edgelm.runtime.probe import PASS_SIZES, check, probe
+from edgelm.runtime.probe import PASS_SIZES, check_divergence, compute_probe_logits
 from edgelm.runtime.threads import ThreadSettings, count_cores, default_threads
 from edgelm.system.board_cache import BoardCache, CacheEntry, file_signatures
 from edgelm.system.digest import file_sha256
@@ -168,7 +168,7 @@ def _pack(bundle: Bundle, tuning: ThreadSettings, folder: Path) -> Mapping[str, 
     try:
         formats = _try_native_kernels(bundle, tuning, folder)
         if formats:
-            note[FORMATS] = [[fmt.bits, fmt.block] for fmt in formats]
+            note[FORMATS] = [[fmt.bits, fmt.block_size] for fmt in formats]
         else:
             unusable = _prepack(bundle, tuning, folder)
     except Exception as error:  # a bundle that cannot be loaded will say so without a cache
@@ -207,12 +207,16 @@ def _build_native_graph(bundle: Bundle, tuning: ThreadSettings, folder: Path) ->
     # Not kept in `_operators`: the folder is renamed.
     library = folder / KERNELS
     ours = load_packed(folder, tuning, CustomOpLibrary(library, formats, folder / DATA, file_sha256(library)))
-    found = probe(ours, bundle.manifest)
-    same = is_row_wise(graph.read_bytes()) and np.array_equal(found, probe(ours, bundle.manifest, PASS_SIZES))
+    found = compute_probe_logits(ours, bundle.manifest)
+    same = is_row_wise(graph.read_bytes()) and np.array_equal(
+        found, compute_probe_logits(ours, bundle.manifest, PASS_SIZES)
+    )
     del ours  # one at a time: each may take as much memory as the bundle
-    expected = probe(load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin), bundle.manifest)
-    exact = probe(load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin, exact=True), bundle.manifest)
-    own, theirs = check(found, expected, exact)
+    expected = compute_probe_logits(load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin), bundle.manifest)
+    exact = compute_probe_logits(
+        load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin, exact=True), bundle.manifest
+    )
+    own, theirs = check_divergence(found, expected, exact)
     LOG.debug("%s: %.3g nats from exact activations, onnxruntime's kernels %.3g", bundle.path, own, theirs)
     if same:
         graph.write_bytes(mark_invariant(graph.read_bytes()))
@@ -238,14 +242,14 @@ def verify_kernels(bundle: Bundle, threads: int | None = None) -> str:
         raise OSError(f"there are none for matrices of {bundle.manifest.quant}")
     blocks: dict[int, list[str]] = {}
     for fmt in formats:
-        blocks.setdefault(fmt.bits, []).append(str(fmt.block))
+        blocks.setdefault(fmt.bits, []).append(str(fmt.block_size))
     kinds = " and ".join(f"int{bits} in blocks of {', '.join(sizes)}" for bits, sizes in blocks.items())
     return f"compiled for {kinds} in {time.perf_counter() - started:.1f} s; they compute what onnxruntime's do"
 
 
 def _compile(library: Path, formats: list[WeightFormat]) -> None:
     """Compile kernels in a process of their own. Raises `OSError` with the reason where that fails."""
-    forms = [f"{fmt.bits}:{fmt.block}" for fmt in formats]
+    forms = [f"{fmt.bits}:{fmt.block_size}" for fmt in formats]
     command = build_python_command("edgelm.kernels.compiler", "main", str(library.absolute()), *forms)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -259,8 +263,8 @@ def _prepack(bundle: Bundle, tuning: ThreadSettings, folder: Path) -> str | None
     behind the original ones, where kernels that want them aligned to 64 bytes misread those behind a matrix of another
     size.
     """
-    expected = probe(load_graph(str(bundle.graph), tuning.threads, save_to=folder), bundle.manifest)
-    found = probe(
+    expected = compute_probe_logits(load_graph(str(bundle.graph), tuning.threads, save_to=folder), bundle.manifest)
+    found = compute_probe_logits(
         load_packed(folder, tuning), bundle.manifest
     )  # the first one is gone: two would take twice the memory
     if np.array_equal(expected, found):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgelm.bundle.manifest import Manifest
 from edgelm.errors import EdgelmError
-from edgelm.runtime.divergence import divergences
+from edgelm.runtime.divergence import kl_divergences
 from edgelm.runtime.ort import Graph
 
 TOKENS: Final = 16
@@ -28,7 +28,7 @@ PASS_SIZES: Final = (1, 2, 5, 1, 7)
 FACTOR: Final = 3.0
 """Most by which our divergence from exact activations may exceed onnxruntime's."""
 
-SLACK: Final = 0.01
+DIVERGENCE_TOLERANCE: Final = 0.01
 """What is allowed beside, in nats: of nearly nothing a multiple is nothing."""
 
 _STRIDE: Final = 7919
@@ -39,7 +39,7 @@ _DTYPES: Final[dict[str, type[np.generic]]] = {"tensor(float)": np.float32, "ten
 Logits = NDArray[np.float32]
 
 
-def probe(graph: Graph, manifest: Manifest, pieces: Sequence[int] = (TOKENS,)) -> Logits:
+def compute_probe_logits(graph: Graph, manifest: Manifest, pieces: Sequence[int] = (TOKENS,)) -> Logits:
     """Return the logits of some tokens, float32 [n, V], computed in passes of so many of them."""
     count = min(sum(pieces), manifest.context)
     tokens = np.arange(1, count + 1, dtype=np.int64) * _STRIDE % manifest.vocab_size
@@ -71,14 +71,14 @@ def probe(graph: Graph, manifest: Manifest, pieces: Sequence[int] = (TOKENS,)) -
     return np.concatenate(logits)
 
 
-def check(found: Logits, expected: Logits, exact: Logits) -> tuple[float, float]:
+def check_divergence(found: Logits, expected: Logits, exact: Logits) -> tuple[float, float]:
     """Return how far our logits and onnxruntime's are from those of exact activations, in nats.
 
     Raises `EdgelmError` where ours are too far away for what rounding explains.
     """
     if not (np.isfinite(expected).all() and np.isfinite(exact).all()):
         raise EdgelmError("onnxruntime's own logits are not numbers: there is nothing to compare them with")
-    ours, theirs = (float(divergences(exact, logits).mean()) for logits in (found, expected))
-    if not ours <= FACTOR * theirs + SLACK:
+    ours, theirs = (float(kl_divergences(exact, logits).mean()) for logits in (found, expected))
+    if not ours <= FACTOR * theirs + DIVERGENCE_TOLERANCE:
         raise EdgelmError(f"they compute other logits: {ours:.3g} nats from exact ones, onnxruntime's {theirs:.3g}")
     return ours, theirs

@@ -41,12 +41,14 @@ class Runner(Protocol):
     long_from: int | None
     """A row that grows longer than this must be computed again from its start: its positions are embedded anew."""
 
-    def prefill(self, row: int, tokens: Tokens, start: int, *, every: bool = False, total: int | None = None) -> Logits:
+    def prefill(
+        self, row: int, tokens: Tokens, start: int, *, all_logits: bool = False, final_length: int | None = None
+    ) -> Logits:
         """Compute prompt tokens at positions [start, start + n) of a row.
 
-        tokens: int64 [n]. `total` is how long the row is to become with further calls, where that is more than
-        start + n. Returns float32 [1, V], the logits after the last one, or [n, V] with `every`. The array is reused by
-        the next call.
+        tokens: int64 [n]. `final_length` is the length of the row after all calls of its prefill, if that is more than
+        start + n. Returns the logits after the last token, float32 [1, V], or with `all_logits` those of all tokens,
+        float32 [n, V]. The next call may overwrite the array.
         """
 
     def decode(self, tokens: Tokens, lengths: NDArray[np.int32]) -> Logits:
@@ -69,7 +71,7 @@ class Runner(Protocol):
         """Give back the memory of a row that nobody needs any more."""
 
     def end_profile(self) -> Path:
-        """Write what was profiled and return the file. Only where the session was opened with `profile`."""
+        """Write what was profiled and return the file. Only where the session was opened with `profile_prefix`."""
 
 
 def open_runner(
@@ -80,7 +82,7 @@ def open_runner(
     spin: bool | None = None,
     context: int | None = None,
     cache: BoardCache | None = None,
-    profile: Path | None = None,
+    profile_prefix: Path | None = None,
 ) -> Runner:
     """Load a bundle's graph on the CPU.
 
@@ -98,7 +100,7 @@ def open_runner(
         Positions a row can hold, at most the bundle's.
     cache
         Where weights packed for this board are kept; without it they are packed into private memory.
-    profile
+    profile_prefix
         Profile every run, which slows them, into a file whose path begins so.
 
     Raises
@@ -115,7 +117,7 @@ def open_runner(
     tuning = resolve_thread_settings(bundle, threads, cache)
     if spin is not None:
         tuning = dataclasses.replace(tuning, spin=spin)
-    graph = open_graph(bundle, tuning, cache, profile)
+    graph = open_graph(bundle, tuning, cache, profile_prefix)
     if bundle.manifest.cache.kind == "growing":
         from edgelm.runtime.dynamic_runner import DynamicRunner
 
@@ -137,27 +139,29 @@ class BatchRunner:
         self._decode_bindings: dict[int, _DecodeBinding] = {}
         self._logits = np.zeros((rows, self._vocab_size), np.float32)
         """Of a decoding step; every batch size has its first rows."""
-        self._rows: dict[int, ort.IOBinding] = {}
+        self._row_bindings: dict[int, ort.IOBinding] = {}
         """Each row by itself, bound as past and present."""
         self._prefill_logits = np.zeros((1, self._vocab_size), np.float32)
         self._has_large_arena = False
         """Whether onnxruntime holds memory for a longer pass than most are."""
 
-    def prefill(self, row: int, tokens: Tokens, start: int, *, every: bool = False, total: int | None = None) -> Logits:
+    def prefill(
+        self, row: int, tokens: Tokens, start: int, *, all_logits: bool = False, final_length: int | None = None
+    ) -> Logits:
         """See `Runner`."""
         count = len(tokens)
-        logits = np.empty((count, self._vocab_size), np.float32) if every else self._prefill_logits
-        binding = self._rows.get(row)
+        logits = np.empty((count, self._vocab_size), np.float32) if all_logits else self._prefill_logits
+        binding = self._row_bindings.get(row)
         if binding is None:
-            binding = self._rows[row] = self._bind(row, 1)
+            binding = self._row_bindings[row] = self._bind(row, 1)
         inputs = {
             "input_ids": tokens.reshape(1, count),
             "seqlens_k": np.array([start + count - 1], np.int32),
             "total_sequence_length": np.array([start + count], np.int32),
-            "rows": np.arange(count, dtype=np.int64) if every else np.array([count - 1], np.int64),
+            "rows": np.arange(count, dtype=np.int64) if all_logits else np.array([count - 1], np.int64),
         }
         if self._positions.has_positions_input:
-            first = start + int(self._positions.offset(np.int64(max(start + count, total or 0))))
+            first = start + int(self._positions.offset(np.int64(max(start + count, final_length or 0))))
             inputs["positions"] = np.arange(first, first + count, dtype=np.int64).reshape(1, count)
         kept = [ort.OrtValue.ortvalue_from_numpy(array) for array in (*inputs.values(), logits)]
         for name, value in zip(inputs, kept, strict=False):

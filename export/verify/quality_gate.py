@@ -59,7 +59,7 @@ class BundlePredictor:
         session = open_runner(self._bundle, rows=1, context=max(len(document) for document in documents))
         for document in documents:
             for start, stop in position_ranges(document):
-                yield session.prefill(0, document[start:stop], start, every=True, total=len(document))
+                yield session.prefill(0, document[start:stop], start, all_logits=True, final_length=len(document))
 
 
 def measure_agreement(

@@ -32,14 +32,14 @@ TOGETHER = 120_000_000
 
 def model_of(form: WeightFormat, size: int, columns: int) -> bytes:
     """Return a graph of MatMulNBits with random matrices."""
-    rng, blocks = np.random.default_rng(0), -(-size // form.block)
+    rng, blocks = np.random.default_rng(0), -(-size // form.block_size)
     nodes, tensors, outputs = [], [], []
     for i in range(-(-TOGETHER // (size * columns))):
         codes = rng.integers(0, 256, (columns, blocks, form.block_bytes), np.uint8)
         scales = (rng.random((columns, blocks)) * 0.01).astype(np.float16)
         tensors += [numpy_helper.from_array(codes, f"codes{i}"), numpy_helper.from_array(scales, f"half{i}")]
         nodes.append(helper.make_node("Cast", [f"half{i}"], [f"scales{i}"], to=TensorProto.FLOAT))
-        kind = {"K": size, "N": columns, "bits": form.bits, "block_size": form.block, "accuracy_level": 4}
+        kind = {"K": size, "N": columns, "bits": form.bits, "block_size": form.block_size, "accuracy_level": 4}
         inputs = ["x", f"codes{i}", f"scales{i}"]
         nodes.append(helper.make_node("MatMulNBits", inputs, [f"y{i}"], domain="com.microsoft", **kind))
         outputs.append(helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, [None, columns]))
@@ -59,7 +59,9 @@ def measure(side: str, form: WeightFormat, size: int, columns: int, rows: int, t
         if side == "ours":
             formats = rewrite_graph(model, folder / "none", folder)
             library = folder / "kernels.so"
-            command = build_python_command("edgelm.kernels.compiler", "main", str(library), f"{form.bits}:{form.block}")
+            command = build_python_command(
+                "edgelm.kernels.compiler", "main", str(library), f"{form.bits}:{form.block_size}"
+            )
             subprocess.run(command, check=True)
             CustomOpLibrary(library, formats, folder / DATA, file_sha256(library)).register(options)
             model = str(folder / GRAPH)

@@ -102,7 +102,7 @@ def bundle_logits(model: Model, corpus: Corpus, out: Path) -> Logits:
             piece = np.array(ids[at : at + PREFILL_CHUNK], np.int64)
 
             def prefill(engine: Any, piece: NDArray[np.int64] = piece, at: int = at) -> Logits:
-                return engine.runner.prefill(row, piece, at, every=True)
+                return engine.runner.prefill(row, piece, at, all_logits=True)
 
             logits[start + at : start + at + len(piece)] = model.worker.call(prefill)
     return logits

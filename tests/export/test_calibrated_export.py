@@ -56,7 +56,7 @@ def test_the_layers_give_the_logits_of_the_runtime(tiny_checkpoint, export_to_ca
         head = layers.head().whole()
         with edgelm.load(export_to_cache(checkpoint, quant="fp32"), threads=1, max_batch=1) as model:
             for document, states in zip(documents, hidden, strict=True):
-                want = model.worker.call(lambda e, d=document: e.runner.prefill(0, d, 0, every=True).copy())
+                want = model.worker.call(lambda e, d=document: e.runner.prefill(0, d, 0, all_logits=True).copy())
                 assert np.abs(layers.logits(layers.final(states), head) - want).max() < 1e-4
 
 
@@ -206,8 +206,8 @@ def test_a_smaller_vocabulary_leaves_the_model_as_it_was(texts, tiny_checkpoint,
         for sentence in text.split("\n")[:3]:
             ids = second.worker.engine.tokenizer.encode(sentence)
             old = [kept[token] for token in ids]
-            want = first.worker.call(lambda e, o=old: e.runner.prefill(0, np.array(o), 0, every=True).copy())
-            got = second.worker.call(lambda e, i=ids: e.runner.prefill(0, np.array(i), 0, every=True).copy())
+            want = first.worker.call(lambda e, o=old: e.runner.prefill(0, np.array(o), 0, all_logits=True).copy())
+            got = second.worker.call(lambda e, i=ids: e.runner.prefill(0, np.array(i), 0, all_logits=True).copy())
             np.testing.assert_allclose(got, want[:, kept], rtol=0, atol=1e-4)
     measured = edgelm_export.compare(small.path, checkpoint, texts / "verify.txt")
     assert measured["kl_mean"] < 1e-9

@@ -33,31 +33,31 @@ from edgelm.kernels.custom_ops import Operators
 
 library = Path(sys.argv[1])
 rng = np.random.default_rng(0)
-for form in FORMATS:
+for fmt in FORMATS:
     for size, columns, rows in ((150, 40, 7), (64, 16, 1), (33, 5, 2)):
-        codes, scales, bias = matrix(rng, form, size, columns)
+        codes, scales, bias = matrix(rng, fmt, size, columns)
         x = rng.normal(size=(rows, size)).astype(np.float32)
-        session = product(library, form, size, codes, scales, bias=bias)
+        session = product(library, fmt, size, codes, scales, bias=bias)
         found = run(session, x)
-        expected = naive.matmul(x, codes, scales, form.bits, form.block, bias)
+        expected = naive.matmul(x, codes, scales, fmt.bits, fmt.block_size, bias)
         np.testing.assert_allclose(found, expected, atol=1e-4)
         for row in range(rows):
             np.testing.assert_array_equal(run(session, x[row : row + 1])[0], found[row])
-        if size % form.block == 0:
-            table = [[w * np.float32(s) for w, s in naive.row(codes, scales, form.bits, n)] for n in range(columns)]
-            found_rows = look_up(library, form, codes, scales, np.arange(columns))
+        if size % fmt.block_size == 0:
+            table = [[w * np.float32(s) for w, s in naive.row(codes, scales, fmt.bits, n)] for n in range(columns)]
+            found_rows = look_up(library, fmt, codes, scales, np.arange(columns))
             np.testing.assert_array_equal(found_rows, np.array(table, np.float32))
         skip = rng.normal(size=(rows, columns)).astype(np.float32)
-        session = product(library, form, size, codes, scales, bias=bias, skip=True)
+        session = product(library, fmt, size, codes, scales, bias=bias, skip=True)
         np.testing.assert_array_equal(run(session, x, skip), found + skip)
         gates, values = rng.normal(size=(2, rows, size)).astype(np.float32)
         gated = np.array([[naive.silu(g) * v for g, v in zip(*pair)] for pair in zip(gates, values)], np.float32)
-        found = run(product(library, form, size, codes, scales, gated=True), np.concatenate([gates, values], 1))
-        np.testing.assert_allclose(found, naive.matmul(gated, codes, scales, form.bits, form.block, None), atol=0.2)
+        found = run(product(library, fmt, size, codes, scales, gated=True), np.concatenate([gates, values], 1))
+        np.testing.assert_allclose(found, naive.matmul(gated, codes, scales, fmt.bits, fmt.block_size, None), atol=0.2)
         weight = rng.normal(size=size).astype(np.float32)
         normed = np.array([naive.normed(row, weight, 1e-5) for row in x], np.float32)
-        found = run(product(library, form, size, codes, scales, norm=weight, epsilon=1e-5), x)
-        np.testing.assert_allclose(found, naive.matmul(normed, codes, scales, form.bits, form.block, None), atol=0.2)
+        found = run(product(library, fmt, size, codes, scales, norm=weight, epsilon=1e-5), x)
+        np.testing.assert_allclose(found, naive.matmul(normed, codes, scales, fmt.bits, fmt.block_size, None), atol=0.2)
 data = library.with_name("data")
 data.write_bytes(b"none")
 operators = Operators(library, [], data, file_sha256(library))

@@ -84,7 +84,9 @@ def distance(bundle, other):
 def logits(bundle, tokens=tuple(range(7, 47))):
     with edgelm.load(bundle, threads=1, max_batch=1) as model:
         return model.worker.call(
-            lambda engine: engine.runner.prefill(engine.max_batch, np.array(tokens), 0, every=True, total=len(tokens))
+            lambda engine: engine.runner.prefill(
+                engine.max_batch, np.array(tokens), 0, all_logits=True, final_length=len(tokens)
+            )
         )
 
 

@@ -61,8 +61,8 @@ def our_logits(bundle: Path, prompt, following) -> np.ndarray:
 
         def compute(engine):
             ids, cut = np.array(prompt, np.int64), len(prompt) // 3
-            parts = [engine.runner.prefill(0, ids[:cut], 0, every=True).copy()] if cut else []
-            parts.append(engine.runner.prefill(0, ids[cut:], cut, every=True).copy())
+            parts = [engine.runner.prefill(0, ids[:cut], 0, all_logits=True).copy()] if cut else []
+            parts.append(engine.runner.prefill(0, ids[cut:], cut, all_logits=True).copy())
             for place, token in enumerate(following, len(prompt)):
                 step = engine.runner.decode(np.array([token], np.int64), np.array([place], np.int32))
                 parts.append(step.copy())

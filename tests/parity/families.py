@@ -113,7 +113,9 @@ def logits_of(model: edgelm.Model, tokens: Sequence[int], pieces: int = PREFILL_
         inputs, total = np.array(tokens, np.int64), len(tokens)
         starts = range(0, total, pieces)
         row, prefill = engine.max_batch, engine.runner.prefill
-        return np.concatenate([prefill(row, inputs[at : at + pieces], at, every=True, total=total) for at in starts])
+        return np.concatenate(
+            [prefill(row, inputs[at : at + pieces], at, all_logits=True, final_length=total) for at in starts]
+        )
 
     return model.worker.call(run)
 

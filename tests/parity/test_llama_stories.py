@@ -74,7 +74,7 @@ def test_logits_match_transformers_at_200_positions(network, tokenizer, document
         expected = network(torch.tensor([tokens])).logits[0].numpy()
     with edgelm.load(stories_bundle("fp32"), threads=1) as model:
         inputs = np.array(tokens, np.int64)
-        logits = model.worker.call(lambda engine: engine.runner.prefill(0, inputs, 0, every=True))
+        logits = model.worker.call(lambda engine: engine.runner.prefill(0, inputs, 0, all_logits=True))
     assert np.abs(logits - expected).max() < 1e-3
 
 

@@ -21,7 +21,7 @@ def assert_products_of(found, x, codes, scales, form):
     Codes of 16 bits are so fine that float32's own rounding moves one in some hundred: more of them may differ.
     """
     most, usual = (2.5, 0.1) if form.code_bytes == 1 else (6, 1)
-    expected = naive.matmul(x.astype(np.float32), codes, scales, form.bits, form.block, None)
+    expected = naive.matmul(x.astype(np.float32), codes, scales, form.bits, form.block_size, None)
     largest = abs(x).max(1, keepdims=True)
     step = largest / form.largest_code * float(abs(scales.astype(np.float32)).max()) * 2 ** (form.bits - 1)
     assert found.shape == expected.shape

@@ -87,10 +87,10 @@ def test_a_look_up_is_right_or_refused(library, table, shape, index):
         refused(lambda: look_up(library, FORM, codes, scales, indices), InputErrorCode.RANK)
         return
     found = look_up(library, FORM, codes, scales, indices)
-    assert found.shape == (*shape, blocks * FORM.block)
+    assert found.shape == (*shape, blocks * FORM.block_size)
     nearest = min(max(index + N if index < 0 else index, 0), N - 1)
     expected = look_up(library, FORM, codes, scales, np.array([nearest]))[0]
-    for row in found.reshape(-1, blocks * FORM.block):
+    for row in found.reshape(-1, blocks * FORM.block_size):
         np.testing.assert_array_equal(row, expected)
 
 
@@ -199,11 +199,11 @@ def without(name):
         (zeros("query", 2, 3, 127), InputErrorCode.PROJECTIONS),
         (zeros("query", 2, 3, 129), InputErrorCode.PROJECTIONS),
         (zeros("query", 2, 3, 64), InputErrorCode.PROJECTIONS),
-        (zeros("query", 3, 3, 128), InputErrorCode.MEMORY),
+        (zeros("query", 3, 3, 128), InputErrorCode.KV_CACHE),
         (zeros("query", 2, 60, 128), InputErrorCode.TOKENS),
-        (zeros("past_key", 2, 2, 50, 32), InputErrorCode.MEMORY),
-        (zeros("past_key", 2, 1, 50, 16), InputErrorCode.MEMORY),
-        (zeros("past_value", 2, 2, 49, 16), InputErrorCode.MEMORY),
+        (zeros("past_key", 2, 2, 50, 32), InputErrorCode.KV_CACHE),
+        (zeros("past_key", 2, 1, 50, 16), InputErrorCode.KV_CACHE),
+        (zeros("past_value", 2, 2, 49, 16), InputErrorCode.KV_CACHE),
         (zeros("past_value", 2, 2, 16), InputErrorCode.RANK),
         (zeros("seqlens"), InputErrorCode.LENGTHS),
         (zeros("seqlens", 1), InputErrorCode.LENGTHS),

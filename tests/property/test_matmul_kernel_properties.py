@@ -28,8 +28,8 @@ def test_products_are_those_of_plain_loops(library, form, size, columns, rows, b
     x = inputs(rng, rows, size)
     bias = bias if biased else None
     found = run(product(library, form, size, codes, scales, bias=bias), x)
-    expected = naive.matmul(x, codes, scales, form.bits, form.block, bias)
-    bound = naive.matmul(abs(x), np.full_like(codes, 0xFF), abs(scales), form.bits, form.block, None)
+    expected = naive.matmul(x, codes, scales, form.bits, form.block_size, bias)
+    bound = naive.matmul(abs(x), np.full_like(codes, 0xFF), abs(scales), form.bits, form.block_size, None)
     assert found.shape == expected.shape
     np.testing.assert_array_less(abs(found - expected), 1e-5 * bound + 1e-5)
 
@@ -113,7 +113,7 @@ def test_operators_outlive_what_python_remembers_of_them(library):
 @settings(max_examples=40)
 @given(formats, st.integers(1, 50), st.integers(1, 3), seeds)
 def test_panels_are_laid_out_as_described(form, columns, blocks, seed):
-    codes, _, _ = matrix(np.random.default_rng(seed), form, blocks * form.block, columns)
+    codes, _, _ = matrix(np.random.default_rng(seed), form, blocks * form.block_size, columns)
     found = panels(codes, form)
     real = np.arange(len(found) * 16) < columns  # columns that fill up the last panel have no weights that count
     lanes = found.reshape(len(found), -1, 16, 4)
@@ -126,7 +126,7 @@ def test_panels_are_laid_out_as_described(form, columns, blocks, seed):
 @given(formats, st.integers(1, 50), st.integers(1, 3), st.lists(st.integers(1, 4), max_size=3), seeds)
 def test_rows_are_looked_up_in_panels_exactly(library, form, columns, blocks, shape, seed):
     rng = np.random.default_rng(seed)
-    codes, scales, _ = matrix(rng, form, blocks * form.block, columns)
+    codes, scales, _ = matrix(rng, form, blocks * form.block_size, columns)
     indices = rng.integers(-columns, columns, shape)
     found = look_up(library, form, codes, scales, indices)
     table = [
@@ -137,7 +137,7 @@ def test_rows_are_looked_up_in_panels_exactly(library, form, columns, blocks, sh
 
 @pytest.mark.parametrize("form", SUPPORTED_FORMATS, ids=str)
 def test_no_index_leads_out_of_the_table(library, form):
-    codes, scales, _ = matrix(np.random.default_rng(0), form, form.block, 21)
+    codes, scales, _ = matrix(np.random.default_rng(0), form, form.block_size, 21)
     far = np.array([21, 2**62, -22, -(2**62)])
     found = look_up(library, form, codes, scales, far)
     np.testing.assert_array_equal(found, look_up(library, form, codes, scales, np.array([20, 20, 0, 0])))

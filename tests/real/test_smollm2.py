@@ -53,7 +53,7 @@ def test_float32_is_transformers(smollm2_checkpoint, real_bundle, windows):
         expected = network(torch.tensor(tokens)[None]).logits[0].numpy()
         steps = network.generate(torch.tensor(tokens)[None], max_new_tokens=16, do_sample=False)[0, 128:].tolist()
     with edgelm.load(real_bundle(quant="fp32"), max_batch=1) as model:
-        found = model.worker.call(lambda engine: engine.runner.prefill(0, tokens, 0, every=True).copy())
+        found = model.worker.call(lambda engine: engine.runner.prefill(0, tokens, 0, all_logits=True).copy())
         said = model.generate(tokens=tokens.tolist(), max_tokens=16, temperature=0.0).tokens
     assert np.abs(found - expected).max() < 2e-3
     assert (found.argmax(axis=1) == expected.argmax(axis=1)).all()

@@ -8,7 +8,7 @@ from kernel_nodes import value_info
 
 from edgelm.graph.domain import DOMAIN
 from edgelm.graph.onnx_model import FLOAT, encode_node
-from edgelm.graph.protobuf import LENGTH_DELIMITED, VARINT, message
+from edgelm.graph.protobuf import LENGTH_DELIMITED, VARINT, encode_message
 from edgelm.kernels.abi import ATTENTION
 
 INT32, INT64 = 6, 7
@@ -35,9 +35,13 @@ def session_of(node, inputs, *, operators=None, threads=2):
     graph += [(11, LENGTH_DELIMITED, value_info(name, TYPES.get(name, FLOAT))) for name in inputs]
     graph += [(12, LENGTH_DELIMITED, value_info(name, FLOAT)) for name in ("y", "present_key", "present_value")]
     domains = ((b"", 18), (b"edgelm", 1), (b"com.microsoft", 1))
-    opsets = [message([(1, LENGTH_DELIMITED, domain), (2, VARINT, version)]) for domain, version in domains]
-    model = message(
-        [(1, VARINT, 8), *((8, LENGTH_DELIMITED, opset) for opset in opsets), (7, LENGTH_DELIMITED, message(graph))]
+    opsets = [encode_message([(1, LENGTH_DELIMITED, domain), (2, VARINT, version)]) for domain, version in domains]
+    model = encode_message(
+        [
+            (1, VARINT, 8),
+            *((8, LENGTH_DELIMITED, opset) for opset in opsets),
+            (7, LENGTH_DELIMITED, encode_message(graph)),
+        ]
     )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from edgelm.graph.domain import DOMAIN
 from edgelm.graph.onnx_model import FLOAT, INT64, encode_node
-from edgelm.graph.protobuf import LENGTH_DELIMITED, VARINT, message
+from edgelm.graph.protobuf import LENGTH_DELIMITED, VARINT, encode_message
 from edgelm.kernels.custom_ops import CustomOpLibrary
 from edgelm.kernels.rewrite.panel_layout import pack_codes, pack_scales, pad_bias
 from edgelm.system.digest import file_sha256
@@ -21,7 +21,7 @@ def matrix(rng, fmt, size, columns):
 
     With 5 and 6 bits codes are the low 4 bits of a block's weights and then the bits above.
     """
-    blocks = -(-size // fmt.block)
+    blocks = -(-size // fmt.block_size)
     codes = rng.integers(0, 256, (columns, blocks, fmt.block_bytes), np.uint8)
     scales = (rng.normal(size=(columns, blocks)) * 0.01).astype(np.float16)
     return codes, scales, rng.normal(size=columns).astype(np.float32)
@@ -31,7 +31,7 @@ def panels(codes, fmt):
     """Codes as `matrix` makes them -> panels."""
     if not fmt.high_bits:
         return pack_codes(codes, fmt.bits)
-    low, high = np.split(codes, [fmt.block // 2], axis=-1)
+    low, high = np.split(codes, [fmt.block_size // 2], axis=-1)
     return pack_codes(low, fmt.bits, high)
 
 
@@ -45,17 +45,17 @@ def inputs(rng, rows, size):
 
 def value_info(name, dtype=FLOAT):
     """A ValueInfoProto of a tensor of any shape."""
-    return message(
+    return encode_message(
         [
             (1, LENGTH_DELIMITED, name.encode()),
-            (2, LENGTH_DELIMITED, message([(1, LENGTH_DELIMITED, message([(1, VARINT, dtype)]))])),
+            (2, LENGTH_DELIMITED, encode_message([(1, LENGTH_DELIMITED, encode_message([(1, VARINT, dtype)]))])),
         ]
     )
 
 
 def one_node(fmt, names, attributes):
     """A model of one node."""
-    node = encode_node("one", fmt.operator, DOMAIN, names, ["y", "scratch"], attributes)
+    node = encode_node("one", fmt.matmul_op_type, DOMAIN, names, ["y", "scratch"], attributes)
     return model_of(node, dict.fromkeys(names, FLOAT))
 
 
@@ -68,11 +68,15 @@ def model_of(node, names):
     ]
     graph += [(12, LENGTH_DELIMITED, value_info("y"))]
     opsets = [
-        message([(1, LENGTH_DELIMITED, domain), (2, VARINT, version)])
+        encode_message([(1, LENGTH_DELIMITED, domain), (2, VARINT, version)])
         for domain, version in ((b"", 18), (b"edgelm", 1))
     ]
-    return message(
-        [(1, VARINT, 8), *((8, LENGTH_DELIMITED, opset) for opset in opsets), (7, LENGTH_DELIMITED, message(graph))]
+    return encode_message(
+        [
+            (1, VARINT, 8),
+            *((8, LENGTH_DELIMITED, opset) for opset in opsets),
+            (7, LENGTH_DELIMITED, encode_message(graph)),
+        ]
     )
 
 
@@ -86,7 +90,7 @@ def product(
     if bias is not None:
         pieces["BIAS"] = pad_bias(bias)
     if norm is not None:
-        pieces["NORM"] = np.concatenate([norm, np.zeros(blocks * fmt.block - size, np.float32)])
+        pieces["NORM"] = np.concatenate([norm, np.zeros(blocks * fmt.block_size - size, np.float32)])
     model = one_node(fmt, ["x", "skip"] if skip else ["x"], attributes | placed(pieces))
     return session_of(library, fmt, model, pieces, threads)
 
@@ -95,7 +99,7 @@ def look_up(library, fmt, codes, scales, indices):
     """Rows of a table: indices int64 [...] -> [..., blocks * block]."""
     columns, blocks = scales.shape
     pieces = {"WEIGHTS": panels(codes, fmt), "SCALES": pack_scales(scales)}
-    attributes = {"K": blocks * fmt.block, "N": columns} | {
+    attributes = {"K": blocks * fmt.block_size, "N": columns} | {
         name: place for name, place in placed(pieces).items() if name in pieces
     }
     node = encode_node("one", fmt.gather_op_type, DOMAIN, ["x"], ["y"], attributes)

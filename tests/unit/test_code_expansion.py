@@ -12,7 +12,7 @@ import onnxruntime as ort
 from edgelm.bundle.manifest import open_bundle
 from edgelm.kernels.rewrite.code_expansion import expand_codes
 from edgelm.runtime.ort import load_graph, load_packed
-from edgelm.runtime.probe import probe
+from edgelm.runtime.probe import compute_probe_logits
 from edgelm.runtime.threads import ThreadSettings
 
 SHAPES = [{"quant": "int5"}, {"quant": "int6"}, {"quant": "int4", "embedding_bits": 6}, {"quant": "int4"}]
@@ -24,7 +24,7 @@ def test_joined_codes_are_those_that_onnxruntime_folds(options, tied, tiny_check
     bundle = open_bundle(export_to_cache(tiny_checkpoint(tied=tied, mlp=172), **options))
     folded = ort.InferenceSession(str(bundle.graph), providers=["CPUExecutionProvider"])
     joined = load_graph(str(bundle.graph), 1)
-    assert np.array_equal(probe(joined, bundle.manifest), probe(folded, bundle.manifest))
+    assert np.array_equal(compute_probe_logits(joined, bundle.manifest), compute_probe_logits(folded, bundle.manifest))
     split = [matrix for matrix in bundle.manifest.matrices if matrix.bits in (5, 6)]
     found = expand_codes(bundle.graph.read_bytes(), bundle.graph.with_name("model.onnx.data"))
     assert found is not None
@@ -39,5 +39,7 @@ def test_a_graph_without_split_codes_is_left_alone(tiny_checkpoint, export_to_ca
 
 def test_onnxruntime_keeps_joined_codes_packed(tiny_checkpoint, export_to_cache, tmp_path):
     bundle = open_bundle(export_to_cache(tiny_checkpoint(), quant="int6"))
-    expected = probe(load_graph(str(bundle.graph), 1, save_to=tmp_path), bundle.manifest)
-    assert np.allclose(probe(load_packed(tmp_path, ThreadSettings(1)), bundle.manifest), expected, atol=1e-4)
+    expected = compute_probe_logits(load_graph(str(bundle.graph), 1, save_to=tmp_path), bundle.manifest)
+    assert np.allclose(
+        compute_probe_logits(load_packed(tmp_path, ThreadSettings(1)), bundle.manifest), expected, atol=1e-4
+    )

@@ -103,10 +103,10 @@ def tokens_of(least, most):
     return st.lists(st.integers(0, VOCAB - 1), min_size=least, max_size=most)
 
 
-def prefill(session, held, row, tokens, start, every):
+def prefill(session, held, row, tokens, start, all_logits):
     held[row] = held[row][:start] + tokens
-    logits = session.prefill(row, np.array(tokens, np.int64), start, every=every)
-    np.testing.assert_array_equal(logits, expected(held[row])[start:] if every else expected(held[row])[-1:])
+    logits = session.prefill(row, np.array(tokens, np.int64), start, all_logits=all_logits)
+    np.testing.assert_array_equal(logits, expected(held[row])[start:] if all_logits else expected(held[row])[-1:])
 
 
 @given(st.data())
@@ -114,7 +114,7 @@ def test_rows_are_lists_of_tokens(session, data):
     """Prefill from anywhere in a row, decode, move and cut rows, in any order."""
     held = [[] for _ in range(ROWS)]
     for row in range(ROWS):
-        prefill(session, held, row, data.draw(tokens_of(1, 4)), 0, every=False)
+        prefill(session, held, row, data.draw(tokens_of(1, 4)), 0, all_logits=False)
     for _ in range(data.draw(st.integers(1, 6))):
         row = data.draw(st.integers(0, ROWS - 1))
         action = data.draw(st.sampled_from(["prefill", "decode", "copy", "begin"]))
@@ -140,7 +140,7 @@ def test_rows_are_lists_of_tokens(session, data):
             session.copy_row(row, target, length)
             held[target] = held[row][:length]
     for row in range(ROWS):
-        prefill(session, held, row, [1], len(held[row]), every=True)
+        prefill(session, held, row, [1], len(held[row]), all_logits=True)
 
 
 @given(tokens_of(1, CONTEXT), st.data())
@@ -148,7 +148,7 @@ def test_any_division_into_chunks_gives_the_same_logits(session, tokens, data):
     ends = sorted({*data.draw(st.lists(st.integers(1, len(tokens)), max_size=4)), len(tokens)})
     parts = []
     for start, end in zip([0, *ends], ends, strict=False):
-        parts.append(np.array(session.prefill(0, np.array(tokens[start:end], np.int64), start, every=True)))
+        parts.append(np.array(session.prefill(0, np.array(tokens[start:end], np.int64), start, all_logits=True)))
     np.testing.assert_array_equal(np.concatenate(parts), expected(tokens))
 
 

@@ -31,10 +31,10 @@ def test_what_is_written_is_what_was_given_page_by_page(parts):
             for part in parts:
                 file.write(part)
                 place += len(part)
-                assert file.place == place
+                assert file.offset == place
                 assert path.read_bytes() == whole[: place // 16 * 16], "nothing but whole pages before the end"
         assert path.read_bytes() == whole
-        assert file.place == len(whole)
+        assert file.offset == len(whole)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint8])
@@ -42,7 +42,7 @@ def test_arrays_are_written_by_their_bytes(tmp_path, dtype):
     values = np.arange(5 * 7 * 2).reshape(5, 7, 2).astype(dtype)
     with HugePageFile(tmp_path / "data") as file:
         file.write(values.data)
-        assert file.place == values.nbytes
+        assert file.offset == values.nbytes
     assert (tmp_path / "data").read_bytes() == values.tobytes()
 
 

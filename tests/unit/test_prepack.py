@@ -105,7 +105,7 @@ def test_what_onnxruntime_refuses_is_packed_again(bundle, cache, said):
 def test_a_copy_that_computes_something_else_is_never_used(bundle, cache, monkeypatch, said):
     plain = logits_of(bundle, None)
     numbers = iter(range(100))
-    monkeypatch.setattr(prepack, "probe", lambda *_: np.array([next(numbers)]))
+    monkeypatch.setattr(prepack, "compute_probe_logits", lambda *_: np.array([next(numbers)]))
     np.testing.assert_array_equal(logits_of(bundle, cache), plain)
     assert len(said()) == 1
     assert "does not read back" in said()[0]

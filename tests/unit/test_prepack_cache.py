@@ -64,7 +64,7 @@ def test_our_kernels_compute_what_onnxruntimes_do(tiny_checkpoint, export_to_cac
     assert 0 < apart(found[0], plain) < 0.05
     (entry,) = cache.entries()
     assert entry.metadata[FORMATS]
-    operators = {node.operator for node in read_model((entry.path / PACKED_GRAPH_FILE).read_bytes()).nodes}
+    operators = {node.op_type for node in read_model((entry.path / PACKED_GRAPH_FILE).read_bytes()).nodes}
     taken_over = {"MatMulNBits", "Cast", "Split", "QuickGelu", "Mul", "SkipSimplifiedLayerNormalization"}
     assert not operators & taken_over, "all of that is in the kernels"
     assert said() == []
@@ -115,7 +115,7 @@ def test_kernels_that_compute_something_else_are_never_used(small, cache, monkey
     plain = logits_of(small, None)
     logits = np.eye(3, 8, dtype=np.float32)
     probes = iter([-9 * logits, -9 * logits, logits, logits])  # ours, ours in pieces, onnxruntime's, exact ones
-    monkeypatch.setattr(prepack, "probe", lambda *_: next(probes))
+    monkeypatch.setattr(prepack, "compute_probe_logits", lambda *_: next(probes))
     monkeypatch.setattr(prepack, "_prepack", lambda *_: "not now")
     np.testing.assert_array_equal(logits_of(small, cache), plain)
     assert "they compute other logits" in said()[0]
@@ -183,7 +183,7 @@ def test_kernels_can_be_tried_out(small, tiny_checkpoint, export_to_cache, monke
     with pytest.raises(OSError, match="none for matrices of fp32"):
         verify_kernels(open_bundle(export_to_cache(tiny_checkpoint(**SMALL), quant="fp32")))
     monkeypatch.setattr(probe, "FACTOR", 0.0)
-    monkeypatch.setattr(probe, "SLACK", 0.0)
+    monkeypatch.setattr(probe, "DIVERGENCE_TOLERANCE", 0.0)
     with pytest.raises(EdgelmError, match="other logits"):
         verify_kernels(open_bundle(small), 1)
     monkeypatch.setattr(sys, "executable", "/bin/false")

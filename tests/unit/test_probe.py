@@ -85,18 +85,20 @@ def test_wrong_kernels_are_refused(bundle_of, monkeypatch, wrong, quant, size):
 def test_pieces_are_passes_of_the_same_positions(bundle, monkeypatch):
     opened = open_bundle(bundle)
     loaded = load_graph(str(opened.graph), 1)
-    whole = probe.probe(loaded, opened.manifest)
+    whole = probe.compute_probe_logits(loaded, opened.manifest)
     assert len(whole) == min(probe.TOKENS, opened.manifest.context)
-    np.testing.assert_allclose(probe.probe(loaded, opened.manifest, probe.PASS_SIZES), whole, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        probe.compute_probe_logits(loaded, opened.manifest, probe.PASS_SIZES), whole, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_logits_that_are_not_numbers_are_never_right(which):
     logits = [np.ones((2, 8), np.float32) for _ in range(3)]
-    assert probe.check(*logits) == (0.0, 0.0)
+    assert probe.check_divergence(*logits) == (0.0, 0.0)
     logits[which][1, 3] = np.nan
     with pytest.raises(EdgelmError, match=r"not numbers|other logits"):
-        probe.check(*logits)
+        probe.check_divergence(*logits)
 
 
 def test_products_of_onnxruntimes_may_depend_on_what_is_computed_together(bundle_of):
@@ -106,14 +108,14 @@ def test_products_of_onnxruntimes_may_depend_on_what_is_computed_together(bundle
 
 def test_a_graph_whose_rows_depend_on_each_other_is_not_invariant(bundle_of, tmp_path, monkeypatch):
     """Whatever its operators promise."""
-    found = prepack.probe
+    found = prepack.compute_probe_logits
     calls = []
 
     def changed(*arguments):
         calls.append(arguments)
         return found(*arguments) + (np.float32(1e-6) if len(arguments) == 3 else np.float32(0))
 
-    monkeypatch.setattr(prepack, "probe", changed)
+    monkeypatch.setattr(prepack, "compute_probe_logits", changed)
     marked = []
     monkeypatch.setattr(prepack, "mark_invariant", lambda model: marked.append(model) or model)
     verify_kernels(bundle_of(1.0, "int4"), 1)

@@ -25,7 +25,7 @@ SPLIT = [form for form in SUPPORTED_FORMATS if form.high_bits]
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     file = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    refused = compiler.main([str(file), *(f"{form.bits}:{form.block}" for form in SPLIT)])
+    refused = compiler.main([str(file), *(f"{form.bits}:{form.block_size}" for form in SPLIT)])
     if compiler.find_host_target() is None:
         pytest.skip(refused)
     assert refused is None
@@ -35,12 +35,12 @@ def library(tmp_path_factory):
 def graph_of(form, size):
     """Nodes and tensors of a table in which rows are looked up and with which x is multiplied."""
     rng = np.random.default_rng(form.bits + size)
-    blocks = -(-size // form.block)
-    codes = rng.integers(0, 2**form.bits, (COLUMNS, blocks * form.block)).astype(np.uint8)
+    blocks = -(-size // form.block_size)
+    codes = rng.integers(0, 2**form.bits, (COLUMNS, blocks * form.block_size)).astype(np.uint8)
     scales = (rng.random((COLUMNS, blocks)) * 0.02).astype(np.float16)
     constants = InlineInitializers()
     packed = pack(codes, scales, None, form.bits, size)
-    matrix = store_packed(constants, "m", packed, QuantSpec(form.bits, form.block))
+    matrix = store_packed(constants, "m", packed, QuantSpec(form.bits, form.block_size))
     nodes = GraphBuilder(constants)
     add_lookup(nodes, matrix, "ids", "rows")
     add_matmul(nodes, matrix, "x", None, "y")
@@ -50,13 +50,13 @@ def graph_of(form, size):
 @pytest.mark.parametrize("form", SPLIT, ids=str)
 @pytest.mark.parametrize("short", [0, 10])
 def test_products_and_rows_are_those_of_the_joined_codes(library, tmp_path, form, short):
-    size = 3 * form.block - short
+    size = 3 * form.block_size - short
     nodes, values = graph_of(form, size)
     rng = np.random.default_rng(0)
     feeds = {"ids": rng.integers(0, COLUMNS, (2, 5)), "x": rng.normal(size=(2, 5, size)).astype(np.float32)}
     model, ((their_rows, our_rows), products) = run_both(library, tmp_path, nodes, values, feeds, ["rows", "y"])
     operators = [node.op_type for node in model.graph.node if node.op_type != "Slice"]
-    assert sorted(operators) == sorted([form.gather_op_type, form.operator])
+    assert sorted(operators) == sorted([form.gather_op_type, form.matmul_op_type])
     np.testing.assert_array_equal(our_rows, their_rows)
     assert_close([products])
     held = sum(np.prod(tensor.dims, dtype=int) for tensor in model.graph.initializer)
@@ -124,7 +124,7 @@ def test_other_look_ups_are_left_alone(tmp_path, what):
     assert formats == [form]
     operators = [node.op_type for node in model.graph.node]
     assert "GatherBlockQuantized" in operators
-    assert form.operator in operators
+    assert form.matmul_op_type in operators
 
 
 def test_a_table_with_scales_of_its_own_has_its_own_panels(library, tmp_path):

@@ -126,7 +126,7 @@ def test_every_target_computes_the_same_to_the_last_bit(here, name, is_real, tmp
                     run(product(each, fmt, size, codes, scales, **options), x) for each in (library, here)
                 )
                 np.testing.assert_array_equal(found, expected)
-        largest = np.full_like(matrix(rng, fmt, 256, 20)[0], 255), np.ones((20, 256 // fmt.block), np.float16)
+        largest = np.full_like(matrix(rng, fmt, 256, 20)[0], 255), np.ones((20, 256 // fmt.block_size), np.float16)
         for x in (np.ones((3, 256), np.float32), -np.ones((3, 256), np.float32)):
             found = run(product(library, fmt, 256, *largest), x)
             np.testing.assert_allclose(found, np.full_like(found, x[0, 0] * 256 * ((1 << (fmt.bits - 1)) - 1)))

@@ -46,26 +46,26 @@ def emit_quantize(module: ir.Module, target: Target, fmt: WeightFormat, kind: Pr
     which is added to the mean square. Blocks of zeros have codes 0. Offsets are what the weights' zero point adds to a
     sum, with its sign changed.
     """
-    name = f"quantize_{fmt.bits}_{fmt.block}_{kind.value}"
+    name = f"quantize_{fmt.bits}_{fmt.block_size}_{kind.value}"
     e = Emitter(module, name, VOID, [POINTER, I64, I64, POINTER, F32, POINTER, POINTER, POINTER])
     x, size, blocks, norm, epsilon, codes, scales, zero_point_terms = e.function.args
     b, zero = e.b, ir.Constant(F32, 0.0)
     gated = kind is Prologue.GATED
-    sources = [x, e.at(x, size, F32)] if gated else [x]
+    sources = [x, e.gep(x, size, F32)] if gated else [x]
     inverse_root = e.splat(_inverse_root(e, x, size, epsilon), F32X16) if kind is Prologue.NORMED else None
-    padded = [e.alloca(F32, fmt.block) for _ in sources]
+    padded = [e.alloca(F32, fmt.block_size) for _ in sources]
     with e.loop(e.const(0), blocks) as (block, _, _):
-        first = b.mul(block, e.const(fmt.block))
+        first = b.mul(block, e.const(fmt.block_size))
         rest = b.sub(size, first)
-        short = b.icmp_signed("<", rest, e.const(fmt.block))
-        with b.if_then(short, likely=False), e.loop(e.const(0), e.const(fmt.block)) as (i, _, _):
+        short = b.icmp_signed("<", rest, e.const(fmt.block_size))
+        with b.if_then(short, likely=False), e.loop(e.const(0), e.const(fmt.block_size)) as (i, _, _):
             inside = b.icmp_signed("<", i, rest)
             place = b.select(inside, b.add(first, i), e.const(0))
             for source, copy in zip(sources, padded, strict=True):
                 e.store(b.select(inside, e.load(source, place, F32), zero), copy, i)
-        here = [b.select(short, copy, e.at(x, first, F32)) for x, copy in zip(sources, padded, strict=True)]
+        here = [b.select(short, copy, e.gep(x, first, F32)) for x, copy in zip(sources, padded, strict=True)]
         parts = []
-        for at in range(0, fmt.block, PANEL_COLUMNS):
+        for at in range(0, fmt.block_size, PANEL_COLUMNS):
             part = e.load_vector(here[0], at, F32, F32X16)
             if gated:
                 part = b.fmul(silu(e, part), e.load_vector(here[1], at, F32, F32X16))
@@ -84,7 +84,7 @@ def emit_quantize(module: ir.Module, target: Target, fmt: WeightFormat, kind: Pr
             is_wide = fmt.code_bytes == 2
             narrow = target.wide_codes(b, rounded) if is_wide else b.trunc(rounded, ir.VectorType(I8, PANEL_COLUMNS))
             place = e.const(i * PANEL_COLUMNS * fmt.code_bytes)
-            b.store(narrow, e.at(codes, b.add(b.mul(first, e.const(fmt.code_bytes)), place), I8), align=1)
+            b.store(narrow, e.gep(codes, b.add(b.mul(first, e.const(fmt.code_bytes)), place), I8), align=1)
         e.store(b.fdiv(largest, most), scales, block)
         whole = e.intrinsic("llvm.vector.reduce.add.v16i32", I32, total)
         e.store(b.mul(whole, ir.Constant(I32, -target.zero_point(fmt.bits))), zero_point_terms, block)

@@ -40,7 +40,7 @@ class AttentionKernels:
 
     qk_dot: dict[int, ir.Function]
     online_softmax: ir.Function
-    weigh: ir.Function
+    rescale_factors: ir.Function
     values: dict[int, dict[int, ir.Function]]
     """By the number of vectors of 16 columns too."""
 
@@ -94,7 +94,7 @@ def _emit_qk_dot(module: ir.Module, target: Target, rows: int) -> ir.Function:
             for row in range(rows):
                 sums[row].append(_added(b, updated[row * _KEYS_PER_STEP : (row + 1) * _KEYS_PER_STEP], 1))
         for row, parts in enumerate(sums):
-            b.store(_added(b, parts, _KEYS_PER_STEP), e.at(scores, KV_TILE * row + group, F32), align=4)
+            b.store(_added(b, parts, _KEYS_PER_STEP), e.gep(scores, KV_TILE * row + group, F32), align=4)
     b.ret_void()
     return e.function
 
@@ -131,12 +131,12 @@ def _emit_online_softmax(module: ir.Module) -> ir.Function:
         cap = e.splat(softcap, F32X16)
         with e.loop(begin, end, PANEL_COLUMNS) as (at, _, _):
             score = e.load_vector(scores, at, F32, F32X16)
-            b.store(b.fmul(cap, tanh(e, b.fdiv(score, cap))), e.at(scores, at, F32), align=4)
+            b.store(b.fmul(cap, tanh(e, b.fdiv(score, cap))), e.gep(scores, at, F32), align=4)
     with e.loop(begin, end, PANEL_COLUMNS, carried=[nothing]) as (at, most, updated):
         places = b.add(e.splat(b.trunc(at, I32), I32X16), lanes)
         seen = b.and_(b.icmp_signed(">=", places, before), b.icmp_signed("<=", places, after))
         score = b.select(seen, e.load_vector(scores, at, F32, F32X16), nothing)
-        b.store(score, e.at(scores, at, F32), align=4)
+        b.store(score, e.gep(scores, at, F32), align=4)
         updated.append(b.select(b.fcmp_ordered(">", score, most[0]), score, most[0]))
     largest = e.intrinsic("llvm.vector.reduce.fmax.v16f32", F32, updated[0])
     bases = e.splat(_finite(b, largest), F32X16)
@@ -144,15 +144,15 @@ def _emit_online_softmax(module: ir.Module) -> ir.Function:
         score = e.load_vector(scores, at, F32, F32X16)
         power = exp(e, b.fsub(score, bases))
         power = b.select(b.fcmp_ordered("==", score, nothing), zeros, power)
-        b.store(power, e.at(scores, at, F32), align=4)
+        b.store(power, e.gep(scores, at, F32), align=4)
         updated.append(b.fadd(sums[0], power))
     b.store(updated[0], total, align=4)
     with e.loop(e.const(0), begin, PANEL_COLUMNS) as (at, _, _):
-        b.store(zeros, e.at(scores, at, F32), align=4)
+        b.store(zeros, e.gep(scores, at, F32), align=4)
     with e.loop(
         b.and_(b.add(end, e.const(PANEL_COLUMNS - 1)), e.const(-PANEL_COLUMNS)), e.const(KV_TILE), PANEL_COLUMNS
     ) as (at, _, _):
-        b.store(zeros, e.at(scores, at, F32), align=4)
+        b.store(zeros, e.gep(scores, at, F32), align=4)
     b.ret(largest)
     return e.function
 
@@ -208,7 +208,7 @@ def _emit_values(module: ir.Module, rows: int, across: int) -> ir.Function:
     for row in range(rows):
         own = [e.splat(e.load(factors, 2 * row + i, F32), F32X16) for i in range(2)]
         for i in range(across):
-            start = e.at(sums, b.add(b.mul(size, e.const(row)), e.const(PANEL_COLUMNS * i)), F32)
+            start = e.gep(sums, b.add(b.mul(size, e.const(row)), e.const(PANEL_COLUMNS * i)), F32)
             value = rescale_and_add(e, b.load(start, typ=F32X16, align=4), updated[row * across + i], own)
             b.store(value, start, align=4)
     b.ret_void()

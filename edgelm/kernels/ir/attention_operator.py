@@ -50,37 +50,37 @@ def emit_attention(module: ir.Module, target: Target) -> str:
     e = Emitter(module, ATTENTION_SYMBOL, POINTER, [POINTER, POINTER], export=True)
     state, context = e.function.args
     b = e.b
-    call = KernelContext(e, state, context)
+    ctx = KernelContext(e, state, context)
     params = e.alloca(I64, len(AttentionParam))
 
     def put(field: AttentionParam, value: ir.Value) -> None:
         e.store(value, params, field)
 
-    query, key, value, *past = (call.input(index) for index in range(5))
-    others = [call.input(index) for index in range(5, 9)]
-    put(AttentionParam.QUERY, call.data(query))
+    query, key, value, *past = (ctx.input(index) for index in range(5))
+    others = [ctx.input(index) for index in range(5, 9)]
+    put(AttentionParam.QUERY, ctx.data(query))
     for given, field in zip(
         others, (AttentionParam.SEQLENS, AttentionParam.COS, AttentionParam.SIN, AttentionParam.POSITIONS), strict=True
     ):
-        put(field, call.optional(given))
-    batch, tokens, width = call.dimensions(query, 3)
-    _, kv_heads, capacity, size = shape = call.dimensions(past[0], 4)
+        put(field, ctx.optional(given))
+    batch, tokens, width = ctx.dimensions(query, 3)
+    _, kv_heads, capacity, size = shape = ctx.dimensions(past[0], 4)
     heads = e.load(state, StateField.HEADS, I64)
     own, of_keys = b.mul(heads, size), b.mul(kv_heads, size)
     is_packed = b.icmp_signed(">", width, own)
-    _require_memory(e, call, state, [batch, tokens, *shape], past)
-    _require_projections(e, call, [batch, tokens, width, own, of_keys], [key, value])
-    longest = _require_lengths(e, call, [batch, tokens, capacity], others[0])
+    _require_memory(e, ctx, state, [batch, tokens, *shape], past)
+    _require_projections(e, ctx, [batch, tokens, width, own, of_keys], [key, value])
+    longest = _require_lengths(e, ctx, [batch, tokens, capacity], others[0])
     with b.if_then(b.icmp_signed(">", e.load(state, StateField.HALF, I64), e.const(0))):
-        _require_tables(e, call, e.load(state, StateField.HALF, I64), [batch, tokens, size, longest], others[1:])
-    y = call.output(0, [batch, tokens, own])
+        _require_tables(e, ctx, e.load(state, StateField.HALF, I64), [batch, tokens, size, longest], others[1:])
+    y = ctx.output(0, [batch, tokens, own])
     put(AttentionParam.Y, y)
-    presents = [call.output(index, shape) for index in (1, 2)]
+    presents = [ctx.output(index, shape) for index in (1, 2)]
     for field, present in zip((AttentionParam.PRESENT_KEY, AttentionParam.PRESENT_VALUE), presents, strict=True):
         put(field, present)
-    packed = call.data(query)
-    key = b.select(is_packed, e.at(packed, own, F32), call.optional(key))
-    value = b.select(is_packed, e.at(packed, b.add(own, of_keys), F32), call.optional(value))
+    packed = ctx.data(query)
+    key = b.select(is_packed, e.gep(packed, own, F32), ctx.optional(key))
+    value = b.select(is_packed, e.gep(packed, b.add(own, of_keys), F32), ctx.optional(value))
     group = b.sdiv(heads, kv_heads)
     tile = e.larger(b.sdiv(e.const(MAX_QUERY_TILE), group), e.const(1))
     tiles = b.sdiv(b.add(tokens, b.sub(tile, e.const(1))), tile)
@@ -88,7 +88,7 @@ def emit_attention(module: ir.Module, target: Target) -> str:
     is_short = b.icmp_signed("==", tiles, e.const(1))
     splits = b.select(is_short, b.add(b.sdiv(longest, e.const(KV_TILE)), e.const(1)), e.const(1))
     parts = b.mul(b.mul(queries, splits), part_length(e, size))
-    put(AttentionParam.PARTS, call.output(3, [b.select(b.icmp_signed(">", splits, e.const(1)), parts, e.const(1))]))
+    put(AttentionParam.PARTS, ctx.output(3, [b.select(b.icmp_signed(">", splits, e.const(1)), parts, e.const(1))]))
     for field, number in (
         (AttentionParam.KEY, key),
         (AttentionParam.VALUE, value),
@@ -108,32 +108,32 @@ def emit_attention(module: ir.Module, target: Target) -> str:
     for name in ("HALF", "WINDOW", "SCALE", "SOFTCAP"):
         put(AttentionParam[name], e.load(state, StateField[name], I64))
     for before, present in zip(past, presents, strict=True):
-        _keep_past(e, call.data(before), present, shape)
-    call.parallel_for(store, b.mul(batch, tokens), params)
-    call.parallel_for(attend, b.mul(b.mul(b.mul(batch, kv_heads), tiles), splits), params)
+        _keep_past(e, ctx.data(before), present, shape)
+    ctx.parallel_for(store, b.mul(batch, tokens), params)
+    ctx.parallel_for(attend, b.mul(b.mul(b.mul(batch, kv_heads), tiles), splits), params)
     with b.if_then(b.icmp_signed(">", splits, e.const(1))):
-        call.parallel_for(combine, queries, params)
-    call.end()
+        ctx.parallel_for(combine, queries, params)
+    ctx.end()
     return ATTENTION_SYMBOL
 
 
 def _require_memory(
-    e: Emitter, call: KernelContext, state: ir.Value, sizes: Sequence[ir.Value], past: Sequence[ir.Value]
+    e: Emitter, ctx: KernelContext, state: ir.Value, sizes: Sequence[ir.Value], past: Sequence[ir.Value]
 ) -> None:
     """Emit faults for memory that does not fit. sizes: batch, tokens, the four dimensions of the memory of keys."""
     b = e.b
     batch, tokens, rows, kv_heads, capacity, size = shape = list(sizes)
     keys = e.load(state, StateField.KV_HEADS, I64)
-    values = call.dimensions(past[1], 4)
+    values = ctx.dimensions(past[1], 4)
     pairs = zip(values, shape[2:], strict=True)
-    call.require_equal(InputErrorCode.MEMORY, (rows, batch), (kv_heads, keys), *pairs)
+    ctx.require_equal(InputErrorCode.KV_CACHE, (rows, batch), (kv_heads, keys), *pairs)
     fits = b.icmp_signed("==", b.and_(size, e.const(PANEL_COLUMNS - 1)), e.const(0))
     fits = b.and_(fits, b.icmp_signed(">", size, e.const(0)))
-    call.require(b.and_(fits, b.icmp_signed("<=", size, e.const(MAX_KERNEL_HEAD_SIZE))), InputErrorCode.HEAD)
-    call.require(b.icmp_signed("<=", tokens, capacity), InputErrorCode.TOKENS)
+    ctx.require(b.and_(fits, b.icmp_signed("<=", size, e.const(MAX_KERNEL_HEAD_SIZE))), InputErrorCode.HEAD)
+    ctx.require(b.icmp_signed("<=", tokens, capacity), InputErrorCode.TOKENS)
 
 
-def _require_projections(e: Emitter, call: KernelContext, sizes: Sequence[ir.Value], given: Sequence[ir.Value]) -> None:
+def _require_projections(e: Emitter, ctx: KernelContext, sizes: Sequence[ir.Value], given: Sequence[ir.Value]) -> None:
     """Emit faults for queries, keys and values that do not fit.
 
     sizes: batch, tokens, the queries' last dimension, the widths of all heads and of those of keys. given: keys and
@@ -143,32 +143,32 @@ def _require_projections(e: Emitter, call: KernelContext, sizes: Sequence[ir.Val
     batch, tokens, width, own, of_keys = sizes
     is_packed = b.icmp_signed(">", width, own)
     whole = b.select(is_packed, b.add(own, b.add(of_keys, of_keys)), own)
-    call.require_equal(InputErrorCode.PROJECTIONS, (width, whole))
+    ctx.require_equal(InputErrorCode.PROJECTIONS, (width, whole))
     with b.if_then(b.not_(is_packed)):
         for each in given:
-            call.require(call.is_given(each), InputErrorCode.PROJECTIONS)
-            shape = call.dimensions(each, 3)
-            call.require_equal(InputErrorCode.PROJECTIONS, *zip(shape, (batch, tokens, of_keys), strict=True))
+            ctx.require(ctx.is_given(each), InputErrorCode.PROJECTIONS)
+            shape = ctx.dimensions(each, 3)
+            ctx.require_equal(InputErrorCode.PROJECTIONS, *zip(shape, (batch, tokens, of_keys), strict=True))
 
 
-def _require_lengths(e: Emitter, call: KernelContext, sizes: Sequence[ir.Value], seqlens: ir.Value) -> ir.Value:
+def _require_lengths(e: Emitter, ctx: KernelContext, sizes: Sequence[ir.Value], seqlens: ir.Value) -> ir.Value:
     """Emit faults for lengths that do not fit, and the largest of them. sizes: batch, tokens, capacity."""
     b = e.b
     batch, tokens, capacity = sizes
-    call.require_equal(InputErrorCode.LENGTHS, (call.count(seqlens), batch))
-    lengths = call.data(seqlens)
+    ctx.require_equal(InputErrorCode.LENGTHS, (ctx.count(seqlens), batch))
+    lengths = ctx.data(seqlens)
     least = b.sub(tokens, e.const(1))
     start = [e.const(0), ir.Constant(ir.IntType(1), 1)]
     with e.loop(e.const(0), batch, carried=start) as (row, (longest, holds), updated):
         length = b.sext(e.load(lengths, row, I32), I64)
         fits = b.and_(b.icmp_signed(">=", length, least), b.icmp_signed("<", length, capacity))
         updated += [e.larger(longest, length), b.and_(holds, fits)]
-    call.require(updated[1], InputErrorCode.LENGTHS)
+    ctx.require(updated[1], InputErrorCode.LENGTHS)
     return updated[0]
 
 
 def _require_tables(
-    e: Emitter, call: KernelContext, half: ir.Value, sizes: Sequence[ir.Value], given: Sequence[ir.Value]
+    e: Emitter, ctx: KernelContext, half: ir.Value, sizes: Sequence[ir.Value], given: Sequence[ir.Value]
 ) -> None:
     """Emit faults for rotary tables and positions that do not fit.
 
@@ -177,23 +177,23 @@ def _require_tables(
     """
     b = e.b
     batch, tokens, size, longest = sizes
-    call.require(b.icmp_signed("<=", b.add(half, half), size), InputErrorCode.TABLES)
+    ctx.require(b.icmp_signed("<=", b.add(half, half), size), InputErrorCode.TABLES)
     rows = e.const(0)
     for number, table in enumerate(given[:2]):
-        call.require(call.is_given(table), InputErrorCode.TABLES)
-        height, width = call.dimensions(table, 2)
-        call.require_equal(InputErrorCode.TABLES, (width, half), (height, rows if number else height))
+        ctx.require(ctx.is_given(table), InputErrorCode.TABLES)
+        height, width = ctx.dimensions(table, 2)
+        ctx.require_equal(InputErrorCode.TABLES, (width, half), (height, rows if number else height))
         rows = height
-    with b.if_else(call.is_given(given[2])) as (told, counted):
+    with b.if_else(ctx.is_given(given[2])) as (told, counted):
         with told:
             count = b.mul(batch, tokens)
-            call.require_equal(InputErrorCode.POSITIONS, (call.count(given[2]), count))
-            positions = call.data(given[2])
+            ctx.require_equal(InputErrorCode.POSITIONS, (ctx.count(given[2]), count))
+            positions = ctx.data(given[2])
             with e.loop(e.const(0), count, carried=[ir.Constant(ir.IntType(1), 1)]) as (token, (holds,), updated):
                 updated.append(b.and_(holds, b.icmp_unsigned("<", e.load(positions, token, I64), rows)))
-            call.require(updated[0], InputErrorCode.POSITIONS)
+            ctx.require(updated[0], InputErrorCode.POSITIONS)
         with counted:
-            call.require(b.icmp_signed("<", longest, rows), InputErrorCode.TABLES)
+            ctx.require(b.icmp_signed("<", longest, rows), InputErrorCode.TABLES)
 
 
 def _keep_past(e: Emitter, past: ir.Value, present: ir.Value, shape: Sequence[ir.Value]) -> None:
@@ -204,7 +204,7 @@ def _keep_past(e: Emitter, past: ir.Value, present: ir.Value, shape: Sequence[ir
         for dimension in shape:
             count = b.mul(count, dimension)
         with e.loop(e.const(0), count, PANEL_COLUMNS) as (at, _, _):
-            b.store(e.load_vector(past, at, F32, F32X16), e.at(present, at, F32), align=4)
+            b.store(e.load_vector(past, at, F32, F32X16), e.gep(present, at, F32), align=4)
 
 
 def _emit_store(module: ir.Module, rotate: ir.Function) -> ir.Function:
@@ -233,6 +233,6 @@ def _emit_store(module: ir.Module, rotate: ir.Function) -> ir.Function:
         source = b.add(b.mul(index, stride), b.mul(head, size))
         target = b.mul(b.add(b.mul(b.add(b.mul(row, kv_heads), head), capacity), position), size)
         for origin, present, turned in zip((key, value), presents, (half, e.const(0)), strict=True):
-            b.call(rotate, [e.at(origin, source, F32), e.at(present, target, F32), *tables, turned, size, one])
+            b.call(rotate, [e.gep(origin, source, F32), e.gep(present, target, F32), *tables, turned, size, one])
     b.ret_void()
     return e.function

@@ -46,7 +46,7 @@ def load_params(e: Emitter, params: ir.Value, *wanted: AttentionParam) -> list[i
     found = []
     for field in wanted:
         ir_type = F32 if field >= AttentionParam.SCALE else POINTER if field < AttentionParam.QUERY_STRIDE else I64
-        found.append(e.b.load(e.at(params, field, I64), typ=ir_type))
+        found.append(e.b.load(e.gep(params, field, I64), typ=ir_type))
     return found
 
 
@@ -63,7 +63,7 @@ def emit_rotate(module: ir.Module) -> ir.Function:
         c, s = (e.load_vector(table, at, F32, F32X16) for table in (cos, sin))
         turned = b.fsub(b.fmul(one, c), b.fmul(other, s)), b.fadd(b.fmul(other, c), b.fmul(one, s))
         for place, value in zip(places, turned, strict=True):
-            b.store(b.fmul(value, wide), e.at(target, place, F32), align=4)
+            b.store(b.fmul(value, wide), e.gep(target, place, F32), align=4)
     with e.loop(whole, half) as (at, _, _):
         places = at, b.add(at, half)
         one, other = (e.load(source, place, F32) for place in places)
@@ -74,7 +74,7 @@ def emit_rotate(module: ir.Module) -> ir.Function:
     rotated = b.add(half, half)
     plain = b.add(rotated, b.and_(b.sub(size, rotated), e.const(-PANEL_COLUMNS)))
     with e.loop(rotated, plain, PANEL_COLUMNS) as (at, _, _):
-        b.store(b.fmul(e.load_vector(source, at, F32, F32X16), wide), e.at(target, at, F32), align=4)
+        b.store(b.fmul(e.load_vector(source, at, F32, F32X16), wide), e.gep(target, at, F32), align=4)
     with e.loop(plain, size) as (at, _, _):
         e.store(b.fmul(e.load(source, at, F32), scale), target, at)
     b.ret_void()
@@ -103,7 +103,7 @@ def emit_rotary_row(e: Emitter, params: ir.Value, token: ir.Value, position: ir.
     place = b.phi(I64)
     place.add_incoming(position, before)
     place.add_incoming(told, inside)
-    return [e.at(table, b.mul(place, half), F32) for table in tables]
+    return [e.gep(table, b.mul(place, half), F32) for table in tables]
 
 
 def emit_output(e: Emitter, params: ir.Value, target: ir.Value, values: ir.Value, totals: ir.Value) -> None:
@@ -115,4 +115,4 @@ def emit_output(e: Emitter, params: ir.Value, target: ir.Value, values: ir.Value
     wide = e.splat(b.fdiv(ir.Constant(F32, 1.0), total), F32X16)
     with e.loop(e.const(0), size, PANEL_COLUMNS) as (at, _, _):
         value = b.fmul(e.load_vector(values, at, F32, F32X16), wide)
-        b.store(value, e.at(y, b.add(b.mul(target, size), at), F32), align=4)
+        b.store(value, e.gep(y, b.add(b.mul(target, size), at), F32), align=4)

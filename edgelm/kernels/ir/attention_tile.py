@@ -67,12 +67,12 @@ def emit_attend(module: ir.Module, kernels: AttentionKernels, rotate: ir.Functio
         place = b.add(b.mul(row, tokens), b.add(token, ahead))
         tables = emit_rotary_row(e, params, place, b.add(past, ahead))
         source = b.add(b.mul(place, stride), b.mul(b.add(first_head, b.srem(i, group)), size))
-        target = e.at(queries, b.mul(i, size), F32)
-        b.call(rotate, [e.at(query, source, F32), target, *tables, half, size, scale])
+        target = e.gep(queries, b.mul(i, size), F32)
+        b.call(rotate, [e.gep(query, source, F32), target, *tables, half, size, scale])
         e.store(ir.Constant(F32, MINUS_INFINITY), running_max, i)
-        b.store(zeros, e.at(totals, b.mul(i, e.const(PANEL_COLUMNS)), F32), align=4)
+        b.store(zeros, e.gep(totals, b.mul(i, e.const(PANEL_COLUMNS)), F32), align=4)
         with e.loop(e.const(0), size, PANEL_COLUMNS) as (at, _, _):
-            b.store(zeros, e.at(sums, b.add(b.mul(i, size), at), F32), align=4)
+            b.store(zeros, e.gep(sums, b.add(b.mul(i, size), at), F32), align=4)
     last = b.add(past, b.sub(b.sdiv(count, group), e.const(1)))
     has_window = b.icmp_signed(">", window, e.const(0))
     unseen = b.select(has_window, e.larger(b.sub(b.add(past, e.const(1)), window), e.const(0)), e.const(0))
@@ -82,25 +82,25 @@ def emit_attend(module: ir.Module, kernels: AttentionKernels, rotate: ir.Functio
     end = b.add(last, e.const(1))
     end = b.select(in_parts, e.smaller(end, b.mul(b.add(split, e.const(1)), e.const(KV_TILE))), end)
     memory = b.mul(b.mul(b.add(b.mul(row, kv_heads), head), capacity), size)
-    keys, values = (e.at(each, memory, F32) for each in (all_keys, all_values))
+    keys, values = (e.gep(each, memory, F32) for each in (all_keys, all_values))
     with e.loop(begin, end, KV_TILE) as (start, _, _):
         here = e.smaller(b.sub(end, start), e.const(KV_TILE))
         _score(e, kernels, count, [queries, size, keys, start, here, last, scores])
         with e.loop(e.const(0), count) as (i, _, _):
             tile_last = b.sub(b.add(past, b.sdiv(i, group)), start)
             tile_first = b.select(has_window, b.add(b.sub(tile_last, window), e.const(1)), e.const(0))
-            own = e.at(scores, b.mul(i, e.const(KV_TILE)), F32)
+            own = e.gep(scores, b.mul(i, e.const(KV_TILE)), F32)
             most = b.call(kernels.online_softmax, [own, tile_first, tile_last, softcap, here_total])
-            both = e.at(factors, b.mul(i, e.const(2)), F32)
-            e.store(b.call(kernels.weigh, [e.load(running_max, i, F32), most, both]), running_max, i)
-            _merge_totals(e, e.at(totals, b.mul(i, e.const(PANEL_COLUMNS)), F32), here_total, both)
-        first_value = e.at(values, b.mul(start, size), F32)
+            both = e.gep(factors, b.mul(i, e.const(2)), F32)
+            e.store(b.call(kernels.rescale_factors, [e.load(running_max, i, F32), most, both]), running_max, i)
+            _merge_totals(e, e.gep(totals, b.mul(i, e.const(PANEL_COLUMNS)), F32), here_total, both)
+        first_value = e.gep(values, b.mul(start, size), F32)
         _add_values(e, kernels, count, [scores, first_value, here, size, factors, sums])
     with e.loop(e.const(0), count) as (i, _, _):
-        total = e.at(totals, b.mul(i, e.const(PANEL_COLUMNS)), F32)
+        total = e.gep(totals, b.mul(i, e.const(PANEL_COLUMNS)), F32)
         place = b.add(b.mul(row, tokens), b.add(token, b.sdiv(i, group)))
         target = b.add(b.mul(place, heads), b.add(first_head, b.srem(i, group)))
-        own = e.at(sums, b.mul(i, size), F32)
+        own = e.gep(sums, b.mul(i, size), F32)
         with b.if_else(in_parts) as (then, otherwise):
             with then:
                 _emit_partial(e, params, b.add(b.mul(target, splits), split), e.load(running_max, i, F32), total, own)
@@ -117,12 +117,13 @@ def _score(e: Emitter, kernels: AttentionKernels, count: ir.Value, arguments: Se
     with e.loop(e.const(0), here, PANEL_COLUMNS) as (some, _, _):
 
         def score(rows: int, i: ir.Value) -> None:
-            target = e.at(scores, b.add(b.mul(i, e.const(KV_TILE)), some), F32)
+            target = e.gep(scores, b.add(b.mul(i, e.const(KV_TILE)), some), F32)
             b.call(
-                kernels.qk_dot[rows], [e.at(queries, b.mul(i, size), F32), size, keys, b.add(start, some), last, target]
+                kernels.qk_dot[rows],
+                [e.gep(queries, b.mul(i, size), F32), size, keys, b.add(start, some), last, target],
             )
 
-        e.in_parts(count, tuple(kernels.qk_dot), score)
+        e.tiled_loop(count, tuple(kernels.qk_dot), score)
 
 
 def _add_values(e: Emitter, kernels: AttentionKernels, count: ir.Value, arguments: Sequence[ir.Value]) -> None:
@@ -136,18 +137,18 @@ def _add_values(e: Emitter, kernels: AttentionKernels, count: ir.Value, argument
             b.call(
                 kernels.values[rows][across],
                 [
-                    e.at(scores, b.mul(i, e.const(KV_TILE)), F32),
-                    e.at(values, column, F32),
+                    e.gep(scores, b.mul(i, e.const(KV_TILE)), F32),
+                    e.gep(values, column, F32),
                     here,
                     size,
-                    e.at(factors, b.mul(i, e.const(2)), F32),
-                    e.at(sums, b.add(b.mul(i, size), column), F32),
+                    e.gep(factors, b.mul(i, e.const(2)), F32),
+                    e.gep(sums, b.add(b.mul(i, size), column), F32),
                 ],
             )
 
-        e.in_parts(b.sdiv(size, e.const(PANEL_COLUMNS)), tuple(kernels.values[rows]), columns_of)
+        e.tiled_loop(b.sdiv(size, e.const(PANEL_COLUMNS)), tuple(kernels.values[rows]), columns_of)
 
-    e.in_parts(count, tuple(kernels.values), rows_of)
+    e.tiled_loop(count, tuple(kernels.values), rows_of)
 
 
 def _merge_totals(e: Emitter, totals: ir.Value, here: ir.Value, factors: ir.Value) -> None:
@@ -163,10 +164,10 @@ def _emit_partial(
     """Emit what one part of the positions gave: the weighted values, the sums of exponentials, the largest score."""
     b = e.b
     parts, size = load_params(e, params, AttentionParam.PARTS, AttentionParam.SIZE)
-    part = e.at(parts, b.mul(place, part_length(e, size)), F32)
+    part = e.gep(parts, b.mul(place, part_length(e, size)), F32)
     with e.loop(e.const(0), size, PANEL_COLUMNS) as (at, _, _):
-        b.store(e.load_vector(values, at, F32, F32X16), e.at(part, at, F32), align=4)
-    b.store(e.load_vector(total, 0, F32, F32X16), e.at(part, size, F32), align=4)
+        b.store(e.load_vector(values, at, F32, F32X16), e.gep(part, at, F32), align=4)
+    b.store(e.load_vector(total, 0, F32, F32X16), e.gep(part, size, F32), align=4)
     e.store(running_max, part, b.add(size, e.const(PANEL_COLUMNS)))
 
 
@@ -177,21 +178,21 @@ def emit_combine(module: ir.Module, kernels: AttentionKernels) -> ir.Function:
     b = e.b
     parts, size, splits = load_params(e, params, AttentionParam.PARTS, AttentionParam.SIZE, AttentionParam.SPLITS)
     length = part_length(e, size)
-    own = e.at(parts, b.mul(b.mul(index, splits), length), F32)
+    own = e.gep(parts, b.mul(b.mul(index, splits), length), F32)
     sums, factors = e.alloca(F32, MAX_KERNEL_HEAD_SIZE + PANEL_COLUMNS), e.alloca(F32, 2)
     all_sums = b.add(size, e.const(PANEL_COLUMNS))
     zeros = ir.Constant(F32X16, [0.0] * PANEL_COLUMNS)
     with e.loop(e.const(0), all_sums, PANEL_COLUMNS) as (at, _, _):
-        b.store(zeros, e.at(sums, at, F32), align=4)
+        b.store(zeros, e.gep(sums, at, F32), align=4)
     with e.loop(e.const(0), splits, carried=[ir.Constant(F32, MINUS_INFINITY)]) as (split, running_max, updated):
-        part = e.at(own, b.mul(split, length), F32)
-        new = b.call(kernels.weigh, [running_max[0], e.load(part, all_sums, F32), factors])
+        part = e.gep(own, b.mul(split, length), F32)
+        new = b.call(kernels.rescale_factors, [running_max[0], e.load(part, all_sums, F32), factors])
         both = [e.splat(e.load(factors, i, F32), F32X16) for i in range(2)]
         with e.loop(e.const(0), all_sums, PANEL_COLUMNS) as (at, _, _):
             so_far, here = (e.load_vector(each, at, F32, F32X16) for each in (sums, part))
-            b.store(rescale_and_add(e, so_far, here, both), e.at(sums, at, F32), align=4)
+            b.store(rescale_and_add(e, so_far, here, both), e.gep(sums, at, F32), align=4)
         updated.append(new)
-    emit_output(e, params, index, sums, e.at(sums, size, F32))
+    emit_output(e, params, index, sums, e.gep(sums, size, F32))
     b.ret_void()
     return e.function
 

@@ -41,22 +41,22 @@ class Emitter:
         place.type = POINTER  # llvmlite gives it a type of its own, which stores of anything else do not fit
         return place
 
-    def at(self, pointer: ir.Value, index: ir.Value | int, ir_type: ir.Type) -> ir.Value:
+    def gep(self, pointer: ir.Value, index: ir.Value | int, ir_type: ir.Type) -> ir.Value:
         """Return the address of an element."""
         place = self.const(index) if isinstance(index, int) else index
         return self.b.gep(pointer, [place], inbounds=True, source_etype=ir_type)
 
     def load(self, pointer: ir.Value, index: ir.Value | int, ir_type: ir.Type, align: int | None = None) -> ir.Value:
         """Load an element."""
-        return self.b.load(self.at(pointer, index, ir_type), typ=ir_type, align=align)
+        return self.b.load(self.gep(pointer, index, ir_type), typ=ir_type, align=align)
 
     def load_vector(self, pointer: ir.Value, index: ir.Value | int, element: ir.Type, vector: ir.Type) -> ir.Value:
         """Load a vector that begins at an element; no alignment beyond a byte is assumed."""
-        return self.b.load(self.at(pointer, index, element), typ=vector, align=1)
+        return self.b.load(self.gep(pointer, index, element), typ=vector, align=1)
 
     def store(self, value: ir.Value, pointer: ir.Value, index: ir.Value | int, align: int | None = None) -> None:
         """Store a value as an element of its own type."""
-        self.b.store(value, self.at(pointer, index, value.type), align=align)
+        self.b.store(value, self.gep(pointer, index, value.type), align=align)
 
     def splat(self, value: ir.Value, ir_type: ir.VectorType) -> ir.Value:
         """Return a vector of equal elements."""
@@ -109,7 +109,7 @@ class Emitter:
         self.b.position_at_end(after)
         updated[:] = values
 
-    def in_parts(self, count: ir.Value, sizes: Sequence[int], body: Callable[[int, ir.Value], None]) -> None:
+    def tiled_loop(self, count: ir.Value, sizes: Sequence[int], body: Callable[[int, ir.Value], None]) -> None:
         """Pass `count` things, as many at once as the sizes allow, the largest first; the last size is 1.
 
         `body` is given how many there are and the first one's number, and writes the code for them.

@@ -21,20 +21,20 @@ F32X4 = ir.VectorType(F32, 4)
 
 def emit_gather(module: ir.Module, fmt: WeightFormat) -> None:
     """Emit the operator for tables of a format. Gives (code - 2^(bits-1)) * scale, in float32."""
-    e = Emitter(module, fmt.look_up, POINTER, [POINTER, POINTER], export=True)
+    e = Emitter(module, fmt.gather_symbol, POINTER, [POINTER, POINTER], export=True)
     state, context = e.function.args
     b = e.b
-    call = KernelContext(e, state, context)
-    value = call.input(0)
-    indices = call.data(value)
-    rank = call.rank(value, MAX_RANK - 1)
-    count = call.product(rank)
+    ctx = KernelContext(e, state, context)
+    value = ctx.input(0)
+    indices = ctx.data(value)
+    rank = ctx.rank(value, MAX_RANK - 1)
+    count = ctx.leading_elements(rank)
     size, columns, weights, scales = (
         e.load(state, field, I64) for field in (StateField.K, StateField.N, StateField.WEIGHTS, StateField.SCALES)
     )
-    e.store(size, call.shape, rank)
-    y = call.output_like_shape(0, b.add(rank, e.const(1)))
-    blocks = b.sdiv(size, e.const(fmt.block))
+    e.store(size, ctx.shape, rank)
+    y = ctx.output_like_shape(0, b.add(rank, e.const(1)))
+    blocks = b.sdiv(size, e.const(fmt.block_size))
     with e.loop(e.const(0), count) as (i, _, _):
         given = e.load(indices, i, I64)
         counted = b.select(b.icmp_signed("<", given, e.const(0)), b.add(given, columns), given)
@@ -47,10 +47,10 @@ def emit_gather(module: ir.Module, fmt: WeightFormat) -> None:
             here = b.inttoptr(b.add(weights, first), POINTER)
             scale = e.load(b.inttoptr(scales, POINTER), b.add(place, lane), F16)
             factor = e.splat(b.fpext(scale, F32), F32X4)
-            to = b.add(b.mul(i, size), b.mul(block, e.const(fmt.block)))
+            to = b.add(b.mul(i, size), b.mul(block, e.const(fmt.block_size)))
             zero = ir.Constant(ir.VectorType(I32, 4), [1 << (fmt.bits - 1)] * 4)
             for four, part in enumerate(load_codes(e, fmt, here, ir.VectorType(I8, 4))):
                 centred = b.sub(b.zext(part, zero.type), zero)
                 values = b.fmul(b.sitofp(centred, F32X4), factor)
-                b.store(values, e.at(y, b.add(to, e.const(4 * four)), F32), align=1)
-    call.end()
+                b.store(values, e.gep(y, b.add(to, e.const(4 * four)), F32), align=1)
+    ctx.end()

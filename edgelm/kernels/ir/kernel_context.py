@@ -101,9 +101,9 @@ class KernelContext:
 
     def count(self, value: ir.Value) -> ir.Value:
         """Emit how many values a tensor has."""
-        return self.product(self.rank(value))
+        return self.leading_elements(self.rank(value))
 
-    def product(self, rank: ir.Value) -> ir.Value:
+    def leading_elements(self, rank: ir.Value) -> ir.Value:
         """Emit the product of the first `rank` dimensions in `shape`."""
         e = self._e
         with e.loop(e.const(0), rank, carried=[e.const(1)]) as (axis, counts, updated):

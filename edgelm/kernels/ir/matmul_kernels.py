@@ -40,22 +40,22 @@ def emit_matmul_kernel(module: ir.Module, target: Target, fmt: WeightFormat, row
     [start, stop) are written; bias: float32 [16 * panels] or null; skip: what is added to y, like it, or null.
     """
     kinds = [POINTER, POINTER, I64, I64, I64, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, I64]
-    e = Emitter(module, f"panels_{fmt.bits}_{fmt.block}_{rows}", VOID, kinds)
+    e = Emitter(module, f"panels_{fmt.bits}_{fmt.block_size}_{rows}", VOID, kinds)
     weights, scales, blocks, start, stop, codes, activation_scales, zero_point_terms, bias, skip, y, columns = (
         e.function.args
     )
     b = e.b
-    width = b.mul(blocks, e.const(fmt.block))
+    width = b.mul(blocks, e.const(fmt.block_size))
     taken = _ActivationRows(
-        [e.at(codes, b.mul(width, e.const(fmt.code_bytes * row)), I8) for row in range(rows)],
-        [e.at(activation_scales, b.mul(blocks, e.const(row)), F32) for row in range(rows)],
-        [e.at(zero_point_terms, b.mul(blocks, e.const(row)), I32) for row in range(rows)],
+        [e.gep(codes, b.mul(width, e.const(fmt.code_bytes * row)), I8) for row in range(rows)],
+        [e.gep(activation_scales, b.mul(blocks, e.const(row)), F32) for row in range(rows)],
+        [e.gep(zero_point_terms, b.mul(blocks, e.const(row)), I32) for row in range(rows)],
     )
     zeros = ir.Constant(F32X16, [0.0] * PANEL_COLUMNS)
     with e.loop(start, stop) as (panel, _, _):
         passed = b.mul(panel, blocks)
-        panel_weights = e.at(weights, b.mul(passed, e.const(PANEL_COLUMNS * fmt.block_bytes)), I8)
-        panel_scales = e.at(scales, b.mul(passed, e.const(PANEL_COLUMNS)), F16)
+        panel_weights = e.gep(weights, b.mul(passed, e.const(PANEL_COLUMNS * fmt.block_bytes)), I8)
+        panel_scales = e.gep(scales, b.mul(passed, e.const(PANEL_COLUMNS)), F16)
         with e.loop(e.const(0), blocks, carried=[zeros] * rows) as (block, values, updated):
             sums = _block_sums(e, target, fmt, panel_weights, block, taken)
             at = b.mul(block, e.const(PANEL_COLUMNS))
@@ -82,25 +82,25 @@ def _block_sums(
     """Emit the sums of one block's products for each row, <16 x i32>; each part of the weights is unpacked once."""
     b = e.b
     sums = [e.splat(e.load(rows.zero_point_terms[row], block, I32), I32X16) for row in range(rows.count)]
-    here = e.at(weights, b.mul(block, e.const(PANEL_COLUMNS * fmt.block_bytes)), I8)
-    at = b.mul(block, e.const(fmt.block * fmt.code_bytes))
+    here = e.gep(weights, b.mul(block, e.const(PANEL_COLUMNS * fmt.block_bytes)), I8)
+    at = b.mul(block, e.const(fmt.block_size * fmt.code_bytes))
     if target.max_int16_sums(fmt.bits) and rows.count > 1:
-        return _block_sums_by_pairs(e, target, fmt, here, [e.at(codes, at, I8) for codes in rows.codes], sums)
+        return _block_sums_by_pairs(e, target, fmt, here, [e.gep(codes, at, I8) for codes in rows.codes], sums)
     upper = [ir.Constant(I32X16, [0] * PANEL_COLUMNS)] * rows.count
     count = fmt.code_bytes  # words of 32 bits that hold the codes of four activations
     most = target.max_int16_sums(fmt.bits)
     pairs: list[ir.Value | None] = [None] * rows.count
     for fours, part in enumerate(load_codes(e, fmt, here, I8X64)):
         for row in range(rows.count):
-            codes = e.at(rows.codes[row], at, I8)
+            codes = e.gep(rows.codes[row], at, I8)
             spread = [_spread(e, codes, count * fours + i) for i in range(count)]
             if count == 2 and not target.has_signed_dot:
                 sums[row] = target.dot_int16(b, sums[row], part, *spread)
                 continue
             if most:
-                pairs[row] = target.pairs(b, pairs[row] if fours % most else None, part, spread[0])
-                if (fours + 1) % most == 0 or 4 * (fours + 1) == fmt.block:
-                    sums[row] = target.widened(b, sums[row], pairs[row])
+                pairs[row] = target.multiply_pairs(b, pairs[row] if fours % most else None, part, spread[0])
+                if (fours + 1) % most == 0 or 4 * (fours + 1) == fmt.block_size:
+                    sums[row] = target.widen_pairs(b, sums[row], pairs[row])
                 continue
             sums[row] = target.dot(b, sums[row], part, spread[0], fmt.bits)
             if count == 2:
@@ -125,17 +125,17 @@ def _block_sums_by_pairs(
     where a loop's body keeps them in registers (prefill of SmolLM2-135M on AVX2: 1.2 times as fast).
     """
     b = e.b
-    eights = min(target.max_int16_sums(fmt.bits) // 2, fmt.block // 8)
+    eights = min(target.max_int16_sums(fmt.bits) // 2, fmt.block_size // 8)
     zeros = ir.Constant(ir.VectorType(I16, 2 * PANEL_COLUMNS), [0] * 2 * PANEL_COLUMNS)
-    with e.loop(e.const(0), e.const(fmt.block // 8), eights, carried=sums) as (first, before, added):
+    with e.loop(e.const(0), e.const(fmt.block_size // 8), eights, carried=sums) as (first, before, added):
         stop = b.add(first, e.const(eights))
         with e.loop(first, stop, carried=[zeros] * len(codes)) as (eight, pairs, updated):
             place = b.mul(eight, e.const(8))
             for i, part in enumerate(eight_at(e, fmt, here, eight)):
                 for row, own in enumerate(codes):
-                    pairs[row] = target.pairs(b, pairs[row], part, _spread(e, e.at(own, place, I8), i))
+                    pairs[row] = target.multiply_pairs(b, pairs[row], part, _spread(e, e.gep(own, place, I8), i))
             updated.extend(pairs)
-        added.extend(target.widened(b, total, more) for total, more in zip(before, updated, strict=True))
+        added.extend(target.widen_pairs(b, total, more) for total, more in zip(before, updated, strict=True))
     return added
 
 
@@ -175,7 +175,7 @@ def _write(
         with then:
             for begin, result in zip(begins, results, strict=True):
                 more = result if skip is None else b.fadd(result, e.load_vector(skip, begin, F32, F32X16))
-                b.store(more, e.at(y, begin, F32), align=1)
+                b.store(more, e.gep(y, begin, F32), align=1)
         with otherwise, e.loop(e.const(0), rest) as (column, _, _):
             lane = b.trunc(column, I32)
             for begin, result in zip(begins, results, strict=True):
@@ -189,7 +189,7 @@ def emit_matmul(module: ir.Module, target: Target, fmt: WeightFormat) -> Callabl
 
     It takes the arguments of `emit_matmul_kernel` with the number of rows in front.
     """
-    kernels = {rows: emit_matmul_kernel(module, target, fmt, rows) for rows in target.rows_of(fmt.bits)}
+    kernels = {rows: emit_matmul_kernel(module, target, fmt, rows) for rows in target.row_tiles_for(fmt.bits)}
 
     def call(e: Emitter, arguments: Sequence[ir.Value]) -> None:
         (
@@ -215,12 +215,12 @@ def emit_matmul(module: ir.Module, target: Target, fmt: WeightFormat) -> Callabl
                 kernels[rows],
                 [
                     weights, scales, blocks, start, stop,
-                    e.at(codes, e.b.mul(passed, e.const(fmt.block * fmt.code_bytes)), I8),
-                    e.at(activation_scales, passed, F32), e.at(zero_point_terms, passed, I32), bias,
-                    e.at(skip, e.b.select(is_added, before, e.const(0)), F32), e.at(y, before, F32), columns,
+                    e.gep(codes, e.b.mul(passed, e.const(fmt.block_size * fmt.code_bytes)), I8),
+                    e.gep(activation_scales, passed, F32), e.gep(zero_point_terms, passed, I32), bias,
+                    e.gep(skip, e.b.select(is_added, before, e.const(0)), F32), e.gep(y, before, F32), columns,
                 ],
             )  # fmt: skip
 
-        e.in_parts(count, target.rows_of(fmt.bits), part)
+        e.tiled_loop(count, target.row_tiles_for(fmt.bits), part)
 
     return call

@@ -37,7 +37,7 @@ from edgelm.kernels.ir.targets import Target
 
 
 class _MatMulParam(IntEnum):
-    """Fields of what the threads share during one call."""
+    """Fields of what the threads share during one ctx."""
 
     X = 0
     WEIGHTS = 1
@@ -51,8 +51,8 @@ class _MatMulParam(IntEnum):
     PANELS = 9
     PANELS_PER_TASK = 10
     CODES = 11
-    FACTORS = 12
-    OFFSETS = 13
+    ACTIVATION_SCALES = 12
+    ZERO_POINT_TERMS = 13
     SKIP = 14
     NORM = 15
     EPSILON = 16
@@ -70,7 +70,7 @@ def build_module(target: Target, formats: Sequence[WeightFormat]) -> tuple[ir.Mo
     for fmt in formats:
         _emit_compute(module, target, fmt)
         emit_gather(module, fmt)
-    names = [name for fmt in formats for name in (fmt.compute, fmt.look_up)]
+    names = [name for fmt in formats for name in (fmt.matmul_symbol, fmt.gather_symbol)]
     return module, [SET_CALLBACK_SYMBOL, REGISTER, DESTROY, emit_attention(module, target), *names]
 
 
@@ -92,19 +92,19 @@ def _emit_registration(module: ir.Module) -> None:
 def _emit_compute(module: ir.Module, target: Target, fmt: WeightFormat) -> None:
     quantize, quantize_gated, quantize_normed = (_emit_quantize_task(module, target, fmt, kind) for kind in Prologue)
     multiply = _emit_multiply_task(module, target, fmt)
-    e = Emitter(module, fmt.compute, POINTER, [POINTER, POINTER], export=True)
+    e = Emitter(module, fmt.matmul_symbol, POINTER, [POINTER, POINTER], export=True)
     state, context = e.function.args
     b = e.b
-    call = KernelContext(e, state, context)
+    ctx = KernelContext(e, state, context)
     params = e.alloca(I64, len(_MatMulParam))
 
     def put(field: _MatMulParam, value: ir.Value) -> None:
         e.store(value, params, field)
 
-    x = call.input(0)
-    put(_MatMulParam.X, call.data(x))
-    skip = call.input(1)
-    put(_MatMulParam.SKIP, call.optional(skip))
+    x = ctx.input(0)
+    put(_MatMulParam.X, ctx.data(x))
+    skip = ctx.input(1)
+    put(_MatMulParam.SKIP, ctx.optional(skip))
     for field in (
         _MatMulParam.WEIGHTS,
         _MatMulParam.SCALES,
@@ -113,27 +113,27 @@ def _emit_compute(module: ir.Module, target: Target, fmt: WeightFormat) -> None:
         _MatMulParam.EPSILON,
     ):
         put(field, e.load(state, StateField[field.name], I64))
-    rank = call.rank(x)
-    call.require(b.icmp_signed(">", rank, e.const(0)), InputErrorCode.RANK)
+    rank = ctx.rank(x)
+    ctx.require(b.icmp_signed(">", rank, e.const(0)), InputErrorCode.RANK)
     last = b.sub(rank, e.const(1))
-    rows = call.product(last)
+    rows = ctx.leading_elements(last)
     size, columns = (e.load(state, field, I64) for field in (StateField.K, StateField.N))
     gated = b.icmp_signed("!=", e.load(state, StateField.GATED, I64), e.const(0))
     width = b.select(gated, b.add(size, size), size)
-    call.require_equal(InputErrorCode.WIDTH, (e.load(call.shape, last, I64), width))
-    e.store(columns, call.shape, last)
+    ctx.require_equal(InputErrorCode.WIDTH, (e.load(ctx.shape, last, I64), width))
+    e.store(columns, ctx.shape, last)
     own = e.alloca(I64, MAX_RANK)
-    with b.if_then(call.is_given(skip)):
-        _require_alike(e, call, rank, own, skip)
-    put(_MatMulParam.Y, call.output_like_shape(0, rank))
-    blocks = b.sdiv(b.add(size, e.const(fmt.block - 1)), e.const(fmt.block))
+    with b.if_then(ctx.is_given(skip)):
+        _require_alike(e, ctx, rank, own, skip)
+    put(_MatMulParam.Y, ctx.output_like_shape(0, rank))
+    blocks = b.sdiv(b.add(size, e.const(fmt.block_size - 1)), e.const(fmt.block_size))
     panels = b.sdiv(b.add(columns, e.const(PANEL_COLUMNS - 1)), e.const(PANEL_COLUMNS))
     cells = b.mul(rows, blocks)
-    code_bytes = b.mul(cells, e.const(fmt.block * fmt.code_bytes))
-    scratch = call.output(1, [b.add(code_bytes, b.mul(cells, e.const(QUANT_PARAM_BYTES)))])
+    code_bytes = b.mul(cells, e.const(fmt.block_size * fmt.code_bytes))
+    scratch = ctx.output(1, [b.add(code_bytes, b.mul(cells, e.const(QUANT_PARAM_BYTES)))])
     put(_MatMulParam.CODES, scratch)
-    put(_MatMulParam.FACTORS, e.at(scratch, code_bytes, I8))
-    put(_MatMulParam.OFFSETS, e.at(scratch, b.add(code_bytes, b.mul(cells, e.const(4))), I8))
+    put(_MatMulParam.ACTIVATION_SCALES, e.gep(scratch, code_bytes, I8))
+    put(_MatMulParam.ZERO_POINT_TERMS, e.gep(scratch, b.add(code_bytes, b.mul(cells, e.const(4))), I8))
     for field, value in (
         (_MatMulParam.ROWS, rows),
         (_MatMulParam.K, size),
@@ -145,20 +145,20 @@ def _emit_compute(module: ir.Module, target: Target, fmt: WeightFormat) -> None:
     put(_MatMulParam.PANELS, panels)
     put(_MatMulParam.PANELS_PER_TASK, panels_a_task)
     normed = b.icmp_signed("!=", e.load(state, StateField.NORM, I64), e.const(0))
-    call.parallel_for(b.select(gated, quantize_gated, b.select(normed, quantize_normed, quantize)), rows, params)
-    call.parallel_for(multiply, b.sdiv(b.add(panels, b.sub(panels_a_task, e.const(1))), panels_a_task), params)
-    call.end()
+    ctx.parallel_for(b.select(gated, quantize_gated, b.select(normed, quantize_normed, quantize)), rows, params)
+    ctx.parallel_for(multiply, b.sdiv(b.add(panels, b.sub(panels_a_task, e.const(1))), panels_a_task), params)
+    ctx.end()
 
 
-def _require_alike(e: Emitter, call: KernelContext, rank: ir.Value, own: ir.Value, skip: ir.Value) -> None:
+def _require_alike(e: Emitter, ctx: KernelContext, rank: ir.Value, own: ir.Value, skip: ir.Value) -> None:
     """Emit a fault where what is added has not the dimensions in `shape`, which go through `own` meanwhile."""
     b = e.b
     with e.loop(e.const(0), rank) as (axis, _, _):
-        e.store(e.load(call.shape, axis, I64), own, axis)
-    call.require_equal(InputErrorCode.SKIP, (call.rank(skip), rank))
+        e.store(e.load(ctx.shape, axis, I64), own, axis)
+    ctx.require_equal(InputErrorCode.SKIP, (ctx.rank(skip), rank))
     with e.loop(e.const(0), rank, carried=[ir.Constant(ir.IntType(1), 1)]) as (axis, same, updated):
-        updated.append(b.and_(same[0], b.icmp_signed("==", e.load(call.shape, axis, I64), e.load(own, axis, I64))))
-    call.require(updated[0], InputErrorCode.SKIP)
+        updated.append(b.and_(same[0], b.icmp_signed("==", e.load(ctx.shape, axis, I64), e.load(own, axis, I64))))
+    ctx.require(updated[0], InputErrorCode.SKIP)
 
 
 _NUMBERS: Final = {
@@ -186,19 +186,19 @@ def _emit_quantize_task(module: ir.Module, target: Target, fmt: WeightFormat, ki
         _MatMulParam.BLOCKS,
         _MatMulParam.NORM,
         _MatMulParam.CODES,
-        _MatMulParam.FACTORS,
-        _MatMulParam.OFFSETS,
+        _MatMulParam.ACTIVATION_SCALES,
+        _MatMulParam.ZERO_POINT_TERMS,
     )
     x, size, blocks, norm, codes, activation_scales, zero_point_terms = _load_params(e, params, *wanted)
-    epsilon = e.b.load(e.at(params, _MatMulParam.EPSILON, I64), typ=F32)
+    epsilon = e.b.load(e.gep(params, _MatMulParam.EPSILON, I64), typ=F32)
     cell = e.b.mul(row, blocks)
     length = e.b.mul(size, e.const(2)) if kind is Prologue.GATED else size
     e.b.call(
         kernel,
         [
-            e.at(x, e.b.mul(row, length), F32), size, blocks, norm, epsilon,
-            e.at(codes, e.b.mul(cell, e.const(fmt.block * fmt.code_bytes)), I8),
-            e.at(activation_scales, cell, F32), e.at(zero_point_terms, cell, I32),
+            e.gep(x, e.b.mul(row, length), F32), size, blocks, norm, epsilon,
+            e.gep(codes, e.b.mul(cell, e.const(fmt.block_size * fmt.code_bytes)), I8),
+            e.gep(activation_scales, cell, F32), e.gep(zero_point_terms, cell, I32),
         ],
     )  # fmt: skip
     e.b.ret_void()
@@ -208,7 +208,7 @@ def _emit_quantize_task(module: ir.Module, target: Target, fmt: WeightFormat, ki
 def _emit_multiply_task(module: ir.Module, target: Target, fmt: WeightFormat) -> ir.Function:
     """Emit what multiplies all rows with the panels of task `index`, a few panels after the other."""
     call_rows = emit_matmul(module, target, fmt)
-    e = Emitter(module, f"multiply_task_{fmt.bits}_{fmt.block}", VOID, [POINTER, I64])
+    e = Emitter(module, f"multiply_task_{fmt.bits}_{fmt.block_size}", VOID, [POINTER, I64])
     params, index = e.function.args
     fields = (
         _MatMulParam.ROWS,
@@ -223,8 +223,8 @@ def _emit_multiply_task(module: ir.Module, target: Target, fmt: WeightFormat) ->
         e,
         params,
         _MatMulParam.CODES,
-        _MatMulParam.FACTORS,
-        _MatMulParam.OFFSETS,
+        _MatMulParam.ACTIVATION_SCALES,
+        _MatMulParam.ZERO_POINT_TERMS,
         _MatMulParam.BIAS,
         _MatMulParam.SKIP,
         _MatMulParam.Y,

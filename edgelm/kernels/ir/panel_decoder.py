@@ -21,11 +21,11 @@ def load_codes(e: Emitter, fmt: WeightFormat, here: ir.Value, ir_type: ir.Vector
     """
     b = e.b
     if fmt.bits == 8:
-        for at in range(0, fmt.block * PANEL_COLUMNS, _STRIDE):
+        for at in range(0, fmt.block_size * PANEL_COLUMNS, _STRIDE):
             yield e.load_vector(here, at, I8, ir_type)
         return
     bits, at = fmt.high_bits, 0
-    for eight in range(fmt.block // 8):
+    for eight in range(fmt.block_size // 8):
         if bits and eight % (4 // bits) == 0:
             high = e.load_vector(here, at, I8, ir_type)
             at += _STRIDE

@@ -16,18 +16,18 @@ from edgelm.kernels.ir.emitter import I8, I16, I32
 class Target:
     """A kind of processor.
 
-    `rows` are how many rows of activations a kernel takes at once, `query_tiles` how many queries, `max_accumulators`
-    how many vectors of 16 sums of values for all of these.
-    `has_signed_dot` says that its instruction multiplies signed bytes by signed bytes and that there is none for pairs
-    of
-    16 bits: weights of 8 bits are moved by 128 first, and codes of 16 bits multiplied as two bytes.
+    `lanes` is the number of 32-bit lanes of a vector register. `row_tiles` and `query_tiles` are the numbers of
+    activation rows and of queries that one kernel computes at once, largest first, `max_accumulators` the number of
+    accumulators of 16 values that fit into the registers. With `has_signed_dot` the dot product instruction multiplies
+    int8 by int8, and there is none for int16: 8-bit weights are shifted by 128 first, and 16-bit codes are multiplied
+    as two bytes.
     """
 
     name: str
     triple: str
     features: tuple[str, ...]
     lanes: int
-    rows: tuple[int, ...]
+    row_tiles: tuple[int, ...]
     query_tiles: tuple[int, ...]
     max_accumulators: int
     has_signed_dot: bool = False
@@ -36,9 +36,9 @@ class Target:
         """Return what stands for a weight of 0 in the dot product: a half of the range, but for moved ones."""
         return 0 if self.has_signed_dot and bits == 8 else 1 << (bits - 1)
 
-    def rows_of(self, bits: int) -> tuple[int, ...]:
+    def row_tiles_for(self, bits: int) -> tuple[int, ...]:
         """Return how many rows a kernel takes at once: half as many where each needs two sums."""
-        return self.rows[1:] if self.has_signed_dot and bits == 8 else self.rows
+        return self.row_tiles[1:] if self.has_signed_dot and bits == 8 else self.row_tiles
 
     def wide_codes(self, b: ir.IRBuilder, codes: ir.Value) -> ir.Value:
         """Return 16 codes, <16 x i32>, in the bytes in which they are multiplied: two words of 32 bits for every four.
@@ -69,7 +69,9 @@ class Target:
         """
         return 0 if self.name != "avx2" else (1 << 15) // (2 * ((1 << bits) - 1) * MAX_INT8_CODE)
 
-    def pairs(self, b: ir.IRBuilder, pairs: ir.Value | None, weights: ir.Value, activations: ir.Value) -> ir.Value:
+    def multiply_pairs(
+        self, b: ir.IRBuilder, pairs: ir.Value | None, weights: ir.Value, activations: ir.Value
+    ) -> ir.Value:
         """Return sums of two products each, <32 x i16>, of <64 x i8>, added to others of the kind where there are."""
         parts = []
         for i in range(PANEL_COLUMNS // self.lanes):
@@ -77,7 +79,7 @@ class Target:
             parts.append(products if pairs is None else b.add(products, _part(b, pairs, i, 2 * self.lanes)))
         return _joined(b, *parts)
 
-    def widened(self, b: ir.IRBuilder, sums: ir.Value, pairs: ir.Value) -> ir.Value:
+    def widen_pairs(self, b: ir.IRBuilder, sums: ir.Value, pairs: ir.Value) -> ir.Value:
         """Add to each of the sums, <16 x i32>, the two sums of `pairs` that belong to it."""
         return self._in_parts(b, 2, _avx2_pairs, sums, pairs)
 

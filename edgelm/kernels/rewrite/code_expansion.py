@@ -73,7 +73,7 @@ def _find_codes(model: Model, stored: Codes) -> dict[str, Codes]:
     """Return the joined codes of every product that reads some, and the same codes as tables of rows, by name."""
 
     def array(tensor: Tensor) -> NDArray[Any]:
-        source = tensor.raw if tensor.place is None else stored[tensor.place]
+        source = tensor.raw if tensor.external_range is None else stored[tensor.external_range]
         return np.frombuffer(source, _DTYPES[tensor.dtype], int(np.prod(tensor.shape, dtype=np.int64)))
 
     makers = {output: node for node in model.nodes for output in node.outputs if output}

@@ -87,12 +87,12 @@ class FusionPlan:
         ):
             return
         if (
-            norm.operator == NORM
+            norm.op_type == NORM
             and norm.attributes.get("axis") == -1
             and (len(norm.inputs), len(norm.outputs)) == (2, 1)
         ):
             x, weight = norm.inputs
-        elif norm.operator == SKIP_NORM and len(norm.inputs) == 3 and not any(norm.outputs[1:3]):
+        elif norm.op_type == SKIP_NORM and len(norm.inputs) == 3 and not any(norm.outputs[1:3]):
             weight = norm.inputs[2]
             x = (*norm.outputs, "", "", "")[3] or f"{norm.outputs[0]}.sum"
         else:
@@ -100,10 +100,10 @@ class FusionPlan:
         tensor = self._model.tensors.get(weight)
         if tensor is None or tensor.dtype != FLOAT or tensor.shape != (int(node.attributes["K"]),):
             return
-        if norm.operator == SKIP_NORM and not self._fold_addition(norm, x):
+        if norm.op_type == SKIP_NORM and not self._fold_addition(norm, x):
             return
         self._folded.add(id(norm))
-        epsilon = norm.attributes.get("epsilon", EPSILON[norm.operator])
+        epsilon = norm.attributes.get("epsilon", EPSILON[norm.op_type])
         self._products[id(node)] = replace(self._products[id(node)], x=x, norm=weight, epsilon=epsilon)
 
     def _fold_addition(self, norm: Node, output: str) -> bool:

@@ -62,7 +62,7 @@ class _Matrix:
     """
 
     fmt: WeightFormat
-    size: int
+    k: int
     columns: int
     codes: Tensor
     high: Tensor | None
@@ -73,7 +73,7 @@ class _Matrix:
     @property
     def width(self) -> int:
         """The rows with those that fill up the last block."""
-        return int(self.scales.shape[1]) * self.fmt.block
+        return int(self.scales.shape[1]) * self.fmt.block_size
 
 
 def rewrite_graph(model: bytes, data: Path, folder: Path) -> list[WeightFormat]:
@@ -102,7 +102,7 @@ def is_row_wise(model: bytes) -> bool:
     Products and attention of onnxruntime's may add up in another order when more rows are computed together.
     """
     return all(
-        (node.domain == DOMAIN and (node.operator == ATTENTION or is_operator(node.operator)))
+        (node.domain == DOMAIN and (node.op_type == ATTENTION or is_operator(node.op_type)))
         or is_ort_operator(node, *_ROW_BY_ROW)
         for node in read_model(model).nodes
     )
@@ -152,12 +152,12 @@ class _GraphRewriter:
             elif table is not None:
                 kept.append(self._looked_up(node, table))
                 wanted.add(node.inputs[1])
-            elif self._widened(node.outputs[0]) is None:
+            elif self._cast_source(node.outputs[0]) is None:
                 encoded, inputs = lower_attention(self._model, node) or (node.encoded, node.inputs)
                 kept.append(encoded)
                 wanted.update(inputs)
         for name in sorted(wanted):
-            source = self._widened(name)
+            source = self._cast_source(name)
             if source is not None:  # instead of a node that does so at each start, into private memory
                 self._make(name, source.shape, FLOAT, [self._array(source).astype(np.float32)])
             elif name in self._tensors:
@@ -190,7 +190,7 @@ class _GraphRewriter:
     def _scales_of(self, name: str) -> Tensor | None:
         """Return the tensor of scales in float32, or in float16 that a node widens; None for all others."""
         tensor = self._tensors.get(name)
-        return tensor if tensor is not None and tensor.dtype == FLOAT else self._widened(name)
+        return tensor if tensor is not None and tensor.dtype == FLOAT else self._cast_source(name)
 
     def _in_float16(self, scales: Tensor, shape: tuple[int, ...]) -> NDArray[Any] | None:
         """Return the scales of a matrix; None where they have another number or do not fit into float16."""
@@ -214,7 +214,7 @@ class _GraphRewriter:
         for matrix in self._matrices.values():
             read_bits = 8 if matrix.high else matrix.fmt.bits
             alike = node.attributes.get("bits", 4) == read_bits
-            alike = alike and node.attributes.get("block_size", 128) == matrix.fmt.block
+            alike = alike and node.attributes.get("block_size", 128) == matrix.fmt.block_size
             if alike and scales.name == matrix.scales_name:
                 return matrix if self._is_table(table, matrix) else None
         return self._split_table(table, int(node.attributes.get("block_size", 128)), scales)
@@ -222,7 +222,7 @@ class _GraphRewriter:
     def _split_table(self, name: str, block: int, scales: Tensor) -> _Matrix | None:
         """Return a table of 5 or 6 bits that no product reads; onnxruntime would join its codes in every run."""
         reshape = self._producers.get(name)
-        shape = self._joining.constant(reshape.inputs[1]) if reshape and reshape.operator == "Reshape" else None
+        shape = self._joining.constant(reshape.inputs[1]) if reshape and reshape.op_type == "Reshape" else None
         if reshape is None or shape is None or len(shape) != 2 or shape[1] % block:
             return None
         blocks = shape[1] // block
@@ -239,13 +239,15 @@ class _GraphRewriter:
         tensor = self._tensors.get(name)
         if tensor is not None:
             codes = matrix.codes
-            same = tensor.name == codes.name or (tensor.place is not None and tensor.place == codes.place)
+            same = tensor.name == codes.name or (
+                tensor.external_range is not None and tensor.external_range == codes.external_range
+            )
             return same and not matrix.high and [*tensor.shape] == [shape[0], shape[1] * fmt.bits // 8]
         reshape = self._producers.get(name)
-        if reshape is None or reshape.operator != "Reshape" or self._joining.constant(reshape.inputs[1]) != shape:
+        if reshape is None or reshape.op_type != "Reshape" or self._joining.constant(reshape.inputs[1]) != shape:
             return False
-        blocks = matrix.width // fmt.block
-        found = self._joining.match_parts(reshape.inputs[0], (matrix.columns, blocks, fmt.block))
+        blocks = matrix.width // fmt.block_size
+        found = self._joining.match_parts(reshape.inputs[0], (matrix.columns, blocks, fmt.block_size))
         return found == (fmt.bits, matrix.codes, matrix.high)
 
     def _looked_up(self, node: Node, matrix: _Matrix) -> bytes:
@@ -272,7 +274,7 @@ class _GraphRewriter:
         """Return a node that computes the same from panels."""
         bias = matrix.bias
         attributes = {
-            "K": matrix.size,
+            "K": matrix.k,
             "N": matrix.columns,
             "GATED": int(fusion.gated),
             **self._panels(matrix),
@@ -284,37 +286,37 @@ class _GraphRewriter:
             attributes["BIAS"] = self._write(bias.name, [pad_bias(self._array(bias).reshape(-1))])
         if fusion.norm is not None:
             weight = np.zeros(matrix.width, np.float32)
-            weight[: matrix.size] = self._array(self._tensors[fusion.norm])
+            weight[: matrix.k] = self._array(self._tensors[fusion.norm])
             attributes["NORM"] = self._write(f"{fusion.norm}.{len(weight)}", [weight])
             attributes["EPSILON"] = int(np.float32(fusion.epsilon).view(np.int32))
         outputs = [fusion.output, f"{fusion.output}.scratch"]
-        return encode_node(node.outputs[0], matrix.fmt.operator, DOMAIN, fusion.inputs, outputs, attributes)
+        return encode_node(node.outputs[0], matrix.fmt.matmul_op_type, DOMAIN, fusion.inputs, outputs, attributes)
 
-    def _widened(self, name: str) -> Tensor | None:
+    def _cast_source(self, name: str) -> Tensor | None:
         """Return the tensor in float16 that a value in float32 is cast from, if it is."""
         cast = self._producers.get(name)
-        if cast is None or cast.operator != "Cast" or cast.attributes.get("to") != FLOAT:
+        if cast is None or cast.op_type != "Cast" or cast.attributes.get("to") != FLOAT:
             return None
         source = self._tensors.get(cast.inputs[0])
         return source if source is not None and source.dtype == FLOAT16 else None
 
     def _array(self, tensor: Tensor) -> NDArray[Any]:
         """Return a tensor's values without copying them."""
-        source = tensor.raw if tensor.place is None else self._data[tensor.place]
+        source = tensor.raw if tensor.external_range is None else self._data[tensor.external_range]
         count = int(np.prod(tensor.shape, dtype=np.int64))
         return np.frombuffer(source, _DTYPES[tensor.dtype], count).reshape(tensor.shape)
 
     def _keep(self, tensor: Tensor) -> None:
         """Keep a tensor as it was, with its values in the new file if they were in the old one."""
-        if tensor.place is None:
+        if tensor.external_range is None:
             self._made[tensor.name] = tensor.encoded
         else:
-            self._make(tensor.name, tensor.shape, tensor.dtype, [self._data[tensor.place]])
+            self._make(tensor.name, tensor.shape, tensor.dtype, [self._data[tensor.external_range]])
 
     def _make(self, name: str, shape: Sequence[int], dtype: int, parts: Iterable[NDArray[Any]]) -> None:
         """Append a tensor to the data file, given as arrays one behind the other."""
         start = self._append(parts)
-        self._made[name] = encode_tensor(name, shape, dtype, DATA, start, self._file.place - start)
+        self._made[name] = encode_tensor(name, shape, dtype, DATA, start, self._file.offset - start)
 
     def _write(self, name: str, parts: Iterable[NDArray[Any]]) -> int:
         """Return where the data file has something for the kernels, which is appended where it has not."""
@@ -323,8 +325,8 @@ class _GraphRewriter:
         return self._places[name]
 
     def _append(self, parts: Iterable[NDArray[Any]]) -> int:
-        self._file.write(bytes(-self._file.place % ALIGN))
-        start = self._file.place
+        self._file.write(bytes(-self._file.offset % ALIGN))
+        start = self._file.offset
         for part in parts:
             self._file.write(np.ascontiguousarray(part).data)
         return start

@@ -52,7 +52,7 @@ class Bundle:
             for at in range(0, len(ids), PREFILL_CHUNK):
                 piece = ids[at : at + PREFILL_CHUNK].astype(np.int64)
                 out[done : done + len(piece)] = self.model.worker.call(
-                    lambda engine, piece=piece, at=at: engine.runner.prefill(row, piece, at, every=True)
+                    lambda engine, piece=piece, at=at: engine.runner.prefill(row, piece, at, all_logits=True)
                 )
                 done += len(piece)
 
