@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from edgelm.bundle.manifest import Bundle, Manifest
 from edgelm.engine.engine import Engine
+from edgelm.engine.engine_options import DEFAULT_OPTIONS, EngineOptions
 from edgelm.engine.worker import Worker
 from edgelm.errors import RequestError
-from edgelm.runtime.memory_plan import PREFIX_CACHE_MB
-from edgelm.runtime.prepack import open_verified
 from edgelm.system.board_cache import BoardCache
 from edgelm.text.chat_template import check_tools
+from edgelm.text.tokenizer import Tokenizer
 from edgelm.types import Chunk, Completion, Request, check_choices, constraint_of
 
 
@@ -29,8 +29,8 @@ def load(
     *,
     threads: int | None = None,
     context: int | None = None,
-    max_batch: int = 8,
-    prefix_cache_mb: int = PREFIX_CACHE_MB,
+    max_batch: int = DEFAULT_OPTIONS.max_batch,
+    prefix_cache_mb: int = DEFAULT_OPTIONS.prefix_cache_mb,
     speculation: bool = True,
     cache: bool = True,
     memory_limit_mb: int | None = None,
@@ -73,21 +73,19 @@ def load(
     EdgelmError
         An option is out of range, or `memory_limit_mb` is too small; the message has the numbers.
     """
-    board_cache = BoardCache.default() if cache else None
-    bundle = open_verified(path, board_cache)
-    engine = Engine(
-        bundle,
+    options = EngineOptions(
         threads=threads,
         context=context,
         max_batch=max_batch,
         prefix_cache_mb=prefix_cache_mb,
         speculation=speculation,
-        cache=board_cache,
+        board_cache=BoardCache.default() if cache else None,
         memory_limit_mb=memory_limit_mb,
     )
+    engine = Engine.open(path, options)
     worker = Worker(engine, queue_size=None)
     worker.start()
-    return Model(bundle, worker)
+    return Model(engine.bundle, worker)
 
 
 class Model:
@@ -102,6 +100,16 @@ class Model:
     def manifest(self) -> Manifest:
         """The bundle's manifest."""
         return self.bundle.manifest
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer, which may be used from any thread."""
+        return self.worker.tokenizer
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.worker.context
 
     def generate(
         self,
@@ -219,11 +227,11 @@ class Model:
 
     def end_session(self, name: str) -> bool:
         """Forget a session, after the answer it is giving; return whether there was one."""
-        return self.worker.call(lambda engine: engine.sessions.end_session(name))
+        return self.worker.call(lambda engine: engine.end_session(name))
 
     def sessions(self) -> dict[str, int]:
         """Return the sessions that are kept and how many tokens each has, the least recently used first."""
-        return self.worker.call(lambda engine: engine.sessions.token_counts())
+        return self.worker.call(lambda engine: engine.session_token_counts())
 
     def score(self, text: str) -> NDArray[np.float64]:
         """Return the natural-log probability of each token of a text after its first, float64 [n - 1].
@@ -248,7 +256,7 @@ class Model:
         empty one, or one that does not fit the context.
         """
         choices = check_choices(choices)
-        tokenizer = self.worker.engine.tokenizer
+        tokenizer = self.tokenizer
         is_message = tokenizer.prompts_are_messages and not raw
         asked = self.message_tokens([{"role": "user", "content": prompt}]) if is_message else tokenizer.encode(prompt)
         if not prompt or not asked:
@@ -265,11 +273,6 @@ class Model:
         best = int(shares.argmax())
         return choices[best], float(shares[best] / shares.sum())
 
-    @property
-    def context(self) -> int:
-        """Tokens that a prompt and its answer may have together."""
-        return self.worker.engine.context
-
     def message_tokens(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -281,14 +284,14 @@ class Model:
 
         Raises `RequestError` when there is no template, or it refuses the messages.
         """
-        tokenizer = self.worker.engine.tokenizer
+        tokenizer = self.tokenizer
         return tokenizer.encode_prompt(tokenizer.build_prompt(messages, tools, template_vars))
 
     def document_tokens(self, text: str) -> list[int]:
         """Return a text's tokens as a document: the start token, where there is one, then the bare text."""
         if not isinstance(text, str):
             raise RequestError("bad_request", f"the text must be text, got {type(text).__name__}")
-        bare = self.worker.engine.tokenizer.encode(text, add_special_tokens=False)
+        bare = self.tokenizer.encode(text, add_special_tokens=False)
         bos = self.manifest.bos_token
         return bare if bos is None else [bos, *bare]
 

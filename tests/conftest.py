@@ -188,12 +188,13 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 def start_worker(bundle: Path) -> Iterator[Callable[..., Worker]]:
     """Start a worker of a fresh engine; closed after the test."""
     from edgelm.engine.engine import Engine
+    from edgelm.engine.engine_options import EngineOptions
     from edgelm.engine.worker import Worker
 
     workers: list[Worker] = []
 
     def begin(max_batch: int = 1, queue_size: int = 8) -> Worker:
-        worker = Worker(Engine(open_bundle(bundle), threads=1, max_batch=max_batch), queue_size)
+        worker = Worker(Engine(open_bundle(bundle), EngineOptions(threads=1, max_batch=max_batch)), queue_size)
         worker.start()
         workers.append(worker)
         return worker

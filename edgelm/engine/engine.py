@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -17,68 +18,61 @@ from numpy.typing import NDArray
 
 from edgelm.bundle.manifest import Bundle
 from edgelm.engine.admission import Admission
-from edgelm.engine.fairness import NO_CLIENT_LIMITS, ClientLimits, FairnessPolicy
+from edgelm.engine.engine_options import DEFAULT_OPTIONS, EngineOptions
+from edgelm.engine.fairness import FairnessPolicy
 from edgelm.engine.prefix_cache import PrefixCache
 from edgelm.engine.scheduler import Scheduler
 from edgelm.engine.scoring import score
 from edgelm.engine.sequence import QueuedRequest, Sequence
 from edgelm.engine.sessions import SessionState
 from edgelm.engine.speculation import NO_DRAFT, Speculator
-from edgelm.errors import EdgelmError, RequestError
-from edgelm.runtime.memory_plan import PREFILL_CHUNK, PREFIX_CACHE_MB, check_memory
+from edgelm.errors import RequestError
+from edgelm.runtime.memory_plan import PREFILL_CHUNK, check_memory
+from edgelm.runtime.prepack import open_verified
 from edgelm.runtime.runner import Runner, open_runner
-from edgelm.runtime.threads import THREADS_LIMIT
-from edgelm.system.board_cache import BoardCache
 from edgelm.types import Chunk, FinishReason, Request
 
 IDLE_WAIT_S: Final = 0.02
 """How long a step waits for a constraint or a prompt where there is nothing else to do; then it looks at deadlines."""
 
-MAX_BATCH_LIMIT: Final = 1024
-"""Most requests decoded together."""
-
 
 class Engine:
     """Owns a bundle's session. Not thread-safe: one thread calls it."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        threads: int | None = None,
-        context: int | None = None,
-        max_batch: int = 8,
-        prefix_cache_mb: int = PREFIX_CACHE_MB,
-        speculation: bool = True,
-        cache: BoardCache | None = None,
-        memory_limit_mb: int | None = None,
-        spin: bool | None = None,
-        client_limits: ClientLimits = NO_CLIENT_LIMITS,
-    ) -> None:
-        if not 1 <= max_batch <= MAX_BATCH_LIMIT:
-            raise EdgelmError(f"max_batch must lie in [1, {MAX_BATCH_LIMIT}], got {max_batch}")
-        if threads is not None and not 1 <= threads <= THREADS_LIMIT:
-            raise EdgelmError(f"threads must lie in [1, {THREADS_LIMIT}], got {threads}")
-        if prefix_cache_mb < 0:
-            raise EdgelmError(f"prefix_cache_mb must be at least 0, got {prefix_cache_mb}")
-        self.bundle, self.max_batch = bundle, max_batch
-        rows, most = max_batch + 1, bundle.manifest.context if context is None else context
-        prefix_cache_bytes = prefix_cache_mb * 1_000_000
+    def __init__(self, bundle: Bundle, options: EngineOptions = DEFAULT_OPTIONS) -> None:
+        self.bundle, self.max_batch = bundle, options.max_batch
+        rows = options.max_batch + 1  # the last one is `scratch_row`
         self.memory = check_memory(
-            bundle.manifest, memory_limit_mb, rows=rows, context=most, prefix_cache_bytes=prefix_cache_bytes
+            bundle.manifest,
+            options.memory_limit_mb,
+            rows=rows,
+            context=bundle.manifest.context if options.context is None else options.context,
+            prefix_cache_bytes=options.prefix_cache_bytes,
         )
-        self.runner: Runner = open_runner(bundle, rows=rows, threads=threads, spin=spin, context=context, cache=cache)
+        self.runner: Runner = open_runner(
+            bundle,
+            rows=rows,
+            threads=options.threads,
+            spin=options.spin,
+            context=options.context,
+            cache=options.board_cache,
+        )
         self.context = self.runner.context
-        self._admission = Admission(bundle, self.context, client_limits)
-        self.tokenizer, self.sessions = self._admission.tokenizer, self._admission.sessions
+        self._admission = Admission(bundle, self.context, options.client_limits)
+        self.tokenizer, self._sessions = self._admission.tokenizer, self._admission.sessions
         self._waiting: deque[QueuedRequest] = deque()
-        self._scheduler = Scheduler(self.runner, max_batch)
-        self._fairness = FairnessPolicy(client_limits.rows)
+        self._scheduler = Scheduler(self.runner, options.max_batch)
+        self._fairness = FairnessPolicy(options.client_limits.rows)
         self._cancelled: set[str] = set()
-        self._prefix_cache = PrefixCache(self.runner, bundle, prefix_cache_bytes)
-        self._speculator = Speculator() if speculation else None
+        self._prefix_cache = PrefixCache(self.runner, bundle, options.prefix_cache_bytes)
+        self._speculator = Speculator() if options.speculation else None
         self._ready: list[Chunk] = []
         """What the step so far has for clients: kept here so that a failure later in the step does not lose it."""
+
+    @classmethod
+    def open(cls, path: str | Path, options: EngineOptions = DEFAULT_OPTIONS) -> Engine:
+        """Open and verify a bundle and load it. Raises `EdgelmError` as `edgelm.load` does."""
+        return cls(open_verified(path, options.board_cache), options)
 
     # --- what the worker calls ---
 
@@ -88,7 +82,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Run the graph once, so that the first request does not pay for what is allocated late."""
-        self.runner.prefill(self.max_batch, np.zeros(1, np.int64), 0)
+        self.runner.prefill(self.scratch_row, np.zeros(1, np.int64), 0)
         self.runner.decode(np.zeros(1, np.int64), np.zeros(1, np.int32))
 
     @property
@@ -128,6 +122,14 @@ class Engine:
         self._cancelled.clear()
         return self._take_ready()
 
+    def end_session(self, session: str, client: str | None = None) -> bool:
+        """End a client's session; return whether it existed."""
+        return self._sessions.end_session(session, client)
+
+    def session_token_counts(self, client: str | None = None) -> dict[str, int]:
+        """Return the names of a client's sessions with their tokens, the least recently used first."""
+        return self._sessions.token_counts(client)
+
     def score(self, tokens: list[int]) -> NDArray[np.float64]:
         """Return the natural-log probability of each token after the first, float64 [n - 1].
 
@@ -135,12 +137,17 @@ class Engine:
         """
         if len(tokens) > self.context:
             raise RequestError("bad_request", f"the text has {len(tokens)} tokens, the context holds {self.context}")
-        return score(self.runner, self.max_batch, self._admission.checked(tokens))
+        return score(self.runner, self.scratch_row, self._admission.checked(tokens))
+
+    @property
+    def scratch_row(self) -> int:
+        """The row of the KV cache that no request holds."""
+        return self.max_batch
 
     # --- the parts of a step ---
 
     def _take_ready(self) -> list[Chunk]:
-        ready, self._ready = [self.sessions.record_completion(chunk) for chunk in self._ready], []
+        ready, self._ready = [self._sessions.record_completion(chunk) for chunk in self._ready], []
         return ready
 
     def _drop_ended(self) -> None:
@@ -190,7 +197,7 @@ class Engine:
             if session in behind:
                 continue
             if entry.is_constraint_ready and (
-                entry.prompt_future is not None or not self.sessions.is_session_busy(request)
+                entry.prompt_future is not None or not self._sessions.is_session_busy(request)
             ):
                 if entry.prompt_future is None:
                     entry.prompt_future = self._read(request)
@@ -200,7 +207,7 @@ class Engine:
                 behind.add(session)
 
     def _read(self, request: Request) -> Future[SessionState]:
-        before = self.sessions.begin_request(request)
+        before = self._sessions.begin_request(request)
         if not request.is_end_session_only:
             return self._admission.prepare_prompt(request, before)
         nothing: Future[SessionState] = Future()

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 
 from edgelm.engine.engine import Engine
 from edgelm.errors import EdgelmError, RequestError
+from edgelm.text.tokenizer import Tokenizer
 from edgelm.types import Chunk, Completion, Request
 
 Sink = Callable[[Chunk], None]
@@ -52,7 +53,7 @@ class Worker:
     """
 
     def __init__(self, engine: Engine, queue_size: int | None = 8) -> None:
-        self.engine = engine
+        self._engine = engine
         self.failure: BaseException | None = None
         self._queue_size = queue_size
         self._changed = threading.Condition()
@@ -66,6 +67,16 @@ class Worker:
         self._tok_s = 0.0
         self._duration_s = INITIAL_DURATION_S
         self._thread = threading.Thread(target=self._run, name="edgelm-worker", daemon=True)
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self._engine.context
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer, which may be used from any thread."""
+        return self._engine.tokenizer
 
     def start(self) -> None:
         """Start the thread. It is stopped when the program ends: a graph that runs then would end it with an abort."""
@@ -86,7 +97,7 @@ class Worker:
                 raise RequestError("draining", "the service is stopping and takes no new requests")
             if request.id in self._sinks:
                 raise RequestError("id_conflict", f"a request with id {request.id!r} is under way")
-            if self._queue_size is not None and len(self._sinks) >= self._queue_size + self.engine.max_batch:
+            if self._queue_size is not None and len(self._sinks) >= self._queue_size + self._engine.max_batch:
                 raise RequestError(
                     "busy", f"the queue is full ({self._queue_size} waiting)", retry_after_s=self._retry_after_s()
                 )
@@ -100,7 +111,7 @@ class Worker:
             return self._retry_after_s()
 
     def _retry_after_s(self) -> float:
-        return round(max(0.1, len(self._sinks) / self.engine.max_batch * self._duration_s), 1)
+        return round(max(0.1, len(self._sinks) / self._engine.max_batch * self._duration_s), 1)
 
     def cancel(self, request_id: str) -> bool:
         """End a request with what it has; return whether it was under way."""
@@ -138,14 +149,14 @@ class Worker:
     def stats(self) -> WorkerStats:
         """Return a snapshot."""
         with self._changed:
-            active = self.engine.active
+            active = self._engine.active
             return WorkerStats(max(0, len(self._sinks) - active), active, self._completed, self._tok_s)
 
     # --- the worker's thread ---
 
     def _run(self) -> None:
         try:
-            self.engine.warm_up()  # here: who loads a model has something else to do in the meantime
+            self._engine.warm_up()  # here: who loads a model has something else to do in the meantime
             while self._take():
                 self._deliver(self._step())
         except BaseException as error:  # noqa: BLE001  a bug of ours: say so to everyone rather than fall silent
@@ -164,27 +175,27 @@ class Worker:
             if self._closing:
                 return False
             while self._inbox:
-                self.engine.add(*self._inbox.popleft())
+                self._engine.add(*self._inbox.popleft())
             for request_id in self._cancels:
-                self.engine.cancel(request_id)
+                self._engine.cancel(request_id)
             self._cancels.clear()
             calls = list(self._calls)
             self._calls.clear()
         for function, future in calls:
             try:
-                future.set_result(function(self.engine))
+                future.set_result(function(self._engine))
             except BaseException as error:  # noqa: BLE001  it belongs to the caller
                 future.set_exception(error)
         return True
 
     def _has_work(self) -> bool:
-        return self.engine.queued > 0 or self.engine.active > 0
+        return self._engine.queued > 0 or self._engine.active > 0
 
     def _step(self) -> list[Chunk]:
         try:
-            return self.engine.step()
+            return self._engine.step()
         except Exception as error:  # noqa: BLE001  a failed step becomes final errors, never silence
-            return self.engine.fail_all(RequestError("internal", f"the step failed: {type(error).__name__}: {error}"))
+            return self._engine.fail_all(RequestError("internal", f"the step failed: {type(error).__name__}: {error}"))
 
     def _deliver(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
@@ -218,11 +229,11 @@ class Worker:
         with self._changed:
             self._closing = True
             while self._inbox:
-                self.engine.add(*self._inbox.popleft())
+                self._engine.add(*self._inbox.popleft())
             calls = list(self._calls)
             self._calls.clear()
-        self._deliver(self.engine.fail_all(reason))
-        self.engine.close()
+        self._deliver(self._engine.fail_all(reason))
+        self._engine.close()
         for _, future in calls:
             future.set_exception(EdgelmError("the model is closed"))
 

@@ -39,7 +39,7 @@ def evaluate_text(
     so that each further token is predicted from at least half a context (`window`). Raises `EdgelmError` for text
     without a single token to score.
     """
-    context = model.worker.engine.context
+    context = model.context
     nats, tokens, size, truncated, skipped = 0.0, 0, 0, 0, 0
     for number, document in enumerate(documents):
         if progress is not None:
@@ -47,7 +47,7 @@ def evaluate_text(
         ids = model.document_tokens(document)
         if len(ids) > context and long_documents == "truncate":
             truncated, skipped = truncated + 1, skipped + len(ids) - context
-            size += len(model.worker.engine.tokenizer.decode(ids[:context]).encode())
+            size += len(model.tokenizer.decode(ids[:context]).encode())
             ids = ids[:context]
         else:
             size += len(document.encode())

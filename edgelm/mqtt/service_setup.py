@@ -11,12 +11,12 @@ from typing import Final
 from edgelm.bundle.manifest import Bundle
 from edgelm.bundle.store import BUILTIN
 from edgelm.engine.engine import Engine
+from edgelm.engine.engine_options import EngineOptions
 from edgelm.engine.worker import Worker
 from edgelm.errors import EdgelmError
 from edgelm.mqtt.request_handler import ServedModel
 from edgelm.mqtt.service import Service
 from edgelm.mqtt.service_config import ServeConfig
-from edgelm.runtime.prepack import open_verified
 from edgelm.sampling import ensure_compiled, load_kernels
 from edgelm.system.board_cache import BoardCache
 
@@ -38,13 +38,13 @@ def open_service(config: ServeConfig, on_online: Callable[[], None] | None = Non
         models: list[ServedModel] = []
         left_mb = config.memory_limit_mb
         for path in config.models:
-            bundle, engine = _open_engine(config, path, left_mb)
+            engine = Engine.open(path, make_engine_options(config, left_mb))
             worker = Worker(engine, queue_size=config.queue)
-            model = make_served_model(bundle, path, engine.context, worker)
+            model = make_served_model(engine.bundle, path, engine.context, worker)
             if any(model.name == other.name for other in models):
                 raise EdgelmError(f"two models are called {model.name}: requests could not tell them apart")
             models.append(model)
-            if bundle.manifest.sampling.temperature > 0:
+            if engine.bundle.manifest.sampling.temperature > 0:
                 load_kernels()  # compiling takes seconds, which the first request would wait for
             else:
                 ensure_compiled()  # a request may have a temperature of its own
@@ -55,22 +55,19 @@ def open_service(config: ServeConfig, on_online: Callable[[], None] | None = Non
         yield Service(config, models, on_online)
 
 
-def _open_engine(config: ServeConfig, path: str, memory_limit_mb: int | None) -> tuple[Bundle, Engine]:
-    cache = BoardCache.default() if config.cache else None
-    bundle = open_verified(path, cache)
-    engine = Engine(
-        bundle,
+def make_engine_options(config: ServeConfig, memory_limit_mb: int | None) -> EngineOptions:
+    """Return how each bundle is loaded; `memory_limit_mb` is what the models before it left."""
+    return EngineOptions(
         threads=config.threads,
         context=config.context,
         max_batch=config.max_batch,
         prefix_cache_mb=config.prefix_cache_mb,
         speculation=config.speculation,
-        cache=cache,
+        board_cache=BoardCache.default() if config.cache else None,
         memory_limit_mb=memory_limit_mb,
         spin=None if len(config.models) == 1 else False,
         client_limits=config.client_limits,
     )
-    return bundle, engine
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class Bits:
 def bundle_logits(model: Model, corpus: Corpus, out: Path) -> Logits:
     """Compute a bundle's logits after every token into a file; return them mapped."""
     logits = np.lib.format.open_memmap(out, "w+", np.float32, (len(corpus.tokens), model.manifest.vocab_size))
-    row = model.worker.engine.max_batch  # the one for scoring
+    row = model.worker.call(lambda engine: engine.scratch_row)  # the one for scoring
     for start, ids in corpus.documents():
         for at in range(0, len(ids), PREFILL_CHUNK):
             piece = np.array(ids[at : at + PREFILL_CHUNK], np.int64)
@@ -270,7 +270,7 @@ def compare(args: argparse.Namespace, work: Path) -> Comparison:
     text = args.text.read_text(encoding="utf-8")
     bundle = edgelm_export.export(args.checkpoint, work / "reference", quant="fp32")
     with edgelm.load(bundle.path, threads=args.threads, max_batch=1) as model:
-        context = model.worker.engine.context
+        context = model.context
         documents = [model.document_tokens(document) for document in split_documents(text)]
         documents = [ids[:context] for ids in documents] if args.windows is None else _windows(documents, args.windows)
         corpus = Corpus(np.concatenate(documents), np.array([len(ids) for ids in documents]))

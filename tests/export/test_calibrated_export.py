@@ -204,7 +204,7 @@ def test_a_smaller_vocabulary_leaves_the_model_as_it_was(texts, tiny_checkpoint,
     with edgelm.load(whole.path, threads=1) as first, edgelm.load(small.path, threads=1) as second:
         assert second.manifest.eos_tokens == (kept.index(1),)
         for sentence in text.split("\n")[:3]:
-            ids = second.worker.engine.tokenizer.encode(sentence)
+            ids = second.tokenizer.encode(sentence)
             old = [kept[token] for token in ids]
             want = first.worker.call(lambda e, o=old: e.runner.prefill(0, np.array(o), 0, all_logits=True).copy())
             got = second.worker.call(lambda e, i=ids: e.runner.prefill(0, np.array(i), 0, all_logits=True).copy())

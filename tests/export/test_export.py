@@ -120,7 +120,7 @@ def test_the_chat_template_comes_along(tmp_path):
     assert bundle.manifest.chat_template == "{{ messages[0].content }}!"
     with edgelm.load(bundle.path, threads=1) as model:
         said = model.generate(messages=[{"role": "user", "content": "The cat"}], max_tokens=4, ignore_eos=True)
-        ids = model.worker.engine.tokenizer.encode("The cat!", add_special_tokens=False)
+        ids = model.tokenizer.encode("The cat!", add_special_tokens=False)
         assert said.tokens == model.generate(tokens=ids, max_tokens=4, ignore_eos=True).tokens
 
 

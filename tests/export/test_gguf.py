@@ -85,7 +85,7 @@ def logits(bundle, tokens=tuple(range(7, 47))):
     with edgelm.load(bundle, threads=1, max_batch=1) as model:
         return model.worker.call(
             lambda engine: engine.runner.prefill(
-                engine.max_batch, np.array(tokens), 0, all_logits=True, final_length=len(tokens)
+                engine.scratch_row, np.array(tokens), 0, all_logits=True, final_length=len(tokens)
             )
         )
 

@@ -112,7 +112,7 @@ def logits_of(model: edgelm.Model, tokens: Sequence[int], pieces: int = PREFILL_
     def run(engine: Any) -> np.ndarray:
         inputs, total = np.array(tokens, np.int64), len(tokens)
         starts = range(0, total, pieces)
-        row, prefill = engine.max_batch, engine.runner.prefill
+        row, prefill = engine.scratch_row, engine.runner.prefill
         return np.concatenate(
             [prefill(row, inputs[at : at + pieces], at, all_logits=True, final_length=total) for at in starts]
         )
@@ -188,7 +188,7 @@ def compare_guesses(bundle: Path, lengths: Sequence[int] = (50, 58, 62, 63, 64, 
     answers: list[list[edgelm.Completion]] = []
     for speculation in (False, True):
         with edgelm.load(bundle, threads=1, max_batch=1, prefix_cache_mb=0, speculation=speculation) as model:
-            drafter = model.worker.engine._speculator
+            drafter = model.worker._engine._speculator
             if drafter is not None:
                 known = {n: np.array([*prompt[:n], *answers[0][i].tokens]) for i, n in enumerate(lengths)}
                 drafter.propose = partial(following, known)

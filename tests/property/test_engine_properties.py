@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from edgelm.bundle.manifest import open_bundle
 from edgelm.engine.engine import Engine
+from edgelm.engine.engine_options import EngineOptions
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
 from edgelm.runtime.runner import open_runner
 from edgelm.types import Request, SamplingParams
@@ -42,13 +43,13 @@ def opened(bundle):
 @pytest.fixture(scope="module", params=[0, 1], ids=["computed", "reused"])
 def engine(opened, request):
     """Without a memory of earlier sequences, and with one too small for all of them."""
-    return Engine(opened, threads=1, max_batch=MAX_BATCH, prefix_cache_mb=request.param)
+    return Engine(opened, EngineOptions(threads=1, max_batch=MAX_BATCH, prefix_cache_mb=request.param))
 
 
 @pytest.fixture(scope="module")
 def known(opened):
     """Prompts of many lengths whose greedy answers do not hang by a thread."""
-    alone = Engine(opened, threads=1, max_batch=1)
+    alone = Engine(opened, EngineOptions(threads=1, max_batch=1))
     generator = np.random.default_rng(3)
     least = GAPS.get(opened.manifest.quant, QUANTIZED_GAP)
     found = []
@@ -175,7 +176,7 @@ def test_a_seed_gives_the_same_answer_in_any_company(which, seed, engine, known,
 @settings(max_examples=20)
 @given(cuts=st.lists(st.tuples(st.integers(0, 999), st.integers(1, 300)), min_size=2, max_size=8), whole=st.booleans())
 def test_what_a_prompt_shares_with_an_earlier_one_is_not_computed_again(cuts, whole, opened, known):
-    engine = Engine(opened, threads=1, max_batch=MAX_BATCH, speculation=False)
+    engine = Engine(opened, EngineOptions(threads=1, max_batch=MAX_BATCH, speculation=False))
     prefill = engine.runner.prefill
     computed, earlier = [], []
 
@@ -202,7 +203,7 @@ def common(one, other):
 
 
 def test_a_conversation_goes_on_where_it_ended(opened):
-    engine = Engine(opened, threads=1, max_batch=1)
+    engine = Engine(opened, EngineOptions(threads=1, max_batch=1))
     tokens, known_tokens = tuple(range(5, 25)), 0
     for turn in range(4):
         done = run_alone(engine, Request(str(turn), SamplingParams(max_tokens=5, ignore_eos=True), tokens=tokens))
@@ -224,7 +225,7 @@ def test_a_row_begins_with_what_was_read_from_another(length, cuts, opened):
 
 
 def test_requests_that_arrive_together_share_what_the_first_computes(opened):
-    engine = Engine(opened, threads=1, max_batch=MAX_BATCH)
+    engine = Engine(opened, EngineOptions(threads=1, max_batch=MAX_BATCH))
     for i in range(MAX_BATCH):
         engine.add(Request(str(i), SamplingParams(max_tokens=4), tokens=(*range(5, 65), 70 + i)), time.monotonic())
     done = {}

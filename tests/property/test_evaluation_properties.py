@@ -63,7 +63,7 @@ def test_perplexity_is_that_of_the_scores(model):
 
 
 def test_long_documents_are_cut_or_scored_in_windows(model):
-    context = model.worker.engine.context
+    context = model.context
     document = "Once upon a time there was a cat. " * (context // 4)
     ids = model.document_tokens(document)
     assert len(ids) > 2 * context

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from edgelm.bundle.manifest import open_bundle
 from edgelm.engine.engine import Engine
+from edgelm.engine.engine_options import EngineOptions
 from edgelm.engine.speculation import DRAFT_LENGTHS
 from edgelm.errors import RequestError
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
@@ -24,7 +25,7 @@ FORCED = Constraint("regex", "(yes|no)" + ", the dog" * 90 + " (home|away)")
 @pytest.fixture(scope="module")
 def engine(float32_bundle):
     """Counts the tokens of every pass that is not one of decoding a batch."""
-    engine = Engine(open_bundle(float32_bundle), threads=1, max_batch=MAX_BATCH, prefix_cache_mb=0)
+    engine = Engine(open_bundle(float32_bundle), EngineOptions(threads=1, max_batch=MAX_BATCH, prefix_cache_mb=0))
     prefill, engine.passes = engine.runner.prefill, []
 
     def counting(row, tokens, *more, **options):

@@ -15,6 +15,7 @@ import pytest
 
 from edgelm.bundle.manifest import open_bundle
 from edgelm.engine.engine import Engine
+from edgelm.engine.engine_options import EngineOptions
 from edgelm.sampling import Sampler
 from edgelm.types import Request, SamplingParams
 
@@ -37,7 +38,7 @@ def opened(float32_bundle):
 @pytest.fixture
 def engine(opened, monkeypatch):
     """Guesses whenever there is something to guess: a longer pass costs it nothing."""
-    engine = Engine(opened, threads=1, max_batch=1)
+    engine = Engine(opened, EngineOptions(threads=1, max_batch=1))
     monkeypatch.setattr(engine._speculator, "_pass_time_s", {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
     monkeypatch.setattr(engine._speculator, "_took", lambda tokens, seconds: None)
     entropy = np.random.default_rng(11)

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgelm.bundle.manifest import open_bundle
 from edgelm.engine.engine import Engine
+from edgelm.engine.engine_options import EngineOptions
 from edgelm.runtime.ort import ORT_RELEASE, check_ort_version, load_graph
 from edgelm.runtime.runner import open_runner
 from edgelm.types import Request, SamplingParams
@@ -230,7 +231,7 @@ def test_a_row_that_begins_with_pieces_is_as_one_computed_anew(length, cuts, see
 
 
 def test_a_prompt_that_shares_its_start_is_answered_as_one_computed_anew(quantized):
-    engines = [Engine(quantized, threads=1, max_batch=2, prefix_cache_mb=mb) for mb in (0, 1)]
+    engines = [Engine(quantized, EngineOptions(threads=1, max_batch=2, prefix_cache_mb=mb)) for mb in (0, 1)]
     for turn in range(4):
         prompt = (*range(5, 45), 50 + turn)
         anew, reused = (run(engine, prompt) for engine in engines)

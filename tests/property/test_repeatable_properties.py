@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from edgelm.engine import engine as engines
 from edgelm.engine.engine import Engine
+from edgelm.engine.engine_options import EngineOptions
 from edgelm.engine.sequence import Sequence
 from edgelm.runtime import prepack
 from edgelm.runtime.prepack import open_verified
@@ -33,8 +34,10 @@ def pair(request, tiny_checkpoint, export_to_cache, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepack, "MIN_CACHED_BYTES", 0)
         bundle = open_verified(path, cache)
-        warm = Engine(bundle, threads=2, max_batch=3, cache=cache)
-        cold = Engine(bundle, threads=1, max_batch=1, prefix_cache_mb=0, speculation=False, cache=cache)
+        warm = Engine(bundle, EngineOptions(threads=2, max_batch=3, board_cache=cache))
+        cold = Engine(
+            bundle, EngineOptions(threads=1, max_batch=1, prefix_cache_mb=0, speculation=False, board_cache=cache)
+        )
         assert warm.runner.is_invariant
         yield warm, cold
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import edgelm
 from edgelm.bundle.manifest import open_bundle
 from edgelm.engine.engine import Engine
+from edgelm.engine.engine_options import EngineOptions
 from edgelm.engine.sessions import MAX_SESSIONS
 from edgelm.errors import RequestError
 from edgelm.types import Request, SamplingParams
@@ -28,7 +29,7 @@ def opened(float32_bundle):
 def twins(opened, request):
     """Two engines that compute the same where they are asked the same: guesses would depend on their speed."""
     options = {"threads": 1, "max_batch": 2, "prefix_cache_mb": request.param, "speculation": False}
-    return Engine(opened, **options), Engine(opened, **options)
+    return Engine(opened, EngineOptions(**options)), Engine(opened, EngineOptions(**options))
 
 
 @dataclass
@@ -90,7 +91,7 @@ def alike(completion):
 def test_a_session_answers_as_its_whole_list_of_tokens_does(rounds, twins, opened):
     named, plain = twins
     for name in NAMES:
-        named.sessions.end_session(name)
+        named.end_session(name)
     said, turns = {}, {}
     for plans in rounds:
         in_sessions, whole = [], []
@@ -116,7 +117,7 @@ def test_a_session_answers_as_its_whole_list_of_tokens_does(rounds, twins, opene
             if planned.last and (begun or answer.error is not None):
                 said.pop(name, None)
                 turns.pop(name, None)
-        assert named.sessions.token_counts() == {name: len(tokens) for name, tokens in said.items()}
+        assert named.session_token_counts() == {name: len(tokens) for name, tokens in said.items()}
 
 
 @settings(max_examples=10)
@@ -130,19 +131,19 @@ def test_requests_of_one_session_are_answered_one_after_another(asked, twins):
     sampling = SamplingParams(max_tokens=3, ignore_eos=True, seed=1)
     for engine in twins:
         for name in NAMES:
-            engine.sessions.end_session(name)
+            engine.end_session(name)
     requests = [Request(str(i), sampling, tokens=tuple(tokens), session=name) for i, (name, tokens) in enumerate(asked)]
     at_once = run(together, requests)
     for request in requests:
         alone = run(in_turn, [request])[request.id]
         assert at_once[request.id].turn == alone.turn
         assert at_once[request.id].usage == alone.usage
-    assert together.sessions.token_counts() == {name: in_turn.sessions.token_counts()[name] for name, _ in asked}
+    assert together.session_token_counts() == {name: in_turn.session_token_counts()[name] for name, _ in asked}
 
 
 def test_a_request_that_breaks_the_step_gets_its_final_and_leaves_its_session_free(twins, monkeypatch):
     engine = twins[0]
-    engine.sessions.end_session("a")
+    engine.end_session("a")
     sampling = SamplingParams(max_tokens=2, ignore_eos=True)
     assert run(engine, [Request("1", sampling, tokens=(5,), session="a")])["1"].turn == 1
     with monkeypatch.context() as patched:
@@ -174,7 +175,7 @@ def talk(lm):
 
 
 def test_only_what_is_new_is_computed(lm, talk):
-    encoder = lm.worker.engine.tokenizer
+    encoder = lm.tokenizer
     first = talk("The cat sat", ignore_eos=True)
     tokens = [*encoder.encode("The cat sat"), *first.tokens]
     assert (first.turn, lm.sessions()["one"]) == (1, len(tokens))
@@ -193,7 +194,7 @@ def test_a_conversation_in_messages_keeps_what_the_model_said(lm, talk):
     first = talk(messages=[system, hello], ignore_eos=True, stop=["never said"])
     again = {"role": "user", "content": "again"}
     second = talk(messages=[again], ignore_eos=True)
-    encoder = lm.worker.engine.tokenizer
+    encoder = lm.tokenizer
     asked = encoder.encode(encoder.render_chat([system, hello]), add_special_tokens=False)
     closing = encoder.render_chat([system, hello, {"role": "assistant", "content": "@"}, again]).split("@")[1]
     assert second.usage.prompt_tokens == len([*asked, *first.tokens, *encoder.encode_continuation(closing)])
@@ -214,7 +215,7 @@ def test_what_is_cut_at_a_stop_string_was_said_all_the_same(lm, talk):
 def test_a_request_that_fails_leaves_the_session_as_it_was(lm, talk):
     talk("The cat sat")
     before = lm.sessions()
-    for wrong in ({"tokens": [10**9]}, {"prompt": "a", "regex": "("}, {"prompt": "a " * lm.worker.engine.context}):
+    for wrong in ({"tokens": [10**9]}, {"prompt": "a", "regex": "("}, {"prompt": "a " * lm.context}):
         with pytest.raises(RequestError):
             talk(**wrong)
         assert lm.sessions() == before
@@ -222,7 +223,7 @@ def test_a_request_that_fails_leaves_the_session_as_it_was(lm, talk):
 
 
 def test_a_full_session_says_so_and_stays(lm, talk):
-    context = lm.worker.engine.context
+    context = lm.context
     talk(tokens=[5] * (context - 6), ignore_eos=True)
     assert lm.sessions()["one"] == context - 1
     with pytest.raises(RequestError, match=rf"has {context - 1} tokens, {context} with .* holds {context} .* end the"):
@@ -252,7 +253,7 @@ def test_an_answer_that_is_left_early_is_remembered_as_far_as_it_came(lm, talk):
     stream.close()
     following = talk(" on the mat")
     assert following.turn == 2
-    encoder = lm.worker.engine.tokenizer
+    encoder = lm.tokenizer
     asked, new = len(encoder.encode("The cat sat")), len(encoder.encode_continuation(" on the mat"))
     assert asked + 1 <= following.usage.prompt_tokens - new < asked + 200
 

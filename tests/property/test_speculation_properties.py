@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from edgelm.bundle.manifest import open_bundle
 from edgelm.engine.engine import Engine
+from edgelm.engine.engine_options import EngineOptions
 from edgelm.errors import RequestError
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
 from edgelm.text.grammar import Matcher
@@ -25,7 +26,7 @@ def opened(float32_bundle):
 @pytest.fixture(scope="module")
 def engines(opened):
     """Without guesses and with them."""
-    return [Engine(opened, threads=1, max_batch=3, speculation=guesses) for guesses in (False, True)]
+    return [Engine(opened, EngineOptions(threads=1, max_batch=3, speculation=guesses)) for guesses in (False, True)]
 
 
 def run(engine, *requests):
@@ -158,7 +159,7 @@ def repeating(call, cycle):
 
 
 def test_an_earlier_answer_is_guessed_from(opened, monkeypatch):
-    engine = Engine(opened, threads=1, max_batch=1, prefix_cache_mb=0)
+    engine = Engine(opened, EngineOptions(threads=1, max_batch=1, prefix_cache_mb=0))
     request = Request("one", SamplingParams(max_tokens=24, ignore_eos=True), tokens=(5, 6, 7))
     measured_alike(engine, monkeypatch)
     sizes = passes(engine, monkeypatch)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from edgelm.bundle.manifest import open_bundle
 from edgelm.engine.engine import Engine
+from edgelm.engine.engine_options import EngineOptions
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
 from edgelm.runtime.prefix_file import add_prefix
 from edgelm.text.static_prompt import tokenize_prefix
@@ -31,13 +32,13 @@ def opened(float32_bundle, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(float32_bundle):
-    return Engine(open_bundle(float32_bundle), threads=1, max_batch=2, prefix_cache_mb=0)
+    return Engine(open_bundle(float32_bundle), EngineOptions(threads=1, max_batch=2, prefix_cache_mb=0))
 
 
 @pytest.fixture(scope="module", params=[0, 1, 64])
 def engine(opened, request):
     """With no memory of earlier sequences, too little, and plenty."""
-    return Engine(opened, threads=1, max_batch=2, prefix_cache_mb=request.param)
+    return Engine(opened, EngineOptions(threads=1, max_batch=2, prefix_cache_mb=request.param))
 
 
 def run(engine, *requests):
@@ -84,7 +85,7 @@ def test_answers_are_those_without_it(plain, engine, opened, asked, seed):
 
 
 def test_the_first_request_begins_with_it(opened):
-    engine = Engine(opened, threads=1, max_batch=1, prefix_cache_mb=0)
+    engine = Engine(opened, EngineOptions(threads=1, max_batch=1, prefix_cache_mb=0))
     static = opened.manifest.prefix.tokens
     done = run(engine, Request("one", SamplingParams(max_tokens=1), tokens=(*static, 5)))[0]
     assert done.usage.cached_tokens == len(static)
@@ -95,7 +96,7 @@ def test_the_first_request_begins_with_it(opened):
 def test_a_seeded_request_takes_the_same_passes_whatever_was_asked_before(opened, before, asked, seed):
     tokens, known = build_prompt(opened, *asked)
     sampling = SamplingParams(max_tokens=6, temperature=0.8, seed=seed, ignore_eos=True)
-    engine = Engine(opened, threads=1, max_batch=1)
+    engine = Engine(opened, EngineOptions(threads=1, max_batch=1))
     run(
         engine,
         *(

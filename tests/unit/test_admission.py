@@ -40,7 +40,7 @@ class Held:
     def __init__(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.release = threading.Event(), threading.Event()
         self.threads: list[str] = []
-        tokenizer = model.worker.engine.tokenizer
+        tokenizer = model.tokenizer
         encode = tokenizer.encode
 
         def slow(text: str, add_special_tokens: bool = True) -> list[int]:
@@ -127,7 +127,7 @@ def test_a_librarys_panic_fails_the_request_alone(model: Model, monkeypatch: pyt
         raise Panic("index out of bounds")
 
     with monkeypatch.context() as patched:
-        patched.setattr(model.worker.engine.tokenizer, "encode", broken)
+        patched.setattr(model.tokenizer, "encode", broken)
         for prompt in ("short", LONG):
             with pytest.raises(RequestError, match="Panic: index out of bounds") as caught:
                 model.generate(prompt, raw=True, max_tokens=2)
@@ -136,7 +136,7 @@ def test_a_librarys_panic_fails_the_request_alone(model: Model, monkeypatch: pyt
 
 
 def test_the_tokenizer_lets_other_threads_go_on(model: Model) -> None:
-    tokenizer = model.worker.engine.tokenizer
+    tokenizer = model.tokenizer
     text = " " * 1_000_000
     begun = time.monotonic()
     tokenizer.encode(text)

@@ -176,7 +176,7 @@ def test_variables_and_tools_reach_the_chat_template(copied, run, tmp_path):
     assert (code, err) == (0, "")
     with model_of(copied) as model:
         expected = model.generate(
-            tokens=model.worker.engine.tokenizer.encode("Once upon nolightplain text", add_special_tokens=False),
+            tokens=model.tokenizer.encode("Once upon nolightplain text", add_special_tokens=False),
             max_tokens=1,
             temperature=0.0,
             ignore_eos=True,

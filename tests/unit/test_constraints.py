@@ -20,6 +20,7 @@ from edgelm.engine import constraints as module
 from edgelm.engine.constraint_trial import CONSTRAINT_TIMEOUT_S, ConstraintSandbox
 from edgelm.engine.constraints import ConstraintCache
 from edgelm.engine.engine import Engine
+from edgelm.engine.engine_options import EngineOptions
 from edgelm.errors import RequestError
 from edgelm.types import UNCACHED_OWNER, Constraint, Request, SamplingParams
 
@@ -176,7 +177,7 @@ class Slow:
 
 
 def test_nobody_waits_for_anothers_constraint(bundle):
-    engine = Engine(open_bundle(bundle), threads=1, max_batch=2)
+    engine = Engine(open_bundle(bundle), EngineOptions(threads=1, max_batch=2))
     engine._admission._constraints = slow = Slow(engine._admission._constraints)
     greedy = SamplingParams(max_tokens=4, temperature=0.0)
     requests = [

@@ -80,7 +80,7 @@ def test_nothing_is_loaded_past_the_limit(monkeypatch):
 USE = """
 import sys, threading, edgelm
 with edgelm.load("builtin", max_batch=4, prefix_cache_mb=4, memory_limit_mb=int(sys.argv[1])) as lm:
-    long = list(range(2, 2 + lm.worker.engine.context // 2))
+    long = list(range(2, 2 + lm.context // 2))
     def ask():
         lm.generate(tokens=long, max_tokens=10_000, ignore_eos=True, temperature=0)
     askers = [threading.Thread(target=ask) for _ in range(4)]

@@ -39,14 +39,14 @@ def test_an_answer_says_how_it_came_about(model, answer):
     assert len(answer.tokens) == LENGTH
     assert answer.finish_reason == "length"
     assert answer.usage.completion_tokens == LENGTH
-    assert answer.usage.prompt_tokens == len(model.worker.engine.tokenizer.encode(PROMPT))
+    assert answer.usage.prompt_tokens == len(model.tokenizer.encode(PROMPT))
     assert answer.logprobs is None
     assert answer.error is None
     assert answer.timing.tok_s > 0
 
 
 def test_text_tokens_and_messages_meet(model, answer):
-    tokens = model.worker.engine.tokenizer.encode(PROMPT)
+    tokens = model.tokenizer.encode(PROMPT)
     assert model.generate(tokens=tokens, **GREEDY, ignore_eos=True).tokens == answer.tokens
     for options in ({}, {"prompt": "a", "tokens": [1]}):
         with pytest.raises(RequestError, match="exactly one"):
@@ -74,7 +74,7 @@ def test_a_bare_prompt_is_a_message_where_there_is_a_chat_template(model, answer
 def test_choosing_an_answer_to_a_message(model):
     if not model.manifest.prompts_are_messages:
         pytest.skip("this bundle completes text")
-    tokenizer = model.worker.engine.tokenizer
+    tokenizer = model.tokenizer
     asked = tokenizer.encode_prompt(tokenizer.build_prompt([{"role": "user", "content": PROMPT}]))
     ends = [tokenizer.encode(choice, add_special_tokens=False) for choice in ("yes", "no")]
     sums = [model.score_tokens([*asked, *end])[len(asked) - 1 :].sum() for end in ends]
@@ -135,7 +135,7 @@ def test_an_end_token_ends_the_answer_and_is_not_in_it(model, answer):
 
 
 def test_a_full_context_ends_with_length(model):
-    context = model.worker.engine.context
+    context = model.context
     done = model.generate(tokens=[5] * (context - 7), max_tokens=100, ignore_eos=True)
     assert (done.finish_reason, len(done.tokens)) == ("length", 7)
 
@@ -169,7 +169,7 @@ def test_scores_are_what_sampling_reports(length, model):
 
 
 def test_a_text_is_scored_with_the_start_token(model):
-    tokenizer = model.worker.engine.tokenizer
+    tokenizer = model.tokenizer
     bos = model.manifest.bos_token
     ids = ([] if bos is None else [bos]) + tokenizer.encode(PROMPT, add_special_tokens=False)
     assert np.array_equal(model.score(PROMPT), model.score_tokens(ids))
@@ -180,7 +180,7 @@ def test_a_text_is_scored_with_the_start_token(model):
 
 def test_choosing_agrees_with_scoring(model):
     choices = [" yes", " no", " maybe so"]
-    encode = model.worker.engine.tokenizer.encode
+    encode = model.tokenizer.encode
     asked = encode(PROMPT)
     whole = [encode(PROMPT + choice) for choice in choices]
     if any(tokens[: len(asked)] != asked for tokens in whole):
@@ -197,7 +197,7 @@ def test_choosing_agrees_with_scoring(model):
 
 
 def test_choosing_needs_something_to_continue(model, monkeypatch):
-    monkeypatch.setattr(model.worker.engine.tokenizer, "encode", lambda _text, **_: [])  # no text, no start token
+    monkeypatch.setattr(model.tokenizer, "encode", lambda _text, **_: [])  # no text, no start token
     with pytest.raises(RequestError, match="prompt is empty"):
         model.choose("", ["yes", "no"])
 
@@ -214,14 +214,14 @@ def test_seeds(model):
 @pytest.mark.parametrize("close", [True, False], ids=["closed", "forgotten"])
 def test_leaving_a_stream_early_ends_its_request(close, model, monkeypatch):
     steps, left = [], threading.Event()
-    real = model.worker.engine.step
+    real = model.worker._engine.step
 
     def step():
         steps.append(1)
         assert len(steps) < 3 or left.wait(60)  # the third step waits until the stream has been left
         return real()
 
-    monkeypatch.setattr(model.worker.engine, "step", step)
+    monkeypatch.setattr(model.worker._engine, "step", step)
     completed = model.worker.stats().completed
     stream = model.stream(PROMPT, max_tokens=100, ignore_eos=True)
     next(stream)

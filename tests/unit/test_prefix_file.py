@@ -14,6 +14,7 @@ from tiny import TEXT
 import edgelm
 from edgelm.bundle.manifest import MANIFEST, File, dump_manifest, open_bundle
 from edgelm.engine.engine import Engine
+from edgelm.engine.engine_options import EngineOptions
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.runtime.memory_plan import plan_memory
 from edgelm.runtime.prefix_file import add_prefix, map_prefix, open_without_prefix, remove_prefix
@@ -119,7 +120,7 @@ def test_a_damaged_file_is_found_and_mended(damage, copied, opening, run):
     assert file.name in refusal(copied)
     if damage != "flipped":
         with pytest.raises(BundleError, match=file.name):
-            Engine(open_bundle(copied, verify=False), threads=1)
+            Engine(open_bundle(copied, verify=False), EngineOptions(threads=1))
     assert run("prefix", copied, opening)[0] == 0
     assert open_bundle(copied).manifest.prefix.file != file.name
     assert not file.exists()

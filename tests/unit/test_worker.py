@@ -10,6 +10,7 @@ from clients import PATIENCE_S, Client, ask, occupy
 
 from edgelm.bundle.manifest import open_bundle
 from edgelm.engine.engine import Engine
+from edgelm.engine.engine_options import EngineOptions
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.types import Constraint
 
@@ -113,7 +114,7 @@ def test_a_deadline_passes_in_the_queue_too(start_worker):
 
 def test_a_prompt_that_does_not_fit_states_both_lengths(start_worker):
     worker = start_worker()
-    context = worker.engine.context
+    context = worker.context
     done = ask(worker, "long", prompt=tuple([5] * (context + 3))).completion()
     assert (done.finish_reason, done.error.code) == ("error", "bad_request")
     assert str(context + 3) in done.error.message
@@ -183,7 +184,7 @@ def test_closing_tells_everyone(start_worker):
 
 def test_a_call_runs_on_the_worker_and_brings_back_what_came_of_it(start_worker):
     worker = start_worker()
-    assert worker.call(lambda engine: (engine, threading.current_thread().name)) == (worker.engine, "edgelm-worker")
+    assert worker.call(lambda engine: (engine, threading.current_thread().name)) == (worker._engine, "edgelm-worker")
     with pytest.raises(ZeroDivisionError):
         worker.call(lambda engine: 1 // 0)
     assert ask(worker, "after").completion().finish_reason == "length"
@@ -192,4 +193,4 @@ def test_a_call_runs_on_the_worker_and_brings_back_what_came_of_it(start_worker)
 @pytest.mark.parametrize("options", [{"max_batch": 0}, {"context": 0}, {"context": 10**9}, {"threads": 0}])
 def test_an_option_out_of_range_is_refused(options, bundle):
     with pytest.raises(EdgelmError, match=next(iter(options))):
-        Engine(open_bundle(bundle), **options)
+        Engine(open_bundle(bundle), EngineOptions(**options))

@@ -46,7 +46,7 @@ class Bundle:
             thread.join()
 
     def logits(self, documents, out):
-        row = self.model.worker.engine.max_batch  # the one for scoring
+        row = self.model.worker.call(lambda engine: engine.scratch_row)  # the one for scoring
         done = 0
         for ids in documents:
             for at in range(0, len(ids), PREFILL_CHUNK):
