@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from edgelm._version import __version__
 
 if TYPE_CHECKING:
-    from edgelm.bundle.manifest import Bundle, Manifest, open_bundle
+    from edgelm.bundle.bundle_folder import Bundle, open_bundle
+    from edgelm.bundle.manifest import Manifest
     from edgelm.errors import BundleError, CheckpointError, ConfigError, EdgelmError, RequestError
     from edgelm.model import Model, load
     from edgelm.types import Chunk, Completion, Request, SamplingParams, Timing, Usage
@@ -45,7 +46,8 @@ for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):  # read 
     os.environ.setdefault(_variable, "1")
 
 _HOMES = {
-    **dict.fromkeys(("Bundle", "Manifest", "open_bundle"), "bundle.manifest"),
+    **dict.fromkeys(("Bundle", "open_bundle"), "bundle.bundle_folder"),
+    "Manifest": "bundle.manifest",
     **dict.fromkeys(("BundleError", "CheckpointError", "ConfigError", "EdgelmError", "RequestError"), "errors"),
     **dict.fromkeys(("Chunk", "Completion", "Request", "SamplingParams", "Timing", "Usage"), "types"),
     **dict.fromkeys(("Model", "load"), "model"),

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.bundle.manifest import Bundle, Manifest
+from edgelm.bundle.bundle_folder import Bundle
+from edgelm.bundle.manifest import Manifest
 from edgelm.engine.engine import Engine
 from edgelm.engine.engine_options import DEFAULT_OPTIONS, EngineOptions
 from edgelm.engine.worker import Worker

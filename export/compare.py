@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from edgelm.bundle.manifest import MANIFEST, Bundle, open_bundle
+from edgelm.bundle.bundle_folder import Bundle, open_bundle
+from edgelm.bundle.manifest import MANIFEST
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.text.documents import read_text
 from edgelm.text.tokenizer import Tokenizer

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgelm.bundle.manifest import MANIFEST, Bundle, open_bundle, write_manifest
+from edgelm.bundle.bundle_folder import Bundle, open_bundle, write_manifest
+from edgelm.bundle.manifest import MANIFEST
 from edgelm.errors import EdgelmError
 from edgelm.runtime.ort import check_ort_version
 from edgelm.runtime.prefix_file import add_prefix

@@ -20,7 +20,8 @@ from shared_data import REPO, can_export, shared_folder
 from tiny import TinyLlama
 
 import edgelm
-from edgelm.bundle.manifest import MANIFEST, open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
+from edgelm.bundle.manifest import MANIFEST
 from edgelm.cli import main
 
 if TYPE_CHECKING:

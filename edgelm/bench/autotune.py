@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from edgelm.bundle.manifest import Bundle
+from edgelm.bundle.bundle_folder import Bundle
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
 from edgelm.runtime.ort import cache_key
 from edgelm.runtime.prepack import open_verified

@@ -1,1 +1,1 @@
-"""The built-in bundle, as package data: `edgelm.bundle.manifest.open_bundle("builtin")` opens it."""
+"""The built-in bundle, as package data: `edgelm.bundle.bundle_folder.open_bundle("builtin")` opens it."""

@@ -13,7 +13,7 @@ from typing import Final
 from edgelm.bench.autotune import TuningResult, tune
 from edgelm.bench.benchmark import BenchmarkReport, benchmark
 from edgelm.bench.profiler import DECODE_STEPS, ProfileReport, profile_bundle
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.cli.flags import add_cache_flag
 from edgelm.cli.profile_table import profile_table
 from edgelm.errors import UsageError

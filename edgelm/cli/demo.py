@@ -8,7 +8,7 @@ import sys
 from contextlib import ExitStack
 from typing import Final
 
-from edgelm.bundle.manifest import Bundle, open_bundle
+from edgelm.bundle.bundle_folder import Bundle, open_bundle
 from edgelm.cli.ask import make_request
 from edgelm.errors import EdgelmError
 from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from edgelm.bundle.manifest import Bundle, Matrix
+from edgelm.bundle.bundle_folder import Bundle
+from edgelm.bundle.manifest import Matrix
 from edgelm.cli.extras import import_extra
 from edgelm.cli.tables import outline_table, prefix_text, quality_table, self_check_text
 from edgelm.errors import UsageError

@@ -7,7 +7,8 @@ import dataclasses
 import json
 from typing import Any
 
-from edgelm.bundle.manifest import Bundle, Manifest, open_bundle
+from edgelm.bundle.bundle_folder import Bundle, open_bundle
+from edgelm.bundle.manifest import Manifest
 from edgelm.cli.tables import prefix_text, quality_table, self_check_text
 from edgelm.runtime.memory_plan import PREFIX_CACHE_MB, MemoryPlan, plan_memory
 

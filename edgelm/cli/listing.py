@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.bundle.store import BUILTIN, BundleStore
 from edgelm.errors import BundleError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from edgelm.bundle.manifest import Bundle, open_bundle
+from edgelm.bundle.bundle_folder import Bundle, open_bundle
 from edgelm.bundle.store import BUILTIN
 from edgelm.cli.tables import prefix_text
 from edgelm.errors import EdgelmError, UsageError

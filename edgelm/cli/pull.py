@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from edgelm.bundle.bundle_folder import Bundle, open_bundle
 from edgelm.bundle.catalogue import CatalogueModel, ModelVariant, load_catalogue
 from edgelm.bundle.catalogue import check_name as check_model_name
-from edgelm.bundle.manifest import MANIFEST, Bundle, open_bundle
+from edgelm.bundle.manifest import MANIFEST
 from edgelm.bundle.store import BUILTIN, BundleStore, Origin
 from edgelm.cli.export import raise_interrupt
 from edgelm.cli.extras import import_extra

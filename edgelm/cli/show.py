@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 import json
 
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.bundle.catalogue import CatalogueModel, load_catalogue
-from edgelm.bundle.manifest import open_bundle
 from edgelm.bundle.store import BUILTIN, BundleStore, missing_bundle_error, resolve_bundle_path
 from edgelm.cli.info import derived_facts, rows
 from edgelm.cli.models import parameters

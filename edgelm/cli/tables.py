@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any, Final
 
-from edgelm.bundle.manifest import Bundle, Matrix
+from edgelm.bundle.bundle_folder import Bundle
+from edgelm.bundle.manifest import Matrix
 from edgelm.types import Completion
 
 MAX_SHOWN_CHARACTERS: Final = 60

@@ -9,7 +9,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from edgelm.bundle.manifest import Bundle
+from edgelm.bundle.bundle_folder import Bundle
 from edgelm.engine.background import BackgroundThread, resolve_future
 from edgelm.engine.constraints import ConstraintCache
 from edgelm.engine.fairness import NO_CLIENT_LIMITS, ClientLimits

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.bundle.manifest import Bundle
+from edgelm.bundle.bundle_folder import Bundle
 from edgelm.engine.admission import Admission
 from edgelm.engine.engine_options import DEFAULT_OPTIONS, EngineOptions
 from edgelm.engine.fairness import FairnessPolicy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgelm.bundle.manifest import Bundle
+from edgelm.bundle.bundle_folder import Bundle
 from edgelm.engine.radix_tree import RadixTree
 from edgelm.engine.sequence import Sequence
 from edgelm.runtime.prefix_file import map_prefix

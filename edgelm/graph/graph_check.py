@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from edgelm.bundle.manifest import Bundle
+from edgelm.bundle.bundle_folder import Bundle
 from edgelm.errors import BundleError
 from edgelm.graph.domain import BATCH_INVARIANT_KEY, DOMAIN, MAX_MATRIX_DIM
 from edgelm.graph.onnx_model import (

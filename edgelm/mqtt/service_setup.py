@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from edgelm.bundle.manifest import Bundle
+from edgelm.bundle.bundle_folder import Bundle
 from edgelm.bundle.store import BUILTIN
 from edgelm.engine.engine import Engine
 from edgelm.engine.engine_options import EngineOptions

@@ -7,7 +7,7 @@ from typing import Final, TypeAlias
 
 import onnxruntime as ort
 
-from edgelm.bundle.manifest import Bundle
+from edgelm.bundle.bundle_folder import Bundle
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.graph.domain import BATCH_INVARIANT_KEY
 from edgelm.graph.node_attributes import change_attribute

@@ -18,7 +18,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from edgelm.bundle.manifest import MANIFEST, Bundle, File, Manifest, StaticPrefix, dump_manifest, open_bundle
+from edgelm.bundle.bundle_folder import Bundle, open_bundle
+from edgelm.bundle.manifest import MANIFEST, BundleFile, Manifest, StaticPrefix, dump_manifest
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.runtime.kv_cache import KvSegment, Tokens
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
@@ -105,7 +106,7 @@ def _compute(bundle: Bundle, tokens: Sequence[int], threads: int | None) -> KvSe
     return runner.read_row(0, 0, len(ids))
 
 
-def _write(root: Path, piece: KvSegment) -> tuple[str, File]:
+def _write(root: Path, piece: KvSegment) -> tuple[str, BundleFile]:
     """Write keys and values under a name of their own; return it."""
     digest, size = hashlib.sha256(), 0
     new = root / f"prefix{NEW}"
@@ -119,7 +120,7 @@ def _write(root: Path, piece: KvSegment) -> tuple[str, File]:
         os.fsync(stream.fileno())
     name = f"prefix-{digest.hexdigest()[:16]}.kv"
     new.replace(root / name)
-    return name, File(size, digest.hexdigest())
+    return name, BundleFile(size, digest.hexdigest())
 
 
 def _publish(root: Path, manifest: Manifest) -> Bundle:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from edgelm.bundle.manifest import Bundle, open_bundle
+from edgelm.bundle.bundle_folder import Bundle, open_bundle
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.graph.graph_check import check_graph
 from edgelm.kernels.abi import WeightFormat

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edgelm.bundle.manifest import Bundle
+from edgelm.bundle.bundle_folder import Bundle
 from edgelm.errors import EdgelmError
 from edgelm.runtime.kv_cache import KVCache, KvSegment
 from edgelm.runtime.ort import is_invariant, resolve_thread_settings, summarize_error

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from edgelm.bundle.manifest import Bundle
+from edgelm.bundle.bundle_folder import Bundle
 from edgelm.errors import BundleError, RequestError
 from edgelm.text.chat_template import ChatTemplate
 from edgelm.text.detokenizer import StreamDecoder

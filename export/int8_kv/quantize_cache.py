@@ -8,7 +8,8 @@ from pathlib import Path
 
 import onnx
 
-from edgelm.bundle.manifest import Bundle, Manifest
+from edgelm.bundle.bundle_folder import Bundle
+from edgelm.bundle.manifest import Manifest
 
 from ..calibration.text_samples import Document
 from ..progress_callback import ProgressCallback

@@ -21,7 +21,8 @@ from typing import Any, Final
 
 from onnx import TensorProto
 
-from edgelm.bundle.manifest import Bundle, KVCacheShape, Manifest, write_manifest
+from edgelm.bundle.bundle_folder import Bundle, write_manifest
+from edgelm.bundle.manifest import KVCacheShape, Manifest
 from edgelm.errors import CheckpointError, EdgelmError
 from edgelm.system.installation import install_command, missing_extra
 from edgelm.text.documents import read_text

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.bundle.manifest import Bundle
+from edgelm.bundle.bundle_folder import Bundle
 from edgelm.errors import EdgelmError
 from edgelm.runtime.divergence import DivergenceMeter, DivergenceReport
 from edgelm.runtime.runner import open_runner

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import edgelm
-from edgelm.bundle.manifest import MANIFEST, open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
+from edgelm.bundle.manifest import MANIFEST
 from edgelm.runtime.prefix_file import add_prefix
 from tests.bench.reuse import KNOWN, NEW, spread
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 import edgelm
-from edgelm.bundle.manifest import Bundle
+from edgelm.bundle.bundle_folder import Bundle
 from edgelm.model import Model
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
 from edgelm.text.documents import split_documents

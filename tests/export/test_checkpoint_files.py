@@ -14,7 +14,7 @@ import edgelm_export
 from edgelm_export.checkpoint import open_checkpoint
 from tiny import TinyLlama, save_tensors, write_json
 
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.errors import CheckpointError, EdgelmError
 
 NAME = "model.embed_tokens.weight"

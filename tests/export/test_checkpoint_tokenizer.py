@@ -15,7 +15,7 @@ from edgelm_export.checkpoint import metadata, open_checkpoint
 from tiny import TinyLlama, tokenizer_json, write_json
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.errors import CheckpointError
 from edgelm.text.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ import onnx
 from tiny import TinyLlama, save_tensors, write_json
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.errors import EdgelmError
 
 

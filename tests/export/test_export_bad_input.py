@@ -20,7 +20,7 @@ import edgelm_export
 from tiny import TinyLlama, save_tensors, tokenizer_json, write_json
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle, write_manifest
+from edgelm.bundle.bundle_folder import open_bundle, write_manifest
 from edgelm.cli import main
 
 

@@ -13,7 +13,7 @@ import edgelm_export
 from tiny import TEXT
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.errors import EdgelmError
 
 MESSAGES = [{"role": "system", "content": "Answer in one short sentence."}]

@@ -24,7 +24,7 @@ from gguf_files import converted, interleaved, write_gguf
 from tiny import CHAT_TEMPLATE, TinyLlama, tokenizer_json
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.errors import CheckpointError, EdgelmError
 
 SHAPE = TinyLlama(vocab=331, hidden=256, layers=2, heads=4, kv_heads=2, mlp=512)

@@ -11,7 +11,7 @@ from edgelm_export.checkpoint import metadata, open_checkpoint
 from gguf_files import write_gguf
 from tiny import CHAT_TEMPLATE, TinyLlama, tokenizer_json
 
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.errors import CheckpointError
 
 IMAGE = "application/vnd.ollama.image."

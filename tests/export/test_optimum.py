@@ -15,7 +15,7 @@ import pytest
 from foreign_models import CONTEXT, SHAPES, VOCAB, model_of, onnx, torch, write
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.errors import EdgelmError, RequestError
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

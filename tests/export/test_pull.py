@@ -15,8 +15,8 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 pytest.importorskip("huggingface_hub", reason="needs pip install 'edgelm[export]'")
 
 import edgelm.cli.pull as command
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.bundle.catalogue import CatalogueModel, ModelVariant
-from edgelm.bundle.manifest import open_bundle
 from edgelm.bundle.store import BundleStore, Origin
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -18,7 +18,7 @@ from naive_packing import float8_value, pack_awq, pack_gptq, scaled_bytes, unpac
 from tiny import TinyLlama, save_tensors, write_json
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.errors import CheckpointError
 
 SHAPE = TinyLlama(mlp=96)

@@ -13,7 +13,7 @@ import edgelm_export
 from edgelm_export.verify.self_check import CHECKED_TOKENS, SelfCheckError, raise_if_broken
 from edgelm_export.write import matrix_store
 
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 
 GOOD = {"tokens": 100, "perplexity": 22.0, "reference_perplexity": 20.0, "kl_mean": 0.1}
 

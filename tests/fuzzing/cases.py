@@ -20,7 +20,8 @@ import numpy as np
 from shared_data import can_export
 
 import edgelm
-from edgelm.bundle.manifest import MANIFEST, open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
+from edgelm.bundle.manifest import MANIFEST
 from edgelm.errors import EdgelmError
 from edgelm.runtime import prepack
 from edgelm.runtime.prefix_file import add_prefix

@@ -31,7 +31,8 @@ import paho.mqtt.client as paho
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from edgelm.bundle.manifest import MANIFEST, open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
+from edgelm.bundle.manifest import MANIFEST
 from edgelm.errors import STATUS_OF_CODE
 from edgelm.mqtt.request_codec import MAX_CORRELATION_BYTES
 

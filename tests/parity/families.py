@@ -13,7 +13,7 @@ import pytest
 from tiny import tokenizer_json
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
 
 torch = pytest.importorskip("torch", reason="needs pip install 'edgelm[distill]'")

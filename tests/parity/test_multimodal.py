@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 
 torch = pytest.importorskip("torch", reason="needs pip install 'edgelm[distill]'")
 transformers = pytest.importorskip("transformers", reason="needs pip install 'edgelm[distill]'")

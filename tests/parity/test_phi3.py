@@ -8,7 +8,7 @@ import families
 import pytest
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.errors import EdgelmError
 from edgelm.runtime.prefix_file import add_prefix
 

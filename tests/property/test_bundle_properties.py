@@ -12,19 +12,18 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from edgelm.bundle.bundle_folder import open_bundle, write_manifest
 from edgelm.bundle.manifest import (
     MANIFEST,
     SCHEMA,
-    File,
+    BundleFile,
     KVCacheShape,
     Manifest,
     Matrix,
     StaticPrefix,
     dump_manifest,
-    open_bundle,
-    parse_manifest,
-    write_manifest,
 )
+from edgelm.bundle.manifest_parser import parse_manifest
 from edgelm.errors import BundleError
 from edgelm.types import RANGES, SamplingParams
 
@@ -92,7 +91,7 @@ def prefixed(draw):
     tokens = draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=min(context - 1, 20)).map(tuple))
     dtype = draw(st.sampled_from(["float32", "float16", "int8", "uint8"]))
     prefix = StaticPrefix(tokens, draw(names), dtype, draw(words))
-    return dataclasses.replace(manifest, context=context, prefix=prefix, files={prefix.file: File(0, "")})
+    return dataclasses.replace(manifest, context=context, prefix=prefix, files={prefix.file: BundleFile(0, "")})
 
 
 EXAMPLE = Manifest("llama", 64, 100, KVCacheShape("shared", 2, 1, 16), "int4", (), 1, (2,), 1000, {"layers": 2})

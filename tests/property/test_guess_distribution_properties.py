@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.engine.engine import Engine
 from edgelm.engine.engine_options import EngineOptions
 from edgelm.sampling import Sampler

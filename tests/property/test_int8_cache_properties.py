@@ -17,7 +17,7 @@ from edgelm_export.int8_kv.ranges import max_over_positions
 from naive_attention import Int8Layer
 from onnx import TensorProto, helper, numpy_helper
 
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.engine.engine import Engine
 from edgelm.engine.engine_options import EngineOptions
 from edgelm.runtime.ort import ORT_RELEASE, check_ort_version, load_graph

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.engine.engine import Engine
 from edgelm.engine.engine_options import EngineOptions
 from edgelm.engine.sessions import MAX_SESSIONS

@@ -18,7 +18,7 @@ from edgelm_export.source_model import open_source_model
 from edgelm_export.verify.quality_gate import CheckpointPredictor, measure_agreement
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.mqtt.service_config import ServeConfig
 
 SYSTEM = {"role": "system", "content": "Answer in one short sentence."}

@@ -10,7 +10,7 @@ from broker import Broker
 from mqtt_client import Client
 from served_board import SlowEngine, serving
 
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.mqtt.service_config import ServeConfig
 
 PROMPT = "Once upon a time"

@@ -13,7 +13,7 @@ from mqtt_client import Client
 from served_board import serving
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.cli import main
 from edgelm.errors import EdgelmError
 from edgelm.mqtt.service_config import ServeConfig, load_config

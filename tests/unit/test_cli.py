@@ -108,7 +108,7 @@ def test_a_traceback_is_for_those_who_ask(tmp_path, run):
 
 
 def test_a_graph_that_onnxruntime_refuses_is_one_line(bundle, tmp_path, run):
-    from edgelm.bundle.manifest import open_bundle, write_manifest
+    from edgelm.bundle.bundle_folder import open_bundle, write_manifest
 
     for file in bundle.iterdir():
         if file.is_file():
@@ -138,7 +138,7 @@ def test_ctrl_c_behind_another_error_is_an_interruption(monkeypatch, run):
 
 
 def test_info_tells_what_a_bundle_is(bundle, run):
-    from edgelm.bundle.manifest import open_bundle
+    from edgelm.bundle.bundle_folder import open_bundle
 
     manifest = open_bundle(bundle).manifest
     code, out, err = run("info", bundle)
@@ -230,7 +230,7 @@ def test_bench_refuses_sizes_that_make_no_sense(options, code, bundle, run):
 def test_chat_without_a_template_says_what_to_do(bundle, tmp_path, run):
     import dataclasses
 
-    from edgelm.bundle.manifest import open_bundle, write_manifest
+    from edgelm.bundle.bundle_folder import open_bundle, write_manifest
 
     for file in bundle.iterdir():
         if file.is_file():

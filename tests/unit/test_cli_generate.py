@@ -17,7 +17,7 @@ from dataclasses import replace
 import pytest
 
 from edgelm import load as model_of
-from edgelm.bundle.manifest import open_bundle, write_manifest
+from edgelm.bundle.bundle_folder import open_bundle, write_manifest
 
 PROMPT = "Once upon a time"
 USAGE = {"prompt_tokens", "cached_tokens", "completion_tokens", "forced_tokens"}

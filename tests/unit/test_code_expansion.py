@@ -9,7 +9,7 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 import onnxruntime as ort
 
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.kernels.rewrite.code_expansion import expand_codes
 from edgelm.runtime.ort import load_graph, load_packed
 from edgelm.runtime.probe import compute_probe_logits

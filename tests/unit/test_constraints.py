@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.engine import constraint_trial
 from edgelm.engine import constraints as module
 from edgelm.engine.constraint_trial import CONSTRAINT_TIMEOUT_S, ConstraintSandbox

@@ -17,7 +17,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgelm.bundle.manifest import MANIFEST, open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
+from edgelm.bundle.manifest import MANIFEST
 from edgelm.errors import BundleError
 from edgelm.graph.graph_check import check_graph
 from edgelm.runtime import prepack

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgelm
-from edgelm.bundle.manifest import Matrix, open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
+from edgelm.bundle.manifest import Matrix
 from edgelm.engine import engine
 from edgelm.engine.speculation import DRAFT_LENGTHS
 from edgelm.errors import EdgelmError

@@ -12,7 +12,8 @@ from folder_hashes import contents
 from tiny import TEXT
 
 import edgelm
-from edgelm.bundle.manifest import MANIFEST, File, dump_manifest, open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
+from edgelm.bundle.manifest import MANIFEST, BundleFile, dump_manifest
 from edgelm.engine.engine import Engine
 from edgelm.engine.engine_options import EngineOptions
 from edgelm.errors import BundleError, EdgelmError
@@ -92,7 +93,7 @@ def test_other_weights_are_told_and_mended(copied, opening, run):
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    file = File(len(content), hashlib.sha256(content).hexdigest())
+    file = BundleFile(len(content), hashlib.sha256(content).hexdigest())
     changed = dataclasses.replace(made.manifest, files={**made.manifest.files, data.name: file})
     (copied / MANIFEST).write_text(dump_manifest(changed), encoding="utf-8")
     line = refusal(copied)

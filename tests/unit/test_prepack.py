@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.errors import BundleError
 from edgelm.runtime import prepack
 from edgelm.runtime.ort import PACKED_GRAPH_FILE, cache_key

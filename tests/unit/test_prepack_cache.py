@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.errors import EdgelmError
 from edgelm.graph.onnx_model import read_model
 from edgelm.runtime import prepack, probe

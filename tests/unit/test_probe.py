@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import TinyLlama
 
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.errors import EdgelmError
 from edgelm.kernels.rewrite import attention_lowering, graph_rewriter
 from edgelm.runtime import prepack, probe

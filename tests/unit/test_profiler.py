@@ -9,7 +9,7 @@ import pytest
 
 from edgelm.bench import profiler
 from edgelm.bench.trace import MATMUL_OPERATORS
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.kernels.abi import WeightFormat
 from edgelm.runtime import prepack
 from edgelm.system.board_cache import BoardCache

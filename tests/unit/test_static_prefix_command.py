@@ -8,7 +8,7 @@ import pytest
 from folder_hashes import contents
 
 import edgelm
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.errors import EdgelmError
 from edgelm.text.static_prompt import read_prefix_text, tokenize_prefix
 from edgelm.text.tokenizer import Tokenizer

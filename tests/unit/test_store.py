@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgelm
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.bundle.catalogue import USABLE_MEMORY_SHARE, check_name, load_catalogue
-from edgelm.bundle.manifest import open_bundle
 from edgelm.bundle.store import BUILTIN, BundleStore, Origin, resolve_bundle_path
 from edgelm.errors import BundleError, EdgelmError
 

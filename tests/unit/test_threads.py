@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelm.bench.autotune import TIE_RATIO, TuningResult, choose_fastest
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.cli import main
 from edgelm.runtime.ort import cache_key, resolve_thread_settings
 from edgelm.runtime.threads import ThreadSettings, count_cores, default_threads, load_tuning, save_tuning

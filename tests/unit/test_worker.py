@@ -8,7 +8,7 @@ import time
 import pytest
 from clients import PATIENCE_S, Client, ask, occupy
 
-from edgelm.bundle.manifest import open_bundle
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.engine.engine import Engine
 from edgelm.engine.engine_options import EngineOptions
 from edgelm.errors import EdgelmError, RequestError
