@@ -1,4 +1,4 @@
-"""What an export is asked to do, checked before any work."""
+"""The options of an export, checked before any work."""
 
 from __future__ import annotations
 
@@ -22,16 +22,22 @@ from .quantize.matrix_plan import (
     QuantPlan,
     with_bits,
 )
-from .quantize.spec import METHODS, Method, QuantSpec
+from .quantize.methods import method_names, needs_calibration
+from .quantize.spec import QuantSpec
 
 SELF_GENERATED: Final = "self"
-"""What `--calibrate` takes instead of a file: self-generated text."""
+"""Value of `--calibrate` for self-generated text instead of a file."""
 
 DEFAULT_CONTEXT: Final = 4096
-"""Default limit of the context: a longer one costs memory for every request, and rotary tables on disk."""
+"""Default maximum context. A longer one takes more memory for every request, and more bytes for rotary tables."""
 
 UNIFORM: Final = ("fp32", "int8", "keep")
-"""Precisions that embedding and head have too; nor are they calibrated unless that is asked for."""
+"""Precisions that all matrices have, embedding and head too. Not calibrated by default."""
+
+CALIBRATED_METHOD: Final = "gptq"
+FAST_METHOD: Final = "clip"
+INT8_METHOD: Final = "rtn"
+"""The methods of `auto`: with calibration text, without, and for int8."""
 
 Via = Literal["native", "optimum"]
 Kv = Literal["fp32", "int8"]
@@ -39,12 +45,12 @@ Kv = Literal["fp32", "int8"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """See `edgelm_export.export`. Raises `EdgelmError` for a value out of range or options that contradict."""
+    """See `edgelm_export.export`. Raises `EdgelmError` for a value out of range or a contradiction."""
 
     quant: Quant = "int4"
     block_size: int | None = None
     symmetric: bool = True
-    method: Literal["auto"] | Method = "auto"
+    method: str = "auto"
     calibrate: str | Path | None = None
     fast: bool = False
     embedding_bits: int | None = None
@@ -73,7 +79,7 @@ class ExportOptions:
 
     @property
     def plan(self) -> QuantPlan:
-        """The plan before any budget is looked at."""
+        """The plan before a budget changes it."""
         if self.quant == "fp32":
             return QuantPlan(None)
         block_size = DEFAULT_BLOCK_SIZE if self.block_size is None else self.block_size
@@ -88,34 +94,39 @@ class ExportOptions:
         return QuantPlan(with_bits(default, default.bits), exceptions)
 
     @property
-    def chosen_method(self) -> Method:
-        """The method that `auto` stands for: gptq, but clip with `fast`; int8 rounds to nearest."""
+    def chosen_method(self) -> str:
+        """The method, `auto` resolved."""
         if self.method != "auto":
             return self.method
         if self.quant in ("int8", "keep"):
-            return "rtn"
-        return "gptq" if self.chosen_calibration is not None else "clip"
+            return INT8_METHOD
+        return FAST_METHOD if self.chosen_calibration is None else CALIBRATED_METHOD
 
     @property
     def chosen_calibration(self) -> str | Path | None:
         """The calibration text: a file, `SELF_GENERATED`, or None."""
         by_default = self.method == "auto" and self.quant not in UNIFORM
-        calibrates = self.via == "native" and self.quant != "fp32" and (by_default or self.method == "gptq")
+        calibrates = self.via == "native" and self.quant != "fp32" and (by_default or self._method_calibrates)
         if self.calibrate is not None or self.fast or not calibrates:
             return self.calibrate
         return SELF_GENERATED
 
     @property
     def has_budget(self) -> bool:
-        """Whether each matrix's storage is to be chosen by its sensitivity."""
+        """Whether the storage of each matrix is chosen by its sensitivity."""
         if self.via == "optimum" or self.quant == "keep":
             return False
         return self.quant == "mixed" or self.max_bytes is not None or (self.max_kl is not None and self.quant != "int8")
 
+    @property
+    def _method_calibrates(self) -> bool:
+        """Whether the given method, not `auto`, needs calibration text."""
+        return self.method != "auto" and needs_calibration(self.method)
+
     def _check_values(self) -> None:
         for name, allowed in (
             ("quant", tuple(BITS)),
-            ("method", ("auto", *METHODS)),
+            ("method", ("auto", *method_names())),
             ("via", get_args(Via)),
             ("kv", get_args(Kv)),
         ):
@@ -127,35 +138,35 @@ class ExportOptions:
         if self.block_size is not None and self.block_size not in BLOCK_SIZES:
             allowed_sizes = ", ".join(map(str, BLOCK_SIZES))
             raise EdgelmError(f"block size must be one of {allowed_sizes}, got {self.block_size}")
-        for name, most in (("max_kl", float("inf")), ("min_agreement", 1.0)):
+        for name, maximum in (("max_kl", float("inf")), ("min_agreement", 1.0)):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= most:
-                raise EdgelmError(f"{name} must lie in (0, {most}], got {value}")
+            if value is not None and not 0 < value <= maximum:
+                raise EdgelmError(f"{name} must lie in (0, {maximum}], got {value}")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise EdgelmError(f"max_bytes must be positive, got {self.max_bytes}")
 
     def _check_combinations(self) -> None:
         if (self.vocab is None) != (self.vocab_size is None):
-            raise EdgelmError("--vocab FILE and --vocab-size N go together: the domain's text, and how many tokens")
-        if self.fast and (self.calibrate is not None or self.method == "gptq"):
-            given = "--method gptq" if self.calibrate is None else "--calibrate"
-            raise EdgelmError(f"--fast quantizes without calibration: it does not go with {given}")
+            raise EdgelmError("--vocab FILE (text of the domain) and --vocab-size N (tokens to keep) need each other")
+        if self.fast and (self.calibrate is not None or self._method_calibrates):
+            given = f"--method {self.method}" if self.calibrate is None else "--calibrate"
+            raise EdgelmError(f"--fast does not go with {given}: it quantizes without calibration")
         if self.embedding_bits is not None and (self.quant in UNIFORM or self.via == "optimum"):
             with_what = "--via optimum" if self.via == "optimum" else f"--quant {self.quant}"
             raise EdgelmError(
-                f"--embedding-bits does not go with {with_what}: they have one precision for all matrices"
+                f"--embedding-bits does not go with {with_what}, which has one precision for all matrices"
             )
         if (self.max_kl is not None or self.min_agreement is not None) and self.verify is None:
             raise EdgelmError("--max-kl and --min-agreement need --verify FILE: the text to measure on")
         if self.has_budget and self.chosen_calibration is None and self.verify is None:
             raise EdgelmError(
-                "choosing the precision of each matrix needs text to measure with: --calibrate FILE (or --verify FILE)"
+                "choosing the precision of each matrix needs text for measuring: --calibrate FILE (or --verify FILE)"
             )
         if self.max_bytes is not None and self.quant == "fp32":
-            raise EdgelmError("--max-bytes does not go with --quant fp32: there is nothing to choose")
-        unused = self.quant == "fp32" or (not self.has_budget and self.chosen_method != "gptq")
+            raise EdgelmError("--max-bytes does not go with --quant fp32: every matrix is float32")
+        unused = self.quant == "fp32" or (not self.has_budget and not needs_calibration(self.chosen_method))
         if self.calibrate is not None and unused and self.kv == "fp32":
-            raise EdgelmError(f"--calibrate has no use with --quant {self.quant} and --method {self.chosen_method}")
+            raise EdgelmError(f"--calibrate has no effect with --quant {self.quant} and --method {self.chosen_method}")
 
     def _check_keep(self) -> None:
         given = {
@@ -167,7 +178,7 @@ class ExportOptions:
         }
         wrong = next((name for name, is_given in given.items() if is_given), None)
         if wrong is not None:
-            raise EdgelmError(f"{wrong} does not go with --quant keep, which takes the blocks of the file as they are")
+            raise EdgelmError(f"{wrong} does not go with --quant keep, which copies the blocks of the file")
 
     def _check_optimum(self) -> None:
         given: dict[str, Any] = {
@@ -182,11 +193,14 @@ class ExportOptions:
         }
         wrong = next((name for name, value in given.items() if value is not None), None)
         if wrong is not None:
-            raise EdgelmError(f"{wrong} does not go with --via optimum: it needs a builder of our own")
+            raise EdgelmError(f"{wrong} does not go with --via optimum: only the native builder has it")
 
 
 def choose_context(wanted: int | None, limit: int) -> int:
-    """Return the bundle's context: what was asked for, else the checkpoint's up to `DEFAULT_CONTEXT`."""
+    """Return the bundle's context: `wanted`, or by default `limit` but at most `DEFAULT_CONTEXT`.
+
+    limit: the checkpoint's own. Raises `EdgelmError` if `wanted` is out of range.
+    """
     if wanted is None:
         return min(limit, DEFAULT_CONTEXT)
     if not 1 <= wanted <= limit:

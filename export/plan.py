@@ -26,7 +26,7 @@ from .progress_callback import ProgressCallback
 from .quantize.budget import StorageOption, choose_options
 from .quantize.keep import plan_kept_blocks, scale_bits
 from .quantize.matrix_plan import MIXED_BITS, QUANTIZED_BITS, QuantPlan, with_bits
-from .quantize.spec import QuantSpec
+from .quantize.spec import KEEP, QuantSpec
 from .source_model import SourceModel
 from .write.matrix_store import planned_matrix
 
@@ -157,7 +157,7 @@ def _matrices(model: SourceModel, plan: QuantPlan) -> list[Matrix]:
     matrices = [planned_matrix(name, *shape, plan.spec(name)) for name, shape in model.weights.shapes()]
     return [
         dataclasses.replace(matrix, scale_bits=scale_bits(model.decoder, matrix.name))
-        if matrix.method == "keep"
+        if matrix.method == KEEP
         else matrix
         for matrix in matrices
     ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -88,11 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights a scale: 16, 32, 64, 128 (32); larger is smaller, faster and less exact",
     )
     size.add_argument("--asymmetric", action="store_true", help="a zero point for every block too")
+    methods = find_methods()
     size.add_argument(
         "--method",
-        choices=["auto", "rtn", "clip", "hqq", "gptq"],
+        choices=["auto", *methods] if methods else None,
         default="auto",
-        help="how codes are chosen (auto: gptq for int4 and mixed, clip with --fast; rtn for int8)",
+        help="how codes are chosen. auto: gptq; clip with --fast; rtn for int8. "
+        + " ".join(f"{name}: {summary}" for name, summary in methods.items()),
     )
     calibration = size.add_mutually_exclusive_group()
     calibration.add_argument(
@@ -144,6 +149,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="native",
         help="optimum: convert optimum's export, for architectures without a builder here",
     )
+
+
+def find_methods() -> dict[str, str]:
+    """Return the name of each quantization method and the first line of its module's docstring.
+
+    Reads the files of edgelm_export.quantize.methods without importing them, which would load numba and onnx. Empty if
+    edgelm_export is not installed.
+    """
+    package = find_spec("edgelm_export")
+    found: dict[str, str] = {}
+    for folder in (package and package.submodule_search_locations) or ():
+        for file in sorted(Path(folder, "quantize", "methods").glob("[!_]*.py")):
+            docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+            found[file.stem] = docstring.partition("\n")[0].replace("%", "%%")
+    return found
 
 
 def parse_byte_count(text: str) -> int:
@@ -225,8 +245,11 @@ def _summary(bundle: Bundle, seconds: float) -> str:
         lines.append(f"static prefix: {prefix_text(bundle)}")
     if m.self_check is not None:
         lines.append(self_check_text(m.self_check))
-    uncalibrated = sum(matrix.method == "clip" for matrix in m.matrices)
-    if uncalibrated and any(matrix.method == "gptq" for matrix in m.matrices):
+    methods = import_extra("edgelm_export.quantize.methods", "edgelm export")
+    used = {matrix.method for matrix in m.matrices} & set(methods.method_names())
+    fallbacks = {methods.load_method(name).fallback for name in used}
+    uncalibrated = sum(matrix.method is not None and matrix.method in fallbacks for matrix in m.matrices)
+    if uncalibrated:
         lines.append(
             f"calibration: {uncalibrated} of {len(m.matrices)} matrices are stored without it, which served the"
             " held-back positions better"

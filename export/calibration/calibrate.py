@@ -148,7 +148,7 @@ class _Calibrator:
             hidden = layers.layer(i).step(hidden)
         sums = MomentAccumulator((self._decoder.vocab_size, width))
         for number, states in enumerate(hidden):
-            sums.add(layers.final(states), hold_back=number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
+            sums.add(layers.final(states), is_held_out=number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
         return add_lookup_weight(sums.moments())
 
     def _head_moments(self) -> Moments:
@@ -195,7 +195,7 @@ class _Calibrator:
                 weights = _inverse_mean_square(full @ weight.T)
             elif adds:
                 drift, weights = before - self._own.hidden[n], _inverse_mean_square(after)
-            sums.add(self._own.value(n), full, drift, weights, hold_back=held)
+            sums.add(self._own.value(n), full, drift, weights, is_held_out=held)
         return sums.moments()
 
     def _spread(self, tokens: int) -> range:

@@ -1,4 +1,4 @@
-"""Moments of a matrix in the making: sums over documents, some of them at a time."""
+"""The moments of a matrix, summed over documents in batches. Does not know how the documents are run."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from numpy.typing import NDArray
 from ..quantize.moments import HeldOut, Moments
 
 COLUMN_CHUNK: Final = 512
-"""Columns of a sum that are added to at once."""
+"""Columns of a sum that one matrix product updates."""
 
 MIN_BATCH_VALUES: Final = 1 << 21
-"""Values, at least, of the inputs whose products are summed at once: 8 MB."""
+"""Least number of input values in one batch: 8 MB."""
 
 Array = NDArray[np.float32]
 
 
 class MomentAccumulator:
-    """Moments of a matrix [rows, columns] in the making.
+    """Sums the moments of a matrix [rows, columns].
 
-    What it is to make up for is summed in whichever form is smaller: of its inputs [columns, columns], or of its
-    outputs [rows, columns], where the drift of a residual stream that it adds to belongs in any case. Documents wait
-    until there are enough of them: long products are quicker than many short ones, and disturb what runs between less.
+    The drift of the inputs is summed in the smaller form: of inputs [columns, columns], or of outputs [rows, columns]
+    together with the drift of the residual stream. Documents are collected into batches of `MIN_BATCH_VALUES`, because
+    one long product is faster than many short ones and evicts less of what else is in the CPU's caches.
     """
 
     def __init__(self, shape: tuple[int, int], weight: Array | None = None, *, wide: bool = False) -> None:
-        """`weight` [rows, columns] is needed where there are fewer rows than columns; `wide` sums in float32."""
+        """`weight`: float32 [rows, columns], required if rows < columns. `wide`: sum in float32, else in float64."""
         rows, columns = shape
         kind = np.dtype(np.float32 if wide else np.float64)
         self._weight = weight
-        self._second: NDArray[Any] = np.zeros((columns, columns), kind)
+        self._hessian: NDArray[Any] = np.zeros((columns, columns), kind)
         self._input_drift: NDArray[Any] | None = np.zeros((columns, columns), kind) if columns <= rows else None
         self._residual_drift: NDArray[Any] = np.zeros((rows, columns), kind)
         self._has_residual_drift = self._has_input_drift = False
@@ -41,73 +41,74 @@ class MomentAccumulator:
 
     def add(
         self,
-        own: Array,
-        full: Array | None = None,
+        quantized_inputs: Array,
+        unquantized_inputs: Array | None = None,
         drift: Array | None = None,
         weights: Array | None = None,
         *,
-        hold_back: bool = False,
+        is_held_out: bool = False,
     ) -> None:
-        """Add a document: inputs [n, columns] in the quantized model and, where it is known, in the unquantized one.
+        """Add a document's inputs, float32 [n, columns], in the quantized and, if known, the unquantized model.
 
-        `drift` [n, rows] is how far apart the residual streams are that the matrix adds to. `weights` [n], 0 or more,
-        says how much a squared error at each position counts; None: 1. With `hold_back` the positions go into
-        `Moments.held_back` and not into the sums.
+        drift: float32 [n, rows], how much the residual stream that the matrix's output is added to has drifted.
+        weights: float32 [n] >= 0, the weight of a squared error at each position; None: 1. is_held_out: put the
+        positions into `Moments.held_out` instead of the sums.
         """
-        apart = None if full is None else full - own
+        own = quantized_inputs
+        input_drift = None if unquantized_inputs is None else unquantized_inputs - own
         if weights is not None:
             roots = np.sqrt(weights)[:, None]
             own = own * roots
-            apart = None if apart is None else apart * roots
+            input_drift = None if input_drift is None else input_drift * roots
             drift = None if drift is None else drift * roots
-        positions = _Positions(own, apart, drift)
-        if hold_back:
+        positions = _Positions(own, input_drift, drift)
+        if is_held_out:
             self._held.append(positions)
             return
         self._waiting.append(positions)
         if sum(each.own.size for each in self._waiting) >= MIN_BATCH_VALUES:
-            self._add_up()
+            self._sum_waiting()
 
     def moments(self) -> Moments:
         """Return the sums."""
-        self._add_up()
-        for start in range(0, len(self._second), COLUMN_CHUNK):
+        self._sum_waiting()
+        for start in range(0, len(self._hessian), COLUMN_CHUNK):
             stop = start + COLUMN_CHUNK
-            self._second[start:stop, stop:] = self._second[stop:, start:stop].T
-        cross = self._input_drift if self._has_input_drift else None
+            self._hessian[start:stop, stop:] = self._hessian[stop:, start:stop].T
+        input_drift = self._input_drift if self._has_input_drift else None
         residual = self._residual_drift if self._has_residual_drift else None
-        return Moments(self._second, cross, residual, self._count, self._held_back())
+        return Moments(self._hessian, input_drift, residual, self._count, self._held_out())
 
-    def _held_back(self) -> HeldOut | None:
+    def _held_out(self) -> HeldOut | None:
         if not self._held:
             return None
         held = _concatenate(self._held)
-        if held.apart is None and held.drift is None:
+        if held.input_drift is None and held.drift is None:
             return HeldOut(held.own)
         if self._weight is None:
-            raise AssertionError("a target needs the matrix")
-        full: Array = held.own if held.apart is None else np.add(held.own, held.apart, dtype=np.float32)
+            raise AssertionError("the target of held-out positions needs the matrix")
+        full: Array = held.own if held.input_drift is None else np.add(held.own, held.input_drift, dtype=np.float32)
         target: Array = np.matmul(full, self._weight.T, dtype=np.float32)
         if held.drift is not None:
             target += held.drift
         return HeldOut(held.own, target)
 
-    def _add_up(self) -> None:
-        """Add the documents that wait."""
+    def _sum_waiting(self) -> None:
+        """Add the waiting documents to the sums."""
         if not self._waiting:
             return
-        own, apart, drift = _concatenate(self._waiting)
+        own, input_drift, drift = _concatenate(self._waiting)
         self._waiting.clear()
         self._count += len(own)
-        for start in range(0, own.shape[1], COLUMN_CHUNK):  # the lower half, without a second whole matrix
+        for start in range(0, own.shape[1], COLUMN_CHUNK):  # the lower half only, without a temporary whole matrix
             columns = slice(start, start + COLUMN_CHUNK)
-            self._second[start:, columns] += own[:, start:].T @ own[:, columns]
-        if apart is not None:
+            self._hessian[start:, columns] += own[:, start:].T @ own[:, columns]
+        if input_drift is not None:
             if self._input_drift is not None:
-                self._input_drift += apart.T @ own
+                self._input_drift += input_drift.T @ own
                 self._has_input_drift = True
             elif self._weight is not None:
-                missed = apart @ self._weight.T
+                missed = input_drift @ self._weight.T
                 drift = missed if drift is None else drift + missed
         if drift is not None:
             self._residual_drift += drift.T @ own
@@ -115,15 +116,17 @@ class MomentAccumulator:
 
 
 class _Positions(NamedTuple):
-    """Weighted positions of documents. Of one matrix either all documents have `apart`, or none; so with `drift`."""
+    """Weighted positions of documents. Either all documents of a matrix have `input_drift` or none; so with `drift`."""
 
     own: Array
-    apart: Array | None
+    input_drift: Array | None
     drift: Array | None
 
 
 def _concatenate(parts: list[_Positions]) -> _Positions:
-    own, apart, drift = ([each for each in column if each is not None] for column in zip(*parts, strict=True))
+    own, input_drift, drift = ([each for each in column if each is not None] for column in zip(*parts, strict=True))
     return _Positions(
-        np.concatenate(own), np.concatenate(apart) if apart else None, np.concatenate(drift) if drift else None
+        np.concatenate(own),
+        np.concatenate(input_drift) if input_drift else None,
+        np.concatenate(drift) if drift else None,
     )

@@ -6,7 +6,6 @@ HAWQ (Dong et al. 2019, arXiv:1905.03696) argue for; here the network is small e
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Final
 
@@ -17,7 +16,7 @@ from edgelm.runtime.divergence import DivergenceMeter
 from ..architectures.weights import LAYER_PARTS
 from ..checkpoint.matrix_reader import LazyMatrix
 from ..progress_callback import ProgressCallback
-from ..quantize.matrix_plan import QuantPlan
+from ..quantize.matrix_plan import QuantPlan, without_calibration
 from ..quantize.pack import dequantize
 from ..quantize.quantizer import Quantizer
 from ..quantize.spec import QuantSpec
@@ -74,11 +73,6 @@ def relative_error(rows: LazyMatrix, spec: QuantSpec | None) -> float:
     weight = np.concatenate([chunk[::step] for chunk in rows.chunks()])
     error = dequantize(Quantizer(without_calibration(spec)).quantize(weight)).astype(np.float64) - weight
     return float(np.square(error).sum() / max(np.square(weight, dtype=np.float64).sum(), 1e-30))
-
-
-def without_calibration(spec: QuantSpec) -> QuantSpec:
-    """Return the same storage by the clip search where gptq was asked for: it needs no inputs, and ranks alike."""
-    return dataclasses.replace(spec, method="clip") if spec.method == "gptq" else spec
 
 
 def _quantize_and_dequantize(rows: LazyMatrix, spec: QuantSpec | None) -> LazyMatrix:

@@ -36,9 +36,9 @@ def store_float(initializers: FileInitializers, name: str, rows: LazyMatrix, *, 
 
 def store_packed(initializers: FileInitializers, name: str, packed: PackedMatrix, spec: QuantSpec) -> Matrix:
     """Write a quantized matrix: codes, scales and, if it has them, zero points."""
-    initializers.add(_low_codes(name) if packed.high is not None else _codes(name), packed.data)
-    if packed.high is not None:
-        initializers.add(_high_codes(name), packed.high)
+    initializers.add(_low_codes(name) if packed.high_bits is not None else _codes(name), packed.data)
+    if packed.high_bits is not None:
+        initializers.add(_high_codes(name), packed.high_bits)
     narrow = packed.scales.dtype == np.float16
     initializers.add(_stored_scales(name) if narrow else _scales(name), packed.scales)
     if packed.zero_points is not None:

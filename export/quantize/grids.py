@@ -1,9 +1,9 @@
-"""A block's grid: the scale and zero point whose multiples its weights are rounded to, by search, as compiled loops.
+"""A block's grid: the scale and zero point that turn codes into weights, and rounding to it, as compiled loops.
 
-A code q in [0, top] is read as (q - zero) * scale, where top = 2^bits - 1. A symmetric grid has zero = 2^(bits-1) and a
-scale of either sign, so that the one code more on the negative side serves the side that needs it; an asymmetric one
-has a whole-numbered zero in [0, top] and a positive scale. Zero is on every grid. Scales are rounded to what the file
-stores before anything is measured with them.
+The weight of a code q in [0, max_code] is (q - zero) * scale, with max_code = 2^bits - 1. A symmetric grid has zero =
+2^(bits-1) and a scale of either sign: the side with the larger weights gets the one code more. An asymmetric grid has a
+whole-numbered zero in [0, max_code] and a positive scale. Every grid contains the weight 0. Scales are rounded to the
+stored dtype before errors are measured with them. This module does not know the methods that choose grids.
 """
 
 from __future__ import annotations
@@ -15,21 +15,15 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-SCALE_CANDIDATES = 24
-"""Scales that the search tries besides the plain one."""
-
-MAX_REFITS = 4
-"""Least-squares fits of the scale to the codes, and codes to the scale, after the search."""
-
 MIN_SCALE = 2.0**-126
-"""No stored scale is smaller: the least normal float32; for float16, 2^-24, whose float32 value is a normal one."""
+"""The least stored float32 scale: the least normal float32. (Of float16 scales it is 2^-24, a normal float32.)"""
 
 Vector = NDArray[Any]
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def round_scale(scale: float, is_float16: bool) -> float:
-    """Round a scale to float16 (`is_float16`) or float32: to nearest, ties to even, never zero, never infinite."""
+    """Round a scale to float16 (`is_float16`) or float32: to nearest, ties to even; never 0, never infinite."""
     size = abs(scale)
     if is_float16:
         exponent = max(math.frexp(size)[1], -13)  # below 2^-14 float16 has steps of 2^-24
@@ -42,17 +36,19 @@ def round_scale(scale: float, is_float16: bool) -> float:
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def nearest_code(value: float, scale: float, zero: float, max_code: float) -> float:
-    """Return the code whose value is nearest."""
+    """Return the code in [0, max_code] whose weight is nearest to `value`."""
     code: float = np.rint(value / scale) + zero
     return min(max(code, 0.0), max_code)
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def block_error(block: Vector, importance: Vector, scale: float, zero: float, max_code: float, enough: float) -> float:
-    """Sum of squared errors of a block on a grid, weighted by importance; not added up further than `enough`."""
+def block_error(
+    block: Vector, importance: Vector, scale: float, zero: float, max_code: float, error_limit: float
+) -> float:
+    """Return the squared error of a block on a grid, weighted by importance. Stops early at `error_limit`."""
     total = 0.0
     for k in range(block.shape[0]):
-        if total >= enough:
+        if total >= error_limit:
             break
         value = float(block[k])
         difference = value - (nearest_code(value, scale, zero, max_code) - zero) * scale
@@ -62,7 +58,7 @@ def block_error(block: Vector, importance: Vector, scale: float, zero: float, ma
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def fit_scale(block: Vector, importance: Vector, scale: float, zero: float, max_code: float) -> float:
-    """Return the scale that fits a block's codes best, by weighted least squares; the same where none does."""
+    """Return the scale with the least weighted squared error for a block's codes; `scale` if all codes are zero."""
     dot, square = 0.0, 0.0
     for k in range(block.shape[0]):
         value, weight = float(block[k]), float(importance[k])
@@ -74,9 +70,9 @@ def fit_scale(block: Vector, importance: Vector, scale: float, zero: float, max_
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def minmax_grid(block: Vector, bits: int, symmetric: bool, is_float16: bool) -> tuple[float, float]:
-    """Return (scale, zero) that cover a block from its least to its greatest value.
+    """Return the (scale, zero) whose range covers a block's smallest to largest weight.
 
-    Symmetric: the value of greatest magnitude gets code 0, the most negative one (the rule of llama.cpp's Q4_0).
+    Symmetric: the weight of largest magnitude gets code 0 (the rule of llama.cpp's Q4_0).
     """
     low, high = 0.0, 0.0
     for k in range(block.shape[0]):
@@ -90,36 +86,21 @@ def minmax_grid(block: Vector, bits: int, symmetric: bool, is_float16: bool) -> 
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def search_grid(
-    block: Vector, importance: Vector, bits: int, symmetric: bool, is_float16: bool, candidates: int
-) -> tuple[float, float]:
-    """Return the (scale, zero) of least weighted squared error among the plain one and `candidates` more.
+def round_blocks(
+    rows: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    zeros: NDArray[np.float32],
+    block_size: int,
+    max_code: float,
+    codes: NDArray[np.uint8],
+) -> None:
+    """Write the codes nearest to rows.
 
-    Symmetric: 0.6 to 1.2 times the plain scale, with either sign; asymmetric: 0.6 to 1.05 times it, the range placed
-    about the middle of the values. The best one's scale is then fitted to its codes for as long as that helps.
+    rows: float32 [n, K]. scales, zeros: float32 [n, blocks]. codes: uint8 [n, blocks * block_size], written; past
+    column K with the code of zero.
     """
-    max_code = float((1 << bits) - 1)
-    plain, zero = minmax_grid(block, bits, symmetric, is_float16)
-    scale, least = plain, block_error(block, importance, plain, zero, max_code, np.inf)
-    low, high = 0.0, 0.0
-    for k in range(block.shape[0]):
-        low, high = min(low, float(block[k])), max(high, float(block[k]))
-    middle = low / 2 + high / 2
-    sizes = candidates // 2 if symmetric else candidates
-    for c in range(candidates):
-        if symmetric:
-            size = (0.6 + 0.6 * (c // 2) / max(sizes - 1, 1)) * (1.0 if c % 2 == 0 else -1.0)
-            trial, at = round_scale(plain * size, is_float16), zero
-        else:
-            trial = round_scale(plain * (0.6 + 0.45 * c / max(sizes - 1, 1)), is_float16)
-            at = min(max(np.rint(max_code / 2 - middle / trial), 0.0), max_code)
-        error = block_error(block, importance, trial, at, max_code, least)
-        if error < least:
-            scale, zero, least = trial, at, error
-    for _ in range(MAX_REFITS):
-        trial = round_scale(fit_scale(block, importance, scale, zero, max_code), is_float16)
-        error = block_error(block, importance, trial, zero, max_code, least)
-        if error >= least:
-            break
-        scale, least = trial, error
-    return scale, zero
+    columns = rows.shape[1]
+    for n in range(rows.shape[0]):
+        for k in range(codes.shape[1]):
+            scale, zero = float(scales[n, k // block_size]), float(zeros[n, k // block_size])
+            codes[n, k] = np.uint8(nearest_code(float(rows[n, k]), scale, zero, max_code) if k < columns else zero)

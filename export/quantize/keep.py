@@ -19,8 +19,8 @@ from ..checkpoint import Checkpoint, GgufBlocks, GgufTensors, TensorSource
 from ..checkpoint.matrix_reader import CHUNK_BYTES
 from ..vocabulary import PrunedWeights
 from .matrix_plan import DEFAULT_BLOCK_SIZE, QuantPlan
-from .pack import PackedMatrix, pack
-from .spec import QuantSpec
+from .pack import PackedMatrix, pack_codes
+from .spec import KEEP, QuantSpec
 
 FORMATS: Final = {"Q4_0": 4, "Q8_0": 8}
 """Formats that are kept, and their bits."""
@@ -35,7 +35,7 @@ def plan_kept_blocks(weights: DecoderWeights) -> QuantPlan:
     for name, _ in weights.shapes():
         bits = _bits(weights, name)
         if bits is not None:
-            kept[name] = QuantSpec(bits, DEFAULT_BLOCK_SIZE, method="keep")
+            kept[name] = QuantSpec(bits, DEFAULT_BLOCK_SIZE, method=KEEP)
     if not kept:
         kinds = Counter(
             _kind(weights.source, part) for name, _ in weights.shapes() for part, _ in _parts(weights, name)
@@ -60,7 +60,7 @@ def read_kept_matrix(weights: DecoderWeights, name: str) -> PackedMatrix:
             pieces.append(
                 _packed(blocks, weights.decoder.residual_scale if _is_scaled(weights.decoder, name) else None)
             )
-    return PackedMatrix.join(pieces)
+    return PackedMatrix.join_rows(pieces)
 
 
 def scale_bits(decoder: DecoderConfig, name: str) -> int:
@@ -74,7 +74,7 @@ def _packed(blocks: GgufBlocks, factor: float | None) -> PackedMatrix:
     codes[empty] = 1 << (blocks.bits - 1)
     scales = np.where(empty, np.float16(MIN_FLOAT16_SCALE), blocks.scales)
     stored = scales if factor is None else scales.astype(np.float32) * np.float32(factor)
-    return pack(codes.reshape(blocks.codes.shape), stored, None, blocks.bits, blocks.codes.shape[1])
+    return pack_codes(codes.reshape(blocks.codes.shape), stored, None, blocks.bits, blocks.codes.shape[1])
 
 
 def _bits(weights: DecoderWeights, name: str) -> int | None:

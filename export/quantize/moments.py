@@ -1,6 +1,6 @@
-"""What calibration text says of a matrix's inputs: second moments, and how far the quantized model has drifted.
+"""Statistics of a matrix's inputs over calibration text: second moments, and the drift of the quantized model.
 
-Knows nothing of codes: it hands GPTQ its factors and moves weights to where they make up for earlier errors.
+Moves weights to compensate for the errors of the matrices before. Does not know how codes are chosen or packed.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-
-from edgelm.errors import EdgelmError
 
 from . import triangular
 
@@ -54,12 +52,12 @@ class Moments:
     """
 
     hessian: NDArray[Any]
-    cross: NDArray[Any] | None = None
-    residual: NDArray[Any] | None = None
+    input_drift: NDArray[Any] | None = None
+    residual_drift: NDArray[Any] | None = None
     count: int = 0
     held_out: HeldOut | None = None
 
-    def damped(self, share: float = DAMPING) -> Array:
+    def damped_hessian(self, share: float = DAMPING) -> Array:
         """Return float32 [K, K], the second moments with `share` of each on the diagonal added to it."""
         hessian = np.array(self.hessian, np.float32)
         diagonal = np.arange(len(hessian))
@@ -85,13 +83,13 @@ def compensate_drift(weight: Array, moments: Moments) -> Array:
     [N, K], unchanged, all N rows.
     """
     moved = np.zeros(weight.shape, np.float64)
-    if moments.cross is not None:
-        moved += weight @ moments.cross
-    if moments.residual is not None:
-        moved += moments.residual
+    if moments.input_drift is not None:
+        moved += weight @ moments.input_drift
+    if moments.residual_drift is not None:
+        moved += moments.residual_drift
     if not moved.any():
         return weight
-    inverse = moments.damped(DRIFT_DAMPING)
+    inverse = moments.damped_hessian(DRIFT_DAMPING)
     scale = 1 / np.sqrt(np.diag(inverse))  # factors of a matrix with ones on its diagonal
     inverse *= scale[:, None]
     inverse *= scale
@@ -132,35 +130,3 @@ def add_lookup_weight(head: Moments, share: float = LOOKUP_WEIGHT) -> Moments:
     diagonal = np.arange(len(hessian))
     hessian[diagonal, diagonal] += share * hessian[diagonal, diagonal].mean()
     return Moments(hessian, count=head.count, held_out=head.held_out)
-
-
-def prepare_gptq(moments: Moments) -> tuple[NDArray[np.int64], Array, Array]:
-    """Return (order, second, factors) for GPTQ: columns by falling moment, and the rest in that order.
-
-    second: float32 [K, K], damped. factors: see `gptq_factors`. Raises EdgelmError where the moments are not positive
-    definite, as those of no text are.
-    """
-    diagonal = moments.damped_diagonal()
-    order = np.argsort(-diagonal, kind="stable")
-    hessian = np.empty(moments.hessian.shape, np.float32)
-    for row, k in zip(hessian, order, strict=True):
-        row[:] = moments.hessian[k, order]
-    hessian[np.arange(len(order)), np.arange(len(order))] = diagonal[order]
-    try:
-        return order, hessian, gptq_factors(hessian)
-    except np.linalg.LinAlgError as error:
-        raise EdgelmError(
-            "gptq: the second moments are not positive definite: use other calibration text, or the method clip"
-        ) from error
-
-
-def gptq_factors(hessian: Array) -> Array:
-    """Return float32 [K, K] for `gptq.round_columns`: V on and below the diagonal and -V^-T above, second = V^T V.
-
-    second: float32 [K, K], damped. Raises numpy's LinAlgError where it is not positive definite.
-    """
-    table = hessian[::-1, ::-1].copy()
-    triangular.factor_cholesky(table)
-    triangular.flip_antidiagonal(table)
-    triangular.write_inverse_transpose(table)
-    return table

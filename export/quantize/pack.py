@@ -33,29 +33,31 @@ class PackedMatrix:
     bits: int
     block_size: int
     columns: int
-    high: NDArray[np.uint8] | None = None
+    high_bits: NDArray[np.uint8] | None = None
 
     def rows(self, start: int, stop: int) -> PackedMatrix:
         """Return rows [start, stop) as a matrix of their own."""
         points = None if self.zero_points is None else self.zero_points[start:stop]
-        high = None if self.high is None else self.high[start:stop]
-        return replace(self, data=self.data[start:stop], scales=self.scales[start:stop], zero_points=points, high=high)
+        high = None if self.high_bits is None else self.high_bits[start:stop]
+        return replace(
+            self, data=self.data[start:stop], scales=self.scales[start:stop], zero_points=points, high_bits=high
+        )
 
     @classmethod
-    def join(cls, parts: Sequence[PackedMatrix]) -> PackedMatrix:
+    def join_rows(cls, parts: Sequence[PackedMatrix]) -> PackedMatrix:
         """Return the matrix whose rows are those of the parts, which are stored alike."""
         points = [part.zero_points for part in parts if part.zero_points is not None]
-        high = [part.high for part in parts if part.high is not None]
+        high = [part.high_bits for part in parts if part.high_bits is not None]
         return replace(
             parts[0],
             data=np.concatenate([part.data for part in parts]),
             scales=np.concatenate([part.scales for part in parts]),
             zero_points=np.concatenate(points) if points else None,
-            high=np.concatenate(high) if high else None,
+            high_bits=np.concatenate(high) if high else None,
         )
 
 
-def pack(
+def pack_codes(
     codes: NDArray[np.uint8], scales: NDArray[Any], zeros: NDArray[Any] | None, bits: int, columns: int
 ) -> PackedMatrix:
     """Pack codes uint8 [N, blocks * block_size] with scales and zero points [N, blocks]."""
@@ -73,10 +75,10 @@ def unpack_codes(packed: PackedMatrix) -> NDArray[np.uint8]:
     """Return uint8 [N, blocks, block_size]."""
     rows, blocks, _ = packed.data.shape
     shape = rows, blocks, packed.block_size
-    if packed.high is None:
+    if packed.high_bits is None:
         return _unpack_nibbles(packed.data.reshape(rows, -1), packed.bits).reshape(shape)
     low = _unpack_nibbles(packed.data.reshape(rows, -1), 4).reshape(shape)
-    return low | _unpack_bits(packed.high.reshape(rows, -1), packed.bits - 4).reshape(shape) << np.uint8(4)
+    return low | _unpack_bits(packed.high_bits.reshape(rows, -1), packed.bits - 4).reshape(shape) << np.uint8(4)
 
 
 def unpack_zero_points(packed: PackedMatrix) -> NDArray[np.uint8]:

@@ -14,18 +14,18 @@ from edgelm.bundle.manifest import Matrix
 from ..architectures.weights import DecoderWeights
 from ..calibration.calibrate import calibrate
 from ..calibration.layers import ReferenceModel
-from ..calibration.sensitivity import without_calibration
 from ..calibration.text_samples import Document
 from ..checkpoint.matrix_reader import LazyMatrix
 from ..graph.initializers import FileInitializers
 from ..graph.matrices import store_float, store_packed
 from ..progress_callback import ProgressCallback
 from ..quantize.keep import read_kept_matrix
-from ..quantize.matrix_plan import TOKEN_MATRICES, QuantPlan
+from ..quantize.matrix_plan import TOKEN_MATRICES, QuantPlan, without_calibration
+from ..quantize.methods import load_method, needs_calibration
 from ..quantize.moments import HeldOut, Moments, compensate_drift, output_error
 from ..quantize.pack import PackedMatrix, dequantize
 from ..quantize.quantizer import Quantizer, choose_scale_dtype
-from ..quantize.spec import QuantSpec
+from ..quantize.spec import KEEP, QuantSpec
 
 MAX_WEIGHT_GROWTH: Final = 4
 """How many times as large as a matrix's largest weight a calibrated one's may be. A channel that hardly varies takes up
@@ -64,16 +64,10 @@ class MatrixWriter:
             self.matrices[name] = store_float(self.initializers, name, rows, table=name in TOKEN_MATRICES)
             read = rows
         else:
-            importance = None if spec.method in ("rtn", "keep") else self.weights.importance(name)
-            calibrated = None
-            if spec.method == "gptq" and moments is not None:
-                calibrated = quantize_calibrated(rows, spec, moments, importance)
-            if spec.method == "gptq" and calibrated is None:
-                spec = without_calibration(spec)  # a table that is only looked up has no inputs
-            if spec.method == "keep":
+            if spec.method == KEEP:
                 packed = read_kept_matrix(self.weights, name)
             else:
-                packed = quantize_matrix(rows, spec, importance=importance) if calibrated is None else calibrated
+                packed, spec = self._quantize(name, rows, spec, moments)
             self.matrices[name] = store_packed(self.initializers, name, packed, spec)
             read = LazyMatrix(rows.shape, lambda start, stop: dequantize(packed.rows(start, stop)))
         self._done += self.matrices[name].bytes()
@@ -84,7 +78,20 @@ class MatrixWriter:
     def is_calibrated(self, name: str) -> bool:
         """See `calibrate.Store`."""
         spec = self.plan.spec(name)
-        return spec is not None and spec.method == "gptq"
+        return spec is not None and needs_calibration(spec.method)
+
+    def _quantize(
+        self, name: str, rows: LazyMatrix, spec: QuantSpec, moments: Moments | None
+    ) -> tuple[PackedMatrix, QuantSpec]:
+        """Return the packed matrix and the spec that was used: without calibration if that is better or inevitable."""
+        method = load_method(spec.method)
+        importance = self.weights.importance(name) if method.uses_importance else None
+        if method.needs_moments:
+            calibrated = None if moments is None else quantize_calibrated(rows, spec, moments, importance)
+            if calibrated is not None:
+                return calibrated, spec
+            spec = without_calibration(spec)  # an untied embedding has no inputs, so no moments
+        return quantize_matrix(rows, spec, importance=importance), spec
 
 
 def store_matrices(store: MatrixWriter, documents: Sequence[Document] | None = None) -> dict[str, Matrix]:
@@ -106,7 +113,7 @@ def quantize_matrix(
     quantizer = Quantizer(
         spec, importance=importance, moments=moments, scale_dtype=choose_scale_dtype(largest, spec.bits)
     )
-    return PackedMatrix.join([quantizer.quantize(chunk) for chunk in rows.chunks()])
+    return PackedMatrix.join_rows([quantizer.quantize(chunk) for chunk in rows.chunks()])
 
 
 def quantize_calibrated(
@@ -118,7 +125,7 @@ def quantize_calibrated(
     or has a value more than `MAX_WEIGHT_GROWTH` times as large as the matrix has.
     """
     moved = rows
-    if moments.cross is not None or moments.residual is not None:
+    if moments.input_drift is not None or moments.residual_drift is not None:
         moved = LazyMatrix.of(compensate_drift(rows.whole(), moments))
     packed = quantize_matrix(moved, spec, moments)
     if moments.held_out is None:

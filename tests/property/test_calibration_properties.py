@@ -55,7 +55,7 @@ def test_a_calibrated_matrix_is_no_worse_on_new_positions_of_the_same_kind(given
     sums = MomentAccumulator(weight.shape, weight)
     for number, (own, full, drift, stream) in enumerate(documents):
         weights = _inverse_mean_square(stream) if adds else None
-        sums.add(own, full, drift if adds else None, weights, hold_back=number % 4 == 3)
+        sums.add(own, full, drift if adds else None, weights, is_held_out=number % 4 == 3)
     moments = sums.moments()
     spec = QuantSpec(bits, 32, True, "gptq")
     packed = quantize_calibrated(LazyMatrix.of(weight), spec, moments, None)

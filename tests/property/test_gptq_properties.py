@@ -12,16 +12,16 @@ pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 import itertools
 
 import naive_quantize
-from edgelm_export.quantize import gptq, quantizer
+from edgelm_export.quantize import quantizer
+from edgelm_export.quantize.methods import gptq
+from edgelm_export.quantize.methods.gptq import gptq_factors, order_and_factor
 from edgelm_export.quantize.moments import (
     DAMPING,
     HeldOut,
     Moments,
     add_lookup_weight,
     compensate_drift,
-    gptq_factors,
     output_error,
-    prepare_gptq,
 )
 from edgelm_export.quantize.pack import PackedMatrix, dequantize
 from edgelm_export.quantize.quantizer import Quantizer
@@ -60,7 +60,7 @@ def cost(weight, read, hessian):
 @given(layer=layers())
 def test_the_factors_are_those_of_the_second_moments_and_their_inverse(layer):
     _, x, _ = layer
-    hessian = moments_of(x).damped()
+    hessian = moments_of(x).damped_hessian()
     both = gptq_factors(hessian).astype(np.float64)
     lower = np.tril(both)
     upper = np.diag(1 / np.diag(both)) - np.triu(both, 1)
@@ -72,11 +72,11 @@ def test_the_factors_are_those_of_the_second_moments_and_their_inverse(layer):
 @given(layer=layers(), spec=specs)
 def test_the_descent_never_raises_the_cost_that_gptq_left(layer, spec):
     weight, x, _ = layer
-    hessian = moments_of(x).damped()
+    hessian = moments_of(x).damped_hessian()
     costs = []
     for rounds in (0, 1, 2, 3):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantizer, "DESCENT_ROUNDS", rounds)
+            patch.setattr(gptq, "DESCENT_ROUNDS", rounds)
             read = dequantize(Quantizer(spec, moments=moments_of(x), scale_dtype=np.float32).quantize(weight))
         costs.append(cost(weight, read, hessian))
     slack = 1e-4 * costs[0] + 1e-7 * cost(weight, 0 * weight, hessian)
@@ -91,9 +91,9 @@ def test_gptq_costs_much_less_than_rounding_where_inputs_hang_together(symmetric
     weight = generator.normal(size=(64, 128)).astype(np.float32)
     moments = moments_of(x)
     costs = []
-    for method, rounds in (("clip", 0), ("gptq", 0), ("gptq", quantizer.DESCENT_ROUNDS)):
+    for method, rounds in (("clip", 0), ("gptq", 0), ("gptq", gptq.DESCENT_ROUNDS)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantizer, "DESCENT_ROUNDS", rounds)
+            patch.setattr(gptq, "DESCENT_ROUNDS", rounds)
             read = dequantize(Quantizer(QuantSpec(4, 32, symmetric, method), moments=moments).quantize(weight))
         costs.append(cost(weight, read, moments.hessian).sum())
     assert costs[1] < 0.5 * costs[0]
@@ -118,7 +118,7 @@ def test_rows_are_quantized_alike_in_any_company(layer, spec, cut, cpus):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantizer.os, "cpu_count", lambda: cpus)
         whole = one.quantize(weight)
-    joined = PackedMatrix.join([one.quantize(weight[i : i + cut]) for i in range(0, len(weight), cut)])
+    joined = PackedMatrix.join_rows([one.quantize(weight[i : i + cut]) for i in range(0, len(weight), cut)])
     for name in ("data", "scales", "zero_points"):
         assert np.array_equal(getattr(joined, name), getattr(whole, name)), name
 
@@ -140,9 +140,9 @@ def test_gptq_without_calibration_text_is_refused():
 
 def test_columns_are_ordered_by_their_moments():
     x = np.random.default_rng(0).normal(size=(100, 3)) * [1, 100, 10]
-    order, hessian, _ = prepare_gptq(moments_of(x))
+    order, hessian, _ = order_and_factor(moments_of(x))
     assert order.tolist() == [1, 2, 0]
-    assert np.array_equal(hessian, moments_of(x).damped()[np.ix_(order, order)])
+    assert np.array_equal(hessian, moments_of(x).damped_hessian()[np.ix_(order, order)])
 
 
 def test_channels_that_say_the_same_at_very_different_sizes_do_not_break_the_factorization():
@@ -245,7 +245,7 @@ def test_the_kernels_equal_their_plain_twins(compiled, layer, spec, half, seed):
     weight = weight[:3]
     columns, top = weight.shape[1], 2.0**spec.bits - 1
     generator = np.random.default_rng(seed)
-    hessian = moments_of(x).damped()
+    hessian = moments_of(x).damped_hessian()
     order = generator.permutation(columns)
     groups = order // spec.block_size
     blocks = -(-columns // spec.block_size)
@@ -279,7 +279,7 @@ def test_the_kernels_equal_their_plain_twins(compiled, layer, spec, half, seed):
 @given(layer=layers(most_columns=40), spec=specs)
 def test_the_residual_that_the_kernels_keep_is_that_of_the_codes(layer, spec):
     weight, x, _ = layer
-    hessian = moments_of(x).damped()
+    hessian = moments_of(x).damped_hessian()
     groups = np.arange(weight.shape[1]) // spec.block_size
     top = 2.0**spec.bits - 1
     scales = np.full((len(weight), groups[-1] + 1), np.abs(weight).max() / 8 + 1e-3, np.float32)

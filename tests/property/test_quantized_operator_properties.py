@@ -112,7 +112,7 @@ def test_a_graph_multiplies_by_and_looks_up_what_was_stored(shape, spec, dtype, 
         add_matmul(nodes, matrix, "x", None, "product")
         add_lookup(nodes, matrix, "ids", "rows")
     assert matrix.bytes() == packed.data.nbytes + packed.scales.nbytes + (
-        0 if packed.high is None else packed.high.nbytes
+        0 if packed.high_bits is None else packed.high_bits.nbytes
     )
     assert {name: tuple(initializers.tensors[name].dims) for name, _, _ in matrix_tensors(matrix)} == {
         name: wanted for name, _, wanted in matrix_tensors(matrix)

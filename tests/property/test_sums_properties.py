@@ -1,4 +1,4 @@
-"""Moments summed some documents at a time equal those of all positions at once."""
+"""Moments summed in batches of documents equal those of all positions at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgelm_export.calibration import moment_sums
 
 @st.composite
 def passes(draw):
-    """A matrix, and documents: inputs in both models, drift of the stream, weights, and whether each is held back."""
+    """A matrix and its documents: inputs in both models, drift of the residual stream, weights, is_held_out."""
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     rows, columns = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     lengths = draw(st.lists(st.integers(1, 7), min_size=1, max_size=12))
@@ -25,61 +25,62 @@ def passes(draw):
             *generator.normal(size=(2, n, columns)).astype(np.float32),
             generator.normal(size=(n, rows)).astype(np.float32),
             generator.uniform(0, 2, n).astype(np.float32),
-            away,
+            is_held_out,
         )
-        for n, away in zip(lengths, held, strict=True)
+        for n, is_held_out in zip(lengths, held, strict=True)
     ]
 
 
-@given(given_passes=passes(), together=st.integers(1, 100), columns=st.integers(1, 9), wide=st.booleans())
+@given(given_passes=passes(), batch=st.integers(1, 100), columns=st.integers(1, 9), wide=st.booleans())
 @pytest.mark.parametrize("drifts", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_sums_are_those_of_all_documents(given_passes, together, columns, wide, drifts, weighted):
+def test_sums_equal_those_of_all_documents(given_passes, batch, columns, wide, drifts, weighted):
     weight, documents = given_passes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moment_sums, "MIN_BATCH_VALUES", together)
+        patch.setattr(moment_sums, "MIN_BATCH_VALUES", batch)
         patch.setattr(moment_sums, "COLUMN_CHUNK", columns)
         found = moment_sums.MomentAccumulator(weight.shape, weight, wide=wide)
         for own, full, drift, weights, held in documents:
-            found.add(own, full, drift if drifts else None, weights if weighted else None, hold_back=held)
+            found.add(own, full, drift if drifts else None, weights if weighted else None, is_held_out=held)
         moments = found.moments()
 
-    def joined(away):
+    def concatenated(is_held_out):
         own, full, drift, weights = (
-            np.concatenate([each[i] for each in documents if each[4] == away]).astype(np.float64) for i in range(4)
+            np.concatenate([each[i] for each in documents if each[4] == is_held_out]).astype(np.float64)
+            for i in range(4)
         )
         roots = np.sqrt(weights if weighted else np.ones_like(weights))[:, None]
         return own * roots, full * roots, drift * roots if drifts else np.zeros_like(drift)
 
-    own, full, missing = joined(away=False)
+    own, full, missing = concatenated(is_held_out=False)
     if weight.shape[1] > weight.shape[0]:
         missing = missing + (full - own) @ weight.T
-        assert moments.cross is None
+        assert moments.input_drift is None
     else:
-        assert np.allclose(moments.cross, (full - own).T @ own, rtol=1e-4, atol=1e-3)
+        assert np.allclose(moments.input_drift, (full - own).T @ own, rtol=1e-4, atol=1e-3)
     assert np.allclose(moments.hessian, own.T @ own, rtol=1e-4, atol=1e-3)
     assert np.array_equal(moments.hessian, moments.hessian.T)
     assert moments.count == len(own)
     expected = missing.T @ own
-    if moments.residual is None:
+    if moments.residual_drift is None:
         assert not expected.any()
     else:
-        assert np.allclose(moments.residual, expected, rtol=1e-4, atol=1e-3)
+        assert np.allclose(moments.residual_drift, expected, rtol=1e-4, atol=1e-3)
     if not any(held for *_, held in documents):
         assert moments.held_out is None
         return
-    own, full, missing = joined(away=True)
+    own, full, missing = concatenated(is_held_out=True)
     assert np.allclose(moments.held_out.inputs, own, rtol=1e-5, atol=1e-6)
     assert np.allclose(moments.held_out.target, full @ weight.T + missing, rtol=1e-4, atol=1e-4)
 
 
-def test_without_the_unquantized_model_there_is_nothing_to_make_up_for():
+def test_without_unquantized_inputs_there_is_no_drift():
     found = moment_sums.MomentAccumulator((2, 3), np.ones((2, 3), np.float32))
     found.add(np.ones((4, 3), np.float32))
-    found.add(np.full((1, 3), 2, np.float32), hold_back=True)
+    found.add(np.full((1, 3), 2, np.float32), is_held_out=True)
     moments = found.moments()
-    assert moments.residual is None
-    assert moments.cross is None
+    assert moments.residual_drift is None
+    assert moments.input_drift is None
     assert np.array_equal(moments.hessian, np.full((3, 3), 4))
     assert np.array_equal(moments.held_out.inputs, np.full((1, 3), 2))
     assert moments.held_out.target is None

@@ -1,4 +1,4 @@
-"""Plain-loop twins of edgelm_export.quantize's kernels: slow, in Python's own numbers, the oracle of their tests."""
+"""Plain-loop twins of the kernels of edgelm_export.quantize, in Python numbers: slow, the reference of their tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def as_python(kernel):
-    """A compiled kernel as its Python source says it, and all that it calls too."""
+    """Return the Python function of a compiled kernel, with all kernels that it calls also replaced by theirs."""
     function = kernel.py_func
     names = dict(function.__globals__)
     for name in function.__code__.co_names:
@@ -109,19 +109,15 @@ def hqq_grid(block, importance, bits, symmetric, half):
     return best
 
 
-def choose_grids(rows, importance, block_size, bits, symmetric, way, half, candidates):
-    """float32 [N, K] -> scales and zero points float32 [N, blocks]; way 0: plain, 1: searched, 2: hqq."""
+def choose_grids(rows, importance, block_size, bits, symmetric, half, choose_grid):
+    """float32 [N, K] -> scales and zero points float32 [N, blocks], by `choose_grid` for each block."""
     blocks = math.ceil(rows.shape[1] / block_size)
     scales, zeros = np.zeros((2, len(rows), blocks), np.float32)
     for n, row in enumerate(rows.tolist()):
         for b in range(blocks):
             block = row[b * block_size : (b + 1) * block_size]
             weights = importance.tolist()[b * block_size : (b + 1) * block_size]
-            scales[n, b], zeros[n, b] = (
-                plain_grid(block, bits, symmetric, half),
-                searched_grid(block, weights, bits, symmetric, half, candidates),
-                hqq_grid(block, weights, bits, symmetric, half),
-            )[way]
+            scales[n, b], zeros[n, b] = choose_grid(block, weights, bits, symmetric, half)
     return scales, zeros
 
 

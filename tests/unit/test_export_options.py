@@ -1,4 +1,4 @@
-"""What an export may be asked for: values out of range and options that contradict are refused before any work."""
+"""Export options: bad values and contradictions are refused, and the plan, budget and calibration that follow."""
 
 from __future__ import annotations
 
@@ -7,52 +7,55 @@ import pytest
 pytest.importorskip("onnx", reason="needs pip install 'edgelm[export]'")
 
 from edgelm_export.options import ExportOptions
+from edgelm_export.quantize.matrix_plan import BITS
+from edgelm_export.quantize.methods import method_names
 from edgelm_export.quantize.spec import QuantSpec
 
+from edgelm.cli.export import find_methods
 from edgelm.errors import EdgelmError
 
 FILE = "text.txt"
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "facts"),
     [
-        ({"quant": "int3"}, "quant must be one of fp32, int8, int6, int5, int4, mixed, keep, got 'int3'"),
-        ({"method": "awq"}, "method must be one of auto, rtn, clip, hqq, gptq"),
-        ({"via": "torch"}, "via must be one of native, optimum"),
-        ({"block_size": 48}, "block size must be one of 16, 32, 64, 128, got 48"),
-        ({"max_kl": 0.0, "verify": FILE}, "max_kl must lie in"),
-        ({"max_kl": float("nan"), "verify": FILE}, "max_kl must lie in"),
-        ({"min_agreement": 1.5, "verify": FILE}, "min_agreement must lie in"),
-        ({"max_bytes": 0}, "max_bytes must be positive"),
-        ({"vocab": FILE}, "--vocab-size"),
-        ({"vocab_size": 100}, "--vocab FILE"),
-        ({"method": "gptq", "fast": True}, "--fast quantizes without calibration: it does not go with --method gptq"),
-        ({"calibrate": FILE, "fast": True}, "it does not go with --calibrate"),
-        ({"embedding_bits": 7}, "embedding bits must be one of 4, 5, 6, 8, got 7"),
-        ({"embedding_bits": 4, "quant": "int8"}, "--embedding-bits does not go with --quant int8"),
-        ({"embedding_bits": 4, "via": "optimum"}, "--embedding-bits does not go with --via optimum"),
-        ({"max_kl": 0.1}, "need --verify FILE"),
-        ({"min_agreement": 0.9}, "need --verify FILE"),
-        ({"quant": "mixed", "fast": True}, "needs text to measure with"),
-        ({"max_bytes": 10**6, "method": "clip"}, "needs text to measure with"),
-        ({"quant": "fp32", "max_bytes": 10**6, "verify": FILE}, "--max-bytes does not go with --quant fp32"),
-        ({"quant": "fp32", "calibrate": FILE}, "--calibrate has no use with --quant fp32"),
-        ({"quant": "int8", "calibrate": FILE}, "--calibrate has no use with --quant int8"),
-        ({"method": "clip", "calibrate": FILE}, "--calibrate has no use with --quant int4 and --method clip"),
-        ({"via": "optimum", "calibrate": FILE}, "--calibrate does not go with --via optimum"),
-        ({"via": "optimum", "adapter": "lora/"}, "--adapter does not go with --via optimum"),
-        ({"via": "optimum", "vocab": FILE, "vocab_size": 9}, "--vocab does not go with --via optimum"),
-        ({"kv": "int4"}, "kv must be one of fp32, int8, got 'int4'"),
-        ({"via": "optimum", "kv": "int8"}, "--kv int8 does not go with --via optimum"),
-        ({"via": "optimum", "report": True}, "--report does not go with --via optimum"),
+        ({"quant": "int3"}, ["quant", *BITS, "'int3'"]),
+        ({"method": "awq"}, ["method", "auto", *method_names(), "'awq'"]),
+        ({"via": "torch"}, ["via", "native", "optimum"]),
+        ({"block_size": 48}, ["block size", "16, 32, 64, 128", "48"]),
+        ({"max_kl": 0.0, "verify": FILE}, ["max_kl", "(0, inf]", "0.0"]),
+        ({"max_kl": float("nan"), "verify": FILE}, ["max_kl", "nan"]),
+        ({"min_agreement": 1.5, "verify": FILE}, ["min_agreement", "(0, 1.0]", "1.5"]),
+        ({"max_bytes": 0}, ["max_bytes"]),
+        ({"vocab": FILE}, ["--vocab-size"]),
+        ({"vocab_size": 100}, ["--vocab FILE"]),
+        ({"method": "gptq", "fast": True}, ["--fast", "--method gptq"]),
+        ({"calibrate": FILE, "fast": True}, ["--fast", "--calibrate"]),
+        ({"embedding_bits": 7}, ["embedding bits", "4, 5, 6, 8", "7"]),
+        ({"embedding_bits": 4, "quant": "int8"}, ["--embedding-bits", "--quant int8"]),
+        ({"embedding_bits": 4, "via": "optimum"}, ["--embedding-bits", "--via optimum"]),
+        ({"max_kl": 0.1}, ["--max-kl", "--verify FILE"]),
+        ({"min_agreement": 0.9}, ["--min-agreement", "--verify FILE"]),
+        ({"quant": "mixed", "fast": True}, ["--calibrate FILE"]),
+        ({"max_bytes": 10**6, "method": "clip"}, ["--calibrate FILE"]),
+        ({"quant": "fp32", "max_bytes": 10**6, "verify": FILE}, ["--max-bytes", "--quant fp32"]),
+        ({"quant": "fp32", "calibrate": FILE}, ["--calibrate", "--quant fp32"]),
+        ({"quant": "int8", "calibrate": FILE}, ["--calibrate", "--quant int8"]),
+        ({"method": "clip", "calibrate": FILE}, ["--calibrate", "--quant int4", "--method clip"]),
+        ({"via": "optimum", "calibrate": FILE}, ["--calibrate", "--via optimum"]),
+        ({"via": "optimum", "adapter": "lora/"}, ["--adapter", "--via optimum"]),
+        ({"via": "optimum", "vocab": FILE, "vocab_size": 9}, ["--vocab", "--via optimum"]),
+        ({"kv": "int4"}, ["kv", "fp32, int8", "'int4'"]),
+        ({"via": "optimum", "kv": "int8"}, ["--kv int8", "--via optimum"]),
+        ({"via": "optimum", "report": True}, ["--report", "--via optimum"]),
     ],
     ids=str,
 )
-def test_nonsense_is_refused(options, message):
+def test_bad_values_and_contradictions_are_refused(options, facts):
     with pytest.raises(EdgelmError) as caught:
         ExportOptions(**options)
-    assert message in str(caught.value)
+    assert all(fact in str(caught.value) for fact in facts), caught.value
 
 
 @pytest.mark.parametrize(
@@ -70,12 +73,12 @@ def test_nonsense_is_refused(options, message):
         ({"quant": "mixed", "calibrate": FILE}, QuantSpec(4, 32, True, "gptq")),
         ({"quant": "mixed", "verify": FILE, "fast": True}, QuantSpec(4, 32, True, "clip")),
         ({"quant": "fp32"}, None),
-        ({"quant": "fp32", "kv": "int8", "calibrate": FILE}, None),  # whose text is for the cache alone
+        ({"quant": "fp32", "kv": "int8", "calibrate": FILE}, None),  # the text is for the KV cache only
         ({"quant": "int8", "kv": "int8", "calibrate": FILE}, QuantSpec(8, 32, True, "rtn")),
     ],
     ids=str,
 )
-def test_the_plan_before_any_budget(options, spec):
+def test_the_plan_before_a_budget(options, spec):
     assert ExportOptions(**options).plan.default == spec
 
 
@@ -86,12 +89,12 @@ def test_the_plan_before_any_budget(options, spec):
         ({"quant": "mixed", "calibrate": FILE}, True),
         ({"max_bytes": 10**6, "calibrate": FILE}, True),
         ({"max_kl": 0.1, "verify": FILE}, True),
-        ({"quant": "int8", "max_kl": 0.1, "verify": FILE}, False),  # there only a gate
+        ({"quant": "int8", "max_kl": 0.1, "verify": FILE}, False),  # only a limit to check
         ({"via": "optimum", "max_kl": 0.1, "verify": FILE}, False),
     ],
     ids=str,
 )
-def test_when_matrices_are_chosen_one_by_one(options, budget):
+def test_which_options_give_each_matrix_its_own_precision(options, budget):
     assert ExportOptions(**options).has_budget is budget
 
 
@@ -133,5 +136,11 @@ def test_the_plan_of_a_matrix(options, name, spec):
     ],
     ids=str,
 )
-def test_what_is_calibrated_on(options, calibration):
+def test_the_calibration_text(options, calibration):
     assert ExportOptions(**options).chosen_calibration == calibration
+
+
+def test_the_command_line_offers_every_method_with_its_summary():
+    found = find_methods()
+    assert tuple(found) == method_names()
+    assert all(found.values())

@@ -10,7 +10,7 @@ import numpy as np
 from edgelm_export.graph.initializers import InlineInitializers
 from edgelm_export.graph.matrices import add_lookup, add_matmul, store_packed
 from edgelm_export.graph.nodes import GraphBuilder
-from edgelm_export.quantize.pack import pack
+from edgelm_export.quantize.pack import pack_codes
 from edgelm_export.quantize.spec import QuantSpec
 from kernel_graphs import assert_close, rewritten, run_both
 from onnx import helper, numpy_helper
@@ -39,7 +39,7 @@ def graph_of(form, size):
     codes = rng.integers(0, 2**form.bits, (COLUMNS, blocks * form.block_size)).astype(np.uint8)
     scales = (rng.random((COLUMNS, blocks)) * 0.02).astype(np.float16)
     constants = InlineInitializers()
-    packed = pack(codes, scales, None, form.bits, size)
+    packed = pack_codes(codes, scales, None, form.bits, size)
     matrix = store_packed(constants, "m", packed, QuantSpec(form.bits, form.block_size))
     nodes = GraphBuilder(constants)
     add_lookup(nodes, matrix, "ids", "rows")
