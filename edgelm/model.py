@@ -22,7 +22,7 @@ from edgelm.errors import RequestError
 from edgelm.system.board_cache import BoardCache
 from edgelm.text.chat_template import check_tools
 from edgelm.text.tokenizer import Tokenizer
-from edgelm.types import Chunk, Completion, Request, check_choices, constraint_of
+from edgelm.types import Chunk, Completion, Request, check_choices, make_constraint
 
 
 def load(
@@ -173,7 +173,7 @@ class Model:
             prompt=prompt,
             messages=messages,
             tokens=tokens,
-            constraint=constraint_of(json_schema, regex, choices),
+            constraint=make_constraint(json_schema, regex, choices),
             timeout_s=timeout_s,
             session=session,
             end_session=end_session,
@@ -215,7 +215,7 @@ class Model:
             prompt=prompt,
             messages=messages,
             tokens=tokens,
-            constraint=constraint_of(json_schema, regex, choices),
+            constraint=make_constraint(json_schema, regex, choices),
             timeout_s=timeout_s,
             session=session,
             end_session=end_session,

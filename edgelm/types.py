@@ -1,7 +1,6 @@
-"""The messages that travel between the rooms: frozen, slotted dataclasses, validated where they are made.
+"""The messages that packages exchange: frozen, slotted dataclasses, validated when they are created.
 
-Knows nothing of models, threads or wires. Ranges and defaults of the sampling parameters are stated here and
-nowhere else.
+Knows nothing of models, threads or wire formats. Ranges and defaults of the sampling parameters are stated only here.
 """
 
 from __future__ import annotations
@@ -17,62 +16,59 @@ from edgelm.errors import RequestError
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled", "deadline", "error"]
 
-RANGES: Final[dict[str, tuple[float, float]]] = {
-    "max_tokens": (1, 1_000_000),
-    "temperature": (0.0, 100.0),
-    "top_k": (0, 10_000_000),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.01, 100.0),
-    "seed": (0, 2**63 - 1),
-    "logprobs": (0, 20),
-}
-"""Allowed values of each number, both ends included."""
-
 MAX_STOPS: Final = 16
-"""How many stop strings a request may carry."""
+"""Maximum number of stop strings of a request."""
 
 Owner = str | None
-"""Whose earlier work a request may use: a client's name, or None, an owner like any other."""
+"""Whose cached work a request may use: a client's name, or None, which is an owner like any other."""
 
 UNCACHED_OWNER: Final = ""
-"""An owner that keeps nothing and finds nothing. No client's name is empty."""
+"""The owner whose requests neither use nor fill a cache. No client has an empty name."""
 
 MAX_SESSION_LENGTH: Final = 128
-"""Characters of a session's name."""
+"""Maximum length of a session's name, in characters."""
+
+
+def _number(default: float | None, low: float, high: float, summary: str) -> Any:
+    """Declare a number of `SamplingParams` with both ends of its range; integers if the ends are.
+
+    `summary` is the help text of its command-line flag.
+    """
+    return field(default=default, metadata={"range": (low, high), "summary": summary})
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 are off.
 
-    Raises `RequestError("bad_request")` when a value has the wrong type or lies outside `RANGES`.
+    The fields are also the options of `Model.generate` and the keys of an MQTT request. The command line has a flag for
+    each number. Raises `RequestError("bad_request")` if a value has the wrong type or is out of range.
     """
 
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    max_tokens: int = _number(256, 1, 1_000_000, "maximum tokens of the answer; the default is 256")
+    temperature: float = _number(0.0, 0.0, 100.0, "0 is greedy")
+    top_k: int = _number(0, 0, 10_000_000, "sample from the N likeliest tokens; 0 is all")
+    top_p: float = _number(1.0, 0.0, 1.0, "sample from the likeliest tokens with total probability X; 1 is all")
+    min_p: float = _number(0.0, 0.0, 1.0, "drop tokens less likely than X times the likeliest; 0 is none")
+    repetition_penalty: float = _number(1.0, 0.01, 100.0, "above 1 reduces repetition; 1 is off")
+    seed: int | None = _number(None, 0, 2**63 - 1, "the same seed gives the same answer")
     stop: tuple[str, ...] = ()
-    logprobs: int = 0
+    logprobs: int = _number(0, 0, 20, "log-probability of each token, with the N likeliest alternatives")
     ignore_eos: bool = False
     repetition_guard: bool = True
-    """Whether an answer ends, with `finish_reason` "repetition", once it repeats one passage over and over
-    (`edgelm.engine.repetition`). Constrained answers and those with `ignore_eos` go on."""
+    """Whether an answer that repeats one passage ends with `finish_reason` "repetition" (`edgelm.engine.repetition`).
+    It does not apply to constrained answers and those with `ignore_eos`."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is None and name == "seed":
                 continue
-            whole = isinstance(low, int)
-            kinds = (int,) if whole else (int, float)
-            finite = not isinstance(value, float) or math.isfinite(value)  # isfinite overflows on a huge int
-            if isinstance(value, bool) or not isinstance(value, kinds) or not finite:
-                raise RequestError("bad_request", f"{name} must be {'an integer' if whole else 'a number'}")
+            is_integer = isinstance(low, int)
+            kinds = (int,) if is_integer else (int, float)
+            is_finite = not isinstance(value, float) or math.isfinite(value)  # isfinite overflows on a huge int
+            if isinstance(value, bool) or not isinstance(value, kinds) or not is_finite:
+                raise RequestError("bad_request", f"{name} must be {'an integer' if is_integer else 'a number'}")
             if not low <= value <= high:
                 raise RequestError("bad_request", f"{name} must lie in [{low}, {high}], got {value}")
         for name in ("ignore_eos", "repetition_guard"):
@@ -86,19 +82,25 @@ class SamplingParams:
         return dataclasses.replace(self, **changes)
 
 
+RANGES: Final[dict[str, tuple[float, float]]] = {
+    each.name: each.metadata["range"] for each in dataclasses.fields(SamplingParams) if "range" in each.metadata
+}
+"""Allowed values of each number of `SamplingParams`, both ends included."""
+
+
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What the answer must look like: a JSON schema, a regular expression, a Lark grammar, or one of some choices."""
+    """What the answer must match: a JSON schema, a regular expression, a Lark grammar, or one of several choices."""
 
     kind: Literal["json_schema", "regex", "lark", "choices"]
     value: str | tuple[str, ...]
     """JSON text of the schema, the pattern, the grammar, or the choices."""
 
 
-def constraint_of(
+def make_constraint(
     json_schema: Mapping[str, Any] | str | None, regex: str | None, choices: Sequence[str] | None
 ) -> Constraint | None:
-    """Return the one constraint that is given. Raises `RequestError` for more than one or an empty list of choices."""
+    """Return the given constraint, or None. Raises `RequestError` for more than one, or invalid choices."""
     found: list[Constraint] = []
     if json_schema is not None:
         text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
@@ -113,7 +115,7 @@ def constraint_of(
 
 
 def check_choices(choices: object) -> tuple[str, ...]:
-    """Return the choices. Raises `RequestError("bad_request")` for none and for a single text, which is no list."""
+    """Return the choices as a tuple. Raises `RequestError("bad_request")` for an empty list or a plain string."""
     found = tuple(choices) if isinstance(choices, Iterable) and not isinstance(choices, (str, bytes)) else ()
     if not found or not all(isinstance(choice, str) and choice for choice in found):
         raise RequestError(
@@ -124,7 +126,7 @@ def check_choices(choices: object) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One thing to answer: exactly one of `prompt`, `messages` and `tokens` is given, or none to end a session only."""
+    """A request to answer: exactly one of `prompt`, `messages` and `tokens`, or none of them to only end a session."""
 
     id: str
     sampling: SamplingParams
@@ -133,31 +135,31 @@ class Request:
     tokens: tuple[int, ...] | None = None
     constraint: Constraint | None = None
     deadline: float | None = None
-    """When to stop, in seconds of `time.monotonic`; None is never."""
+    """Point in time at which to stop, in seconds of `time.monotonic`; None is never."""
     session: str | None = None
-    """Name of the conversation that it goes on with or begins."""
+    """Name of the session that it continues or begins."""
     client: str | None = None
-    """Whose session that is: each client's names are its own."""
+    """Name of the client. Each client has its own sessions."""
     end_session: bool = False
-    """Whether the session is forgotten after this request, even one that failed."""
+    """Whether the session ends after this request, even if the request fails."""
     tools: tuple[Mapping[str, Any], ...] | None = None
-    """Descriptions of functions, for the chat template."""
+    """Function descriptions for the chat template."""
     template_vars: Mapping[str, Any] | None = None
     """Further variables of the chat template, such as `enable_thinking`."""
     system: str | None = None
-    """The system message that a conversation begins with."""
+    """System message at the start of the conversation."""
     raw: bool = False
-    """Whether a prompt is completed as it stands, where it would be a user's message."""
+    """Whether a prompt is completed without the chat template."""
     is_cache_isolated: bool = False
-    """Whether it uses nothing that earlier requests computed, and leaves nothing to later ones. What the bundle brings
-    along it uses."""
+    """Whether it neither uses what earlier requests computed nor leaves anything to later ones. It uses the bundle's
+    static prefix."""
 
     def __post_init__(self) -> None:
         given = sum(given is not None for given in (self.prompt, self.messages, self.tokens))
         if given > 1 or (given == 0 and not self.end_session):
             raise RequestError("bad_request", "give exactly one of prompt, messages and tokens")
         if self.prompt is not None and not isinstance(self.prompt, str):
-            raise RequestError("bad_request", f"prompt: must be text, got {type(self.prompt).__name__}")
+            raise RequestError("bad_request", f"prompt must be text, got {type(self.prompt).__name__}")
         if self.session is None and self.end_session:
             raise RequestError("bad_request", "end_session needs the name of a session")
         if self.session is not None and not is_session_name(self.session):
@@ -173,18 +175,19 @@ class Request:
 
     @property
     def owner(self) -> Owner:
-        """Whose earlier work it may use, and to whose it adds."""
+        """The owner of the cache entries that it may use and adds."""
         return UNCACHED_OWNER if self.is_cache_isolated else self.client
 
     @property
     def is_templated(self) -> bool:
-        """Whether it brings something for the chat template besides messages."""
+        """Whether it has input for the chat template besides messages."""
         return bool(self.tools) or bool(self.template_vars) or self.system is not None
 
     def chat(self, *, prompts_are_messages: bool) -> tuple[Mapping[str, Any], ...] | None:
-        """Return the messages for the chat template, without `system`; None for a prompt that stays as it stands.
+        """Return the messages for the chat template, without `system`; None for plain text or tokens.
 
-        A prompt is a user's message where the bundle says so, and where it has tools, variables or a system message.
+        A prompt is a user message if `prompts_are_messages`, or if the request has tools, variables or a system
+        message.
         """
         if self.messages is None and self.prompt is not None and (self.is_templated or prompts_are_messages):
             return None if self.raw else ({"role": "user", "content": self.prompt},)
@@ -192,18 +195,18 @@ class Request:
 
     @property
     def is_end_session_only(self) -> bool:
-        """Whether it only ends a session."""
+        """Whether it has nothing to answer and only ends a session."""
         return self.prompt is None and self.messages is None and self.tokens is None
 
 
 def is_session_name(value: object) -> bool:
-    """Whether a session may be called so."""
+    """Return whether a value is a valid name of a session."""
     return isinstance(value, str) and 0 < len(value) <= MAX_SESSION_LENGTH and value.isprintable()
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Counts: `cached_tokens` of the prompt were not computed again, `forced_tokens` of the answer not sampled."""
+    """Token counts. `cached_tokens` of the prompt came from a cache, `forced_tokens` of the answer from a constraint."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -213,7 +216,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Milliseconds from submission, and tokens per second from the first token to the last."""
+    """Milliseconds since submission, and tokens per second between the first token and the last."""
 
     queue_ms: float = 0.0
     ttft_ms: float = 0.0
@@ -230,7 +233,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form of interface and wire."""
+        """Return the JSON object of `--json` and of the MQTT protocol."""
         return {
             "token": self.token,
             "logprob": self.logprob,
@@ -244,7 +247,7 @@ def _refuse_constant(name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer. `error` is set exactly when `finish_reason` is "error"."""
+    """A complete answer. `error` is set if and only if `finish_reason` is "error"."""
 
     id: str
     text: str
@@ -255,18 +258,18 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     error: RequestError | None = None
     turn: int | None = None
-    """Which answer of its session this is, from 1; None where it belongs to none."""
+    """Number of the answer in its session, from 1; None without a session."""
 
     @property
     def json(self) -> Any:
-        """The answer parsed as JSON; None where it is not JSON."""
+        """The answer parsed as JSON; None if it is not JSON."""
         try:
             return json.loads(self.text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
             return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
+        """Return the JSON object that `--json` prints."""
         return {
             "text": self.text,
             "tokens": list(self.tokens),
@@ -281,9 +284,9 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an answer. The last one has `done` and carries the whole `completion`; its delta may be empty.
+    """A piece of an answer. The last one has `done` and the whole `completion`; its delta may be empty.
 
-    Deltas joined in order of `seq` equal `completion.text`.
+    The deltas in order of `seq` concatenate to `completion.text`.
     """
 
     id: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import Any, Final
 
 from edgelm.errors import ConfigError, EdgelmError
 from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl, read_password
+from edgelm.types import RANGES, SamplingParams
 
 FILES: Final = (".txt", ".md")
 """How one word ends that names a file, also one that is not there: no system message ends so."""
@@ -20,23 +22,15 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Declare the flags that `sampling_from` reads; those not given leave the bundle's defaults."""
     group = parser.add_argument_group(
         "sampling",
-        "what is not given is the bundle's default; where that is greedy, `edgelm chat` takes a temperature of 0.3, a"
-        " top-p of 0.9 and a repetition penalty of 1.1",
+        "defaults are the bundle's; if these are greedy, `edgelm chat` uses temperature 0.3, top-p 0.9 and repetition"
+        " penalty 1.1; `edgelm chat` has no default limit of --max-tokens but the context",
     )
-    group.add_argument(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help="most tokens to answer with (256; `edgelm chat`: what the context holds)",
-    )
-    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    group.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest; 0 is all")
-    group.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest that make up P; 1 is all")
-    group.add_argument("--min-p", type=float, metavar="P", help="drop what is less likely than P times the likeliest")
-    group.add_argument("--repetition-penalty", type=float, metavar="R", help="over 1 avoids repetition")
-    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    for each in dataclasses.fields(SamplingParams):
+        if each.name in RANGES:
+            kind, metavar = (int, "N") if isinstance(RANGES[each.name][0], int) else (float, "X")
+            flag = f"--{each.name.replace('_', '-')}"
+            group.add_argument(flag, type=kind, metavar=metavar, help=each.metadata["summary"])
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    group.add_argument("--logprobs", type=int, metavar="N", help="log-probabilities with N alternatives a token")
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on to --max-tokens")
     group.add_argument(
         "--no-repetition-guard",
@@ -56,8 +50,8 @@ def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises `ConfigError` when the schema file cannot be read.
     """
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "logprobs")
-    given = {name: getattr(args, name) for name in (*names, "ignore_eos", "repetition_guard", "regex")}
+    names = (each.name for each in dataclasses.fields(SamplingParams))
+    given = {name: getattr(args, name) for name in (*names, "regex")}
     if args.choices is not None:
         given["choices"] = [choice.strip() for choice in args.choices.split(",")]
     if args.json_schema is not None:

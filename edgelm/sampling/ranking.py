@@ -1,7 +1,7 @@
-"""Ranks tokens without sorting a vocabulary: keys, the k largest, heapsort. Compiled by Numba, allocation-free.
+"""Ranks tokens without sorting the vocabulary: keys, the k largest, heapsort. Compiled by Numba, allocation-free.
 
-A token's key packs its rank (logit descending, id ascending) into one int64, so that keys are distinct and every
-filter keeps a prefix of one strict order. Knows nothing of probabilities.
+A token's key packs its rank (logit descending, id ascending) into one int64: keys are distinct, and every filter keeps
+a prefix of one strict order. Knows nothing of probabilities.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from edgelm.sampling.compiled import jit
+from edgelm.sampling.kernel_compiler import jit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     Keys = NDArray[np.int64]
 
 SCAN_BLOCK: Final = 64
-"""Tokens looked at together, where most blocks can be skipped at once."""
+"""Tokens of one block of a scan; most blocks are skipped after one comparison."""
 MINUS_INF: Final = -0x7F800000
-"""The rank of a logit of -inf."""
+"""Rank of a logit of -inf."""
 
 
 @jit("int64(int32)")
 def rank_of(bits: np.int32) -> int:
-    """Map the bits of a float32 to an integer of the same order; -0.0 equals 0.0."""
+    """Return an integer that orders as the float32 with these bits; -0.0 equals 0.0."""
     wide = np.int64(bits)
     return int(wide if wide >= 0 else -(wide & 0x7FFFFFFF))
 
@@ -54,7 +54,7 @@ def best_rank(bits: Bits) -> int:
 
 @jit("void(int64[::1], int64, int64)")
 def sift(values: Keys, root: int, n: int) -> None:
-    """Move the root of a max-heap of n values down to its place."""
+    """Restore the max-heap of the first n values from the root down, in place."""
     value = values[root]
     while 2 * root + 1 < n:
         child = 2 * root + 1
@@ -69,7 +69,7 @@ def sift(values: Keys, root: int, n: int) -> None:
 
 @jit("void(int64[::1], int64)")
 def sort(values: Keys, n: int) -> None:
-    """Sort the first n values ascending, in place (heapsort, Williams 1964: no memory, no bad case)."""
+    """Sort the first n values ascending, in place (heapsort, Williams 1964: O(n log n) in the worst case)."""
     for root in range(n // 2 - 1, -1, -1):
         sift(values, root, n)
     for last in range(n - 1, 0, -1):
@@ -104,10 +104,10 @@ def partition_top(keys: Keys, n: int, k: int) -> None:
 
 @jit("int64(int32[::1], int64, int64[::1])")
 def gather_top_k(bits: Bits, k: int, keys: Keys) -> int:
-    """Collect the keys of the k likeliest tokens, in any order; return how many there are.
+    """Write the keys of the k likeliest tokens to `keys`, in any order; return their number.
 
-    A block is looked at closely only where its best token beats the k-th best so far, which is rare: one vectorized
-    pass over the vocabulary. Tokens at -inf are never collected.
+    A block is scanned token by token only if its best token ranks above the k-th best so far, which is rare: in
+    effect one vectorized pass over the vocabulary. Tokens at -inf are never collected.
 
     Parameters
     ----------

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgelm.sampling import Sampler, penalties, ranking, sampler_kernels
+from edgelm.sampling import Sampler, ranking, repetition_penalty, sampler_kernels
 from edgelm.types import SamplingParams
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'edgelm[distill]'")
@@ -50,7 +50,7 @@ def draw(logits: np.ndarray, history: np.ndarray, params: SamplingParams, unifor
     """Return the token that the kernels draw at each uniform number."""
     logits = logits.copy()
     seen = np.zeros(-(-logits.size // 32), dtype=np.uint32)
-    penalties.penalize(logits, history, seen, np.float32(params.repetition_penalty))
+    repetition_penalty.penalize(logits, history, seen, np.float32(params.repetition_penalty))
     arguments = (logits, logits.view(np.int32), float(logits.max()), 1.0 / params.temperature)
     keys = np.empty(logits.size, dtype=np.int64)
     scratch = np.empty(sampler_kernels.scratch_size(logits.size), dtype=np.int64)
@@ -89,7 +89,7 @@ def test_the_penalty_is_bit_equal(penalty: float) -> None:
     logits = (generator.standard_normal(5000) * 4).astype(np.float32)
     history = generator.integers(0, 5000, 800).astype(np.int32)
     expected = reference_scores(logits, history, SamplingParams(temperature=1.0, repetition_penalty=penalty))
-    penalties.penalize(logits, history, np.zeros(157, dtype=np.uint32), np.float32(penalty))
+    repetition_penalty.penalize(logits, history, np.zeros(157, dtype=np.uint32), np.float32(penalty))
     assert np.array_equal(logits, expected)
 
 

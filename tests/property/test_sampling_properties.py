@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from edgelm.errors import RequestError
-from edgelm.sampling import Sampler, penalties, ranking, sampler_kernels
+from edgelm.sampling import Sampler, ranking, repetition_penalty, sampler_kernels
 from edgelm.types import SamplingParams
 
 SEED = 5
@@ -126,7 +126,7 @@ def test_logprobs_are_the_log_softmax(logits: np.ndarray, count: int, at: int) -
 def test_penalty_is_naive_and_leaves_its_scratch_clean(logits: np.ndarray, history: list[int], penalty: float) -> None:
     seen = np.zeros(-(-logits.size // 32), dtype=np.uint32)
     expected = naive_sampling.penalize(logits, history, penalty)
-    penalties.penalize(logits, np.array(history, dtype=np.int32), seen, np.float32(penalty))
+    repetition_penalty.penalize(logits, np.array(history, dtype=np.int32), seen, np.float32(penalty))
     assert logits.tolist() == expected
     assert not seen.any()
 

@@ -154,12 +154,12 @@ import sys, threading, time
 import edgelm
 from edgelm.sampling import are_kernels_loaded, sampler
 begun, release = threading.Event(), threading.Event()
-load = sampler._kernels
+load = sampler._load_kernels
 def slow():
     begun.set()
     assert release.wait(30)
     return load()
-sampler._kernels = slow
+sampler._load_kernels = slow
 with edgelm.load("builtin", max_batch=2) as model:
     assert not are_kernels_loaded()
     said = []
@@ -183,9 +183,9 @@ def test_the_first_sampled_request_keeps_nobody_waiting() -> None:
 
 ENSURE = """
 import sys
-from edgelm.sampling import ensure_compiled, are_kernels_loaded, ready
-run, runs = ready.subprocess.run, []
-ready.subprocess.run = lambda *a, **k: runs.append(a) or run(*a, **k)
+from edgelm.sampling import ensure_compiled, are_kernels_loaded, precompilation
+run, runs = precompilation.subprocess.run, []
+precompilation.subprocess.run = lambda *a, **k: runs.append(a) or run(*a, **k)
 ensure_compiled()
 print(are_kernels_loaded(), "numba" in sys.modules, len(runs))
 """

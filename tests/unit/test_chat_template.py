@@ -15,7 +15,7 @@ from edgelm.engine.sessions import SessionState
 from edgelm.errors import RequestError
 from edgelm.text.chat_template import ChatTemplate
 from edgelm.text.tokenizer import Tokenizer
-from edgelm.types import Constraint, Request, SamplingParams, constraint_of
+from edgelm.types import Constraint, Request, SamplingParams, make_constraint
 
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 CHATML = "{% for m in messages %}" + TURN + "{% endfor %}<|im_start|>assistant\n"
@@ -267,9 +267,9 @@ def test_a_prompt_with_something_for_the_template_is_a_user_s_message() -> None:
 @pytest.mark.parametrize("choices", ["yes", "", b"yes", [], [""], ["a", 1], {"": 1}, 5, ("a", None)])
 def test_choices_are_a_list(choices: Any) -> None:
     with pytest.raises(RequestError, match=r"choices must be a list of non-empty strings, such as \[\"yes\", \"no\"\]"):
-        constraint_of(None, None, choices)
+        make_constraint(None, None, choices)
 
 
 def test_choices_of_any_kind_of_list() -> None:
     for choices in (["a", "b"], ("a", "b"), {"a": 1, "b": 2}, (c for c in "ab")):
-        assert constraint_of(None, None, choices) == Constraint("choices", ("a", "b"))  # type: ignore[arg-type]
+        assert make_constraint(None, None, choices) == Constraint("choices", ("a", "b"))  # type: ignore[arg-type]

@@ -69,8 +69,8 @@ def test_other_users_of_numba_keep_their_own_place():
 
 def test_without_numba_a_greedy_service_has_nothing_to_compile(monkeypatch):
     """A board that never samples does without Numba."""
-    from edgelm.sampling import ready
+    from edgelm.sampling import precompilation
 
-    monkeypatch.setattr(ready, "find_spec", lambda name: None)
-    monkeypatch.setattr(ready, "load_kernels", lambda: pytest.fail("nothing can be loaded"))
-    ready.ensure_compiled()
+    monkeypatch.setattr(precompilation, "find_spec", lambda name: None)
+    monkeypatch.setattr(precompilation, "load_kernels", lambda: pytest.fail("nothing can be loaded"))
+    precompilation.ensure_compiled()

@@ -1,8 +1,8 @@
-"""The kernels compiled and kept before anyone wants them, without Numba in this process.
+"""Compiles the kernels into the board cache before the first request, without loading Numba in this process.
 
-A service whose bundle is greedy may never sample: it goes without Numba's 65 MB until a request has a temperature. What
-takes seconds, compiling, is done at its first start on a board, by a child process whose work the board cache keeps;
-loading that then takes a third of a second.
+A service with a greedy bundle may never sample, and does not load Numba (65 MB) until a request has a temperature.
+Compiling takes seconds: a child process does it at the first start on a board. Loading from the cache then takes a
+third of a second.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ COMPILE_TIMEOUT_S: Final = 300.0
 
 
 def ensure_compiled() -> None:
-    """Return when the kernels can be loaded from the board cache; where nothing can be kept, when they are loaded.
+    """Compile the kernels into the board cache, or load them here if the cache cannot hold them.
 
-    Without Numba there is nothing to compile: a request that samples says what is missing.
+    Without Numba this does nothing: a request that needs kernels fails with an error that names the missing package.
     """
-    if find_spec("numba") is None:  # a board that never samples goes without
+    if find_spec("numba") is None:
         return
     folder = BoardCache.default().prepare_numba_folder()
     if folder is None:
@@ -46,19 +46,19 @@ def ensure_compiled() -> None:
             capture_output=True,
             timeout=COMPILE_TIMEOUT_S,
             check=False,
-            start_new_session=True,  # Ctrl-C at a terminal is not for it
+            start_new_session=True,  # so that Ctrl-C in a terminal does not stop it
         )
         if done.returncode == 0:
             marker.touch()
             return
         LOG.debug("the kernels were not compiled: %s", done.stderr.decode(errors="replace")[-500:])
     except (OSError, subprocess.TimeoutExpired) as error:
-        LOG.debug("the kernels are not kept: %s", error)
+        LOG.debug("the kernels were not cached: %s", error)
     load_kernels()
 
 
 def _digest() -> str:
-    """Return what the compiled kernels belong to: sources, Numba, Python and processor."""
+    """Return a digest of everything that compiled kernels depend on: sources, Numba, Python and processor."""
     try:
         numba = version("numba")
     except PackageNotFoundError:

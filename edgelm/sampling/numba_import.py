@@ -1,7 +1,7 @@
-"""Importing Numba without the settings of the current folder.
+"""Imports Numba without the settings of the current folder.
 
-Numba reads `.numba_config.yaml` there, when it is imported and whenever it compiles: a stranger's file could name a
-module to import (cache_locator_classes), or end the program by not being YAML. Variables NUMBA_* count as ever.
+Numba reads `.numba_config.yaml` from there, at import and whenever it compiles. An untrusted file could name a module
+to import (cache_locator_classes), or end the program by not being YAML. Environment variables NUMBA_* still apply.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ NUMBA_CONFIG_FILE: Final = ".numba_config.yaml"
 
 
 def import_numba() -> Any:
-    """Return the module, which from now on reads no settings from a file."""
+    """Return the module `numba`, which reads no settings file from now on."""
     if "numba" in sys.modules or not Path(NUMBA_CONFIG_FILE).exists():
         numba = importlib.import_module("numba")
     else:
-        numba = _without_yaml()
+        numba = _import_without_yaml()
     config = numba.core.config
     if getattr(config, "_config_fname", None) == NUMBA_CONFIG_FILE:
         config._config_fname = os.devnull  # noqa: SLF001  there is no public way
@@ -29,8 +29,8 @@ def import_numba() -> Any:
     return numba
 
 
-def _without_yaml() -> Any:
-    """Import Numba where it finds no YAML reader: then it warns of the file and leaves it alone."""
+def _import_without_yaml() -> Any:
+    """Import Numba while PyYAML cannot be imported: it then warns about the settings file and ignores it."""
     missing = object()
     before: Any = sys.modules.get("yaml", missing)
     sys.modules["yaml"] = None  # type: ignore[assignment]
