@@ -206,7 +206,7 @@ def is_session_name(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts. `cached_tokens` of the prompt came from a cache, `forced_tokens` of the answer from a constraint."""
+    """Token counts. `cached_tokens` of the prompt were not computed, `forced_tokens` of the answer not sampled."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
