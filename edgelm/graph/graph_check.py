@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from edgelm.bundle.bundle_folder import Bundle
 from edgelm.errors import BundleError
@@ -31,7 +31,6 @@ from edgelm.graph.onnx_model import (
     read_node,
     read_tensor,
 )
-from edgelm.graph.protobuf import parse_fields
 from edgelm.graph.shape_inference import ShapeInference
 
 MAX_TENSOR_BYTES: Final = 1 << 40
@@ -44,9 +43,6 @@ MAX_DEPTH: Final = 4
 UNBOUNDED_OPERATORS: Final = frozenset({"Loop", "Scan"})
 """Operators that no decoder needs, and that may never end."""
 
-_FUNCTIONS, _TRAINING, _OPSETS, _METADATA = 25, 20, 8, 14  # ModelProto
-_SPARSE = 15  # GraphProto
-_TENSORS, _GRAPHS, _SPARSE_TENSORS = (5, 10), (6, 11), (22, 23)  # AttributeProto
 _ITEM_BYTES: Final = {
     1: 4.0, 2: 1.0, 3: 1.0, 4: 2.0, 5: 2.0, 6: 4.0, 7: 8.0, 9: 1.0, 10: 2.0, 11: 8.0, 12: 4.0, 13: 8.0, 16: 2.0,
     17: 1.0, 18: 1.0, 19: 1.0, 20: 1.0, 21: 0.5, 22: 0.5,
@@ -120,18 +116,17 @@ class _GraphCheck:
     # -- the model as a whole -----------------------------------------------------------------------------------
 
     def _check_model(self) -> None:
-        for number, _, value in self._model.rest:
-            if number == _FUNCTIONS:
-                raise _InvalidGraphError("it defines functions of its own")
-            if number == _METADATA and isinstance(value, bytes) and BATCH_INVARIANT_KEY.encode() in value:
-                raise _InvalidGraphError(f"it claims to be {BATCH_INVARIANT_KEY}, which the board finds out itself")
-            if number == _TRAINING:
-                raise _InvalidGraphError("it has a part for training")
-            if number == _OPSETS and isinstance(value, bytes):
-                domain = _domain(value)
-                if domain not in ORT_DOMAINS and not domain.startswith("ai.onnx"):
-                    raise _InvalidGraphError(f"it uses operators of the domain {domain!r:.60}")
-        if any(number == _SPARSE for number, _, _ in self._model.graph_rest):
+        message = self._model.message
+        if message.functions:
+            raise _InvalidGraphError("it defines functions of its own")
+        if any(entry.key == BATCH_INVARIANT_KEY for entry in message.metadata_props):
+            raise _InvalidGraphError(f"it claims to be {BATCH_INVARIANT_KEY}, which the board finds out itself")
+        if message.training_info:
+            raise _InvalidGraphError("it has a part for training")
+        for opset in message.opset_import:
+            if opset.domain not in ORT_DOMAINS and not opset.domain.startswith("ai.onnx"):
+                raise _InvalidGraphError(f"it uses operators of the domain {opset.domain!r:.60}")
+        if message.graph.sparse_initializer:
             raise _InvalidGraphError("it has sparse tensors")
 
     def _check_names(self) -> None:
@@ -238,25 +233,25 @@ class _GraphCheck:
             raise _InvalidGraphError(f"it holds {node.op_type!r:.40} of the domain {node.domain!r:.60}")
         if node.op_type in UNBOUNDED_OPERATORS:
             raise _InvalidGraphError(f"it holds {node.op_type}, which may never end")
-        for number, body in node.nested_messages:
-            if number in _TENSORS:
-                tensor = read_tensor(body)
-                _bytes_of(tensor)
-                if tensor.external_range is not None:
-                    raise _InvalidGraphError("a node's own tensor lies in another file")
-            elif number in _GRAPHS and depth < MAX_DEPTH:
-                self._check_body(body, depth + 1)
-            else:
-                raise _InvalidGraphError("it holds graphs too deep in each other, or a sparse tensor")
+        for attribute in node.message.attribute:
+            self._check_attribute(attribute, depth)
 
-    def _check_body(self, body: bytes, depth: int) -> None:
-        """Check a graph inside a node."""
-        for number, _, value in parse_fields(body):
-            if number == 1 and isinstance(value, bytes):
-                self._check_node(read_node(value), depth)
-            elif number == 5 and isinstance(value, bytes):
-                self._check_tensor(read_tensor(value))
-            elif number == _SPARSE:
+    def _check_attribute(self, attribute: Any, depth: int) -> None:
+        """Check the tensors and graphs of an AttributeProto."""
+        for message in (*attribute.tensors, *([attribute.t] if attribute.HasField("t") else [])):
+            tensor = read_tensor(message)
+            _bytes_of(tensor)
+            if tensor.external_range is not None:
+                raise _InvalidGraphError("a node's own tensor lies in another file")
+        graphs = [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
+        if (graphs and depth >= MAX_DEPTH) or attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
+            raise _InvalidGraphError("it holds graphs too deep in each other, or a sparse tensor")
+        for graph in graphs:
+            for node in graph.node:
+                self._check_node(read_node(node), depth + 1)
+            for initializer in graph.initializer:
+                self._check_tensor(read_tensor(initializer))
+            if graph.sparse_initializer:
                 raise _InvalidGraphError("it has sparse tensors")
 
     def _check_sizes(self, node: Node) -> None:
@@ -362,15 +357,6 @@ def _size_of(bundle: Bundle, name: str) -> int | None:
         return None
     file = bundle.path / name
     return file.stat().st_size if file.is_file() else None
-
-
-def _domain(opset: bytes) -> str:
-    """Return the domain of an OperatorSetIdProto."""
-    found = b""
-    for number, _, value in parse_fields(opset):
-        if number == 1 and isinstance(value, bytes):
-            found = value
-    return found.decode()
 
 
 def _number(node: Node, name: str, default: int | None = None) -> int:

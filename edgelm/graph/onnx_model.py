@@ -1,14 +1,17 @@
-"""The messages of an ONNX model that are read or written here (onnx.proto of ONNX's IR version 10), in their bytes."""
+"""ONNX models at run time: the messages of onnx.proto (IR version 10) that edgelm reads, checks or writes.
+
+Parsing and serialization are google.protobuf's, which every installation of onnxruntime has. The descriptor below holds
+only the fields that edgelm uses; protobuf keeps all other fields of a model unchanged. protobuf is imported when the
+first model is read: a start from the board cache does not need it. The only importer of google.protobuf.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
-
-from edgelm.graph.protobuf import FIXED32, LENGTH_DELIMITED, VARINT, Field, encode_message, parse_fields
+from typing import Any, Final, TypeAlias
 
 FLOAT, UINT8, INT8, INT32, INT64, FLOAT16 = 1, 2, 3, 6, 7, 10
 """Values of TensorProto.DataType."""
@@ -16,20 +19,44 @@ FLOAT, UINT8, INT8, INT32, INT64, FLOAT16 = 1, 2, 3, 6, 7, 10
 ORT_DOMAINS: Final = frozenset({"", "ai.onnx", "com.microsoft"})
 """Domains of ONNX's and onnxruntime's operators."""
 
-_GRAPH, _OPSET = 7, 8  # ModelProto
-_NODE, _INITIALIZER, _INPUT, _OUTPUT = 1, 5, 11, 12  # GraphProto
-_INT: Final = 2  # AttributeProto.AttributeType
-_BODIES: Final = frozenset({5, 6, 10, 11, 22, 23})  # AttributeProto
-_PLACE: Final = re.compile("[0-9]{1,18}")
+Message: TypeAlias = Any
+"""A protobuf message; its class is built at run time from `_FIELDS`."""
+
+_INT: Final = 2
+"""AttributeProto.AttributeType.INT"""
+_EXTERNAL: Final = 1
+"""TensorProto.DataLocation.EXTERNAL"""
+_DECIMAL: Final = re.compile("[0-9]{1,18}")
+
+_SCALAR_TYPES: Final = {"float": 2, "int64": 3, "int32": 5, "string": 9, "bytes": 12}
+"""Values of FieldDescriptorProto.Type."""
+_OPTIONAL, _REPEATED, _MESSAGE = 1, 3, 11
+"""Values of FieldDescriptorProto.Label, and its type of a nested message."""
+_FIELDS: Final = {
+    "ModelProto": "graph:GraphProto=7 opset_import:OperatorSetId*=8 metadata_props:Entry*=14 training_info:bytes*=20"
+    " functions:bytes*=25",
+    "OperatorSetId": "domain:string=1 version:int64=2",
+    "Entry": "key:string=1 value:string=2",
+    "GraphProto": "node:NodeProto*=1 name:string=2 initializer:TensorProto*=5 input:ValueInfo*=11 output:ValueInfo*=12"
+    " sparse_initializer:bytes*=15",
+    "NodeProto": "input:string*=1 output:string*=2 name:string=3 op_type:string=4 attribute:Attribute*=5"
+    " domain:string=7",
+    "Attribute": "name:string=1 f:float=2 i:int64=3 s:bytes=4 t:TensorProto=5 g:GraphProto=6 tensors:TensorProto*=10"
+    " graphs:GraphProto*=11 type:int32=20 sparse_tensor:bytes=22 sparse_tensors:bytes*=23",
+    "TensorProto": "dims:int64*=1 data_type:int32=2 name:string=8 raw_data:bytes=9 external_data:Entry*=13"
+    " data_location:int32=14",
+    "ValueInfo": "name:string=1 type:Type=2",
+    "Type": "tensor_type:TensorType=1",
+    "TensorType": "elem_type:int32=1 shape:Shape=2",
+    "Shape": "dim:Dimension*=1",
+    "Dimension": "dim_value:int64=1",
+}
+"""Messages and their fields as name:type=number; `*` marks a repeated field."""
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A NodeProto.
-
-    `attributes` are its numbers, `string_attributes` its strings, `nested_messages` its tensors and graphs. A body is
-    a field of AttributeProto: 5 and 10 are tensors, 6 and 11 graphs, 22 and 23 sparse tensors.
-    """
+    """A NodeProto: `attributes` are its numbers, `string_attributes` its strings; `message` has all of it."""
 
     domain: str
     op_type: str
@@ -37,13 +64,17 @@ class Node:
     outputs: tuple[str, ...]
     attributes: Mapping[str, float]
     string_attributes: Mapping[str, bytes]
-    nested_messages: Sequence[tuple[int, bytes]]
-    encoded: bytes
+    message: Message
+
+    @property
+    def encoded(self) -> bytes:
+        """The serialized NodeProto."""
+        return bytes(self.message.SerializeToString())
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A TensorProto; `external_range` are the bytes of the file `location` that hold its values, if they lie in one."""
+    """A TensorProto; `external_range` are the bytes of the file `location` that hold its values, None if inline."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,7 +82,12 @@ class Tensor:
     external_range: slice | None
     location: str
     raw: bytes
-    encoded: bytes
+    message: Message
+
+    @property
+    def encoded(self) -> bytes:
+        """The serialized TensorProto."""
+        return bytes(self.message.SerializeToString())
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +100,9 @@ class ValueInfo:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A ModelProto: its nodes in their order, its initializers, inputs, outputs, and all the rest.
+    """A ModelProto: its nodes in graph order, its initializers, inputs and outputs; `message` has all of it.
 
-    Of tensors of one name `tensors` has the last.
+    If several initializers have one name, `tensors` has the last.
     """
 
     nodes: Sequence[Node]
@@ -74,8 +110,7 @@ class Model:
     tensors: Mapping[str, Tensor]
     inputs: Mapping[str, ValueInfo]
     outputs: Mapping[str, ValueInfo]
-    rest: Sequence[Field]
-    graph_rest: Sequence[Field]
+    message: Message
 
 
 def is_ort_operator(node: Node, *operators: str) -> bool:
@@ -83,194 +118,162 @@ def is_ort_operator(node: Node, *operators: str) -> bool:
     return node.domain in ORT_DOMAINS and node.op_type in operators
 
 
+def message_class(name: str) -> Any:
+    """Return the class of a message of `_FIELDS`."""
+    return _message_classes()[name]
+
+
 def read_model(data: bytes) -> Model:
-    """Read a model. Raises `ValueError` for what is none."""
+    """Read a model. Raises `ValueError` if the bytes are not an ONNX model."""
+    message = _parse_model(data)
+    graph = message.graph
     try:
-        whole = list(parse_fields(data))
-        graph = [field for number, _, value in whole if number == _GRAPH for field in parse_fields(_content(value))]
-        tensors = [read_tensor(_content(value)) for number, _, value in graph if number == _INITIALIZER]
+        tensors = [read_tensor(tensor) for tensor in graph.initializer]
         return Model(
-            nodes=[read_node(_content(value)) for number, _, value in graph if number == _NODE],
+            nodes=[read_node(node) for node in graph.node],
             all_tensors=tensors,
             tensors={tensor.name: tensor for tensor in tensors},
-            inputs={_text(value, 1): _value(_content(value)) for number, _, value in graph if number == _INPUT},
-            outputs={_text(value, 1): _value(_content(value)) for number, _, value in graph if number == _OUTPUT},
-            rest=[field for field in whole if field[0] != _GRAPH],
-            graph_rest=[field for field in graph if field[0] not in (_NODE, _INITIALIZER)],
+            inputs={value.name: _read_value(value) for value in graph.input},
+            outputs={value.name: _read_value(value) for value in graph.output},
+            message=message,
         )
-    except (ValueError, KeyError, struct.error) as error:
+    except ValueError as error:
         raise ValueError(f"not an ONNX model: {error}") from error
 
 
-def encode_model(model: Model, nodes: Sequence[bytes], tensors: Sequence[bytes], domain: str | None = None) -> bytes:
-    """Return a model with other nodes and initializers, which may use a further domain's operators of version 1."""
-    opset: list[Field] = []
-    if domain is not None:
-        opset.append(
-            (_OPSET, LENGTH_DELIMITED, encode_message([(1, LENGTH_DELIMITED, domain.encode()), (2, VARINT, 1)]))
-        )
-    graph: list[Field] = [(_NODE, LENGTH_DELIMITED, node) for node in nodes]
-    graph += [(_INITIALIZER, LENGTH_DELIMITED, tensor) for tensor in tensors]
-    return encode_message(
-        [*model.rest, *opset, (_GRAPH, LENGTH_DELIMITED, encode_message([*graph, *model.graph_rest]))]
+def read_node(message: Message) -> Node:
+    """Read a NodeProto."""
+    attributes: dict[str, float] = {}
+    string_attributes: dict[str, bytes] = {}
+    for attribute in message.attribute:
+        if attribute.HasField("i"):
+            attributes[attribute.name] = attribute.i
+        if attribute.HasField("f"):
+            attributes[attribute.name] = attribute.f
+        if attribute.HasField("s"):
+            string_attributes[attribute.name] = attribute.s
+    inputs, outputs = tuple(message.input), tuple(message.output)
+    return Node(message.domain, message.op_type, inputs, outputs, attributes, string_attributes, message)
+
+
+def read_tensor(message: Message) -> Tensor:
+    """Read a TensorProto. Raises `ValueError` for an offset or length that is not a number."""
+    entries = {entry.key: entry.value for entry in message.external_data}
+    is_external = bool(entries) or message.data_location == _EXTERNAL
+    start = _parse_decimal(entries.get("offset", "0"))
+    stop = start + _parse_decimal(entries["length"]) if "length" in entries else None
+    return Tensor(
+        message.name,
+        tuple(message.dims),
+        message.data_type,
+        slice(start, stop) if is_external else None,
+        entries.get("location", ""),
+        message.raw_data,
+        message,
     )
+
+
+def encode_model(model: Model, nodes: Sequence[bytes], tensors: Sequence[bytes], domain: str | None = None) -> bytes:
+    """Return a model with other nodes and initializers.
+
+    nodes, tensors: serialized NodeProtos and TensorProtos. domain: an additional operator set, of version 1.
+    """
+    message = message_class("ModelProto")()
+    message.CopyFrom(model.message)
+    if domain is not None:
+        message.opset_import.add(domain=domain, version=1)
+    del message.graph.node[:], message.graph.initializer[:]
+    for node in nodes:
+        message.graph.node.add().MergeFromString(node)
+    for tensor in tensors:
+        message.graph.initializer.add().MergeFromString(tensor)
+    return bytes(message.SerializeToString())
 
 
 def encode_node(
     name: str, operator: str, domain: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Mapping[str, int]
 ) -> bytes:
-    """Return a NodeProto with attributes that are integers."""
-    names: list[Field] = [(1, LENGTH_DELIMITED, each.encode()) for each in inputs]
-    names += [(2, LENGTH_DELIMITED, each.encode()) for each in outputs]
-    values: list[Field] = [
-        (
-            5,
-            LENGTH_DELIMITED,
-            encode_message([(1, LENGTH_DELIMITED, key.encode()), (3, VARINT, value), (20, VARINT, _INT)]),
-        )
-        for key, value in attributes.items()
-    ]
-    return encode_message(
-        [
-            *names,
-            (3, LENGTH_DELIMITED, name.encode()),
-            (4, LENGTH_DELIMITED, operator.encode()),
-            *values,
-            (7, LENGTH_DELIMITED, domain.encode()),
-        ]
-    )
+    """Return a serialized NodeProto with integer attributes."""
+    node = message_class("NodeProto")(name=name, op_type=operator, domain=domain, input=inputs, output=outputs)
+    for key, value in attributes.items():
+        node.attribute.add(name=key, i=value, type=_INT)
+    return bytes(node.SerializeToString())
 
 
 def encode_tensor(name: str, shape: Sequence[int], dtype: int, file: str, offset: int, length: int) -> bytes:
-    """Return a TensorProto whose values lie in a file beside the model."""
-    place = {"location": file, "offset": str(offset), "length": str(length)}
-    entries: list[Field] = [
-        (
-            13,
-            LENGTH_DELIMITED,
-            encode_message([(1, LENGTH_DELIMITED, key.encode()), (2, LENGTH_DELIMITED, value.encode())]),
-        )
-        for key, value in place.items()
-    ]
-    dims: list[Field] = [(1, VARINT, size) for size in shape]
-    return encode_message([*dims, (2, VARINT, dtype), (8, LENGTH_DELIMITED, name.encode()), *entries, (14, VARINT, 1)])
+    """Return a serialized TensorProto whose values lie in a file beside the model."""
+    tensor = message_class("TensorProto")(name=name, dims=shape, data_type=dtype, data_location=_EXTERNAL)
+    for key, value in {"location": file, "offset": str(offset), "length": str(length)}.items():
+        tensor.external_data.add(key=key, value=value)
+    return bytes(tensor.SerializeToString())
 
 
-def read_node(encoded: bytes) -> Node:
-    """Read a NodeProto. Raises `ValueError` for what is none."""
-    inputs: list[str] = []
-    outputs: list[str] = []
-    attributes: dict[str, float] = {}
-    string_attributes: dict[str, bytes] = {}
-    nested_messages: list[tuple[int, bytes]] = []
-    operator = domain = ""
-    for number, _, value in parse_fields(encoded):
-        if number == 1:
-            inputs.append(_content(value).decode())
-        elif number == 2:
-            outputs.append(_content(value).decode())
-        elif number == 4:
-            operator = _content(value).decode()
-        elif number == 5:
-            _read_attribute(_content(value), attributes, string_attributes, nested_messages)
-        elif number == 7:
-            domain = _content(value).decode()
-    return Node(
-        domain, operator, tuple(inputs), tuple(outputs), attributes, string_attributes, nested_messages, encoded
-    )
+def change_attribute(data: bytes, name: str, change: Callable[[int], int]) -> bytes:
+    """Return a model in which an integer attribute is changed in every node that has it.
+
+    Raises `ValueError` if the bytes are not an ONNX model.
+    """
+    message = _parse_model(data)
+    found = [each for node in message.graph.node for each in node.attribute if each.name == name and each.HasField("i")]
+    for attribute in found:
+        attribute.i = change(attribute.i)
+    return bytes(message.SerializeToString()) if found else data
 
 
-def _read_attribute(
-    encoded: bytes,
-    numbers: dict[str, float],
-    string_attributes: dict[str, bytes],
-    nested_messages: list[tuple[int, bytes]],
-) -> None:
-    """Add an attribute to those of its type; to none where it is of another type."""
-    parts = list(parse_fields(encoded))
-    name = next((_content(value).decode() for number, _, value in reversed(parts) if number == 1), "")
-    for number, wire_type, value in parts:
-        if (number, wire_type) == (3, VARINT):
-            signed = int(value)
-            numbers[name] = signed - (1 << 64) if signed >> 63 else signed
-        elif (number, wire_type) == (2, FIXED32):
-            numbers[name] = struct.unpack("<f", _content(value))[0]
-        elif (number, wire_type) == (4, LENGTH_DELIMITED):
-            string_attributes[name] = _content(value)
-        elif number in _BODIES:
-            nested_messages.append((number, _content(value)))
+def add_metadata(data: bytes, key: str, value: str) -> bytes:
+    """Return a model with one more entry of metadata. Protobuf merges messages whose bytes follow each other."""
+    addition = message_class("ModelProto")()
+    addition.metadata_props.add(key=key, value=value)
+    return data + bytes(addition.SerializeToString())
 
 
-def read_tensor(encoded: bytes) -> Tensor:
-    """Read a TensorProto. Raises `ValueError` for what is none."""
-    shape: list[int] = []
-    name, dtype, raw, external, location = "", 0, b"", False, ""
-    where: dict[str, int] = {}
-    for number, _, value in parse_fields(encoded):
-        if number == 1:
-            shape += [value] if isinstance(value, int) else _varints(value)
-        elif number == 2:
-            dtype = int(value)
-        elif number == 8:
-            name = _content(value).decode()
-        elif number == 9:
-            raw = _content(value)
-        elif number == 13:
-            external = True
-            key, told = _text(value, 1), _text(value, 2)
-            if key == "location":
-                location = told
-            elif key in ("offset", "length"):
-                where[key] = _whole(told)
-        elif number == 14 and value == 1:
-            external = True
-    start = where.get("offset", 0)
-    place = slice(start, start + where["length"] if "length" in where else None)
-    return Tensor(name, tuple(shape), dtype, place if external else None, location, raw, encoded)
+@functools.cache
+def _message_classes() -> Mapping[str, Any]:
+    """Return the classes of all messages of `_FIELDS`, by name."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    # As in onnx.proto, which is proto2, every field has presence and no list is packed. The syntax is proto3 because it
+    # refuses strings that are not UTF-8; proto2 would return them as bytes.
+    file = descriptor_pb2.FileDescriptorProto(name="edgelm_onnx.proto", package="edgelm_onnx", syntax="proto3")
+    for message_name, fields in _FIELDS.items():
+        message = file.message_type.add(name=message_name)
+        for declaration in fields.split():
+            name, kind, number = re.split("[:=]", declaration)
+            field = message.field.add(name=name, number=int(number))
+            field.label = _REPEATED if kind.endswith("*") else _OPTIONAL
+            kind = kind.removesuffix("*")
+            field.type = _SCALAR_TYPES.get(kind, _MESSAGE)
+            if field.type == _MESSAGE:
+                field.type_name = f".{file.package}.{kind}"
+            elif field.label == _OPTIONAL:
+                field.proto3_optional, field.oneof_index = True, len(message.oneof_decl)
+                message.oneof_decl.add(name=f"_{name}")
+            elif kind == "int64":
+                field.options.packed = False
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return {
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{file.package}.{name}")) for name in _FIELDS
+    }
 
 
-def _whole(text: str) -> int:
-    """Return a place or length in a file."""
-    if not _PLACE.fullmatch(text):
+def _parse_model(data: bytes) -> Message:
+    """Return the ModelProto. Raises `ValueError` if the bytes are not one."""
+    from google.protobuf.message import DecodeError
+
+    try:
+        return message_class("ModelProto").FromString(data)
+    except DecodeError as error:
+        raise ValueError(f"not an ONNX model: {error}") from error
+
+
+def _parse_decimal(text: str) -> int:
+    """Return an offset or length in a file."""
+    if not _DECIMAL.fullmatch(text):
         raise ValueError(f"a place in a file that is no number: {text!r:.40}")
     return int(text)
 
 
-def _value(encoded: bytes) -> ValueInfo:
-    tensor = _inside(_inside(encoded, 2), 1)  # ValueInfoProto.type, TypeProto.tensor_type
-    dtype = next((int(value) for number, _, value in parse_fields(tensor) if number == 1), 0)
-    dims = [_content(value) for number, _, value in parse_fields(_inside(tensor, 2)) if number == 1]
-    return ValueInfo(
-        dtype, tuple(next((int(v) for number, _, v in parse_fields(dim) if number == 1), 0) for dim in dims)
-    )
-
-
-def _inside(encoded: bytes, wanted: int) -> bytes:
-    """Return a message in a message; an empty one where there is none."""
-    return next((_content(value) for number, _, value in parse_fields(encoded) if number == wanted), b"")
-
-
-def _text(encoded: int | bytes, wanted: int) -> str:
-    """Return a text field of a message, the last one as Protobuf has it; empty where there is none."""
-    found = b""
-    for number, _, value in parse_fields(_content(encoded)):
-        if number == wanted:
-            found = _content(value)
-    return found.decode()
-
-
-def _content(value: int | bytes) -> bytes:
-    if isinstance(value, int):
-        raise ValueError("a number where a message should be")
-    return value
-
-
-def _varints(packed: bytes) -> list[int]:
-    """Return the numbers of a packed field: as fields of a message they would each have a key in front."""
-    return [int(value) for _, _, value in parse_fields(b"".join(b"\x08" + number for number in _split(packed)))]
-
-
-def _split(packed: bytes) -> list[bytes]:
-    """Cut numbers apart: each ends with the first byte below 128."""
-    ends = [i + 1 for i, byte in enumerate(packed) if byte < 0x80]
-    return [packed[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+def _read_value(message: Message) -> ValueInfo:
+    tensor = message.type.tensor_type
+    return ValueInfo(tensor.elem_type, tuple(dim.dim_value for dim in tensor.shape.dim))

@@ -10,8 +10,7 @@ import onnxruntime as ort
 from edgelm.bundle.bundle_folder import Bundle
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.graph.domain import BATCH_INVARIANT_KEY
-from edgelm.graph.node_attributes import change_attribute
-from edgelm.graph.protobuf import LENGTH_DELIMITED, encode_message
+from edgelm.graph.onnx_model import add_metadata, change_attribute
 from edgelm.kernels.abi import KERNELS_VERSION
 from edgelm.kernels.custom_ops import CustomOpLibrary
 from edgelm.kernels.rewrite.code_expansion import expand_codes
@@ -36,9 +35,6 @@ PACKED_GRAPH_FILE: Final = "model.onnx"
 
 _FLOAT_ACTIVATIONS: Final = 1
 """The accuracy level at which MatMulNBits does not round what it multiplies."""
-
-_METADATA: Final = 14
-"""Field number of ModelProto.metadata_props."""
 
 
 def cache_key(bundle: Bundle, kind: str) -> CacheKey:
@@ -128,8 +124,7 @@ def is_invariant(graph: Graph) -> bool:
 
 def mark_invariant(model: bytes) -> bytes:
     """Return a model, an ONNX ModelProto, whose metadata says that it is invariant."""
-    entry = encode_message([(1, LENGTH_DELIMITED, BATCH_INVARIANT_KEY.encode()), (2, LENGTH_DELIMITED, b"1")])
-    return model + encode_message([(_METADATA, LENGTH_DELIMITED, entry)])
+    return add_metadata(model, BATCH_INVARIANT_KEY, "1")
 
 
 def load_packed(

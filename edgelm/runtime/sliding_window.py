@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from edgelm.graph.node_attributes import change_attribute
+from edgelm.graph.onnx_model import change_attribute
 
 ATTRIBUTE: Final = "local_window_size"
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnxruntime as ort
-from kernel_nodes import value_info
+from kernel_nodes import model_of
 
 from edgelm.graph.domain import DOMAIN
 from edgelm.graph.onnx_model import FLOAT, encode_node
-from edgelm.graph.protobuf import LENGTH_DELIMITED, VARINT, encode_message
 from edgelm.kernels.abi import ATTENTION
 
 INT32, INT64 = 6, 7
@@ -31,18 +30,8 @@ def ours(shape, inputs):
 
 def session_of(node, inputs, *, operators=None, threads=2):
     """Load a model of one node."""
-    graph = [(1, LENGTH_DELIMITED, node), (2, LENGTH_DELIMITED, b"one")]
-    graph += [(11, LENGTH_DELIMITED, value_info(name, TYPES.get(name, FLOAT))) for name in inputs]
-    graph += [(12, LENGTH_DELIMITED, value_info(name, FLOAT)) for name in ("y", "present_key", "present_value")]
-    domains = ((b"", 18), (b"edgelm", 1), (b"com.microsoft", 1))
-    opsets = [encode_message([(1, LENGTH_DELIMITED, domain), (2, VARINT, version)]) for domain, version in domains]
-    model = encode_message(
-        [
-            (1, VARINT, 8),
-            *((8, LENGTH_DELIMITED, opset) for opset in opsets),
-            (7, LENGTH_DELIMITED, encode_message(graph)),
-        ]
-    )
+    types = {name: TYPES.get(name, FLOAT) for name in inputs}
+    model = model_of(node, types, ("y", "present_key", "present_value"), ("edgelm", "com.microsoft"))
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4

@@ -9,8 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edgelm.graph.domain import DOMAIN
-from edgelm.graph.onnx_model import FLOAT, INT64, encode_node
-from edgelm.graph.protobuf import LENGTH_DELIMITED, VARINT, encode_message
+from edgelm.graph.onnx_model import FLOAT, INT64, encode_node, message_class
 from edgelm.kernels.custom_ops import CustomOpLibrary
 from edgelm.kernels.rewrite.panel_layout import pack_codes, pack_scales, pad_bias
 from edgelm.system.digest import file_sha256
@@ -43,41 +42,24 @@ def inputs(rng, rows, size):
     return x.astype(np.float32)
 
 
-def value_info(name, dtype=FLOAT):
-    """A ValueInfoProto of a tensor of any shape."""
-    return encode_message(
-        [
-            (1, LENGTH_DELIMITED, name.encode()),
-            (2, LENGTH_DELIMITED, encode_message([(1, LENGTH_DELIMITED, encode_message([(1, VARINT, dtype)]))])),
-        ]
-    )
-
-
 def one_node(fmt, names, attributes):
     """A model of one node."""
     node = encode_node("one", fmt.matmul_op_type, DOMAIN, names, ["y", "scratch"], attributes)
     return model_of(node, dict.fromkeys(names, FLOAT))
 
 
-def model_of(node, names):
-    """A model of one node in its bytes; `names` are its inputs with their types."""
-    graph = [
-        (1, LENGTH_DELIMITED, node),
-        (2, LENGTH_DELIMITED, b"one"),
-        *((11, LENGTH_DELIMITED, value_info(*each)) for each in names.items()),
-    ]
-    graph += [(12, LENGTH_DELIMITED, value_info("y"))]
-    opsets = [
-        encode_message([(1, LENGTH_DELIMITED, domain), (2, VARINT, version)])
-        for domain, version in ((b"", 18), (b"edgelm", 1))
-    ]
-    return encode_message(
-        [
-            (1, VARINT, 8),
-            *((8, LENGTH_DELIMITED, opset) for opset in opsets),
-            (7, LENGTH_DELIMITED, encode_message(graph)),
-        ]
-    )
+def model_of(node, inputs, outputs=("y",), domains=("edgelm",)):
+    """A serialized model of one node; `inputs` are its inputs with their types, all outputs are float32."""
+    model = message_class("ModelProto")()
+    model.MergeFromString(b"\x08\x08")  # ir_version 8
+    for domain, version in {"": 18, **dict.fromkeys(domains, 1)}.items():
+        model.opset_import.add(domain=domain, version=version)
+    model.graph.name = "one"
+    model.graph.node.add().MergeFromString(node)
+    for values, types in ((model.graph.input, inputs), (model.graph.output, dict.fromkeys(outputs, FLOAT))):
+        for name, dtype in types.items():
+            values.add(name=name).type.tensor_type.elem_type = dtype
+    return model.SerializeToString()
 
 
 def product(

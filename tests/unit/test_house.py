@@ -56,6 +56,7 @@ SOLE_IMPORTERS = {
     "tokenizers": {"edgelm/text/tokenizer.py"},
     "jinja2": {"edgelm/text/template_sandbox.py"},
     "amqtt": {"edgelm/mqtt/amqtt_broker.py"},
+    "google": {"edgelm/graph/onnx_model.py"},
 }
 HEAVY = {"onnx", "torch", "transformers", "optimum", "safetensors", "ml_dtypes", "huggingface_hub", "gguf"}
 RUNTIME = {
@@ -68,6 +69,7 @@ RUNTIME = {
     "llguidance",
     "paho",
     "amqtt",  # of an extra, and imported only by name
+    "google",  # google.protobuf
     "tomllib",
     "tomli",
 }
@@ -268,6 +270,15 @@ def test_greedy_answers_do_not_wait_for_numba(bundle):
     assert "onnxruntime" in loaded
     assert not loaded & (HEAVY | {"numba", "paho", "llguidance", "jinja2"})
     assert "numba" in loaded_after(GENERATE, bundle, 1)
+
+
+def test_a_start_from_the_board_cache_does_not_import_protobuf(tmp_path, monkeypatch):
+    """protobuf takes time and memory to import; only the first start of a bundle reads its graph."""
+    monkeypatch.setenv("EDGELM_CACHE_DIR", str(tmp_path))
+    code = f"from edgelm.runtime import prepack\nprepack.MIN_CACHED_BYTES = 0\n{GENERATE}"
+    already = "google" in loaded_after("import onnxruntime")
+    assert "google" in loaded_after(code, "builtin", 0)
+    assert ("google" in loaded_after(code, "builtin", 0)) is already
 
 
 def test_exporting_a_known_architecture_loads_neither_torch_nor_transformers(tiny_checkpoint, tmp_path):

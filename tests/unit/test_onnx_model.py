@@ -1,4 +1,4 @@
-"""ONNX models in their bytes, against onnx's own reading of them."""
+"""ONNX models read and written at run time, against the onnx package."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgelm.graph.onnx_model import FLOAT, encode_model, encode_node, encode_tensor, read_model
-from edgelm.graph.protobuf import encode_message, parse_fields
+from edgelm.graph.onnx_model import (
+    FLOAT,
+    add_metadata,
+    change_attribute,
+    encode_model,
+    encode_node,
+    encode_tensor,
+    read_model,
+)
 
 names = st.text("abc.é_0", min_size=1, max_size=8)
 numbers = st.integers(-(2**63), 2**63 - 1)
@@ -85,10 +92,42 @@ def test_a_model_written_again_is_the_same_but_for_what_was_added(given_model, n
     assert again.nodes[-1].attributes == kind
 
 
-@given(models())
-def test_fields_put_together_again_are_the_message(given_model):
-    data = given_model[0].SerializeToString()
-    assert encode_message(parse_fields(data)) == data
+@given(models(), numbers)
+def test_an_attribute_is_changed_in_every_node(given_model, number):
+    model, _ = given_model
+    model.functions.add(name="kept as it is")
+    changed = onnx.ModelProto.FromString(change_attribute(model.SerializeToString(), "number", lambda _: number))
+    for node in model.graph.node:
+        next(attribute for attribute in node.attribute if attribute.name == "number").i = number
+    assert changed == model
+    same = model.SerializeToString()
+    assert change_attribute(same, "absent", lambda _: number) == same
+
+
+def test_metadata_is_added():
+    model = helper.make_model(helper.make_graph([], "g", [], []))
+    helper.set_model_props(model, {"first": "é"})
+    found = onnx.ModelProto.FromString(add_metadata(model.SerializeToString(), "key", "1"))
+    assert {entry.key: entry.value for entry in found.metadata_props} == {"first": "é", "key": "1"}
+    assert found.graph == model.graph
+
+
+@pytest.mark.parametrize("levels", [50, 3_000])
+def test_graphs_inside_each_other_are_refused_beyond_what_protobuf_reads(levels):
+    graph = b""
+    for _ in range(levels):
+        for key in (b"\x32", b"\x2a", b"\x0a"):  # AttributeProto.g, NodeProto.attribute, GraphProto.node
+            size = len(graph)
+            graph = key + bytes([size & 127 | 128, size >> 7 & 127 | 128, size >> 14]) + graph
+    size = len(graph)
+    with pytest.raises(ValueError, match="not an ONNX model"):
+        read_model(b"\x3a" + bytes([size & 127 | 128, size >> 7 & 127 | 128, size >> 14]) + graph)
+
+
+def test_a_string_that_is_not_utf8_is_refused():
+    graph = b"\x0a\x03\x22\x01\xff"  # a node whose op_type is one byte
+    with pytest.raises(ValueError, match="not an ONNX model"):
+        read_model(b"\x3a" + bytes([len(graph)]) + graph)
 
 
 @given(st.binary(max_size=80))
