@@ -1,8 +1,8 @@
-"""amqtt with limits: who may connect, how long a packet may be, and how much is held for clients.
+"""amqtt with limits: credentials, connections, packet size, and memory for messages.
 
-amqtt by itself reads packets of any length, lets a client take over another's name before it asks for credentials, and
-holds what clients are slow to take without limit. Here each connection passes a door first: its CONNECT is read and
-checked before amqtt hears of it. The only importer of amqtt, and imported only where the embedded broker is wanted.
+amqtt by itself reads packets of any length, ends the session of an existing client id before it checks credentials, and
+queues messages for slow clients without a limit. Here the CONNECT of each connection is read and checked before it is
+passed to amqtt. Only this module imports amqtt; it is imported only if the embedded broker is used.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from amqtt.broker import Broker
 
 log = logging.getLogger(__name__)
 
-PACKET_BYTES: Final = 4 * 65_536
-"""Longest packet, without its header of 2 to 5 bytes: what the board itself asks of a broker."""
-MOST_CONNECTIONS: Final = 64
-MOST_RETAINED: Final = 1000
-MOST_RETAINED_BYTES: Final = 16_000_000
-MOST_FILTERS: Final = 2000
-"""Different topic filters that all clients together subscribe to."""
-MOST_FILTER_LENGTH: Final = 1024
-MOST_UNDER_WAY: Final = 256
-"""Messages that are being handed out; who publishes more waits until these have been taken."""
-CONNECT_WITHIN_S: Final = 10.0
-TAKE_WITHIN_S: Final = 5.0
-"""How long a client may let what it is sent lie; then it is disconnected."""
-CHECK_EVERY_S: Final = 0.01
-WARN_EVERY_S: Final = 10.0
+MAX_PACKET_BYTES: Final = 4 * 65_536
+"""Maximum packet size without the fixed header of 2 to 5 bytes; the same as the board's own limit."""
+MAX_CONNECTIONS: Final = 64
+MAX_RETAINED: Final = 1000
+MAX_RETAINED_BYTES: Final = 16_000_000
+MAX_FILTERS: Final = 2000
+"""Different topic filters in the subscriptions of all clients."""
+MAX_FILTER_LENGTH: Final = 1024
+MAX_IN_DELIVERY: Final = 256
+"""Messages being delivered. Beyond it publishing clients must wait."""
+CONNECT_TIMEOUT_S: Final = 10.0
+WRITE_TIMEOUT_S: Final = 5.0
+"""A client that does not read what it is sent for this long is disconnected."""
+CHECK_INTERVAL_S: Final = 0.01
+WARN_INTERVAL_S: Final = 10.0
 
 _CONNECT: Final = 1
 _PUBLISH: Final = 3
@@ -41,7 +41,7 @@ _WRONG_CREDENTIALS: Final = b"\x20\x02\x00\x05"
 
 
 class PacketReader(ReaderAdapter):  # type: ignore[misc]
-    """Reads a stream by whole packets, none longer than `PACKET_BYTES`. What is longer ends the connection unread."""
+    """Reads whole packets from a stream. A packet longer than `MAX_PACKET_BYTES` ends the connection unread."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, broker: LimitedBroker) -> None:
         self._reader = reader
@@ -52,9 +52,9 @@ class PacketReader(ReaderAdapter):  # type: ignore[misc]
         self._has_ended = False
 
     async def read(self, n: int = -1) -> bytes:
-        """Return the next n bytes of the packet, all of the rest for -1.
+        """Return the next n bytes of the packet, or the rest of it for -1.
 
-        Raises `asyncio.IncompleteReadError` where it has fewer: nobody reads on into the next packet.
+        Raises `asyncio.IncompleteReadError` if the packet has fewer: a read never continues into the next packet.
         """
         if self._at == len(self._packet):
             await self.next_packet()
@@ -66,13 +66,13 @@ class PacketReader(ReaderAdapter):  # type: ignore[misc]
         return self._packet[start:end]
 
     async def next_packet(self) -> bytes:
-        """Read the next packet, header included, and return it; `read` hands it out too."""
+        """Read the next packet and return it with its header; `read` returns its bytes too."""
         self._packet, self._at = b"", 0
         if self._has_ended:
             raise asyncio.IncompleteReadError(b"", 1)
         head = await self._reader.readexactly(1)
         if head[0] >> 4 == _PUBLISH:
-            await self._broker.wait_for_room()
+            await self._broker.wait_for_delivery()
         length, shift = 0, 0
         while True:
             byte = await self._reader.readexactly(1)
@@ -84,15 +84,15 @@ class PacketReader(ReaderAdapter):  # type: ignore[misc]
             if shift > 21:
                 self.feed_eof()
                 raise asyncio.IncompleteReadError(head, 1)
-        if length > PACKET_BYTES:
-            self._broker.warn(f"a packet of {length} bytes was refused, the limit is {PACKET_BYTES}")
+        if length > MAX_PACKET_BYTES:
+            self._broker.warn(f"refused a packet of {length} bytes; the limit is {MAX_PACKET_BYTES}")
             self.feed_eof()
             raise asyncio.IncompleteReadError(head, length)
         self._packet = head + await self._reader.readexactly(length)
         return self._packet
 
     def replace(self, packet: bytes) -> None:
-        """Have `read` hand out this packet instead of the one that was read last."""
+        """Let `read` return the bytes of this packet instead of those of the packet read last."""
         self._packet, self._at = packet, 0
 
     def feed_eof(self) -> None:
@@ -102,26 +102,26 @@ class PacketReader(ReaderAdapter):  # type: ignore[misc]
 
 
 class PacketWriter(StreamWriterAdapter):  # type: ignore[misc]
-    """Disconnects a client that does not take what it is sent."""
+    """Disconnects a client that does not read what it is sent."""
 
     async def drain(self) -> None:
-        """Wait until there is room, for `TAKE_WITHIN_S` at most."""
+        """Wait until there is room in the buffer, for at most `WRITE_TIMEOUT_S`."""
         try:
-            await asyncio.wait_for(super().drain(), TAKE_WITHIN_S)
+            await asyncio.wait_for(super().drain(), WRITE_TIMEOUT_S)
         except (asyncio.TimeoutError, TimeoutError):
             self._writer.transport.abort()
-            raise ConnectionResetError("the client does not take what it is sent") from None
+            raise ConnectionResetError("the client does not read what it is sent") from None
 
 
 class LimitedBroker(Broker):  # type: ignore[misc]
-    """amqtt behind a door.
+    """An amqtt broker with the limits of this module.
 
     Parameters
     ----------
     config
-        amqtt's.
+        Configuration of amqtt.
     username, password
-        What every client must give; None for both lets everyone in.
+        Credentials that every client must give; None for both accepts every client.
     """
 
     def __init__(self, config: dict[str, Any], username: str | None, password: str | None) -> None:
@@ -131,18 +131,18 @@ class LimitedBroker(Broker):  # type: ignore[misc]
         self._warned_at = float("-inf")
 
     def warn(self, refused: str) -> None:
-        """Log what was refused, but not all that a client may have refused in a row."""
+        """Log a refusal, at most once in `WARN_INTERVAL_S`."""
         now = time.monotonic()
-        if now - self._warned_at >= WARN_EVERY_S:
+        if now - self._warned_at >= WARN_INTERVAL_S:
             self._warned_at = now
             log.warning("the embedded broker: %s", refused)
 
     async def stream_connected(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str
     ) -> None:
-        """Let a client in that has a place, a CONNECT of MQTT 3.1.1 and the right credentials."""
-        if self._connections >= MOST_CONNECTIONS:
-            self.warn(f"a connection was refused, {self._connections} are open")
+        """Accept a client if there is room, and it sends a CONNECT of MQTT 3.1.1 with the right credentials."""
+        if self._connections >= MAX_CONNECTIONS:
+            self.warn(f"refused a connection; {self._connections} are open")
             writer.transport.abort()
             return
         self._connections += 1
@@ -151,13 +151,13 @@ class LimitedBroker(Broker):  # type: ignore[misc]
             if await self._authenticate(packets, writer):
                 await self._client_connected(listener_name, packets, PacketWriter(writer))
         except (asyncio.IncompleteReadError, asyncio.TimeoutError, TimeoutError, OSError):
-            pass  # it left, or said nothing
+            pass  # the client disconnected or sent nothing in time
         finally:
             self._connections -= 1
             writer.close()
 
     async def _authenticate(self, packets: PacketReader, writer: asyncio.StreamWriter) -> bool:
-        packet = await asyncio.wait_for(packets.next_packet(), CONNECT_WITHIN_S)
+        packet = await asyncio.wait_for(packets.next_packet(), CONNECT_TIMEOUT_S)
         try:
             level, flags_at, user, password = read_connect(packet)
         except (ValueError, IndexError):
@@ -171,19 +171,19 @@ class LimitedBroker(Broker):  # type: ignore[misc]
             refusal = None if all(right) else _WRONG_CREDENTIALS
         if refusal is not None:
             writer.write(refusal)
-            await asyncio.wait_for(writer.drain(), TAKE_WITHIN_S)
+            await asyncio.wait_for(writer.drain(), WRITE_TIMEOUT_S)
             return False
-        # nothing is kept for a client that is away: every session is a clean one
+        # set the Clean Session flag: the broker stores nothing for disconnected clients
         packets.replace(packet[:flags_at] + bytes([packet[flags_at] | 2]) + packet[flags_at + 1 :])
         return True
 
-    async def wait_for_room(self) -> None:
-        """Wait while too much is being handed out; no longer than a slow client may take, then there is room again."""
-        until = asyncio.get_running_loop().time() + 2 * TAKE_WITHIN_S
-        while self._under_way() >= MOST_UNDER_WAY and asyncio.get_running_loop().time() < until:
-            await asyncio.sleep(CHECK_EVERY_S)
+    async def wait_for_delivery(self) -> None:
+        """Wait while too many messages are being delivered, for at most 2 * `WRITE_TIMEOUT_S`."""
+        until = asyncio.get_running_loop().time() + 2 * WRITE_TIMEOUT_S
+        while self._in_delivery() >= MAX_IN_DELIVERY and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(CHECK_INTERVAL_S)
 
-    def _under_way(self) -> int:
+    def _in_delivery(self) -> int:
         tasks = self._tasks_queue
         while tasks and tasks[0].done():
             tasks.popleft()
@@ -193,31 +193,31 @@ class LimitedBroker(Broker):  # type: ignore[misc]
     async def retain_message(
         self, source_session: Any, topic_name: str | None, data: bytes | bytearray | None, qos: int | None = None
     ) -> None:
-        """Retain a message where there is room; where there is none, those there are stay."""
+        """Retain a message if there is room; otherwise keep the present ones and drop it."""
         if data and topic_name is not None:
             others = [len(kept.data) for topic, kept in self._retained_messages.items() if topic != topic_name]
-            if len(others) >= MOST_RETAINED or sum(others) + len(data) > MOST_RETAINED_BYTES:
-                self.warn(f"a message was not retained, {len(others)} are")
+            if len(others) >= MAX_RETAINED or sum(others) + len(data) > MAX_RETAINED_BYTES:
+                self.warn(f"did not retain a message; {len(others)} others are retained")
                 return
         await super().retain_message(source_session, topic_name, data, qos)
 
     async def add_subscription(self, subscription: tuple[str, int], session: Any) -> int:
-        """Return the granted QoS, or 128 where the filter is too long or one too many."""
+        """Return the granted QoS, or 128 if the filter is too long or there are too many."""
         name = subscription[0]
         is_new = name not in self._subscriptions
-        if len(name) > MOST_FILTER_LENGTH or (is_new and len(self._subscriptions) >= MOST_FILTERS):
+        if len(name) > MAX_FILTER_LENGTH or (is_new and len(self._subscriptions) >= MAX_FILTERS):
             return 0x80
         granted: int = await super().add_subscription(subscription, session)
         return granted
 
 
 def read_connect(packet: bytes) -> tuple[int, int, bytes, bytes]:
-    """Return a CONNECT's protocol level, where its flags stand, user name and password; empty where there is none.
+    """Return a CONNECT's protocol level, offset of its flags, user name and password (empty if there is none).
 
-    Raises `ValueError` or `IndexError` for what is no CONNECT.
+    Raises `ValueError` or `IndexError` if the packet is not a valid CONNECT.
     """
     if packet[0] >> 4 != _CONNECT:
-        raise ValueError("the first packet is no CONNECT")
+        raise ValueError("the first packet is not a CONNECT")
     at = next(i for i in range(1, len(packet)) if not packet[i] & 0x80) + 1
 
     def text() -> bytes:
@@ -225,7 +225,7 @@ def read_connect(packet: bytes) -> tuple[int, int, bytes, bytes]:
         start = at + 2
         at = start + int.from_bytes(packet[at:start], "big")
         if at > len(packet) or start > len(packet):
-            raise ValueError("the CONNECT is cut off")
+            raise ValueError("the CONNECT is truncated")
         return packet[start:at]
 
     if text() != b"MQTT":
@@ -235,9 +235,9 @@ def read_connect(packet: bytes) -> tuple[int, int, bytes, bytes]:
     if level != 4:
         return level, flags_at, b"", b""
     at += 4
-    text()  # the client's id
+    text()  # client id
     if flags & 0x04:
-        text(), text()  # the last will
+        text(), text()  # topic and payload of the last will
     user = text() if flags & 0x80 else b""
     password = text() if flags & 0x40 else b""
     return level, flags_at, user, password

@@ -1,7 +1,4 @@
-"""Where a broker listens, and how to prove to it who we are.
-
-Owns the form of a broker's URL. Knows nothing of MQTT's packets.
-"""
+"""Broker URL and credentials. Owns the syntax of a broker URL. Does not know MQTT packets."""
 
 from __future__ import annotations
 
@@ -23,51 +20,50 @@ DEFAULT_PORTS: Final[dict[str, int]] = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "
 
 @dataclass(frozen=True, slots=True)
 class BrokerUrl:
-    """Where a broker listens. For a Unix socket, `host` is its path and `port` 0."""
+    """The address of a broker. For a Unix socket `host` is its path and `port` is 0."""
 
     scheme: str
     host: str
     port: int
     path: str = ""
-    """The path of a web socket."""
+    """The path of the web socket."""
     username: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> BrokerUrl:
-        """Return the parts of `mqtt://host:port` and its relatives; raise `ConfigError` where it is none."""
+        """Parse a URL with one of the schemes in `DEFAULT_PORTS`. Raises `ConfigError` if it is not valid."""
         try:
             parts = urlsplit(text)
             port, host = parts.port, parts.hostname or ""
             host.encode("idna")
-        except ValueError:  # whose text may hold a part of a password
+        except ValueError:  # its text may contain a part of a password, so it is not shown
             raise ConfigError(
-                f"broker URL {_without_password(text)!r}: write scheme://host or scheme://host:port, the port from 1 to"
-                " 65535"
+                f"broker URL {_redact(text)!r}: write scheme://host or scheme://host:port, the port from 1 to 65535"
             ) from None
         if parts.scheme not in DEFAULT_PORTS:
             raise ConfigError(
-                f"broker URL {_without_password(text)!r}: must start with one of "
+                f"broker URL {_redact(text)!r}: must start with one of "
                 + ", ".join(f"{scheme}://" for scheme in DEFAULT_PORTS)
             )
         if parts.password is not None:
             raise ConfigError(
-                "broker URL: a password in a URL shows in the list of processes; "
-                "put it in a file and name that with --password-file, or in EDGELM_PASSWORD"
+                "broker URL: must not contain a password, which the list of processes would show; "
+                "use --password-file or EDGELM_PASSWORD"
             )
         user = unquote(parts.username) if parts.username else None
         if parts.scheme == "unix":
             if not parts.path:
-                raise ConfigError(f"broker URL {text!r}: name the socket's path: unix:///run/mosquitto.sock")
+                raise ConfigError(f"broker URL {text!r}: needs the socket's path, as in unix:///run/mosquitto.sock")
             return cls("unix", unquote(parts.path), 0, username=user)
         if not host or port == 0 or parts.query or parts.fragment:
             raise ConfigError(f"broker URL {text!r}: write scheme://host or scheme://host:port")
         if parts.path not in {"", "/"} and parts.scheme not in {"ws", "wss"}:
-            raise ConfigError(f"broker URL {text!r}: {parts.scheme} has no path")
+            raise ConfigError(f"broker URL {text!r}: a path is not allowed with {parts.scheme}://")
         return cls(parts.scheme, host, port or DEFAULT_PORTS[parts.scheme], parts.path, user)
 
     @property
     def is_encrypted(self) -> bool:
-        """Whether the connection is over TLS."""
+        """Whether the connection uses TLS."""
         return self.scheme in {"mqtts", "wss"}
 
     def __str__(self) -> str:
@@ -78,7 +74,7 @@ class BrokerUrl:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host's name or address is this machine's own; names are not looked up."""
+    """Return whether a host name or address is of this machine. Names are not resolved."""
     if host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost"):
         return True
     try:
@@ -87,14 +83,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _without_password(text: str) -> str:
-    """Return a URL, well formed or not, without what stands before its last @."""
+def _redact(text: str) -> str:
+    """Return a URL, valid or not, without the part between the scheme and its last @."""
     return re.sub(r"^([a-z]+://)?.*@", r"\1...@", text, flags=re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerConfig:
-    """How to reach a broker and prove who we are. The password never appears in its text."""
+    """Broker URL and credentials. `repr` does not show the password."""
 
     url: BrokerUrl
     username: str | None = None
@@ -111,32 +107,32 @@ class BrokerConfig:
         for name in ("cafile", "certfile", "keyfile"):
             path = getattr(self, name)
             if path and not Path(path).is_file():
-                raise ConfigError(f"{name}: there is no file {path}")
-        if self.certfile:  # without a file for the key, it stands beside the certificate
-            name, path = ("keyfile", self.keyfile) if self.keyfile else ("certfile, which holds the key", self.certfile)
+                raise ConfigError(f"{name}: {path} is not a file")
+        if self.certfile:  # without a key file, the certificate file also contains the key
+            name, path = ("keyfile", self.keyfile) if self.keyfile else ("certfile with the key", self.certfile)
             _check_secret_file(name, Path(path))
         if self.password and not (self.username or self.url.username):
             raise ConfigError("a password needs a user name: --username NAME")
 
     @property
     def user(self) -> str | None:
-        """The user name, given by itself or in the URL."""
+        """The user name, from `username` or the URL."""
         return self.username or self.url.username
 
     def warn_if_unencrypted(self) -> None:
-        """Log a warning where the password goes over a network that anyone on the way can read."""
+        """Log a warning if the password is sent over a network without encryption."""
         url = self.url
         if self.password and not url.is_encrypted and url.scheme != "unix" and not is_loopback(url.host):
             LOG.warning(
-                "the password goes to %s unencrypted, and anyone on the way can read it: use %s:// (--cafile FILE where"
-                " the broker's certificate is signed by a CA of your own)",
+                "the password is sent to %s without encryption: use %s:// (and --cafile FILE if your own CA signed the"
+                " broker's certificate)",
                 url,
                 {"mqtt": "mqtts", "ws": "wss"}[url.scheme],
             )
 
 
 def read_password(path: str) -> str:
-    """Return the first line of a file that only its owner can read; raise `ConfigError` otherwise."""
+    """Return the first line of a password file. Raises `ConfigError` if other users can read or change it."""
     file = Path(path)
     try:
         _check_secret_file("password_file", file)
@@ -150,10 +146,10 @@ def read_password(path: str) -> str:
 
 
 def _check_secret_file(what: str, file: Path) -> None:
-    """Raise `ConfigError` where others than the owner can read or change a secret. Raises `OSError` without a file."""
+    """Raise `ConfigError` if other users can read or change the file, `OSError` if there is no file."""
     status = file.stat()
     mode = status.st_mode & 0o777
     if status.st_uid not in (0, os.geteuid()):
         raise ConfigError(f"{what}: {file} belongs to another user (uid {status.st_uid}), who can change it")
     if mode & 0o077:
-        raise ConfigError(f"{what}: others can read {file} (mode {mode:04o}); run: chmod 600 {file}")
+        raise ConfigError(f"{what}: other users can access {file} (mode {mode:04o}); run: chmod 600 {file}")

@@ -1,4 +1,4 @@
-"""What a connection tells its owner, as messages. Knows neither paho nor what the packets mean."""
+"""Events that a connection posts to its owner. Does not know paho or the meaning of the packets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgelm.mqtt.packets import Properties
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the broker allows on this connection."""
+    """Limits that the broker sets for this connection; `packet_bytes` is None if there is none."""
 
     packet_bytes: int | None = None
     in_flight: int = 20
@@ -19,7 +19,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """The broker accepted us. `is_new`: nothing sent before is under way any more."""
+    """The broker accepted the connection. `is_new`: packets in flight before it will not be acknowledged."""
 
     protocol: str
     limits: Limits
@@ -28,7 +28,7 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """The connection is gone; paho tries again. `is_taken_over`: another client came with our id."""
+    """The connection was lost; paho reconnects. `is_taken_over`: another client connected with the same client id."""
 
     reason: str
     is_taken_over: bool = False
@@ -36,7 +36,7 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True)
 class ConnectFailed:
-    """A connection did not come about. `is_final`: waiting will not help."""
+    """Connecting failed. `is_final`: a retry cannot succeed."""
 
     reason: str
     is_final: bool
@@ -44,14 +44,17 @@ class ConnectFailed:
 
 @dataclass(frozen=True, slots=True)
 class Subscribed:
-    """The broker's answer to a subscription: one reason a filter, 0x80 and above is a refusal."""
+    """A SUBACK: one reason code for each filter; 0x80 and above means refused."""
 
     reasons: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A message of QoS 1 was acknowledged with `reason`; or one of QoS 0 written, while some of QoS 1 are under way."""
+    """A packet of QoS 1 was acknowledged with `reason`.
+
+    Also posted for a packet of QoS 0 that was written to the socket while packets of QoS 1 are in flight.
+    """
 
     mid: int
     reason: int
@@ -59,27 +62,27 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message came in, at `at` of `time.monotonic`. Hand it to `Connection.settle` when it is dealt with."""
+    """A message was received, at `received_at` of `time.monotonic`. Pass it to `Connection.acknowledge` when done."""
 
     topic: str
     payload: bytes
     qos: int
     retain: bool
     properties: Properties
-    at: float
+    received_at: float
     mid: int
     connection_number: int
     decision: PolicyDecision = DEFAULT_DECISION
-    """What was decided of it as it came in."""
+    """The decision of the inbound policy."""
 
 
 @dataclass(frozen=True, slots=True)
 class MaintenanceNeeded:
-    """Call `Connection.tend`."""
+    """`Connection.maintain` must be called now."""
 
 
 Event = Connected | Disconnected | ConnectFailed | Subscribed | Published | Received | MaintenanceNeeded
 
 
 class PacketTooLargeError(EdgelmError):
-    """A packet exceeds what the broker takes; sending it would end the connection, over and over."""
+    """A packet exceeds the broker's limit. Sending it would end the connection, again after each reconnect."""

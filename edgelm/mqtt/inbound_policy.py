@@ -1,7 +1,7 @@
-"""What comes in: which messages of which client are taken, refused or dropped, before they are parsed.
+"""Decides which received messages are admitted, rejected or dropped, before they are parsed.
 
-`decide` runs on paho's thread, once for each message as its topic comes in; `release` on the owner's. Knows topics and
-sizes, not what messages say.
+`decide` runs on paho's thread, once for each message when its topic has arrived; `release` on the owner's. Knows topics
+and sizes, not payloads.
 """
 
 from __future__ import annotations
@@ -19,62 +19,62 @@ from edgelm.mqtt.rate_limit import ClientRateLimits, TokenBucket
 from edgelm.mqtt.topics import BoardTopics
 
 BACKLOG_BYTES: Final = 16 * 1024 * 1024
-"""What may wait for the owner; beyond it messages of QoS 0 are dropped."""
+"""Maximum backlog; beyond it messages of QoS 0 are dropped."""
 CLIENT_BACKLOG_BYTES: Final = BACKLOG_BYTES // 4
 """The same for one client."""
 ALL_CLIENTS_FACTOR: Final = 4
-"""How many clients' rates all together may reach before each may have one request waiting."""
+"""Rate of all clients together, in rates of one client. Beyond it each client may have one message in the backlog."""
 BYTES_PER_EXTRA_REQUEST: Final = 4096
-"""So many bytes of a message count as one request more."""
-REFUSED_RATE: Final = 25.0
-REFUSED_BURST: Final = 80.0
-"""How many requests beyond its rate a client is told of, a second and at once; the others are dropped in silence."""
-ALL_REFUSED_RATE: Final = 100.0
-ALL_REFUSED_BURST: Final = 200.0
+"""This many bytes of a message count as one more request."""
+REJECTION_RATE: Final = 25.0
+REJECTION_BURST: Final = 80.0
+"""Requests beyond a client's rate that are rejected: rate per second, and burst. Further ones are dropped silently."""
+ALL_REJECTIONS_RATE: Final = 100.0
+ALL_REJECTIONS_BURST: Final = 200.0
 """The same for all clients together."""
-OWN_RATE: Final = 5.0
-"""Messages a second on the board's own retained topics that are looked at."""
-REMEMBERED_TOPICS: Final = 8192
+OWN_TOPICS_RATE: Final = 5.0
+"""Messages a second on the board's own retained topics that are admitted."""
+MAX_RECENT_TOPICS: Final = 8192
 NEW_TOPICS_PAUSE_S: Final = 0.005
-"""How long new names are not looked at after one too many."""
+"""How long messages of QoS 0 on new topics are dropped after one exceeded the rates."""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyDecision:
-    """What was decided of a message that passed.
+    """The decision about a message that passed.
 
     Parameters
     ----------
     client
-        Whose it is: the name in its topic, or None.
-    cost
-        Bytes that it is counted with.
+        The client's name in the topic, or None.
+    backlog_bytes
+        Bytes counted in the backlog.
     retry_after_s
-        When the client may ask again, where it asks too often; None where it may now.
+        Seconds after which the client may send again if the message exceeds its rate, otherwise None.
     """
 
     client: str | None
-    cost: int
+    backlog_bytes: int
     retry_after_s: float | None = None
 
 
 DEFAULT_DECISION: Final = PolicyDecision(None, 0)
-"""The ticket of a message that nobody judged."""
+"""The decision about a message if there is no policy."""
 
 
 class InboundPolicy:
-    """Judges the messages that come to one board.
+    """Decides about the messages that one board receives.
 
     Parameters
     ----------
     topics
-        The board's.
+        Topics of the board.
     rate, burst
-        Requests a second of one client, and at once; `BYTES_PER_EXTRA_REQUEST` of a message count as one more.
+        Requests a second of one client, and at once; each `BYTES_PER_EXTRA_REQUEST` of a message count as one more.
     packet_bytes
-        The largest packet that is taken.
+        Maximum packet size; larger ones are dropped.
     clock
-        Seconds that do not go back.
+        Returns monotonic seconds.
     """
 
     def __init__(
@@ -87,87 +87,95 @@ class InboundPolicy:
         self._requests = ClientRateLimits(rate, burst)
         self._all_requests = TokenBucket(ALL_CLIENTS_FACTOR * rate, ALL_CLIENTS_FACTOR * burst)
         self._cancels = ClientRateLimits(rate, burst)
-        self._refused = ClientRateLimits(REFUSED_RATE, REFUSED_BURST)
-        self._all_refused = TokenBucket(ALL_REFUSED_RATE, ALL_REFUSED_BURST)
-        self._own = TokenBucket(OWN_RATE, 2 * OWN_RATE)
-        self._fixed: dict[bytes, tuple[str, str | None]] = {
+        self._rejections = ClientRateLimits(REJECTION_RATE, REJECTION_BURST)
+        self._all_rejections = TokenBucket(ALL_REJECTIONS_RATE, ALL_REJECTIONS_BURST)
+        self._own_topics = TokenBucket(OWN_TOPICS_RATE, 2 * OWN_TOPICS_RATE)
+        self._fixed_topics: dict[bytes, tuple[str, str | None]] = {
             topics.generate().encode(): ("generate", None),
             topics.cancel().encode(): ("cancel", None),
             topics.status.encode(): ("own", None),
             topics.info.encode(): ("own", None),
         }
-        self._known: OrderedDict[bytes, tuple[str, str | None]] = OrderedDict()
-        """What topics that were admitted are for, and whose; the one used longest ago first."""
+        self._recent_topics: OrderedDict[bytes, tuple[str, str | None]] = OrderedDict()
+        """Action and client of admitted topics, the least recently used first."""
         self._new_topics_blocked_until = float("-inf")
-        """Until when messages of QoS 0 on other topics are dropped unread: there are too many new names."""
+        """Until then messages of QoS 0 on topics not in `_recent_topics` are dropped without parsing the topic."""
         self._decisions: deque[PolicyDecision] = deque()
         self._dropped = 0
         self._lock = threading.Lock()
-        self.is_overwritten = False
-        """Whether a message on the board's own topics was dropped unseen; reset by the owner."""
+        self._was_own_dropped = False
+        """Whether a message on the board's own topics was dropped since `pop_own_dropped`."""
 
     @property
     def dropped(self) -> int:
-        """Messages that were dropped in silence."""
+        """Number of messages that were dropped."""
         return self._dropped
 
     def count_dropped(self, count: int = 1) -> None:
-        """Count some that were dropped elsewhere."""
+        """Count messages that were dropped by the packet filter or the rejection queue."""
         with self._lock:
             self._dropped += count
 
     def release_pending(self) -> None:
-        """Forget what passed and did not arrive: its connection is gone."""
+        """Release messages that passed but were not received completely: the connection is lost."""
         while self._decisions:
             decision = self._decisions.popleft()
             self.release(decision)
 
     def decide(self, topic: bytes, qos: int, size: int) -> Verdict:
-        """Decide what becomes of a message; the ticket of one that passes follows by `decision`."""
+        """Decide about a message; `pop_decision` returns the decision about one that passes."""
         now = self._clock()
-        known = self._fixed.get(topic) or self._known.get(topic)
-        if known is None:
+        target = self._fixed_topics.get(topic) or self._recent_topics.get(topic)
+        if target is None:
             if qos == 0 and now < self._new_topics_blocked_until:
                 self._dropped += 1
                 return Verdict.DROP
-            known = self._look_up(topic)
-        action, client = known
+            target = self._parse_topic(topic)
+        action, client = target
         cost = size + MESSAGE_BYTES
         if action == "own":
-            if self._own.try_take(now):
+            if self._own_topics.try_take(now):
                 return self._admit(PolicyDecision(client, cost), qos)
-            self.is_overwritten = True
+            self._was_own_dropped = True
         elif size > self._packet_bytes:
             pass
         elif action == "cancel":
             if self._cancels.try_take(client, now, is_qos1=qos > 0):
-                return self._admit(PolicyDecision(client, cost), qos, topic, known)
+                return self._admit(PolicyDecision(client, cost), qos, topic, target)
         elif self._try_take_request(client, qos, size, now):
-            return self._admit(PolicyDecision(client, cost), qos, topic, known)
-        elif self._refused.try_take(client, now, is_qos1=qos > 0) and self._all_refused.try_take(now):
+            return self._admit(PolicyDecision(client, cost), qos, topic, target)
+        elif self._rejections.try_take(client, now, is_qos1=qos > 0) and self._all_rejections.try_take(now):
             return self._admit(PolicyDecision(client, cost, self._requests.wait_s(client, now)), qos)
-        elif topic not in self._known and topic not in self._fixed:
+        elif topic not in self._recent_topics and topic not in self._fixed_topics:
             self._new_topics_blocked_until = now + NEW_TOPICS_PAUSE_S
         return self._drop()
 
-    def decision(self) -> PolicyDecision | None:
-        """Return the ticket of the message that has arrived next; None where nobody judged it."""
+    def pop_decision(self) -> PolicyDecision | None:
+        """Remove and return the decision about the oldest message that passed; None if there is none."""
         return self._decisions.popleft() if self._decisions else None
 
+    def pop_own_dropped(self) -> bool:
+        """Return whether a message on the board's own topics was dropped since the last call."""
+        was_dropped, self._was_own_dropped = self._was_own_dropped, False
+        return was_dropped
+
     def release(self, decision: PolicyDecision) -> None:
-        """Free the place of a message."""
-        if decision.cost:
-            self._backlog.release(decision.cost, decision.client)
+        """Remove a message from the backlog."""
+        if decision.backlog_bytes:
+            self._backlog.release(decision.backlog_bytes, decision.client)
 
     def _try_take_request(self, client: str | None, qos: int, size: int, now: float) -> bool:
-        """Whether a client may ask now. Where all together ask too much, each may have one request waiting here."""
+        """Return whether the client may send a request now.
+
+        While all clients together exceed their common rate, each may have one message in the backlog.
+        """
         cost = 1 + size // BYTES_PER_EXTRA_REQUEST
         if not self._requests.try_take(client, now, cost, is_qos1=qos > 0):
             return False
         return self._all_requests.try_take(now, cost) or not self._backlog.has_messages(client)
 
-    def _look_up(self, topic: bytes) -> tuple[str, str | None]:
-        """Return what a topic is for, and the client that it names; one that names it in a wrong way has none."""
+    def _parse_topic(self, topic: bytes) -> tuple[str, str | None]:
+        """Return a topic's action and client; "generate" and None if the topic is malformed."""
         try:
             address = self._topics.parse(topic.decode("utf-8"))
         except (UnicodeDecodeError, RequestError):
@@ -179,16 +187,16 @@ class InboundPolicy:
         decision: PolicyDecision,
         qos: int,
         topic: bytes | None = None,
-        known: tuple[str, str | None] | None = None,
+        target: tuple[str, str | None] | None = None,
     ) -> Verdict:
-        """Let a message pass, and remember its topic where one is given."""
-        if not self._backlog.try_add(decision.cost, qos, decision.client):
+        """Let a message pass if the backlog allows it, and store its topic if one is given."""
+        if not self._backlog.try_add(decision.backlog_bytes, qos, decision.client):
             return self._drop()
-        if topic is not None and known is not None and topic not in self._fixed:
-            self._known[topic] = known
-            self._known.move_to_end(topic)
-            if len(self._known) > REMEMBERED_TOPICS:
-                self._known.popitem(last=False)
+        if topic is not None and target is not None and topic not in self._fixed_topics:
+            self._recent_topics[topic] = target
+            self._recent_topics.move_to_end(topic)
+            if len(self._recent_topics) > MAX_RECENT_TOPICS:
+                self._recent_topics.popitem(last=False)
         self._decisions.append(decision)
         return Verdict.PASS
 

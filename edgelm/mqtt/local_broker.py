@@ -1,4 +1,4 @@
-"""Brokers that this process starts and ends itself: mosquitto where it is installed, else amqtt inside."""
+"""Brokers that this process starts and stops: mosquitto as a subprocess, or amqtt on a thread."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from edgelm.system.installation import missing_extra
 log = logging.getLogger(__name__)
 
 LOOPBACK: Final = "127.0.0.1"
-START_WITHIN_S: Final = 10.0
-STOP_WITHIN_S: Final = 5.0
+START_TIMEOUT_S: Final = 10.0
+STOP_TIMEOUT_S: Final = 5.0
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that nobody listens on."""
+    """Return a free TCP port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
 
 
 def find_mosquitto() -> str | None:
-    """Return the path of mosquitto, which Debian puts where only root looks."""
+    """Return the path of mosquitto, or None. Debian installs it in a folder that is in root's PATH only."""
     return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin")
 
 
 class LocalBroker(ABC):
-    """A broker on the loopback interface for as long as the `with` block runs; anyone on this machine may use it."""
+    """A broker that runs during a `with` block. Every user of this machine can connect to it."""
 
     name: str
     port: int
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The broker URL."""
         return f"mqtt://{LOOPBACK}:{self.port}"
 
     def __enter__(self) -> LocalBroker:
@@ -61,15 +61,15 @@ class LocalBroker(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Start, and return when it accepts connections."""
+        """Start the broker; return when it accepts connections."""
 
     @abstractmethod
     def stop(self) -> None:
-        """End it, and return when it is gone."""
+        """Stop the broker; return when it has stopped."""
 
 
 class Mosquitto(LocalBroker):
-    """mosquitto with a configuration of its own, on a free port."""
+    """mosquitto with its own configuration, on a free port."""
 
     def __init__(self, program: str) -> None:
         self.name = "mosquitto"
@@ -79,7 +79,7 @@ class Mosquitto(LocalBroker):
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
-        """Start mosquitto; raise `EdgelmError` with what it said when it ends at once."""
+        """Start mosquitto. Raises `EdgelmError` with its last output line if it does not start."""
         self._folder = tempfile.TemporaryDirectory(prefix="edgelm-broker-")
         config = Path(self._folder.name) / "mosquitto.conf"
         config.write_text(
@@ -93,23 +93,23 @@ class Mosquitto(LocalBroker):
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # Ctrl-C is for us; we end it when the goodbyes are said
+                start_new_session=True,  # Ctrl-C must not end it before the board has disconnected
             )
         try:
             _wait_for_port(LOOPBACK, self.port, lambda: self._process is None or self._process.poll() is not None)
         except BaseException as error:
-            said = log_file.read_text("utf-8", "replace").strip().splitlines()
+            output_lines = log_file.read_text("utf-8", "replace").strip().splitlines()
             self.stop()
-            if isinstance(error, EdgelmError) and said:
-                raise EdgelmError(f"mosquitto did not start: {said[-1]}") from error
+            if isinstance(error, EdgelmError) and output_lines:
+                raise EdgelmError(f"mosquitto did not start: {output_lines[-1]}") from error
             raise
 
     def stop(self) -> None:
-        """End mosquitto by its process id."""
+        """End the mosquitto process."""
         if self._process is not None:
             self._process.terminate()
             try:
-                self._process.wait(STOP_WITHIN_S)
+                self._process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -120,14 +120,14 @@ class Mosquitto(LocalBroker):
 
 
 class EmbeddedBroker(LocalBroker):
-    """amqtt on a thread of its own: MQTT 3.1.1 only, nothing kept, for trying things out. Its limits: `mqtt.embedded`.
+    """amqtt on a thread: supports MQTT 3.1.1 only and stores nothing, for tests and demos. Limits: `amqtt_broker`.
 
     Parameters
     ----------
     host, port
-        Where to listen; by default a free port of the loopback interface.
+        Address to listen on; by default a free port of the loopback interface.
     username, password
-        What every client must give; without them everyone who reaches the port is let in.
+        Credentials that every client must give; without them every client is accepted.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class EmbeddedBroker(LocalBroker):
         self._thread = threading.Thread(target=self._run, name="edgelm-broker", daemon=True)
 
     def start(self) -> None:
-        """Start amqtt; raise `MissingExtraError` where it is not installed, `EdgelmError` where it cannot listen."""
+        """Start amqtt. Raises `MissingExtraError` if it is not installed, `EdgelmError` if it cannot listen."""
         try:
             self._module: Any = import_module("edgelm.mqtt.amqtt_broker")
         except ModuleNotFoundError as error:
@@ -158,33 +158,33 @@ class EmbeddedBroker(LocalBroker):
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         if not is_loopback(self._host):
             if self._username is None:
-                problem = "lets everyone in who reaches it: give --username and --password-file, or listen on"
+                problem = "accepts every client: set --username and --password-file, or listen on"
             else:
-                problem = "is given passwords unencrypted: use a broker with TLS, such as mosquitto, or listen on"
+                problem = "receives passwords unencrypted: use a broker with TLS, such as mosquitto, or listen on"
             log.warning("the embedded broker at %s:%d %s mqtt://%s", self._host, self.port, problem, LOOPBACK)
         self._thread.start()
-        self._ready.wait(START_WITHIN_S)
+        self._ready.wait(START_TIMEOUT_S)
         if self._failure is not None:
             raise EdgelmError(f"the embedded broker cannot listen on {self._host}:{self.port}: {self._failure}")
 
     def stop(self) -> None:
-        """End the broker and its thread."""
+        """Stop the broker and its thread."""
         if self._loop is not None and self._stopping is not None:
             self._loop.call_soon_threadsafe(self._stopping.set)
         if self._thread.is_alive():
-            self._thread.join(STOP_WITHIN_S)
+            self._thread.join(STOP_TIMEOUT_S)
 
     def _run(self) -> None:
         try:
             asyncio.run(self._serve())
-        except BaseException as error:  # noqa: BLE001  told to whoever waits in start()
+        except BaseException as error:  # noqa: BLE001  raised by start()
             self._failure = error
         finally:
             self._ready.set()
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(_note)  # amqtt stumbles over clients that leave early
+        self._loop.set_exception_handler(_log_exception)  # amqtt raises when a client disconnects early
         self._stopping = asyncio.Event()
         config = {
             "listeners": {"default": {"type": "tcp", "bind": f"{self._host}:{self.port}"}},
@@ -197,18 +197,18 @@ class EmbeddedBroker(LocalBroker):
         await broker.shutdown()
 
 
-def _note(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def _log_exception(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     log.debug("the embedded broker: %s %r", context.get("message"), context.get("exception"))
 
 
 def make_local_broker() -> LocalBroker:
-    """Return a broker for a demonstration, not started yet: mosquitto where it is installed, else amqtt."""
+    """Return a broker that is not started yet: mosquitto if it is installed, otherwise amqtt."""
     program = find_mosquitto()
     return EmbeddedBroker() if program is None else Mosquitto(program)
 
 
 def _wait_for_port(host: str, port: int, has_ended: Any) -> None:
-    until = time.monotonic() + START_WITHIN_S
+    until = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < until:
         try:
             with socket.create_connection((host, port), timeout=1):

@@ -1,7 +1,6 @@
-"""What is to be published and must arrive: kept in order, a bounded number under way at a time.
+"""Queue of packets of QoS 1: sent in order, with at most the broker's Receive Maximum in flight. Used from one thread.
 
-paho counts neither what the broker's Receive Maximum allows nor what it holds over a lost connection. Called
-from one thread.
+paho ignores the broker's Receive Maximum and does not count the packets that it keeps over a lost connection.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from edgelm.mqtt.packets import Packet
 log = logging.getLogger(__name__)
 
 MakeSubstitute = Callable[[str], Packet | None]
-"""Given why a packet cannot go, returns what to send in its place."""
+"""Receives the reason why a packet cannot be sent; returns the packet to send instead, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class _Entry:
 
 
 class Outbox:
-    """Sends packets of QoS 1 while the connection is there, and holds them while it is not."""
+    """Sends packets of QoS 1 while the connection is up, and holds them while it is down."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -37,16 +36,16 @@ class Outbox:
         self._window = 0
 
     def __len__(self) -> int:
-        """Packets that the broker has not acknowledged."""
+        """Return the number of packets that the broker has not acknowledged."""
         return len(self._waiting) + len(self._in_flight)
 
     def send(self, packet: Packet, make_substitute: MakeSubstitute | None = None) -> None:
-        """Publish now or later; `make_substitute` makes the substitute for a packet that the broker would not take."""
+        """Publish now or later. `make_substitute` returns a substitute for a packet beyond the broker's size limit."""
         self._waiting.append(_Entry(packet, make_substitute))
         self._pump()
 
     def on_connected(self, event: Connected) -> None:
-        """Go on after a new connection: paho sends again what was under way, unless it is a new client."""
+        """Continue after a reconnect: paho sends packets in flight again, unless the paho client is new."""
         self._window = event.limits.in_flight
         if event.is_new:
             self._waiting.extendleft(reversed(self._in_flight.values()))
@@ -54,15 +53,15 @@ class Outbox:
         self._pump()
 
     def on_published(self, event: Published) -> None:
-        """Note an acknowledgement."""
+        """Record an acknowledgement and send the next packet."""
         entry = self._in_flight.pop(event.mid, None)
-        if entry is None:  # a message of QoS 0
+        if entry is None:  # a packet of QoS 0
             return
         if event.reason >= 0x80:
-            log.warning("the broker refused a message on %s (reason %d)", entry.packet.topic, event.reason)
+            log.warning("the broker refused a message to %s (reason code %d)", entry.packet.topic, event.reason)
         self._pump()
         if not self._in_flight:
-            self._connection.tells_published = False
+            self._connection.stop_reporting_published()
 
     def _pump(self) -> None:
         while self._waiting and len(self._in_flight) < self._window:
@@ -71,7 +70,7 @@ class Outbox:
                 handle = self._connection.publish(entry.packet)
             except PacketTooLargeError as error:
                 self._waiting.popleft()
-                log.warning("on %s: %s", entry.packet.topic, error)
+                log.warning("cannot publish on %s: %s", entry.packet.topic, error)
                 substitute = entry.make_substitute(str(error)) if entry.make_substitute else None
                 if substitute is not None:
                     self._waiting.appendleft(_Entry(substitute, None))

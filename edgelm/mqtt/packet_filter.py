@@ -1,8 +1,8 @@
-"""Drops messages between the socket and paho, as MQTT frames them (MQTT 3.1.1 and 5.0, sections 2.1 and 3.3).
+"""Drops PUBLISH packets between the socket and paho (packet format: MQTT 3.1.1 and 5.0, sections 2.1 and 3.3).
 
-paho takes some 50 microseconds for the smallest message, and 20 milliseconds for one with 195 KB of user properties; a
-broker hands out a hundred thousand a second. What is to be dropped is dropped here, where it costs a microsecond. Of
-what passes, properties that the protocol does not use are taken out. Knows frames, not who sends what.
+paho needs about 50 microseconds for the smallest message and 20 milliseconds for one with 195 KB of user properties,
+while a broker can send 100,000 messages a second. Here a dropped message costs one microsecond. Properties that the
+protocol does not use are removed from the messages that pass. Knows the packet format, not clients or topics.
 """
 
 from __future__ import annotations
@@ -14,48 +14,50 @@ from enum import Enum
 from typing import Any, Final
 
 READ_BYTES: Final = 256 * 1024
-"""What is read from the socket at a time."""
+"""Bytes read from the socket at a time."""
 HEAD_BYTES: Final = 4096
+"""Bytes read at a time after a large message was dropped."""
 LARGE_BYTES: Final = 16 * 1024
-"""Rests of messages that are dropped without being read."""
+"""If at least this many bytes of a message must be dropped, they are discarded without copying them."""
 
 
 class Verdict(Enum):
-    """What becomes of a message."""
+    """What to do with a message."""
 
     PASS = 1
     DROP = 2
-    """It is dropped; one of QoS 1 is acknowledged, or the broker would keep it and send no other."""
+    """Drop it. A message of QoS 1 is acknowledged; otherwise the broker would keep it and stop sending others."""
 
 
 PacketPolicy = Callable[[bytes, int, int], Verdict]
-"""Given a message's topic, its QoS, and the bytes of its packet; called once for each message, in their order."""
+"""Called once for each message, in order, with its topic, its QoS and the size of its packet in bytes."""
 
-ALIKE_AT_ONCE: Final = 64
-MOST_ALIKE_BYTES: Final = 512
-"""Messages that are the same to the last byte are looked for so many at a time, up to this size."""
+IDENTICAL_AT_ONCE: Final = 64
+MAX_IDENTICAL_BYTES: Final = 512
+"""Identical dropped messages of up to this size are compared this many at a time."""
 
 _PUBLISH: Final = 0x30
-_KEPT: Final = frozenset({0x01, 0x02, 0x08, 0x09})
-"""Payload format, expiry, response topic, correlation data."""
-_FIXED: Final = {0x01: 1, 0x02: 4, 0x23: 2}
-_TEXTS: Final = {0x03: 1, 0x08: 1, 0x09: 1, 0x26: 2}
-"""How many texts or data with a length before them a property has."""
+_USED_PROPERTIES: Final = frozenset({0x01, 0x02, 0x08, 0x09})
+"""Payload format, message expiry, response topic, correlation data."""
+_FIXED_SIZES: Final = {0x01: 1, 0x02: 4, 0x23: 2}
+_LENGTH_PREFIXED: Final = {0x03: 1, 0x08: 1, 0x09: 1, 0x26: 2}
+"""Number of length-prefixed strings in a property."""
 
 
 class PacketFilter:
-    """A stream of packets from a broker, with some messages left out.
+    """Removes dropped messages from a byte stream of MQTT packets.
 
     Parameters
     ----------
-    judge
-        Decides of each message; what it says of one of QoS 0 that is dropped holds for those alike in the same read.
-    is_5
+    decide
+        Returns the verdict about a message. If one is dropped, messages with the same topic, QoS and size that follow
+        it in the same read are dropped too, without a call.
+    is_mqtt5
         Whether messages have properties.
-    count_skipped
-        Told how many were dropped so.
+    count_dropped
+        Receives the number of messages dropped without a call of `decide`.
     acknowledge
-        Given the identifiers of dropped messages of QoS 1, in their order.
+        Receives the packet identifiers of dropped messages of QoS 1, in order.
     """
 
     def __init__(
@@ -67,30 +69,31 @@ class PacketFilter:
         acknowledge: Callable[[list[int]], None] = lambda _: None,
     ) -> None:
         self._decide = decide
-        self._count_skipped = count_dropped
+        self._count_dropped = count_dropped
         self._acknowledge = acknowledge
-        self._is_5 = is_mqtt5
-        self._held = b""
-        """The beginning of a packet whose end has not come."""
+        self._is_mqtt5 = is_mqtt5
+        self._incomplete = b""
+        """The received beginning of an incomplete packet."""
         self._verdict: Verdict | None = None
-        """Of the message that is held."""
+        """Verdict about the incomplete packet."""
         self._bytes_to_drop = 0
-        """Bytes of a message to be dropped that have not come."""
+        """Bytes of a dropped message that were not received yet."""
         self._bytes_to_pass = 0
-        """The same of a packet that passes as it is."""
+        """Bytes of a packet that passes unchanged that were not received yet."""
         self._is_broken = False
+        """Whether the stream is malformed and passes unchanged."""
 
     @property
     def bytes_to_drop(self) -> int:
-        """How many of the next bytes will be dropped whatever they are."""
+        """Number of the next bytes that belong to a dropped message."""
         return self._bytes_to_drop
 
-    def skip(self, count: int) -> None:
-        """Note that so many of them, at most `bytes_to_drop`, were dropped elsewhere."""
+    def mark_dropped(self, count: int) -> None:
+        """Record that the next `count` bytes, at most `bytes_to_drop`, were discarded by the caller."""
         self._bytes_to_drop -= count
 
-    def feed(self, data: bytes) -> bytes:  # noqa: C901  the state of one loop, run a hundred thousand times a second
-        """Return what passes of the next bytes. What cannot be a packet passes, for paho to end the connection."""
+    def feed(self, data: bytes) -> bytes:  # noqa: C901  one loop over shared state, 100,000 times a second
+        """Return the part of `data` that passes. A malformed stream passes unchanged: paho ends the connection."""
         if self._is_broken:
             return data
         passed: list[bytes] = []
@@ -103,8 +106,8 @@ class PacketFilter:
             at = min(self._bytes_to_pass, len(data))
             self._bytes_to_pass -= at
             passed.append(data[:at])
-        if self._held:
-            data, self._held = self._held + data, b""  # then nothing was to be skipped or passed
+        if self._incomplete:
+            data, self._incomplete = self._incomplete + data, b""  # in this state both counts above are 0
         size = len(data)
         while size - at >= 2:
             if data[at + 1] < 0x80:
@@ -115,7 +118,7 @@ class PacketFilter:
                     length, body = _read_varint(data, at + 1)
                 except IndexError:
                     if size - at < 5:
-                        break  # the length has not come whole
+                        break  # the length is incomplete
                     return self._give_up(passed, data[at:])
                 end = body + length
             if data[at] & 0xF0 != _PUBLISH:
@@ -137,28 +140,28 @@ class PacketFilter:
             if verdict is Verdict.PASS:
                 if size < end:
                     break
-                passed.append(self._packet(data[at:end], body - at, begin - at))
+                passed.append(self._without_unused_properties(data[at:end], body - at, begin - at))
             elif begin > topic_end:
                 dropped.append(data[topic_end] << 8 | data[topic_end + 1])
             self._verdict = None
             self._bytes_to_drop = max(0, end - size)
             begun, at = at, min(end, size)
             if verdict is Verdict.DROP and end <= size:
-                at = self._skip_alike(data, begun, topic_end, end, dropped if begin > topic_end else None)
-        self._held = data[at:]
+                at = self._drop_identical(data, begun, topic_end, end, dropped if begin > topic_end else None)
+        self._incomplete = data[at:]
         if dropped:
             self._acknowledge(dropped)
         return b"".join(passed)
 
-    def _skip_alike(self, data: bytes, begun: int, topic_end: int, end: int, dropped: list[int] | None) -> int:
-        """Return the place behind the messages in [end, ...) of the topic, QoS and size of the one in [begun, end).
+    def _drop_identical(self, data: bytes, begun: int, topic_end: int, end: int, dropped: list[int] | None) -> int:
+        """Drop the messages from `end` on that have the topic, QoS and size of the dropped one in data[begun:end].
 
-        It was dropped, and so are they: a client that floods sends thousands of them in one read. The identifiers of
-        those of QoS 1 are added to `dropped`, which is None for QoS 0.
+        Returns the offset behind them. One read may contain thousands of such messages. Identifiers of QoS 1 are
+        appended to `dropped`, which is None for QoS 0.
         """
         step = end - begun
-        if step <= MOST_ALIKE_BYTES and dropped is None:
-            block, wide = data[begun:end] * ALIKE_AT_ONCE, step * ALIKE_AT_ONCE
+        if step <= MAX_IDENTICAL_BYTES and dropped is None:
+            block, wide = data[begun:end] * IDENTICAL_AT_ONCE, step * IDENTICAL_AT_ONCE
             while data.startswith(block, end):
                 end += wide
         start, size = data[begun:topic_end], len(data)
@@ -169,51 +172,51 @@ class PacketFilter:
             end += step
         count = (end - begun) // step - 1
         if count:
-            self._count_skipped(count)
+            self._count_dropped(count)
         return end
 
     def _give_up(self, passed: list[bytes], rest: bytes) -> bytes:
-        """Let all pass from now on."""
+        """Pass everything from now on."""
         self._is_broken = True
         return b"".join([*passed, rest])
 
-    def _packet(self, packet: bytes, body: int, begin: int) -> bytes:
-        """Return a PUBLISH packet without properties that are not used: they begin at `begin`, its topic at `body`."""
-        if not self._is_5:
+    def _without_unused_properties(self, packet: bytes, body: int, begin: int) -> bytes:
+        """Return a PUBLISH packet without unused properties. They start at offset `begin`, the topic at `body`."""
+        if not self._is_mqtt5:
             return packet
         try:
             length, at = _read_varint(packet, begin)
             end = at + length
-            kept = b"".join(_kept_properties(packet, at, end))
+            kept = b"".join(_read_used_properties(packet, at, end))
         except (IndexError, KeyError):  # malformed: paho ends the connection
             return packet
         if len(kept) == length:
             return packet
-        return _framed(packet[:1], packet[body:begin] + _write_varint(len(kept)) + kept + packet[end:])
+        return _write_packet(packet[:1], packet[body:begin] + _write_varint(len(kept)) + kept + packet[end:])
 
 
-def _kept_properties(packet: bytes, at: int, end: int) -> list[bytes]:
-    """Return the properties in [at, end) that are used. Raises `IndexError` or `KeyError` where they are malformed."""
+def _read_used_properties(packet: bytes, at: int, end: int) -> list[bytes]:
+    """Return the used properties in packet[at:end]. Raises `IndexError` or `KeyError` if they are malformed."""
     kept = []
     while at < end:
         kind, begin = packet[at], at
         at += 1
-        if kind in _FIXED:
-            at += _FIXED[kind]
-        elif kind == 0x0B:  # a subscription's number
+        if kind in _FIXED_SIZES:
+            at += _FIXED_SIZES[kind]
+        elif kind == 0x0B:  # subscription identifier
             at = _read_varint(packet, at)[1]
         else:
-            for _ in range(_TEXTS[kind]):
+            for _ in range(_LENGTH_PREFIXED[kind]):
                 at += 2 + (packet[at] << 8 | packet[at + 1])
-        if kind in _KEPT:
+        if kind in _USED_PROPERTIES:
             kept.append(packet[begin:at])
     if at != end:
-        raise IndexError("a property exceeds the properties")
+        raise IndexError("a property is longer than the properties")
     return kept
 
 
 def _read_varint(packet: bytes, at: int) -> tuple[int, int]:
-    """Return a variable byte integer and the place behind it."""
+    """Return a variable byte integer and the offset behind it (MQTT 5.0, section 1.5.5)."""
     value = shift = 0
     while True:
         byte = packet[at]
@@ -223,11 +226,11 @@ def _read_varint(packet: bytes, at: int) -> tuple[int, int]:
             return value, at
         shift += 7
         if shift > 21:
-            raise IndexError("a number of more than four bytes")
+            raise IndexError("a variable byte integer of more than four bytes")
 
 
 def _write_varint(value: int) -> bytes:
-    """Return a variable byte integer's bytes."""
+    """Return the bytes of a variable byte integer."""
     out = bytearray()
     while True:
         value, low = value >> 7, value & 0x7F
@@ -236,41 +239,41 @@ def _write_varint(value: int) -> bytes:
             return bytes(out)
 
 
-def _framed(first: bytes, rest: bytes) -> bytes:
+def _write_packet(first: bytes, rest: bytes) -> bytes:
     return first + _write_varint(len(rest)) + rest
 
 
 class FilteredSocket:
-    """A socket, in the eyes of paho, from which a sieve's messages come. All else goes to the real one."""
+    """Replaces a socket for paho: `recv` returns filtered bytes, everything else is delegated to the socket."""
 
     def __init__(self, sock: Any, packet_filter: PacketFilter) -> None:
         self._sock = sock
-        self._sieve = packet_filter
+        self._filter = packet_filter
         self._ready = b""
         self._at = 0
-        self._waste: bytearray | None = None
-        """Where the rest of a large message goes that is dropped, which Linux then does not even copy (tcp(7))."""
+        self._discarded: bytearray | None = None
+        """Buffer for the rest of a large dropped message, which Linux discards without copying (MSG_TRUNC, tcp(7))."""
         if sys.platform == "linux" and type(sock) is socket.socket and sock.family != socket.AF_UNIX:
-            self._waste = bytearray(READ_BYTES)
-        self._was_large = False
-        """Whether such a one was dropped last: the next is likely one too, and only its beginning is read."""
+            self._discarded = bytearray(READ_BYTES)
+        self._dropped_large = False
+        """Whether a large message was dropped last. The next is likely large too, so only its beginning is read."""
 
     def recv(self, size: int) -> bytes:
-        """Return up to `size` bytes that passed. Raises `BlockingIOError` where there are none yet."""
+        """Return up to `size` bytes that passed. Raises `BlockingIOError` if there are none yet."""
         if self._at >= len(self._ready):
-            skip = self._sieve.bytes_to_drop
-            if self._waste is not None and skip >= LARGE_BYTES:
-                count = self._sock.recv_into(self._waste, min(skip, READ_BYTES), socket.MSG_TRUNC)
+            to_drop = self._filter.bytes_to_drop
+            if self._discarded is not None and to_drop >= LARGE_BYTES:
+                count = self._sock.recv_into(self._discarded, min(to_drop, READ_BYTES), socket.MSG_TRUNC)
                 if not count:
                     return b""
-                self._sieve.skip(count)
-                self._was_large = True
+                self._filter.mark_dropped(count)
+                self._dropped_large = True
                 raise BlockingIOError
-            data = self._sock.recv(HEAD_BYTES if self._was_large else READ_BYTES)
-            self._was_large = False
+            data = self._sock.recv(HEAD_BYTES if self._dropped_large else READ_BYTES)
+            self._dropped_large = False
             if not data:
                 return b""
-            self._ready, self._at = self._sieve.feed(data), 0
+            self._ready, self._at = self._filter.feed(data), 0
             if not self._ready:
                 raise BlockingIOError
         piece = self._ready[self._at : self._at + size]
@@ -278,12 +281,12 @@ class FilteredSocket:
         return piece
 
     def pending(self) -> int:
-        """Return how many bytes can be had without waiting for the socket."""
+        """Return the number of bytes that can be read without waiting for the socket."""
         inner = self._sock.pending() if hasattr(self._sock, "pending") else 0
         return len(self._ready) - self._at + int(inner)
 
     def fileno(self) -> int:
-        """Return the real socket's."""
+        """Return the file descriptor of the socket."""
         return int(self._sock.fileno())
 
     def __getattr__(self, name: str) -> Any:

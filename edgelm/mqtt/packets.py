@@ -1,4 +1,4 @@
-"""What both codecs share: a packet, its MQTT 5 properties, and the bytes of a JSON body."""
+"""Types that both codecs share: a packet, its MQTT 5 properties, and the JSON encoding of a body."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 
 PROTOCOL: Final = 1
 MAX_PAYLOAD_BYTES: Final = 64 * 1024
-"""The largest request."""
+"""Maximum size of a request's payload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,6 @@ class Packet:
 
 
 def write_json(body: Mapping[str, Any]) -> bytes:
-    """Return compact JSON; raise `ValueError` for a number that JSON does not have."""
+    """Return compact JSON in UTF-8. Raises `ValueError` for NaN and infinity, which JSON does not have."""
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.encode("utf-8", "replace")

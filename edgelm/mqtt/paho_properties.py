@@ -1,4 +1,4 @@
-"""MQTT 5 properties in paho's form, back, and in bytes (MQTT 5.0, section 2.2.2.2)."""
+"""Conversion of MQTT 5 properties to and from paho's classes (MQTT 5.0, section 2.2.2.2)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgelm.mqtt.packets import Packet, Properties
 
 
 def make_connect_properties(session_expiry_s: int, receive_maximum: int, packet_bytes: int | None) -> PahoProperties:
-    """Return what a CONNECT asks for; without an expiry there is no session to bound."""
+    """Return the properties of a CONNECT. Without a session expiry no receive maximum is set."""
     properties = _empty(PacketTypes.CONNECT)
     if session_expiry_s:
         properties.SessionExpiryInterval = session_expiry_s
@@ -21,16 +21,16 @@ def make_connect_properties(session_expiry_s: int, receive_maximum: int, packet_
     return properties
 
 
-def will_properties(delay_s: int) -> PahoProperties:
-    """Return what a last will carries: how long the broker waits for us before it publishes it."""
+def make_will_properties(delay_s: int) -> PahoProperties:
+    """Return the properties of a last will that the broker publishes `delay_s` seconds after the connection is lost."""
     properties = _empty(PacketTypes.WILLMESSAGE)
     properties.WillDelayInterval = delay_s
     return properties
 
 
-@functools.lru_cache(maxsize=64)  # the chunks of a second share theirs, and paho is slow to make them
+@functools.lru_cache(maxsize=64)  # chunks sent within one second have equal properties, and paho builds them slowly
 def to_paho(properties: Properties) -> PahoProperties:
-    """Return what a PUBLISH carries. Shared between calls: not to be changed."""
+    """Return the properties of a PUBLISH. The result is shared between calls: do not change it."""
     packed = _empty(PacketTypes.PUBLISH)
     if properties.response_topic is not None:
         packed.ResponseTopic = properties.response_topic
@@ -48,9 +48,9 @@ def to_paho(properties: Properties) -> PahoProperties:
 
 
 def from_paho(properties: PahoProperties | None) -> Properties:
-    """Return what a PUBLISH brought of what the protocol uses; MQTT 3.1.1 brings none.
+    """Return those properties of a received PUBLISH that the protocol uses; none over MQTT 3.1.1.
 
-    User properties and the content type stay behind: nothing reads them, and they may take 200 KB.
+    User properties and the content type are left out: nothing reads them, and they may take 200 KB.
     """
     get = functools.partial(getattr, properties)
     return Properties(
@@ -60,8 +60,8 @@ def from_paho(properties: PahoProperties | None) -> Properties:
     )
 
 
-def packet_bytes(packet: Packet, properties: PahoProperties | None) -> int:
-    """Return the most bytes that a PUBLISH takes, its fixed header of 5 and its identifier of 2 included."""
+def measure_packet_bytes(packet: Packet, properties: PahoProperties | None) -> int:
+    """Return an upper bound of a PUBLISH packet's size: 5 bytes of fixed header and 2 of identifier are counted."""
     head = 5 + 2 + len(packet.topic.encode()) + 2
     return head + len(packet.payload) + (len(properties.pack()) if properties else 1)  # type: ignore[no-untyped-call]
 

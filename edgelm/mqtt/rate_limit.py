@@ -1,6 +1,6 @@
-"""How often: buckets of tokens that fill with time, one for each client, as many clients as are remembered.
+"""Rate limits: token buckets, one for each client.
 
-Pure: the time is an argument, in seconds of one clock that does not go back.
+Reads no clock: `now` is an argument, in seconds of a monotonic clock.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ from collections import OrderedDict
 from typing import Final
 
 IDLE_S: Final = 60.0
-"""How long a client keeps its bucket without being seen, where others want one."""
-NEWCOMERS_RATE: Final = 2.0
-NEWCOMERS_BURST: Final = 32.0
-"""Clients that get a bucket of their own, a second and at once."""
+"""A client that was idle for this long may lose its bucket to another client."""
+NEW_CLIENTS_RATE: Final = 2.0
+NEW_CLIENTS_BURST: Final = 32.0
+"""Clients that get an own bucket: rate per second, and burst."""
 
 
 class TokenBucket:
-    """Holds `burst` tokens at most and gains `rate` of them a second; full at first."""
+    """Holds at most `burst` tokens and gains `rate` tokens a second; full at first."""
 
-    __slots__ = ("_at", "_burst", "_level", "_rate", "seen_at")
+    __slots__ = ("_burst", "_filled_at", "_level", "_rate", "seen_at")
 
     def __init__(self, rate: float, burst: float) -> None:
         self._rate = rate
         self._burst = self._level = burst
-        self._at = self.seen_at = float("-inf")
+        self._filled_at = self.seen_at = float("-inf")
 
     def try_take(self, now: float, cost: float = 1.0) -> bool:
-        """Take `cost` tokens and return True, or return False where there are not so many.
+        """Take `cost` tokens and return True, or return False if there are fewer.
 
-        What costs more than a full bucket holds takes a full one.
+        A cost above `burst` counts as `burst`.
         """
         if self._fill(now) < min(cost, self._burst):
             return False
@@ -36,50 +36,50 @@ class TokenBucket:
         return True
 
     def wait_s(self, now: float, cost: float = 1.0) -> float:
-        """Return in how many seconds there will be `cost` tokens."""
+        """Return the seconds until there are `cost` tokens."""
         return max(0.0, min(cost, self._burst) - self._fill(now)) / self._rate
 
     def _fill(self, now: float) -> float:
-        if now > self._at:
-            if self._at != float("-inf"):
-                self._level = min(self._burst, self._level + (now - self._at) * self._rate)
-            self._at = now
+        if now > self._filled_at:
+            if self._filled_at != float("-inf"):
+                self._level = min(self._burst, self._level + (now - self._filled_at) * self._rate)
+            self._filled_at = now
         return self._level
 
 
 class ClientRateLimits:
-    """A bucket for each of `most` clients; all others share one.
+    """One bucket for each of at most `max_clients` clients; the others share two buckets, one for each QoS.
 
-    Names cost nothing where no broker's ACL vouches for them. So a name gets a bucket of its own only while there is
-    room, few of them a second, and keeps it until it was not seen for `IDLE_S`: who comes with a new name each time, or
-    with a thousand, takes nothing from the buckets of those who were there before. Those who take care that their
-    messages arrive (QoS 1) do not share with those who do not.
+    Without an ACL at the broker a client can use any number of names. So few new names a second get an own bucket,
+    only while there is room, and keep it until they were idle for `IDLE_S`: a client with many names takes nothing
+    from the buckets of clients that were there before. QoS 0 and QoS 1 do not share a bucket, so that a flood at QoS 0
+    does not delay clients that use QoS 1.
     """
 
-    def __init__(self, rate: float, burst: float, most: int = 64) -> None:
+    def __init__(self, rate: float, burst: float, max_clients: int = 64) -> None:
         self._rate = rate
         self._burst = burst
-        self._most = most
+        self._max_clients = max_clients
         self._buckets: OrderedDict[str | None, TokenBucket] = OrderedDict()
-        """The one of the client that was not seen for longest first."""
+        """Ordered from the least to the most recently seen client."""
         self._shared = {is_qos1: TokenBucket(rate, burst) for is_qos1 in (False, True)}
-        self._newcomers = TokenBucket(NEWCOMERS_RATE, NEWCOMERS_BURST)
+        self._new_clients = TokenBucket(NEW_CLIENTS_RATE, NEW_CLIENTS_BURST)
 
     def __len__(self) -> int:
-        """Return how many clients have a bucket of their own."""
+        """Return how many clients have an own bucket."""
         return len(self._buckets)
 
-    def knows(self, client: str | None) -> bool:
-        """Whether a client has a bucket of its own."""
+    def has_bucket(self, client: str | None) -> bool:
+        """Return whether the client has an own bucket."""
         return client in self._buckets
 
     def try_take(self, client: str | None, now: float, cost: float = 1.0, *, is_qos1: bool = False) -> bool:
-        """Whether a client may send something of that cost now; counts it where it may."""
+        """Take `cost` tokens for the client and return True, or return False if it may not send now."""
         bucket = self._buckets.get(client)
         if bucket is None:
             if not self._shared[is_qos1].try_take(now, cost):
                 return False
-            if self._has_room(now) and self._newcomers.try_take(now):
+            if self._has_room(now) and self._new_clients.try_take(now):
                 bucket = self._buckets[client] = TokenBucket(self._rate, self._burst)
                 bucket.seen_at = now
                 bucket.try_take(now, cost)
@@ -89,12 +89,12 @@ class ClientRateLimits:
         return bucket.try_take(now, cost)
 
     def wait_s(self, client: str | None, now: float) -> float:
-        """Return in how many seconds a client may send again."""
+        """Return the seconds until the client may send again."""
         return self._buckets.get(client, self._shared[True]).wait_s(now)
 
     def _has_room(self, now: float) -> bool:
-        """Whether one more client may have a bucket; forgets one that was not seen for long."""
-        if len(self._buckets) < self._most:
+        """Return whether one more client may have an own bucket; removes an idle client's if all are taken."""
+        if len(self._buckets) < self._max_clients:
             return True
         oldest = next(iter(self._buckets))
         if now - self._buckets[oldest].seen_at < IDLE_S:

@@ -1,7 +1,7 @@
-"""Refusals on their way out: at a bounded rate, a bounded number waiting, in turns between clients.
+"""Queue of rejections to send: limited in rate and length, served in turn between clients. Used from one thread.
 
-A client that waits for each answer before it asks again is slowed down and hears every refusal; one that does not is
-told so much and no more. Called from one thread.
+A client that waits for each response before its next request gets every rejection, only later. For a client that does
+not wait, rejections beyond the limits are dropped.
 """
 
 from __future__ import annotations
@@ -14,47 +14,47 @@ from edgelm.mqtt.packets import Packet
 from edgelm.mqtt.rate_limit import TokenBucket
 
 RATE: Final = 20.0
-"""Refusals a second to one client."""
+"""Rejections a second to one client."""
 ALL_RATE: Final = 100.0
 """The same to all clients together."""
-MOST_WAITING: Final = 100
-"""Refusals to one client that wait."""
-ALL_WAITING: Final = 200
-"""The same to all clients together, beyond which each may have one."""
-MOST_OF_ALL: Final = 400
-"""Beyond it nobody may: some 1 MB, as a reply topic has 256 bytes and correlation data 1 KB."""
-MOST_BUCKETS: Final = 1024
-POLL_S: Final = 0.02
+MAX_WAITING: Final = 100
+"""Waiting rejections to one client."""
+CROWDED_AT: Final = 200
+"""Waiting rejections in all, from which on each client may have one."""
+MAX_ALL_WAITING: Final = 400
+"""Waiting rejections in all: about 1 MB, since a response topic has up to 256 bytes and correlation data 1 KiB."""
+MAX_BUCKETS: Final = 1024
+POLL_INTERVAL_S: Final = 0.02
 
 
 class RejectionQueue:
-    """What clients are refused with, until it is sent."""
+    """Holds rejections until they may be sent."""
 
     def __init__(self) -> None:
         self._waiting: FairQueue[tuple[str | None, Packet]] = FairQueue()
-        self._of: Counter[str | None] = Counter()
+        self._counts: Counter[str | None] = Counter()
         self._buckets: OrderedDict[str | None, TokenBucket] = OrderedDict()
         self._all = TokenBucket(ALL_RATE, ALL_RATE)
 
     def __len__(self) -> int:
-        """Return how many wait."""
+        """Return the number of waiting rejections."""
         return len(self._waiting)
 
     def add(self, client: str | None, packet: Packet) -> bool:
-        """Keep a refusal until its time has come; return False where too many wait, and it is dropped."""
-        most = MOST_WAITING if len(self._waiting) < ALL_WAITING else 1
-        if len(self._waiting) >= MOST_OF_ALL or self._of.get(client, 0) >= most:
+        """Queue a rejection and return True, or return False if too many wait and it is dropped."""
+        max_waiting = MAX_WAITING if len(self._waiting) < CROWDED_AT else 1
+        if len(self._waiting) >= MAX_ALL_WAITING or self._counts.get(client, 0) >= max_waiting:
             return False
-        self._of[client] += 1
+        self._counts[client] += 1
         self._waiting.put(client, (client, packet))
         return True
 
-    def take(self, now: float, most: int) -> list[Packet]:
-        """Return those that are to be sent now, at most so many."""
+    def take(self, now: float, max_count: int) -> list[Packet]:
+        """Remove and return the rejections to send now, at most `max_count`."""
         due: list[Packet] = []
         early: list[tuple[str | None, Packet]] = []
         blocked: set[str | None] = set()
-        while len(self._waiting) and len(due) < most and self._all.wait_s(now) == 0:
+        while len(self._waiting) and len(due) < max_count and self._all.wait_s(now) == 0:
             client, packet = self._waiting.get()
             if client in blocked or not self._bucket(client).try_take(now):
                 blocked.add(client)
@@ -62,22 +62,22 @@ class RejectionQueue:
                 continue
             self._all.try_take(now)
             due.append(packet)
-            self._of[client] -= 1
-            if not self._of[client]:
-                del self._of[client]
+            self._counts[client] -= 1
+            if not self._counts[client]:
+                del self._counts[client]
         rest = [self._waiting.get() for _ in range(len(self._waiting))] if early else []
         for client, packet in [*early, *rest]:
             self._waiting.put(client, (client, packet))
         return due
 
     def _bucket(self, client: str | None) -> TokenBucket:
-        """Return a client's bucket; the one that was used longest ago is forgotten where there are too many."""
+        """Return the client's bucket; remove the least recently used one if there are too many."""
         bucket = self._buckets.pop(client, None) or TokenBucket(RATE, RATE)
         self._buckets[client] = bucket
-        if len(self._buckets) > MOST_BUCKETS:
+        if len(self._buckets) > MAX_BUCKETS:
             self._buckets.popitem(last=False)
         return bucket
 
     def next_due(self, now: float) -> float:
-        """When `take` may have something, in the seconds of `now`; infinite where none waits."""
-        return now + POLL_S if len(self._waiting) else float("inf")
+        """Return when to call `take` next, in the clock of `now`; infinity if no rejection waits."""
+        return now + POLL_INTERVAL_S if len(self._waiting) else float("inf")

@@ -1,7 +1,7 @@
-"""The asking side: sends a request to a board and yields its answer in order.
+"""The client: sends a request to a board and yields the response in order.
 
-Knows when nobody will answer: no subscriber, a board that is offline, a time that has passed. Sending a lost
-request again needs the boards' deduplication, which is not there yet.
+Detects that no response will come: no subscriber, board offline, timeout. A lost request is not sent again, because
+boards do not recognize duplicates yet.
 """
 
 from __future__ import annotations
@@ -20,41 +20,40 @@ from edgelm.mqtt.connection import Connection
 from edgelm.mqtt.topics import BASE, BoardTopics, is_name
 from edgelm.mqtt.version_negotiation import MqttVersion
 
-CONNECT_WITHIN_S: Final = 15.0
-STATUS_WITHIN_S: Final = 3.0
-"""How long a broker has to bring a board's retained status. One of MQTT 5 says sooner that nobody listens, unless
-someone else reads along."""
-GRACE_S: Final = 5.0
-"""How much longer than the board's own deadline we wait for its word."""
-OFFLINE_S: Final = 2.0
-"""How long a board may be called offline, and say nothing, before we believe it: anyone may have published that."""
-OTHERS_WITHIN_S: Final = 1.0
-OTHERS_QUIET_S: Final = 0.2
-"""How long to wait for other boards, for the error that names them: in all, and for one more."""
-MOST_OTHERS: Final = 100
-OTHERS_NAMED: Final = 5
+CONNECT_TIMEOUT_S: Final = 15.0
+STATUS_TIMEOUT_S: Final = 3.0
+"""How long to wait for the board's retained status. Over MQTT 5 the PUBACK reports sooner that there is no subscriber,
+unless another client subscribes to the request topic."""
+FINAL_GRACE_S: Final = 5.0
+"""How long to wait for the final message after the deadline of the request."""
+OFFLINE_TIMEOUT_S: Final = 2.0
+"""How long the status must be offline, without a chunk, before the request fails: any client may have published it."""
+OTHERS_TIMEOUT_S: Final = 1.0
+OTHERS_QUIET_TIMEOUT_S: Final = 0.2
+"""How long to wait for the names of other boards, for an error message: in all, and for the next one."""
+MAX_OTHERS: Final = 100
+MAX_OTHERS_NAMED: Final = 5
 
 _NO_SUBSCRIBERS: Final = 0x10
 
 
 class UnansweredError(EdgelmError):
-    """No answer came, and none will."""
+    """No response came and none will come."""
 
 
 class RequestClient:
-    """A client of one board. Use as a context manager, from one thread.
+    """A client of one board. Use it as a context manager, from one thread.
 
     Parameters
     ----------
     broker
-        Where, and as whom. A user name that can stand in a topic is the client's name too.
+        Broker URL and credentials. A user name that is allowed in a topic is the default of `client`.
     board
-        Whom to ask.
+        Name of the board.
     client
-        The client's name, in place of the user's. Without either it is one of the clients without a name, which have
-        no sessions and whose earlier prompts are of no use to later ones.
+        Name of the client. A client without a name has no sessions, and its prompts are not cached for later requests.
     protocol
-        "5", which falls back to 3.1.1 where the broker knows no other, or "3.1.1".
+        "5", with a fallback to 3.1.1 if the broker does not support 5; or "3.1.1".
     """
 
     def __init__(
@@ -70,14 +69,14 @@ class RequestClient:
         self._connection = Connection(broker, f"edgelm-ask-{run}", self._events.put, protocol=protocol)
         self._is_online: bool | None = None
         self._offline_at = 0.0
-        self._others: set[str] = set()
-        """Other boards that are online, once they have been asked for."""
-        self._hears_board = True
+        self._other_boards: set[str] = set()
+        """Names of other boards that are online; filled by `_describe_other_boards`."""
+        self._can_read_status = True
 
     def __enter__(self) -> RequestClient:
         self._connection.start()
         try:
-            self._wait_for(connection_events.Subscribed, CONNECT_WITHIN_S)
+            self._wait_for(connection_events.Subscribed, CONNECT_TIMEOUT_S)
         except BaseException:
             self._connection.stop()
             raise
@@ -91,14 +90,14 @@ class RequestClient:
     def stream(
         self, request: request_codec.GenerateRequest
     ) -> Iterator[response_codec.ResponseChunk | response_codec.FinalMessage]:
-        """Ask, and yield the chunks in order without gaps, then the final, whose text is the truth.
+        """Send a request; yield its chunks in order without gaps, then the final message, which has the whole text.
 
-        Leaving the loop early cancels the request.
+        Closing the iterator early cancels the request.
 
         Raises
         ------
         UnansweredError
-            When nobody listens, the board goes offline, or no final comes in time.
+            If there is no such board, it goes offline, or no final message comes in time.
         """
         payload, properties = request_codec.write_request(
             request, self._response_topic, with_properties=self._connection.is_mqtt5
@@ -120,19 +119,19 @@ class RequestClient:
         self, request: request_codec.GenerateRequest, topic: str, mid: int
     ) -> Iterator[response_codec.ResponseChunk | response_codec.FinalMessage]:
         begun = time.monotonic()
-        patience_s = float("inf") if request.timeout_s is None else request.timeout_s + GRACE_S
+        timeout_s = float("inf") if request.timeout_s is None else request.timeout_s + FINAL_GRACE_S
         early: dict[int, response_codec.ResponseChunk] = {}
         seq = 0
         heard_at = begun
         while True:
             waited_s = time.monotonic() - begun
-            if waited_s > patience_s:
-                raise UnansweredError(f"board {self._topics.board!r} gave no answer within {patience_s:.0f} s")
-            event = self._next(min(1.0, patience_s - waited_s))
+            if waited_s > timeout_s:
+                raise UnansweredError(f"board {self._topics.board!r} sent no response within {timeout_s:.0f} s")
+            event = self._next(min(1.0, timeout_s - waited_s))
             self._check_board(waited_s, heard_at)
             if isinstance(event, connection_events.Published) and event.mid == mid:
-                self._check_sent(topic, event.reason)
-            response = self._answer_in(event, request.id)
+                self._check_puback(topic, event.reason)
+            response = self._parse_own_response(event, request.id)
             if isinstance(response, response_codec.FinalMessage):
                 yield response
                 return
@@ -143,83 +142,83 @@ class RequestClient:
                 yield early.pop(seq)
                 seq += 1
 
-    def _answer_in(
+    def _parse_own_response(
         self, event: connection_events.Event | None, request_id: str
     ) -> response_codec.ResponseChunk | response_codec.FinalMessage | None:
         if not isinstance(event, connection_events.Received) or event.topic != self._response_topic:
             return None
         try:
             response = response_codec.parse_response(event.payload)
-        except response_codec.InvalidResponseError:  # someone else's message on our topic
+        except response_codec.InvalidResponseError:  # a message of another program
             return None
         given = response.id if isinstance(response, response_codec.ResponseChunk) else response.completion.id
         return response if given == request_id else None
 
-    def _check_sent(self, topic: str, reason: int) -> None:
+    def _check_puback(self, topic: str, reason: int) -> None:
         if reason == _NO_SUBSCRIBERS:
             raise self._no_board_error()
         if reason >= 0x80:
-            raise UnansweredError(f"the broker {self._url} does not let us publish on {topic} (reason {reason})")
+            raise UnansweredError(f"the broker {self._url} does not allow publishing on {topic} (reason code {reason})")
 
     def _check_board(self, waited_s: float, heard_at: float) -> None:
-        if self._is_online is False and time.monotonic() - max(self._offline_at, heard_at) > OFFLINE_S:
-            others = self._online_others()
+        if self._is_online is False and time.monotonic() - max(self._offline_at, heard_at) > OFFLINE_TIMEOUT_S:
+            others = self._describe_other_boards()
             raise UnansweredError(f"board {self._topics.board!r} at {self._url} is offline{others}")
-        if self._is_online is None and waited_s > STATUS_WITHIN_S and self._hears_board:
+        if self._is_online is None and waited_s > STATUS_TIMEOUT_S and self._can_read_status:
             raise self._no_board_error()
 
     def _no_board_error(self) -> UnansweredError:
         start = f"start it with: edgelm serve --mqtt {self._url} --board {self._topics.board}"
-        others = self._online_others() or f"; {start}"
+        others = self._describe_other_boards() or f"; {start}"
         return UnansweredError(f"no board {self._topics.board!r} listens at {self._url}{others}")
 
-    def _online_others(self) -> str:
-        """Return which other boards are online, for an error: some of them where there are many."""
+    def _describe_other_boards(self) -> str:
+        """Return a part of an error message that names other online boards; at most `MAX_OTHERS_NAMED` of them."""
         self._connection.subscribe(((f"{BASE}/+/status", 1),))
-        until = time.monotonic() + OTHERS_WITHIN_S
+        until = time.monotonic() + OTHERS_TIMEOUT_S
         quiet_at = until
-        while time.monotonic() < min(until, quiet_at) and len(self._others) < MOST_OTHERS:
+        while time.monotonic() < min(until, quiet_at) and len(self._other_boards) < MAX_OTHERS:
             event = self._next(max(0.0, min(until, quiet_at) - time.monotonic()))
             if isinstance(event, connection_events.Received | connection_events.Subscribed):
-                quiet_at = time.monotonic() + OTHERS_QUIET_S
-        if not self._others:
+                quiet_at = time.monotonic() + OTHERS_QUIET_TIMEOUT_S
+        if not self._other_boards:
             return ""
-        named = ", ".join(sorted(self._others)[:OTHERS_NAMED])
-        more = len(self._others) - OTHERS_NAMED
+        named = ", ".join(sorted(self._other_boards)[:MAX_OTHERS_NAMED])
+        more = len(self._other_boards) - MAX_OTHERS_NAMED
         return f"; online: {named}{' and more' if more > 0 else ''} (--board NAME)"
 
     # -- events -----------------------------------------------------------------------------------------------
 
-    def _wait_for(self, kind: type, within_s: float) -> None:
-        until = time.monotonic() + within_s
+    def _wait_for(self, kind: type, timeout_s: float) -> None:
+        until = time.monotonic() + timeout_s
         while time.monotonic() < until:
             event = self._next(until - time.monotonic())
             if isinstance(event, connection_events.ConnectFailed):
                 raise UnansweredError(f"no broker at {self._url}: {event.reason}")
             if isinstance(event, kind):
                 return
-        raise UnansweredError(f"no broker at {self._url}: it gave no answer within {within_s:.0f} s")
+        raise UnansweredError(f"no broker at {self._url}: it did not answer within {timeout_s:.0f} s")
 
     def _next(self, wait_s: float) -> connection_events.Event | None:
-        """Return the next event, having done what the connection needs."""
+        """Return the next event after handling it, or None after `wait_s` seconds."""
         try:
             event = self._events.get(timeout=max(0.0, wait_s))
         except Empty:
             self._connection.maintain()
             return None
         if isinstance(event, connection_events.Received):
-            self._connection.settle(event)
+            self._connection.acknowledge(event)
             self._note_status(event)
         elif isinstance(event, connection_events.Connected):
             self._connection.subscribe(((self._response_topic, 1), (self._topics.status, 1)))
         elif isinstance(event, connection_events.MaintenanceNeeded):
             self._connection.maintain()
         elif isinstance(event, connection_events.Subscribed):
-            if len(event.reasons) < 2:  # of the others' statuses, which we can do without
+            if len(event.reasons) < 2:  # for the other boards' statuses, which are optional
                 return event
             if event.reasons[0] >= 0x80:
-                raise UnansweredError(f"the broker {self._url} does not let us subscribe to {self._response_topic}")
-            self._hears_board = event.reasons[1] < 0x80
+                raise UnansweredError(f"the broker {self._url} does not allow a subscription to {self._response_topic}")
+            self._can_read_status = event.reasons[1] < 0x80
         return event
 
     def _note_status(self, event: connection_events.Received) -> None:
@@ -231,30 +230,30 @@ class RequestClient:
             if self._is_online is not False and not is_online:
                 self._offline_at = time.monotonic()
             self._is_online = is_online
-        elif is_online and is_name(levels[1]) and len(self._others) < MOST_OTHERS:
-            self._others.add(levels[1])
+        elif is_online and is_name(levels[1]) and len(self._other_boards) < MAX_OTHERS:
+            self._other_boards.add(levels[1])
 
 
 OnDelta = Callable[[str], None]
-"""Receives each further piece of an answer's text."""
+"""Receives each new piece of a response's text."""
 
 
 def run_request(
     request_client: RequestClient, request: request_codec.GenerateRequest, on_delta: OnDelta | None = None
 ) -> response_codec.FinalMessage:
-    """Ask, and return the final; `on_delta` gets the text as it grows, together exactly the final's text.
+    """Send a request and return its final message; `on_delta` receives the text in pieces.
 
-    Where a chunk was lost, the rest comes at once with the final. A final that does not go on from what was
-    told (it never does so by this protocol) is told in full on a line of its own.
+    The pieces joined are the final text; after a lost chunk the rest comes with the final message. A final text that
+    does not begin with the pieces, which the protocol excludes, is passed as a whole on a new line.
     """
-    told = ""
+    received = ""
     for response in request_client.stream(request):
         if isinstance(response, response_codec.FinalMessage):
             text = response.completion.text
-            if on_delta is not None and text != told:
-                on_delta(text[len(told) :] if text.startswith(told) else f"\n{text}")
+            if on_delta is not None and text != received:
+                on_delta(text[len(received) :] if text.startswith(received) else f"\n{text}")
             return response
-        told += response.delta
+        received += response.delta
         if on_delta is not None:
             on_delta(response.delta)
-    raise AssertionError("a stream ends with its final")
+    raise AssertionError("a stream ends with its final message")

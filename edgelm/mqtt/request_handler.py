@@ -1,9 +1,8 @@
-"""The desk where requests are taken in and answers handed out.
+"""Handles requests: parses, admits or rejects them, and publishes the responses.
 
-Every request that can be answered gets exactly one final: refused at once, or when the worker is done with it.
-Runs on the service's thread and never waits. The journal's place is `RequestHandler._admit`, between the queue slot
-and the
-acknowledgement that follows `receive`.
+Every request with a valid response topic gets exactly one final message: a rejection at once, or the result when the
+worker completes it. Runs on the service's thread and never waits. A journal of requests would be written in
+`RequestHandler._admit`, after the worker's queue accepted the request and before the PUBACK that follows `receive`.
 """
 
 from __future__ import annotations
@@ -33,49 +32,49 @@ from edgelm.types import Completion, Request, SamplingParams
 
 log = logging.getLogger(__name__)
 
-RETRY_S: Final = 0.01
-"""When to try a chunk again that met a connection going away, or whose forerunner is not written yet."""
+CHUNK_RETRY_S: Final = 0.01
+"""When to retry a chunk if the connection was lost or the chunk before is not written to the socket yet."""
 WORKER_GRACE_S: Final = 2.0
-"""How long after a deadline the worker may be silent before the final is sent without it."""
+"""How long after a deadline the handler waits for the worker before it sends the final message itself."""
 MAX_UNACKED_MESSAGES: Final = 64
-"""Messages that the broker has not acknowledged, beyond which refusals wait."""
+"""While more packets are not acknowledged by the broker, rejections wait."""
 MAX_UNACKED_FINALS: Final = 1000
-"""The same, beyond which no request is taken."""
+"""While more packets are not acknowledged by the broker, requests are rejected."""
 EVENTS_RATE: Final = 20.0
-"""Rejections a second that are told on the topic of events."""
-READ_LIMIT: Final = 4 * packets.MAX_PAYLOAD_BYTES
-"""How much of a payload that is too large is still read, for its id and where it wants its refusal."""
+"""Rejections a second that are published on the event topic."""
+MAX_READ_BYTES: Final = 4 * packets.MAX_PAYLOAD_BYTES
+"""A larger payload is not parsed. One that is too large but below this size is parsed for its id and response topic."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What is served: a name, the manifest's digest and defaults, and what computes its answers."""
+    """A served model: name, digest and sampling defaults of its bundle, and the worker that runs it."""
 
     name: str
     digest: str
     sampling: SamplingParams
     worker: Worker
-    """Started; closed by whoever made it."""
+    """Already started; closed by the code that created it."""
     details: dict[str, Any] = field(default_factory=dict)
-    """More for `info`."""
+    """Further keys for the `info` topic."""
 
 
 class RequestHandler:
-    """Takes requests in, follows their answers, and sends these.
+    """Admits requests and publishes their responses.
 
     Parameters
     ----------
     config, topics, models
-        What this board is, how it is addressed, what it serves: the first is for requests that name none.
+        Settings, topics and models of the board. The first model answers requests that name none.
     boot_id
-        Names this run of the service.
+        Id of this run of the service.
     connection, outbox
-        Where messages go that may be lost, and that may not.
+        Send packets of QoS 0 and of QoS 1.
     post
-        Receives `ResponseUpdated` and `ResponseFinished`, on the worker's thread; the owner hands them to
-        `on_response_updated`, `on_response_finished`.
+        Receives `ResponseUpdated` and `ResponseFinished`, on the worker's thread; the owner passes them to
+        `on_response_updated` and `on_response_finished`.
     count_dropped
-        Called for each refusal that is not sent, as there are too many.
+        Called for each rejection that is dropped because too many wait.
     """
 
     def __init__(
@@ -98,26 +97,26 @@ class RequestHandler:
         self._post = post
         self._count_dropped = count_dropped
         self._rejection_queue = RejectionQueue()
-        self._rejections = TokenBucket(EVENTS_RATE, 2 * EVENTS_RATE)
+        self._rejection_events = TokenBucket(EVENTS_RATE, 2 * EVENTS_RATE)
         self._keys = itertools.count()
-        self._answers: dict[str, PendingResponse] = {}
+        self._pending_responses: dict[str, PendingResponse] = {}
 
     def __len__(self) -> int:
-        """Return how many requests have no final yet."""
-        return len(self._answers)
+        """Return the number of requests without a final message."""
+        return len(self._pending_responses)
 
-    # -- in ---------------------------------------------------------------------------------------------------
+    # -- requests ---------------------------------------------------------------------------------------------
 
     def receive(self, message: Received) -> None:
-        """Take in a message on one of the board's topics."""
-        if message.retain:  # a broker keeps handing it out: an order from who knows when
+        """Handle a message on one of the board's topics."""
+        if message.retain:  # the broker sends it again at every subscription, however old it is
             self._publish_event("rejected", None, None, reason="retained")
             return
         problem: RequestError | None = None
         action, client = "generate", None
         try:
-            address = self._topics.parse(message.topic)
-            action, client = address.action, address.client
+            topic = self._topics.parse(message.topic)
+            action, client = topic.action, topic.client
         except RequestError as error:
             problem = error
             action = "cancel" if message.topic.startswith(self._topics.cancel() + "/") else "generate"
@@ -127,17 +126,17 @@ class RequestHandler:
             return
         new_id = "" if message.properties.correlation else uuid.uuid4().hex
         if message.decision.retry_after_s is not None:
-            problem = self._too_often(message.decision.retry_after_s)
+            problem = self._rate_limited_error(message.decision.retry_after_s)
             envelope = request_codec.envelope_from_properties(message.properties, new_id)
         else:
-            readable = message.payload if len(message.payload) <= READ_LIMIT else b""
-            envelope = request_codec.parse_envelope(readable, message.properties, new_id)
+            payload = message.payload if len(message.payload) <= MAX_READ_BYTES else b""
+            envelope = request_codec.parse_envelope(payload, message.properties, new_id)
         response_topic = envelope.response_topic
         if response_topic is None:
             response_topic = self._topics.response(client)
         try:
             self._topics.authorize_response_topic(response_topic, client, self._config.reply_topics)
-        except RequestError as error:  # nowhere to answer
+        except RequestError as error:  # there is no topic for a rejection
             self._publish_event("rejected", envelope.id, client, code=error.code, message=error.message)
             return
         try:
@@ -147,9 +146,9 @@ class RequestHandler:
         except RequestError as error:
             self._reject(message, envelope, client, response_topic, error)
         except Exception as error:
-            log.exception("request %s failed at the desk", envelope.id)
-            trouble = RequestError("internal", f"this is a fault of the service: {type(error).__name__}")
-            self._reject(message, envelope, client, response_topic, trouble)
+            log.exception("request %s: handling it failed", envelope.id)
+            internal = RequestError("internal", f"this is a fault of the service: {type(error).__name__}")
+            self._reject(message, envelope, client, response_topic, internal)
 
     def _admit(
         self, message: Received, envelope: request_codec.Envelope, client: str | None, response_topic: str
@@ -160,7 +159,7 @@ class RequestHandler:
                 f"the payload has {len(message.payload)} bytes, the limit is {packets.MAX_PAYLOAD_BYTES}",
             )
         generate_request = request_codec.parse_request(envelope)
-        model = self._chosen(generate_request.model)
+        model = self._select_model(generate_request.model)
         self._check_client_quota(client, generate_request.session, model)
         response = PendingResponse(
             key=str(next(self._keys)),
@@ -191,40 +190,44 @@ class RequestHandler:
             raw=generate_request.raw,
             is_cache_isolated=client is None and not self._config.share_unnamed,
         )
-        model.worker.submit(request, response.sink)
-        self._answers[response.key] = response
+        model.worker.submit(request, response.on_chunk)
+        self._pending_responses[response.key] = response
         self._publish_event("accepted", response.id, client)
 
-    def _too_often(self, retry_after_s: float) -> RequestError:
+    def _rate_limited_error(self, retry_after_s: float) -> RequestError:
         return RequestError(
             "rate_limited",
-            f"one client may send {self._config.client_rate:g} requests a second, {self._config.client_burst} at once,"
-            f" {BYTES_PER_EXTRA_REQUEST} bytes of a message counted as one more",
+            f"one client may send {self._config.client_rate:g} requests a second and {self._config.client_burst} at"
+            f" once; each {BYTES_PER_EXTRA_REQUEST} bytes of a message count as one more request",
             retry_after_s=round(max(0.1, retry_after_s), 1),
         )
 
     def _check_client_quota(self, client: str | None, session: str | None, model: ServedModel) -> None:
-        """Raise `RequestError` where a client wants more than its share, or a session that it cannot have."""
+        """Raise `RequestError` if the client has too many requests here, or may not have a session."""
         if client is None and session is not None and not self._config.share_unnamed:
             raise RequestError(
                 "forbidden",
-                f"session: clients without a name have none, as others could go on with it: ask on"
-                f" {self._topics.generate()}/<name>, or serve with --share-unnamed",
+                f"session: a client without a name cannot have one, since others could continue it; send the request to"
+                f" {self._topics.generate()}/<name>, or start the board with --share-unnamed",
             )
-        most = self._config.most_places
-        held = sum(response.client == client and response.model == model.name for response in self._answers.values())
-        if held >= most:
+        allowed = self._config.max_client_requests
+        count = sum(
+            response.client == client and response.model == model.name for response in self._pending_responses.values()
+        )
+        if count >= allowed:
             who = "clients without a name together have" if client is None else "this client has"
             raise RequestError(
-                "busy", f"{who} {held} requests here, at most {most}", retry_after_s=model.worker.retry_after_s()
+                "busy",
+                f"{who} {count} requests here; allowed are {allowed}",
+                retry_after_s=model.worker.retry_after_s(),
             )
         if len(self._outbox) >= MAX_UNACKED_FINALS:
-            raise RequestError("busy", "the broker does not take our answers", retry_after_s=1.0)
+            raise RequestError("busy", "the broker does not acknowledge this board's responses", retry_after_s=1.0)
 
-    def _chosen(self, wanted: str | None) -> ServedModel:
-        """Return the model of that name or digest; the first where none is named."""
+    def _select_model(self, name: str | None) -> ServedModel:
+        """Return the model with that name or digest; the first model for None."""
         for model in self._models:
-            if wanted in {None, model.name, model.digest}:
+            if name in {None, model.name, model.digest}:
                 return model
         names = ", ".join(repr(model.name) for model in self._models)
         only = " only" if len(self._models) == 1 else ""
@@ -232,7 +235,7 @@ class RequestHandler:
 
     def _deadline(self, message: Received, timeout_s: float | None = None) -> float:
         allowed = [self._config.max_timeout_s, timeout_s, message.properties.expiry_s]
-        return message.at + min(seconds for seconds in allowed if seconds is not None)
+        return message.received_at + min(seconds for seconds in allowed if seconds is not None)
 
     def _reject(
         self,
@@ -252,34 +255,35 @@ class RequestHandler:
             self._count_dropped()
 
     def _cancel(self, client: str | None, payload: bytes) -> None:
-        """Cancel one of the client's requests, or all where none is named: those of a client with a name."""
-        wanted = payload[:READ_LIMIT].decode("utf-8", "replace").strip()
-        if client is None and wanted in {"", "PRESS"}:
+        """Cancel the request with the id in the payload, or all requests of a named client if there is no id."""
+        request_id = payload[:MAX_READ_BYTES].decode("utf-8", "replace").strip()
+        cancels_all = request_id in {"", "PRESS"}
+        if client is None and cancels_all:
             self._publish_event("rejected", None, None, reason="cancel without an id", code="forbidden")
-            log.warning("a client without a name wants to cancel all: it may cancel by id, or ask under a name")
+            log.warning("rejected a cancel of all requests by a client without a name: it must give an id")
             return
-        for response in self._answers.values():
-            named = wanted in {"", "PRESS", response.id} or payload == response.correlation
-            if response.client == client and named:
+        for response in self._pending_responses.values():
+            is_meant = cancels_all or request_id == response.id or payload == response.correlation
+            if response.client == client and is_meant:
                 response.cancel(response.key)
 
-    # -- out --------------------------------------------------------------------------------------------------
+    # -- responses --------------------------------------------------------------------------------------------
 
     def on_response_updated(self, response: PendingResponse) -> None:
-        """Note that an answer began or grew; send what there is, or leave it for `send_due`."""
-        is_first = response.begin()
+        """Send a started or updated response's text if a chunk is due."""
+        is_first = response.mark_started()
         self.send_due()
         if is_first:
             self._publish_event("started", response.id, response.client)
 
     def on_response_finished(self, response: PendingResponse, completion: Completion) -> None:
-        """Send the rest and the final."""
-        if self._answers.pop(response.key, None) is None:
-            return  # given up by `fail_all`
+        """Send the remaining text and the final message."""
+        if self._pending_responses.pop(response.key, None) is None:
+            return  # its final message was sent by `end_overdue` or `fail_all`
         self._send_chunk(response)
         completion = dataclasses.replace(completion, id=response.id)
         if response.is_interrupted and completion.finish_reason == "cancelled":
-            error = RequestError("interrupted", "the service stopped before the answer was whole")
+            error = RequestError("interrupted", "the service stopped before the response was complete")
             completion = dataclasses.replace(completion, finish_reason="error", error=error)
         left_s = response.deadline - time.monotonic()
         self._send_final(
@@ -295,48 +299,48 @@ class RequestHandler:
         )
 
     def next_due(self) -> float:
-        """When `send_due` has something to do, in seconds of `time.monotonic`."""
+        """Return when to call `send_due` next, in seconds of `time.monotonic`."""
         if not self._connection.is_connected:
             return float("inf")
-        due = min((response.due_at() for response in self._answers.values()), default=float("inf"))
+        due = min((response.due_at() for response in self._pending_responses.values()), default=float("inf"))
         return min(due, self._rejection_queue.next_due(time.monotonic()))
 
     def send_due(self) -> None:
-        """Send the chunks and the refusals whose time has come."""
+        """Send the chunks and rejections that are due."""
         now = time.monotonic()
         if len(self._rejection_queue) and self._connection.is_connected:
             for packet in self._rejection_queue.take(now, max(0, MAX_UNACKED_MESSAGES - len(self._outbox))):
                 self._outbox.send(packet)
-        for response in self._answers.values():
+        for response in self._pending_responses.values():
             if response.due_at() > now or not self._connection.is_connected:
                 continue
-            if response.last is not None and not response.last.is_over:
-                response.not_before = now + RETRY_S
-                continue
-            self._send_chunk(response)
+            if response.is_last_chunk_written():
+                self._send_chunk(response)
+            else:
+                response.delay_chunk(now + CHUNK_RETRY_S)
 
     def end_overdue(self) -> None:
-        """Send the finals of answers whose worker is silent past their deadlines: it is busy with something else."""
+        """Send the final messages of requests whose worker has not reacted to their deadlines."""
         now = time.monotonic()
-        for response in list(self._answers.values()):
+        for response in list(self._pending_responses.values()):
             if now > response.deadline + WORKER_GRACE_S:
-                log.warning("request %s: %s is silent past the deadline", response.id, response.model)
+                log.warning("request %s: %s did not react to the deadline", response.id, response.model)
                 response.cancel(response.key)
                 self.on_response_finished(response, Completion(response.id, response.text, (), "deadline"))
 
     def interrupt(self) -> None:
-        """Cancel all; their finals say `interrupted`."""
-        for response in self._answers.values():
+        """Cancel all requests; their final messages have the error `interrupted`."""
+        for response in self._pending_responses.values():
             response.is_interrupted = True
             response.cancel(response.key)
 
     def fail_all(self, error: RequestError) -> None:
-        """Send the finals that the worker will not bring."""
-        for response in list(self._answers.values()):
+        """Send a final message with `error` for every pending request."""
+        for response in list(self._pending_responses.values()):
             self.on_response_finished(response, Completion(response.id, "", (), "error", error=error))
 
     def _send_chunk(self, response: PendingResponse) -> None:
-        text = response.take()
+        text = response.take_text()
         if not text:
             return
         now = time.monotonic()
@@ -348,16 +352,14 @@ class RequestHandler:
         try:
             handle = self._connection.publish(packet)
         except PacketTooLargeError as error:
-            log.warning("a chunk of %s is lost: %s", response.id, error)
-            response.seq += 1  # a gap, so that the client sees it
+            log.warning("request %s: a chunk was not sent: %s", response.id, error)
+            response.mark_chunk_lost()
             return
         if handle is None:
             response.put_back(text)
-            response.not_before = now + RETRY_S
+            response.delay_chunk(now + CHUNK_RETRY_S)
             return
-        response.seq += 1
-        response.last = handle
-        response.not_before = now + response.chunk_ms / 1000
+        response.mark_chunk_sent(handle, now)
 
     def _send_final(
         self,
@@ -368,16 +370,15 @@ class RequestHandler:
         correlation: bytes | None,
         left_s: float,
     ) -> None:
-        request_id, usage, timing = completion.id, completion.usage, completion.timing  # the text is kept once alone
+        request_id, usage, timing = completion.id, completion.usage, completion.timing  # so the closure holds no text
 
-        def too_large(why: str) -> packets.Packet:
-            error = RequestError("too_large", f"the answer does not fit: {why}; ask for fewer tokens")
-            without = Completion(request_id, "", (), "error", usage, timing, error=error)
-            return self._make_final_packet(without, model, seq, response_topic, correlation, left_s)
+        def make_substitute(why: str) -> packets.Packet:
+            error = RequestError("too_large", f"the response does not fit: {why}; request fewer tokens")
+            without_text = Completion(request_id, "", (), "error", usage, timing, error=error)
+            return self._make_final_packet(without_text, model, seq, response_topic, correlation, left_s)
 
-        self._outbox.send(
-            self._make_final_packet(completion, model, seq, response_topic, correlation, left_s), too_large
-        )
+        packet = self._make_final_packet(completion, model, seq, response_topic, correlation, left_s)
+        self._outbox.send(packet, make_substitute)
 
     def _make_final_packet(
         self,
@@ -393,9 +394,9 @@ class RequestHandler:
         return packets.Packet(response_topic, response_codec.write_final_message(final), qos=1, properties=properties)
 
     def _publish_event(self, event: str, request_id: str | None, client: str | None, **more: Any) -> None:
-        """Publish what happens to a request, never what it says; of rejections so many a second."""
-        if event == "rejected" and not self._rejections.try_take(time.monotonic()):
+        """Publish an event without any text of the request; at most `EVENTS_RATE` rejections a second."""
+        if event == "rejected" and not self._rejection_events.try_take(time.monotonic()):
             return
         body = {"event": event, "id": request_id, "client": client, **more}
         log.debug("%s", body)
-        self._connection.tell(packets.Packet(self._topics.event, packets.write_json(body)))
+        self._connection.publish_best_effort(packets.Packet(self._topics.event, packets.write_json(body)))

@@ -1,6 +1,7 @@
-"""Bytes and properties <-> answers: a chunk, a final, and what every message shares.
+"""Encodes and decodes responses: chunks and final messages.
 
-Pure: no connection, no clock, no topic names. The keys of an answer are spelled here, a request's in `asks`.
+Pure functions: no connection, no clock, no topic names. Owns the JSON keys of responses; `request_codec` owns those of
+requests.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from edgelm.mqtt.packets import Properties, write_json
 from edgelm.types import Completion, Timing, TokenLogprob, Usage
 
 _ENDED_EARLY: Final = {
-    "cancelled": "cancelled on request; text is what there was until then",
-    "deadline": "the deadline passed; text is what there was until then",
+    "cancelled": "cancelled on request; the text is incomplete",
+    "deadline": "the deadline passed; the text is incomplete",
 }
 
 
 class InvalidResponseError(EdgelmError):
-    """Bytes that should be an answer are none."""
+    """The payload is not a valid response."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseChunk:
-    """A piece of an answer. Those with 0 <= seq < the final's seq, joined in order, are its text."""
+    """A piece of a response. The chunks with 0 <= seq < the final message's seq, joined in order, are its text."""
 
     id: str
     seq: int
@@ -37,7 +38,7 @@ class ResponseChunk:
 
 @dataclass(frozen=True, slots=True)
 class FinalMessage:
-    """The end of an answer, with the whole text."""
+    """The last message of a response, with the whole text."""
 
     completion: Completion
     seq: int
@@ -48,32 +49,32 @@ class FinalMessage:
 
     @property
     def error(self) -> RequestError | None:
-        """Why the answer is not a whole one; None after "stop" and "length"."""
+        """Why the response is not complete; None for "stop", "length" and "repetition"."""
         reason = self.completion.finish_reason
         if self.completion.error is None and reason in _ENDED_EARLY:
             return RequestError(reason, _ENDED_EARLY[reason])
         return self.completion.error
 
 
-def write_chunk(delta: ResponseChunk) -> bytes:
-    """Return a chunk's payload."""
-    return write_json({"id": delta.id, "seq": delta.seq, "delta": delta.delta, "done": False})
+def write_chunk(chunk: ResponseChunk) -> bytes:
+    """Return the payload of a chunk."""
+    return write_json({"id": chunk.id, "seq": chunk.seq, "delta": chunk.delta, "done": False})
 
 
-def write_final_message(outcome: FinalMessage) -> bytes:
-    """Return a final's payload."""
-    error = outcome.error
-    body = {"id": outcome.completion.id, "seq": outcome.seq, "done": True, **outcome.completion.to_dict()}
-    body |= {"board": outcome.board, "model": outcome.model, "boot_id": outcome.boot_id, "attempt": outcome.attempt}
+def write_final_message(final: FinalMessage) -> bytes:
+    """Return the payload of a final message."""
+    error = final.error
+    body = {"id": final.completion.id, "seq": final.seq, "done": True, **final.completion.to_dict()}
+    body |= {"board": final.board, "model": final.model, "boot_id": final.boot_id, "attempt": final.attempt}
     body["error"] = None if error is None else error.to_dict()
     try:
         return write_json(body)
-    except (ValueError, RecursionError):  # the model wrote JSON that Python reads but JSON does not have: 1e999
+    except (ValueError, RecursionError):  # the text has a number that Python parses as infinity, such as 1e999
         return write_json({**body, "json": None, "logprobs": None})
 
 
 def make_response_properties(correlation: bytes | None, left_s: float, error: RequestError | None = None) -> Properties:
-    """Return the properties of an answer that is of use for `left_s` more seconds."""
+    """Return the properties of a response that expires in `left_s` seconds, at least 1."""
     return Properties(
         correlation=correlation,
         expiry_s=max(1, math.ceil(left_s)),
@@ -84,49 +85,51 @@ def make_response_properties(correlation: bytes | None, left_s: float, error: Re
 
 
 def parse_response(payload: bytes) -> ResponseChunk | FinalMessage:
-    """Return a chunk or a final message; unknown keys are ignored.
+    """Decode a chunk or a final message; unknown keys are ignored.
 
-    Raises `InvalidResponseError` for anything else.
+    Raises `InvalidResponseError` if the payload is neither.
     """
     try:
         body = json.loads(payload)
         if not body["done"]:
             return ResponseChunk(str(body["id"]), int(body["seq"]), str(body["delta"]))
-        told, reason = body["error"], body["finish_reason"]
+        given_error, reason = body["error"], body["finish_reason"]
         error = None
-        if told is not None and reason not in _ENDED_EARLY:
-            code = told["code"] if told["code"] in STATUS_OF_CODE else "internal"
-            error = RequestError(code, str(told["message"]), retry_after_s=_pass_time_s(told.get("retry_after_s")))
+        if given_error is not None and reason not in _ENDED_EARLY:
+            code = given_error["code"] if given_error["code"] in STATUS_OF_CODE else "internal"
+            error = RequestError(
+                code, str(given_error["message"]), retry_after_s=_check_retry_after(given_error.get("retry_after_s"))
+            )
         logprobs = body.get("logprobs")
         completion = Completion(
             id=str(body["id"]),
             text=str(body["text"]),
             tokens=tuple(body.get("tokens", ())),
             finish_reason=reason,
-            usage=Usage(**_known(Usage, body["usage"])),
-            timing=Timing(**_known(Timing, body["timing"])),
-            logprobs=None if logprobs is None else tuple(_logprob(entry) for entry in logprobs),
+            usage=Usage(**_known_fields(Usage, body["usage"])),
+            timing=Timing(**_known_fields(Timing, body["timing"])),
+            logprobs=None if logprobs is None else tuple(_parse_logprob(entry) for entry in logprobs),
             error=error,
             turn=body.get("turn"),
         )
         names = {name: str(body[name]) for name in ("board", "model", "boot_id")}
         return FinalMessage(completion, int(body["seq"]), attempt=int(body["attempt"]), **names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InvalidResponseError(f"not an answer: {type(error).__name__}: {error}") from error
+        raise InvalidResponseError(f"not a valid response: {type(error).__name__}: {error}") from error
 
 
-def _pass_time_s(value: Any) -> float | None:
-    """Return a time to wait. Raises `TypeError` for what is none."""
+def _check_retry_after(value: Any) -> float | None:
+    """Return `value` if it is None or a non-negative number; raise `TypeError` otherwise."""
     if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0):
         raise TypeError(f"retry_after_s is {value!r:.40}")
     return value
 
 
-def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def _known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     names = {entry.name for entry in dataclasses.fields(kind)}
     return {name: value for name, value in values.items() if name in names}
 
 
-def _logprob(entry: Mapping[str, Any]) -> TokenLogprob:
+def _parse_logprob(entry: Mapping[str, Any]) -> TokenLogprob:
     top = tuple((other["token"], other["logprob"]) for other in entry.get("top", ()))
     return TokenLogprob(entry["token"], entry["logprob"], top)

@@ -1,8 +1,7 @@
-"""A board at a broker: says what it is and how it fares, takes requests in, and leaves in good order.
+"""The service of a board: announces it, publishes its state, dispatches requests, and shuts down cleanly.
 
-One thread, the caller of `run`, owns all state; paho's thread and the worker's only post events to it. Later
-residents: pools get a connection of their own beside this one, Home Assistant's discovery is one more retained
-message in `_announce`.
+The thread that calls `run` owns all state; paho's thread and the worker's thread only post events to it. Pools would
+get a connection of their own; Home Assistant's discovery would be one more retained message in `_announce`.
 """
 
 from __future__ import annotations
@@ -34,46 +33,47 @@ log = logging.getLogger(__name__)
 
 SESSION_EXPIRY_S: Final = 300
 WILL_DELAY_S: Final = 3
-STATE_EVERY_S: Final = 10.0
-STATE_CHANGED_S: Final = 1.0
-"""How soon a change of the queue is told."""
+STATE_INTERVAL_S: Final = 10.0
+CHANGED_STATE_INTERVAL_S: Final = 1.0
+"""The same after the number of waiting or running requests changed."""
 TICK_S: Final = 0.5
 PERIODIC_INTERVAL_S: Final = 0.1
-"""What need not be looked at after every token."""
-QUICK_LOSS_S: Final = 5.0
-QUICK_LOSSES: Final = 3
-"""So many connections in a row that lived no longer: two boards of one name take them from each other."""
-CANCELLED_WITHIN_S: Final = 2.0
-LEAVE_WITHIN_S: Final = 3.0
-
-
+"""Interval of the work that need not follow every token."""
+QUICK_LOSS_MAX_S: Final = 5.0
+MAX_QUICK_LOSSES: Final = 3
+"""This many short connections in a row mean that two boards with one client id end each other's connection."""
+CANCEL_TIMEOUT_S: Final = 2.0
+"""How long to wait for cancelled requests when the service stops."""
+LEAVE_TIMEOUT_S: Final = 3.0
+"""How long to wait for the broker's acknowledgements when the service stops."""
 EVENTS_PER_ITERATION: Final = 256
 MESSAGES_PER_ITERATION: Final = 4
-"""Messages that are looked at before the next events."""
-PUT_RIGHT_S: Final = 1.0
+"""Messages handled before the next events."""
+REPUBLISH_INTERVAL_S: Final = 1.0
+"""Least time between two corrections of overwritten retained messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class _MessagesWaiting:
-    """Messages wait."""
+    """Messages are waiting in `Service._incoming`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Finish what runs, then leave; a second one leaves at once."""
+    """Let running requests finish, then stop; a second one stops at once."""
 
 
 class Service:
-    """Answers over MQTT until told to stop.
+    """Answers requests over MQTT until it is stopped.
 
     Parameters
     ----------
     config
-        The board's settings.
+        Settings of the board.
     models
-        What is served, and by whom; the first is for requests that name none.
+        The served models; the first answers requests that name none.
     on_online
-        Called each time the board has said `online`.
+        Called each time the board has published `online`.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Service:
         self._topics = BoardTopics(config.board)
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._incoming: FairQueue[connection_events.Received] = FairQueue()
-        """Messages that wait, in turns between clients, behind all events."""
-        self._arrived_lock = threading.Lock()
+        """Received messages, served in turn between clients, after all events."""
+        self._incoming_lock = threading.Lock()
         limit = 4 * packets.MAX_PAYLOAD_BYTES
         self._policy = InboundPolicy(self._topics, config.client_rate, config.client_burst, limit, time.monotonic)
         broker = config.broker
@@ -96,12 +96,12 @@ class Service:
             broker,
             load_client_id(config.board),
             self._post,
-            will=self._status("offline"),
+            will=self._make_status("offline"),
             will_delay_s=WILL_DELAY_S,
             session_expiry_s=SESSION_EXPIRY_S,
             packet_bytes=limit,
-            gate=self._policy,
-            protocol="3.1.1" if config.embedded_broker else "5",  # amqtt may never answer a greeting of 5
+            policy=self._policy,
+            protocol="3.1.1" if config.embedded_broker else "5",  # amqtt may not answer a CONNECT of MQTT 5
         )
         self._outbox = Outbox(self._connection)
         self._request_handler = RequestHandler(
@@ -115,19 +115,19 @@ class Service:
             self._policy.count_dropped,
         )
         self._announcement: tuple[packets.Packet, ...] = ()
-        """What is retained of this board, as it was said last."""
-        self._is_overwritten = self._said_overwritten = False
-        self._put_right_at = float("-inf")
+        """The retained messages of this board, as published last."""
+        self._is_overwritten = self._has_warned_overwritten = False
+        self._republished_at = float("-inf")
         self._failure: EdgelmError | None = None
         self._stop_by: float | None = None
         self._is_interrupted = False
         self._was_connected = False
-        self._said_away = False
+        self._has_logged_loss = False
         self._connected_at = 0.0
         self._quick_losses = 0
         self._protocol = ""
-        self._cared_at = self._state_at = float("-inf")
-        self._state: tuple[int, int] = (0, 0)
+        self._periodic_at = self._state_published_at = float("-inf")
+        self._published_counts: tuple[int, int] = (0, 0)
         self._handlers: dict[type, Callable[[Any], None]] = {
             connection_events.Connected: self._on_connected,
             connection_events.Disconnected: self._on_disconnected,
@@ -145,12 +145,12 @@ class Service:
         }
 
     def run(self) -> None:
-        """Serve until `stop`, then leave in good order.
+        """Serve until `stop`, then send the remaining final messages and disconnect.
 
         Raises
         ------
         EdgelmError
-            When the broker will not have us, or the engine died.
+            If the broker refuses the connection or the subscription, or if an engine failed.
         """
         self._connection.start()
         try:
@@ -163,13 +163,13 @@ class Service:
             raise self._failure
 
     def stop(self) -> None:
-        """Begin to stop. Callable from any thread and from a signal handler."""
+        """Start to stop. May be called from any thread and from a signal handler."""
         self._events.put(Stop())
 
     # -- the loop ---------------------------------------------------------------------------------------------
 
     def _run_once(self) -> None:
-        """Handle the events that are there, then a few messages; wait for an event where there is nothing to do."""
+        """Handle waiting events, then a few messages; wait for an event if there is nothing to do."""
         wait_s = (
             0.0 if len(self._incoming) else max(0.0, min(self._request_handler.next_due() - time.monotonic(), TICK_S))
         )
@@ -180,21 +180,21 @@ class Service:
             handled += 1
             event = self._next_event(0.0) if handled < EVENTS_PER_ITERATION else None
         for _ in range(MESSAGES_PER_ITERATION):
-            with self._arrived_lock:
+            with self._incoming_lock:
                 message = self._incoming.get() if len(self._incoming) else None
             if message is None:
                 break
             self._handle(message)
-        self._do(self._request_handler.send_due)
-        if time.monotonic() - self._cared_at >= PERIODIC_INTERVAL_S:
-            self._do(self._run_periodic)
+        self._run_guarded(self._request_handler.send_due)
+        if time.monotonic() - self._periodic_at >= PERIODIC_INTERVAL_S:
+            self._run_guarded(self._run_periodic)
 
     def _post(self, event: connection_events.Event) -> None:
-        """Take an event in, on any thread."""
+        """Queue an event. May be called from any thread."""
         if not isinstance(event, connection_events.Received):
             self._events.put(event)
             return
-        with self._arrived_lock:
+        with self._incoming_lock:
             self._incoming.put(event.decision.client, event)
             is_first = len(self._incoming) == 1
         if is_first:
@@ -207,35 +207,35 @@ class Service:
             return None
 
     def _handle(self, event: Any) -> None:
-        self._do(lambda: self._handlers[type(event)](event), type(event).__name__)
+        self._run_guarded(lambda: self._handlers[type(event)](event), type(event).__name__)
 
-    def _do(self, what: Callable[[], None], name: str = "what is due") -> None:
-        """Do a part of the work, and live on where it fails."""
+    def _run_guarded(self, handle: Callable[[], None], name: str = "periodic work") -> None:
+        """Call `handle`; log an exception, and stop the service for an `EdgelmError`."""
         try:
-            what()
+            handle()
         except EdgelmError as error:
             self._fail(error)
         except Exception:
             log.exception("handling %s failed", name)
 
     def _run_periodic(self) -> None:
-        """Do what is due now and then."""
-        now = self._cared_at = time.monotonic()
+        """Do the work of every `PERIODIC_INTERVAL_S`."""
+        now = self._periodic_at = time.monotonic()
         self._connection.maintain()
         self._request_handler.end_overdue()
         self._republish_overwritten()
         for model in self._models:
             if model.worker.failure is not None:
-                self._fail(EdgelmError(f"the engine of {model.name} died: {model.worker.failure!r}"))
+                self._fail(EdgelmError(f"the engine of {model.name} failed: {model.worker.failure!r}"))
         if self._stop_by is not None and now >= self._stop_by and not self._is_interrupted:
             self._is_interrupted = True
             self._request_handler.interrupt()
-        changed = self._load() != self._state
-        if now - self._state_at >= (STATE_CHANGED_S if changed else STATE_EVERY_S):
-            self._tell_state()
+        changed = self._count_requests() != self._published_counts
+        if now - self._state_published_at >= (CHANGED_STATE_INTERVAL_S if changed else STATE_INTERVAL_S):
+            self._publish_state()
 
-    def _load(self) -> tuple[int, int]:
-        """Return how many requests wait, and how many run, for all models together."""
+    def _count_requests(self) -> tuple[int, int]:
+        """Return the numbers of waiting and of running requests of all models together."""
         stats = [model.worker.stats() for model in self._models]
         return sum(each.queued for each in stats), sum(each.active for each in stats)
 
@@ -244,7 +244,7 @@ class Service:
             model.worker.drain()
 
     def _fail(self, error: EdgelmError) -> None:
-        """Leave because of an error."""
+        """Stop the service because of an error, which `run` raises."""
         if self._failure is None:
             self._failure = error
             self._drain()
@@ -253,15 +253,17 @@ class Service:
     def _is_over(self) -> bool:
         if self._stop_by is None:
             return False
-        return not len(self._request_handler) or time.monotonic() > self._stop_by + CANCELLED_WITHIN_S
+        return not len(self._request_handler) or time.monotonic() > self._stop_by + CANCEL_TIMEOUT_S
 
     def _leave(self) -> None:
-        """Answer who is still waiting, say `offline`, and wait until the broker has it all."""
-        self._request_handler.fail_all(RequestError("interrupted", "the service stopped before the answer was whole"))
+        """Send the remaining final messages and `offline`, and wait until the broker acknowledged them."""
+        self._request_handler.fail_all(
+            RequestError("interrupted", "the service stopped before the response was complete")
+        )
         if not self._was_connected:
             return
-        self._outbox.send(self._status("offline"))
-        until = time.monotonic() + LEAVE_WITHIN_S
+        self._outbox.send(self._make_status("offline"))
+        until = time.monotonic() + LEAVE_TIMEOUT_S
         while len(self._outbox) and time.monotonic() < until:
             self._run_once()
 
@@ -270,7 +272,7 @@ class Service:
     def _on_connected(self, event: connection_events.Connected) -> None:
         log.info("connected to %s (MQTT %s)", self._url, event.protocol)
         self._was_connected = True
-        self._said_away = False
+        self._has_logged_loss = False
         self._connected_at = time.monotonic()
         self._protocol = event.protocol
         self._connection.subscribe(self._topics.subscriptions, (self._topics.status, self._topics.info))
@@ -279,45 +281,46 @@ class Service:
     def _on_subscribed(self, event: connection_events.Subscribed) -> None:
         needed = len(self._topics.subscriptions)
         if any(reason >= 0x80 for reason in event.reasons[needed:]):
-            log.info("the broker does not let us see who else publishes on %s", self._topics.status)
+            log.info("the broker does not allow a subscription to %s: others' messages go unseen", self._topics.status)
         if any(reason >= 0x80 for reason in event.reasons[:needed]):
             names = ", ".join(name for name, _ in self._topics.subscriptions)
-            self._fail(EdgelmError(f"the broker {self._url} does not let us subscribe to {names}: check its ACL"))
+            self._fail(EdgelmError(f"the broker {self._url} does not allow a subscription to {names}: check its ACL"))
         elif self._stop_by is None:
             self._announce()
 
     def _announce(self) -> None:
-        """Say what this board is, then that it is there."""
-        info = packets.Packet(self._topics.info, packets.write_json(self._info()), qos=1, retain=True)
-        self._announcement = (info, self._status("online"))
+        """Publish the retained `info`, `online` and the state."""
+        info = packets.Packet(self._topics.info, packets.write_json(self._make_info()), qos=1, retain=True)
+        self._announcement = (info, self._make_status("online"))
         for packet in self._announcement:
             self._outbox.send(packet)
-        self._is_overwritten = self._policy.is_overwritten = False
-        self._tell_state()
+        self._policy.pop_own_dropped()
+        self._is_overwritten = False
+        self._publish_state()
         names = ", ".join(model.name for model in self._models)
         log.info("serving %s as %s", names, self._topics.generate())
         if self._on_online is not None:
             self._on_online()
 
     def _on_disconnected(self, event: connection_events.Disconnected) -> None:
-        log.warning("lost the broker %s (%s); trying again until it is back", self._url, event.reason)
-        self._said_away = True
-        is_quick = time.monotonic() - self._connected_at < QUICK_LOSS_S
+        log.warning("lost the connection to %s (%s); reconnecting", self._url, event.reason)
+        self._has_logged_loss = True
+        is_quick = time.monotonic() - self._connected_at < QUICK_LOSS_MAX_S
         self._quick_losses = self._quick_losses + 1 if is_quick else 0
-        if event.is_taken_over or self._quick_losses == QUICK_LOSSES:  # not every broker says so itself
+        if event.is_taken_over or self._quick_losses == MAX_QUICK_LOSSES:  # not every broker reports a takeover
             log.error(
-                "does another board call itself %r? Each needs a name of its own: --board NAME", self._config.board
+                "another board may use the name %r: each board needs its own name, set it with --board NAME",
+                self._config.board,
             )
-        self._connection.set_fast_reconnect(
-            self._quick_losses < QUICK_LOSSES
-        )  # two would take the place from each other forever
+        # slow after quick losses: two boards of one name would end each other's connection without end
+        self._connection.set_fast_reconnect(self._quick_losses < MAX_QUICK_LOSSES)
 
     def _on_connect_failed(self, event: connection_events.ConnectFailed) -> None:
         if event.is_final and not self._was_connected:
             self._fail(EdgelmError(f"broker {self._url}: {event.reason}"))
-        elif not self._said_away:
-            log.warning("no broker at %s (%s); trying again until there is one", self._url, event.reason)
-            self._said_away = True
+        elif not self._has_logged_loss:
+            log.warning("no broker at %s (%s); retrying", self._url, event.reason)
+            self._has_logged_loss = True
 
     def _on_received(self, event: connection_events.Received) -> None:
         try:
@@ -326,51 +329,55 @@ class Service:
             else:
                 self._request_handler.receive(event)
         finally:
-            self._connection.settle(event)
+            self._connection.acknowledge(event)
 
     def _note_overwritten(self, event: connection_events.Received) -> None:
-        """Note that someone published on a topic of our own; over MQTT 3.1.1 it may have been ourselves."""
-        said = {packet.topic: packet.payload for packet in self._announcement}
-        if self._connection.is_mqtt5 or event.payload != said.get(event.topic, event.payload):
+        """Record that another client published on a topic of this board.
+
+        Over MQTT 3.1.1 the message may be the board's own: then its payload is the announced one.
+        """
+        announced = {packet.topic: packet.payload for packet in self._announcement}
+        if self._connection.is_mqtt5 or event.payload != announced.get(event.topic, event.payload):
             self._is_overwritten = True
 
     def _republish_overwritten(self) -> None:
-        """Say again what we are where someone else said something else, at most once a second."""
+        """Publish the announcement again if another client overwrote it, at most once a second."""
         now = time.monotonic()
-        if not (self._is_overwritten or self._policy.is_overwritten) or not self._announcement:
+        self._is_overwritten |= self._policy.pop_own_dropped()  # a dropped message may have overwritten it
+        if not self._is_overwritten or not self._announcement:
             return
         if (
             self._stop_by is not None
-            or now - self._put_right_at < PUT_RIGHT_S
+            or now - self._republished_at < REPUBLISH_INTERVAL_S
             or len(self._outbox) >= MAX_UNACKED_MESSAGES
         ):
             return
-        self._put_right_at = now
-        self._is_overwritten = self._policy.is_overwritten = False
+        self._republished_at = now
+        self._is_overwritten = False
         for packet in self._announcement:
             self._outbox.send(packet)
-        if not self._said_overwritten:
-            self._said_overwritten = True
+        if not self._has_warned_overwritten:
+            self._has_warned_overwritten = True
             log.warning(
-                "someone else publishes on %s or %s: put right, now and from now on; the broker's ACL should forbid it."
-                " Another board of the same name does so too: each needs a name of its own, --board NAME",
+                "another client publishes on %s or %s: published them again, and will do so without further warning."
+                " Forbid it in the broker's ACL; if it is another board of the same name, set --board NAME there",
                 self._topics.status,
                 self._topics.info,
             )
 
     def _on_stop(self, _event: Stop) -> None:
-        again = self._stop_by is not None
+        is_second = self._stop_by is not None
         self._drain()
-        self._stop_by = time.monotonic() + (0 if again else self._config.drain_s)
-        log.info("stopping; %d requests under way", len(self._request_handler))
+        self._stop_by = time.monotonic() + (0 if is_second else self._config.drain_s)
+        log.info("stopping; %d requests have no final message yet", len(self._request_handler))
 
-    # -- what the board says of itself ---------------------------------------------------------------------------
+    # -- messages about the board --------------------------------------------------------------------------------
 
-    def _status(self, word: str) -> packets.Packet:
+    def _make_status(self, status: str) -> packets.Packet:
         properties = packets.Properties(is_text=True, user=(("boot_id", self._boot_id),))
-        return packets.Packet(self._topics.status, word.encode(), qos=1, retain=True, properties=properties)
+        return packets.Packet(self._topics.status, status.encode(), qos=1, retain=True, properties=properties)
 
-    def _info(self) -> dict[str, Any]:
+    def _make_info(self) -> dict[str, Any]:
         return {
             "protocol": packets.PROTOCOL,
             "version": __version__,
@@ -386,7 +393,7 @@ class Service:
                 "timeout_s": self._config.max_timeout_s,
                 "sessions": MAX_SESSIONS,
                 "client": {
-                    "places": self._config.most_places,
+                    "places": self._config.max_client_requests,
                     "rows": self._config.client_limits.rows,
                     "sessions": self._config.client_sessions,
                     "rate": self._config.client_rate,
@@ -395,17 +402,17 @@ class Service:
             },
         }
 
-    def _tell_state(self) -> None:
-        self._state, self._state_at = self._load(), time.monotonic()
+    def _publish_state(self) -> None:
+        self._published_counts, self._state_published_at = self._count_requests(), time.monotonic()
         stats = [model.worker.stats() for model in self._models]
         body = {
-            "queue": self._state[0],
-            "active": self._state[1],
+            "queue": self._published_counts[0],
+            "active": self._published_counts[1],
             "completed": sum(each.completed for each in stats),
             "dropped": self._policy.dropped,
             "tok_s": round(sum(each.tok_s for each in stats), 2),
-            "rss_mb": board_health.rss_mb(),
-            "temp_c": board_health.temp_c(),
-            "throttled": board_health.is_throttled(),
+            "rss_mb": board_health.read_rss_mb(),
+            "temp_c": board_health.read_temp_c(),
+            "throttled": board_health.read_throttled(),
         }
-        self._connection.tell(packets.Packet(self._topics.state, packets.write_json(body), retain=True))
+        self._connection.publish_best_effort(packets.Packet(self._topics.state, packets.write_json(body), retain=True))

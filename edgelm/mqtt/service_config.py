@@ -1,6 +1,6 @@
-"""How the service is set up: defaults < TOML file < EDGELM_* environment < flags, validated once.
+"""Settings of the service: flags override EDGELM_* variables, which override a TOML file, which overrides defaults.
 
-Owns the names, defaults and ranges of every setting. Knows nothing of MQTT's packets or of models.
+Owns the names, defaults and ranges of all settings. Does not know MQTT packets or models.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ else:
 LOG: Final = logging.getLogger(__name__)
 
 NAME_PATTERN: Final = re.compile(r"[a-z0-9_-]{1,32}")
-"""What a board or client may be called: a whole match."""
+"""Allowed names of boards and clients; the whole name must match."""
 
 RESERVED_NAMES: Final = frozenset({"pool", "client"})
-"""Topic levels that are no board."""
+"""Topic levels with another meaning, not allowed as names."""
 
 ENVIRONMENT_PREFIX: Final = "EDGELM_"
 OTHER_VARIABLES: Final = ("EDGELM_CACHE_", "EDGELM_DATA_DIR", "EDGELM_SHARED", "EDGELM_TEST_")
-"""Beginnings of variables with our prefix that are no setting of the service: the cache and the tests read them."""
+"""Prefixes of variables that are not settings of the service: other parts of edgelm and the tests read them."""
 
 
 def default_board() -> str:
-    """Return the host's name in the form a topic allows."""
+    """Return the host name, changed to an allowed board name."""
     name = re.sub(r"[^a-z0-9_-]+", "-", socket.gethostname().split(".")[0].lower()).strip("-")[:32]
     return name if name and name not in RESERVED_NAMES else "board"
 
 
 def check_topic_name(what: str, name: str) -> None:
-    """Raise `ConfigError` unless `name` may stand in a topic."""
+    """Raise `ConfigError` unless `name` is allowed as a name in topics. `what` starts the message."""
     if not NAME_PATTERN.fullmatch(name) or name in RESERVED_NAMES:
         raise ConfigError(
             f"{what}: {name!r} is not allowed; use 1 to 32 of a-z 0-9 _ - and neither "
@@ -60,11 +60,11 @@ def _setting(default: Any, kind: type | str, low: float | None = None, high: flo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """Every setting of `edgelm serve`. Raises `ConfigError`, which names the setting, for a value not allowed."""
+    """All settings of `edgelm serve`. Raises `ConfigError`, which names the setting, if a value is not allowed."""
 
     mqtt: str = _setting("mqtt://localhost:1883", str)
     model: str | tuple[str, ...] = _setting("builtin", "names")
-    """One bundle, or several: `models` has them as a tuple. The first is for requests that name none."""
+    """One bundle or several; `models` is always a tuple. The first answers requests that name none."""
     board: str = field(default_factory=default_board, metadata={"kind": str})
     embedded_broker: bool = _setting(False, bool)
     username: str | None = _setting(None, str)
@@ -73,39 +73,39 @@ class ServeConfig:
     certfile: str | None = _setting(None, str)
     keyfile: str | None = _setting(None, str)
     max_batch: int = _setting(4, int, 1, 64)
-    """How many requests are decoded together."""
+    """Maximum number of requests that are decoded together."""
     queue: int = _setting(8, int, 1, 10_000)
-    """How many more may wait."""
+    """Maximum number of waiting requests."""
     threads: int | None = _setting(None, int, 1, 256)
     context: int | None = _setting(None, int, 1, 10_000_000)
     prefix_cache_mb: int = _setting(64, int, 0, 1_000_000)
     speculation: bool = _setting(True, bool)
     cache: bool = _setting(True, bool)
-    """Whether weights packed for this board are kept between runs."""
+    """Whether to use the board cache."""
     memory_limit_mb: int | None = _setting(None, int, 1, 10_000_000)
     log_format: str = _setting("text", str)
     max_timeout_s: float = _setting(300.0, float, 0.1, 86_400)
-    """The longest a request may take, waiting included; also what one gets that names no time."""
+    """Maximum and default time of a request, including the time in the queue."""
     drain_s: float = _setting(10.0, float, 0, 3600)
-    """How long SIGTERM lets running requests finish."""
+    """How long running requests may go on after SIGTERM."""
     reply_topics: tuple[str, ...] = _setting(("reply/#", "+/reply"), tuple)
-    """Topic filters that answers to clients without a name may go to, beside the board's own response topics."""
+    """Topic filters of response topics for clients without a name, in addition to the board's own response topics."""
     client_places: int | None = _setting(None, int, 1, 10_064)
-    """Requests that one client may have waiting and running at a time; None is half of `queue` and `max_batch`."""
+    """Maximum number of waiting and running requests of one client; None means half of `queue` + `max_batch`."""
     client_rows: int | None = _setting(None, int, 1, 64)
-    """Requests of one client that are decoded at a time; None leaves one of `max_batch` to others."""
+    """Maximum number of requests of one client that are decoded together; None means `max_batch` - 1, at least 1."""
     client_rate: float = _setting(100.0, float, 0.1, 100_000)
-    """Requests a second of one client, 4 KiB of a message counted as one more."""
+    """Requests a second of one client; each 4 KiB of a message count as one more request."""
     client_burst: int = _setting(200, int, 1, 100_000)
-    """How many of them may come at once."""
+    """Requests that one client may send at once."""
     client_sessions: int = _setting(16, int, 1, 64)
-    """Sessions of one client that are kept."""
+    """Maximum number of stored sessions of one client."""
     session_kb: int = _setting(512, int, 1, 1_000_000)
-    """Memory of one session's messages and tokens, in kB; at least 24 bytes a token of the context."""
+    """Memory of one session's messages and tokens, in kB; at least 24 bytes for each token of the context."""
     sessions_mb: int = _setting(16, int, 1, 100_000)
-    """The same of all sessions of a model, in MB."""
+    """Memory of all sessions of a model, in MB."""
     share_unnamed: bool = _setting(False, bool)
-    """Whether clients without a name share sessions and earlier prompts among themselves."""
+    """Whether clients without a name may have sessions and share them and cached prefixes."""
     password: str | None = field(default=None, repr=False, metadata={"kind": str})
 
     def __post_init__(self) -> None:
@@ -115,29 +115,29 @@ class ServeConfig:
         if self.log_format not in {"text", "json"}:
             raise ConfigError(f"log_format: {self.log_format!r} is not allowed; use text or json")
         if self.password and self.password_file:
-            raise ConfigError("password_file: EDGELM_PASSWORD is set too; use one of the two")
+            raise ConfigError("password_file: EDGELM_PASSWORD is also set; use only one of the two")
         url = BrokerUrl.parse(self.mqtt)
         if self.embedded_broker and url.scheme != "mqtt":
-            raise ConfigError(f"embedded_broker: it listens on mqtt:// only, not on {url.scheme}://")
+            raise ConfigError(f"embedded_broker: supports only mqtt:// URLs, not {url.scheme}://")
         user = self.username or url.username
         if self.embedded_broker and user and not (self.password or self.password_file):
             raise ConfigError(
-                f"embedded_broker: the user name {user!r} needs a password, which it asks of clients: --password-file"
+                f"embedded_broker: the user name {user!r} needs a password that clients must give; use --password-file"
             )
 
     @property
     def models(self) -> tuple[str, ...]:
-        """What is served, in order."""
+        """The served bundles, in order."""
         return (self.model,) if isinstance(self.model, str) else self.model
 
     @property
-    def most_places(self) -> int:
-        """Requests that one client may have waiting and running at a time."""
+    def max_client_requests(self) -> int:
+        """Maximum number of waiting and running requests of one client."""
         return max(1, (self.queue + self.max_batch) // 2) if self.client_places is None else self.client_places
 
     @property
     def client_limits(self) -> ClientLimits:
-        """What one client may have of an engine."""
+        """Limits of one client in an engine."""
         return ClientLimits(
             rows=max(1, self.max_batch - 1) if self.client_rows is None else self.client_rows,
             sessions=self.client_sessions,
@@ -147,7 +147,7 @@ class ServeConfig:
 
     @property
     def broker(self) -> BrokerConfig:
-        """How to reach the broker, the password file read."""
+        """Broker URL and credentials. Reads the password file; raises `ConfigError` if it cannot be used."""
         return BrokerConfig(
             url=BrokerUrl.parse(self.mqtt),
             username=self.username,
@@ -162,7 +162,7 @@ SETTINGS: Final = {setting.name: setting for setting in dataclasses.fields(Serve
 
 
 def _check(setting: dataclasses.Field[Any], value: Any) -> None:
-    """Raise `ConfigError` where a value has the wrong type or lies out of range."""
+    """Raise `ConfigError` if a value has the wrong type or is out of range."""
     if value is None and setting.default is None:
         return
     kind, name = setting.metadata["kind"], setting.name
@@ -180,22 +180,22 @@ def _check(setting: dataclasses.Field[Any], value: Any) -> None:
         raise ConfigError(f"{name}: must not be empty")
     low, high = setting.metadata.get("low"), setting.metadata.get("high")
     if low is not None and high is not None and not low <= value <= high:
-        raise ConfigError(f"{name}: must lie in [{low}, {high}], got {value}")
+        raise ConfigError(f"{name}: must be in [{low}, {high}], got {value}")
 
 
 def load_config(
     file: str | Path | None, environment: Mapping[str, str] | None, flags: Mapping[str, Any]
 ) -> ServeConfig:
-    """Return the settings of all sources together.
+    """Return the settings from all sources.
 
     Parameters
     ----------
     file
         A TOML file of settings, or None.
     environment
-        Variables `EDGELM_<SETTING>`; None is the process's own.
+        Variables `EDGELM_<SETTING>`; None means `os.environ`.
     flags
-        Those given on the command line; None values count as not given.
+        Settings given on the command line; None values are ignored.
 
     Raises
     ------
@@ -216,7 +216,9 @@ def _from_file(path: Path) -> dict[str, Any]:
     except ValueError as error:  # not TOML, or not UTF-8
         raise ConfigError(f"config: {path} is not TOML: {error}") from error
     if "password" in settings:
-        raise ConfigError(f"{path}: password: put it in a file of its own (mode 0600) and set password_file")
+        raise ConfigError(
+            f"{path}: password: not allowed here; write it to another file (mode 0600) and set password_file"
+        )
     _refuse_unknown(settings, set(SETTINGS) - {"password"}, str(path))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
@@ -230,9 +232,9 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     unknown = sorted(name for name in given if name not in SETTINGS)
     mistyped = {name: given[name] for name in unknown if difflib.get_close_matches(name, SETTINGS, 1, 0.8)}
     _refuse_unknown(mistyped, set(SETTINGS), "environment EDGELM_*")
-    if unknown:  # a cluster puts variables of a service's name into every environment, EDGELM_SERVICE_PORT for one
-        named = ", ".join(f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in unknown)
-        LOG.warning("no settings of the service, and not looked at: %s", named)
+    if unknown:  # a cluster sets variables such as EDGELM_SERVICE_PORT for every service, so they are no error
+        names = ", ".join(f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in unknown)
+        LOG.warning("ignored unknown environment variables: %s", names)
     return {name: _convert(name, value) for name, value in given.items() if name in SETTINGS}
 
 
@@ -243,7 +245,7 @@ def _refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> No
 
 
 def _convert(name: str, text: str) -> Any:
-    """Return an environment variable's text as the setting's type."""
+    """Convert the text of an environment variable to the type of its setting."""
     kind = SETTINGS[name].metadata["kind"]
     if kind == "names" and "," not in text:
         return text

@@ -1,4 +1,4 @@
-"""From settings to a service that is ready to run: the bundle opened, the engine on its thread."""
+"""Creates a service from its settings: opens the bundles and starts a worker for each."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from edgelm.mqtt.service_config import ServeConfig
 from edgelm.sampling import ensure_compiled, load_kernels
 from edgelm.system.board_cache import BoardCache
 
-START_WITHIN_S: Final = 60.0
+ONLINE_TIMEOUT_S: Final = 60.0
 
 
 @contextmanager
 def open_service(config: ServeConfig, on_online: Callable[[], None] | None = None) -> Iterator[Service]:
-    """Yield a service for the settings' bundles; their engines stop when the block ends.
+    """Yield a service for the bundles in the settings; the workers are closed when the block ends.
 
-    Several models have an engine each, whose threads sleep when they wait: requests for both run beside each other.
+    Each model has its own engine. If there are several, their threads sleep instead of spinning while they wait, so
+    that requests of different models can run at the same time.
 
     Raises
     ------
     EdgelmError
-        When a bundle, a certificate or the password file cannot be used.
+        If a bundle, a certificate or the password file cannot be used.
     """
     with ExitStack() as stack:
         models: list[ServedModel] = []
@@ -42,12 +43,12 @@ def open_service(config: ServeConfig, on_online: Callable[[], None] | None = Non
             worker = Worker(engine, queue_size=config.queue)
             model = make_served_model(engine.bundle, path, engine.context, worker)
             if any(model.name == other.name for other in models):
-                raise EdgelmError(f"two models are called {model.name}: requests could not tell them apart")
+                raise EdgelmError(f"two models are called {model.name}: model names must differ")
             models.append(model)
             if engine.bundle.manifest.sampling.temperature > 0:
-                load_kernels()  # compiling takes seconds, which the first request would wait for
+                load_kernels()  # otherwise the first request would wait seconds for the compilation
             else:
-                ensure_compiled()  # a request may have a temperature of its own
+                ensure_compiled()  # a request may set a temperature
             if left_mb is not None:
                 left_mb -= (engine.memory.total - engine.memory.program) // 1_000_000
             worker.start()
@@ -56,7 +57,7 @@ def open_service(config: ServeConfig, on_online: Callable[[], None] | None = Non
 
 
 def make_engine_options(config: ServeConfig, memory_limit_mb: int | None) -> EngineOptions:
-    """Return how each bundle is loaded; `memory_limit_mb` is what the models before it left."""
+    """Return the loading options of a bundle; `memory_limit_mb` is the memory that the models before it left."""
     return EngineOptions(
         threads=config.threads,
         context=config.context,
@@ -72,12 +73,14 @@ def make_engine_options(config: ServeConfig, memory_limit_mb: int | None) -> Eng
 
 @contextmanager
 def serve_in_background(config: ServeConfig) -> Iterator[None]:
-    """Serve on a thread of this process while the block runs, which begins when the board is online.
+    """Serve on a thread of this process while the block runs; the block starts when the board is online.
+
+    When the block ends, running requests are cancelled.
 
     Raises
     ------
     EdgelmError
-        When the board does not come online; what was under way when the block ends is not waited for.
+        If the board is not online within `ONLINE_TIMEOUT_S`.
     """
     online = threading.Event()
     failures: list[BaseException] = []
@@ -86,24 +89,24 @@ def serve_in_background(config: ServeConfig) -> Iterator[None]:
         def serve() -> None:
             try:
                 service.run()
-            except BaseException as error:  # noqa: BLE001  told to whoever waits below
+            except BaseException as error:  # noqa: BLE001  raised again below
                 failures.append(error)
                 online.set()
 
         thread = threading.Thread(target=serve, name="edgelm-service", daemon=True)
         thread.start()
         try:
-            if not online.wait(START_WITHIN_S) or failures:
+            if not online.wait(ONLINE_TIMEOUT_S) or failures:
                 raise EdgelmError(f"the board did not come online: {failures[0] if failures else 'no connection'}")
             yield
         finally:
             service.stop()
-            service.stop()  # whatever runs is not waited for
-            thread.join(START_WITHIN_S)
+            service.stop()  # the second call cancels running requests
+            thread.join(ONLINE_TIMEOUT_S)
 
 
 def make_served_model(bundle: Bundle, path: str, context: int, worker: Worker) -> ServedModel:
-    """Return what clients may know of a bundle: the folder's name, not where it lies."""
+    """Return the served model of a bundle. It holds the folder's name but not its path, which clients must not see."""
     manifest = bundle.manifest
     return ServedModel(
         name=BUILTIN if path == BUILTIN else Path(path).resolve().name,

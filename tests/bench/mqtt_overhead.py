@@ -49,7 +49,7 @@ def serve(record: Path, url: str, bundle: str) -> int:
     """Serve, noting when each piece of text left the worker, and the processor time at the ends of an answer."""
     left: dict[str, list[tuple[float, int]]] = defaultdict(list)
     cpu: dict[str, list[float]] = defaultdict(list)
-    real = PendingResponse.sink
+    real = PendingResponse.on_chunk
 
     def noted(answer: PendingResponse, chunk: Chunk) -> None:
         if chunk.delta:
@@ -58,7 +58,7 @@ def serve(record: Path, url: str, bundle: str) -> int:
             cpu[answer.id].append(time.process_time())
         real(answer, chunk)
 
-    PendingResponse.sink = noted  # type: ignore[method-assign]
+    PendingResponse.on_chunk = noted  # type: ignore[method-assign]
     edgelm.mqtt.service_setup.Engine = PacedEngine  # type: ignore[misc]
     code = main(["serve", "--mqtt", url, "--model", bundle, "--board", BOARD, "--threads", "1"])
     record.write_text(json.dumps({"left": left, "cpu": cpu}))

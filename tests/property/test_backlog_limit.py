@@ -26,8 +26,8 @@ def test_it_takes_what_a_plain_sum_allows(arriving):
         assert backlog.try_add(size, qos, client) is allowed
         if allowed:
             waiting.append((size, client))
-        assert set(backlog._of) >= {owner for other, owner in waiting if other}
-        assert len(backlog._of) <= 4
+        assert set(backlog._client_bytes) >= {owner for other, owner in waiting if other}
+        assert len(backlog._client_bytes) <= 4
 
 
 @given(st.lists(messages, max_size=20))
@@ -35,7 +35,7 @@ def test_what_is_settled_leaves_room_for_everything_again(arriving):
     backlog = BacklogLimit(LIMIT)
     for size, client in [(size, client) for size, qos, client in arriving if backlog.try_add(size, qos, client)]:
         backlog.release(size, client)
-    assert not backlog._of
+    assert not backlog._client_bytes
     assert backlog.try_add(LIMIT, 0)
     assert not backlog.try_add(1, 0)
 

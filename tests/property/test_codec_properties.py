@@ -29,7 +29,7 @@ from edgelm.mqtt.response_codec import (
     write_chunk,
     write_final_message,
 )
-from edgelm.mqtt.topics import MAX_REPLY_BYTES, matches, validate_response_topic
+from edgelm.mqtt.topics import MAX_RESPONSE_TOPIC_BYTES, filter_matches, validate_response_topic
 from edgelm.types import RANGES, Completion, Constraint, Timing, TokenLogprob, Usage
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -205,7 +205,7 @@ def test_what_passes_as_a_reply_topic_can_be_published(topic: str) -> None:
         validate_response_topic(topic)
     except RequestError:
         return
-    assert 0 < len(topic.encode()) <= MAX_REPLY_BYTES
+    assert 0 < len(topic.encode()) <= MAX_RESPONSE_TOPIC_BYTES
     assert not set(topic) & {"+", "#", "\0", "\x01", "\x7f", "\ufffe"}
     assert not topic.startswith("$")
 
@@ -214,10 +214,10 @@ def test_what_passes_as_a_reply_topic_can_be_published(topic: str) -> None:
 def test_a_filter_made_from_a_topic_matches_it(levels: list[str], data: st.DataObject) -> None:
     topic = "/".join(levels)
     chosen = [data.draw(st.sampled_from([level, "+"])) for level in levels]
-    assert matches("/".join(chosen), topic)
+    assert filter_matches("/".join(chosen), topic)
     kept = chosen[: data.draw(st.integers(0, len(levels)))]
-    assert matches("/".join([*kept, "#"]), topic)
-    assert not matches("/".join([*chosen, "x"]), topic)
+    assert filter_matches("/".join([*kept, "#"]), topic)
+    assert not filter_matches("/".join([*chosen, "x"]), topic)
 
 
 @pytest.mark.parametrize(

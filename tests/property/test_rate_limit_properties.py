@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edgelm.mqtt import rejection_queue
 from edgelm.mqtt.packets import Packet
-from edgelm.mqtt.rate_limit import IDLE_S, NEWCOMERS_BURST, ClientRateLimits, TokenBucket
+from edgelm.mqtt.rate_limit import IDLE_S, NEW_CLIENTS_BURST, ClientRateLimits, TokenBucket
 from edgelm.mqtt.rejection_queue import RejectionQueue
 
 steps = st.floats(0, 3)
@@ -45,17 +45,17 @@ def test_names_that_never_end_have_one_bucket_together():
     rates = ClientRateLimits(10, 20)
     taken = sum(rates.try_take(f"name {i}", 0.0) for i in range(100_000))
     assert taken == 20
-    assert sum(rates.try_take(f"name {i}", 1.0) for i in range(100_000)) <= 10 + NEWCOMERS_BURST * 20
-    assert len(rates) <= NEWCOMERS_BURST + 2
+    assert sum(rates.try_take(f"name {i}", 1.0) for i in range(100_000)) <= 10 + NEW_CLIENTS_BURST * 20
+    assert len(rates) <= NEW_CLIENTS_BURST + 2
 
 
 def test_a_client_that_was_not_seen_for_long_gives_its_bucket_to_another():
-    rates = ClientRateLimits(10, 20, most=2)
+    rates = ClientRateLimits(10, 20, max_clients=2)
     assert [rates.try_take(name, 0.0) for name in "abc"] == 3 * [True]
-    assert [rates.knows(name) for name in "abc"] == [True, True, False]
+    assert [rates.has_bucket(name) for name in "abc"] == [True, True, False]
     rates.try_take("b", IDLE_S - 1)
     rates.try_take("c", IDLE_S + 1)
-    assert [rates.knows(name) for name in "abc"] == [False, True, True]
+    assert [rates.has_bucket(name) for name in "abc"] == [False, True, True]
 
 
 @given(st.lists(st.tuples(st.floats(0, 0.3), st.sampled_from([None, "a", "b"]), st.integers(1, 60)), max_size=40))
@@ -69,18 +69,18 @@ def test_refusals_are_bounded_in_number_and_rate_and_keep_their_order(arriving):
                 kept[client].append(packet.payload)
         for packet in waiting.take(now, 64):
             sent.setdefault(packet.topic, []).append(packet.payload)
-        assert len(waiting) <= rejection_queue.MOST_OF_ALL
+        assert len(waiting) <= rejection_queue.MAX_ALL_WAITING
         for client_sent in sent.values():
             assert len(client_sent) <= rejection_queue.RATE * (1 + now) + 1e-6
     for client, packets in kept.items():
         told = sent.get(f"to/{client}", [])
         assert told == packets[: len(told)]
-        assert len(packets) - len(told) <= rejection_queue.MOST_WAITING
+        assert len(packets) - len(told) <= rejection_queue.MAX_WAITING
 
 
 def test_a_client_hears_of_its_refusal_though_another_floods():
     waiting = RejectionQueue()
-    assert sum(waiting.add("flood", Packet("flood", b"")) for _ in range(10_000)) == rejection_queue.MOST_WAITING
+    assert sum(waiting.add("flood", Packet("flood", b"")) for _ in range(10_000)) == rejection_queue.MAX_WAITING
     for i in range(2000):
         waiting.add(f"name {i}", Packet("name", b""))
     waiting.take(0.0, 64)

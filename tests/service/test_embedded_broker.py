@@ -130,7 +130,7 @@ def test_a_user_name_without_a_password_is_refused(given: dict[str, str]) -> Non
 @pytest.mark.parametrize("kind", [0x30, 0x10, 0x82])
 def test_a_packet_that_is_too_long_ends_the_connection_unread(broker: EmbeddedBroker, kind: int) -> None:
     client, _ = connected(broker.port, "big")
-    body = text("a") + b"x" * amqtt_broker.PACKET_BYTES
+    body = text("a") + b"x" * amqtt_broker.MAX_PACKET_BYTES
     client.sendall(packet(kind, body)[:100])  # the header alone tells
     assert is_closed(client)
     first = socket.create_connection(("127.0.0.1", broker.port), timeout=PATIENCE_S)
@@ -142,7 +142,7 @@ def test_a_packet_of_the_limit_goes_through(broker: EmbeddedBroker) -> None:
     client, _ = connected(broker.port, "large")
     client.sendall(packet(0x82, b"\0\1" + text("a") + b"\0"))
     assert client.recv(5) == b"\x90\x03\x00\x01\x00"
-    sent = packet(0x30, text("a") + b"x" * (amqtt_broker.PACKET_BYTES - 3))
+    sent = packet(0x30, text("a") + b"x" * (amqtt_broker.MAX_PACKET_BYTES - 3))
     client.sendall(sent)
     got = b""
     while len(got) < len(sent):
@@ -160,7 +160,7 @@ def test_a_length_inside_a_packet_does_not_reach_into_the_next(broker: EmbeddedB
 
 
 def test_connections_are_bounded(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amqtt_broker, "MOST_CONNECTIONS", 3)
+    monkeypatch.setattr(amqtt_broker, "MAX_CONNECTIONS", 3)
     three = [connected(broker.port, f"c{i}") for i in range(3)]
     assert [answer for _, answer in three] == [b"\x20\x02\x00\x00"] * 3
     with contextlib.suppress(ConnectionError):
@@ -179,15 +179,15 @@ def test_connections_are_bounded(broker: EmbeddedBroker, monkeypatch: pytest.Mon
 
 
 def test_a_client_that_says_nothing_loses_its_place(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amqtt_broker, "CONNECT_WITHIN_S", 0.2)
+    monkeypatch.setattr(amqtt_broker, "CONNECT_TIMEOUT_S", 0.2)
     client = socket.create_connection(("127.0.0.1", broker.port), timeout=PATIENCE_S)
     client.sendall(b"\x10")
     assert is_closed(client)
 
 
 def test_retained_messages_and_filters_are_bounded(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amqtt_broker, "MOST_RETAINED", 5)
-    monkeypatch.setattr(amqtt_broker, "MOST_FILTERS", 2)
+    monkeypatch.setattr(amqtt_broker, "MAX_RETAINED", 5)
+    monkeypatch.setattr(amqtt_broker, "MAX_FILTERS", 2)
     client, _ = connected(broker.port, "many")
     for i in range(9):
         client.sendall(packet(0x33, text(f"t/{i}") + bytes([0, i + 1]) + b"x"))
@@ -212,8 +212,8 @@ def test_nothing_is_kept_for_a_client_that_is_away(broker: EmbeddedBroker) -> No
 
 
 def test_a_listener_that_stops_taking_costs_little(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amqtt_broker, "TAKE_WITHIN_S", 3.0)
-    monkeypatch.setattr(amqtt_broker, "MOST_UNDER_WAY", 20)
+    monkeypatch.setattr(amqtt_broker, "WRITE_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(amqtt_broker, "MAX_IN_DELIVERY", 20)
     lazy, _ = connected(broker.port, "lazy")
     lazy.sendall(packet(0x82, b"\0\1" + text("a") + b"\0"))
     assert lazy.recv(5) == b"\x90\x03\x00\x01\x00"
@@ -237,10 +237,10 @@ def rss_mb() -> float:
 
 def test_an_open_embedded_broker_warns(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="edgelm"), EmbeddedBroker("0.0.0.0"):
-        assert "lets everyone in" in caplog.text
+        assert "--password-file" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="edgelm"), EmbeddedBroker("0.0.0.0", username="a", password="b"):
-        assert "unencrypted" in caplog.text
+        assert "TLS" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="edgelm"), EmbeddedBroker():
         assert caplog.text == ""

@@ -398,7 +398,7 @@ def test_log_lines_of_one_kind_are_few_and_counted() -> None:
             written.append(record.getMessage())
 
     handler, logger = Kept(), logging.Logger("some")
-    handler.addFilter(LogRateLimit(handler, most=3, period_s=0.5))
+    handler.addFilter(LogRateLimit(handler, max_lines=3, period_s=0.5))
     logger.addHandler(handler)
     for number in range(535):
         logger.warning("refused %d", number)

@@ -33,19 +33,19 @@ def test_without_a_place_it_is_one_for_this_run(tmp_path):
     assert first != second
 
 
-def test_a_broker_that_closes_at_either_greeting_is_not_asked_again_at_once(monkeypatch):
+def test_the_version_is_not_changed_twice_within_the_interval(monkeypatch):
     from edgelm.mqtt import version_negotiation
 
     now = [100.0]
     monkeypatch.setattr(version_negotiation.time, "monotonic", lambda: now[0])
-    asked = version_negotiation.VersionNegotiation("5")
+    negotiation = version_negotiation.VersionNegotiation("5")
     changes = 0
     for _ in range(100):
-        asked.send()
-        changes += asked.close()
-        asked.needs_reconnect = False  # as who speaks the new version says
+        negotiation.on_connect_sent()
+        changes += negotiation.on_closed()
+        negotiation.on_reconnect()
         now[0] += 0.01
     assert changes == 1
-    now[0] += version_negotiation.CHANGE_EVERY_S
-    asked.send()
-    assert asked.close()
+    now[0] += version_negotiation.CHANGE_INTERVAL_S
+    negotiation.on_connect_sent()
+    assert negotiation.on_closed()

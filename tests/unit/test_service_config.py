@@ -74,7 +74,7 @@ def test_a_bad_variable_is_refused_by_name(name: str, value: str) -> None:
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match=r"none\.toml"):
         load_config(tmp_path / "none.toml", {}, {})
 
 
@@ -157,7 +157,7 @@ def test_a_password_file_of_another_user_is_refused(tmp_path: Path) -> None:
     file.write_text("hunter2\n")
     file.chmod(0o600)
     os.chown(file, 65534, 65534)
-    with pytest.raises(ConfigError, match="belongs to another user"):
+    with pytest.raises(ConfigError, match="uid 65534"):
         _ = ServeConfig(username="me", password_file=str(file)).broker
 
 
@@ -244,9 +244,9 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path, mode: int) -
     files["key"].chmod(mode)
     url = BrokerUrl.parse("mqtts://broker.example")
     both = {"certfile": str(files["certificate"]), "keyfile": str(files["key"])}
-    with pytest.raises(ConfigError, match=r"keyfile: others can read .*chmod 600"):
+    with pytest.raises(ConfigError, match=r"keyfile: .*chmod 600"):
         BrokerConfig(url=url, **both)
     files["key"].chmod(0o600)
     BrokerConfig(url=url, **both)
-    with pytest.raises(ConfigError, match="certfile, which holds the key: others can read"):
+    with pytest.raises(ConfigError, match=r"certfile.*chmod 600"):
         BrokerConfig(url=url, certfile=str(files["certificate"]))
