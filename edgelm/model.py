@@ -1,14 +1,19 @@
-"""What `edgelm.load()` returns: text in, text out, from any thread."""
+"""The public `Model`: text in, text out, from any thread.
+
+Owns the worker of one bundle. Knows nothing of the command line or MQTT.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import queue
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,31 +46,30 @@ def load(
     Parameters
     ----------
     path
-        A directory that `edgelm export` wrote, or `"builtin"` for the model inside the package.
+        A directory that `edgelm export` wrote, the name of a pulled model, or `"builtin"` for the model inside the
+        package.
     threads
         Threads of one operator; the default is the number of cores, at most 4.
     context
-        Tokens of prompt and answer together that one request may hold; the default and limit is the bundle's.
+        Tokens of prompt and answer together that one request may have; the default and the limit are the bundle's.
     max_batch
-        Requests decoded together; more than that wait their turn.
+        Requests decoded together; further requests wait.
     prefix_cache_mb
-        Memory, in 10^6 bytes, for keys and values of earlier prompts and answers: what a prompt shares with one of them
-        from the start on is not computed again. 0 is none.
+        Size of the prefix cache, in 10^6 bytes: keys and values of earlier prompts and answers, so that a prefix that
+        a prompt shares with one of them is not computed again. 0 disables it.
     speculation
-        Whether to guess tokens from what was said before, as long as that saves time. What guesses are kept is decided
-        by the model, so answers are those without, but for rounding where two tokens are almost equally likely.
-        Where a pass's length changes its rounding (on onnxruntime's kernels), requests with a seed make no use of
-        guesses and of earlier prompts, so that a seed gives the same answer again; of a prefix that the bundle itself
-        holds they do.
+        Whether to propose draft tokens from earlier text while that saves time. The model decides which of them are
+        accepted, so answers are the same as without, except for rounding between two almost equally likely tokens.
+        If the length of a pass changes its rounding (onnxruntime's kernels), requests with a seed use neither draft
+        tokens nor the prefix cache, so that a seed gives the same answer again; they do use the bundle's static prefix.
     cache
-        Whether weights laid out for this processor, and kernels compiled for it, are kept between runs, in
-        EDGELM_CACHE_DIR or ~/.cache/edgelm, and mapped from there: quicker to load and to run, and no private memory.
-        It takes about 1.3 times the bundle's size on disk, three times where there are no kernels of our own; bundles
-        below 16 MB do without.
+        Whether weights prepacked and kernels compiled for this processor are kept between runs and mapped into memory,
+        in EDGELM_CACHE_DIR or ~/.cache/edgelm. This makes loading and decoding faster and takes no private memory. It
+        takes about 1.3 times the bundle's size on disk, three times for processors without our own kernels; bundles
+        below 16 MB are not cached.
     memory_limit_mb
-        Most memory, in 10^6 bytes, that the process may come to take: weights, keys and values of requests as long as
-        they may be, logits and the program itself are added up before anything is
-        loaded (`edgelm.runtime.memory_plan`).
+        Maximum memory of the process, in 10^6 bytes. The sum of weights, KV cache at full context, logits and the
+        program itself is checked before anything is loaded (`edgelm.runtime.memory_plan`).
 
     Raises
     ------
@@ -89,8 +93,32 @@ def load(
     return Model(engine.bundle, worker)
 
 
+_Params = ParamSpec("_Params")
+_Answer = TypeVar("_Answer")
+
+
+def _with_parameters_of(
+    build: Callable[Concatenate[Model, _Params], Request],
+) -> Callable[[Callable[[Model, Request], _Answer]], Callable[Concatenate[Model, _Params], _Answer]]:
+    """Return a decorator that replaces a method's parameter `request` by the parameters of `build`.
+
+    Two public methods share fourteen parameters, which are so declared once; `inspect.signature` shows them for both.
+    """
+
+    def decorate(method: Callable[[Model, Request], _Answer]) -> Callable[Concatenate[Model, _Params], _Answer]:
+        @functools.wraps(method)
+        def call(self: Model, /, *args: _Params.args, **kwargs: _Params.kwargs) -> _Answer:
+            return method(self, build(self, *args, **kwargs))
+
+        returned = inspect.signature(method).return_annotation
+        call.__signature__ = inspect.signature(build).replace(return_annotation=returned)  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
 class Model:
-    """A loaded bundle. Safe to call from several threads, whose requests are decoded together."""
+    """A loaded bundle. Safe to use from several threads; their requests are decoded together."""
 
     def __init__(self, bundle: Bundle, worker: Worker) -> None:
         self.bundle = bundle
@@ -112,8 +140,9 @@ class Model:
         """Tokens that a prompt and its answer may have together."""
         return self.worker.context
 
-    def generate(
+    def _request(
         self,
+        /,
         prompt: str | None = None,
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
@@ -129,116 +158,91 @@ class Model:
         system: str | None = None,
         raw: bool = False,
         **sampling: Any,
-    ) -> Completion:
-        """Answer, and return the whole answer.
+    ) -> Request:
+        """Return the request of `generate` and `stream`: lists as tuples, the timeout as a point in time."""
+        return Request(
+            id=f"local-{next(self._ids)}",
+            sampling=self._sampling(sampling),
+            prompt=prompt,
+            messages=None if messages is None else tuple(messages),
+            tokens=None if tokens is None else tuple(int(token) for token in tokens),
+            constraint=make_constraint(json_schema, regex, choices),
+            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
+            session=session,
+            end_session=end_session,
+            tools=None if tools is None else tuple(check_tools(tools) or ()),
+            template_vars=template_vars,
+            system=system,
+            raw=raw,
+        )
+
+    @_with_parameters_of(_request)
+    def generate(self, request: Request) -> Completion:
+        """Return the complete answer.
 
         Parameters
         ----------
         prompt, messages, tokens
-            Exactly one: text, a conversation for the bundle's chat template, or token ids. Where the bundle has a chat
-            template, a prompt is one message of the user (`Manifest.prompts_are_messages`). A message's content is
-            text or a list of parts `{"type": "text", "text": ...}`; special tokens that it spells out are read as
-            text. Messages of the role `tool` and `tool_calls` of the assistant go to the template as they are.
+            Exactly one: text, a conversation for the bundle's chat template, or token ids. If the bundle has a chat
+            template, a prompt is one user message (`Manifest.prompts_are_messages`). The content of a message is text
+            or a list of parts `{"type": "text", "text": ...}`; special tokens spelled in it are read as text. Messages
+            with the role `tool` and `tool_calls` of the assistant are passed to the template unchanged.
         json_schema, regex, choices
-            At most one: what the answer must match. `choices` is a list, also where it holds one.
+            At most one: what the answer must match. `choices` is a list, even of one element.
         timeout_s
-            Seconds until the answer is cut off with `finish_reason` "deadline".
+            Seconds until the answer ends with `finish_reason` "deadline".
         session
-            Name of a conversation, of 1 to 128 printable characters, which goes on from exactly the tokens that it has
-            read and said: give only what is new. `prompt` is added as it stands (begin it with a space or a line break
-            where one belongs), `tokens` too; `messages` are added to those before, of which the chat template renders
-            the whole. A new name begins a conversation; `turn` of the completion is 1 then. An answer that was cut off
-            is remembered as far as it came, without an end token; a request that fails leaves the session as it was.
-            Requests of one session are answered one after another. The 64 that were used last are kept.
+            Name of a session, 1 to 128 printable characters. It continues from exactly the tokens that were read and
+            generated, so give only what is new. `prompt` and `tokens` are appended unchanged (start a prompt with a
+            space or a line break if one belongs there); `messages` are appended to the earlier ones, and the chat
+            template renders all of them. A new name begins a session; `turn` of its completion is 1. An answer that was
+            cut off is kept as far as it came, without an end token; a request that fails leaves the session unchanged.
+            Requests of one session are answered one after another. The 64 most recently used sessions are kept.
         end_session
-            Whether to forget the session after this request, even one that fails.
+            Whether to end the session after this request, even if the request fails.
         tools, template_vars
-            Data for the bundle's chat template: descriptions of functions as most templates take them,
+            Input for the bundle's chat template: function descriptions as most templates expect them,
             `[{"type": "function", "function": {"name": ..., "parameters": ...}}]`, and further variables such as
             `{"enable_thinking": False}`.
         system
-            The system message that the conversation begins with. A session keeps the one that it was begun with.
+            System message at the start of the conversation. A session keeps the one that it began with.
         raw
-            Whether to complete `prompt` as it stands, without the chat template.
+            Whether to complete `prompt` without the chat template.
         **sampling
-            Fields of `SamplingParams`; those not given are the bundle's defaults.
+            Fields of `SamplingParams`; the defaults are the bundle's.
 
         Raises
         ------
         RequestError
             A value is out of range, the prompt (with its session) does not fit the context, or the step failed.
         """
-        request = self._request(
-            sampling,
-            prompt=prompt,
-            messages=messages,
-            tokens=tokens,
-            constraint=make_constraint(json_schema, regex, choices),
-            timeout_s=timeout_s,
-            session=session,
-            end_session=end_session,
-            tools=tools,
-            template_vars=template_vars,
-            system=system,
-            raw=raw,
-        )
         last = next(self._chunks(request, only_last=True))
         if last.completion is None:
-            raise AssertionError("the last chunk carries the completion")
+            raise AssertionError("the last chunk has the completion")
         return last.completion
 
-    def stream(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        tokens: Sequence[int] | None = None,
-        json_schema: Mapping[str, Any] | str | None = None,
-        regex: str | None = None,
-        choices: Sequence[str] | None = None,
-        timeout_s: float | None = None,
-        session: str | None = None,
-        end_session: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_vars: Mapping[str, Any] | None = None,
-        system: str | None = None,
-        raw: bool = False,
-        **sampling: Any,
-    ) -> Iterator[Chunk]:
-        """Answer, and yield the answer as it grows; the last chunk is `done` and carries the completion.
+    @_with_parameters_of(_request)
+    def stream(self, request: Request) -> Iterator[Chunk]:
+        """Yield the answer in chunks; the last one is `done` and has the completion.
 
-        Leaving the loop early cancels the request. Parameters and errors are those of `generate`; a bad argument raises
-        at once, before the first chunk is asked for.
+        Leaving the loop early cancels the request. Parameters and errors are those of `generate`; an invalid argument
+        raises at the call, before the first chunk.
         """
-        request = self._request(
-            sampling,
-            prompt=prompt,
-            messages=messages,
-            tokens=tokens,
-            constraint=make_constraint(json_schema, regex, choices),
-            timeout_s=timeout_s,
-            session=session,
-            end_session=end_session,
-            tools=tools,
-            template_vars=template_vars,
-            system=system,
-            raw=raw,
-        )
         return self._chunks(request)
 
     def end_session(self, name: str) -> bool:
-        """Forget a session, after the answer it is giving; return whether there was one."""
+        """End a session, after its current answer; return whether it existed."""
         return self.worker.call(lambda engine: engine.end_session(name))
 
     def sessions(self) -> dict[str, int]:
-        """Return the sessions that are kept and how many tokens each has, the least recently used first."""
+        """Return the number of tokens of each session by its name, the least recently used first."""
         return self.worker.call(lambda engine: engine.session_token_counts())
 
     def score(self, text: str) -> NDArray[np.float64]:
-        """Return the natural-log probability of each token of a text after its first, float64 [n - 1].
+        """Return the natural-log probability of each token of a text after the first, float64 [n - 1].
 
-        The text starts with the bundle's start token, where it has one. Raises `RequestError` when it is longer than
-        the context.
+        The text starts with the bundle's start token, if there is one. Raises `RequestError` if it is longer than the
+        context.
         """
         tokens = self.document_tokens(text)
         return self.worker.call(lambda engine: engine.score(tokens))
@@ -249,30 +253,30 @@ class Model:
         return self.worker.call(lambda engine: engine.score(ids))
 
     def choose(self, prompt: str, choices: Sequence[str], *, raw: bool = False) -> tuple[str, float]:
-        """Return the likeliest answer to a prompt, and its probability among the choices.
+        """Return the likeliest of several answers to a prompt, and its probability among them.
 
-        Where the bundle has a chat template, the prompt is a message of the user and a choice the beginning of the
-        answer; elsewhere, and with `raw`, a choice continues the prompt as it stands. A choice's probability is the
-        product of its tokens', so a long one has more to lose. Raises `RequestError` for an empty prompt, no choice, an
-        empty one, or one that does not fit the context.
+        If the bundle has a chat template and `raw` is false, the prompt is a user message and a choice is the start of
+        the answer; otherwise a choice continues the prompt. The probability of a choice is the product of those of its
+        tokens, so longer choices tend to be less likely. Raises `RequestError` if the prompt, `choices` or one of them
+        is empty, or if one does not fit the context.
         """
         choices = check_choices(choices)
         tokenizer = self.tokenizer
         is_message = tokenizer.prompts_are_messages and not raw
-        asked = self.message_tokens([{"role": "user", "content": prompt}]) if is_message else tokenizer.encode(prompt)
-        if not prompt or not asked:
-            raise RequestError("bad_request", "the prompt is empty: there is nothing to continue")
+        prefix = self.message_tokens([{"role": "user", "content": prompt}]) if is_message else tokenizer.encode(prompt)
+        if not prompt or not prefix:
+            raise RequestError("bad_request", "the prompt is empty: it has no token to continue")
         logprobs = []
         for choice in choices:
             together = [] if is_message else tokenizer.encode(prompt + choice)
-            whole = together if together[: len(asked)] == asked else []  # the tokenizer may end a prompt
-            if len(whole) <= len(asked):
-                said = choice.lstrip(" ") or choice if is_message else choice
-                whole = [*asked, *tokenizer.encode(said, add_special_tokens=False)]
-            logprobs.append(float(self.score_tokens(whole)[len(asked) - 1 :].sum()))
-        shares = np.exp(np.array(logprobs) - max(logprobs))
-        best = int(shares.argmax())
-        return choices[best], float(shares[best] / shares.sum())
+            whole = together if together[: len(prefix)] == prefix else []  # not if the tokenizer appends an end token
+            if len(whole) <= len(prefix):
+                answer = choice.lstrip(" ") or choice if is_message else choice
+                whole = [*prefix, *tokenizer.encode(answer, add_special_tokens=False)]
+            logprobs.append(float(self.score_tokens(whole)[len(prefix) - 1 :].sum()))
+        weights = np.exp(np.array(logprobs) - max(logprobs))
+        best = int(weights.argmax())
+        return choices[best], float(weights[best] / weights.sum())
 
     def message_tokens(
         self,
@@ -281,15 +285,15 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_vars: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Return the tokens of the prompt that the chat template makes of a conversation.
+        """Return the tokens of a conversation as the chat template renders it.
 
-        Raises `RequestError` when there is no template, or it refuses the messages.
+        Raises `RequestError` if there is no template, or it refuses the messages.
         """
         tokenizer = self.tokenizer
         return tokenizer.encode_prompt(tokenizer.build_prompt(messages, tools, template_vars))
 
     def document_tokens(self, text: str) -> list[int]:
-        """Return a text's tokens as a document: the start token, where there is one, then the bare text."""
+        """Return the tokens of a text as a document: the start token, if there is one, then the text."""
         if not isinstance(text, str):
             raise RequestError("bad_request", f"the text must be text, got {type(text).__name__}")
         bare = self.tokenizer.encode(text, add_special_tokens=False)
@@ -297,7 +301,7 @@ class Model:
         return bare if bos is None else [bos, *bare]
 
     def close(self) -> None:
-        """Stop the worker; requests under way end with the error "interrupted"."""
+        """Stop the worker; unfinished requests end with the error "interrupted"."""
         self.worker.close()
 
     def __enter__(self) -> Model:
@@ -319,29 +323,8 @@ class Model:
             given = {**given, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
         return defaults.replace(**{name: value for name, value in given.items() if value is not None or name == "seed"})
 
-    def _request(
-        self,
-        sampling: Mapping[str, Any],
-        *,
-        messages: Sequence[Mapping[str, Any]] | None,
-        tokens: Sequence[int] | None,
-        timeout_s: float | None,
-        tools: Sequence[Mapping[str, Any]] | None,
-        **fields: Any,
-    ) -> Request:
-        """Return a request: lists as tuples, and the time that is left as a point in time."""
-        return Request(
-            id=f"local-{next(self._ids)}",
-            sampling=self._sampling(sampling),
-            messages=None if messages is None else tuple(messages),
-            tokens=None if tokens is None else tuple(int(token) for token in tokens),
-            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
-            tools=None if tools is None else tuple(check_tools(tools) or ()),
-            **fields,
-        )
-
     def _chunks(self, request: Request, *, only_last: bool = False) -> Iterator[Chunk]:
-        """Submit a request and yield its chunks. With `only_last` this thread sleeps until the answer is whole."""
+        """Submit a request and yield its chunks. With `only_last` this thread sleeps until the answer is complete."""
         arrived: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
 
         def sink(chunk: Chunk) -> None:
