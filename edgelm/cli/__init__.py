@@ -1,6 +1,6 @@
-"""The command line: chooses one sub-command, imports it alone, and turns errors into one line and an exit code.
+"""The command line: imports only the chosen sub-command, and turns errors into one line and an exit code.
 
-Each command is one module `edgelm.cli.<name>`, but for `MODULES`, with `add_arguments(parser)` and `run(args) -> int`.
+A command is a module `edgelm.cli.<name>` (exceptions: `MODULES`) with `add_arguments(parser)` and `run(args) -> int`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from importlib import import_module
 from typing import Final, NoReturn
 
@@ -21,61 +21,62 @@ from edgelm.errors import EdgelmError, UsageError
 from edgelm.system.terminal import escape_output
 
 COMMANDS: Final[dict[str, str]] = {
-    "demo": "start a broker, serve the built-in model, ask it three things, stop",
-    "models": "show the models that are known by name",
-    "pull": "fetch a model by name and convert it for this board",
-    "list": "show the models that are here",
-    "show": "show what is known of a model",
+    "demo": "start a broker, serve the built-in model, send it three requests, stop",
+    "models": "list the models that can be pulled by name",
+    "pull": "download a model by name and convert it for this board",
+    "list": "list the models on this machine",
+    "show": "show the details of a model",
     "rm": "remove models",
-    "export": "turn a checkpoint (Hugging Face, GGUF, Ollama) into a quantized ONNX bundle",
-    "prefix": "keep what prompts begin with in a bundle, computed",
-    "info": "show what a bundle is: manifest, sizes, quality, memory",
+    "export": "convert a checkpoint (Hugging Face, GGUF, Ollama) to a quantized ONNX bundle",
+    "prefix": "precompute the common beginning of prompts and store it in a bundle",
+    "info": "show the manifest, sizes, quality and memory of a bundle",
     "generate": "answer one prompt",
-    "chat": "hold a conversation",
-    "serve": "answer over MQTT",
-    "ask": "ask a board over MQTT",
-    "bench": "measure a bundle on this machine",
-    "cache": "show or remove what is kept for this board between runs",
-    "eval": "measure a bundle's quality on text or tasks",
-    "distill": "train a small student, with or without a teacher",
-    "devices": "know, check and emulate boards",
+    "chat": "chat with a model in the terminal",
+    "serve": "answer requests over MQTT",
+    "ask": "send a request to a board over MQTT",
+    "bench": "measure the speed of a bundle on this machine",
+    "cache": "show or clear the board cache",
+    "eval": "measure the quality of a bundle on text or tasks",
+    "distill": "train a small student model, with or without a teacher",
+    "devices": "list, detect, test and emulate boards",
+    "completion": "print a completion script for a shell",
 }
 
 MODULES: Final = {"list": "listing"}
-"""Modules that are not called as their commands are: a module `list` of this package would hide the type."""
+"""Modules whose name differs from their command: a module named `list` would hide the built-in type in this package."""
 
 ANSWERING: Final = frozenset({"generate", "chat", "ask"})
-"""Commands whose output is a model's answer: piped, it is the model's own characters."""
+"""Commands that print a model's answer: its characters are written unchanged to a pipe."""
 
 EPILOG: Final = """\
-A BUNDLE is a directory that `edgelm export` wrote, the name of a model of `edgelm list`, or `builtin`, the one inside
-the package.
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+A BUNDLE is a directory written by `edgelm export`, a name shown by `edgelm list`, or `builtin` (the model inside the
+package).
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are raised: `main` makes one line of each."""
+    """An argument parser that raises its errors; `main` prints each in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise `UsageError`, with what may have been meant."""
+        """Raise `UsageError`, with the closest valid choice if there is one."""
         wrong = re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)", message)
         raise UsageError(message + (suggest_match(wrong[1], re.findall(r"[\w.-]+", wrong[2]), 0.8) if wrong else ""))
 
     def options(self) -> set[str]:
-        """Return the flags of the command and of the commands below it."""
+        """Return the flags of this parser and of its sub-commands."""
         below = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]  # noqa: SLF001
         found = {flag for action in self._actions for flag in action.option_strings}
         return found.union(*(parser.options() for action in below for parser in action.choices.values()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run one command and return its exit code: 0 success, 1 failure, 2 wrong usage, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = _chosen(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")  # a terminal that has no such letter shows which it is
+            stream.reconfigure(errors="backslashreplace")  # a terminal without the character shows its code
     with escape_output(raw_stdout=chosen in ANSWERING or "--json" in arguments):
         return _run(arguments, chosen)
 
@@ -86,10 +87,10 @@ def _run(arguments: list[str], chosen: str) -> int:
         return int(args.run(args))
     except SystemExit as stop:  # argparse has printed its message
         return stop.code if isinstance(stop.code, int) else 2
-    except BrokenPipeError:  # the reader of our output went away
+    except BrokenPipeError:  # the reader of the output closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  whatever it is: one line
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  every error is printed in one line
         if "--debug" in arguments:
             traceback.print_exc()
         code, reason = _explain(error, f"edgelm {chosen}")
@@ -98,7 +99,7 @@ def _run(arguments: list[str], chosen: str) -> int:
 
 
 def _explain(error: BaseException, command: str) -> tuple[int, str]:
-    """Return an error's exit code and what to tell of it."""
+    """Return the exit code and the message of an error."""
     if isinstance(error, ModuleNotFoundError):
         from edgelm.cli.extras import missing_extra_error
 
@@ -115,7 +116,7 @@ def _explain(error: BaseException, command: str) -> tuple[int, str]:
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: a library that is just being imported makes another one of it."""
+    """Return whether Ctrl-C caused an error: a library that is interrupted during import raises another exception."""
     seen = 0
     while error is not None and seen < 10:
         if isinstance(error, KeyboardInterrupt):
@@ -129,7 +130,30 @@ def _chosen(arguments: list[str]) -> str:
 
 
 def _parse(arguments: list[str], chosen: str) -> argparse.Namespace:
-    """Import the chosen command alone, so that `edgelm --help` stays instant. Raises `UsageError`."""
+    """Parse a command line. Raises `UsageError`."""
+    parser, commands = _make_parsers({chosen})
+    if not chosen and arguments and not {"-h", "--help", "--version"}.intersection(arguments):
+        raise UsageError(f"unknown argument {arguments[0]!r}{suggest_match(arguments[0], parser.options())}")
+    if chosen and chosen not in COMMANDS:
+        raise UsageError(f"there is no command {chosen!r}{suggest_match(chosen, COMMANDS)}")
+    args, unknown = parser.parse_known_args(arguments if chosen else [*arguments, "--help"])
+    if unknown:
+        flag = next((word for word in unknown if word.startswith("-")), unknown[0])
+        suggestion = suggest_match(flag.partition("=")[0], commands[chosen].options())
+        raise UsageError(f"unknown argument {flag!r}{suggestion}")
+    return args
+
+
+def make_parser() -> Parser:
+    """Return the parser with the arguments of every command, for manual pages and shell completion."""
+    return _make_parsers(COMMANDS)[0]
+
+
+def _make_parsers(loaded: Container[str]) -> tuple[Parser, Mapping[str, Parser]]:
+    """Return the parser and those of the commands; only commands in `loaded` are imported and have arguments.
+
+    A command line loads one command, so that `edgelm --help` needs no library.
+    """
     parser = Parser(
         prog="edgelm",
         description="Small language models on a board: distil, quantize, export, serve over MQTT.",
@@ -143,18 +167,9 @@ def _parse(arguments: list[str], chosen: str) -> argparse.Namespace:
         command = commands.add_parser(
             name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
         )
-        if name == chosen:
+        if name in loaded:
             module = import_module(f"edgelm.cli.{MODULES.get(name, name)}")
             module.add_arguments(command)
             command.add_argument("--debug", action="store_true", help="show the traceback of an error")
             command.set_defaults(run=module.run)
-    if not chosen and arguments and not {"-h", "--help", "--version"}.intersection(arguments):
-        raise UsageError(f"unknown argument {arguments[0]!r}{suggest_match(arguments[0], parser.options())}")
-    if chosen and chosen not in COMMANDS:
-        raise UsageError(f"there is no command {chosen!r}{suggest_match(chosen, COMMANDS)}")
-    args, unknown = parser.parse_known_args(arguments if chosen else [*arguments, "--help"])
-    if unknown:
-        options = commands.choices[chosen].options()
-        flag = next((word for word in unknown if word.startswith("-")), unknown[0])
-        raise UsageError(f"unknown argument {flag!r}{suggest_match(flag.partition('=')[0], options)}")
-    return args
+    return parser, commands.choices

@@ -1,4 +1,4 @@
-"""`edgelm bench`: how fast a bundle is on this machine."""
+"""`edgelm bench`: measure the speed of a bundle on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgelm.bench.autotune import TuningResult, tune
 from edgelm.bench.benchmark import BenchmarkReport, benchmark
 from edgelm.bench.profiler import DECODE_STEPS, ProfileReport, profile_bundle
 from edgelm.bundle.bundle_folder import open_bundle
-from edgelm.cli.flags import add_cache_flag
+from edgelm.cli.flags import BUNDLE_HELP, THREADS_HELP, add_cache_flag
 from edgelm.cli.profile_table import profile_table
 from edgelm.errors import UsageError
 from edgelm.system.board_cache import BoardCache
@@ -23,39 +23,51 @@ from edgelm.system.progress_bar import ProgressBar
 PROMPT_TOKENS: Final = 256
 NEW_TOKENS: Final = 128
 
-BUSY: Final = 0.5
-"""Load average from which other programs disturb a comparison."""
+MAX_IDLE_LOAD: Final = 0.5
+"""Load average above which other programs disturb a comparison."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, a name of `edgelm list`, or builtin")
+    """Add the command's arguments."""
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
     parser.add_argument(
-        "--prompt-tokens", type=int, metavar="N", help=f"length of the prompt ({PROMPT_TOKENS}, or half the context)"
+        "--prompt-tokens",
+        type=int,
+        metavar="N",
+        help=f"prompt length (default: {PROMPT_TOKENS}, at most half the context)",
     )
-    parser.add_argument("--new-tokens", type=int, metavar="N", help=f"tokens to decode ({NEW_TOKENS}, or what is left)")
-    parser.add_argument("--batch", type=_numbers, default=(1,), metavar="1,4,8", help="requests decoded together (1)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
-    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="measured rounds (5), after one unmeasured")
     parser.add_argument(
-        "--tune", action="store_true", help="try thread settings instead; the best is what later runs take"
+        "--new-tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens to decode (default: {NEW_TOKENS}, at most the rest of the context)",
+    )
+    parser.add_argument(
+        "--batch", type=_numbers, default=(1,), metavar="1,4,8", help="requests decoded together (default: 1)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help=THREADS_HELP)
+    parser.add_argument(
+        "--repeat", type=int, default=5, metavar="N", help="measured rounds, after one warm-up round (default: 5)"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="compare thread settings instead, and keep the fastest one for later runs"
     )
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="where a step's time goes instead: onnxruntime's profile of --repeat prefills of one prompt and of"
-        f" {DECODE_STEPS} steps (at most --new-tokens) of each --batch, by operator and by layer, beside the same"
-        " steps not profiled",
+        help="show the time of each operator and layer instead, from onnxruntime's profile of --repeat prefills and of"
+        f" {DECODE_STEPS} decode steps (at most --new-tokens) of each --batch, and the time of the same steps without"
+        " profiling",
     )
     add_cache_flag(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object of medians, or of the profile")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and show."""
+    """Measure and print the result."""
     cache = BoardCache.default() if args.cache is not False else None
     if args.tune and args.profile:
-        raise UsageError("--tune and --profile measure different things: name one of them")
+        raise UsageError("--tune and --profile exclude each other")
     if args.tune:
         return _tune(args, cache)
     prompt_tokens, new_tokens = _lengths(args)
@@ -77,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lengths(args: argparse.Namespace) -> tuple[int, int]:
-    """Return how long prompt and answer are: what was asked for, else what the bundle's context has room for."""
+    """Return the lengths of prompt and answer: the flags' values, else the defaults as far as the context allows."""
     context = open_bundle(args.bundle, verify=False).manifest.context
     prompt, new = args.prompt_tokens, args.new_tokens
     if prompt is None:
@@ -88,23 +100,23 @@ def _lengths(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def _tune(args: argparse.Namespace, cache: BoardCache | None) -> int:
-    """Try thread settings, show them, keep the best."""
+    """Measure thread settings, print them, and keep the fastest one."""
     if cache is None or args.threads is not None:
-        raise UsageError("--tune finds the number of threads and keeps it: leave out --threads and --no-cache")
-    busy = os.getloadavg()[0]
-    if busy > BUSY:
-        print(f"edgelm: other programs run here (load {busy:.1f}): tune again when they are done", file=sys.stderr)
+        raise UsageError("--tune chooses the number of threads and stores it: remove --threads and --no-cache")
+    load = os.getloadavg()[0]
+    if load > MAX_IDLE_LOAD:
+        print(f"edgelm: other programs are running (load {load:.1f}): tune again when they have ended", file=sys.stderr)
     with ProgressBar() as progress:
         trials, best, kept = tune(args.bundle, cache, progress)
     if args.json:
         print(json.dumps({"best": asdict(best), "kept": kept, "trials": [_flat(trial) for trial in trials]}))
         return 0
-    print(f"{'threads':>7} {'idle ones':>10} {'decode tok/s':>13} {'prefill tok/s':>14}")
+    print(f"{'threads':>7} {'idle':>10} {'decode tok/s':>13} {'prefill tok/s':>14}")
     for trial in trials:
         idle, mark = "spin" if trial.tuning.spin else "sleep", "  <- best" if trial.tuning == best else ""
         rates = f"{trial.decode_tok_s:>13.1f} {trial.prefill_tok_s:>14.1f}"
         print(f"{trial.tuning.threads:>7} {idle:>10} {rates}{mark}")
-    print(f"kept in {cache.folder}: runs that name no --threads take it" if kept else "not kept")
+    print(f"stored in {cache.folder}: runs without --threads use it" if kept else "not stored")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`edgelm cache`: what is kept for this board between runs."""
+"""`edgelm cache`: show or clear the board cache."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from edgelm.system.board_cache import LIMIT_MB, BoardCache, CacheEntry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Add the command's arguments."""
     parser.epilog = (
-        "The folder is EDGELM_CACHE_DIR, else ~/.cache/edgelm. All of it can be made again at any time. EDGELM_CACHE_MB"
-        f" limits it ({LIMIT_MB} MB): what was used longest ago goes first. A folder that others can write is not used."
+        "The folder is EDGELM_CACHE_DIR, else ~/.cache/edgelm. Its files are made again when they are needed."
+        f" EDGELM_CACHE_MB limits its size (default: {LIMIT_MB} MB): the least recently used files are removed first."
+        " A folder that other users can write to is not used."
     )
-    parser.add_argument("--clear", action="store_true", help="remove it")
+    parser.add_argument("--clear", action="store_true", help="remove all files")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """List what is kept, or remove it."""
+    """List the entries, or remove them."""
     cache = BoardCache.default()
     if args.clear:
         freed = cache.clear()

@@ -1,4 +1,4 @@
-"""`edgelm chat`: a conversation on the terminal."""
+"""`edgelm chat`: chat with a model in the terminal."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import edgelm
 from edgelm.cli.flags import (
+    BUNDLE_HELP,
     add_loading_flags,
     add_sampling_flags,
     add_template_flags,
@@ -33,39 +34,39 @@ from edgelm.system.user_folders import user_folder
 from edgelm.text.chat_template import check_messages
 from edgelm.types import RANGES, Completion, SamplingParams
 
-SAMPLING: Final[dict[str, Any]] = {"temperature": 0.3, "top_p": 0.9, "repetition_penalty": 1.1}
-"""How a chat samples where the checkpoint gave no defaults: without chance small models go round in circles."""
+CHAT_SAMPLING: Final[dict[str, Any]] = {"temperature": 0.3, "top_p": 0.9, "repetition_penalty": 1.1}
+"""Sampling defaults for checkpoints that have none: with greedy decoding, small models repeat themselves."""
 
-ANSWER_SHARE: Final = 4
-"""One part in so many of the context is left for an answer: older turns make room."""
+ANSWER_FRACTION: Final = 0.25
+"""Fraction of the context that is reserved for an answer; the oldest turns are dropped to keep it free."""
 
 MAX_HISTORY_LINES: Final = 1000
-"""Lines that the history file keeps."""
+"""Length of the history file."""
 
 MAX_SAVED_BYTES: Final = 50_000_000
-"""Of a saved conversation."""
+"""Largest file that /load reads."""
 
 QUOTES: Final = '"""'
 
 HELP: Final = """\
-/help              this
-/system [TEXT]     show the system message, or set it and begin anew
+/help              show this list
+/system [TEXT]     show the system message, or set it and start a new conversation
 /set [NAME VALUE]  show the sampling options, or set one, such as /set temperature 0.7
 /regenerate        answer the last message again
 /stats             tokens and speed of the last answer
 /save FILE         write the conversation as JSON
-/load FILE         go on from a saved conversation
-/clear             forget what was said
-/bye               end the chat, as Ctrl-D does
-Ctrl-C stops an answer. A message of several lines stands between lines that begin and end with \"\"\"."""
+/load FILE         continue a saved conversation
+/clear             start a new conversation
+/bye               end the chat (or Ctrl-D)
+Ctrl-C stops an answer. A message of several lines begins and ends with \"\"\"."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Add the command's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"in the chat:\n{HELP}\nwhat was typed is kept in ~/.local/state/edgelm/chat_history"
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, a name of `edgelm list`, or builtin")
-    parser.add_argument("--verbose", action="store_true", help="show tokens and speed behind each answer")
+    parser.epilog = f"in the chat:\n{HELP}\nthe input history is stored in ~/.local/state/edgelm/chat_history"
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
+    parser.add_argument("--verbose", action="store_true", help="show tokens and speed after each answer")
     add_template_flags(parser)
     add_sampling_flags(parser)
     add_loading_flags(parser)
@@ -75,9 +76,8 @@ def run(args: argparse.Namespace) -> int:
     """Read messages and commands until the end of input."""
     given, template = sampling_from(args), template_from(args)
     known = SamplingParams.__dataclass_fields__
-    SamplingParams().replace(
-        **{name: value for name, value in given.items() if name in known}
-    )  # before anything is typed
+    # Checks the values before the model is loaded.
+    SamplingParams().replace(**{name: value for name, value in given.items() if name in known})
     with Spinner("preparing the model for this processor"):
         model = edgelm.load(args.bundle, **loading_from(args), max_batch=1)
         sampling = {**_defaults(model), **given}
@@ -85,22 +85,21 @@ def run(args: argparse.Namespace) -> int:
             load_kernels()
     with model, _line_editing():
         if model.manifest.chat_template is None:
-            raise EdgelmError(f"{args.bundle} has no chat template; `edgelm generate` continues plain text")
+            raise EdgelmError(f"{args.bundle} has no chat template; `edgelm generate` completes plain text")
         chat = TerminalChat(model, template, sampling, is_verbose=args.verbose)
         if sys.stdin.isatty():
             print(_banner(model, args.bundle))
         for message in _read_inputs():
-            if not chat.take(message):
+            if not chat.handle_line(message):
                 break
     return 0
 
 
 @dataclass
 class TerminalChat:
-    """What was said, how answers are sampled, and the commands.
+    """A conversation, its sampling options, and the commands.
 
-    The whole conversation is given to the model at each turn; what it has in common with the last one is not computed
-    again.
+    Each turn passes the whole conversation to the model; the prefix cache holds its beginning.
     """
 
     model: Model
@@ -110,8 +109,8 @@ class TerminalChat:
     messages: list[dict[str, Any]] = field(default_factory=list)
     last: Completion | None = None
 
-    def take(self, line: str) -> bool:
-        """Answer a message or follow a command; return whether the chat goes on."""
+    def handle_line(self, line: str) -> bool:
+        """Answer a message or run a command; return whether the chat continues."""
         command = re.match(r"/([A-Za-z]+)(?:\s+(.*))?$", line, re.DOTALL)
         if command is None:
             self._answer([*self.messages, {"role": "user", "content": line}])
@@ -124,7 +123,7 @@ class TerminalChat:
             "system": self._system,
             "set": self._set,
             "regenerate": lambda _: self._regenerate(),
-            "stats": lambda _: print("nothing was answered yet" if self.last is None else speed_text(self.last)),
+            "stats": lambda _: print("there is no answer yet" if self.last is None else speed_text(self.last)),
             "save": self._save,
             "load": self._load,
             "clear": lambda _: self.messages.clear(),
@@ -132,7 +131,7 @@ class TerminalChat:
         if name not in commands:
             meant = difflib.get_close_matches(name, [*commands, "bye"], n=1)
             _print_error(
-                f"there is no /{name}; " + (f"did you mean /{meant[0]}?" if meant else "/help lists what there is")
+                f"there is no /{name}; " + (f"did you mean /{meant[0]}?" if meant else "/help lists the commands")
             )
             return True
         try:
@@ -144,49 +143,49 @@ class TerminalChat:
     # --- answers ---
 
     def _answer(self, messages: list[dict[str, Any]]) -> None:
-        """Answer the last of some messages; where that fails, the conversation stays as it was."""
+        """Answer the last message. If that fails, print the error and leave the conversation unchanged."""
         try:
-            kept = self._fitted(messages)
-            said = self._stream(kept)
+            kept = self._drop_oldest_turns(messages)
+            answer = self._stream(kept)
         except RequestError as error:
             _print_error(str(error))
             return
-        self.messages = [*kept, {"role": "assistant", "content": said}]
+        self.messages = [*kept, {"role": "assistant", "content": answer}]
 
     def _stream(self, messages: list[dict[str, Any]]) -> str:
-        """Print an answer as it comes; return what was said until it ended or was stopped."""
-        said = []
+        """Print an answer as it arrives; return its text, also if it was stopped."""
+        pieces = []
         template = {name: value for name, value in self.template.items() if name != "system"}
-        stream = self.model.stream(messages=self._opened(messages), **template, **self.sampling)
+        stream = self.model.stream(messages=self._with_system_message(messages), **template, **self.sampling)
         try:
             for chunk in stream:
                 print(chunk.delta, end="", flush=True)
-                said.append(chunk.delta)
+                pieces.append(chunk.delta)
                 self.last = chunk.completion or self.last
         except KeyboardInterrupt:
             print(" [stopped]")
-            return "".join(said)
+            return "".join(pieces)
         finally:
             stream.close()  # type: ignore[attr-defined]
         print()
         if self.last is not None:
-            told = explain_truncation(self.last, self.model.context)
-            if told is not None:
-                _print_error(told)
+            truncation = explain_truncation(self.last, self.model.context)
+            if truncation is not None:
+                _print_error(truncation)
             if self.is_verbose:
                 print(speed_text(self.last), file=sys.stderr)
-        return "".join(said)
+        return "".join(pieces)
 
-    def _opened(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the messages behind the system message, where there is one."""
+    def _with_system_message(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages, after the system message if there is one."""
         system = self.template.get("system")
         return messages if system is None else [{"role": "system", "content": system}, *messages]
 
-    def _fitted(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the messages without the oldest turns where all of them leave too little room for an answer."""
+    def _drop_oldest_turns(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages, without the oldest turns if the rest of the context is too short for an answer."""
         context = self.model.context
-        wanted = context // ANSWER_SHARE
-        room = context - min(wanted, self.sampling.get("max_tokens", wanted))
+        reserved = int(context * ANSWER_FRACTION)
+        room = context - min(reserved, self.sampling.get("max_tokens", reserved))
         dropped, rest = 0, messages
         while len(rest) > 1 and self._tokens(rest) > room:
             following = (i for i, message in enumerate(rest[1:], 1) if message["role"] == "user")
@@ -194,20 +193,22 @@ class TerminalChat:
             dropped += 1
         if dropped:
             turns = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
-            _print_error(f"the context of {context} tokens is full: {turns} left out")
+            _print_error(f"the context of {context} tokens is full: {turns} dropped")
         return rest
 
     def _tokens(self, messages: list[dict[str, Any]]) -> int:
         tools, variables = self.template.get("tools"), self.template.get("template_vars")
-        return len(self.model.message_tokens(self._opened(messages), tools=tools, template_vars=variables))
+        return len(self.model.message_tokens(self._with_system_message(messages), tools=tools, template_vars=variables))
 
     # --- commands ---
 
     def _regenerate(self) -> None:
-        asked = next((i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "user"), None)
-        if asked is None:
-            raise EdgelmError("nothing was asked yet")
-        self._answer(self.messages[: asked + 1])
+        last_question = next(
+            (i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "user"), None
+        )
+        if last_question is None:
+            raise EdgelmError("there is no message yet")
+        self._answer(self.messages[: last_question + 1])
 
     def _system(self, text: str) -> None:
         if not text:
@@ -228,7 +229,7 @@ class TerminalChat:
             value = {"on": True, "off": False}.get(text.strip(), text.strip())
         if name == "verbose":
             if not isinstance(value, bool):
-                raise EdgelmError("verbose is on or off")
+                raise EdgelmError("verbose must be on or off")
             self.is_verbose = value
             return
         known = [*RANGES, "repetition_guard"]
@@ -240,8 +241,8 @@ class TerminalChat:
     def _save(self, words: str) -> None:
         file = _file(words, "/save")
         if file.exists() and not _is_chat(file):
-            raise EdgelmError(f"{file} is there, and no saved chat: give another name")
-        saved = {"model": self.model.manifest.digest, "messages": self._opened(self.messages)}
+            raise EdgelmError(f"{file} exists and is not a saved chat: choose another name")
+        saved = {"model": self.model.manifest.digest, "messages": self._with_system_message(self.messages)}
         beside = file.with_name(f".{file.name}.new")
         try:
             beside.write_text(json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -262,7 +263,7 @@ class TerminalChat:
             raise EdgelmError(f"{file} is not JSON: {error}") from error
         messages = saved.get("messages") if isinstance(saved, dict) else saved
         if not isinstance(messages, list):
-            raise EdgelmError(f'{file} holds no conversation: it must be {{"messages": [...]}}, as /save writes it')
+            raise EdgelmError(f'{file} is not a saved conversation: expected {{"messages": [...]}}, as /save writes it')
         check_messages(messages)
         if not all(isinstance(message.get("content"), str | list) for message in messages):
             raise EdgelmError(f"{file}: each message needs a content")
@@ -276,16 +277,16 @@ class TerminalChat:
 
 
 def _read(file: Path) -> Any:
-    """Return what a saved conversation holds. Raises `ValueError` for what is too large or no JSON, and `OSError`."""
+    """Return the JSON value of a file. Raises `ValueError` if it is too large or not JSON, and `OSError`."""
     with file.open("rb") as stream:
         content = stream.read(MAX_SAVED_BYTES + 1)
     if len(content) > MAX_SAVED_BYTES:
-        raise ValueError(f"it has more than {MAX_SAVED_BYTES / 1e6:.0f} MB")
+        raise ValueError(f"it is larger than {MAX_SAVED_BYTES / 1e6:.0f} MB")
     return json.loads(content.decode("utf-8-sig"))
 
 
 def _is_chat(file: Path) -> bool:
-    """Whether a file holds what /save writes."""
+    """Return whether a file was written by /save."""
     try:
         saved = _read(file)
     except (OSError, ValueError, RecursionError):
@@ -294,7 +295,7 @@ def _is_chat(file: Path) -> bool:
 
 
 def _file(words: str, command: str) -> Path:
-    """Return the one file that a command names; quotes may stand around it."""
+    """Return the file that is the only argument of a command; the name may be quoted."""
     try:
         names = shlex.split(words)
     except ValueError:
@@ -303,18 +304,18 @@ def _file(words: str, command: str) -> Path:
         raise EdgelmError(f"{command} takes the name of one file")
     try:
         return Path(names[0]).expanduser()
-    except RuntimeError as error:  # ~ without a home, ~somebody who is nobody here
-        raise EdgelmError(f"{command}: {names[0]} names the home of nobody known here") from error
+    except RuntimeError as error:  # `~` without a home directory, or `~user` of an unknown user
+        raise EdgelmError(f"{command}: {names[0]} is in the home directory of an unknown user") from error
 
 
 def _defaults(model: Model) -> dict[str, Any]:
-    """Return what a chat samples with unless told otherwise: answers as long as the context allows."""
+    """Return the sampling defaults of a chat: answers may be as long as the context allows."""
     bundle, plain = model.manifest.sampling, SamplingParams()
     given: dict[str, Any] = {}
     if bundle.max_tokens == plain.max_tokens:
         given["max_tokens"] = model.context
     if model.manifest.prompts_are_messages and bundle.temperature == 0 and bundle.repetition_penalty == 1:
-        given |= SAMPLING
+        given |= CHAT_SAMPLING
     return given
 
 
@@ -332,7 +333,7 @@ def _banner(model: Model, name: str) -> str:
 
 
 def _read_inputs() -> Iterator[str]:
-    """Yield what is typed, a message or a command at a time, until the end of input."""
+    """Yield each message or command until the end of input."""
     is_typed = sys.stdin.isatty()
     while True:
         try:
@@ -353,7 +354,7 @@ def _read_inputs() -> Iterator[str]:
 
 
 def _read_multiline(begun: str, is_typed: bool) -> str:
-    """Return a message of several lines, whose last one ends with three quotes."""
+    """Return a message of several lines; its last line ends with three quotes."""
     lines = [begun]
     while not lines[-1].rstrip().endswith(QUOTES):
         lines.append(input("... " if is_typed else ""))
@@ -363,7 +364,7 @@ def _read_multiline(begun: str, is_typed: bool) -> str:
 
 @contextlib.contextmanager
 def _line_editing() -> Iterator[None]:
-    """Let `input` edit lines and recall earlier ones, those of earlier chats too, where Python has readline."""
+    """Enable line editing and a history that is kept between chats, if Python has readline."""
     if not sys.stdin.isatty():
         yield
         return
@@ -379,7 +380,7 @@ def _line_editing() -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # no home, or one that cannot be written
+        with contextlib.suppress(OSError):  # no home directory, or it is not writable
             file.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
             readline.write_history_file(file)

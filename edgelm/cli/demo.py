@@ -1,4 +1,4 @@
-"""`edgelm demo`: broker, board and client on this machine, three commands answered over MQTT, and gone again."""
+"""`edgelm demo`: run a broker, a board and a client on this machine, send three requests over MQTT, and stop."""
 
 from __future__ import annotations
 
@@ -29,20 +29,22 @@ ANSWER_TIMEOUT_S: Final = 60.0
 
 NEXT: Final = """\
 Next
-  edgelm serve --mqtt mqtt://localhost:1883         answer on a broker of yours
-  edgelm ask "add Adele to my running playlist"     ask it, from any machine: --broker URL --board NAME
-  edgelm models                                     larger models, by name: edgelm pull NAME, edgelm chat NAME
+  edgelm serve --mqtt mqtt://localhost:1883         answer requests at your own broker
+  edgelm ask "add Adele to my running playlist"     send a request; from another machine: --broker URL --board NAME
+  edgelm models                                     list larger models: edgelm pull NAME, then edgelm chat NAME
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("--embedded-broker", action="store_true", help="use the embedded broker, mosquitto or not")
+    """Add the command's arguments."""
+    parser.add_argument(
+        "--embedded-broker", action="store_true", help="use the embedded broker even if mosquitto is installed"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show it all; 0 only if every command was answered."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # leave nothing behind then either
+    """Run the demo; return 0 only if every request was answered."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # stop broker and board then too
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     print("edgelm demo: a small language model answers over MQTT, all on this machine.\n", flush=True)
     with ExitStack() as stack:
@@ -53,29 +55,29 @@ def run(args: argparse.Namespace) -> int:
         config = ServeConfig(mqtt=broker.url, board=BOARD, embedded_broker=isinstance(broker, EmbeddedBroker))
         stack.enter_context(serve_in_background(config))
         _show("board", f"{BOARD!r} listens on {BoardTopics(BOARD).generate()}")
-        request_client = stack.enter_context(RequestClient(BrokerConfig(url=BrokerUrl.parse(broker.url)), BOARD))
-        answered = sum(_ask(request_client, number, command) for number, command in enumerate(PROMPTS, 1))
+        client = stack.enter_context(RequestClient(BrokerConfig(url=BrokerUrl.parse(broker.url)), BOARD))
+        answered = sum(_ask(client, number, prompt) for number, prompt in enumerate(PROMPTS, 1))
     if answered < len(PROMPTS):
-        raise EdgelmError(f"{answered} of {len(PROMPTS)} commands were answered")
+        raise EdgelmError(f"{answered} of {len(PROMPTS)} requests were answered")
     print(f"\nAll {answered} answered; broker and board are stopped.\n\n{NEXT}", end="", flush=True)
     return 0
 
 
-def _show(what: str, text: str) -> None:
-    print(f"  {what:8}{text}", flush=True)
+def _show(label: str, text: str) -> None:
+    print(f"  {label:8}{text}", flush=True)
 
 
 def _describe(bundle: Bundle) -> str:
     manifest = bundle.manifest
     millions, megabytes = manifest.parameters / 1e6, bundle.bytes / 1e6
-    return f"the built-in one: {millions:.1f} M parameters, {manifest.quant}, {megabytes:.1f} MB on disk"
+    return f"built-in: {millions:.1f} M parameters, {manifest.quant}, {megabytes:.1f} MB on disk"
 
 
-def _ask(request_client: RequestClient, number: int, command: str) -> bool:
-    """Ask one command, show its answer as it comes, and return whether it came whole."""
-    print(f"\n  {number}  {command}\n     ", end="", flush=True)
-    ask = make_request(command, stream=True, chunk_ms=0, timeout_s=ANSWER_TIMEOUT_S)
-    outcome: FinalMessage = run_request(request_client, ask, lambda delta: print(delta, end="", flush=True))
+def _ask(client: RequestClient, number: int, prompt: str) -> bool:
+    """Send one request, print its answer as it arrives, and return whether it is complete."""
+    print(f"\n  {number}  {prompt}\n     ", end="", flush=True)
+    request = make_request(prompt, stream=True, chunk_ms=0, timeout_s=ANSWER_TIMEOUT_S)
+    outcome: FinalMessage = run_request(client, request, lambda delta: print(delta, end="", flush=True))
     if outcome.error is not None:
         print(f"failed: {outcome.error.message}", flush=True)
         return False

@@ -1,4 +1,4 @@
-"""`edgelm devices`: the boards that are known, this one, and whether edgelm works on it."""
+"""`edgelm devices`: list the board profiles, detect this board, and test edgelm on it or on an emulated one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 MARKS = {"ok": "ok     ", "failed": "FAILED ", "skipped": "skipped", "info": "       "}
 
 NOT_EMULATED = ("speed", "memory")
-"""Checks whose figures are QEMU's, not the board's."""
+"""Checks that measure QEMU, not the board: not printed for an emulated one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Add the command's arguments."""
     actions = parser.add_subparsers(dest="action", metavar="{list,detect,smoke,emulate}", required=True)
 
     def add(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
@@ -32,25 +32,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return action
 
-    add("list", _list, "show the boards that are known")
-    add("detect", _detect, "show which board this is, and how it is")
-    smoke = add("smoke", _smoke, "check that edgelm works on this board: inference, MQTT, memory, temperature")
-    smoke.add_argument("--threads", type=int, metavar="N", help="threads for inference (default: the runtime's)")
+    add("list", _list, "list the board profiles")
+    add("detect", _detect, "show which board this is, its memory, temperature and throttling")
+    smoke = add("smoke", _smoke, "test edgelm on this board: inference, MQTT, memory, temperature")
     smoke.add_argument(
-        "--broker", metavar="URL", help="broker for the round trip (default: one is started: mosquitto or amqtt)"
+        "--threads", type=int, metavar="N", help="threads for inference (default: chosen by the runtime)"
     )
-    emulate = add("emulate", _emulate, "run the smoke test on an emulated arm64 processor, and compare the answers")
-    emulate.add_argument("board", metavar="BOARD", help="a board of `edgelm devices list`, or a profile's .toml file")
+    smoke.add_argument("--broker", metavar="URL", help="broker for the MQTT check (default: start mosquitto or amqtt)")
+    emulate = add(
+        "emulate",
+        _emulate,
+        "run the smoke test on an emulated arm64 processor and compare the answers with this machine's",
+    )
     emulate.add_argument(
-        "--cache", type=Path, metavar="DIR", help="keeps the emulated system, 200 MB (~/.cache/edgelm/emulate)"
+        "board", metavar="BOARD", help="a name shown by `edgelm devices list`, or a .toml board profile"
+    )
+    emulate.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder of the emulated system, 200 MB (default: ~/.cache/edgelm/emulate)",
     )
     for action in (smoke, emulate):
-        action.add_argument("--bundle", default="builtin", metavar="BUNDLE", help="what to run (default: builtin)")
-        action.add_argument("--prompt", metavar="TEXT", help="what to ask (default: a spoken command)")
+        action.add_argument("--bundle", default="builtin", metavar="BUNDLE", help="bundle to run (default: builtin)")
+        action.add_argument("--prompt", metavar="TEXT", help="prompt (default: a spoken command)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what was asked for; 1 where a check failed."""
+    """Run the chosen action; return 1 if a check failed."""
     return int(args.act(args))
 
 
@@ -73,20 +82,20 @@ def _detect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(board.to_dict()))
         return 0
-    profile = f"{board.profile.name}, by its {board.matched_by}" if board.profile else "none fits"
+    profile = f"{board.profile.name}, by its {board.matched_by}" if board.profile else "none matches"
     throttling = board.throttling
     rows = {
-        "model": board.model or "not told",
+        "model": board.model or "unknown",
         "profile": profile,
         "processor": f"{board.cores} x {board.processor or 'unknown'} ({board.machine})",
         "features": " ".join(board.features) if len(board.features) < 40 else f"{len(board.features)} flags (--json)",
         "memory": _size(board.memory_bytes),
         "available": _size(board.memory_available_bytes),
-        "temperature": f"{board.temperature_c:.1f} C" if board.temperature_c is not None else "not told",
-        "throttling": "not told" if throttling is None else ", ".join(throttling.now) or "none",
+        "temperature": f"{board.temperature_c:.1f} C" if board.temperature_c is not None else "unknown",
+        "throttling": "unknown" if throttling is None else ", ".join(throttling.now) or "none",
     }
-    for name, told in rows.items():
-        print(f"{name:<12} {told}")
+    for name, value in rows.items():
+        print(f"{name:<12} {value}")
     return 0
 
 
@@ -102,7 +111,7 @@ def _smoke(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.to_dict()))
     else:
-        print("this board works" if report.ok else "this board does NOT work as it should: see what failed above")
+        print("all checks passed" if report.ok else "some checks FAILED: see above")
     return 0 if report.ok else 1
 
 
@@ -123,7 +132,7 @@ def _emulate(args: argparse.Namespace) -> int:
         if check["name"] not in NOT_EMULATED:
             _print_check(check["name"], check["status"], check["told"])
     _print_check("tokens", *result.verdict)
-    print(f"an emulated {profile.title} {'works' if result.ok else 'does NOT work as it should'}")
+    print(f"emulated {profile.title}: {'all checks passed' if result.ok else 'some checks FAILED'}")
     return 0 if result.ok else 1
 
 
@@ -131,9 +140,9 @@ def _show(check: Any) -> None:
     _print_check(check.name, check.status, check.told)
 
 
-def _print_check(name: str, status: str, told: str) -> None:
-    print(f"{MARKS[status]}  {name:<12} {told}", flush=True)
+def _print_check(name: str, status: str, message: str) -> None:
+    print(f"{MARKS[status]}  {name:<12} {message}", flush=True)
 
 
 def _size(size: int | None) -> str:
-    return "not told" if size is None else f"{size / 1e9:.2f} GB"
+    return "unknown" if size is None else f"{size / 1e9:.2f} GB"

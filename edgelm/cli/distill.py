@@ -1,4 +1,4 @@
-"""`edgelm distill`: train a small student on tasks, with or without a teacher."""
+"""`edgelm distill`: train a small student model on tasks, with or without a teacher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgelm.errors import ConfigError, UsageError
 from edgelm.system.progress_bar import ProgressBar
 
 EPILOG = """\
-DATA holds one {"prompt", "target"} object a line; only targets are learned.
+FILE of --data holds one {"prompt", "target"} object per line; the loss counts only the tokens of targets.
 Examples:
   edgelm distill --student hidden=128,layers=4,heads=4,kv-heads=2,mlp=384 --data tasks.jsonl --out student/
   edgelm distill --teacher teacher/ --student hidden=128,layers=4,heads=4 --data tasks.jsonl --out student/
@@ -21,7 +21,7 @@ Examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `edgelm distill`; defaults not stated here are those of `Settings`."""
+    """Add the options of `edgelm distill`; defaults that are not set here are those of `Settings`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     add = parser.add_argument
@@ -29,32 +29,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--student",
         required=True,
         metavar="DIR|SHAPE",
-        help="checkpoint to go on from, or a new student's shape; one that differs from the teacher's in the number of"
-        " layers alone begins with layers of the teacher",
+        help="checkpoint to continue from, or the shape of a new student; if only the number of layers differs from the"
+        " teacher's, the student starts with layers of the teacher",
     )
     add("--data", required=True, type=Path, metavar="FILE", help="JSONL of prompts and targets")
-    add("--out", required=True, type=Path, metavar="DIR", help="Hugging Face directory to make")
-    add("--teacher", type=Path, metavar="DIR", help="checkpoint whose logits to follow (default: none)")
-    add("--loss", choices=("kl", "ce"), help="kl: follow the teacher (default with one); ce: the data's tokens alone")
-    add("--kl-weight", type=float, help="share of the teacher in the loss, 0 to 1 (0.7)")
-    add("--temperature", type=float, help="softening of both distributions, over 0 (2)")
-    add("--teacher-top-k", type=int, help="the teacher's best tokens to keep; 0: ask it for all at every step (32)")
-    add("--epochs", type=int, help="passes over the data (10 to 60, the fewer the more data there are)")
-    add("--max-seconds", dest="max_s", type=float, help="end the run after this long, whatever --epochs says")
-    add("--batch-tokens", type=int, help="tokens in a batch (512 to 4096, a 32nd of the data)")
-    add("--row-length", type=int, help="tokens in a packed row: the longest example allowed (the data's)")
-    add("--held-out", type=int, metavar="N", help="examples to score with instead of training on them (a tenth)")
-    add("--lr", type=float, help="peak learning rate (0.002)")
-    add("--dropout", type=float, help="of the residual, 0 to 1 (0)")
-    add("--averaging", type=float, help="decay of the weights' moving average, 0 to 1 (0: off)")
-    add("--vocab-size", type=int, default=2048, help="of a new student's own tokenizer (%(default)s)")
-    add("--seed", type=int, help="of everything random (0)")
-    add("--muon", action="store_true", help="orthogonalize updates of matrices: fewer, dearer steps")
-    add("--bf16", action="store_true", help="multiply in bfloat16: faster where the processor has it")
-    add("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
-    add("--threads", type=int, help="processor threads (as many as a short measurement finds quickest)")
-    add("--resume", action="store_true", help="go on with an interrupted run, from its last checkpoint")
-    add("--force", action="store_true", help="replace OUT, discard an interrupted run")
+    add("--out", required=True, type=Path, metavar="DIR", help="Hugging Face directory to write")
+    add("--teacher", type=Path, metavar="DIR", help="checkpoint whose logits are learned (default: none)")
+    add(
+        "--loss",
+        choices=("kl", "ce"),
+        help="kl: learn the teacher's logits (default with --teacher); ce: only the targets",
+    )
+    add("--kl-weight", type=float, help="weight of the KL term in the loss, 0 to 1 (default: 0.7)")
+    add("--temperature", type=float, help="softmax temperature of teacher and student, above 0 (default: 2)")
+    add(
+        "--teacher-top-k",
+        type=int,
+        help="teacher logits stored per position (default: 32); 0: compute all of them at every step",
+    )
+    add("--epochs", type=int, help="passes over the data (default: 10 to 60, fewer for more data)")
+    add("--max-seconds", dest="max_s", type=float, help="end training after this time, even before --epochs")
+    add("--batch-tokens", type=int, help="tokens in a batch (default: 1/32 of the data, 512 to 4096)")
+    add("--row-length", type=int, help="tokens in a packed row, the longest allowed example (default: the longest one)")
+    add("--held-out", type=int, metavar="N", help="examples kept for scoring, not for training (default: 10 %%)")
+    add("--lr", type=float, help="peak learning rate (default: 0.002)")
+    add("--dropout", type=float, help="dropout of the residual stream, 0 to 1 (default: 0)")
+    add("--averaging", type=float, help="decay of the moving average of the weights, 0 to 1 (default: 0, off)")
+    add("--vocab-size", type=int, default=2048, help="vocabulary of a new student's tokenizer (default: %(default)s)")
+    add("--seed", type=int, help="random seed (default: 0)")
+    add("--muon", action="store_true", help="optimizer Muon for matrices: fewer steps, each more expensive")
+    add("--bf16", action="store_true", help="multiply in bfloat16: faster on processors that support it")
+    add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    add("--threads", type=int, help="processor threads (default: the fastest number in a short measurement)")
+    add("--resume", action="store_true", help="continue an interrupted run from its last checkpoint")
+    add("--force", action="store_true", help="replace DIR of --out and discard an interrupted run")
     add("--json", action="store_true", help="print one JSON object at the end")
 
 
@@ -77,7 +85,7 @@ WHOLE_NUMBERS = ("epochs", "batch_tokens", "row_length")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; print where the student is."""
+    """Train the student; print its path and its score."""
     if args.loss == "kl" and args.teacher is None:
         raise UsageError("--loss kl needs --teacher")
     if args.threads is not None and args.threads < 1:
@@ -122,8 +130,8 @@ def run(args: argparse.Namespace) -> int:
         print(score_text(score))
     if score is not None and is_all_wrong(score):
         print(
-            "edgelm distill: nothing was learnt: not one held-out answer is right. More steps (--epochs, smaller"
-            " --batch-tokens), more data or a larger student may help; so may a teacher",
+            "edgelm distill: nothing was learnt: no held-out answer is correct. More steps (--epochs, smaller"
+            " --batch-tokens), more data, a larger student or a teacher may help",
             file=sys.stderr,
         )
     elif not args.json:
@@ -132,14 +140,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def is_all_wrong(score: Any) -> bool:
-    """Whether not one answer of a `TaskScore` is right, as text or as JSON."""
+    """Return whether no answer of a `TaskScore` is correct, neither as text nor as JSON."""
     return not score.exact and not score.frame
 
 
 def score_text(score: Any) -> str:
-    """Return a `TaskScore` of held-out examples in one line."""
+    """Return the score of held-out examples in one line."""
     if score is None:
-        return "held out: nothing; --held-out N keeps N examples to score with"
+        return "held out: no examples; --held-out N keeps N examples for scoring"
     names = {"exact": "exact", "frame": "same JSON", "intent": "same intent"}
     parts = [f"{label} {getattr(score, name):.1%}" for name, label in names.items() if getattr(score, name) is not None]
     if score.slot_f1 is not None:

@@ -1,4 +1,4 @@
-"""`edgelm eval`: a bundle's quality on text and tasks."""
+"""`edgelm eval`: measure the quality of a bundle on text or tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import edgelm
 from edgelm.cli.extras import import_extra
-from edgelm.cli.flags import add_loading_flags, loading_from
+from edgelm.cli.flags import BUNDLE_HELP, add_loading_flags, loading_from
 from edgelm.cli.tables import quality_table
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.evaluation.evaluate import evaluate_text
@@ -19,42 +19,48 @@ from edgelm.model import Model
 from edgelm.system.progress_bar import ProgressBar
 from edgelm.text.documents import split_documents
 
-TASK_TOKENS = 256
-"""Longest answer to a task."""
+MAX_TASK_TOKENS = 256
+"""Largest length of an answer to a task."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, a name of `edgelm list`, or builtin")
-    parser.add_argument("--text", metavar="FILE", help="documents divided by lines <|endoftext|>: perplexity")
-    parser.add_argument("--task", metavar="FILE", help='lines {"prompt", "target"}: exact match, and fields of JSON')
+    """Add the command's arguments."""
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
     parser.add_argument(
-        "--raw", action="store_true", help="complete a task's prompt as it stands, without the model's chat template"
+        "--text", metavar="FILE", help="measure perplexity on documents separated by lines <|endoftext|>"
+    )
+    parser.add_argument(
+        "--task", metavar="FILE", help='measure exact match and JSON fields on lines of {"prompt", "target"}'
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="complete a task's prompt as plain text, without the chat template"
     )
     parser.add_argument(
         "--long-documents",
         choices=["truncate", "window"],
         default="truncate",
-        help="text past the context: cut it, or score it in windows that overlap by half (truncate)",
+        help="text longer than the context: cut it, or score it in windows that overlap by half (default: truncate)",
     )
     parser.add_argument(
         "--reference",
         metavar="CHECKPOINT",
-        help="the unquantized checkpoint: what was lost beside it, on --text",
+        help="unquantized checkpoint to compare with, on --text",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="the LoRA adapter merged into both, with --reference")
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="with --reference: the LoRA adapter that was merged into the bundle"
+    )
     add_loading_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what was asked for."""
+    """Measure and print the result."""
     if not args.text and not args.task:
-        raise UsageError("nothing to measure: give --text FILE, --task FILE or both")
+        raise UsageError("--text FILE or --task FILE is required (or both)")
     if args.reference and not args.text:
-        raise UsageError("--reference needs --text FILE: what to measure both on")
+        raise UsageError("--reference needs --text FILE")
     if args.adapter and not args.reference:
-        raise UsageError("--adapter goes with --reference CHECKPOINT")
+        raise UsageError("--adapter needs --reference CHECKPOINT")
     text = _read(args.text) if args.text else None
     tasks = read_tasks(Path(args.task)) if args.task else None
     result: dict[str, Any] = {}
@@ -64,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
             if quality.truncated:
                 print(
                     f"{quality.truncated} of {quality.documents} documents are longer than the context of"
-                    f" {model.context}: {quality.skipped} tokens were cut; --long-documents window scores"
-                    " them too",
+                    f" {model.context}: {quality.skipped} tokens were cut; --long-documents window"
+                    " measures them too",
                     file=sys.stderr,
                 )
             result["perplexity"] = quality.perplexity
@@ -106,7 +112,7 @@ def _answers(model: Model, prompts: list[str], raw: bool, progress: ProgressBar)
     answers = []
     for number, prompt in enumerate(prompts):
         progress("task", number, len(prompts))
-        answers.append(model.generate(prompt, max_tokens=TASK_TOKENS, temperature=0.0, raw=raw).text)
+        answers.append(model.generate(prompt, max_tokens=MAX_TASK_TOKENS, temperature=0.0, raw=raw).text)
     return answers
 
 

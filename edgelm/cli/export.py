@@ -1,4 +1,4 @@
-"""`edgelm export`: a checkpoint (Hugging Face, GGUF, Ollama) becomes a bundle."""
+"""`edgelm export`: convert a checkpoint (Hugging Face, GGUF, Ollama) to a quantized ONNX bundle."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from edgelm.system.progress_bar import ProgressBar
 EXAMPLES = """\
 examples:
   edgelm export HuggingFaceTB/SmolLM2-135M-Instruct smollm2/
-      int4, calibrated on text that the model makes up: minutes, 4.7 bits a weight; --fast takes seconds
+      int4, calibrated on self-generated text: minutes, 4.7 bits per weight; --fast takes seconds
   edgelm export my-checkpoint/ bundle/ --calibrate corpus.txt --verify held-out.txt
-      int4 that keeps more of the quality, and says how much
+      int4 calibrated on your own text: less loss, measured on --verify
   edgelm export my-checkpoint/ bundle/ --quant mixed --calibrate self
-      the most sensitive matrices in int8: 5.5 bits a weight
+      more bits for the most sensitive matrices: 5.5 bits per weight
   edgelm export my-checkpoint/ bundle/ --vocab commands.txt --vocab-size 16000 --max-bytes 150M --calibrate corpus.txt
-      a model for one job, in so many bytes
+      a model for one domain, at most 150 MB
   edgelm export model-Q4_0.gguf bundle/ --quant keep
-      the blocks of a GGUF file as they are; the other precisions work for GGUF too
+      the quantized blocks of a GGUF file, unchanged; other precisions work for GGUF too
   edgelm export ollama:qwen2.5:0.5b bundle/
-      a model that Ollama has on this machine
+      a model of the Ollama installation on this machine
   edgelm export my-checkpoint/ --dry-run
-      what it would write
+      only print the plan
 
-text files hold documents divided by lines <|endoftext|>. The methods and what they cost: export/README.md
+Documents in text files are separated by lines <|endoftext|>. Methods and their costs: export/README.md
 """
 
 OPTIONS = (
@@ -65,7 +65,7 @@ OPTIONS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Add the command's arguments."""
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
@@ -73,81 +73,86 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", metavar="OUT", nargs="?", help="directory of the bundle to write")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be written, matrix by matrix")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of each matrix, write nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
     size = parser.add_argument_group("precision")
     size.add_argument(
         "--quant",
         choices=["int4", "int5", "int6", "int8", "mixed", "fp32", "keep"],
-        help="int4 (the default; int5 with --fast); mixed: 4 to 8 bits by each matrix's sensitivity, 5.5 bits a weight;"
-        " keep: the Q4_0 and Q8_0 blocks of a GGUF file as they are",
+        help="default: int4 (int5 with --fast); mixed: 4 to 8 bits by each matrix's sensitivity, 5.5 bits per weight;"
+        " keep: the Q4_0 and Q8_0 blocks of a GGUF file, unchanged",
     )
     size.add_argument(
         "--block-size",
         type=int,
         choices=[16, 32, 64, 128],
         metavar="N",
-        help="weights a scale: 16, 32, 64, 128 (32); larger is smaller, faster and less exact",
+        help="weights per scale: 16, 32, 64, 128 (default: 32); larger blocks are smaller, faster and less exact",
     )
-    size.add_argument("--asymmetric", action="store_true", help="a zero point for every block too")
+    size.add_argument("--asymmetric", action="store_true", help="add a zero point to each block")
     methods = find_methods()
     size.add_argument(
         "--method",
         choices=["auto", *methods] if methods else None,
         default="auto",
-        help="how codes are chosen. auto: gptq; clip with --fast; rtn for int8. "
+        help="quantizer (default: auto, which is gptq; clip with --fast; rtn for int8). "
         + " ".join(f"{name}: {summary}" for name, summary in methods.items()),
     )
     calibration = size.add_mutually_exclusive_group()
     calibration.add_argument(
         "--calibrate",
         metavar="FILE",
-        help="calibration text like what the model will see, or `self` (the default but for int8): self-generated text",
+        help="calibration text of the model's domain, or `self` for self-generated text (default, except for int8)",
     )
     calibration.add_argument(
-        "--fast", action="store_true", help="quantize without calibration: seconds instead of minutes, and less exact"
+        "--fast", action="store_true", help="quantize without calibration: seconds instead of minutes, less exact"
     )
     size.add_argument(
         "--embedding-bits",
         type=int,
         choices=[4, 5, 6, 8],
         metavar="N",
-        help="bits of embedding and head: 4, 5, 6 or 8 (5; 6 with int6)",
+        help="bits of embedding and head: 4, 5, 6 or 8 (default: 5; 6 with int6)",
     )
     size.add_argument(
         "--kv",
         choices=["fp32", "int8"],
         default="fp32",
-        help="key/value memory: int8 is a quarter of fp32 (the default), and needs onnxruntime 1.28",
+        help="numbers in the KV cache (default: fp32); int8 takes a quarter of the memory and needs onnxruntime 1.28",
     )
     size.add_argument(
-        "--max-bytes", type=parse_byte_count, metavar="N", help="size of the bundle at most, such as 150M"
+        "--max-bytes", type=parse_byte_count, metavar="N", help="largest size of the bundle, such as 150M"
     )
 
-    gate = parser.add_argument_group("quality, measured beside the unquantized checkpoint")
-    gate.add_argument("--verify", metavar="FILE", help="text to measure on, which the calibration has not seen")
-    gate.add_argument("--max-kl", type=float, metavar="X", help="mean KL divergence at most, in nats; else no bundle")
-    gate.add_argument("--min-agreement", type=float, metavar="X", help="share of equal likeliest tokens at least, 0-1")
-    gate.add_argument("--report", action="store_true", help="plot every matrix's error and size into report.svg")
+    gate = parser.add_argument_group("quality, compared with the unquantized checkpoint")
+    gate.add_argument("--verify", metavar="FILE", help="text to measure on; it must differ from the calibration text")
+    gate.add_argument("--max-kl", type=float, metavar="X", help="largest mean KL divergence in nats, else fail")
+    gate.add_argument(
+        "--min-agreement",
+        type=float,
+        metavar="X",
+        help="smallest share of positions with the same most likely token, 0 to 1, else fail",
+    )
+    gate.add_argument("--report", action="store_true", help="plot the error and size of each matrix to report.svg")
 
     model = parser.add_argument_group("the model")
     model.add_argument(
-        "--context", type=int, metavar="N", help="longest conversation in tokens (the checkpoint's, at most 4096)"
+        "--context", type=int, metavar="N", help="context in tokens (default: the checkpoint's, at most 4096)"
     )
     model.add_argument("--adapter", metavar="DIR", help="LoRA adapter of PEFT's format to merge, directory or hub id")
-    model.add_argument("--vocab", metavar="FILE", help="text of the domain: keep only the tokens it needs most")
-    model.add_argument("--vocab-size", type=int, metavar="N", help="how many")
+    model.add_argument("--vocab", metavar="FILE", help="text of the domain: keep only the tokens that it needs most")
+    model.add_argument("--vocab-size", type=int, metavar="N", help="number of tokens that --vocab keeps")
     model.add_argument(
         "--prefix",
         metavar="FILE",
-        help="what prompts begin with, text or a JSON list of messages: computed once, kept in the bundle",
+        help="static prefix of prompts, a text or a JSON list of messages: computed once, stored in the bundle",
     )
     model.add_argument(
         "--via",
         choices=["native", "optimum"],
         default="native",
-        help="optimum: convert optimum's export, for architectures without a builder here",
+        help="optimum: export with optimum-onnx, for architectures without a builder in edgelm",
     )
 
 
@@ -167,7 +172,7 @@ def find_methods() -> dict[str, str]:
 
 
 def parse_byte_count(text: str) -> int:
-    """Read a number of bytes, with K, M or G for thousands, millions and thousands of millions."""
+    """Parse a number of bytes; the suffixes K, M and G stand for 10^3, 10^6 and 10^9."""
     units = {"K": 10**3, "M": 10**6, "G": 10**9}
     digits, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
     try:
@@ -175,12 +180,12 @@ def parse_byte_count(text: str) -> int:
     except ValueError:
         value = 0.0
     if not 1 <= value < 1e15:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 150M")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, such as 150M")
     return int(value)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export and say what came of it."""
+    """Export and print a summary."""
     package = import_extra("edgelm_export", "edgelm export")
     options = {name: getattr(args, name) for name in OPTIONS}
     options["symmetric"] = not args.asymmetric
@@ -192,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(_outline_facts(outline)) if args.json else outline_table(outline))
         return 0
     if args.out is None:
-        raise UsageError("OUT is missing: the directory of the bundle to write (or --dry-run)")
+        raise UsageError("OUT is required: the directory of the bundle to write (or --dry-run)")
     start = time.monotonic()
     with ProgressBar() as progress:
         bundle = package.export(args.checkpoint, args.out, force=args.force, progress=progress, **options)
@@ -227,19 +232,19 @@ def _summary(bundle: Bundle, seconds: float) -> str:
     m = bundle.manifest
     lines = [
         f"{bundle.path}: {m.architecture}, {m.parameters / 1e6:.1f} M parameters, {m.quant}"
-        f" ({m.bits_per_weight:.2f} bits a weight), {bundle.bytes / 1e6:.1f} MB, {seconds:.1f} s"
+        f" ({m.bits_per_weight:.2f} bits per weight), {bundle.bytes / 1e6:.1f} MB, {seconds:.1f} s"
     ]
     lines += _kept(m.matrices)
     if m.vocabulary is not None:
         v = m.vocabulary
         lines.append(
             f"vocabulary: {v['tokens']} of {v['tokens_before']} tokens, {v['saved_bytes'] / 1e6:.1f} MB saved; the"
-            f" domain's text takes {v['text_tokens'] / v['text_tokens_before']:.2f} times as many"
+            f" domain's text has {v['text_tokens'] / v['text_tokens_before']:.2f} times as many tokens as before"
         )
         if v["text_tokens_lost"]:
             lines.append(
-                f"careful: {v['text_tokens_lost']} of the text's {v['text_tokens_before']} tokens are now spelled in"
-                f" others, which the model knows less well; --vocab-size {v['sufficient_size']} keeps them all"
+                f"warning: {v['text_tokens_lost']} of the text's {v['text_tokens_before']} tokens were removed and now"
+                f" consist of other tokens, at a loss of quality; --vocab-size {v['sufficient_size']} keeps them all"
             )
     if m.prefix is not None:
         lines.append(f"static prefix: {prefix_text(bundle)}")
@@ -251,8 +256,8 @@ def _summary(bundle: Bundle, seconds: float) -> str:
     uncalibrated = sum(matrix.method is not None and matrix.method in fallbacks for matrix in m.matrices)
     if uncalibrated:
         lines.append(
-            f"calibration: {uncalibrated} of {len(m.matrices)} matrices are stored without it, which served the"
-            " held-back positions better"
+            f"calibration: {uncalibrated} of {len(m.matrices)} matrices are stored without it, because their error on"
+            " the validation positions was smaller that way"
         )
     if m.quality is not None:
         lines.append(quality_table(m.quality))
@@ -260,15 +265,15 @@ def _summary(bundle: Bundle, seconds: float) -> str:
 
 
 def _kept(matrices: Sequence[Matrix]) -> list[str]:
-    """Say which matrices were carried over from the file, where any were asked to be."""
+    """Describe the matrices that were copied from the GGUF file, if any."""
     kept = [matrix for matrix in matrices if matrix.method == "keep"]
     if not kept:
         return []
     others = [matrix.name for matrix in matrices if matrix.method != "keep"]
-    line = f"kept as they were: {len(kept)} of {len(matrices)} matrices"
+    line = f"copied unchanged: {len(kept)} of {len(matrices)} matrices"
     if others:
         shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
-        line += f"; in other formats than Q4_0 and Q8_0, so rounded to int8: {shown}"
+        line += f"; neither Q4_0 nor Q8_0, so rounded to int8: {shown}"
     return [line]
 
 
@@ -294,5 +299,5 @@ def _outline_facts(outline: Any) -> Mapping[str, Any]:
 
 
 def raise_interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """End like Ctrl-C, so that a half-written bundle is removed."""
+    """Handle a signal like Ctrl-C, so that an incomplete bundle is removed."""
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Reaching the packages beside the runtime, and naming the extra to install when one is missing."""
+"""Import edgelm_export and edgelm_devices; name the extra to install if a library is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgelm.system.installation import missing_extra
 def import_extra(module: str, feature: str) -> ModuleType:
     """Import a module of edgelm_export or edgelm_devices.
 
-    Raises `MissingExtraError` naming the extra that brings the missing module, read from the package's own metadata.
+    Raises `MissingExtraError` with the extra that installs the missing library, read from the package's metadata.
     """
     try:
         return import_module(module)
@@ -22,14 +22,14 @@ def import_extra(module: str, feature: str) -> ModuleType:
 
 
 def missing_extra_error(error: ModuleNotFoundError, feature: str) -> Exception:
-    """Return the error that names the extra to install, or the one given where no extra brings its module."""
+    """Return an error that names the extra to install, or the given error if no extra installs the module."""
     missing = (error.name or "").partition(".")[0]
     extra = find_extra(missing)
     return error if extra is None else missing_extra(feature, extra, missing)
 
 
 def find_extra(module: str) -> str | None:
-    """Return the first extra whose requirements bring a module of that name, or None."""
+    """Return the first extra that installs a module of that name, or None."""
     try:
         lines = requires("edgelm") or []
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Flags that several commands share: how tokens are chosen, and how a broker is reached."""
+"""Flags that several commands share: sampling, chat template, loading, broker credentials."""
 
 from __future__ import annotations
 
@@ -14,43 +14,48 @@ from edgelm.errors import ConfigError, EdgelmError
 from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl, read_password
 from edgelm.types import RANGES, SamplingParams
 
-FILES: Final = (".txt", ".md")
-"""How one word ends that names a file, also one that is not there: no system message ends so."""
+BUNDLE_HELP: Final = "a bundle's directory, a name shown by `edgelm list`, or builtin"
+THREADS_HELP: Final = "threads (default: the number of cores, at most 4)"
+
+TEXT_FILE_SUFFIXES: Final = (".txt", ".md")
+"""A --system value of one word with such a suffix is a file name, also if the file does not exist."""
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags that `sampling_from` reads; those not given leave the bundle's defaults."""
+    """Add the flags that `sampling_from` reads; without a flag the bundle's default applies."""
     group = parser.add_argument_group(
         "sampling",
         "defaults are the bundle's; if these are greedy, `edgelm chat` uses temperature 0.3, top-p 0.9 and repetition"
-        " penalty 1.1; `edgelm chat` has no default limit of --max-tokens but the context",
+        " penalty 1.1; the default --max-tokens of `edgelm chat` is the context",
     )
-    for each in dataclasses.fields(SamplingParams):
-        if each.name in RANGES:
-            kind, metavar = (int, "N") if isinstance(RANGES[each.name][0], int) else (float, "X")
-            flag = f"--{each.name.replace('_', '-')}"
-            group.add_argument(flag, type=kind, metavar=metavar, help=each.metadata["summary"])
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on to --max-tokens")
+    for option in dataclasses.fields(SamplingParams):
+        if option.name in RANGES:
+            kind, metavar = (int, "N") if isinstance(RANGES[option.name][0], int) else (float, "X")
+            flag = f"--{option.name.replace('_', '-')}"
+            group.add_argument(flag, type=kind, metavar=metavar, help=option.metadata["summary"])
+    group.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
+    group.add_argument(
+        "--ignore-eos", action="store_true", default=None, help="continue to --max-tokens after an end token"
+    )
     group.add_argument(
         "--no-repetition-guard",
         dest="repetition_guard",
         action="store_false",
         default=None,
-        help="go on where an answer repeats one passage over and over",
+        help="do not stop an answer that repeats one passage",
     )
     form = group.add_mutually_exclusive_group()
-    form.add_argument("--json-schema", metavar="FILE", help="answer with JSON that fits this schema")
-    form.add_argument("--regex", metavar="PATTERN", help="answer with text that matches")
-    form.add_argument("--choices", metavar="A,B", help="answer with one of these")
+    form.add_argument("--json-schema", metavar="FILE", help="answer with JSON that matches this schema")
+    form.add_argument("--regex", metavar="PATTERN", help="answer with text that matches this regular expression")
+    form.add_argument("--choices", metavar="A,B", help="answer with one of these texts")
 
 
 def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the sampling options that were given, by the names of `Model.generate` and of the MQTT protocol.
+    """Return the given sampling options under the names of `Model.generate` and of the MQTT protocol.
 
-    Raises `ConfigError` when the schema file cannot be read.
+    Raises `ConfigError` if the schema file cannot be read.
     """
-    names = (each.name for each in dataclasses.fields(SamplingParams))
+    names = (option.name for option in dataclasses.fields(SamplingParams))
     given = {name: getattr(args, name) for name in (*names, "regex")}
     if args.choices is not None:
         given["choices"] = [choice.strip() for choice in args.choices.split(",")]
@@ -60,33 +65,35 @@ def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_template_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags that `template_from` reads; `--raw` is the command's own."""
+    """Add the flags that `template_from` reads, except `--raw`."""
     group = parser.add_argument_group(
-        "chat template", "where the model has one, a prompt is one message of the user; `edgelm info` says so"
+        "chat template", "if the model has one (`edgelm info`), a prompt is sent as one user message"
     )
     group.add_argument(
-        "--system", metavar="TEXT|FILE", help="the system message that the conversation begins with, or a file with it"
+        "--system", metavar="TEXT|FILE", help="system message of the conversation, or a file that holds it"
     )
     group.add_argument(
         "--template-var",
         action="append",
         metavar="K=V",
-        help="a variable of the template, such as enable_thinking=false; V is JSON, else text; may be repeated",
+        help="variable of the template, such as enable_thinking=false; V is JSON or else text; may be repeated",
     )
-    group.add_argument("--tools", metavar="FILE", help="functions to offer: a JSON list, as OpenAI's API takes it")
+    group.add_argument(
+        "--tools", metavar="FILE", help="functions for the model: a JSON list in the format of OpenAI's API"
+    )
 
 
 def add_raw_flag(parser: argparse.ArgumentParser) -> None:
-    """Declare the flag that leaves the chat template out."""
+    """Add `--raw`, which disables the chat template."""
     parser.add_argument(
-        "--raw", action="store_true", help="complete the prompt as it stands, without the model's chat template"
+        "--raw", action="store_true", help="complete the prompt as plain text, without the chat template"
     )
 
 
 def read_prompt(argument: str) -> str:
-    """Return a prompt from the command line; `-` reads standard input, without the line ends behind it.
+    """Return a prompt from the command line; `-` reads standard input and strips trailing line ends.
 
-    Raises `EdgelmError` where standard input is not text.
+    Raises `EdgelmError` if standard input is not text.
     """
     if argument != "-":
         return argument
@@ -97,9 +104,9 @@ def read_prompt(argument: str) -> str:
 
 
 def template_from(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what was given for the chat template, by the names of `Model.generate` and of the MQTT protocol.
+    """Return the given template options under the names of `Model.generate` and of the MQTT protocol.
 
-    Raises `ConfigError` for a variable without a value, and a file that cannot be read.
+    Raises `ConfigError` if a variable has no value or a file cannot be read.
     """
     given: dict[str, Any] = {}
     if args.system is not None:
@@ -127,12 +134,12 @@ def _variable(text: str) -> tuple[str, Any]:
 
 
 def _system(value: str) -> str:
-    """Return a text that is given as it is, or that of the file which it names. Raises `ConfigError`."""
+    """Return the text itself, or the content of the file that it names. Raises `ConfigError`."""
     try:
         is_file = Path(value).is_file()
-    except (OSError, ValueError):  # no name that a file can have, such as a long text
+    except (OSError, ValueError):  # not a valid file name, such as a long text
         return value
-    if not is_file and not (value.endswith(FILES) and len(value.split()) == 1):
+    if not is_file and not (value.endswith(TEXT_FILE_SUFFIXES) and len(value.split()) == 1):
         return value
     try:
         return Path(value).read_text("utf-8-sig").strip()
@@ -160,44 +167,46 @@ def _read_json(name: str, path: str) -> Any:
 
 
 def add_loading_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare how a bundle is loaded: `loading_from` reads it."""
-    parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together (the bundle's)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
+    """Add the flags that `loading_from` reads."""
     parser.add_argument(
-        "--memory-limit-mb", type=int, metavar="N", help="refuse to load what would take more than N * 10^6 bytes"
+        "--context", type=int, metavar="N", help="tokens of prompt and answer together (default: the bundle's)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help=THREADS_HELP)
+    parser.add_argument(
+        "--memory-limit-mb", type=int, metavar="N", help="refuse to load a model that needs more than N * 10^6 bytes"
     )
     add_cache_flag(parser)
 
 
 def add_cache_flag(parser: argparse.ArgumentParser) -> None:
-    """Declare the flag that does without the board cache."""
+    """Add `--no-cache`, which disables the board cache."""
     parser.add_argument(
         "--no-cache",
         dest="cache",
         action="store_false",
         default=None,
-        help="do without weights and kernels made for this board (EDGELM_CACHE_DIR, else ~/.cache/edgelm): slower",
+        help="do not use the board cache (prepacked weights, kernels; EDGELM_CACHE_DIR, else ~/.cache/edgelm): slower",
     )
 
 
 def loading_from(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of `edgelm.load` that were given."""
+    """Return the given options of `edgelm.load`."""
     given = {name: getattr(args, name) for name in ("context", "threads", "memory_limit_mb", "cache")}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def add_credential_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags by which a client proves who it is."""
-    group = parser.add_argument_group("credentials", "the password comes from a file or from EDGELM_PASSWORD")
-    group.add_argument("--username", metavar="NAME")
-    group.add_argument("--password-file", metavar="FILE", help="its first line is the password; mode 0600")
-    group.add_argument("--cafile", metavar="FILE", help="certificates to trust, for mqtts:// and wss://")
-    group.add_argument("--certfile", metavar="FILE", help="our own certificate")
-    group.add_argument("--keyfile", metavar="FILE", help="its key")
+    """Add the flags for the broker's user, password and certificates."""
+    group = parser.add_argument_group("credentials", "the password is read from a file or from EDGELM_PASSWORD")
+    group.add_argument("--username", metavar="NAME", help="user at the broker (default: EDGELM_USERNAME)")
+    group.add_argument("--password-file", metavar="FILE", help="file with the password in its first line; mode 0600")
+    group.add_argument("--cafile", metavar="FILE", help="trusted certificates, for mqtts:// and wss://")
+    group.add_argument("--certfile", metavar="FILE", help="client certificate")
+    group.add_argument("--keyfile", metavar="FILE", help="private key of the client certificate")
 
 
 def broker_from(args: argparse.Namespace) -> BrokerConfig:
-    """Return how to reach the broker of `--broker`; raise `ConfigError` where the flags do not fit."""
+    """Return the broker's URL and credentials. Raises `ConfigError` if the flags contradict each other."""
     password = read_password(args.password_file) if args.password_file else None
     username = args.username or os.environ.get("EDGELM_USERNAME")
     return BrokerConfig(

@@ -1,4 +1,4 @@
-"""`edgelm info`: what a bundle is."""
+"""`edgelm info`: show the manifest, sizes, quality and memory of a bundle."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import Any
 
 from edgelm.bundle.bundle_folder import Bundle, open_bundle
 from edgelm.bundle.manifest import Manifest
+from edgelm.cli.flags import BUNDLE_HELP
 from edgelm.cli.tables import prefix_text, quality_table, self_check_text
 from edgelm.runtime.memory_plan import PREFIX_CACHE_MB, MemoryPlan, plan_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, a name of `edgelm list`, or builtin")
+    """Add the command's arguments."""
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
     parser.add_argument("--json", action="store_true", help="print the manifest and the sizes as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify the bundle and show it."""
+    """Verify the bundle and print it."""
     bundle = open_bundle(args.bundle)
     if args.json:
         print(json.dumps({**dataclasses.asdict(bundle.manifest), **derived_facts(bundle)}))
         return 0
-    for label, value in rows(bundle):
+    for label, value in info_rows(bundle):
         print(f"{label:<13} {value}")
     return 0
 
 
 def derived_facts(bundle: Bundle) -> dict[str, Any]:
-    """Return what follows from the manifest: sizes and memory."""
+    """Return sizes and memory, which are computed from the manifest."""
     manifest = bundle.manifest
     return {
         "digest": manifest.digest,
@@ -51,7 +52,7 @@ def _quality_rows(m: Manifest) -> list[tuple[str, str]]:
 
 
 def _extras(m: Manifest) -> list[tuple[str, str]]:
-    """Say what was done to the checkpoint beside quantizing it."""
+    """Return rows about pruning, adapter, notes and the needed onnxruntime version."""
     found = []
     if m.vocabulary is not None:
         v = m.vocabulary
@@ -65,12 +66,12 @@ def _extras(m: Manifest) -> list[tuple[str, str]]:
 
 
 def _plan(m: Manifest) -> MemoryPlan:
-    """Return what the defaults of `edgelm generate` take at most."""
+    """Return the largest memory of `edgelm generate` with its defaults."""
     return plan_memory(m, rows=2, context=m.context, prefix_cache_bytes=PREFIX_CACHE_MB * 1_000_000)
 
 
-def rows(bundle: Bundle) -> list[tuple[str, str]]:
-    """Return what a person may want to know of a bundle: labels, empty where a line goes on, and values."""
+def info_rows(bundle: Bundle) -> list[tuple[str, str]]:
+    """Return labels and values to print; the label is empty on continuation lines."""
     m = bundle.manifest
     cache = m.cache.bytes_per_token()
     numbers = "int8" if m.cache.bits == 8 else "float32"
@@ -87,13 +88,13 @@ def rows(bundle: Bundle) -> list[tuple[str, str]]:
         ("vocabulary", f"{m.vocab_size}, start token {m.bos_token}, end tokens {list(m.eos_tokens)}"),
         *_extras(m),
         ("context", f"{m.context} tokens"),
-        ("precision", f"{m.quant}, {m.bits_per_weight:.2f} bits a weight with scales"),
+        ("precision", f"{m.quant}, {m.bits_per_weight:.2f} bits per weight with scales"),
         ("on disk", f"{bundle.bytes / 1e6:.2f} MB in {len(m.files)} files, hashes verified"),
         ("memory", f"one request of {m.context} tokens: {_plan(m)}"),
-        ("", f"keys and values in {numbers}: {cache} bytes a token, {cache * m.context / 1e6:.1f} MB a full request"),
+        ("", f"KV cache in {numbers}: {cache} bytes per token, {cache * m.context / 1e6:.1f} MB per full row"),
         ("sampling", ", ".join(f"{name} {value}" for name, value in sampling.items()) or "greedy"),
         ("chat template", "yes" if m.chat_template else "no"),
-        ("prompt", "a user's message" if m.prompts_are_messages else "text, completed as it stands"),
+        ("prompt", "sent as a user message" if m.prompts_are_messages else "completed as plain text"),
         ("prefix", prefix_text(bundle) or "none"),
         *_quality_rows(m),
         ("made with", ", ".join(f"{name} {version}" for name, version in m.made_with.items())),

@@ -1,4 +1,4 @@
-"""`edgelm list`: which models are here, by name."""
+"""`edgelm list`: list the models on this machine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from edgelm.errors import BundleError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.epilog = "They lie in EDGELM_DATA_DIR, else ~/.local/share/edgelm. `edgelm pull NAME` gets another."
+    """Add the command's arguments."""
+    parser.epilog = "Models are stored in EDGELM_DATA_DIR, else ~/.local/share/edgelm. `edgelm pull NAME` adds one."
     parser.add_argument("--json", action="store_true", help="print one JSON array")
 
 
 def run(args: argparse.Namespace) -> int:
-    """List the stored bundles and the built-in one."""
+    """Print the stored bundles and the built-in one."""
     store = BundleStore.default()
     rows = [_row(store, name) for name in [BUILTIN, *store.names()]]
     if args.json:

@@ -1,4 +1,4 @@
-"""`edgelm models`: which models `edgelm pull` knows."""
+"""`edgelm models`: list the models that can be pulled by name."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from edgelm.system.sensors import read_memory_mb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Add the command's arguments."""
     parser.epilog = (
-        "MB: disk space of the variant for this board; int5 variants are exported without calibration. Other models of"
-        " the hub: edgelm pull owner/name. `edgelm show NAME` says more of one."
+        "MB: size on disk of the variant for this board; int5 variants are made without calibration. Other models of"
+        " the hub: edgelm pull owner/name. Details: edgelm show NAME."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON array")
 
 
 def run(args: argparse.Namespace) -> int:
-    """List the catalogue."""
+    """Print the catalogue."""
     memory, here = read_memory_mb(), set(BundleStore.default().names())
     models = load_catalogue().values()
     if args.json:
@@ -31,13 +31,14 @@ def run(args: argparse.Namespace) -> int:
     for model in models:
         variant = model.choose_variant(memory)
         quant, size = ("too big", "") if variant is None else (variant.quant, str(variant.mb))
+        account, is_here = ", needs an account" * model.gated, " (here)" * (model.name in here)
         print(
-            f"{model.name:<15} {parameters(model):>10} {quant:>8} {size:>6} {f'{model.smallest_board_gb} GB':>8} "
-            f" {model.licence}{', ask first' if model.gated else ''}: {model.good_at}{' (here)' * (model.name in here)}"
+            f"{model.name:<15} {format_parameters(model):>10} {quant:>8} {size:>6}"
+            f" {f'{model.smallest_board_gb} GB':>8}  {model.licence}{account}: {model.good_at}{is_here}"
         )
     return 0
 
 
-def parameters(model: CatalogueModel) -> str:
-    """Return how many a model has, in millions or thousands of millions."""
+def format_parameters(model: CatalogueModel) -> str:
+    """Return the number of parameters, in millions (M) or 10^9 (G)."""
     return f"{model.parameters / 1e6:.0f} M" if model.parameters < 1e9 else f"{model.parameters / 1e9:.1f} G"

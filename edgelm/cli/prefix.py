@@ -1,4 +1,4 @@
-"""`edgelm prefix`: what prompts begin with, computed once and kept in the bundle."""
+"""`edgelm prefix`: precompute the common beginning of prompts and store it in a bundle."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 
 from edgelm.bundle.bundle_folder import Bundle, open_bundle
 from edgelm.bundle.store import BUILTIN
+from edgelm.cli.flags import THREADS_HELP
 from edgelm.cli.tables import prefix_text
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.text.static_prompt import read_prefix_text, tokenize_prefix
@@ -15,30 +16,32 @@ from edgelm.text.tokenizer import Tokenizer
 EPILOG = """\
 examples:
   edgelm prefix smollm2/ system.json     messages: [{"role": "system", "content": "Answer in one sentence."}]
-  edgelm prefix smollm2/ examples.txt    text, used as it is: prompts are to begin with the same characters
+  edgelm prefix smollm2/ examples.txt    plain text: prompts must begin with exactly these characters
   edgelm prefix smollm2/ --remove
 
-A running service keeps the prefix that it was started with.
+A running service is not affected: it uses the prefix that it loaded.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Add the command's arguments."""
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or a name of `edgelm list`")
-    parser.add_argument("file", metavar="FILE", nargs="?", help="text, or a JSON list of messages; replaces any other")
-    parser.add_argument("--remove", action="store_true", help="take the bundle's prefix out")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (the cores, at most 4)")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or a name shown by `edgelm list`")
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", help="text, or a JSON list of messages; replaces an earlier prefix"
+    )
+    parser.add_argument("--remove", action="store_true", help="remove the bundle's prefix")
+    parser.add_argument("--threads", type=int, metavar="N", help=THREADS_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Add, replace or remove a bundle's static prefix."""
     if (args.file is None) != args.remove:
-        raise UsageError("give either FILE, what prompts begin with, or --remove")
+        raise UsageError("exactly one of FILE or --remove is required")
     if args.bundle == BUILTIN:
-        raise EdgelmError("the built-in model stays as it is; copy its directory and name the copy")
+        raise EdgelmError("the built-in model cannot be changed: copy its directory and use the copy")
     changed = _removed(args.bundle) if args.remove else _added(args.bundle, args.file, args.threads)
     prefix = changed.manifest.prefix
     if args.json:

@@ -1,4 +1,4 @@
-"""What `edgelm bench --profile` prints: by operator, by layer, and what lies between and around the nodes."""
+"""The tables of `edgelm bench --profile`: time by operator, by layer, and outside the nodes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Final
 from edgelm.bench.profiler import Phase, ProfileReport
 from edgelm.bench.trace import ModelPart, OperatorTotal, group_layers
 
-LEAST_SHARE: Final = 0.005
-"""Operators below this share of the nodes' time stand on one line."""
+MIN_SHARE: Final = 0.005
+"""Operators below this share of the nodes' time are summed in one line."""
 MIN_MILLISECOND_STEP_US: Final = 10_000.0
-"""Steps at least this long are shown in milliseconds."""
+"""Steps of at least this duration are printed in milliseconds."""
 
 
 def profile_table(profile: ProfileReport) -> str:
@@ -37,7 +37,7 @@ def _phase(phase: Phase) -> str:
     def line(name: str, us: float, rest: str = "") -> str:
         return f"  {name:<42} {scale * us:>9.{places}f} {rest}".rstrip()
 
-    shown = [each for each in folded.operators if folded.share(each.us) >= LEAST_SHARE]
+    shown = [each for each in folded.operators if folded.share(each.us) >= MIN_SHARE]
     hidden = folded.operators[len(shown) :]
     lines = [f"{what:<44} {unit + ' a step':>9} {'share':>6} {'nodes':>6} {'us each':>9} {'GB/s':>6} {'GFLOP/s':>8}"]
     for each in shown:
@@ -57,7 +57,7 @@ def _phase(phase: Phase) -> str:
         line("the step, not profiled", phase.plain_us, f"{phase.step_us / phase.plain_us - 1:>+6.0%} by profiling"),
     ]
     if folded.parts is None:
-        lines.append("by operator only: this bundle's nodes are not named after layers")
+        lines.append("no times by layer: the names of this bundle's nodes have no layer number")
         return "\n".join(lines)
     lines.append(f"{'by layer':<44} {unit + ' a step':>9} {'share':>6} {'nodes':>6}   each: least, median, most")
     for parts in group_layers(folded.parts):

@@ -1,4 +1,4 @@
-"""`edgelm pull`: fetch a model by its name and convert it for this board."""
+"""`edgelm pull`: download a model by name and convert it for this board."""
 
 from __future__ import annotations
 
@@ -28,42 +28,46 @@ from edgelm.system.sensors import read_memory_mb
 EPILOG: Final = """\
 examples:
   edgelm pull smollm2-135m
-      from the hub, converted with the settings that the catalogue knows to be good for this board
+      downloaded from the hub, converted with the catalogue's settings for this board
   edgelm pull smollm2-135m --from model/
       the same from a checkpoint on this machine: a directory, a GGUF file or ollama:NAME
   edgelm pull HuggingFaceTB/SmolLM2-135M-Instruct
-      any other model of the hub, by its id; its name here is the id's last part
+      any other model of the hub, by its id; its name becomes the last part of the id
   edgelm pull my-model --from my-checkpoint/ --quant int8
-      a model of your own under a name
+      your own checkpoint, under a name
 
-A name works wherever a bundle does. Bundles lie in EDGELM_DATA_DIR, else ~/.local/share/edgelm.
-More choices than these: edgelm export.
+A name can be used wherever a BUNDLE is expected. Bundles are stored in EDGELM_DATA_DIR, else ~/.local/share/edgelm.
+edgelm export has more options.
 """
 
 HUB_ID: Final = r"[\w-][\w.-]*/[\w-][\w.-]*"
-"""owner/name: a whole match."""
+"""owner/name, for re.fullmatch."""
 
 BYTES_PER_PARAMETER: Final = 2
-"""Of what a hub's repository holds, mostly bfloat16."""
+"""Of a checkpoint on the hub, mostly bfloat16: an estimate of the download."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Add the command's arguments."""
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("name", metavar="NAME", help="a model of `edgelm models`, or a hub id (owner/name)")
-    parser.add_argument("--from", dest="source", metavar="CHECKPOINT", help="convert this one instead of fetching it")
     parser.add_argument(
-        "--quant", choices=["int4", "int5", "int6", "int8", "mixed", "fp32"], help="precision, instead of the best fit"
+        "--from", dest="source", metavar="CHECKPOINT", help="convert this checkpoint instead of a download"
     )
-    parser.add_argument("--fast", action="store_true", help="convert without calibration: quicker, and less exact")
-    parser.add_argument("--context", type=int, metavar="N", help="longest conversation in tokens")
-    parser.add_argument("--force", action="store_true", help="fetch and convert again what is here already")
+    parser.add_argument(
+        "--quant",
+        choices=["int4", "int5", "int6", "int8", "mixed", "fp32"],
+        help="precision (default: the best one for this board)",
+    )
+    parser.add_argument("--fast", action="store_true", help="convert without calibration: faster, less exact")
+    parser.add_argument("--context", type=int, metavar="N", help="context in tokens")
+    parser.add_argument("--force", action="store_true", help="download and convert again")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetch, convert, store."""
+    """Download, convert and store the model."""
     store, known = BundleStore.default(), load_catalogue()
     model = known.get(args.name)
     name = args.name.rpartition("/")[2].lower() if model is None else model.name
@@ -71,13 +75,17 @@ def run(args: argparse.Namespace) -> int:
     place = store.bundle_path(name)
     bundle = _open_intact(place)
     if place.is_dir() and bundle is None:
-        print(f"{name} is here, and damaged: it is made again", file=sys.stderr)
+        print(f"{name} is damaged: converting it again", file=sys.stderr)
         args.force = True
         if not (place / MANIFEST).is_file():
             store.remove(name)
     if bundle is not None and not args.force:
         _print_result(
-            args, name, bundle, None, f"{name} is here already ({_size(bundle)}); --force fetches and converts it again"
+            args,
+            name,
+            bundle,
+            None,
+            f"{name} exists already ({_size(bundle)}); --force downloads and converts it again",
         )
         return 0
     package = import_extra("edgelm_export", "edgelm pull")
@@ -105,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _open_intact(place: Path) -> Bundle | None:
-    """Return a stored bundle whose files are as its manifest says; None where there is none."""
+    """Return the stored bundle if its files match its manifest, else None."""
     try:
         return open_bundle(place)
     except BundleError:
@@ -113,35 +121,35 @@ def _open_intact(place: Path) -> Bundle | None:
 
 
 def _check(args: argparse.Namespace, name: str, model: CatalogueModel | None) -> None:
-    """Raise `EdgelmError` for a name that is none, or that nobody knows."""
+    """Raise `EdgelmError` if the name is not valid or not known."""
     if name == BUILTIN:
-        raise EdgelmError("the built-in model comes with the package: `edgelm chat builtin` needs nothing fetched")
+        raise EdgelmError("the built-in model is part of the package and needs no download: `edgelm generate builtin`")
     if "/" in args.name and Path(args.name).exists():
-        raise UsageError(f"{args.name} is on this machine: edgelm pull NAME --from {args.name}")
+        raise UsageError(f"{args.name} is a local path: edgelm pull NAME --from {args.name}")
     if args.source is not None and "/" in args.name:
-        raise UsageError("with --from, NAME is what the model is to be called here: without a /")
+        raise UsageError("with --from, NAME is the new name of the model and must not contain /")
     if "/" in args.name and not re.fullmatch(HUB_ID, args.name):
-        raise UsageError(f"{args.name!r:.80} is no hub id, such as HuggingFaceTB/SmolLM2-135M-Instruct")
+        raise UsageError(f"{args.name!r:.80} is not a hub id, such as HuggingFaceTB/SmolLM2-135M-Instruct")
     if model is None and args.source is None and "/" not in args.name:
         raise EdgelmError(
-            f"{args.name!r:.80} is not in the catalogue (`edgelm models`; a hub id or --from gets any other model)"
+            f"{args.name!r:.80} is not in the catalogue (`edgelm models`); for other models give a hub id or --from"
             + suggest_match(args.name, load_catalogue(), 0.5)
         )
     check_model_name(name if args.source is None else args.name)
 
 
 def _options(args: argparse.Namespace, model: CatalogueModel | None) -> dict[str, Any]:
-    """Return how to export: as asked for, else the catalogue's variant that fits this board."""
+    """Return the export options: the flags, else the catalogue's variant that fits this board."""
     options = {"quant": args.quant, "fast": args.fast, "context": args.context}
     if model is None:
         return options
     memory = read_memory_mb()
     variant = model.choose_variant(memory)
     if variant is None and not args.quant:
-        least = min(model.variants, key=lambda variant: variant.memory_mb)
+        smallest = min(model.variants, key=lambda variant: variant.memory_mb)
         raise EdgelmError(
-            f"{model.name} takes about {least.memory_mb} MB of memory in {least.quant}, this board has {memory:.0f} MB;"
-            f" `edgelm models` shows smaller ones, and --quant converts it all the same"
+            f"{model.name} needs about {smallest.memory_mb} MB of memory in {smallest.quant}, this board has"
+            f" {memory:.0f} MB; `edgelm models` lists smaller models; --quant converts it anyway"
         )
     chosen = variant or ModelVariant(args.quant, 0, 0)
     options["quant"] = args.quant or chosen.quant
@@ -150,9 +158,9 @@ def _options(args: argparse.Namespace, model: CatalogueModel | None) -> dict[str
 
 
 def _fetch(source: str, model: CatalogueModel | None, folder: Path) -> str:
-    """Download a model of the hub; return its commit. Raises `EdgelmError` where the disk is too small."""
+    """Download a model of the hub; return its commit. Raises `EdgelmError` if the disk is too small."""
     hub = import_extra("edgelm_export.checkpoint.hub", "edgelm pull")
-    offline_advice = f"give it: edgelm pull {folder.name} --from model/"
+    offline_advice = f"use a local copy: edgelm pull {folder.name} --from model/"
     revision: str = hub.resolve_commit(source, None if model is None else model.revision, offline_advice=offline_advice)
     needs = (
         0 if model is None else BYTES_PER_PARAMETER * model.parameters + 1_000_000 * max(f.mb for f in model.variants)
@@ -164,7 +172,7 @@ def _fetch(source: str, model: CatalogueModel | None, folder: Path) -> str:
         raise EdgelmError(f"{folder} cannot be written: {error.strerror or error}") from error
     if free < needs:
         raise EdgelmError(f"{folder} has {free / 1e6:.0f} MB free, about {needs / 1e6:.0f} MB are needed")
-    print(f"fetching {source} at {revision[:12]}", file=sys.stderr)
+    print(f"downloading {source} at {revision[:12]}", file=sys.stderr)
     hub.download(source, revision, folder, offline_advice=offline_advice)
     return revision
 

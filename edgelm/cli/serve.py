@@ -1,4 +1,4 @@
-"""`edgelm serve`: a bundle answers over MQTT until it is told to stop."""
+"""`edgelm serve`: answer requests over MQTT until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -20,65 +20,71 @@ from edgelm.system.terminal import escape_controls, escape_line
 
 DEFAULT_URL: Final = SETTINGS["mqtt"].default
 SWITCH_INTERVAL_S: Final = 0.0005
-"""How long a thread may hold the interpreter while another waits. With Python's 5 ms, under a flood paho's thread would
-hold it so long each time that another one has let go of it for a system call, as it does to publish."""
+"""Longest time that a thread holds the interpreter lock while another one waits. Python's default is 5 ms: under a
+flood of messages, each system call of the publishing thread would then wait that long for paho's thread."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments; each is a setting of `ServeConfig`."""
+    """Add the command's arguments; each is a setting of `ServeConfig`."""
     parser.epilog = (
-        "Every flag is also a key of the TOML file (max_batch = 2) and a variable (EDGELM_MAX_BATCH=2); so are "
-        "max_timeout_s, drain_s, session_kb, sessions_mb and reply_topics. A flag wins over a variable, a variable "
-        "over the file."
+        "Every flag is also a key of the TOML file (max_batch = 2) and an environment variable (EDGELM_MAX_BATCH=2); "
+        "so are max_timeout_s, drain_s, session_kb, sessions_mb and reply_topics. Flags override variables, variables "
+        "override the file."
     )
     parser.add_argument(
-        "--mqtt", metavar="URL", nargs="?", const=DEFAULT_URL, help=f"where the broker is ({DEFAULT_URL})"
+        "--mqtt", metavar="URL", nargs="?", const=DEFAULT_URL, help=f"URL of the broker (default: {DEFAULT_URL})"
     )
     parser.add_argument(
         "--model",
         metavar="BUNDLE",
         action="append",
-        help="what to serve (builtin); may be repeated: the first answers requests that name no model",
+        help="bundle to serve (default: builtin); may be repeated: requests without a model name use the first one",
     )
-    parser.add_argument("--board", metavar="NAME", help="this board's name in topics (the host's name)")
-    parser.add_argument("--config", metavar="FILE", help="a TOML file of settings")
+    parser.add_argument("--board", metavar="NAME", help="name of this board in topics (default: the host's name)")
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
     parser.add_argument(
         "--embedded-broker",
         action="store_true",
         default=None,
-        help="be the broker too (MQTT 3.1.1), at the URL, for trying out; asks clients for --username and the password",
+        help="also run a broker (MQTT 3.1.1) at the URL, for testing; --username and its password apply",
     )
-    parser.add_argument("--max-batch", type=int, metavar="N", help="requests decoded together (4)")
-    parser.add_argument("--queue", type=int, metavar="N", help="requests that may wait (8)")
+    parser.add_argument("--max-batch", type=int, metavar="N", help="requests decoded together (default: 4)")
+    parser.add_argument("--queue", type=int, metavar="N", help="requests that may wait (default: 8)")
     add_loading_flags(parser)
     parser.add_argument(
-        "--prefix-cache-mb", type=int, metavar="N", help="memory of earlier prompts and answers, 0 for none (64)"
+        "--prefix-cache-mb", type=int, metavar="N", help="size of the prefix cache, 0 disables it (default: 64)"
     )
     parser.add_argument(
         "--no-speculation",
         dest="speculation",
         action="store_false",
         default=None,
-        help="never guess tokens from earlier text; answers are the same either way",
+        help="disable speculation (draft tokens from earlier text); the answers are the same",
     )
     parser.add_argument(
-        "--client-places", type=int, metavar="N", help="requests one client may have here (half of queue and batch)"
+        "--client-places", type=int, metavar="N", help="open requests of one client (default: half of queue and batch)"
     )
     parser.add_argument(
-        "--client-rows", type=int, metavar="N", help="of these, decoded together (all but one of --max-batch)"
+        "--client-rows",
+        type=int,
+        metavar="N",
+        help="requests of one client decoded together (default: --max-batch minus 1)",
     )
     parser.add_argument(
-        "--client-rate", type=float, metavar="N", help="requests a second of one client, 4 KiB count as one more (100)"
+        "--client-rate",
+        type=float,
+        metavar="N",
+        help="requests per second of one client; each 4 KiB count as one more (default: 100)",
     )
-    parser.add_argument("--client-burst", type=int, metavar="N", help="how many of them may come at once (200)")
-    parser.add_argument("--client-sessions", type=int, metavar="N", help="sessions of one client that are kept (16)")
+    parser.add_argument("--client-burst", type=int, metavar="N", help="burst of --client-rate (default: 200)")
+    parser.add_argument("--client-sessions", type=int, metavar="N", help="sessions kept of one client (default: 16)")
     parser.add_argument(
         "--share-unnamed",
         action="store_true",
         default=None,
-        help="clients without a name share sessions and earlier prompts (they have none)",
+        help="clients without a name share sessions and the prefix cache (default: they have none)",
     )
-    parser.add_argument("--log-format", choices=("text", "json"), help="how to log (text)")
+    parser.add_argument("--log-format", choices=("text", "json"), help="format of log lines (default: text)")
     add_credential_flags(parser)
 
 
@@ -115,9 +121,9 @@ def _configure_logging(form: str) -> None:
 
 
 class _TextLines(logging.Formatter):
-    """One line a message, whatever a client put into it; a traceback stands below."""
+    """One line per message, with a client's control characters escaped; a traceback follows on its own lines."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the library's name
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  name given by logging
         record.message = escape_line(record.message)
         return super().formatMessage(record)
 
@@ -126,7 +132,7 @@ class _TextLines(logging.Formatter):
 
 
 class _JsonLines(logging.Formatter):
-    """One JSON object a line."""
+    """One JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""`edgelm show`: what is known of a model, whether it is here or not."""
+"""`edgelm show`: show the details of a model, from the catalogue and from its bundle."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import json
 from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.bundle.catalogue import CatalogueModel, load_catalogue
 from edgelm.bundle.store import BUILTIN, BundleStore, missing_bundle_error, resolve_bundle_path
-from edgelm.cli.info import derived_facts, rows
-from edgelm.cli.models import parameters
+from edgelm.cli.info import derived_facts, info_rows
+from edgelm.cli.models import format_parameters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("name", metavar="NAME", help="a model of `edgelm models` or of `edgelm list`")
+    """Add the command's arguments."""
+    parser.add_argument("name", metavar="NAME", help="a name shown by `edgelm models` or `edgelm list`")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show the catalogue's entry and the stored bundle, whichever there is."""
+    """Print the catalogue's entry and the stored bundle, if they exist."""
     known = load_catalogue().get(args.name)
     is_here = resolve_bundle_path(args.name).is_dir()
     if known is None and not is_here:
@@ -45,15 +45,15 @@ def run(args: argparse.Namespace) -> int:
     if bundle is None:
         lines.append(("here", f"no: edgelm pull {args.name}"))
     else:
-        lines += rows(bundle)
+        lines += info_rows(bundle)
     for label, value in lines:
         print(f"{label:<13} {value}")
     return 0
 
 
 def _entry(model: CatalogueModel) -> list[tuple[str, str]]:
-    """Return the catalogue's entry, row by row."""
-    account = " (asks for an account that has accepted it)" if model.gated else ""
+    """Return labels and values of the catalogue's entry."""
+    account = " (needs an account that has accepted it)" if model.gated else ""
     variants = [
         f"{variant.quant}{', no calibration' * variant.fast}: {variant.mb} MB,"
         f" {variant.memory_mb} MB of memory with 2,048 tokens"
@@ -62,8 +62,8 @@ def _entry(model: CatalogueModel) -> list[tuple[str, str]]:
     return [
         ("hub", f"{model.hub}{f' at {model.revision}' if model.revision else ''}"),
         ("licence", model.licence + account),
-        ("parameters", parameters(model)),
+        ("parameters", format_parameters(model)),
         ("good at", model.good_at),
-        ("boards", f"from {model.smallest_board_gb} GB of memory"),
+        ("boards", f"at least {model.smallest_board_gb} GB of memory"),
         *(("variants" if i == 0 else "", text) for i, text in enumerate(variants)),
     ]

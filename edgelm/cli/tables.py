@@ -1,4 +1,4 @@
-"""Small tables that more than one command prints."""
+"""Texts and tables that several commands print."""
 
 from __future__ import annotations
 
@@ -11,56 +11,58 @@ from edgelm.bundle.manifest import Matrix
 from edgelm.types import Completion
 
 MAX_SHOWN_CHARACTERS: Final = 60
-"""Characters of a static prefix that are shown."""
+"""Printed length of a static prefix."""
 
 
 def explain_truncation(done: Completion, context: int | None = None) -> str | None:
-    """Return why an answer ended before the model ended it, and what to do; None where the model did.
+    """Return why an answer was cut and the flag that changes it; None if the model ended the answer.
 
-    `context` is how many tokens prompt and answer may have, where that is known.
+    `context` is the limit for the tokens of prompt and answer; None if it is not known.
     """
-    said, total = done.usage.completion_tokens, done.usage.prompt_tokens + done.usage.completion_tokens
+    tokens, total = done.usage.completion_tokens, done.usage.prompt_tokens + done.usage.completion_tokens
     if done.finish_reason == "repetition":
-        return "the answer repeated itself and was cut (--no-repetition-guard lets it go on)"
+        return "the answer was cut because it repeated itself (--no-repetition-guard disables this)"
     if done.finish_reason == "deadline":
-        return f"the time was up after {said} tokens"
+        return f"the answer was cut after {tokens} tokens: the deadline passed"
     if done.finish_reason != "length":
         return None
     if context is None:
-        return f"the answer was cut after {said} tokens ({total} with the prompt): --max-tokens, or the context is full"
+        return (
+            f"the answer was cut after {tokens} tokens ({total} with the prompt): --max-tokens, or the context is full"
+        )
     if total >= context:
-        return f"the answer was cut after {said} tokens: the context of {context} is full"
-    return f"the answer was cut after {said} tokens (--max-tokens)"
+        return f"the answer was cut after {tokens} tokens: the context of {context} is full"
+    return f"the answer was cut after {tokens} tokens (--max-tokens)"
 
 
 def speed_text(done: Completion) -> str:
-    """Return an answer's tokens and speed, in one line."""
+    """Return the token counts and the speed of an answer, in one line."""
     usage, timing = done.usage, done.timing
     return (
         f"{usage.completion_tokens} tokens, {timing.tok_s:.1f} tok/s; prompt {usage.prompt_tokens} tokens,"
-        f" {usage.cached_tokens} of them known; first token after {timing.ttft_ms:.0f} ms,"
-        f" {timing.total_ms / 1e3:.1f} s in all"
+        f" {usage.cached_tokens} of them cached; first token after {timing.ttft_ms:.0f} ms,"
+        f" {timing.total_ms / 1e3:.1f} s in total"
     )
 
 
 def quality_table(quality: Mapping[str, Any]) -> str:
-    """Return what a bundle lost beside its checkpoint, as the manifest has it."""
+    """Return a table of the manifest's `quality`: the bundle compared with its checkpoint."""
     change = 100 * (quality["perplexity"] / quality["reference_perplexity"] - 1)
     rows = [
         (f"on {quality['text']}", "checkpoint", "bundle", ""),
         ("perplexity", f"{quality['reference_perplexity']:.4f}", f"{quality['perplexity']:.4f}", f"{change:+.2f} %"),
         ("KL divergence, mean", "", f"{quality['kl_mean']:.4f}", "nats"),
         ("KL divergence, p99", "", f"{quality['kl_p99']:.4f}", "nats"),
-        ("same likeliest token", "", f"{100 * quality['top1_agreement']:.2f} %", f"of {quality['tokens']} positions"),
+        ("same top token", "", f"{100 * quality['top1_agreement']:.2f} %", f"of {quality['tokens']} positions"),
     ]
     lines = [f"{a:<22} {b:>10} {c:>10}  {d}".rstrip() for a, b, c, d in rows]
     if quality.get("left_out_tokens"):
-        lines.append(f"taken evenly from the text: {quality['left_out_tokens']} tokens of it were not measured")
+        lines.append(f"measured on evenly spaced parts of the text: {quality['left_out_tokens']} tokens were left out")
     return "\n".join(lines)
 
 
 def self_check_text(found: Mapping[str, Any]) -> str:
-    """Return what the export's self-check measured, in one line."""
+    """Return the result of the export's self-check, in one line."""
     change = 100 * (found["perplexity"] / found["reference_perplexity"] - 1)
     return (
         f"self-check on {found['tokens']} tokens of sample text: perplexity {found['reference_perplexity']:.4g} ->"
@@ -69,20 +71,20 @@ def self_check_text(found: Mapping[str, Any]) -> str:
 
 
 def prefix_text(bundle: Bundle) -> str | None:
-    """Return what a bundle's static prefix is, in one line; None where it has none."""
+    """Return a bundle's static prefix in one line; None if it has none."""
     prefix = bundle.manifest.prefix
     if prefix is None:
         return None
     from edgelm.text.tokenizer import Tokenizer
 
-    said = " ".join(Tokenizer.of_bundle(bundle).decode(prefix.tokens).split())
+    text = " ".join(Tokenizer.of_bundle(bundle).decode(prefix.tokens).split())
     size = bundle.manifest.files[prefix.file].bytes
-    shown = said if len(said) <= MAX_SHOWN_CHARACTERS else f"{said[:MAX_SHOWN_CHARACTERS]}..."
+    shown = text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
     return f"{len(prefix.tokens)} tokens, {size / 1e6:.2f} MB: {shown!r}"
 
 
 def outline_table(outline: Any) -> str:
-    """Return how each matrix would be stored; runs of layers that are alike share a line."""
+    """Return the plan of each matrix; consecutive layers with the same plan share a line."""
     lines = [f"{'matrix':<26} {'shape':>15} {'bits':>5} {'block':>6} {'zeros':>6} {'method':>7} {'MB':>9}"]
     for _, group in groupby(_by_part(outline.matrices), key=lambda pair: (pair[0], _storage(pair[1]))):
         alike = [matrix for _, matrix in group]
@@ -95,7 +97,7 @@ def outline_table(outline: Any) -> str:
             f" {zeros:>6} {first.method or '':>7} {size:>9.2f}"
         )
     lines.append(
-        f"{outline.bits_per_weight:.2f} bits a weight; about {outline.bytes / 1e6:.1f} MB with tokenizer, tables, graph"
+        f"{outline.bits_per_weight:.2f} bits per weight; about {outline.bytes / 1e6:.1f} MB with tokenizer and graph"
     )
     if outline.kl is not None:
         lines.append(f"KL divergence expected from sensitivities: {outline.kl:.4f} nats")
@@ -103,7 +105,7 @@ def outline_table(outline: Any) -> str:
 
 
 def _by_part(matrices: tuple[Matrix, ...]) -> list[tuple[str, Matrix]]:
-    """Pair matrices with their part, all layers of a part together, in the order of the graph."""
+    """Return pairs of part and matrix, grouped by part, in the order of the graph."""
     parts = {matrix.name: matrix.name.rpartition(".")[2] for matrix in matrices}
     order = list(dict.fromkeys(parts.values()))
     return sorted(((parts[matrix.name], matrix) for matrix in matrices), key=lambda pair: order.index(pair[0]))

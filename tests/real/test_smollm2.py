@@ -6,6 +6,7 @@ Bounds of quality hold for real weights and are far from what a broken export gi
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -196,7 +197,7 @@ def test_the_first_evening(smollm2_gguf, tmp_path, monkeypatch, run):
     assert "hydrogen" in out
     out = run("info", "smollm2-135m")[1]
     assert "self-check on" in out
-    assert "a user's message" in out
+    assert re.search(r"^prompt +.*user message", out, re.MULTILINE)
     command = [sys.executable, "-m", "edgelm", "chat", "smollm2-135m", "--seed", "1"]
     typed = "/help\nWhat is photosynthesis? Answer in one sentence.\n/stats\n/bye\n"
     done = subprocess.run(command, input=typed, capture_output=True, text=True, check=True, timeout=120)

@@ -36,7 +36,7 @@ def test_the_report_has_one_line_a_check(bundle: Path, capsys):
     assert main(["devices", "smoke", "--bundle", str(bundle), "--prompt", "two\nlines"]) == 0
     *lines, verdict = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("ok")] == ["load", "answer", "again", "mqtt"]
-    assert verdict == "this board works"
+    assert verdict == "all checks passed"
 
 
 def test_the_embedded_broker_will_do(bundle: Path, monkeypatch):

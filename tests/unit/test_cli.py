@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ PROMPT = "Once upon a time"
 
 
 def edgelm(*arguments, stdin="", **options):
-    """Run the command line as a person does."""
+    """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "edgelm", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300, check=False, **options)
 
@@ -28,29 +29,30 @@ def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
     for command, summary in COMMANDS.items():
-        assert re.search(rf"^ +{command} +{summary.split()[0]} ", out, re.MULTILINE)
+        assert re.search(rf"^ +{command}\s+{summary.split()[0]} ", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "facts"),
     [
-        (["sing"], "edgelm sing: there is no command 'sing' (edgelm --help)"),
-        (["expot"], "edgelm expot: there is no command 'expot'; did you mean export? (edgelm --help)"),
-        (["--verbose"], "edgelm: unknown argument '--verbose' (edgelm --help)"),
-        (["--versio"], "edgelm: unknown argument '--versio'; did you mean --version? (edgelm --help)"),
-        (["generate"], "edgelm generate: the following arguments are required: BUNDLE (edgelm generate --help)"),
-        (["generate", "builtin", "a", "b"], "edgelm generate: unknown argument 'b' (edgelm generate --help)"),
-        (["bench", "b", "--bach=2"], "unknown argument '--bach=2'; did you mean --batch? (edgelm bench --help)"),
-        (["devices", "smok"], "did you mean smoke? (edgelm devices --help)"),
-        (["devices", "smoke", "--bokr", "x"], "unknown argument '--bokr'; did you mean --broker?"),
-        (["export", "a", "b", "--quant", "int3"], ") (edgelm export --help)"),  # all are listed: none is suggested
+        (["sing"], ["edgelm sing: ", "'sing'", "(edgelm --help)"]),
+        (["expot"], ["edgelm expot: ", "'expot'", "did you mean export?"]),
+        (["--verbose"], ["edgelm: ", "'--verbose'", "(edgelm --help)"]),
+        (["--versio"], ["edgelm: ", "'--versio'", "did you mean --version?"]),
+        (["generate"], ["edgelm generate: ", "BUNDLE", "(edgelm generate --help)"]),
+        (["generate", "builtin", "a", "b"], ["edgelm generate: ", "'b'", "(edgelm generate --help)"]),
+        (["bench", "b", "--bach=2"], ["'--bach=2'", "did you mean --batch?", "(edgelm bench --help)"]),
+        (["devices", "smok"], ["did you mean smoke?", "(edgelm devices --help)"]),
+        (["devices", "smoke", "--bokr", "x"], ["'--bokr'", "did you mean --broker?"]),
+        (["export", "a", "b", "--quant", "int3"], [") (edgelm export --help)"]),  # the message lists all of them
     ],
 )
-def test_wrong_usage_is_2_in_one_line(arguments, told, run):
+def test_wrong_usage_is_exit_code_2_and_one_line(arguments, facts, run):
     code, out, err = run(*arguments)
     assert code == 2
     assert out == ""
-    assert told in err
+    for fact in facts:
+        assert fact in err
     assert err.count("\n") == 1
 
 
@@ -59,10 +61,11 @@ def test_a_system_message_is_a_text_or_a_file(tmp_path, bundle, run):
     (tmp_path / "bytes.txt").write_bytes(b"\xff")
     for given, kept in (("Be brief.", "Be brief."), (tmp_path / "system.txt", "Be brief."), ("x" * 9999, "x" * 9999)):
         assert _system(str(given)) == kept
-    for name, told in (("absent.txt", "cannot read"), ("bytes.txt", "not a text file in UTF-8")):
+    for name in ("absent.txt", "bytes.txt"):
         code, out, err = run("generate", bundle, "hi", "--system", tmp_path / name)
         assert (code, out, err.count("\n")) == (1, "", 1)
-        assert told in err
+        assert "--system" in err
+        assert name in err
 
 
 def test_without_a_command_there_is_help(run):
@@ -102,7 +105,7 @@ def test_a_bad_bundle_is_one_line(arguments, tmp_path, run):
         assert str(path) in err
 
 
-def test_a_traceback_is_for_those_who_ask(tmp_path, run):
+def test_debug_shows_the_traceback(tmp_path, run):
     assert "Traceback" not in run("info", tmp_path)[2]
     assert "Traceback" in run("info", tmp_path, "--debug")[2]
 
@@ -118,10 +121,10 @@ def test_a_graph_that_onnxruntime_refuses_is_one_line(bundle, tmp_path, run):
     code, out, err = run("generate", tmp_path, PROMPT)
     assert (code, out) == (1, "")
     assert err.count("\n") == 1
-    assert "cannot load" in err
+    assert "model.onnx" in err or str(tmp_path) in err
 
 
-def test_ctrl_c_behind_another_error_is_an_interruption(monkeypatch, run):
+def test_ctrl_c_that_caused_another_error_is_exit_code_130(monkeypatch, run):
     def load(*_, **__):
         try:
             raise KeyboardInterrupt
@@ -129,15 +132,16 @@ def test_ctrl_c_behind_another_error_is_an_interruption(monkeypatch, run):
             raise ImportError("initialization failed") from error
 
     monkeypatch.setattr("edgelm.cli.info.open_bundle", load)
-    import edgelm.cli.info  # noqa: F401  so that it is the patched one
+    import edgelm.cli.info  # noqa: F401  so that the patched module is used
 
-    assert run("info", "builtin") == (130, "", "edgelm info: interrupted\n")
+    code, out, err = run("info", "builtin")
+    assert (code, out, err.count("\n")) == (130, "", 1)
 
 
 # --- info, eval, bench, chat ---
 
 
-def test_info_tells_what_a_bundle_is(bundle, run):
+def test_info_prints_the_manifest(bundle, run):
     from edgelm.bundle.bundle_folder import open_bundle
 
     manifest = open_bundle(bundle).manifest
@@ -168,20 +172,20 @@ def test_eval_measures_text_and_tasks(bundle, tmp_path, model):
     assert printed["perplexity"] > 1
 
 
-def test_eval_prints_a_table_and_says_what_was_cut(bundle, tmp_path, run):
+def test_eval_prints_a_table_and_the_number_of_cut_tokens(bundle, tmp_path, run):
     text = tmp_path / "long.txt"
     text.write_text("Once upon a time there was a cat. " * 60, "utf-8")
     code, out, err = run("eval", bundle, "--text", text, "--context", 64)
     assert code == 0
     assert re.search(r"^perplexity +\d", out, re.MULTILINE)
     assert re.search(r"^tokens +63$", out, re.MULTILINE)
-    assert "longer than the context of 64" in err
+    assert re.search(r"\b64\b", err)
     code, out, err = run("eval", bundle, "--text", text, "--context", 64, "--long-documents", "window", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["tokens"] > 63
 
 
-def test_eval_refuses_what_it_cannot_measure(bundle, tmp_path, run):
+def test_eval_refuses_missing_and_unreadable_files(bundle, tmp_path, run):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
@@ -221,13 +225,13 @@ def test_bench_reports_every_batch(bundle, run):
     [(["--batch", "1,x"], 2), (["--batch", "0"], 1), (["--new-tokens", "0"], 1), (["--prompt-tokens", "999999"], 1)],
     ids=str,
 )
-def test_bench_refuses_sizes_that_make_no_sense(options, code, bundle, run):
+def test_bench_refuses_invalid_sizes(options, code, bundle, run):
     ended, out, err = run("bench", bundle, *options)
     assert (ended, out) == (code, "")
     assert "internal error" not in err
 
 
-def test_chat_without_a_template_says_what_to_do(bundle, tmp_path, run):
+def test_chat_without_a_template_names_generate(bundle, tmp_path, run):
     import dataclasses
 
     from edgelm.bundle.bundle_folder import open_bundle, write_manifest
@@ -239,3 +243,24 @@ def test_chat_without_a_template_says_what_to_do(bundle, tmp_path, run):
     code, out, err = run("chat", tmp_path)
     assert (code, out) == (1, "")
     assert "edgelm generate" in err
+
+
+# --- completion ---
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_prints_a_script_with_every_command(shell, run):
+    pytest.importorskip("shtab", reason="needs pip install 'edgelm[completion]'")
+    code, out, err = run("completion", shell)
+    assert (code, err) == (0, "")
+    assert all(command in out for command in COMMANDS)
+
+
+def test_bash_completes_options(tmp_path, run):
+    pytest.importorskip("shtab", reason="needs pip install 'edgelm[completion]'")
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    (tmp_path / "edgelm.bash").write_text(run("completion", "bash")[1])
+    press_tab = 'source edgelm.bash; COMP_WORDS=(edgelm serve --max-b); COMP_CWORD=2; _shtab_edgelm; echo "$COMPREPLY"'
+    done = subprocess.run(["bash", "-c", press_tab], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("--max-batch\n", "")

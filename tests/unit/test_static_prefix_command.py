@@ -90,10 +90,10 @@ def test_add_show_use_remove(copied, tmp_path, run):
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
-        (["bundle"], 2, "give either FILE"),
-        (["bundle", "file", "--remove"], 2, "give either FILE"),
-        (["builtin", "file"], 1, "the built-in model stays as it is"),
-        (["builtin", "--remove"], 1, "the built-in model stays as it is"),
+        (["bundle"], 2, "--remove"),
+        (["bundle", "file", "--remove"], 2, "--remove"),
+        (["builtin", "file"], 1, "built-in"),
+        (["builtin", "--remove"], 1, "built-in"),
         (["nowhere", "--remove"], 1, "nowhere is not a directory"),
     ],
 )

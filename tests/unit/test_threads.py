@@ -71,4 +71,6 @@ def test_the_command_tries_every_setting_and_keeps_one(bundle, tmp_path, monkeyp
 @pytest.mark.parametrize("flag", [["--no-cache"], ["--threads", "2"]])
 def test_tuning_needs_a_place_to_keep_and_a_choice(bundle, capsys, flag):
     assert main(["bench", str(bundle), "--tune", *flag]) == 2
-    assert "leave out --threads and --no-cache" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "--threads" in err
+    assert "--no-cache" in err
