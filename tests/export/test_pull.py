@@ -95,7 +95,7 @@ def known(monkeypatch):
     """A catalogue of one model, with a fixed commit and two variants."""
     variants = (ModelVariant("int8", 1, 4000), ModelVariant("int4", 1, 1000))
     model = CatalogueModel("tiny", "owner/tiny", "MIT", 100_000, "tests", variants, revision=OLDER)
-    monkeypatch.setattr(command, "catalogue", lambda: {"tiny": model})
+    monkeypatch.setattr(command, "load_catalogue", lambda: {"tiny": model})
     return model
 
 
