@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from edgelm.errors import CheckpointError
-from edgelm.system.user_folders import home
 
 from .checkpoint import Checkpoint
 from .gguf import open_gguf
@@ -83,9 +82,12 @@ def open_ollama(source: str) -> Checkpoint:
 def _roots() -> list[Path]:
     """Return the folders that may hold a store, the first to be looked at first."""
     given = os.environ.get("OLLAMA_MODELS")
-    at_home = home()
-    own = [] if at_home is None else [at_home / ".ollama" / "models"]
-    return [Path(given)] if given else [*own, SERVICE]
+    if given:
+        return [Path(given)]
+    try:
+        return [Path.home() / ".ollama" / "models", SERVICE]
+    except RuntimeError:  # a user without a home
+        return [SERVICE]
 
 
 def _listing(roots: list[Path]) -> str:

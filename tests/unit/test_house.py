@@ -57,6 +57,7 @@ SOLE_IMPORTERS = {
     "jinja2": {"edgelm/text/template_sandbox.py"},
     "amqtt": {"edgelm/mqtt/amqtt_broker.py"},
     "google": {"edgelm/graph/onnx_model.py"},
+    "platformdirs": {"edgelm/system/user_folders.py"},
 }
 HEAVY = {"onnx", "torch", "transformers", "optimum", "safetensors", "ml_dtypes", "huggingface_hub", "gguf"}
 RUNTIME = {
@@ -70,6 +71,7 @@ RUNTIME = {
     "paho",
     "amqtt",  # of an extra, and imported only by name
     "google",  # google.protobuf
+    "platformdirs",
     "tomllib",
     "tomli",
 }
