@@ -1,1 +1,1 @@
-"""ONNX graphs without the onnx package: read, checked and changed in their bytes."""
+"""Reads, checks and changes ONNX graphs in their encoded form, without the onnx package."""

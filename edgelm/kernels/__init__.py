@@ -1,1 +1,1 @@
-"""Matrix kernels of our own, compiled for this board by the LLVM that Numba brings, and run by onnxruntime."""
+"""Our own matrix and attention kernels: compiled for this board by Numba's LLVM, run by onnxruntime as operators."""

@@ -1,4 +1,7 @@
-"""What the kernels and those who use them agree on: formats of matrices, names of functions, a node's state."""
+"""The contract between the compiled kernels and their callers: weight formats, symbols, the state of a node.
+
+Knows neither LLVM nor onnxruntime nor the graph.
+"""
 
 from __future__ import annotations
 
@@ -8,119 +11,120 @@ from enum import IntEnum
 from typing import Final
 
 PANEL_COLUMNS: Final = 16
-"""Columns of a panel: as many 32-bit sums as the widest vector holds; narrower ones take several."""
+"""Columns of a panel: the widest vector register holds one 32-bit sum for each; narrower ones take several."""
 
 ALIGN: Final = 64
-"""Tensors in the file of matrices begin at multiples of this: a line of the caches."""
+"""Alignment in bytes of the tensors in the data file: one cache line."""
 
 NO_OFFSET: Final = -1
-"""The place of what a node does not have."""
+"""File offset that stands for an absent tensor."""
 
 KERNELS_VERSION: Final = 8
-"""Changes with what the kernels compute, or with how they want matrices to lie."""
+"""Version of the kernels and of the panel layout: graphs packed for another version are not used."""
 
 ATTENTION: Final = "Attention"
 ATTENTION_SYMBOL: Final = "compute_attention"
-"""What computes it, by the name that the library exports."""
+"""Symbol of the function that computes attention."""
 MAX_QUERY_TILE: Final = 32
-"""Queries that attention takes at once: at least as many as a head of keys and values may have."""
+"""Queries that one attention task computes at once; also the maximum of query heads for one KV head."""
 MAX_KERNEL_HEAD_SIZE: Final = 256
+"""Largest head size that the attention kernels support."""
 
 MAX_INT8_CODE: Final = 127
 MAX_INT16_CODE: Final = 127 * 256 + 127
-"""The largest code of an activation of 16 bits: two signed bytes hold it, and 32 bits 128 products with weights."""
+"""Largest code of a 16-bit activation: it fits into two signed bytes, and 128 products with weights fit into int32."""
 
 BLOCK_SIZES: Final = (16, 32, 64, 128)
-"""Block sizes that there are kernels for; with 5 and 6 bits from 32 on."""
+"""Supported block sizes; 5 and 6 bits need at least 32."""
 
 QUANT_PARAM_BYTES: Final = 8
-"""Bytes that a block of rounded activations takes beside its codes: a scale and an offset."""
+"""Bytes of the scale (float32) and the zero-point term (int32) of a block of quantized activations."""
 
 SET_CALLBACK_SYMBOL: Final = "edgelm_set_hook"
-"""Exported: sets what `RegisterCustomOps` calls."""
+"""Exported: sets the function that `RegisterCustomOps` calls."""
 REGISTER: Final = "RegisterCustomOps"
 DESTROY: Final = "edgelm_destroy"
-"""Exported: does nothing, as the state of a node is Python's."""
+"""Exported: does nothing, because Python owns the state of a node."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class WeightFormat:
-    """How a matrix is quantized: bits of a weight, weights that share a scale."""
+    """How a matrix is quantized: bits of a weight, and number of weights that share a scale."""
 
     bits: int
     block_size: int
 
     @classmethod
     def from_op_type(cls, name: str) -> WeightFormat | None:
-        """Return the format that an operator is for; None where it is none of ours."""
+        """Return the format of a MatMul operator of ours; None for other operators."""
         found = re.fullmatch(r"MatMulInt(\d+)Block(\d+)", name)
         return cls(int(found[1]), int(found[2])) if found else None
 
     @property
     def has_kernels(self) -> bool:
-        """Whether there are kernels for it."""
+        """Whether there are kernels for this format."""
         return self in SUPPORTED_FORMATS
 
     @property
     def high_bits(self) -> int:
-        """Bits of a weight that are stored apart from its low 4: 1 or 2 with 5 and 6 bits, else 0."""
+        """Bits of a weight that are stored separately from its low 4 bits: 1 for 5 bits, 2 for 6 bits, else 0."""
         return self.bits - 4 if self.bits in (5, 6) else 0
 
     @property
     def matmul_op_type(self) -> str:
-        """The name of the operator for matrices of this format."""
+        """Name of the MatMul operator."""
         return f"MatMulInt{self.bits}Block{self.block_size}"
 
     @property
     def matmul_symbol(self) -> str:
-        """The function that computes a node, by the name that the library exports."""
+        """Symbol of the function that computes the MatMul operator."""
         return f"compute_{self.bits}_{self.block_size}"
 
     @property
     def gather_op_type(self) -> str:
-        """The name of the operator that looks rows up in a table of this format."""
+        """Name of the Gather operator, which reads rows of a table of this format."""
         return f"LookUpInt{self.bits}Block{self.block_size}"
 
     @property
     def gather_symbol(self) -> str:
-        """The function that looks rows up, by the name that the library exports."""
+        """Symbol of the function that computes the Gather operator."""
         return f"look_up_{self.bits}_{self.block_size}"
 
     @property
     def code_bytes(self) -> int:
-        """The bytes of an activation's code: two where weights have 8 bits.
+        """Bytes of an activation's code: 2 for 8-bit weights, else 1.
 
-        With one, two thirds of an int8 bundle's divergence from float32 come from activations (SmolLM2-135M: KL .0040
-        instead of .0011).
+        With 1 byte, two thirds of an int8 bundle's divergence from float32 come from activations (SmolLM2-135M: KL
+        .0040 instead of .0011).
         """
         return 2 if self.bits == 8 else 1
 
     @property
     def largest_code(self) -> int:
-        """The code of a block's largest activation."""
+        """Code of the activation with the largest absolute value in a block."""
         return MAX_INT16_CODE if self.code_bytes == 2 else MAX_INT8_CODE
 
     @property
     def block_bytes(self) -> int:
-        """The bytes of a block of one column."""
+        """Bytes of the codes of a block of one column."""
         return self.block_size * self.bits // 8
 
 
 SUPPORTED_FORMATS: Final = tuple(
     WeightFormat(bits, block) for bits in (4, 5, 6, 8) for block in BLOCK_SIZES if block > 16 or bits in (4, 8)
 )
-"""Formats that there are kernels for."""
+"""Formats with kernels."""
 
 
 def is_operator(name: str) -> bool:
-    """Whether an operator is for products with, or rows of, matrices of one of the formats."""
+    """Return whether a name is that of a MatMul or Gather operator of ours."""
     return any(name in (fmt.matmul_op_type, fmt.gather_op_type) for fmt in SUPPORTED_FORMATS)
 
 
 class StateField(IntEnum):
-    """Fields of a node's state, 64 bits each: its sizes, addresses of its constants, functions of onnxruntime's C API.
+    """Fields of a node's state, 64 bits each: sizes, addresses of constants, addresses of onnxruntime's C functions.
 
-    BIAS and NORM may be null; of EPSILON, SCALE and SOFTCAP the lower half is a float32.
+    BIAS and NORM may be null. The lower 32 bits of EPSILON, SCALE and SOFTCAP are a float32.
     """
 
     K = 0
@@ -151,7 +155,7 @@ class StateField(IntEnum):
 
 
 class InputErrorCode(IntEnum):
-    """What can be wrong with what an operator is given: places in the table of texts that ERROR_MESSAGES points to."""
+    """Errors in the inputs of an operator: indices into the message table that StateField.ERROR_MESSAGES points to."""
 
     RANK = 0
     WIDTH = 1
@@ -166,15 +170,14 @@ class InputErrorCode(IntEnum):
 
 
 ERROR_MESSAGES: Final = {
-    InputErrorCode.RANK: "an input has another number of dimensions than the operator takes",
-    InputErrorCode.WIDTH: "the input's last dimension is not the matrix's K",
-    InputErrorCode.SKIP: "what is added has not the shape of the product",
-    InputErrorCode.PROJECTIONS: "query, key and value do not have the widths and lengths of the heads",
-    InputErrorCode.KV_CACHE: "the memory of keys or of values has not the shape of the heads and the batch",
-    InputErrorCode.HEAD: "the size of a head is not one that there are kernels for",
-    InputErrorCode.TOKENS: "there are more new tokens than the memory holds",
-    InputErrorCode.LENGTHS: "there are fewer lengths than rows of the batch, or a length that the memory does not hold",
-    InputErrorCode.TABLES: "the rotary tables have not the width of a head or too few rows",
-    InputErrorCode.POSITIONS: "there are fewer positions than tokens, or a position that the rotary tables do not have",
+    InputErrorCode.RANK: "an input has the wrong number of dimensions",
+    InputErrorCode.WIDTH: "the last dimension of the input does not match K of the matrix",
+    InputErrorCode.SKIP: "the skip input does not have the shape of the output",
+    InputErrorCode.PROJECTIONS: "the shapes of query, key and value do not match the heads and the batch",
+    InputErrorCode.KV_CACHE: "the shape of the KV cache does not match the heads and the batch",
+    InputErrorCode.HEAD: "there are no kernels for this head size",
+    InputErrorCode.TOKENS: "there are more new tokens than positions in the KV cache",
+    InputErrorCode.LENGTHS: "the lengths do not match the batch, or a length is outside the KV cache",
+    InputErrorCode.TABLES: "the rotary tables do not match the head size, or have too few rows",
+    InputErrorCode.POSITIONS: "the positions do not match the tokens, or a position is outside the rotary tables",
 }
-"""Texts of the faults."""

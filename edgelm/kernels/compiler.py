@@ -1,6 +1,6 @@
-"""Compiling the kernels: LLVM IR to a shared library for this processor.
+"""Compiles the kernels: LLVM IR to a shared library for one processor.
 
-A program of its own, so that the compiler's memory is given back: see `edgelm.runtime.prepack`.
+Runs as a separate process, so that the memory of the compiler is freed: see `edgelm.runtime.prepack`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgelm.kernels.ir.targets import TARGETS, Target
 
 
 def find_host_target() -> Target | None:
-    """Return the best target whose instruction sets this processor has; None where it has those of none."""
+    """Return the best target whose instruction sets this processor supports; None if there is none."""
     architecture = binding.get_default_triple().split("-")[0]
     features = binding.get_host_cpu_features()
     for target in TARGETS:
@@ -28,10 +28,10 @@ def find_host_target() -> Target | None:
 
 
 def compile_kernels(target: Target, formats: Sequence[WeightFormat], cpu: str, features: str = "") -> bytes:
-    """Return a shared library with the operators of some formats.
+    """Return a shared library (ELF) with attention and the operators of the given formats.
 
-    `cpu` and `features` are LLVM's names of the processor and of what it has. Raises `RuntimeError` for what LLVM
-    refuses.
+    `cpu` and `features` are LLVM's names of the processor and of its features. Raises `RuntimeError` if LLVM refuses
+    them or the code.
     """
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
@@ -42,24 +42,24 @@ def compile_kernels(target: Target, formats: Sequence[WeightFormat], cpu: str, f
         cpu=cpu, features=features, opt=3, reloc="pic", codemodel="small"
     )
     options = binding.create_pipeline_tuning_options(speed_level=2)
-    options.loop_vectorization = options.slp_vectorization = False  # the kernels are vectors already
-    options.loop_unrolling = False  # what is to be unrolled is written so (see `multiplying`)
+    options.loop_vectorization = options.slp_vectorization = False  # the kernels use vector types already
+    options.loop_unrolling = False  # it puts weights on the stack (see `ir.matmul_kernels._block_sums_by_pairs`)
     passes = binding.create_pass_builder(machine, options)
     passes.getModulePassManager().run(module, passes)
     return link_shared_library(machine.emit_object(module), names)
 
 
 def main(arguments: Sequence[str] | None = None) -> str | None:
-    """Compile for this processor, by arguments such as FILE 4:32 8:32; return why that cannot be."""
+    """Compile for this processor with arguments such as FILE 4:32 8:32; return an error message or None."""
     arguments = sys.argv[1:] if arguments is None else arguments
     target = find_host_target()
     if target is None:
-        return "this processor has neither AVX2 nor Arm's dot product"
+        return "this processor has neither AVX2 nor Arm's dot product instructions"
     formats = [WeightFormat(*map(int, text.split(":"))) for text in arguments[1:]]
     features = binding.get_host_cpu_features().flatten()
     try:
         library = compile_kernels(target, formats, binding.get_host_cpu_name(), features)
-    except Exception as error:  # noqa: BLE001  LLVM says it over many lines, and a traceback's last one says nothing
+    except Exception as error:  # noqa: BLE001  the caller reads one line, LLVM's messages have several
         return f"LLVM {binding.llvm_version_info}: {' '.join(str(error).split())[:300]}"
     Path(arguments[0]).write_bytes(library)
     return None

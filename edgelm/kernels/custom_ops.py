@@ -1,8 +1,8 @@
-"""Handing the kernels to onnxruntime as custom operators, through its C API.
+"""Registers the kernels as custom operators of onnxruntime, through its C API.
 
 onnxruntime opens a library and calls its `RegisterCustomOps`; ours calls back into this module, which describes the
-operators with ctypes (OrtCustomOp in onnxruntime_c_api.h, as of API version 16). Python is asked while a graph is
-loaded; in a step onnxruntime calls machine code alone.
+operators with ctypes (OrtCustomOp in onnxruntime_c_api.h, API version 16). Python runs only while a graph is loaded; in
+a step onnxruntime calls machine code directly.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from edgelm.kernels.huge_pages import map_file
 from edgelm.kernels.op_schemas import ATTENTION_SCHEMA, OPTIONAL_OFFSETS, OpSchema, gather_schema, matmul_schema
 
 ORT_API_VERSION: Final = 17
-"""Version of the C API that is asked for: the first with `KernelContext_ParallelFor`, onnxruntime 1.17."""
+"""Requested version of the C API: the first with `KernelContext_ParallelFor`, onnxruntime 1.17."""
 TASKS_PER_MATMUL: Final = 16
-"""Parts that a product is cut into for the threads, where it is large enough."""
+"""Maximum number of tasks that a product is divided into for the threads."""
 
 _REQUIRED, _OPTIONAL = 0, 1
 _FAIL = 1
@@ -55,13 +55,13 @@ _API: Final = {
     StateField.PARALLEL_FOR: 274,
     StateField.CREATE_STATUS: 0,
 }
-"""Places of functions in OrtApi, which onnxruntime only ever adds to."""
+"""Indices of functions in OrtApi. They are stable: new versions only append."""
 
 _Status = c_void_p
 
 
 class _CustomOp(Structure):
-    """OrtCustomOp; what is null is not asked for at this version."""
+    """OrtCustomOp. onnxruntime does not read the null fields at this version."""
 
 
 _Op = POINTER(_CustomOp)
@@ -94,16 +94,14 @@ _CustomOp._fields_ = [
 
 
 _spellings = itertools.count(1)
-
-_loaded_libraries: list[CustomOpLibrary] = []
-"""All there are: graphs call what they hold, and nobody tells when the last one is gone."""
+"""Makes the path of each opened library unique (see `_opened`); process-wide, as the loader's names are."""
 
 
 class CustomOpLibrary:
-    """The operators of a compiled library, whose matrices lie in a file. Lives as long as the process.
+    """The operators of a compiled library, with the mapped data file that holds their matrices.
 
-    `sha256` is the library's hash as lowercase hex. Raises `EdgelmError` for a library of another hash, and `OSError`
-    for one that cannot be read or is a symbolic link.
+    `sha256` is the library's hash as lowercase hex. Raises `EdgelmError` if the library has another hash, and `OSError`
+    if a file cannot be read or the library is a symbolic link. `LIBRARIES` keeps every instance.
     """
 
     def __init__(self, library: Path, formats: Sequence[WeightFormat], data: Path, sha256: str) -> None:
@@ -113,37 +111,37 @@ class CustomOpLibrary:
         self._kept: list[Any] = []
         self._domain: c_void_p | None = None
         self._functions_state: NDArray[np.uint64] | None = None
-        """A node's state but for what differs from node to node."""
+        """Template of a node's state: the fields that are equal for all nodes."""
         self._get_attribute: Callable[..., int | None] = _call
         self._create_status: Callable[..., int | None] = _call
-        self._faults = (c_char_p * len(ERROR_MESSAGES))(
-            *(ERROR_MESSAGES[fault].encode() for fault in sorted(ERROR_MESSAGES))
+        self._error_messages = (c_char_p * len(ERROR_MESSAGES))(
+            *(ERROR_MESSAGES[code].encode() for code in sorted(ERROR_MESSAGES))
         )
         self._ops = [
             self._operator(each)
             for each in (ATTENTION_SCHEMA, *map(matmul_schema, formats), *map(gather_schema, formats))
         ]
-        self._hook = CFUNCTYPE(_Status, c_void_p, c_void_p)(self._register)
-        _loaded_libraries.append(self)
+        self._callback = CFUNCTYPE(_Status, c_void_p, c_void_p)(self._register)
+        LIBRARIES.keep(self)
 
     def register(self, options: Any) -> None:
-        """Make the operators known to graphs that are loaded with these options.
+        """Register the operators for graphs that are loaded with these options, `onnxruntime.SessionOptions`.
 
-        Raises `EdgelmError` when another library lies in the place of the one that was loaded.
+        Raises `EdgelmError` if the library file has been replaced since it was loaded.
         """
-        set_hook = getattr(self._code, SET_CALLBACK_SYMBOL)
-        set_hook.restype = None
-        set_hook(self._hook)
+        set_callback = getattr(self._code, SET_CALLBACK_SYMBOL)
+        set_callback.restype = None
+        set_callback(self._callback)
         with _opened(self.path) as (descriptor, path):
             if not os.path.samestat(os.fstat(descriptor), self._loaded):
                 raise EdgelmError(f"{self.path} is no longer the library that was loaded")
-            options.register_custom_ops_library(path)  # the loader knows the file and gives the same library
+            options.register_custom_ops_library(path)  # same file, so the loader returns the loaded library
 
     def _address(self, name: str) -> int:
         return ctypes.cast(getattr(self._code, name), c_void_p).value or 0
 
     def _register(self, options: int, base: int) -> int | None:
-        """Add the operators to options, for `RegisterCustomOps`; return an OrtStatus, or None for success."""
+        """Implement `RegisterCustomOps`: add the operators to options; return an OrtStatus, None for success."""
         api = self._functions(base)
         if self._domain is None:
             domain = c_void_p()
@@ -156,7 +154,7 @@ class CustomOpLibrary:
         return _call(api[_ADD_DOMAIN], c_void_p(options), self._domain)
 
     def _functions(self, base: int) -> Any:
-        """Return the table of functions that an OrtApiBase gives."""
+        """Return the function table (OrtApi) of an OrtApiBase."""
         get_api = CFUNCTYPE(c_void_p, c_uint32)(c_void_p.from_address(base).value or 0)
         table = get_api(ORT_API_VERSION)
         return (c_void_p * (max(_API.values()) + 1)).from_address(table)
@@ -184,35 +182,35 @@ class CustomOpLibrary:
         return op
 
     def _create(self, schema: OpSchema, api: int, info: int, kernel: Any) -> int | None:
-        """Hand over the address of the state of a node; return an OrtStatus, or None for success."""
+        """Create a node: store the address of its state in `kernel`; return an OrtStatus, None for success."""
         try:
             self._store_api_functions(api)
             kernel[0] = self._state(schema, info)
-        except Exception as error:  # noqa: BLE001  it would end in onnxruntime's C++
+        except Exception as error:  # noqa: BLE001  it must not propagate into onnxruntime's C++
             return self._create_status(_FAIL, f"{schema.name}: {error}".encode())
         return None
 
     def _store_api_functions(self, api: int) -> None:
-        """Note where onnxruntime's functions are."""
+        """Store the addresses of onnxruntime's functions, once."""
         if self._functions_state is None:
             functions = (c_void_p * (max(_API.values()) + 1)).from_address(api)
             self._functions_state = np.zeros(len(StateField), np.uint64)
-            for field, place in _API.items():
-                self._functions_state[field] = functions[place] or 0
-            self._functions_state[StateField.ERROR_MESSAGES] = ctypes.addressof(self._faults)
+            for field, index in _API.items():
+                self._functions_state[field] = functions[index] or 0
+            self._functions_state[StateField.ERROR_MESSAGES] = ctypes.addressof(self._error_messages)
             self._create_status = _CREATE_STATUS(functions[_API[StateField.CREATE_STATUS]] or 0)
             self._get_attribute = _GET_ATTRIBUTE(functions[_ATTRIBUTE] or 0)
 
     def _state(self, schema: OpSchema, info: int) -> int:
-        """Return the address of the state of a node. Raises `ValueError` for attributes that do not fit."""
+        """Return the address of a new node's state. Raises `ValueError` if an attribute is missing or out of range."""
         value = c_int64()
         attributes: dict[StateField, int] = {}
         for field in (*schema.value_attributes, *schema.offset_attributes):
-            if self._get_attribute(info, field.name.encode(), ctypes.byref(value)):  # the status is lost: at load only
-                raise ValueError(f"a node has no {field.name}")
+            if self._get_attribute(info, field.name.encode(), ctypes.byref(value)):  # leaks the status, once a load
+                raise ValueError(f"a node has no attribute {field.name}")
             attributes[field] = value.value
         if self._functions_state is None:
-            raise AssertionError("the functions were noted before")
+            raise AssertionError("_store_api_functions runs before _state")
         state = self._functions_state.copy()
         sizes = schema.bytes_at(attributes)
         for field, number in attributes.items():
@@ -223,44 +221,80 @@ class CustomOpLibrary:
         return int(state.ctypes.data)
 
     def _resolve_address(self, offset: int, size: int, field: StateField) -> int:
-        """Return the address of something in the file; null where there is nothing."""
+        """Return the address of `size` bytes at an offset of the data file; null for an optional tensor that is absent.
+
+        Raises `ValueError` if they are not inside the file, or not aligned.
+        """
         if offset == NO_OFFSET and field in OPTIONAL_OFFSETS:
             return 0
         if offset < 0 or offset % ALIGN or offset + size > len(self._data):
-            raise ValueError(f"{field.name} lies outside the file of matrices")
+            raise ValueError(f"{field.name} {offset} is outside the data file or not a multiple of {ALIGN}")
         return int(self._data.ctypes.data) + offset
+
+
+class LoadedLibraries:
+    """Owns the libraries that this process has loaded, and shares those of board cache entries between graphs.
+
+    A library is never released. onnxruntime keeps raw pointers to its ctypes structures and to the states of its nodes,
+    and uses them a last time when it destroys the graph. Python cannot report the moment after that: weakref callbacks
+    run before, and the garbage collector clears the objects of a cycle in any order. A library costs about 0.1 MB, a
+    file descriptor and an address range; the system can drop the pages of its mapped data file.
+    """
+
+    def __init__(self) -> None:
+        self._all: list[CustomOpLibrary] = []
+        self._shared: dict[tuple[Path, int, int], CustomOpLibrary] = {}
+
+    def keep(self, library: CustomOpLibrary) -> None:
+        """Keep a library for the life of the process."""
+        self._all.append(library)
+
+    def open(self, library: Path, formats: Sequence[WeightFormat], data: Path, sha256: str) -> CustomOpLibrary:
+        """Return the library of a board cache entry: the one that is loaded, if its data file is still the same file.
+
+        Raises as `CustomOpLibrary` does.
+        """
+        status = data.stat()
+        key = (library, status.st_ino, status.st_mtime_ns)
+        if key not in self._shared:
+            self._shared[key] = CustomOpLibrary(library, formats, data, sha256)
+        return self._shared[key]
+
+
+LIBRARIES: Final = LoadedLibraries()
+"""The libraries of this process."""
 
 
 @contextlib.contextmanager
 def _opened(library: Path) -> Iterator[tuple[int, str]]:
-    """Open a library; yield its descriptor and a path that leads to that file, whatever its name leads to by then.
+    """Open a library; yield its file descriptor and a path of that very file, even if the file is replaced meanwhile.
 
-    No two of the paths are spelled alike: a loader that is given the path of a library that it has loaded before takes
-    it for that one, and descriptors are used again.
+    Each path is spelled differently: a loader takes a path that it has seen for the library that it loaded from it,
+    and descriptor numbers are reused.
     """
     descriptor = os.open(library, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         spelling = "".join("./" if bit == "1" else "/" for bit in f"{next(_spellings):b}")
         path = f"/proc/self/fd/{spelling}{descriptor}"
-        if not os.path.samestat(os.stat(path), os.fstat(descriptor)):  # noqa: PTH116  no Path for what is not ours
-            raise EdgelmError(f"{path} is another file than {library}: is /proc mounted?")
+        if not os.path.samestat(os.stat(path), os.fstat(descriptor)):  # noqa: PTH116  Path would normalize it
+            raise EdgelmError(f"{path} is not the file {library}: is /proc mounted?")
         yield descriptor, path
     finally:
         os.close(descriptor)
 
 
 def _load(library: Path, sha256: str) -> tuple[ctypes.CDLL, os.stat_result]:
-    """Load the very file that is hashed; return it, and what tells that file from others."""
+    """Load a library after checking its hash, both from one open file; return it and the file's status."""
     with _opened(library) as (descriptor, path):
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             found = hashlib.sha256(file.read()).hexdigest()
         if found != sha256:
-            raise EdgelmError(f"{library} is not the library that was compiled: its SHA-256 is {found}, not {sha256}")
+            raise EdgelmError(f"{library} is not the compiled library: its SHA-256 is {found}, expected {sha256}")
         return ctypes.CDLL(path), os.fstat(descriptor)
 
 
 def _call(function: int | None, *arguments: Any) -> int | None:
-    """Call a function that returns an OrtStatus, null for success."""
+    """Call the function at an address; return its OrtStatus, None for success."""
     kinds = [c_char_p if isinstance(value, bytes) else c_void_p for value in arguments]
     prototype: Callable[..., Callable[..., int | None]] = CFUNCTYPE(_Status, *kinds)
     return prototype(function or 0)(*arguments)

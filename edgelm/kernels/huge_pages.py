@@ -1,8 +1,8 @@
-"""Files that are mapped in large pages, where the system has them for files.
+"""Files that can be mapped as huge pages, if the system supports that for files.
 
-A processor looks up where a page lies before it reads it, 512 times as often with pages of 4 KB as with pages of 2 MB.
-Linux keeps what is written in one go in one piece of its page cache, in file systems that know large folios (ext4 as of
-6.16, XFS, Btrfs), and maps such pieces as large pages where the addresses allow it. Elsewhere nothing is lost.
+With pages of 2 MB the processor needs 512 times fewer address translations than with pages of 4 KB. On file systems
+with large folios (ext4 since Linux 6.16, XFS, Btrfs), Linux keeps the data of one write in one piece of the page cache,
+and maps aligned pieces as huge pages. On other systems the files are ordinary files.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 HUGE_PAGE_BYTES: Final = 1 << 21
-"""Bytes of a large page, on x86-64 and on Arm with pages of 4 KB."""
+"""Bytes of a huge page on x86-64, and on Arm with pages of 4 KB."""
 
 
 def map_file(file: Path) -> NDArray[np.uint8]:
-    """Return a file's bytes, uint8, which cannot be written. Raises `OSError` where it cannot be read.
+    """Return the bytes of a file, uint8 [n], read-only. Raises `OSError` if the file cannot be read.
 
-    A mapping keeps a file descriptor; files of less than a page are read instead.
+    A mapping keeps a file descriptor open. Files smaller than a huge page are read instead.
     """
     with file.open("rb") as opened:
         if file.stat().st_size < HUGE_PAGE_BYTES:
             return np.frombuffer(opened.read(), np.uint8)
         pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel that has none
+        with contextlib.suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, np.uint8)
 
 
 class HugePageFile:
-    """A file that is written a large page at a time; `offset` is where the next byte goes."""
+    """A file for writing that passes whole huge pages to the system, one write each."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
@@ -53,11 +53,11 @@ class HugePageFile:
 
     @property
     def offset(self) -> int:
-        """How many bytes there are."""
+        """Number of bytes written so far: the offset of the next byte."""
         return self._written + len(self._page)
 
     def write(self, content: bytes | memoryview) -> None:
-        """Append bytes. Raises `OSError` where they find no room."""
+        """Append bytes. Raises `OSError`, for instance if the disk is full."""
         left = memoryview(content).cast("B")
         while len(left):
             room = HUGE_PAGE_BYTES - len(self._page)

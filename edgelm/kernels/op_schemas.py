@@ -1,4 +1,7 @@
-"""The operators as onnxruntime is told of them: inputs, outputs, attributes."""
+"""The operator schemas that onnxruntime needs: types of inputs and outputs, attributes, ranges of the attributes.
+
+Knows nothing of how onnxruntime is called (see `custom_ops`).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from edgelm.kernels.abi import (
 )
 
 OPTIONAL_OFFSETS: Final = frozenset({StateField.BIAS, StateField.NORM})
-"""Places of what a node may do without."""
+"""Offset attributes that may be `NO_OFFSET`."""
 
 _SCALE_BYTES: Final = 2
 _FLOAT_BYTES: Final = 4
@@ -29,9 +32,10 @@ FLOAT, UINT8, INT32, INT64 = 1, 2, 6, 7
 
 @dataclass(frozen=True, slots=True)
 class OpSchema:
-    """An operator: the function that computes it, types of inputs and outputs, attributes, which go into its state.
+    """An operator: its name, the symbol that computes it, element types of inputs and outputs, and its attributes.
 
-    `optional` are inputs that may be absent; `places` are attributes that are places in the file of matrices.
+    `optional` are the indices of inputs that may be absent. Attributes are integers, which become fields of the node's
+    state: `value_attributes` as they are, `offset_attributes`, offsets in the data file, as addresses.
     """
 
     name: str
@@ -42,16 +46,16 @@ class OpSchema:
     value_attributes: tuple[StateField, ...]
     offset_attributes: tuple[StateField, ...] = ()
     fmt: WeightFormat | None = None
-    """Of the matrix, for products and tables."""
+    """Format of the matrix; None for attention."""
 
     def bytes_at(self, attributes: Mapping[StateField, int]) -> dict[StateField, int]:
-        """Return how many bytes are read at each place. Raises `ValueError` for attributes that no node may have."""
+        """Return the number of bytes read at each offset. Raises `ValueError` if an attribute is out of range."""
         if self.fmt is None:
             _check_heads(attributes)
             return {}
         size, columns = attributes[StateField.K], attributes[StateField.N]
         if not (1 <= size <= MAX_MATRIX_DIM and 1 <= columns <= MAX_MATRIX_DIM):
-            raise ValueError(f"a matrix of {columns} x {size}")
+            raise ValueError(f"N {columns} and K {size} must lie in [1, {MAX_MATRIX_DIM}]")
         blocks = -(-size // self.fmt.block_size)
         panels = -(-columns // PANEL_COLUMNS)
         cells = panels * PANEL_COLUMNS * blocks
@@ -61,20 +65,20 @@ class OpSchema:
             StateField.BIAS: panels * PANEL_COLUMNS * _FLOAT_BYTES,
             StateField.NORM: blocks * self.fmt.block_size * _FLOAT_BYTES,
         }
-        return {place: bytes_at[place] for place in self.offset_attributes}
+        return {field: bytes_at[field] for field in self.offset_attributes}
 
 
 def _check_heads(attributes: Mapping[StateField, int]) -> None:
-    """Raise `ValueError` for heads that the kernels of attention do not take."""
+    """Raise `ValueError` if the attention kernels do not support the attributes."""
     heads, kv_heads, half = attributes[StateField.HEADS], attributes[StateField.KV_HEADS], attributes[StateField.HALF]
     if not (1 <= kv_heads <= heads <= MAX_MATRIX_DIM) or heads % kv_heads or heads // kv_heads > MAX_QUERY_TILE:
-        raise ValueError(f"{heads} heads of queries, {kv_heads} of keys")
+        raise ValueError(f"{heads} query heads and {kv_heads} KV heads are not supported")
     if not 0 <= half <= MAX_KERNEL_HEAD_SIZE // 2 or attributes[StateField.WINDOW] < 0:
-        raise ValueError(f"{half} rotated pairs, a window of {attributes[StateField.WINDOW]}")
+        raise ValueError(f"{half} rotated pairs and a window of {attributes[StateField.WINDOW]} are not supported")
 
 
 def matmul_schema(fmt: WeightFormat) -> OpSchema:
-    """Return the operator for matrices of a format (see `entry_points`)."""
+    """Return the schema of the MatMul operator of a format (see `ir.matmul_operator`)."""
     return OpSchema(
         fmt.matmul_op_type,
         fmt.matmul_symbol,
@@ -88,10 +92,10 @@ def matmul_schema(fmt: WeightFormat) -> OpSchema:
 
 
 def gather_schema(fmt: WeightFormat) -> OpSchema:
-    """Return the operator for tables of a format (see `looking_up`)."""
-    places = (StateField.WEIGHTS, StateField.SCALES)
+    """Return the schema of the Gather operator of a format (see `ir.gather_operator`)."""
+    offsets = (StateField.WEIGHTS, StateField.SCALES)
     sizes = (StateField.K, StateField.N)
-    return OpSchema(fmt.gather_op_type, fmt.gather_symbol, (INT64,), frozenset(), (FLOAT,), sizes, places, fmt)
+    return OpSchema(fmt.gather_op_type, fmt.gather_symbol, (INT64,), frozenset(), (FLOAT,), sizes, offsets, fmt)
 
 
 ATTENTION_SCHEMA: Final = OpSchema(
@@ -102,4 +106,4 @@ ATTENTION_SCHEMA: Final = OpSchema(
     (FLOAT, FLOAT, FLOAT, FLOAT),
     (StateField.HEADS, StateField.KV_HEADS, StateField.HALF, StateField.WINDOW, StateField.SCALE, StateField.SOFTCAP),
 )
-"""Attention (see `attention`)."""
+"""Schema of the attention operator (see `ir.attention_operator`)."""

@@ -1,1 +1,1 @@
-"""A graph in onnxruntime with its key/value memory and weights. The only package that imports onnxruntime."""
+"""Runs a graph in onnxruntime with its KV cache and packed weights. The only package that imports onnxruntime."""

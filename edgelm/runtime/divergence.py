@@ -1,4 +1,4 @@
-"""How far one model's predictions are from another's, position by position, without keeping the logits."""
+"""Divergence of one model's predictions from another's, position by position, without storing the logits."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 from edgelm.errors import EdgelmError
 
 MAX_NATS = 700.0
-"""Mean nats a token that a perplexity tells; that of more would be no float."""
+"""Maximum of the mean nats per token in a perplexity: exp of more overflows a float."""
 
 
 @dataclass(frozen=True, slots=True)
 class DivergenceReport:
-    """A model beside its reference on the same text.
+    """A model compared with its reference on the same text.
 
     Perplexities are per token. KL is the Kullback-Leibler divergence of the model's next-token distribution from the
-    reference's, in nats, its mean and 99th percentile over positions; `top1_agreement` is the share of positions in
-    [0, 1] where both find the same token likeliest.
+    reference's, in nats: its mean and 99th percentile over positions. `top1_agreement` is the share of positions, in
+    [0, 1], where both models predict the same token.
     """
 
     tokens: int
@@ -32,7 +32,7 @@ class DivergenceReport:
 
 
 class DivergenceMeter:
-    """Collects positions. Not thread-safe."""
+    """Collects the divergences of positions. Not thread-safe."""
 
     def __init__(self) -> None:
         self._kl: list[NDArray[np.float64]] = []
@@ -40,12 +40,12 @@ class DivergenceMeter:
         self._same = 0
 
     def add(self, reference: NDArray[np.float32], logits: NDArray[np.float32], following: NDArray[np.int64]) -> None:
-        """Add positions: logits float32 [n, V] of both, and the tokens int64 [n] that followed.
+        """Add positions: logits of both models, float32 [n, V], and the tokens that followed, int64 [n].
 
-        Raises `EdgelmError` when logits are not numbers.
+        Raises `EdgelmError` if logits are not finite.
         """
         if not (np.isfinite(reference).all() and np.isfinite(logits).all()):
-            raise EdgelmError("the model's logits are not numbers: it cannot be measured")
+            raise EdgelmError("the model's logits are not finite: its quality cannot be measured")
         expected, found = _log_softmax(reference), _log_softmax(logits)
         self._kl.append(_kl_divergences(expected, found))
         at = np.arange(len(following))
@@ -54,7 +54,7 @@ class DivergenceMeter:
         self._same += int((reference.argmax(axis=1) == logits.argmax(axis=1)).sum())
 
     def result(self) -> DivergenceReport:
-        """Return what the positions amount to. Raises `EdgelmError` when there are none."""
+        """Return the report over all positions. Raises `EdgelmError` if there are none."""
         kl = np.concatenate(self._kl) if self._kl else np.zeros(0)
         if not len(kl):
             raise EdgelmError("the text is too short: it has no token to predict")
@@ -72,7 +72,7 @@ class DivergenceMeter:
 def kl_divergences(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the Kullback-Leibler divergence of each position in nats, float64 [n]; logits are float32 [n, V].
 
-    Not a number where logits are none.
+    NaN for positions with logits that are not finite.
     """
     return _kl_divergences(_log_softmax(reference), _log_softmax(logits))
 

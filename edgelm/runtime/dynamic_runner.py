@@ -1,9 +1,9 @@
-"""A session over a graph that returns a longer copy of its keys and values at each step: what `--via optimum` gives.
+"""A runner for graphs that return a longer copy of their keys and values at each step, as `--via optimum` exports them.
 
-What it costs beside `BatchRunner`: each step copies the whole past of its row once more, inside the graph; rows are
-decoded one after the other, so that four requests take four times as long as one and a request's answer never depends
-on its neighbours; and for the length of a step a row's memory exists twice. Knows tokens and lengths, not requests or
-text, and reaches onnxruntime only through the graph it is given.
+It costs more than `BatchRunner`: each step copies the whole past of its row inside the graph, and during a step a row's
+keys and values exist twice. Rows are decoded one after the other: four requests take four times as long as one, and the
+logits of a row never depend on other rows. Knows tokens and lengths, not requests or text, and uses onnxruntime only
+through the graph that it is given.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class Binding(Protocol):
     """Inputs and outputs of one run."""
 
     def bind_cpu_input(self, name: str, arr_on_cpu: NDArray[np.float32] | NDArray[np.int64]) -> None:
-        """Feed an array, which must outlive the run."""
+        """Bind an array as an input. It must outlive the run."""
 
     def bind_ortvalue_input(self, name: str, ortvalue: Value) -> None:
-        """Feed a tensor that an earlier run returned."""
+        """Bind a tensor that an earlier run returned as an input."""
 
     def bind_output(self, name: str) -> None:
-        """Ask for an output in memory that onnxruntime allocates."""
+        """Bind an output to memory that onnxruntime allocates."""
 
     def get_outputs(self) -> Sequence[Value]:
         """Return the outputs in the order they were bound."""
@@ -59,7 +59,7 @@ class Graph(Protocol):
     """A loaded graph."""
 
     def get_inputs(self) -> Sequence[Argument]:
-        """Return the inputs it wants."""
+        """Return the inputs of the graph."""
 
     def io_binding(self) -> Binding:
         """Return an empty binding."""
@@ -73,16 +73,16 @@ class Graph(Protocol):
 
 @dataclass(slots=True)
 class _Row:
-    """Keys and values of one request, [1, kv_heads, length, head_size] each; replaced, never written to."""
+    """Keys and values of one row, [1, kv_heads, length, head_size] each. Never changed in place, only replaced."""
 
     length: int
     values: Sequence[Value | NDArray[np.float32]]
 
 
 class DynamicRunner:
-    """Implements `edgelm.runtime.runner.Session` with one growing past a row.
+    """Implements `edgelm.runtime.runner.Runner` with separate keys and values for each row, which grow with it.
 
-    A graph with the input `rows` computes logits only where they are wanted; one without computes them everywhere.
+    A graph with the input `rows` computes logits only for the requested positions, one without it for all.
     """
 
     def __init__(self, graph: Graph, manifest: Manifest, rows: int, context: int) -> None:
@@ -106,7 +106,7 @@ class DynamicRunner:
         all_logits: bool = False,
         final_length: int | None = None,
     ) -> NDArray[np.float32]:
-        """See `Session`. Positions do not depend on `final_length` here."""
+        """See `Runner`. Positions do not depend on `final_length` here."""
         del final_length
         logits = self._run(row, tokens, start, all_logits=all_logits)
         if all_logits:
@@ -115,23 +115,23 @@ class DynamicRunner:
         return self._logits[:1]
 
     def decode(self, tokens: NDArray[np.int64], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
-        """See `Session`. One run a row."""
+        """See `Runner`. Runs the graph once for each row."""
         batch = len(tokens)
         for row in range(batch):
             self._logits[row] = self._run(row, tokens[row : row + 1], int(lengths[row]), all_logits=False)[-1]
         return self._logits[:batch]
 
     def copy_row(self, source: int, target: int, length: int) -> None:
-        """See `Session`. Nothing is copied: both rows name the same tensors until their next step."""
+        """See `Runner`. Nothing is copied: both rows refer to the same tensors until their next step."""
         self._rows[target] = self._cut(self._rows[source], length)
 
     def read_row(self, row: int, start: int, stop: int) -> KvSegment:
         """See `Session`."""
         return [array[0, :, start:stop].copy() for array in _arrays(self._rows[row])]
 
-    def write_row(self, row: int, pieces: Sequence[KvSegment]) -> None:
+    def write_row(self, row: int, segments: Sequence[KvSegment]) -> None:
         """See `Session`."""
-        whole = [np.concatenate(parts, axis=1)[None] for parts in zip(*pieces, strict=True)]
+        whole = [np.concatenate(parts, axis=1)[None] for parts in zip(*segments, strict=True)]
         self._rows[row] = _Row(whole[0].shape[2], whole)
 
     def release_row(self, row: int) -> None:
@@ -143,7 +143,10 @@ class DynamicRunner:
         return Path(self._graph.end_profiling())
 
     def _run(self, row: int, tokens: NDArray[np.int64], start: int, *, all_logits: bool) -> NDArray[np.float32]:
-        """Compute tokens int64 [n] at positions [start, start + n); keep the row's new past; return [r, V]."""
+        """Compute tokens, int64 [n], at positions [start, start + n) and replace the row's keys and values.
+
+        Returns logits, float32 [r, V]: r is 1 or, with `all_logits` or a graph without the input `rows`, n.
+        """
         count = len(tokens)
         past = self._cut(self._rows[row], start)
         offered = {
@@ -173,15 +176,19 @@ class DynamicRunner:
         self._rows[row] = _Row(start + count, present)
         flat = logits.numpy()
         if flat.shape[-1:] != self._logits.shape[1:]:
-            raise EdgelmError(f"the graph gives logits {list(flat.shape)} instead of {self._logits.shape[1]} a token")
+            raise EdgelmError(
+                f"the graph returns logits of shape {list(flat.shape)}, expected {self._logits.shape[1]} per token"
+            )
         return flat.reshape(-1, flat.shape[-1])
 
     def _check(self, present: Sequence[Value], length: int) -> None:
-        """Raise `EdgelmError` for keys and values that are not those of so many positions."""
+        """Raise `EdgelmError` if keys and values do not have the shape of `length` positions."""
         expected = (1, self._empty.shape[1], length, self._empty.shape[3])
         for value in present:
             if tuple(value.shape()) != expected:
-                raise EdgelmError(f"the graph gives keys and values {list(value.shape())} instead of {list(expected)}")
+                raise EdgelmError(
+                    f"the graph returns keys or values of shape {list(value.shape())}, expected {list(expected)}"
+                )
 
     def _blank(self) -> _Row:
         return _Row(0, [self._empty] * len(self._names))
@@ -193,7 +200,7 @@ class DynamicRunner:
         if length == 0:
             return self._blank()
         if length > row.length:
-            raise AssertionError(f"a row of {row.length} positions has no first {length}")
+            raise AssertionError(f"cannot cut a row of {row.length} positions to {length}")
         return _Row(length, [np.ascontiguousarray(array[:, :, :length]) for array in _arrays(row)])
 
 

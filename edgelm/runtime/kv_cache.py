@@ -1,7 +1,7 @@
-"""Key/value memory: one preallocated buffer a layer, one row a request.
+"""The KV cache: preallocated buffers of keys and values for each layer, with one row for each request.
 
-Pages of a fresh buffer are committed by the system when they are first written, so rows and positions that are never
-used cost address space only. Knows nothing of onnxruntime.
+The system commits the pages of a new buffer when they are first written, so rows and positions that are never used cost
+only address space. Knows nothing of onnxruntime.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ KvSegment = list[NDArray[Any]]
 """Keys and values of every layer at some positions, float32 or int8 [kv_heads, n, head_size] each."""
 
 NO_HUGE_PAGES_ADVICE: Final[int | None] = getattr(mmap, "MADV_NOHUGEPAGE", None)
-"""Advice to the system not to use huge pages; only Linux takes it."""
+"""Advice to the system not to use huge pages; None on systems other than Linux."""
 
 FREE_PAGES_ADVICE: Final[int | None] = (
     getattr(mmap, "MADV_DONTNEED", None) if NO_HUGE_PAGES_ADVICE is not None else None
 )
-"""Advice to the system that pages are not wanted any more: on Linux they are zeros from then on."""
+"""Advice to the system to free pages: on Linux they read as zeros afterwards."""
 
 
 class KVCache:
@@ -38,11 +38,11 @@ class KVCache:
         self.arrays = [np.frombuffer(memory, kind).reshape(shape) for memory in self._memories]
 
     def views(self, first: int, count: int) -> list[NDArray[Any]]:
-        """Rows [first, first + count) of every buffer, as views."""
+        """Return views of rows [first, first + count) of every buffer."""
         return [array[first : first + count] for array in self.arrays]
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one row over another."""
+        """Copy the first `length` positions of one row to the start of another."""
         for array in self.arrays:
             array[target, :, :length] = array[source, :, :length]
 
@@ -50,13 +50,13 @@ class KVCache:
         """Return copies of positions [start, stop) of a row, [kv_heads, n, head_size] for each buffer."""
         return [array[row, :, start:stop].copy() for array in self.arrays]
 
-    def write(self, row: int, start: int, piece: list[NDArray[Any]]) -> None:
-        """Put what `read` returned into a row, from `start` on."""
-        for array, values in zip(self.arrays, piece, strict=True):
+    def write(self, row: int, start: int, segment: list[NDArray[Any]]) -> None:
+        """Write a segment that `read` returned into a row, starting at position `start`."""
+        for array, values in zip(self.arrays, segment, strict=True):
             array[row, :, start : start + values.shape[1]] = values
 
     def release_row(self, row: int) -> None:
-        """Give a row's memory back to the system, in whole pages; what the row held is lost."""
+        """Free the whole pages of a row; the content of the row is lost."""
         if FREE_PAGES_ADVICE is None:
             return
         for array, memory in zip(self.arrays, self._memories, strict=True):
@@ -69,7 +69,7 @@ class KVCache:
 
 
 def _fresh(size: int) -> mmap.mmap | bytearray:
-    """Return zeros that take memory page by page; NumPy's own would take it 2 MB at a time, most of it never used."""
+    """Return zeros that are committed in small pages. NumPy's arrays use huge pages of 2 MB, mostly never written."""
     if NO_HUGE_PAGES_ADVICE is None:
         return bytearray(size)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,7 +1,7 @@
-"""How much memory a bundle will take, told before anything is loaded.
+"""Computes the memory that a bundle needs, before anything is loaded.
 
-The parts are counted from the manifest's shapes; only `PROGRAM_BYTES` is a measured constant. What the operating system
-may drop at any time, the pages of mapped weights, counts like the rest: without them every token waits for the disk.
+The parts are computed from the shapes in the manifest; only `PROGRAM_BYTES` is a measured constant. Pages of mapped
+weights count too, although the system can drop them: without them every token waits for the disk.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from edgelm.bundle.manifest import Manifest, Matrix
 from edgelm.errors import EdgelmError
 
 PREFILL_CHUNK: Final = 256
-"""Most prompt tokens computed in one pass: what a running answer can be made to wait for."""
+"""Maximum number of prompt tokens in one pass: it bounds the time that running responses wait for a prompt."""
 
 PREFIX_CACHE_MB: Final = 64
-"""Default size of the memory of earlier sequences, in 10^6 bytes."""
+"""Default size of the prefix cache, in 10^6 bytes."""
 
 PROGRAM_BYTES: Final = 85_000_000
 """Resident size of Python, NumPy, onnxruntime and the tokenizer (measured: 60 to 85 MB by version; Linux, x86-64)."""
 
 FLOAT: Final = 4
 MAX_DECODE_POSITIONS: Final = 9
-"""Most positions whose logits one pass computes while an answer is decoded."""
+"""Maximum number of positions in one decode pass of a sequence, draft tokens included."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of each part when every request is as long as it may be."""
+    """Bytes of each part if every request has the maximum length."""
 
     program: int
     weights: int
-    """As onnxruntime's kernels want them, codes, a scale and a sum in float32 for every block: ours take less."""
+    """In the layout of onnxruntime's kernels: codes, and a float32 scale and sum for each block. Ours take less."""
     kv_cache: int
     static_prefix: int
     activations: int
@@ -41,7 +41,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """Sum of all parts."""
         return sum(getattr(self, name) for name in self.__slots__)
 
     def __str__(self) -> str:
@@ -50,10 +50,7 @@ class MemoryPlan:
 
 
 def plan_memory(manifest: Manifest, *, rows: int, context: int, prefix_cache_bytes: int) -> MemoryPlan:
-    """Return the memory that a bundle takes.
-
-    For `rows` requests of `context` tokens, and `prefix_cache_bytes` of earlier prompts.
-    """
+    """Return the memory that a bundle needs for `rows` requests of `context` tokens and a prefix cache."""
     chunk = min(PREFILL_CHUNK, context)
     widest = max((matrix.rows for matrix in _projections(manifest)), default=0)
     inputs = max((matrix.columns for matrix in _projections(manifest)), default=0)
@@ -62,7 +59,7 @@ def plan_memory(manifest: Manifest, *, rows: int, context: int, prefix_cache_byt
         weights=sum(map(_packed_bytes, manifest.matrices)),
         kv_cache=rows * context * manifest.cache.bytes_per_token(),
         static_prefix=_prefix_bytes(manifest),
-        # The widest output and its halves, what goes into the next matrix, the residuals.
+        # The widest output and its two halves; inputs of the next matrix and residuals.
         activations=FLOAT * chunk * (2 * widest + 4 * inputs),
         logits=FLOAT * manifest.vocab_size * (rows + MAX_DECODE_POSITIONS),
         prefix_cache=prefix_cache_bytes,
@@ -72,23 +69,23 @@ def plan_memory(manifest: Manifest, *, rows: int, context: int, prefix_cache_byt
 def check_memory(
     manifest: Manifest, limit_mb: int | None, *, rows: int, context: int, prefix_cache_bytes: int
 ) -> MemoryPlan:
-    """Return the plan; raise `EdgelmError`, with the numbers, where it takes more than `limit_mb` * 10^6 bytes."""
+    """Return the plan. Raises `EdgelmError` with the numbers if it exceeds `limit_mb` * 10^6 bytes."""
     plan = plan_memory(manifest, rows=rows, context=context, prefix_cache_bytes=prefix_cache_bytes)
     if limit_mb is None or plan.total <= limit_mb * 1_000_000:
         return plan
     left = limit_mb * 1_000_000 - (plan.total - plan.kv_cache)
     fits = left // manifest.cache.bytes_per_token()
     if fits >= 2:  # one request needs a row to run in and one to be scored in
-        advice = f"{fits} tokens of keys and values would fit, here {rows} requests of {context}: lower one of the two"
+        advice = f"{fits} tokens of KV cache would fit, {rows} requests of {context} tokens were asked for: lower one"
     elif left + plan.prefix_cache > 0:
-        advice = "less memory of earlier prompts, fewer requests or a shorter context are where to save"
+        advice = "use a smaller prefix cache, fewer requests or a shorter context"
     else:
-        advice = "without any request it does not fit"
+        advice = "the model does not fit even without requests"
     raise EdgelmError(f"a memory limit of {limit_mb} MB is too small: {plan}; {advice}")
 
 
 def _projections(manifest: Manifest) -> list[Matrix]:
-    """Return the matrices inside the layers: those of the vocabulary's size never see a whole chunk."""
+    """Return the matrices inside the layers: those of vocabulary size are never multiplied with a whole chunk."""
     return [matrix for matrix in manifest.matrices if matrix.rows != manifest.vocab_size]
 
 
@@ -97,7 +94,7 @@ def _prefix_bytes(manifest: Manifest) -> int:
 
 
 def _packed_bytes(matrix: Matrix) -> int:
-    """Return what a matrix takes once it is packed; onnxruntime reads codes of 5 and 6 bits as 8."""
+    """Return the bytes of a matrix after packing; onnxruntime stores codes of 5 and 6 bits in 8."""
     if matrix.block_size is None:
         return matrix.rows * matrix.columns * matrix.bits // 8
     blocks = matrix.rows * -(-matrix.columns // matrix.block_size)

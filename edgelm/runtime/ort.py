@@ -1,4 +1,7 @@
-"""Loading graphs into onnxruntime: threads, old runtimes' windows, graphs whose weights are packed already."""
+"""Loads graphs into onnxruntime: thread settings, adaptation to its version, graphs with packed weights.
+
+Knows nothing of rows or requests.
+"""
 
 from __future__ import annotations
 
@@ -22,30 +25,30 @@ Graph: TypeAlias = ort.InferenceSession
 """A loaded graph."""
 
 ORT_VERSION: Final[str] = ort.__version__
-"""This onnxruntime's version."""
+"""Version of the installed onnxruntime."""
 
 ORT_RELEASE: Final = tuple(map(int, ort.__version__.split(".")[:2]))
-"""This onnxruntime: its major and minor version."""
+"""Major and minor version of the installed onnxruntime."""
 
 WINDOW_IS_OFF_BY_ONE: Final = ORT_RELEASE < (1, 24)
-"""Whether this onnxruntime sees one position more than a window says."""
+"""Whether the installed onnxruntime attends to one position more than `local_window_size`."""
 
 PACKED_GRAPH_FILE: Final = "model.onnx"
-"""The file of a graph with packed weights, in its folder."""
+"""File name of a graph with packed weights."""
 
 _FLOAT_ACTIVATIONS: Final = 1
-"""The accuracy level at which MatMulNBits does not round what it multiplies."""
+"""Accuracy level at which MatMulNBits does not quantize activations."""
 
 
 def cache_key(bundle: Bundle, kind: str) -> CacheKey:
-    """Return what identifies something made from a bundle for this onnxruntime, our kernels and this processor."""
+    """Return the key of an entry that depends on a bundle's weights, onnxruntime, our kernels and this processor."""
     return CacheKey(
         kind, bundle.manifest.weights_digest, f"{ort.__version__}, kernels {KERNELS_VERSION}", describe_cpu()
     )
 
 
 def resolve_thread_settings(bundle: Bundle, threads: int | None, cache: BoardCache | None) -> ThreadSettings:
-    """Return how to set threads: as asked for, else as measured on this board, else as many as there are cores."""
+    """Return the thread settings: the given number, else the settings tuned on this board, else the default."""
     if threads is not None:
         return ThreadSettings(threads)
     known = load_tuning(cache, cache_key(bundle, "tuning")) if cache is not None else None
@@ -53,11 +56,11 @@ def resolve_thread_settings(bundle: Bundle, threads: int | None, cache: BoardCac
 
 
 def check_ort_version(oldest: str | None, what: object) -> None:
-    """Raise `BundleError` where `what` needs a newer onnxruntime than this one; `oldest` is such as "1.28"."""
+    """Raise `BundleError` if `what` needs a newer onnxruntime than the installed one; `oldest` is like "1.28"."""
     if oldest is not None and tuple(map(int, oldest.split("."))) > ORT_RELEASE:
         raise BundleError(
-            f"{what} needs onnxruntime {oldest} or newer, this is {ort.__version__}: upgrade onnxruntime, or export"
-            " with --kv fp32"
+            f"{what} needs onnxruntime {oldest} or newer, installed is {ort.__version__}: upgrade onnxruntime, or"
+            " export with --kv fp32"
         )
 
 
@@ -72,11 +75,10 @@ def load_graph(
 ) -> Graph:
     """Load an ONNX model, from a file or from its bytes, on the CPU.
 
-    `spin` lets idle threads wait actively: quicker for one graph, ruinous for several that take turns. With `exact`,
-    activations are not rounded to 8 bits. `save_to` is a directory that gets the optimized graph with its packed
-    weights, `profile_prefix` how a profile's path begins. Raises `EdgelmError` when `threads` is out of range, and
-    whatever
-    onnxruntime raises for the model.
+    With `spin`, idle threads spin instead of sleeping: faster for one graph, very slow for several that run in turn.
+    With `exact`, activations are not quantized to 8 bits. The optimized graph with its packed weights is written to the
+    directory `save_to`. `profile_prefix` is the beginning of the profile's path. Raises `EdgelmError` if `threads` is
+    out of range, and any exception that onnxruntime raises for the model.
     """
     options = _options(ThreadSettings(threads, spin), profile_prefix)
     if save_to is not None:
@@ -88,51 +90,51 @@ def load_graph(
         ):
             options.add_session_config_entry(name, value)
     values: list[ort.OrtValue] = []
-    joined = None
+    expanded = None
     if isinstance(model, str):
         file = Path(model)
-        joined = expand_codes(file.read_bytes(), file.with_name(f"{file.name}.data"))
-        if joined is not None or exact or WINDOW_IS_OFF_BY_ONE:
+        expanded = expand_codes(file.read_bytes(), file.with_name(f"{file.name}.data"))
+        if expanded is not None or exact or WINDOW_IS_OFF_BY_ONE:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-            model = file.read_bytes() if joined is None else joined.model
-    if joined is not None:
-        values = [ort.OrtValue.ortvalue_from_numpy(codes) for codes in joined.codes.values()]
-        options.add_external_initializers(list(joined.codes), values)
+            model = file.read_bytes() if expanded is None else expanded.model
+    if expanded is not None:
+        values = [ort.OrtValue.ortvalue_from_numpy(codes) for codes in expanded.codes.values()]
+        options.add_external_initializers(list(expanded.codes), values)
     if isinstance(model, bytes):
         model = adapt_to_ort_version(model)
         if exact:
             model = change_attribute(model, "accuracy_level", lambda _: _FLOAT_ACTIVATIONS)
     graph = Graph(model, options, providers=["CPUExecutionProvider"])
-    graph.expanded_codes = values  # which it refers to
+    graph.expanded_codes = values  # the graph uses their memory
     return graph
 
 
 def adapt_to_ort_version(model: bytes) -> bytes:
-    """Return a model that means to this onnxruntime what the given one means to newer ones."""
+    """Return a model that computes with the installed onnxruntime what the given one computes with newer ones."""
     return shrink_sliding_windows(model) if WINDOW_IS_OFF_BY_ONE and has_windows(model) else model
 
 
 def summarize_error(error: Exception) -> str:
-    """Return the first line of what an exception says."""
+    """Return the first line of an exception's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def is_invariant(graph: Graph) -> bool:
-    """Tell whether a graph was marked by `mark_invariant`."""
+    """Return whether a graph was marked by `mark_invariant`."""
     return bool(graph.get_modelmeta().custom_metadata_map.get(BATCH_INVARIANT_KEY) == "1")
 
 
 def mark_invariant(model: bytes) -> bytes:
-    """Return a model, an ONNX ModelProto, whose metadata says that it is invariant."""
+    """Return a model, an ONNX ModelProto, with metadata that marks it as batch-invariant."""
     return add_metadata(model, BATCH_INVARIANT_KEY, "1")
 
 
 def load_packed(
     folder: Path, tuning: ThreadSettings, operators: CustomOpLibrary | None = None, profile_prefix: Path | None = None
 ) -> Graph:
-    """Load a graph that is optimized and whose weights are packed, perhaps for operators of ours.
+    """Load an optimized graph with packed weights, with `operators` if it was rewritten for our kernels.
 
-    Raises whatever onnxruntime raises for it.
+    Raises any exception that onnxruntime raises for it.
     """
     options = _options(tuning, profile_prefix)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -149,7 +151,7 @@ def _options(tuning: ThreadSettings, profile_prefix: Path | None = None) -> ort.
     if not tuning.spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # what it says as an error is raised as well
+    options.log_severity_level = 4  # onnxruntime raises its errors as well
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)

@@ -1,8 +1,8 @@
-"""Keys and values of a bundle's static prefix: a file that the bundle's own graph computes once and loading maps.
+"""The file of a static prefix's keys and values: the bundle's own graph computes it once, loading maps it.
 
-The file is the array [layers, 2, kv_heads, n, head_size] of the n tokens, keys before values, little-endian, of the
-cache's own type, nothing else; the manifest's `prefix` says which tokens and which weights. Its name holds the
-beginning of its SHA-256, so that a new prefix never touches the file that the present manifest names.
+The file holds only the array [layers, 2, kv_heads, n, head_size] of the n tokens, keys before values, little-endian, of
+the KV cache's type; the manifest's `prefix` names the tokens and the weights. The file name contains the beginning of
+the file's SHA-256, so that a new prefix never overwrites the file that the current manifest names.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from edgelm.runtime.runner import open_runner
 from edgelm.text.static_prompt import check_prefix_tokens
 
 PREFIX_FILE_PATTERN: Final = re.compile(r"prefix-[0-9a-f]{16}\.kv")
+"""Name of a prefix file."""
 NEW: Final = ".new"
-"""Ends the name of a file that is still being written."""
+"""Suffix of files that are being written."""
 
 
 def map_prefix(bundle: Bundle) -> tuple[Tokens, KvSegment] | None:
-    """Return a bundle's static prefix, int32 [n], and its keys and values, read from the file where they are used.
+    """Return the tokens of a bundle's static prefix, int32 [n], and its keys and values, mapped from the file.
 
-    Raises `BundleError` when the file is missing or of another size than its tokens need.
+    None if the bundle has no static prefix. Raises `BundleError` if the file is missing or has the wrong size.
     """
     prefix, cache = bundle.manifest.prefix, bundle.manifest.cache
     if prefix is None:
@@ -45,7 +46,7 @@ def map_prefix(bundle: Bundle) -> tuple[Tokens, KvSegment] | None:
     try:
         size = file.stat().st_size
         if size != expected:
-            raise BundleError(f"{file} is damaged: {len(prefix.tokens)} tokens take {expected} bytes, it has {size}")
+            raise BundleError(f"{file} is damaged: {len(prefix.tokens)} tokens need {expected} bytes, it has {size}")
         mapped: Any = np.asarray(np.memmap(file, dtype, "r", shape=shape))
     except OSError as error:
         raise BundleError(f"{file} cannot be mapped: {error.strerror or error}") from error
@@ -53,25 +54,25 @@ def map_prefix(bundle: Bundle) -> tuple[Tokens, KvSegment] | None:
 
 
 def open_without_prefix(path: str | Path) -> Bundle:
-    """Open a bundle as if it had no static prefix, whatever state that is in. Raises `BundleError`."""
+    """Open a bundle without its static prefix, which may be damaged. Raises `BundleError` if another part is."""
     bundle = open_bundle(path, verify=False)
-    bare = Bundle(bundle.path, _without_prefix(bundle.manifest))
-    bare.verify()
-    return bare
+    bundle = Bundle(bundle.path, _without_prefix(bundle.manifest))
+    bundle.verify()
+    return bundle
 
 
 def add_prefix(bundle: Bundle, tokens: Sequence[int], *, threads: int | None = None) -> Bundle:
-    """Compute the keys and values of `tokens`, and make them the bundle's static prefix in place of any other.
+    """Compute the keys and values of `tokens`, and make them the bundle's static prefix in place of an earlier one.
 
-    Until the manifest is replaced, the last step, the bundle is what it was; a failure leaves it so. Raises
-    `EdgelmError` for tokens that no prompt can begin with and for a bundle that cannot be written.
+    Replacing the manifest is the last step; a failure before it leaves the bundle unchanged. Raises `EdgelmError` if no
+    prompt can begin with the tokens, or if the bundle cannot be written.
     """
     manifest = _without_prefix(bundle.manifest)
     check_prefix_tokens(tokens, context=manifest.context, vocab_size=manifest.vocab_size, long_from=manifest.long_from)
-    piece = _compute(Bundle(bundle.path, manifest), tokens, threads)
+    segment = _compute(Bundle(bundle.path, manifest), tokens, threads)
     try:
-        name, file = _write(bundle.path, piece)
-        dtype: Any = piece[0].dtype.name
+        name, file = _write(bundle.path, segment)
+        dtype: Any = segment[0].dtype.name
         prefix = StaticPrefix(tuple(tokens), name, dtype, manifest.weights_digest)
         manifest = replace(manifest, prefix=prefix, files={**manifest.files, name: file})
         return _publish(bundle.path, manifest)
@@ -82,7 +83,7 @@ def add_prefix(bundle: Bundle, tokens: Sequence[int], *, threads: int | None = N
 
 
 def remove_prefix(bundle: Bundle) -> Bundle:
-    """Take the static prefix out of a bundle. Raises `EdgelmError` when it has none or cannot be written."""
+    """Remove a bundle's static prefix. Raises `EdgelmError` if there is none or the bundle cannot be written."""
     if bundle.manifest.prefix is None:
         raise EdgelmError(f"{bundle.path} has no static prefix")
     try:
@@ -106,12 +107,12 @@ def _compute(bundle: Bundle, tokens: Sequence[int], threads: int | None) -> KvSe
     return runner.read_row(0, 0, len(ids))
 
 
-def _write(root: Path, piece: KvSegment) -> tuple[str, BundleFile]:
-    """Write keys and values under a name of their own; return it."""
+def _write(root: Path, segment: KvSegment) -> tuple[str, BundleFile]:
+    """Write keys and values to a file that is named after its hash; return its name and manifest entry."""
     digest, size = hashlib.sha256(), 0
     new = root / f"prefix{NEW}"
     with new.open("wb") as stream:
-        for array in piece:
+        for array in segment:
             content = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
             stream.write(content)
             digest.update(content)
@@ -124,7 +125,7 @@ def _write(root: Path, piece: KvSegment) -> tuple[str, BundleFile]:
 
 
 def _publish(root: Path, manifest: Manifest) -> Bundle:
-    """Put a manifest in the place of the present one, in one step."""
+    """Replace the manifest atomically."""
     new = root / f"{MANIFEST}{NEW}"
     with new.open("w", encoding="utf-8") as stream:
         stream.write(dump_manifest(manifest))
@@ -135,7 +136,7 @@ def _publish(root: Path, manifest: Manifest) -> Bundle:
 
 
 def _remove_stale_files(root: Path) -> None:
-    """Remove what the manifest does not name: the prefix of before, or what a failure or a power cut left."""
+    """Remove prefix files that the manifest does not list, and files left by a failure or a power cut."""
     with suppress(OSError, BundleError):
         kept = open_bundle(root, verify=False).manifest.files
         unfinished = [root / f"prefix{NEW}", root / f"{MANIFEST}{NEW}"]

@@ -1,8 +1,9 @@
-"""A bundle's weights as this board's kernels want them, packed once and mapped from then on.
+"""Packs a bundle's weights for this board's kernels: once, into the board cache; later loads map the file.
 
-What would be private memory becomes pages of a file, which processes share and the system may drop. Quantized matrices
-are laid out for kernels of our own (`edgelm.kernels`), compiled for the processor. Where there are none for it, or for
-the bundle, onnxruntime's kernels keep a layout of theirs (session.save_external_prepacked_constant_initializers).
+Mapped weights are pages of a file, which processes share and the system can drop, instead of private memory. Quantized
+matrices are packed for our own kernels (`edgelm.kernels`), which are compiled for the processor. If there are none for
+the processor or the bundle, onnxruntime saves the layout of its own kernels
+(session.save_external_prepacked_constant_initializers).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from edgelm.bundle.bundle_folder import Bundle, open_bundle
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.graph.graph_check import check_graph
 from edgelm.kernels.abi import WeightFormat
-from edgelm.kernels.custom_ops import CustomOpLibrary
+from edgelm.kernels.custom_ops import LIBRARIES, CustomOpLibrary
 from edgelm.kernels.rewrite.graph_rewriter import DATA, is_row_wise, rewrite_graph
 from edgelm.runtime.ort import (
     ORT_VERSION,
@@ -42,26 +43,23 @@ from edgelm.system.digest import file_sha256
 from edgelm.system.isolated_python import build_python_command
 
 MIN_CACHED_BYTES: Final = 16_000_000
-"""Bundles smaller than this are quicker loaded than looked up."""
+"""Smaller bundles are not cached: loading them takes less time than the look-up."""
 
 MAX_CACHE_RATIO: Final = 3
-"""Most bytes that are kept for each byte of a bundle: its weights, packed weights, scales in float32, a head's copy."""
+"""Maximum size of an entry, in bytes of the bundle: weights, packed weights, scales in float32, a copy of the head."""
 
 KERNELS: Final = "kernels.so"
 FORMATS: Final = "formats"
-"""Key of a note that says which kernels an entry has."""
+"""Metadata key of an entry: the formats of its compiled kernels."""
 
 UNUSABLE: Final = "unusable"
-"""Key of a note that says why a bundle's weights cannot be kept."""
+"""Metadata key of an entry: why the bundle's weights cannot be cached."""
 
 LOG: Final = logging.getLogger(__name__)
 
-_operators: dict[tuple[Path, int, int], CustomOpLibrary] = {}
-"""Libraries in use, which stay: graphs refer to them. By their folder, and by the file of matrices that it has now."""
-
 
 def open_verified(path: str | Path, cache: BoardCache | None) -> Bundle:
-    """Open a bundle and check its files, but for those that have not changed since they were packed for this board.
+    """Open a bundle and verify its files, except those that have not changed since they were packed for this board.
 
     Raises `BundleError` as `open_bundle` does.
     """
@@ -81,16 +79,15 @@ def open_verified(path: str | Path, cache: BoardCache | None) -> Bundle:
 def open_graph(
     bundle: Bundle, tuning: ThreadSettings, cache: BoardCache | None = None, profile_prefix: Path | None = None
 ) -> Graph:
-    """Load a bundle's graph, through the cache where there is one.
+    """Load a bundle's graph, from the board cache if there is one.
 
-    With `profile_prefix` every run is profiled, into a file whose path begins so; `end_profiling` writes it and
-    returns its
-    name. Raises `BundleError` when onnxruntime refuses the graph or is older than the bundle needs, and `EdgelmError`
-    when `threads` is out of range.
+    With `profile_prefix` every run is profiled; `end_profiling` writes the profile to a file whose path begins with the
+    prefix, and returns its name. Raises `BundleError` if onnxruntime refuses the graph or is older than the bundle
+    needs, and `EdgelmError` if `threads` is out of range.
     """
     check_ort_version(bundle.manifest.needs_onnxruntime, bundle.path)
     if tuning.threads > count_cores():
-        LOG.warning("%d threads on %d cores: more threads than cores make it slower", tuning.threads, count_cores())
+        LOG.warning("%d threads on %d cores: more threads than cores slow it down", tuning.threads, count_cores())
     if cache is not None and _is_cacheable(bundle):
         graph = _load_or_pack(bundle, tuning, cache, profile_prefix)
         if graph is not None:
@@ -105,7 +102,7 @@ def open_graph(
 
 
 def _is_cacheable(bundle: Bundle) -> bool:
-    """Whether weights are kept: not float32, of which onnxruntime would keep two copies as large as the bundle."""
+    """Return whether weights are cached. Not float32: onnxruntime would store two copies as large as the bundle."""
     is_small = bundle.bytes < MIN_CACHED_BYTES or bundle.manifest.quant == "fp32"
     return not is_small and bundle.manifest.cache.kind == "shared"
 
@@ -113,7 +110,7 @@ def _is_cacheable(bundle: Bundle) -> bool:
 def _load_or_pack(
     bundle: Bundle, tuning: ThreadSettings, cache: BoardCache, profile_prefix: Path | None
 ) -> Graph | None:
-    """Load what was packed before, or pack it now; return None where the cache cannot keep it."""
+    """Load the packed graph, which is made first if the cache does not have it; None if it cannot be cached."""
     key = cache_key(bundle, "weights")
     entry = cache.find(key)
     if entry is not None and UNUSABLE not in entry.metadata:
@@ -123,80 +120,69 @@ def _load_or_pack(
         cache.drop(key)
         entry = None
     if entry is None:
-        check_graph(bundle)  # what is kept was checked then: the key holds the digest of graph and data
+        check_graph(bundle)  # entries found later were checked here: the key holds the digest of graph and data
         entry = cache.make(key, MAX_CACHE_RATIO * bundle.bytes, lambda folder: _pack(bundle, tuning, folder))
         if entry is not None and UNUSABLE in entry.metadata:
-            LOG.warning("the weights of %s stay in private memory: %s", bundle.path, entry.metadata[UNUSABLE])
+            LOG.warning("the weights of %s are not cached: %s", bundle.path, entry.metadata[UNUSABLE])
     return _load_cached(entry, tuning, profile_prefix) if entry is not None and UNUSABLE not in entry.metadata else None
 
 
 def _load_cached(entry: CacheEntry, tuning: ThreadSettings, profile_prefix: Path | None) -> Graph | None:
     try:
         formats = [WeightFormat(*fmt) for fmt in entry.metadata.get(FORMATS, [])]
-        return load_packed(entry.path, tuning, _operators_in(entry, formats), profile_prefix)
-    except Exception as error:  # noqa: BLE001  whatever onnxruntime dislikes about it: the bundle itself is there
+        library = None
+        if formats:
+            sha256 = str(entry.sha256.get(KERNELS))
+            library = LIBRARIES.open(entry.path / KERNELS, formats, entry.path / DATA, sha256)
+        return load_packed(entry.path, tuning, library, profile_prefix)
+    except Exception as error:  # noqa: BLE001  the bundle itself is loaded instead, whatever the error is
         LOG.warning("%s in the board cache is not used: %s", entry.path, summarize_error(error))
         return None
 
 
-def _operators_in(entry: CacheEntry, formats: list[WeightFormat]) -> CustomOpLibrary | None:
-    """Return the operators of an entry, opened once; None where it has none.
-
-    Raises `EdgelmError` when the library is not the one that was compiled for the entry.
-    """
-    if not formats:
-        return None
-    folder = entry.path
-    data = (folder / DATA).stat()
-    key = (folder, data.st_ino, data.st_mtime_ns)
-    if key not in _operators:
-        _operators[key] = CustomOpLibrary(folder / KERNELS, formats, folder / DATA, str(entry.sha256.get(KERNELS)))
-    return _operators[key]
-
-
-# --- making ---
+# --- packing ---
 
 
 def _pack(bundle: Bundle, tuning: ThreadSettings, folder: Path) -> Mapping[str, Any]:
-    """Write a bundle's graph with packed weights into a folder; return the note that goes with them.
+    """Write a bundle's graph with packed weights into a folder; return the metadata of the cache entry.
 
-    Raises `OSError` where onnxruntime cannot write or read the copy.
+    Raises `OSError` if onnxruntime cannot write or read the copy.
     """
     started = time.perf_counter()
-    note: dict[str, Any] = {"bundle": str(bundle.path), "files": file_signatures(_files(bundle))}
+    metadata: dict[str, Any] = {"bundle": str(bundle.path), "files": file_signatures(_files(bundle))}
     unusable = None
     try:
         formats = _try_native_kernels(bundle, tuning, folder)
         if formats:
-            note[FORMATS] = [[fmt.bits, fmt.block_size] for fmt in formats]
+            metadata[FORMATS] = [[fmt.bits, fmt.block_size] for fmt in formats]
         else:
             unusable = _prepack(bundle, tuning, folder)
-    except Exception as error:  # a bundle that cannot be loaded will say so without a cache
-        raise OSError(f"onnxruntime cannot keep packed weights: {summarize_error(error)}") from error
+    except Exception as error:  # if the bundle itself is at fault, loading it without the cache reports that
+        raise OSError(f"onnxruntime cannot save packed weights: {summarize_error(error)}") from error
     if unusable is not None:
         _empty(folder)
-        return note | {UNUSABLE: unusable}
+        return metadata | {UNUSABLE: unusable}
     LOG.info("packed %s for this board in %.1f s: %s", bundle.path, time.perf_counter() - started, folder.parent)
-    return note
+    return metadata
 
 
 def _try_native_kernels(bundle: Bundle, tuning: ThreadSettings, folder: Path) -> list[WeightFormat]:
-    """Write a graph for our kernels and compile them; return no formats, and leave nothing, where that cannot be."""
+    """Write a graph for our kernels and compile them; return no formats and leave no files if that is impossible."""
     try:
         return _build_native_graph(bundle, tuning, folder)
     except EdgelmError as error:
         LOG.warning("edgelm's own kernels are not used for %s: %s", bundle.path, error)
-    except Exception as error:  # noqa: BLE001  whatever is missing: onnxruntime's kernels are there
+    except Exception as error:  # noqa: BLE001  onnxruntime's kernels are used instead, whatever the error is
         LOG.info("edgelm's own kernels are not used for %s: %s", bundle.path, summarize_error(error))
     _empty(folder)
     return []
 
 
 def _build_native_graph(bundle: Bundle, tuning: ThreadSettings, folder: Path) -> list[WeightFormat]:
-    """Write a graph for our kernels, compile them, and see whether they compute what onnxruntime's do.
+    """Write a graph for our kernels, compile them, and compare their results with those of onnxruntime's kernels.
 
-    Returns no formats where there are no kernels for any of the bundle's matrices. Raises `EdgelmError` when they
-    compute something else, and whatever keeps them from being compiled or loaded.
+    Returns no formats if there are no kernels for any of the bundle's matrices. Raises `EdgelmError` if the results
+    differ too much, and any exception of compiling or loading.
     """
     formats = rewrite_graph(bundle.graph.read_bytes(), bundle.graph.with_name(f"{bundle.graph.name}.data"), folder)
     if not formats:
@@ -204,14 +190,14 @@ def _build_native_graph(bundle: Bundle, tuning: ThreadSettings, folder: Path) ->
     graph = folder / PACKED_GRAPH_FILE
     graph.write_bytes(adapt_to_ort_version(graph.read_bytes()))
     _compile(folder / KERNELS, formats)
-    # Not kept in `_operators`: the folder is renamed.
     library = folder / KERNELS
-    ours = load_packed(folder, tuning, CustomOpLibrary(library, formats, folder / DATA, file_sha256(library)))
+    operators = CustomOpLibrary(library, formats, folder / DATA, file_sha256(library))  # not shared: renamed later
+    ours = load_packed(folder, tuning, operators)
     found = compute_probe_logits(ours, bundle.manifest)
     same = is_row_wise(graph.read_bytes()) and np.array_equal(
         found, compute_probe_logits(ours, bundle.manifest, PASS_SIZES)
     )
-    del ours  # one at a time: each may take as much memory as the bundle
+    del ours  # before the next one is loaded: each can take as much memory as the bundle
     expected = compute_probe_logits(load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin), bundle.manifest)
     exact = compute_probe_logits(
         load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin, exact=True), bundle.manifest
@@ -224,10 +210,10 @@ def _build_native_graph(bundle: Bundle, tuning: ThreadSettings, folder: Path) ->
 
 
 def verify_kernels(bundle: Bundle, threads: int | None = None) -> str:
-    """Compile our kernels for a bundle on this board and compare what they compute with onnxruntime's.
+    """Compile our kernels for a bundle on this board and compare their results with those of onnxruntime's kernels.
 
-    Returns what was done, in one line. Raises `EdgelmError` where they compute something else, and `OSError` with the
-    reason where this board cannot have them.
+    Returns a summary in one line. Raises `EdgelmError` if the results differ too much, and `OSError` with the reason if
+    there are no kernels for the board or the bundle.
     """
     started = time.perf_counter()
     check_graph(bundle)
@@ -239,37 +225,35 @@ def verify_kernels(bundle: Bundle, threads: int | None = None) -> str:
         except Exception as error:
             raise OSError(summarize_error(error)) from error
     if not formats:
-        raise OSError(f"there are none for matrices of {bundle.manifest.quant}")
-    blocks: dict[int, list[str]] = {}
+        raise OSError(f"there are no kernels for {bundle.manifest.quant} matrices")
+    block_sizes: dict[int, list[str]] = {}
     for fmt in formats:
-        blocks.setdefault(fmt.bits, []).append(str(fmt.block_size))
-    kinds = " and ".join(f"int{bits} in blocks of {', '.join(sizes)}" for bits, sizes in blocks.items())
-    return f"compiled for {kinds} in {time.perf_counter() - started:.1f} s; they compute what onnxruntime's do"
+        block_sizes.setdefault(fmt.bits, []).append(str(fmt.block_size))
+    kinds = " and ".join(f"int{bits} in blocks of {', '.join(sizes)}" for bits, sizes in block_sizes.items())
+    return f"compiled for {kinds} in {time.perf_counter() - started:.1f} s; the results match those of onnxruntime"
 
 
 def _compile(library: Path, formats: list[WeightFormat]) -> None:
-    """Compile kernels in a process of their own. Raises `OSError` with the reason where that fails."""
-    forms = [f"{fmt.bits}:{fmt.block_size}" for fmt in formats]
-    command = build_python_command("edgelm.kernels.compiler", "main", str(library.absolute()), *forms)
+    """Compile kernels in a separate process. Raises `OSError` with the reason if that fails."""
+    arguments = [f"{fmt.bits}:{fmt.block_size}" for fmt in formats]
+    command = build_python_command("edgelm.kernels.compiler", "main", str(library.absolute()), *arguments)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"the kernels cannot be compiled: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
 
 
 def _prepack(bundle: Bundle, tuning: ThreadSettings, folder: Path) -> str | None:
-    """Have onnxruntime write a graph with its own packed weights; return why it cannot be used.
+    """Have onnxruntime write a graph with its own packed weights; return why it is unusable, None if it is usable.
 
-    A copy that does not compute what the original does, to the last bit, is none: onnxruntime 1.31 puts packed weights
-    behind the original ones, where kernels that want them aligned to 64 bytes misread those behind a matrix of another
-    size.
+    The copy must compute exactly the same bits as the original: onnxruntime 1.31 appends packed weights to the original
+    ones, where kernels that need an alignment of 64 bytes read wrong data if the matrix in front has another size.
     """
     expected = compute_probe_logits(load_graph(str(bundle.graph), tuning.threads, save_to=folder), bundle.manifest)
-    found = compute_probe_logits(
-        load_packed(folder, tuning), bundle.manifest
-    )  # the first one is gone: two would take twice the memory
+    # the first graph is freed by now: two would take twice the memory
+    found = compute_probe_logits(load_packed(folder, tuning), bundle.manifest)
     if np.array_equal(expected, found):
         return None
-    return f"onnxruntime {ORT_VERSION} does not read back what it packed"
+    return f"onnxruntime {ORT_VERSION} computes other results with the weights that it packed"
 
 
 def _empty(folder: Path) -> None:
@@ -278,13 +262,13 @@ def _empty(folder: Path) -> None:
 
 
 def _files(bundle: Bundle) -> dict[str, Path]:
-    """Return the files that the packed graph stands for."""
+    """Return the bundle's graph files, which the packed graph replaces, by name."""
     names = [name for name in bundle.manifest.files if name.startswith(bundle.manifest.graph)]
     return {name: bundle.path / name for name in names}
 
 
 def _unchanged(bundle: Bundle, entry: CacheEntry) -> list[str]:
-    """Return the names of files that were verified when the entry was made and look the same now."""
+    """Return the names of files that were verified when the entry was made and have the same signature now."""
     try:
         now = file_signatures(_files(bundle))
     except OSError:

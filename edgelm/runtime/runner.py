@@ -1,6 +1,6 @@
-"""A bundle's graph with its inputs and outputs bound once.
+"""A runner: a bundle's graph with its inputs, outputs and KV cache bound once.
 
-A session computes logits for rows of key/value memory. It knows tokens and lengths, not requests or text.
+A runner computes logits for rows of the KV cache. It knows tokens and lengths, not requests or text.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from edgelm.runtime.prepack import open_graph
 from edgelm.system.board_cache import BoardCache
 
 SHORT_PASS_TOKENS: Final = 32
-"""Tokens of a pass from which on its memory is given back: as much for 256 tokens as all keys and values of 700."""
+"""Longest pass whose activations stay allocated. Those of 256 tokens take as much memory as the KV cache of 700."""
 
 SHRINK_ARENA_OPTIONS: Final = ort.RunOptions()
-"""For a run after which onnxruntime gives unused memory back."""
+"""Run options with which onnxruntime frees unused memory after the run."""
 SHRINK_ARENA_OPTIONS.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
 Tokens = NDArray[np.int64]
@@ -33,13 +33,14 @@ Logits = NDArray[np.float32]
 
 
 class Runner(Protocol):
-    """What the engine needs of a graph. `rows` of memory are numbered from 0."""
+    """The interface between the engine and a graph. Rows of the KV cache are numbered from 0."""
 
     context: int
+    """Positions of a row."""
     is_invariant: bool
-    """Whether a token's keys, values and logits are the same to the last bit in whatever pass they are computed."""
+    """Whether a token's keys, values and logits are the same bits in every pass, whatever else the pass computes."""
     long_from: int | None
-    """A row that grows longer than this must be computed again from its start: its positions are embedded anew."""
+    """Length above which a row must be computed again from its start, because the rotary tables change; None: never."""
 
     def prefill(
         self, row: int, tokens: Tokens, start: int, *, all_logits: bool = False, final_length: int | None = None
@@ -54,24 +55,24 @@ class Runner(Protocol):
     def decode(self, tokens: Tokens, lengths: NDArray[np.int32]) -> Logits:
         """Compute one token of each of the rows 0 .. b-1.
 
-        tokens: int64 [b]. lengths: int32 [b], positions already filled. Returns float32 [b, V], reused by the
-        next call.
+        tokens: int64 [b]. lengths: int32 [b], positions already filled. Returns float32 [b, V]; the next call
+        overwrites the array.
         """
 
     def copy_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one row over another."""
+        """Copy the first `length` positions of one row to the start of another."""
 
     def read_row(self, row: int, start: int, stop: int) -> KvSegment:
         """Return copies of positions [start, stop) of a row, [kv_heads, n, head_size] each."""
 
-    def write_row(self, row: int, pieces: Sequence[KvSegment]) -> None:
-        """Begin a row with what `read_row` returned, one piece after the other."""
+    def write_row(self, row: int, segments: Sequence[KvSegment]) -> None:
+        """Write segments that `read_row` returned to the start of a row, one after the other."""
 
     def release_row(self, row: int) -> None:
-        """Give back the memory of a row that nobody needs any more."""
+        """Free the memory of a row; its content is lost."""
 
     def end_profile(self) -> Path:
-        """Write what was profiled and return the file. Only where the session was opened with `profile_prefix`."""
+        """Write the profile and return its file. Only for runners that were opened with `profile_prefix`."""
 
 
 def open_runner(
@@ -91,17 +92,18 @@ def open_runner(
     bundle
         An opened bundle.
     rows
-        Requests that can be in memory at once.
+        Rows of the KV cache: the number of requests that can be computed at once.
     threads
-        Threads of one operator; the default is what was measured on this board, else `default_threads()`.
+        Threads of one operator, in [1, `THREADS_LIMIT`]; default: the number tuned on this board, else
+        `default_threads()`.
     spin
-        Whether idle threads wait actively; the default is what was measured on this board, else that they do.
+        Whether idle threads spin instead of sleeping; default: the setting tuned on this board, else True.
     context
-        Positions a row can hold, at most the bundle's.
+        Positions of a row, in [1, the bundle's context]; default: the bundle's context.
     cache
-        Where weights packed for this board are kept; without it they are packed into private memory.
+        Board cache for the packed weights; without it they are packed into private memory.
     profile_prefix
-        Profile every run, which slows them, into a file whose path begins so.
+        Profile every run, which slows it, to a file whose path begins with this prefix.
 
     Raises
     ------
@@ -126,7 +128,7 @@ def open_runner(
 
 
 class BatchRunner:
-    """A graph whose past and present are one buffer: nothing is copied from step to step."""
+    """A graph whose past and present keys and values are the same buffers: no step copies them."""
 
     def __init__(self, graph: ort.InferenceSession, bundle: Bundle, rows: int, context: int) -> None:
         self.context = context
@@ -138,12 +140,12 @@ class BatchRunner:
         self._kv = KVCache(bundle.manifest.cache, rows, context)
         self._decode_bindings: dict[int, _DecodeBinding] = {}
         self._logits = np.zeros((rows, self._vocab_size), np.float32)
-        """Of a decoding step; every batch size has its first rows."""
+        """Logits of a decode step; a batch of b uses the first b rows."""
         self._row_bindings: dict[int, ort.IOBinding] = {}
-        """Each row by itself, bound as past and present."""
+        """The binding of each single row, for prefill."""
         self._prefill_logits = np.zeros((1, self._vocab_size), np.float32)
         self._has_large_arena = False
-        """Whether onnxruntime holds memory for a longer pass than most are."""
+        """Whether onnxruntime still holds the memory of a pass longer than `SHORT_PASS_TOKENS`."""
 
     def prefill(
         self, row: int, tokens: Tokens, start: int, *, all_logits: bool = False, final_length: int | None = None
@@ -194,12 +196,12 @@ class BatchRunner:
         """See `Runner`."""
         return self._kv.read(row, start, stop)
 
-    def write_row(self, row: int, pieces: Sequence[KvSegment]) -> None:
+    def write_row(self, row: int, segments: Sequence[KvSegment]) -> None:
         """See `Runner`."""
         start = 0
-        for piece in pieces:
-            self._kv.write(row, start, piece)
-            start += piece[0].shape[1]
+        for segment in segments:
+            self._kv.write(row, start, segment)
+            start += segment[0].shape[1]
 
     def release_row(self, row: int) -> None:
         """See `Runner`."""
@@ -210,7 +212,7 @@ class BatchRunner:
         return Path(self._graph.end_profiling())
 
     def _run(self, binding: ort.IOBinding, tokens: int) -> None:
-        """Run the graph; the first short pass after a long one gives back what the long one needed."""
+        """Run the graph; the first short pass after a long one frees the memory of the long one."""
         is_long = tokens > SHORT_PASS_TOKENS
         try:
             self._graph.run_with_iobinding(
@@ -221,7 +223,7 @@ class BatchRunner:
         self._has_large_arena = is_long
 
     def _bind(self, row: int, count: int) -> ort.IOBinding:
-        """Bind rows of the buffers as past and present alike."""
+        """Return a binding with rows [row, row + count) of the KV cache as both past and present."""
         binding = self._graph.io_binding()
         for name, view in zip(self._kv.names, self._kv.views(row, count), strict=True):
             value = ort.OrtValue.ortvalue_from_numpy(view)
@@ -231,7 +233,10 @@ class BatchRunner:
 
 
 class _Positions:
-    """Rows of the rotary tables, for graphs that want to be told them."""
+    """Positions, as rows of the rotary tables, for graphs with a `positions` input.
+
+    Long-context models have two tables, one behind the other: for sequences up to `long_from`, and for longer ones.
+    """
 
     def __init__(self, graph: ort.InferenceSession, bundle: Bundle) -> None:
         self.has_positions_input = any(entry.name == "positions" for entry in graph.get_inputs())
@@ -239,14 +244,14 @@ class _Positions:
         self._rows = bundle.manifest.context
 
     def offset(self, lengths: np.integer[Any] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-        """Return where the tables start for sequences of these lengths."""
+        """Return the first table row for sequences of these lengths, int64 of the same shape."""
         if self.long_from is None:
             return np.zeros_like(lengths, np.int64)
         return np.where(lengths > self.long_from, np.int64(self._rows), np.int64(0))
 
 
 class _DecodeBinding:
-    """Inputs and outputs of a decoding step of one batch size, allocated and bound once."""
+    """Inputs and outputs of a decode step of one batch size, allocated and bound once."""
 
     def __init__(self, binding: ort.IOBinding, logits: Logits, positions: bool) -> None:
         batch = len(logits)

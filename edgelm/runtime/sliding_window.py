@@ -1,7 +1,7 @@
-"""Sliding windows on old runtimes: the same graph, whatever onnxruntime means by `local_window_size`.
+"""Adapts sliding windows to old versions of onnxruntime.
 
-Bundles say how many positions a query sees, its own included, as onnxruntime does from 1.24 on. Before (its pull
-request 25927, "Fix Local Attention off by 1 bug") one more was seen.
+In a bundle, `local_window_size` is the number of positions that a query attends to, its own included, as in onnxruntime
+since 1.24. Older versions attend to one position more (pull request 25927, "Fix Local Attention off by 1 bug").
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ ATTRIBUTE: Final = "local_window_size"
 
 
 def has_windows(model: bytes) -> bool:
-    """Tell whether a model may have a sliding window."""
+    """Return whether a model may have a sliding window."""
     return ATTRIBUTE.encode() in model
 
 
 def shrink_sliding_windows(model: bytes) -> bytes:
-    """Return the model with every window one position smaller. Raises `ValueError` for what is no model."""
+    """Return the model with every window one position smaller. Raises `ValueError` if it is not an ONNX model."""
     return change_attribute(model, ATTRIBUTE, lambda size: size - 1)

@@ -1,4 +1,4 @@
-"""How onnxruntime's threads are set: what was measured on this board, kept beside the packed weights."""
+"""Settings of onnxruntime's threads: the defaults, and those tuned on this board, which the board cache keeps."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Final
 from edgelm.system.board_cache import BoardCache, CacheKey
 
 THREADS_LIMIT: Final = 256
-"""Most threads that may be asked for."""
+"""Maximum number of threads."""
 
 
 @dataclass(frozen=True, slots=True)
 class ThreadSettings:
-    """Threads of one operator, and whether idle ones wait actively: quicker to wake, and never idle."""
+    """Threads of one operator, and whether idle threads spin: they start work sooner, but always use their core."""
 
     threads: int
     spin: bool = True
@@ -26,12 +26,12 @@ def count_cores() -> int:
 
 
 def default_threads() -> int:
-    """Return the number of cores this process may run on, at most 4: decoding is bound by memory, not by cores."""
+    """Return the number of cores this process may run on, at most 4: memory bandwidth limits decode, not cores."""
     return min(4, count_cores())
 
 
 def load_tuning(cache: BoardCache, key: CacheKey) -> ThreadSettings | None:
-    """Return what was measured to be best; None where nothing was, or for more cores than there are now."""
+    """Return the settings tuned on this board; None if there are none, or if they need more cores than there are."""
     entry = cache.find(key)
     threads, spin = (entry.metadata.get(name) if entry is not None else None for name in ("threads", "spin"))
     if not isinstance(threads, int) or not isinstance(spin, bool) or not 1 <= threads <= count_cores():
@@ -40,6 +40,6 @@ def load_tuning(cache: BoardCache, key: CacheKey) -> ThreadSettings | None:
 
 
 def save_tuning(cache: BoardCache, key: CacheKey, tuning: ThreadSettings, bundle: str) -> bool:
-    """Keep what was measured for a bundle instead of an earlier outcome; return whether that was possible."""
+    """Store the settings tuned for a bundle, in place of earlier ones; return whether the cache could store them."""
     cache.drop(key)
     return cache.make(key, 0, lambda _folder: {**asdict(tuning), "bundle": bundle}) is not None

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import onnxruntime
 import pytest
 
 from edgelm.errors import DeviceError, EdgelmError
-from edgelm.kernels.custom_ops import CustomOpLibrary
+from edgelm.kernels.custom_ops import LIBRARIES, CustomOpLibrary
 from edgelm.kernels.rewrite.graph_rewriter import DATA
 from edgelm.runtime import prepack
 from edgelm.runtime.prepack import KERNELS, open_verified
@@ -267,7 +268,7 @@ def test_what_is_no_file_is_not_used(tmp_path):
 @pytest.fixture
 def small(tiny_checkpoint, export_to_cache, monkeypatch):
     monkeypatch.setattr(prepack, "MIN_CACHED_BYTES", 0)
-    monkeypatch.setattr(prepack, "_operators", {})
+    monkeypatch.setattr(LIBRARIES, "_shared", {})
     return export_to_cache(tiny_checkpoint(vocab=384, hidden=128, mlp=352), quant="int4")
 
 
@@ -288,7 +289,7 @@ def test_a_library_that_is_not_the_compiled_one_is_never_loaded(small, cache, sa
     library.chmod(0o600)
     os.utime(library, ns=(was.st_atime_ns, was.st_mtime_ns))
     assert cache.find(CacheKey(**json.loads((entry.path / STAMP).read_text())["key"])) is not None
-    prepack._operators.clear()  # as in a new process
+    LIBRARIES._shared.clear()  # as in a new process
     loaded = []
     plain = CustomOpLibrary.__init__
     monkeypatch.setattr(
@@ -296,7 +297,7 @@ def test_a_library_that_is_not_the_compiled_one_is_never_loaded(small, cache, sa
     )
     np.testing.assert_array_equal(logits_of(small, cache), expected)
     assert len(said()) == 1
-    assert "is not the library that was compiled" in said()[0]
+    assert f"{library} is not the compiled library" in said()[0]
     assert hashlib.sha256(content).hexdigest() not in [given[3] for given in loaded]
     (again,) = cache.entries()
     assert again.sha256[KERNELS] == entry.sha256[KERNELS], "and compiled again"
@@ -326,7 +327,7 @@ def test_the_library_that_is_loaded_is_the_one_that_was_hashed(compiled, tmp_pat
     maps = Path("/proc/self/maps").read_text()
     assert f"{own} (deleted)" in maps
     options = onnxruntime.SessionOptions()
-    with pytest.raises(EdgelmError, match="no longer the library that was loaded"):
+    with pytest.raises(EdgelmError, match=re.escape(str(own))):
         operators.register(options)
 
 
@@ -349,9 +350,9 @@ def test_a_library_behind_a_link_or_of_another_hash_is_refused(compiled, tmp_pat
     with pytest.raises(OSError, match="symbolic link"):
         CustomOpLibrary(tmp_path / "link.so", [], data, digest)
     opened = len(list(Path("/proc/self/fd").iterdir()))
-    with pytest.raises(EdgelmError, match="is not the library that was compiled"):
+    with pytest.raises(EdgelmError, match="SHA-256"):
         CustomOpLibrary(library, [], data, "0" * 64)
-    with pytest.raises(EdgelmError, match="is not the library that was compiled"):
+    with pytest.raises(EdgelmError, match="SHA-256"):
         CustomOpLibrary(library, [], data, "None")
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
 

@@ -1,4 +1,4 @@
-"""Rows of a growing cache against lists of tokens, over a graph whose logits show every token and place of the past."""
+"""Rows of a growing cache against lists of tokens, on a graph whose logits depend on every past token and position."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TABLE = np.random.default_rng(0).integers(-9, 9, (VOCAB, SIZE)).astype(np.float3
 
 
 def running_sums(chosen: bool) -> bytes:
-    """logits[t] = the sums of keys and of values over positions 0 .. t, times mask and place of t: whole numbers."""
+    """A model: logits[t] = sums of keys and of values over positions 0 .. t, times mask and position of t; integers."""
     from onnx import TensorProto, helper, numpy_helper
 
     def value(name, kind, shape):
@@ -82,7 +82,7 @@ def expected(tokens: list[int]) -> np.ndarray:
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["chosen rows", "every position"])
-def session(request):
+def runner(request):
     manifest = Manifest(
         architecture="sums",
         context=CONTEXT,
@@ -103,28 +103,28 @@ def tokens_of(least, most):
     return st.lists(st.integers(0, VOCAB - 1), min_size=least, max_size=most)
 
 
-def prefill(session, held, row, tokens, start, all_logits):
+def prefill(runner, held, row, tokens, start, all_logits):
     held[row] = held[row][:start] + tokens
-    logits = session.prefill(row, np.array(tokens, np.int64), start, all_logits=all_logits)
+    logits = runner.prefill(row, np.array(tokens, np.int64), start, all_logits=all_logits)
     np.testing.assert_array_equal(logits, expected(held[row])[start:] if all_logits else expected(held[row])[-1:])
 
 
 @given(st.data())
-def test_rows_are_lists_of_tokens(session, data):
+def test_rows_are_lists_of_tokens(runner, data):
     """Prefill from anywhere in a row, decode, move and cut rows, in any order."""
     held = [[] for _ in range(ROWS)]
     for row in range(ROWS):
-        prefill(session, held, row, data.draw(tokens_of(1, 4)), 0, all_logits=False)
+        prefill(runner, held, row, data.draw(tokens_of(1, 4)), 0, all_logits=False)
     for _ in range(data.draw(st.integers(1, 6))):
         row = data.draw(st.integers(0, ROWS - 1))
         action = data.draw(st.sampled_from(["prefill", "decode", "copy", "begin"]))
         if action == "prefill":
             start = data.draw(st.integers(0, len(held[row])))
-            prefill(session, held, row, data.draw(tokens_of(1, 5)), start, data.draw(st.booleans()))
+            prefill(runner, held, row, data.draw(tokens_of(1, 5)), start, data.draw(st.booleans()))
         elif action == "decode":
             batch = data.draw(tokens_of(1, ROWS))
             lengths = np.array([len(held[i]) for i in range(len(batch))], np.int32)
-            logits = session.decode(np.array(batch, np.int64), lengths)
+            logits = runner.decode(np.array(batch, np.int64), lengths)
             for i, token in enumerate(batch):
                 held[i].append(token)
                 np.testing.assert_array_equal(logits[i], expected(held[i])[-1])
@@ -132,27 +132,27 @@ def test_rows_are_lists_of_tokens(session, data):
             target, ends = data.draw(st.integers(0, ROWS - 1)), data.draw(st.lists(st.integers(1, 5), max_size=4))
             ends = sorted({min(end, len(held[row])) for end in ends} - {0})
             if ends:
-                pieces = [session.read_row(row, start, end) for start, end in zip([0, *ends], ends, strict=False)]
-                session.write_row(target, pieces)
+                pieces = [runner.read_row(row, start, end) for start, end in zip([0, *ends], ends, strict=False)]
+                runner.write_row(target, pieces)
                 held[target] = held[row][: ends[-1]]
         else:
             target, length = data.draw(st.integers(0, ROWS - 1)), data.draw(st.integers(0, len(held[row])))
-            session.copy_row(row, target, length)
+            runner.copy_row(row, target, length)
             held[target] = held[row][:length]
     for row in range(ROWS):
-        prefill(session, held, row, [1], len(held[row]), all_logits=True)
+        prefill(runner, held, row, [1], len(held[row]), all_logits=True)
 
 
 @given(tokens_of(1, CONTEXT), st.data())
-def test_any_division_into_chunks_gives_the_same_logits(session, tokens, data):
+def test_logits_do_not_depend_on_the_division_into_chunks(runner, tokens, data):
     ends = sorted({*data.draw(st.lists(st.integers(1, len(tokens)), max_size=4)), len(tokens)})
     parts = []
     for start, end in zip([0, *ends], ends, strict=False):
-        parts.append(np.array(session.prefill(0, np.array(tokens[start:end], np.int64), start, all_logits=True)))
+        parts.append(np.array(runner.prefill(0, np.array(tokens[start:end], np.int64), start, all_logits=True)))
     np.testing.assert_array_equal(np.concatenate(parts), expected(tokens))
 
 
-def test_a_row_has_no_more_than_was_computed(session):
-    session.prefill(0, np.array([1, 2], np.int64), 0)
-    with pytest.raises(AssertionError, match="2 positions"):
-        session.prefill(0, np.array([1], np.int64), 3)
+def test_a_row_cannot_be_read_beyond_its_length(runner):
+    runner.prefill(0, np.array([1, 2], np.int64), 0)
+    with pytest.raises(AssertionError):
+        runner.prefill(0, np.array([1], np.int64), 3)

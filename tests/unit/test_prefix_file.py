@@ -1,4 +1,4 @@
-"""A bundle's static prefix: its file, what damages it, and its limits."""
+"""A bundle's static prefix: its file, damage and repair, and its limits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def refusal(root):
 # --- the file ---
 
 
-def test_the_file_is_the_memory_of_its_tokens(copied):
+def test_the_file_holds_the_kv_cache_of_its_tokens(copied):
     made = add_prefix(open_bundle(copied), TOKENS, threads=1)
     opened = open_bundle(copied)
     assert opened == made
@@ -51,9 +51,9 @@ def test_the_file_is_the_memory_of_its_tokens(copied):
     assert list(prefix.tokens) == TOKENS
     content = (copied / prefix.file).read_bytes()
     assert len(content) == len(TOKENS) * cache.bytes_per_token()
-    session = open_runner(opened, rows=3, threads=1)
-    session.prefill(2, np.array(TOKENS, np.int64), 0)
-    expected = np.stack(session.read_row(2, 0, len(TOKENS)))
+    runner = open_runner(opened, rows=3, threads=1)
+    runner.prefill(2, np.array(TOKENS, np.int64), 0)
+    expected = np.stack(runner.read_row(2, 0, len(TOKENS)))
     stored = np.frombuffer(content, "<f4").reshape(cache.layers, 2, cache.kv_heads, len(TOKENS), cache.head_size)
     assert np.array_equal(stored.reshape(expected.shape), expected)
     tokens, piece = map_prefix(opened)
@@ -64,11 +64,11 @@ def test_the_file_is_the_memory_of_its_tokens(copied):
     assert plan.static_prefix == len(content)
 
 
-def test_a_bundle_without_one_has_nothing_to_map(copied):
+def test_a_bundle_without_a_prefix_maps_nothing(copied):
     assert map_prefix(open_bundle(copied)) is None
 
 
-def test_another_prefix_replaces_it_and_none_brings_back_what_was(copied):
+def test_a_new_prefix_replaces_the_old_one_and_removing_it_restores_the_bundle(copied):
     before = contents(copied)
     first = add_prefix(open_bundle(copied), TOKENS)
     again = add_prefix(open_bundle(copied), TOKENS)
@@ -84,10 +84,10 @@ def test_another_prefix_replaces_it_and_none_brings_back_what_was(copied):
     assert open_bundle(copied).manifest.prefix is None
 
 
-# --- what is wrong with one ---
+# --- damage ---
 
 
-def test_other_weights_are_told_and_mended(copied, opening, run):
+def test_a_prefix_of_other_weights_is_refused_and_can_be_replaced(copied, opening, run):
     made = add_prefix(open_bundle(copied), TOKENS)
     data = copied / "model.onnx.data"
     content = bytearray(data.read_bytes())
@@ -97,7 +97,7 @@ def test_other_weights_are_told_and_mended(copied, opening, run):
     changed = dataclasses.replace(made.manifest, files={**made.manifest.files, data.name: file})
     (copied / MANIFEST).write_text(dump_manifest(changed), encoding="utf-8")
     line = refusal(copied)
-    assert "computed with other weights than model.onnx" in line
+    assert "model.onnx" in line
     assert f"edgelm prefix {copied} FILE" in line
     for command in (["generate", copied, "x"], ["info", copied]):
         code, out, err = run(*command)
@@ -111,7 +111,7 @@ def test_other_weights_are_told_and_mended(copied, opening, run):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "torn", "missing"])
-def test_a_damaged_file_is_found_and_mended(damage, copied, opening, run):
+def test_a_damaged_file_is_refused_and_can_be_replaced(damage, copied, opening, run):
     file = copied / add_prefix(open_bundle(copied), TOKENS).manifest.prefix.file
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -127,15 +127,15 @@ def test_a_damaged_file_is_found_and_mended(damage, copied, opening, run):
     assert not file.exists()
 
 
-def test_weights_are_checked_before_they_compute_anything(copied, opening, run):
+def test_weights_are_verified_before_a_prefix_is_computed(copied, opening, run):
     data = copied / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-1])
     before = contents(copied)
     code, out, err = run("prefix", copied, opening)
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert "model.onnx.data is damaged" in err
+    assert "model.onnx.data" in err
     assert contents(copied) == before
-    with pytest.raises(BundleError, match="damaged"):
+    with pytest.raises(BundleError, match=r"model\.onnx\.data"):
         open_without_prefix(copied)
 
 
@@ -156,12 +156,12 @@ def test_weights_are_checked_before_they_compute_anything(copied, opening, run):
     ],
     ids=str,
 )
-def test_a_manifest_with_an_impossible_prefix_is_damaged(changes, copied):
+def test_a_manifest_with_an_invalid_prefix_is_refused(changes, copied):
     add_prefix(open_bundle(copied), TOKENS)
     raw = json.loads((copied / MANIFEST).read_text("utf-8"))
     raw["prefix"].update(changes)
     (copied / MANIFEST).write_text(json.dumps(raw))
-    assert "damaged" in refusal(copied)
+    assert MANIFEST in refusal(copied)
 
 
 @pytest.mark.parametrize("blocked", ["prefix.new", f"{MANIFEST}.new"])
@@ -172,23 +172,24 @@ def test_a_failure_leaves_the_bundle_as_it_was(blocked, had, copied, opening, ru
     before = contents(copied)
     (copied / blocked).mkdir()  # nothing can be written under that name
     code, out, err = run("prefix", copied, opening)
-    assert (code, out, err) == (1, "", f"edgelm prefix: {copied} cannot be written: Is a directory\n")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert str(copied) in err
     (copied / blocked).rmdir()
     assert contents(copied) == before
     open_bundle(copied)
 
 
-def test_what_a_power_cut_left_goes_with_the_next_prefix(copied):
+def test_files_left_by_a_power_cut_are_removed_with_the_next_prefix(copied):
     for name in ("prefix.new", f"{MANIFEST}.new", "prefix-0123456789abcdef.kv", "prefix-notes.kv"):
         (copied / name).write_bytes(b"torn")
     made = add_prefix(open_bundle(copied), TOKENS)
     assert {file.name for file in copied.iterdir()} == {*made.manifest.files, MANIFEST, "prefix-notes.kv"}
 
 
-# --- what prompts may begin with ---
+# --- limits ---
 
 
-def test_limits(copied):
+def test_limits_of_the_tokens(copied):
     manifest = open_bundle(copied).manifest
     sizes = {"context": manifest.context, "vocab_size": manifest.vocab_size, "long_from": None}
     longest = [5] * (manifest.context - 1)
@@ -200,16 +201,16 @@ def test_limits(copied):
         assert model.generate(tokens=[5] * 8, max_tokens=1).usage.cached_tokens == 7
     before = contents(copied)
     for tokens, reason in [
-        ([5, *longest], f"has {manifest.context} tokens; the context leaves room for {manifest.context - 1}"),
-        ([], "has no tokens"),
-        ([5, manifest.vocab_size], rf"token {manifest.vocab_size}, which lies outside the vocabulary \[0, "),
-        ([-1], "outside the vocabulary"),
+        ([5, *longest], f"{manifest.context} .*{manifest.context - 1}"),
+        ([], "no tokens"),
+        ([5, manifest.vocab_size], rf"{manifest.vocab_size}.*\[0, "),
+        ([-1], r"-1.*\[0, "),
     ]:
         with pytest.raises(EdgelmError, match=reason):
             add_prefix(open_bundle(copied), tokens)
         with pytest.raises(EdgelmError, match=reason):
             check_prefix_tokens(tokens, **sizes)
-    with pytest.raises(EdgelmError, match="leaves room for 3: shorten it"):
+    with pytest.raises(EdgelmError, match=r"\b4\b.*\b3\b"):
         check_prefix_tokens([1, 2, 3, 4], **{**sizes, "long_from": 4})
     check_prefix_tokens([1, 2, 3], **{**sizes, "long_from": 4})
     assert contents(copied) == before

@@ -1,4 +1,4 @@
-"""Thread settings: the best one is chosen, kept, and taken by later runs, where it still fits."""
+"""Thread settings: the best one is chosen, stored, and used by later runs if it is still valid."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ trials = st.lists(st.builds(TuningResult, settings, st.floats(0.1, 1e4), st.just
 
 
 @given(trials)
-def test_the_chosen_setting_is_as_good_as_the_best_and_no_smaller_one_is(found):
+def test_the_smallest_of_the_settings_that_tie_with_the_best_is_chosen(found):
     chosen = choose_fastest(tuple(found))
-    most = max(trial.decode_tok_s for trial in found)
-    good = {trial.tuning for trial in found if trial.decode_tok_s * TIE_RATIO >= most}
+    best = max(trial.decode_tok_s for trial in found)
+    good = {trial.tuning for trial in found if trial.decode_tok_s * TIE_RATIO >= best}
     assert chosen in good
     assert all((chosen.threads, chosen.spin) <= (other.threads, other.spin) for other in good)
 
@@ -34,7 +34,7 @@ def cache(tmp_path):
 
 
 @pytest.mark.parametrize("spin", [True, False])
-def test_what_is_remembered_is_recalled(cache, bundle, spin):
+def test_saved_settings_are_loaded(cache, bundle, spin):
     opened = open_bundle(bundle)
     key = cache_key(opened, "tuning")
     assert load_tuning(cache, key) is None
@@ -42,14 +42,14 @@ def test_what_is_remembered_is_recalled(cache, bundle, spin):
     assert save_tuning(cache, key, ThreadSettings(1, not spin), "a")
     assert save_tuning(cache, key, ThreadSettings(1, spin), "a"), "the newer one counts"
     assert resolve_thread_settings(opened, None, cache) == ThreadSettings(1, spin)
-    assert resolve_thread_settings(opened, 3, cache) == ThreadSettings(3), "who asks for a number gets it"
+    assert resolve_thread_settings(opened, 3, cache) == ThreadSettings(3), "a given number takes precedence"
     assert resolve_thread_settings(opened, None, None) == ThreadSettings(default_threads())
 
 
-@pytest.mark.parametrize("note", [{"threads": count_cores() + 1, "spin": True}, {"threads": "2", "spin": True}, {}])
-def test_what_does_not_fit_this_board_is_left_out(cache, bundle, note):
+@pytest.mark.parametrize("metadata", [{"threads": count_cores() + 1, "spin": True}, {"threads": "2", "spin": True}, {}])
+def test_invalid_settings_are_ignored(cache, bundle, metadata):
     key = cache_key(open_bundle(bundle), "tuning")
-    cache.make(key, 0, lambda _folder: note)
+    cache.make(key, 0, lambda _folder: metadata)
     assert load_tuning(cache, key) is None
 
 
@@ -69,7 +69,7 @@ def test_the_command_tries_every_setting_and_keeps_one(bundle, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("flag", [["--no-cache"], ["--threads", "2"]])
-def test_tuning_needs_a_place_to_keep_and_a_choice(bundle, capsys, flag):
+def test_tuning_needs_the_cache_and_no_given_threads(bundle, capsys, flag):
     assert main(["bench", str(bundle), "--tune", *flag]) == 2
     err = capsys.readouterr().err
     assert "--threads" in err

@@ -1,1 +1,1 @@
-"""The kernels as LLVM IR, written by Python from one description for all processors."""
+"""Emits the kernels as LLVM IR, from one description for all processors."""
