@@ -148,7 +148,7 @@ class LimitedBroker(Broker):  # type: ignore[misc]
         self._connections += 1
         try:
             packets = PacketReader(reader, writer, self)
-            if await self._authenticate(packets, writer):
+            if await self._check_connect(packets, writer):
                 await self._client_connected(listener_name, packets, PacketWriter(writer))
         except (asyncio.IncompleteReadError, asyncio.TimeoutError, TimeoutError, OSError):
             pass  # the client disconnected or sent nothing in time
@@ -156,7 +156,7 @@ class LimitedBroker(Broker):  # type: ignore[misc]
             self._connections -= 1
             writer.close()
 
-    async def _authenticate(self, packets: PacketReader, writer: asyncio.StreamWriter) -> bool:
+    async def _check_connect(self, packets: PacketReader, writer: asyncio.StreamWriter) -> bool:
         packet = await asyncio.wait_for(packets.next_packet(), CONNECT_TIMEOUT_S)
         try:
             level, flags_at, user, password = read_connect(packet)
