@@ -41,7 +41,7 @@ def text(value: bytes) -> bytes:
     return struct.pack(">H", len(value)) + value
 
 
-def number(value: int) -> bytes:
+def varint(value: int) -> bytes:
     out = bytearray()
     while True:
         value, low = value >> 7, value & 0x7F
@@ -54,8 +54,8 @@ def packet(topic: str, payload: bytes, properties: bytes = b"", mid: int = 0, fl
     """Return a PUBLISH packet; a message identifier makes it one of QoS 1."""
     qos = 2 if mid else 0
     body = text(topic.encode()) + (struct.pack(">H", mid) if mid else b"")
-    body += number(len(properties)) + properties + payload
-    return bytes([0x30 | qos | flags]) + number(len(body)) + body
+    body += varint(len(properties)) + properties + payload
+    return bytes([0x30 | qos | flags]) + varint(len(body)) + body
 
 
 USER = b"\x26" + text(b"k") + text(b"v" * 65_000)
@@ -83,7 +83,7 @@ def connect(port: int) -> socket.socket:
     sock = socket.create_connection(("127.0.0.1", port))
     name = text(b"flood" + os.urandom(4).hex().encode())
     body = text(b"MQTT") + bytes([5, 2]) + struct.pack(">H", 600) + b"\0" + name
-    sock.sendall(b"\x10" + number(len(body)) + body)
+    sock.sendall(b"\x10" + varint(len(body)) + body)
     sock.recv(100)
     return sock
 

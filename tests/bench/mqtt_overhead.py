@@ -46,19 +46,19 @@ class PacedEngine(Engine):
 
 
 def serve(record: Path, url: str, bundle: str) -> int:
-    """Serve, noting when each piece of text left the worker, and the processor time at the ends of an answer."""
+    """Serve, noting when each piece of text left the worker, and the processor time at the ends of an response."""
     left: dict[str, list[tuple[float, int]]] = defaultdict(list)
     cpu: dict[str, list[float]] = defaultdict(list)
     real = PendingResponse.on_chunk
 
-    def noted(answer: PendingResponse, chunk: Chunk) -> None:
+    def record_chunk(response: PendingResponse, chunk: Chunk) -> None:
         if chunk.delta:
-            left[answer.id].append((time.monotonic(), len(chunk.delta)))
-        if chunk.done or answer.id not in cpu:
-            cpu[answer.id].append(time.process_time())
-        real(answer, chunk)
+            left[response.id].append((time.monotonic(), len(chunk.delta)))
+        if chunk.done or response.id not in cpu:
+            cpu[response.id].append(time.process_time())
+        real(response, chunk)
 
-    PendingResponse.on_chunk = noted  # type: ignore[method-assign]
+    PendingResponse.on_chunk = record_chunk  # type: ignore[method-assign]
     edgelm.mqtt.service_setup.Engine = PacedEngine  # type: ignore[misc]
     code = main(["serve", "--mqtt", url, "--model", bundle, "--board", BOARD, "--threads", "1"])
     record.write_text(json.dumps({"left": left, "cpu": cpu}))
@@ -83,12 +83,12 @@ def measure(url: str) -> tuple[dict[str, Pieces], list[float], dict[bool, list[s
             )
             asked = time.monotonic()
             pieces: Pieces = []
-            for answer in request_client.stream(request):
-                if isinstance(answer, ResponseChunk):
-                    pieces.append((time.monotonic(), len(answer.delta)))
+            for response in request_client.stream(request):
+                if isinstance(response, ResponseChunk):
+                    pieces.append((time.monotonic(), len(response.delta)))
                 elif number >= 2 and stream:  # the first two warm everything up
                     came[request.id] = pieces
-                    first_ms.append(1e3 * (pieces[0][0] - asked) - answer.completion.timing.ttft_ms)
+                    first_ms.append(1e3 * (pieces[0][0] - asked) - response.completion.timing.ttft_ms)
             if number >= 2:
                 ids[stream].append(request.id)
     return came, first_ms, ids

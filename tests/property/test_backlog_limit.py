@@ -1,4 +1,4 @@
-"""What waits for the owner never exceeds the limit, nor a client's share, by a message that may be dropped."""
+"""A message of QoS 0 never makes the backlog exceed the limit in all or of one client."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ messages = st.tuples(st.integers(0, 2 * LIMIT), st.sampled_from([0, 1]), st.samp
 
 
 @given(st.lists(messages | st.none(), max_size=60))
-def test_it_takes_what_a_plain_sum_allows(arriving):
-    """None settles the oldest message that was taken."""
+def test_try_add_equals_a_plain_sum(arriving):
+    """None releases the oldest counted message."""
     backlog, waiting = BacklogLimit(LIMIT, SHARE), []
     for message in arriving:
         if message is None:
@@ -31,7 +31,7 @@ def test_it_takes_what_a_plain_sum_allows(arriving):
 
 
 @given(st.lists(messages, max_size=20))
-def test_what_is_settled_leaves_room_for_everything_again(arriving):
+def test_released_messages_leave_the_whole_limit(arriving):
     backlog = BacklogLimit(LIMIT)
     for size, client in [(size, client) for size, qos, client in arriving if backlog.try_add(size, qos, client)]:
         backlog.release(size, client)
@@ -40,7 +40,7 @@ def test_what_is_settled_leaves_room_for_everything_again(arriving):
     assert not backlog.try_add(1, 0)
 
 
-def test_the_flood_of_one_client_leaves_room_for_another():
+def test_a_flood_of_one_client_leaves_room_for_another():
     backlog = BacklogLimit(LIMIT, SHARE)
     assert sum(backlog.try_add(1, 0, "flood") for _ in range(1000)) == SHARE
     assert backlog.try_add(SHARE, 0, "other")

@@ -1,4 +1,4 @@
-"""Messages survive the wire: every field, both versions of MQTT; and no bytes whatever escape as another error."""
+"""Codecs: encoding and decoding are inverse for every field, and any bytes give a message or the documented error."""
 
 from __future__ import annotations
 
@@ -63,18 +63,18 @@ CONSTRAINTS = st.one_of(
     SOME_TEXT.map(lambda pattern: Constraint("regex", pattern)),
     st.lists(SOME_TEXT, min_size=1).map(lambda words: Constraint("choices", tuple(words))),
 )
-TALKS = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), min_size=1, max_size=4).map(tuple)
+MESSAGES = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), min_size=1, max_size=4).map(tuple)
 
 
 @st.composite
-def asks(draw: st.DrawFn) -> GenerateRequest:
+def requests(draw: st.DrawFn) -> GenerateRequest:
     session = draw(st.none() | IDS)
     ends = session is not None and draw(st.booleans())
     form = draw(st.sampled_from(["prompt", "messages", "nothing"] if ends else ["prompt", "messages"]))
     return GenerateRequest(
         id=draw(IDS),
         prompt=draw(SOME_TEXT) if form == "prompt" else None,
-        messages=draw(TALKS) if form == "messages" else None,
+        messages=draw(MESSAGES) if form == "messages" else None,
         model=draw(st.none() | TEXT),
         sampling=draw(SAMPLING),
         constraint=draw(CONSTRAINTS),
@@ -86,11 +86,13 @@ def asks(draw: st.DrawFn) -> GenerateRequest:
     )
 
 
-@given(asks(), st.booleans(), st.none() | SOME_TEXT)
-def test_a_request_comes_back_as_it_was(ask: GenerateRequest, with_properties: bool, reply: str | None) -> None:
-    payload, properties = write_request(ask, reply, with_properties=with_properties)
+@given(requests(), st.booleans(), st.none() | SOME_TEXT)
+def test_a_request_is_decoded_as_it_was_encoded(
+    request: GenerateRequest, with_properties: bool, reply: str | None
+) -> None:
+    payload, properties = write_request(request, reply, with_properties=with_properties)
     envelope = parse_envelope(payload, properties, "new")
-    assert parse_request(envelope) == ask
+    assert parse_request(envelope) == request
     assert envelope.response_topic == reply
     assert (properties == Properties()) == (not with_properties)
 
@@ -102,7 +104,7 @@ MILLISECONDS = st.floats(0, 1e7).map(lambda value: round(value, 3))
 
 
 @st.composite
-def outcomes(draw: st.DrawFn) -> FinalMessage:
+def final_messages(draw: st.DrawFn) -> FinalMessage:
     reason = draw(st.sampled_from(["stop", "length", "cancelled", "deadline", "error"]))
     alternatives = st.lists(st.tuples(COUNTS, st.floats(-100, 0)), max_size=3).map(tuple)
     logprobs = st.lists(st.builds(TokenLogprob, COUNTS, st.floats(-100, 0), alternatives), max_size=3).map(tuple)
@@ -120,34 +122,34 @@ def outcomes(draw: st.DrawFn) -> FinalMessage:
     return FinalMessage(completion, draw(COUNTS), draw(TEXT), draw(TEXT), draw(TEXT), draw(COUNTS))
 
 
-def _fields(outcome: FinalMessage) -> dict[str, object]:
-    """All there is, errors by their value."""
-    completion = {name: getattr(outcome.completion, name) for name in Completion.__dataclass_fields__}
+def _fields(final: FinalMessage) -> dict[str, object]:
+    """Return all fields of a final message, its error as a dictionary."""
+    completion = {name: getattr(final.completion, name) for name in Completion.__dataclass_fields__}
     error = completion.pop("error")
-    rest = {name: getattr(outcome, name) for name in FinalMessage.__dataclass_fields__ if name != "completion"}
+    rest = {name: getattr(final, name) for name in FinalMessage.__dataclass_fields__ if name != "completion"}
     return {**completion, **rest, "error": error and error.to_dict()}
 
 
-@given(outcomes())
-def test_a_final_comes_back_as_it_was(outcome: FinalMessage) -> None:
-    payload = write_final_message(outcome)
+@given(final_messages())
+def test_a_final_message_is_decoded_as_it_was_encoded(final: FinalMessage) -> None:
+    payload = write_final_message(final)
     back = parse_response(payload)
     assert isinstance(back, FinalMessage)
-    expected = _fields(outcome)
-    if outcome.completion.text == "1e999":  # JSON has no number so large: the parsed form and logprobs give way
+    expected = _fields(final)
+    if final.completion.text == "1e999":  # JSON does not have this number: `json` and `logprobs` are left out
         expected["logprobs"] = None
     assert _fields(back) == expected
-    assert (json.loads(payload)["error"] is None) == (outcome.completion.finish_reason in {"stop", "length"})
+    assert (json.loads(payload)["error"] is None) == (final.completion.finish_reason in {"stop", "length"})
 
 
 @given(IDS, COUNTS, TEXT)
-def test_a_chunk_comes_back_as_it_was(request_id: str, seq: int, text: str) -> None:
+def test_a_chunk_is_decoded_as_it_was_encoded(request_id: str, seq: int, text: str) -> None:
     assert parse_response(write_chunk(ResponseChunk(request_id, seq, text))) == ResponseChunk(request_id, seq, text)
 
 
-WORDS = """v id prompt messages model stream chunk_ms timeout_s response_topic session end_session priority json_schema
-regex choices max_tokens seed stop temperature logprobs"""
-KEYS = st.sampled_from(WORDS.split())
+KEY_NAMES = """v id prompt messages model stream chunk_ms timeout_s response_topic session end_session priority
+json_schema regex choices max_tokens seed stop temperature logprobs"""
+KEYS = st.sampled_from(KEY_NAMES.split())
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(), inner, max_size=4),
@@ -167,26 +169,26 @@ def test_any_bytes_are_a_request_or_a_bad_request(payload: bytes, correlation: b
     assert envelope.correlation == correlation
     error = None
     try:
-        ask = parse_request(envelope)
+        request = parse_request(envelope)
     except RequestError as refusal:
         error = refusal
     if error is not None:
         assert error.code == "bad_request"
         assert error.message
         return
-    assert ask.id == envelope.id
-    payload_again, properties = write_request(ask, None, with_properties=False)
-    assert parse_request(parse_envelope(payload_again, properties, "other")) == ask
+    assert request.id == envelope.id
+    payload_again, properties = write_request(request, None, with_properties=False)
+    assert parse_request(parse_envelope(payload_again, properties, "other")) == request
 
 
 @given(PAYLOADS)
-def test_any_bytes_are_an_answer_or_none(payload: bytes) -> None:
+def test_any_bytes_are_a_response_or_invalid(payload: bytes) -> None:
     with contextlib.suppress(InvalidResponseError):
         parse_response(payload)
 
 
 @given(st.floats(-10, 1e6), st.none() | st.binary(), st.none() | ERRORS)
-def test_an_answer_tells_its_status_and_does_not_expire_at_once(
+def test_a_response_has_a_status_and_a_positive_expiry(
     left_s: float, correlation: bytes | None, error: RequestError | None
 ) -> None:
     properties = make_response_properties(correlation, left_s, error)
@@ -200,7 +202,7 @@ LEVELS = st.text("ab+#$/éx\x00\x01\x7f\ufffe", max_size=12)
 
 
 @given(LEVELS | st.text())
-def test_what_passes_as_a_reply_topic_can_be_published(topic: str) -> None:
+def test_an_allowed_response_topic_can_be_published(topic: str) -> None:
     try:
         validate_response_topic(topic)
     except RequestError:

@@ -1,4 +1,4 @@
-"""The sieve beside a plain reading of whole packets: the same bytes, however they are cut."""
+"""The packet filter gives the same bytes as a reference on whole packets, for any split of the stream into reads."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ streams = st.lists(st.tuples(messages, st.sampled_from(Verdict), st.integers(1, 
 
 
 @given(stream=streams, cuts=st.lists(st.integers(1, 50), max_size=200), is_mqtt5=st.booleans())
-def test_what_passes_is_what_a_plain_reading_lets_pass(stream, cuts, is_mqtt5):
+def test_the_filter_equals_a_reference_on_whole_packets(stream, cuts, is_mqtt5):
     data, expected, verdicts, dropped, acknowledged = b"", b"", {}, 0, []
     for each in stream:
         if isinstance(each, bytes):
@@ -81,24 +81,24 @@ def test_what_passes_is_what_a_plain_reading_lets_pass(stream, cuts, is_mqtt5):
         else:
             dropped += count
             acknowledged += [MID] * count * qos
-    judged, skipped, told = [], [], []
+    decided, counted, identifiers = [], [], []
     packet_filter = PacketFilter(
-        lambda topic, qos, size: judged.append(topic) or verdicts[topic],
+        lambda topic, qos, size: decided.append(topic) or verdicts[topic],
         is_mqtt5=is_mqtt5,
-        count_dropped=skipped.append,
-        acknowledge=told.extend,
+        count_dropped=counted.append,
+        acknowledge=identifiers.extend,
     )
     passed, at = b"", 0
     for size in [*cuts, len(data)]:
         passed += packet_filter.feed(data[at : at + size])
         at += size
     assert passed == expected
-    assert sum(verdicts[topic] is Verdict.DROP for topic in judged) + sum(skipped) == dropped
-    assert told == acknowledged
+    assert sum(verdicts[topic] is Verdict.DROP for topic in decided) + sum(counted) == dropped
+    assert identifiers == acknowledged
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(1, 9), max_size=50))
-def test_bytes_that_are_no_packets_never_raise_and_are_not_made_up(data, cuts):
+def test_malformed_bytes_never_raise(data, cuts):
     packet_filter = PacketFilter(lambda topic, qos, size: Verdict.PASS, is_mqtt5=True)
     passed, at = b"", 0
     for size in [*cuts, len(data)]:
@@ -107,7 +107,7 @@ def test_bytes_that_are_no_packets_never_raise_and_are_not_made_up(data, cuts):
     assert len(passed) <= len(data)
 
 
-def test_a_message_of_195_kb_of_user_properties_keeps_none_of_them():
+def test_user_properties_are_removed():
     given_properties = {"UserProperty": 3 * [("k", "v" * 65_000)], "CorrelationData": b"mine"}
     whole = publish(b"a", 1, b"hello", properties_of(given_properties))
     assert len(whole) > 195_000
@@ -117,7 +117,7 @@ def test_a_message_of_195_kb_of_user_properties_keeps_none_of_them():
 
 
 class Pipe:
-    """A socket that has some reads to give."""
+    """A socket that returns the given reads."""
 
     def __init__(self, *reads):
         self.reads = list(reads)
@@ -126,7 +126,7 @@ class Pipe:
         return self.reads.pop(0)
 
 
-def test_paho_reads_what_passed_in_the_sizes_that_it_asks_for():
+def test_recv_returns_at_most_the_requested_bytes():
     whole = publish(b"a", 0, b"hello", b"\0")
     sock = FilteredSocket(
         Pipe(whole[:3], whole[3:] + b"\xd0\x00", b""), PacketFilter(lambda *_: Verdict.PASS, is_mqtt5=True)
@@ -145,7 +145,7 @@ def test_paho_reads_what_passed_in_the_sizes_that_it_asks_for():
     assert sock.pending() == 0
 
 
-def test_the_rest_of_a_large_message_is_dropped_unread_and_the_next_one_comes():
+def test_large_messages_are_dropped_and_the_next_one_passes():
     ours, theirs = (
         socket.create_connection(listener.getsockname()) if made else listener
         for listener in [socket.create_server(("127.0.0.1", 0))]

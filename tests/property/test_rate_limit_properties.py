@@ -1,4 +1,4 @@
-"""How often: no more than a bucket holds and gains, whoever else comes; and refusals no more than that."""
+"""Rate limits: token buckets, buckets of clients, and the queue of rejections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ steps = st.floats(0, 3)
 
 
 @given(st.floats(0.1, 50), st.integers(1, 20), st.lists(st.tuples(steps, st.floats(0.1, 30)), max_size=60))
-def test_a_bucket_gives_no_more_than_it_holds_and_gains(rate, burst, asked):
+def test_a_bucket_is_limited_by_rate_and_burst(rate, burst, asked):
     bucket, now, taken = TokenBucket(rate, burst), 0.0, 0.0
     for wait, cost in asked:
         now += wait
@@ -31,7 +31,7 @@ def test_a_bucket_gives_no_more_than_it_holds_and_gains(rate, burst, asked):
 
 
 @given(st.lists(st.tuples(steps, st.integers(0, 200)), max_size=200))
-def test_who_was_there_before_keeps_its_bucket_whatever_names_come(others):
+def test_new_names_do_not_take_an_existing_clients_bucket(others):
     rates, alone, now = ClientRateLimits(2, 3), TokenBucket(2, 3), 0.0
     assert rates.try_take("known", now) == alone.try_take(now)
     for wait, name in others:
@@ -41,7 +41,7 @@ def test_who_was_there_before_keeps_its_bucket_whatever_names_come(others):
         assert len(rates) <= 64
 
 
-def test_names_that_never_end_have_one_bucket_together():
+def test_many_new_names_share_one_bucket():
     rates = ClientRateLimits(10, 20)
     taken = sum(rates.try_take(f"name {i}", 0.0) for i in range(100_000))
     assert taken == 20
@@ -49,7 +49,7 @@ def test_names_that_never_end_have_one_bucket_together():
     assert len(rates) <= NEW_CLIENTS_BURST + 2
 
 
-def test_a_client_that_was_not_seen_for_long_gives_its_bucket_to_another():
+def test_an_idle_client_loses_its_bucket_to_another():
     rates = ClientRateLimits(10, 20, max_clients=2)
     assert [rates.try_take(name, 0.0) for name in "abc"] == 3 * [True]
     assert [rates.has_bucket(name) for name in "abc"] == [True, True, False]
@@ -59,34 +59,34 @@ def test_a_client_that_was_not_seen_for_long_gives_its_bucket_to_another():
 
 
 @given(st.lists(st.tuples(st.floats(0, 0.3), st.sampled_from([None, "a", "b"]), st.integers(1, 60)), max_size=40))
-def test_refusals_are_bounded_in_number_and_rate_and_keep_their_order(arriving):
-    waiting, now, kept, sent = RejectionQueue(), 0.0, {}, {}
+def test_rejections_are_limited_in_number_and_rate_and_keep_their_order(arriving):
+    rejections, now, kept, sent = RejectionQueue(), 0.0, {}, {}
     for wait, client, count in arriving:
         now += wait
         for _ in range(count):
             packet = Packet(f"to/{client}", str(len(kept.setdefault(client, []))).encode())
-            if waiting.add(client, packet):
+            if rejections.add(client, packet):
                 kept[client].append(packet.payload)
-        for packet in waiting.take(now, 64):
+        for packet in rejections.take(now, 64):
             sent.setdefault(packet.topic, []).append(packet.payload)
-        assert len(waiting) <= rejection_queue.MAX_ALL_WAITING
+        assert len(rejections) <= rejection_queue.MAX_ALL_WAITING
         for client_sent in sent.values():
             assert len(client_sent) <= rejection_queue.RATE * (1 + now) + 1e-6
     for client, packets in kept.items():
-        told = sent.get(f"to/{client}", [])
-        assert told == packets[: len(told)]
-        assert len(packets) - len(told) <= rejection_queue.MAX_WAITING
+        received = sent.get(f"to/{client}", [])
+        assert received == packets[: len(received)]
+        assert len(packets) - len(received) <= rejection_queue.MAX_WAITING
 
 
-def test_a_client_hears_of_its_refusal_though_another_floods():
-    waiting = RejectionQueue()
-    assert sum(waiting.add("flood", Packet("flood", b"")) for _ in range(10_000)) == rejection_queue.MAX_WAITING
+def test_a_rejection_is_sent_although_another_client_floods():
+    rejections = RejectionQueue()
+    assert sum(rejections.add("flood", Packet("flood", b"")) for _ in range(10_000)) == rejection_queue.MAX_WAITING
     for i in range(2000):
-        waiting.add(f"name {i}", Packet("name", b""))
-    waiting.take(0.0, 64)
-    assert waiting.add("other", Packet("other", b""))
-    told, now = [], 0.0
-    while Packet("other", b"") not in told:
+        rejections.add(f"name {i}", Packet("name", b""))
+    rejections.take(0.0, 64)
+    assert rejections.add("other", Packet("other", b""))
+    received, now = [], 0.0
+    while Packet("other", b"") not in received:
         now += 1.0
-        told += waiting.take(now, 64)
+        received += rejections.take(now, 64)
         assert now < 10

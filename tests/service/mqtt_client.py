@@ -1,4 +1,4 @@
-"""A plain paho client that keeps what it hears: what any other program at the broker would see."""
+"""A paho client that stores all received messages; independent of edgelm."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ class Client:
         info.wait_for_publish(PATIENCE_S)
         return info.rc
 
-    def wait(self, enough: Callable[[list[Heard]], object], what: str = "what was waited for") -> list[Heard]:
-        """Return all messages once `enough` is true of them."""
+    def wait(self, enough: Callable[[list[Heard]], object], what: str = "the expected message") -> list[Heard]:
+        """Return all received messages as soon as `enough` of them is true."""
         until = time.monotonic() + PATIENCE_S
         with self._changed:
             while not enough(self.heard):
@@ -117,10 +117,10 @@ class Client:
         return [heard for heard in self.heard if heard.topic == topic]
 
     def final(self, request_id: str) -> dict[str, Any]:
-        """Wait for a request's final."""
+        """Wait for the final message of a request; return its body."""
 
         def finals(heard: list[Heard]) -> list[dict[str, Any]]:
             bodies = [json.loads(message.payload) for message in heard if message.payload.startswith(b'{"id"')]
             return [body for body in bodies if body["done"] and body["id"] == request_id]
 
-        return finals(self.wait(finals, f"the final of {request_id}"))[0]
+        return finals(self.wait(finals, f"the final message of {request_id}"))[0]

@@ -1,4 +1,4 @@
-"""`edgelm ask`, `edgelm demo` and the embedded broker, as a person runs them."""
+"""`edgelm ask` and `edgelm demo`, run as commands against a real broker."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def _edgelm(*arguments: str, text: str | None = None) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, input=text, timeout=120, check=False)
 
 
-class Told(NamedTuple):
+class CommandResult(NamedTuple):
     code: int
     out: str
     err: str
 
 
 @pytest.fixture
-def ask(capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
-    """`edgelm ask` in this process: broker, board, more arguments -> exit code and what it printed."""
+def ask(capsys: pytest.CaptureFixture[str]) -> Callable[..., CommandResult]:
+    """Run `edgelm ask` in this process: broker, board, more arguments -> exit code, stdout, stderr."""
 
-    def run(url: str, board: str, *arguments: str) -> Told:
+    def run(url: str, board: str, *arguments: str) -> CommandResult:
         capsys.readouterr()
         code = main(["ask", PROMPT, "--broker", url, "--board", board, *arguments])
-        return Told(code, *capsys.readouterr())
+        return CommandResult(code, *capsys.readouterr())
 
     return run
 
 
-def test_ask_streams_prints_and_pipes(broker: Broker, common: str, ask: Callable[..., Told]) -> None:
+def test_ask_streams_prints_and_pipes(broker: Broker, common: str, ask: Callable[..., CommandResult]) -> None:
     options = ["--max-tokens", "12", "--temperature", "0"]
     piped = _edgelm("ask", "-", "--broker", broker.url, "--board", common, *options, text=PROMPT)
     assert piped.returncode == 0
@@ -64,24 +64,24 @@ def test_ask_streams_prints_and_pipes(broker: Broker, common: str, ask: Callable
     assert piped.stderr.count("\n") == 1
     assert ask(broker.url, common, *options) == (0, piped.stdout, piped.stderr)
     assert ask(broker.url, common, *options, "--no-stream") == (0, piped.stdout, piped.stderr)
-    told = ask(broker.url, common, *options, "--json", "--logprobs", "1")
-    final = json.loads(told.out)
+    result = ask(broker.url, common, *options, "--json", "--logprobs", "1")
+    final = json.loads(result.out)
     assert final["text"] + "\n" == piped.stdout
     assert len(final["tokens"]) == len(final["logprobs"]) == 12
     assert set(final["timing"]) >= {"ttft_ms", "total_ms", "tok_s"}
-    assert (told.code, told.err) == (0, "")
+    assert (result.code, result.err) == (0, "")
 
 
-def test_ask_says_where_an_answer_was_cut(broker: Broker, common: str, ask: Callable[..., Told]) -> None:
-    told = ask(broker.url, common, "--max-tokens", "2", "--ignore-eos")
-    assert told.code == 0
-    assert told.err.startswith("edgelm ask: ")
-    assert " 2 " in told.err
-    assert told.err.count("\n") == 1
+def test_ask_reports_a_cut_response(broker: Broker, common: str, ask: Callable[..., CommandResult]) -> None:
+    result = ask(broker.url, common, "--max-tokens", "2", "--ignore-eos")
+    assert result.code == 0
+    assert result.err.startswith("edgelm ask: ")
+    assert " 2 " in result.err
+    assert result.err.count("\n") == 1
 
 
 def test_ask_takes_the_flags_of_generate(
-    shared: Path, broker: Broker, common: str, ask: Callable[..., Told], tmp_path: Path
+    shared: Path, broker: Broker, common: str, ask: Callable[..., CommandResult], tmp_path: Path
 ) -> None:  # what it says is known of stories260K
     (tmp_path / "schema.json").write_text('{"enum": [1, 2]}')
     assert ask(broker.url, common, "--choices", "yes,no").out in {"yes\n", "no\n"}
@@ -110,39 +110,39 @@ def test_ask_takes_the_flags_of_generate(
     ],
 )
 def test_ask_fails_in_one_line(
-    broker: Broker, common: str, ask: Callable[..., Told], arguments: list[str], names: str
+    broker: Broker, common: str, ask: Callable[..., CommandResult], arguments: list[str], names: str
 ) -> None:
-    told = ask(broker.url, common, *arguments)
-    assert told.code == 1
-    assert names in told.err
-    assert told.err.count("\n") == 1
+    result = ask(broker.url, common, *arguments)
+    assert result.code == 1
+    assert names in result.err
+    assert result.err.count("\n") == 1
 
 
-def test_ask_says_that_nobody_listens(broker: Broker, common: str, ask: Callable[..., Told]) -> None:
-    told = ask(broker.url, "nobody-here")
-    assert told.code == 1
-    assert "'nobody-here'" in told.err
-    assert common in told.err  # the one that is online
-    told = ask(f"mqtt://127.0.0.1:{free_port()}", common)
-    assert told.code == 1
-    assert "127.0.0.1" in told.err
-    assert common not in told.err
+def test_ask_reports_a_missing_board_or_broker(broker: Broker, common: str, ask: Callable[..., CommandResult]) -> None:
+    result = ask(broker.url, "nobody-here")
+    assert result.code == 1
+    assert "'nobody-here'" in result.err
+    assert common in result.err  # the one that is online
+    closed = f"127.0.0.1:{free_port()}"
+    result = ask(f"mqtt://{closed}", common)
+    assert result.code == 1
+    assert closed in result.err
 
 
-def test_ask_does_not_wait_for_a_board_that_is_not_there_where_others_read_along(
-    broker: Broker, common: str, ask: Callable[..., Told]
+def test_ask_reports_a_missing_board_although_another_client_subscribes(
+    broker: Broker, common: str, ask: Callable[..., CommandResult]
 ) -> None:
-    with Client(broker.port, "edgelm/#"):  # so that the broker has someone to hand the request to
+    with Client(broker.port, "edgelm/#"):  # a subscriber, so that the broker does not report "no subscribers"
         begun = time.monotonic()
-        told = ask(broker.url, "nobody-here")
-    assert told.code == 1
-    assert "'nobody-here'" in told.err
-    assert common in told.err
+        result = ask(broker.url, "nobody-here")
+    assert result.code == 1
+    assert "'nobody-here'" in result.err
+    assert common in result.err
     assert time.monotonic() - begun < 30
 
 
-def test_an_empty_cancel_stops_what_the_same_person_asked(
-    broker: Broker, config: ServeConfig, ask: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+def test_an_empty_cancel_stops_the_requests_of_its_client(
+    broker: Broker, config: ServeConfig, ask: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(config, monkeypatch, step_s=0.05), Client(broker.port, f"edgelm/{config.board}/event") as other:
 
@@ -152,21 +152,21 @@ def test_an_empty_cancel_stops_what_the_same_person_asked(
 
         canceller = threading.Thread(target=cancel)
         canceller.start()
-        told = ask(broker.url, config.board, "--client", "me", "--max-tokens", "400", "--ignore-eos", "--json")
+        result = ask(broker.url, config.board, "--client", "me", "--max-tokens", "400", "--ignore-eos", "--json")
         canceller.join()
-    assert json.loads(told.out)["finish_reason"] == "cancelled"
+    assert json.loads(result.out)["finish_reason"] == "cancelled"
 
 
-def test_ask_says_that_the_board_is_offline(broker: Broker, config: ServeConfig, ask: Callable[..., Told]) -> None:
+def test_ask_reports_an_offline_board(broker: Broker, config: ServeConfig, ask: Callable[..., CommandResult]) -> None:
     with serving(config):
         pass
-    told = ask(broker.url, config.board)
-    assert told.code == 1
-    assert "offline" in told.err
+    result = ask(broker.url, config.board)
+    assert result.code == 1
+    assert "offline" in result.err
 
 
-def test_an_error_in_mid_answer_stands_on_a_line_of_its_own(
-    broker: Broker, config: ServeConfig, ask: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+def test_an_error_during_a_response_is_on_its_own_line(
+    broker: Broker, config: ServeConfig, ask: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
         serving(config, monkeypatch, step_s=0.05) as service,
@@ -176,40 +176,42 @@ def test_an_error_in_mid_answer_stands_on_a_line_of_its_own(
         def stop() -> None:
             other.wait(lambda heard: any(each.body["event"] == "started" for each in heard))
             time.sleep(0.3)
-            monkeypatch.setattr(SlowEngine, "step_s", 5.0)  # as one that hangs
-            monkeypatch.setattr(service, "_republish_overwritten", lambda: None)  # and does not contradict
+            monkeypatch.setattr(SlowEngine, "step_s", 5.0)  # the board hangs
+            monkeypatch.setattr(service, "_republish_overwritten", lambda: None)  # and does not correct its status
             other.publish(f"edgelm/{config.board}/status", b"offline", retain=False)
 
         stopper = threading.Thread(target=stop)
         stopper.start()
-        told = ask(broker.url, config.board, "--max-tokens", "200", "--ignore-eos")
+        result = ask(broker.url, config.board, "--max-tokens", "200", "--ignore-eos")
         stopper.join()
         service.stop()
         service.stop()
-    assert told.code == 1
-    assert told.out.strip()
-    assert told.out.endswith("\n")
-    assert told.err.startswith("edgelm ask: ")
-    assert "offline" in told.err
+    assert result.code == 1
+    assert result.out.strip()
+    assert result.out.endswith("\n")
+    assert result.err.startswith("edgelm ask: ")
+    assert "offline" in result.err
 
 
-def test_ask_prints_nothing_where_nothing_was_answered(broker: Broker, common: str, ask: Callable[..., Told]) -> None:
-    told = ask(broker.url, common, "--model", "nothing")
-    assert (told.code, told.out) == (1, "")
-    assert "model_not_found" in told.err
+def test_ask_prints_nothing_for_a_rejected_request(
+    broker: Broker, common: str, ask: Callable[..., CommandResult]
+) -> None:
+    result = ask(broker.url, common, "--model", "nothing")
+    assert (result.code, result.out) == (1, "")
+    assert "model_not_found" in result.err
 
 
-def test_ask_gives_up_at_its_timeout_and_shows_what_there_was(
-    broker: Broker, config: ServeConfig, ask: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+def test_ask_prints_the_incomplete_text_at_its_timeout(
+    broker: Broker, config: ServeConfig, ask: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(config, monkeypatch, step_s=0.05):
-        told = ask(broker.url, config.board, "--timeout", "1.5", "--max-tokens", "400")
-    assert told.code == 1
-    assert "deadline" in told.err
-    assert told.out.strip()
+        result = ask(broker.url, config.board, "--timeout", "1.5", "--max-tokens", "400")
+    assert result.code == 1
+    assert "deadline" in result.err
+    assert result.out.strip()
 
 
-def test_leaving_the_answer_early_cancels_it(
+def test_closing_the_stream_early_cancels_the_request(
     broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(config, monkeypatch, step_s=0.05), Client(broker.port, f"edgelm/{config.board}/event") as listener:
@@ -224,14 +226,14 @@ def test_leaving_the_answer_early_cancels_it(
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 def test_the_client_yields_the_text_in_order(broker: Broker, common: str, protocol: str) -> None:
     with RequestClient(BrokerConfig(url=BrokerUrl.parse(broker.url)), common, protocol=protocol) as request_client:
-        told: list[str] = []
-        ask = GenerateRequest("a", PROMPT, sampling={"max_tokens": 50}, stream=True, chunk_ms=0)
-        final = run_request(request_client, ask, told.append)
-        *deltas, last = request_client.stream(GenerateRequest("b", PROMPT, sampling={"max_tokens": 50}, stream=True))
-    assert "".join(told) == final.completion.text
+        pieces: list[str] = []
+        request = GenerateRequest("a", PROMPT, sampling={"max_tokens": 50}, stream=True, chunk_ms=0)
+        final = run_request(request_client, request, pieces.append)
+        *chunks, last = request_client.stream(GenerateRequest("b", PROMPT, sampling={"max_tokens": 50}, stream=True))
+    assert "".join(pieces) == final.completion.text
     assert isinstance(last, FinalMessage)
     assert last.completion.tokens == final.completion.tokens
-    assert [delta.seq for delta in deltas] == list(range(last.seq))
+    assert [chunk.seq for chunk in chunks] == list(range(last.seq))
 
 
 @pytest.mark.parametrize("scheme", ["ws", "unix"])
@@ -248,62 +250,62 @@ def test_web_sockets_and_unix_sockets(served_bundle: str, tmp_path: Path, scheme
         special.stop()
 
 
-def test_an_offline_that_anyone_may_have_published_ends_no_answer(
-    broker: Broker, config: ServeConfig, ask: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+def test_a_forged_offline_status_does_not_end_a_request(
+    broker: Broker, config: ServeConfig, ask: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A board that takes the request and answers is there, whatever its retained status says."""
+    """A board that sends chunks is online, even if its retained status is `offline`."""
     with (
         serving(config, monkeypatch, step_s=0.05),
         Client(broker.port, f"edgelm/{config.board}/event") as other,
     ):
         other.publish(f"edgelm/{config.board}/status", b"offline", retain=True)
         time.sleep(0.2)
-        told = ask(broker.url, config.board, "--max-tokens", "80", "--ignore-eos")  # over 4 s
-        assert (told.code, bool(told.out.strip())) == (0, True), told.err
+        result = ask(broker.url, config.board, "--max-tokens", "80", "--ignore-eos")  # over 4 s
+        assert (result.code, bool(result.out.strip())) == (0, True), result.err
 
 
-def test_the_error_names_a_handful_of_many_boards(broker: Broker, common: str, ask: Callable[..., Told]) -> None:
+def test_the_error_names_few_of_many_boards(broker: Broker, common: str, ask: Callable[..., CommandResult]) -> None:
     names = [*(f"spoofed-{i}" for i in range(300)), "A no-name", "0" * 60_000, "\u202egnp"]
     with Client(broker.port, "edgelm/nothing") as other:
         for name in names:
             other.publish(f"edgelm/{name}/status", b"online", retain=True)
         begun = time.monotonic()
-        told = ask(broker.url, "nobody-at-all")
+        result = ask(broker.url, "nobody-at-all")
         assert time.monotonic() - begun < 15
         for name in names:
             other.publish(f"edgelm/{name}/status", b"", retain=True)
-    assert told.code == 1
-    assert "'nobody-at-all'" in told.err
-    assert told.err.count("spoofed-") <= 5
-    assert "no-name" not in told.err
-    assert len(told.err) < 300
-    assert "\u202e" not in told.err
+    assert result.code == 1
+    assert "'nobody-at-all'" in result.err
+    assert result.err.count("spoofed-") <= 5
+    assert "no-name" not in result.err
+    assert len(result.err) < 300
+    assert "\u202e" not in result.err
 
 
-def test_nothing_waits_for_more_to_send(broker: Broker, common: str) -> None:
+def test_the_client_sets_tcp_nodelay(broker: Broker, common: str) -> None:
     with RequestClient(BrokerConfig(url=BrokerUrl.parse(broker.url)), common) as request_client:
         connected = request_client._connection._client.socket()
         assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_the_embedded_broker_is_served_on_and_asked_at(
-    served_bundle: str, tmp_path: Path, ask: Callable[..., Told]
+def test_serve_and_ask_over_the_embedded_broker(
+    served_bundle: str, tmp_path: Path, ask: Callable[..., CommandResult]
 ) -> None:
     pytest.importorskip("amqtt", reason="pip install 'edgelm[broker]'")
     url = f"mqtt://127.0.0.1:{free_port()}"
     flags = ["--mqtt", url, "--embedded-broker", "--model", served_bundle, "--board", "solo"]
     with Process(tmp_path / "log", *flags) as board:
         board.wait_for("serving")
-        told = ask(url, "solo", "--max-tokens", "9")
-        assert (told.code, bool(told.out.strip())) == (0, True), told.err
+        result = ask(url, "solo", "--max-tokens", "9")
+        assert (result.code, bool(result.out.strip())) == (0, True), result.err
         nobody = ask(url, "nobody")
         assert nobody.code == 1
         assert "solo" in nobody.err
         assert board.end() == 0
-        assert "Traceback" not in board.said
+        assert "Traceback" not in board.log_text
 
 
-def test_a_broker_that_knows_only_311_is_met_there(served_bundle: str) -> None:
+def test_service_and_client_fall_back_to_mqtt_311(served_bundle: str) -> None:
     pytest.importorskip("amqtt", reason="pip install 'edgelm[broker]'")
     with EmbeddedBroker() as old, serving(ServeConfig(mqtt=old.url, model=served_bundle, board="old", threads=1)):
         with RequestClient(BrokerConfig(url=BrokerUrl.parse(old.url)), "old") as request_client:
@@ -345,8 +347,8 @@ def test_the_demo_leaves_nothing_behind_when_interrupted(builtin: None, number: 
         children = _children(demo.pid)
         assert children  # mosquitto
         demo.send_signal(number)
-        _, said = demo.communicate(timeout=60)
+        _, errors = demo.communicate(timeout=60)
     assert demo.returncode == (130 if number == signal.SIGINT else 143)
-    assert "Traceback" not in said
+    assert "Traceback" not in errors
     for child in children:
         assert not Path(f"/proc/{child}").exists()

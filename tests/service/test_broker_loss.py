@@ -1,4 +1,4 @@
-"""Brokers that are late, vanish, come back, or break the rules."""
+"""Brokers that start late, fail, return, or refuse; a failing loop thread and a failing engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _ask(client: Client, board: str, name: str) -> dict[str, object]:
     return client.final(name)
 
 
-def test_a_broker_that_is_late_is_waited_for_and_mentioned_once(
+def test_the_board_waits_for_a_late_broker_and_logs_it_once(
     tmp_path: Path, served_bundle: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     late = Broker(tmp_path)
@@ -50,7 +50,7 @@ def test_a_broker_that_is_late_is_waited_for_and_mentioned_once(
     assert [record.getMessage().split(" (")[0] for record in caplog.records] == [f"no broker at {late.url}"]
 
 
-def test_a_broker_killed_in_mid_stream(tmp_path: Path, served_bundle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_survives_a_killed_broker(tmp_path: Path, served_bundle: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mortal = Broker(tmp_path).start()
     config = ServeConfig(mqtt=mortal.url, model=served_bundle, board="phoenix", threads=1)
     try:
@@ -74,7 +74,7 @@ def test_a_broker_killed_in_mid_stream(tmp_path: Path, served_bundle: str, monke
         mortal.stop()
 
 
-def test_a_final_that_ends_while_the_broker_is_away_is_sent_when_it_is_back(
+def test_a_final_message_is_sent_after_the_broker_returns(
     tmp_path: Path, served_bundle: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mortal = Broker(tmp_path).start()
@@ -97,7 +97,7 @@ def test_a_final_that_ends_while_the_broker_is_away_is_sent_when_it_is_back(
         mortal.stop()
 
 
-def test_what_exceeds_the_brokers_packets_is_refused_and_not_sent_forever(tmp_path: Path, served_bundle: str) -> None:
+def test_a_response_above_the_brokers_packet_limit_is_too_large(tmp_path: Path, served_bundle: str) -> None:
     narrow = Broker(tmp_path, "max_packet_size 1500").start()
     config = ServeConfig(mqtt=narrow.url, model=served_bundle, board="narrow", threads=1)
     try:
@@ -110,7 +110,7 @@ def test_what_exceeds_the_brokers_packets_is_refused_and_not_sent_forever(tmp_pa
         narrow.stop()
 
 
-def test_two_boards_of_one_name_are_told_so(
+def test_two_boards_of_one_name_are_reported(
     broker: Broker, config: ServeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(config), serving(config):
@@ -136,7 +136,7 @@ def test_a_dead_loop_thread_is_replaced(broker: Broker, config: ServeConfig, mon
         assert service._connection._loop_thread is not thread
 
 
-def test_an_exception_in_a_callback_is_survived(
+def test_the_connection_survives_an_exception_in_a_callback(
     broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = mqtt.from_paho
@@ -165,7 +165,7 @@ def test_a_message_of_a_former_connection_is_not_acknowledged(
     assert acknowledged == [7]
 
 
-def test_a_dead_engine_ends_the_service_with_its_reason(
+def test_a_failed_engine_ends_the_service_with_the_reason(
     broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def serve_and_break() -> None:
@@ -180,7 +180,7 @@ def test_a_dead_engine_ends_the_service_with_its_reason(
         serve_and_break()
 
 
-def test_a_refused_subscription_ends_the_service_with_its_reason(config: ServeConfig) -> None:
+def test_a_refused_subscription_ends_the_service_with_the_reason(config: ServeConfig) -> None:
     def serve_refused() -> None:
         with serving(config) as service:
             service._events.put(Subscribed((1, 0x87)))  # mosquitto's ACL file never refuses a subscription

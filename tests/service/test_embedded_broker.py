@@ -1,4 +1,4 @@
-"""The embedded broker's door: who is let in, how long a packet may be, how much is held."""
+"""The limits of the embedded broker: credentials, connections, packet size, memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def broker() -> Iterator[EmbeddedBroker]:
 
 
 @pytest.fixture
-def guarded() -> Iterator[EmbeddedBroker]:
+def protected() -> Iterator[EmbeddedBroker]:
     with EmbeddedBroker(username="board", password="hunter2") as running:
         yield running
 
@@ -54,7 +54,7 @@ def packet(kind: int, body: bytes) -> bytes:
 def connected(
     port: int, name: str, user: str | None = None, password: str | None = None, *, level: int = 4, clean: bool = True
 ) -> tuple[socket.socket, bytes]:
-    """A socket that has said CONNECT, and the answer: four bytes, or none."""
+    """Connect and send a CONNECT. Return the socket and the CONNACK of four bytes, or no bytes."""
     flags = (2 if clean else 0) | (128 if user is not None else 0) | (64 if password is not None else 0)
     body = text("MQTT") + bytes([level, flags]) + struct.pack(">H", 600) + (b"\0" if level == 5 else b"") + text(name)
     body += b"".join(text(word) for word in (user, password) if word is not None)
@@ -64,7 +64,7 @@ def connected(
 
 
 def is_closed(client: socket.socket) -> bool:
-    """Whether the other side ends the connection, within some time."""
+    """Return whether the broker ends the connection within `PATIENCE_S`."""
     try:
         while client.recv(65536):
             pass
@@ -80,23 +80,23 @@ def mosquitto(program: str, port: int, *arguments: str) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
-def test_clients_must_give_the_embedded_brokers_credentials(guarded: EmbeddedBroker) -> None:
+def test_clients_must_give_the_embedded_brokers_credentials(protected: EmbeddedBroker) -> None:
     right = ["-u", "board", "-P", "hunter2"]
-    assert mosquitto("mosquitto_pub", guarded.port, *right, "-t", "a", "-m", "kept", "-r", "-q", "1").returncode == 0
-    heard = mosquitto("mosquitto_sub", guarded.port, *right, "-t", "a", "-C", "1", "-W", "9")
+    assert mosquitto("mosquitto_pub", protected.port, *right, "-t", "a", "-m", "kept", "-r", "-q", "1").returncode == 0
+    heard = mosquitto("mosquitto_sub", protected.port, *right, "-t", "a", "-C", "1", "-W", "9")
     assert (heard.returncode, heard.stdout.strip()) == (0, "kept")
     wrong = [["-u", "board", "-P", "hunter"], ["-u", "other", "-P", "hunter2"], ["-u", "board"], []]
     for credentials in wrong:
-        said = mosquitto("mosquitto_pub", guarded.port, *credentials, "-t", "a", "-m", "x", "-q", "1")
-        assert said.returncode != 0
-        assert "not authorised" in said.stderr.lower()
-        assert mosquitto("mosquitto_sub", guarded.port, *credentials, "-t", "#", "-C", "1", "-W", "2").stdout == ""
+        refused = mosquitto("mosquitto_pub", protected.port, *credentials, "-t", "a", "-m", "x", "-q", "1")
+        assert refused.returncode != 0
+        assert "not authorised" in refused.stderr.lower()
+        assert mosquitto("mosquitto_sub", protected.port, *credentials, "-t", "#", "-C", "1", "-W", "2").stdout == ""
 
 
-def test_nobody_takes_over_a_name_without_the_credentials(guarded: EmbeddedBroker) -> None:
-    ours, answer = connected(guarded.port, "edgelm-board", "board", "hunter2")
+def test_a_client_id_cannot_be_taken_over_without_credentials(protected: EmbeddedBroker) -> None:
+    ours, answer = connected(protected.port, "edgelm-board", "board", "hunter2")
     assert answer == b"\x20\x02\x00\x00"
-    theirs, refused = connected(guarded.port, "edgelm-board", "board", "guess")
+    theirs, refused = connected(protected.port, "edgelm-board", "board", "guess")
     assert refused == b"\x20\x02\x00\x05"
     assert is_closed(theirs)
     ours.sendall(b"\xc0\x00")
@@ -104,7 +104,7 @@ def test_nobody_takes_over_a_name_without_the_credentials(guarded: EmbeddedBroke
     ours.close()
 
 
-def test_a_board_and_its_clients_use_the_credentials(served_bundle: str, tmp_path: Path) -> None:
+def test_serve_and_ask_use_the_credentials(served_bundle: str, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("hunter2\n")
     secret.chmod(0o600)
@@ -117,7 +117,7 @@ def test_a_board_and_its_clients_use_the_credentials(served_bundle: str, tmp_pat
         assert main([*asked, *who]) == 0
         assert main(asked) == 1
         assert board.end() == 0
-        assert "Traceback" not in board.said
+        assert "Traceback" not in board.log_text
 
 
 @pytest.mark.parametrize("given", [{"username": "me"}, {"mqtt": "mqtt://me@localhost"}])
@@ -128,17 +128,17 @@ def test_a_user_name_without_a_password_is_refused(given: dict[str, str]) -> Non
 
 
 @pytest.mark.parametrize("kind", [0x30, 0x10, 0x82])
-def test_a_packet_that_is_too_long_ends_the_connection_unread(broker: EmbeddedBroker, kind: int) -> None:
+def test_a_too_long_packet_ends_the_connection_unread(broker: EmbeddedBroker, kind: int) -> None:
     client, _ = connected(broker.port, "big")
     body = text("a") + b"x" * amqtt_broker.MAX_PACKET_BYTES
-    client.sendall(packet(kind, body)[:100])  # the header alone tells
+    client.sendall(packet(kind, body)[:100])  # the header suffices
     assert is_closed(client)
     first = socket.create_connection(("127.0.0.1", broker.port), timeout=PATIENCE_S)
     first.sendall(packet(0x10, body)[:100])
     assert is_closed(first)
 
 
-def test_a_packet_of_the_limit_goes_through(broker: EmbeddedBroker) -> None:
+def test_a_packet_at_the_size_limit_is_delivered(broker: EmbeddedBroker) -> None:
     client, _ = connected(broker.port, "large")
     client.sendall(packet(0x82, b"\0\1" + text("a") + b"\0"))
     assert client.recv(5) == b"\x90\x03\x00\x01\x00"
@@ -153,7 +153,7 @@ def test_a_packet_of_the_limit_goes_through(broker: EmbeddedBroker) -> None:
     client.close()
 
 
-def test_a_length_inside_a_packet_does_not_reach_into_the_next(broker: EmbeddedBroker) -> None:
+def test_a_wrong_length_in_a_packet_does_not_read_the_next_packet(broker: EmbeddedBroker) -> None:
     client, _ = connected(broker.port, "liar")
     client.sendall(packet(0x30, struct.pack(">H", 60_000) + b"abc") + packet(0x30, text("b") + b"x" * 70_000))
     assert is_closed(client)
@@ -167,7 +167,7 @@ def test_connections_are_bounded(broker: EmbeddedBroker, monkeypatch: pytest.Mon
         assert connected(broker.port, "c3")[1] == b""
     three[0][0].close()
     until = time.monotonic() + PATIENCE_S
-    while time.monotonic() < until:  # the place is free again
+    while time.monotonic() < until:  # until the closed connection is counted
         try:
             client, answer = connected(broker.port, "c4")
         except ConnectionError:
@@ -178,7 +178,7 @@ def test_connections_are_bounded(broker: EmbeddedBroker, monkeypatch: pytest.Mon
     assert answer == b"\x20\x02\x00\x00"
 
 
-def test_a_client_that_says_nothing_loses_its_place(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_client_is_disconnected(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amqtt_broker, "CONNECT_TIMEOUT_S", 0.2)
     client = socket.create_connection(("127.0.0.1", broker.port), timeout=PATIENCE_S)
     client.sendall(b"\x10")
@@ -201,7 +201,7 @@ def test_retained_messages_and_filters_are_bounded(broker: EmbeddedBroker, monke
     client.close()
 
 
-def test_nothing_is_kept_for_a_client_that_is_away(broker: EmbeddedBroker) -> None:
+def test_nothing_is_stored_for_a_disconnected_client(broker: EmbeddedBroker) -> None:
     client, _ = connected(broker.port, "away", clean=False)
     client.sendall(packet(0x82, b"\0\1" + text("a") + b"\1"))
     assert client.recv(5) == b"\x90\x03\x00\x01\x01"
@@ -211,7 +211,9 @@ def test_nothing_is_kept_for_a_client_that_is_away(broker: EmbeddedBroker) -> No
     again.close()
 
 
-def test_a_listener_that_stops_taking_costs_little(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_subscriber_that_stops_reading_takes_bounded_memory(
+    broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(amqtt_broker, "WRITE_TIMEOUT_S", 3.0)
     monkeypatch.setattr(amqtt_broker, "MAX_IN_DELIVERY", 20)
     lazy, _ = connected(broker.port, "lazy")
@@ -220,7 +222,7 @@ def test_a_listener_that_stops_taking_costs_little(broker: EmbeddedBroker, monke
     busy, _ = connected(broker.port, "busy")
     before = peak = rss_mb()
     message = packet(0x30, text("a") + b"x" * 200_000)
-    for _ in range(600):  # 120 MB, of which nobody takes any
+    for _ in range(600):  # 120 MB, which the subscriber does not read
         busy.sendall(message)
         peak = max(peak, rss_mb())
     busy.sendall(b"\xc0\x00")

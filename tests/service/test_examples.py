@@ -1,4 +1,4 @@
-"""The programs in examples/ do what README says of them."""
+"""The programs in examples/, run by the commands in README."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_generate() -> None:
     assert "tokens/s" in done.stderr
 
 
-def test_the_router_calls_what_was_meant() -> None:
+def test_the_router_calls_the_function_of_the_intent() -> None:
     done = run(*from_readme("intent_router"))
     assert "looking up the weather for {'city': 'Oslo'}" in done.stdout
     done = run("examples/intent_router.py", text="what is the weather in Oslo\nplay some jazz\n")
@@ -57,7 +57,7 @@ def test_a_client_without_edgelm(broker: Broker) -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["x", "--port", "none"]])
-def test_a_client_without_its_arguments_says_which(arguments: list[str]) -> None:
+def test_a_client_without_its_arguments_prints_its_usage(arguments: list[str]) -> None:
     done = run("examples/mqtt_client.py", *arguments)
     assert done.returncode == 2
     assert "usage:" in done.stderr

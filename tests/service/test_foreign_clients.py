@@ -1,4 +1,4 @@
-"""Programs that know nothing of edgelm: mosquitto's own clients, MQTT 5 and 3.1.1."""
+"""Clients without edgelm: mosquitto_rr, mosquitto_pub and mosquitto_sub, over MQTT 5 and 3.1.1."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_mosquitto_pub_asks_and_mosquitto_sub_listens(broker: Broker, common: st
     body = {"id": "mine", "prompt": PROMPT, "max_tokens": 4, "response_topic": reply}
     asking = ["mosquitto_pub", "-p", str(broker.port), "-V", version, "-q", "1", "-t", f"edgelm/{common}/generate"]
     with subprocess.Popen(listener, stdout=subprocess.PIPE, text=True) as heard:
-        while heard.poll() is None:  # asked until the listener, whose start cannot be seen, has heard an answer
+        while heard.poll() is None:  # repeat the request: the start of the subscription cannot be seen
             assert _run(*asking, "-m", json.dumps(body)).returncode == 0
             time.sleep(0.2)
         answer = heard.communicate()[0]
@@ -60,7 +60,7 @@ def test_mosquitto_pub_asks_and_mosquitto_sub_listens(broker: Broker, common: st
     assert (final["id"], final["done"], final["usage"]["completion_tokens"]) == ("mine", True, 4)
 
 
-def test_the_broker_says_that_nobody_listens(broker: Broker) -> None:
+def test_the_broker_reports_that_there_is_no_subscriber(broker: Broker) -> None:
     sent = _run(
         *(
             "mosquitto_pub",

@@ -1,4 +1,4 @@
-"""A short run of the fuzzer of requests: `python -m tests.fuzzing.requests` is the long one."""
+"""A short run of the request fuzzer; `python -m tests.fuzzing.requests` is the long run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import pytest
 from broker import need_mosquitto
 from fuzzing import messages, requests
 
-COUNT, MOST_S = 1500, 30.0
-MOST_WAIT_S = 8.0
-"""What another client may wait on a machine that does other things too; the long run allows a second."""
-MOST_GROWTH_MB = 150
-"""While caches fill, which a short run does not outlast; the long run allows 20."""
+COUNT, MAX_SECONDS = 1500, 30.0
+MAX_WAIT_S = 8.0
+"""Maximum wait of another client on a machine with other load; the long run allows 1 s."""
+MAX_GROWTH_MB = 150
+"""Maximum growth of memory. It includes the caches, which a short run does not fill; the long run allows 20 MB."""
 
 
 @pytest.fixture(scope="module")
 def report() -> requests.Report:
     need_mosquitto()
-    return requests.run(COUNT, 1, most_s=MOST_S, quiet_s=1.0)
+    return requests.run(COUNT, 1, most_s=MAX_SECONDS, quiet_s=1.0)
 
 
 def test_each_fuzzed_request_has_one_typed_final(report: requests.Report) -> None:
@@ -29,19 +29,19 @@ def test_each_fuzzed_request_has_one_typed_final(report: requests.Report) -> Non
 
 def test_another_client_is_answered_meanwhile(report: requests.Report) -> None:
     assert report.waits_s, report
-    assert report.worst_s < report.quiet_s + MOST_WAIT_S, report
+    assert report.worst_s < report.quiet_s + MAX_WAIT_S, report
 
 
-def test_memory_does_not_run_away(report: requests.Report) -> None:
-    assert report.growth_mb < MOST_GROWTH_MB, report
+def test_memory_growth_is_bounded(report: requests.Report) -> None:
+    assert report.growth_mb < MAX_GROWTH_MB, report
 
 
-def test_a_request_is_the_same_every_time() -> None:
+def test_requests_depend_only_on_seed_and_number() -> None:
     assert [messages.message(7, number) for number in range(300)] == [messages.message(7, n) for n in range(300)]
     assert messages.message(7, 1) != messages.message(8, 1)
 
 
-def test_all_kinds_are_among_them() -> None:
+def test_all_kinds_of_requests_are_generated() -> None:
     made = [messages.message(1, number) for number in range(COUNT)]
     assert {each.action for each in made} == {"generate", "cancel"}
     assert any(each.is_constrained for each in made)
@@ -54,7 +54,7 @@ def test_all_kinds_are_among_them() -> None:
 
 
 class Heard:
-    """What paho hands over."""
+    """A message as paho passes it to a callback."""
 
     topic = "fuzz/x"
 
@@ -75,7 +75,7 @@ class Heard:
         ([Heard(1, finish_reason="error", error={"code": "internal", "message": "a fault"})], "a fault"),
     ],
 )
-def test_what_the_fuzzer_takes_for_a_finding(monkeypatch: pytest.MonkeyPatch, heard: list[Heard], words: str) -> None:
+def test_findings_of_the_fuzzer(monkeypatch: pytest.MonkeyPatch, heard: list[Heard], words: str) -> None:
     monkeypatch.setattr(requests.Link, "__init__", lambda self, *_: None)
     report = requests.Report()
     attack = requests.Attack(0, report)

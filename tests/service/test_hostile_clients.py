@@ -1,4 +1,4 @@
-"""What one client can do to another and to the board: each promise of the threat model by its name."""
+"""The promises of the threat model in edgelm/mqtt/README.md: what a client cannot do to others and to the board."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def _with(config: ServeConfig, **changes: Any) -> ServeConfig:
 
 
 def _ask(client: Client, board: str, who: str | None, request_id: str, **body: Any) -> None:
-    """Ask as a client of that name, or as one without."""
+    """Send a request as the client `who`, or as a client without a name."""
     topic = f"edgelm/{board}/generate" + (f"/{who}" if who else "")
     client.publish(topic, {"max_tokens": 4, "temperature": 0, **body, "id": request_id})
 
 
-def _said(board: str) -> tuple[str, ...]:
+def _topics_of(board: str) -> tuple[str, ...]:
     return "edgelm/client/#", f"edgelm/{board}/response/#", f"edgelm/{board}/+"
 
 
@@ -47,7 +47,7 @@ def _text(value: bytes) -> bytes:
     return struct.pack(">H", len(value)) + value
 
 
-def _number(value: int) -> bytes:
+def _varint(value: int) -> bytes:
     out = bytearray()
     while True:
         value, low = value >> 7, value & 0x7F
@@ -58,8 +58,8 @@ def _number(value: int) -> bytes:
 
 def _packet(topic: str, payload: bytes, properties: bytes = b"") -> bytes:
     """Return a PUBLISH packet of QoS 0."""
-    body = _text(topic.encode()) + _number(len(properties)) + properties + payload
-    return b"\x30" + _number(len(body)) + body
+    body = _text(topic.encode()) + _varint(len(properties)) + properties + payload
+    return b"\x30" + _varint(len(body)) + body
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def _flooding(port: int, packets: bytes) -> Iterator[None]:
     """Send packets as fast as the broker takes them while the block runs."""
     sock = socket.create_connection(("127.0.0.1", port))
     body = _text(b"MQTT") + bytes([5, 2]) + struct.pack(">H", 600) + b"\0" + _text(b"flood")
-    sock.sendall(b"\x10" + _number(len(body)) + body)
+    sock.sendall(b"\x10" + _varint(len(body)) + body)
     sock.recv(100)
     sock.settimeout(0.5)
     stop = threading.Event()
@@ -76,7 +76,7 @@ def _flooding(port: int, packets: bytes) -> Iterator[None]:
         while not stop.is_set():
             try:
                 sock.sendall(packets)
-            except TimeoutError:  # in the middle of a packet: what follows would be none
+            except TimeoutError:  # a packet was written in part: the stream cannot be continued
                 return
             except OSError:
                 return
@@ -97,7 +97,7 @@ def _rss_mb(pid: int) -> float:
 
 
 def _ask_until_answered(client: Client, board: str, name: str) -> None:
-    """Ask, and again where nothing comes: a flooded broker may lose a request that the board never saw."""
+    """Send a request until it is answered: a flooded broker may drop it before the board receives it."""
     for attempt in range(10):
         request_id = f"{name} {attempt}"
         _ask(client, board, "victim", request_id, prompt=PROMPT)
@@ -115,7 +115,7 @@ USER_PROPERTY = b"\x26" + _text(b"k") + _text(b"v" * 65_000)
 
 
 @pytest.mark.parametrize("kind", ["empty", "user properties", "correlation data", "wrong JSON"])
-def test_a_flood_takes_bounded_memory_and_another_client_is_answered(
+def test_a_flood_takes_bounded_memory_and_another_client_is_served(
     broker: Broker, served_bundle: str, tmp_path: Path, kind: str
 ) -> None:
     board = f"flood-{kind.split()[0].lower()}"
@@ -146,24 +146,24 @@ def test_a_flood_takes_bounded_memory_and_another_client_is_answered(
             events = [each.body for each in client.on(f"edgelm/{board}/event")]
             for event in events:
                 if event["event"] == "accepted" and event["client"] == "victim":
-                    assert client.final(event["id"])["error"] is None  # what was accepted is never lost
+                    assert client.final(event["id"])["error"] is None  # an accepted request is never lost
         assert grown < 20
-        assert "Traceback" not in process.said
-        assert process.said.count("\n") < 50
+        assert "Traceback" not in process.log_text
+        assert process.log_text.count("\n") < 50
 
 
-def test_the_sieve_is_in_place_with_this_paho(broker: Broker, config: ServeConfig) -> None:
+def test_the_installed_paho_uses_the_packet_filter(broker: Broker, config: ServeConfig) -> None:
     with serving(config) as service:
         assert isinstance(service._connection._client._sock, FilteredSocket)
 
 
 @pytest.mark.parametrize("qos", [0, 1])
-def test_beyond_its_rate_a_client_is_told_when_to_come_again_then_dropped_and_counted(
+def test_requests_above_the_rate_are_rejected_then_dropped_and_counted(
     broker: Broker, config: ServeConfig, qos: int
 ) -> None:
     config = _with(config, client_rate=0.5, client_burst=2)
     topic = f"edgelm/{config.board}/generate/eager"
-    with serving(config), Client(broker.port, *_said(config.board)) as client:
+    with serving(config), Client(broker.port, *_topics_of(config.board)) as client:
         for number in range(400):
             client.publish(topic, {"prompt": PROMPT, "max_tokens": 1}, correlation=b"%d" % number, qos=qos)
         finals = [client.final(str(number)) for number in range(10)]
@@ -171,16 +171,16 @@ def test_beyond_its_rate_a_client_is_told_when_to_come_again_then_dropped_and_co
         assert all(final["error"]["retry_after_s"] > 0 for final in finals[2:])
         client.wait(
             lambda heard: any(each.topic.endswith("/state") and each.body["dropped"] > 100 for each in heard),
-            "the count of dropped messages",
+            "a count of dropped messages",
         )
         _ask(client, config.board, "patient", "other", prompt=PROMPT)
         assert client.final("other")["error"] is None
 
 
-def test_one_client_has_its_places_and_its_rows_and_another_is_answered_first(
+def test_the_limits_of_one_client_leave_room_for_another(
     broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(config, monkeypatch, step_s=0.05), Client(broker.port, *_said(config.board)) as client:
+    with serving(config, monkeypatch, step_s=0.05), Client(broker.port, *_topics_of(config.board)) as client:
         for number in range(12):
             _ask(client, config.board, "hog", f"hog {number}", **LONG)
         refused = [client.final(f"hog {number}")["error"] for number in range(6, 12)]
@@ -193,13 +193,15 @@ def test_one_client_has_its_places_and_its_rows_and_another_is_answered_first(
         assert not any(each["event"] == "finished" and each["client"] == "hog" for each in events)
         client.publish(f"edgelm/{config.board}/cancel/hog", b"", qos=0)
         for number in range(6):
-            assert client.final(f"hog {number}")["finish_reason"] == "cancelled"  # accepted, so it gets its final
+            assert (
+                client.final(f"hog {number}")["finish_reason"] == "cancelled"
+            )  # an accepted request gets its final message
 
 
-def test_an_unnamed_client_cancels_by_id_only(
+def test_a_client_without_a_name_cancels_only_by_id(
     broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(config, monkeypatch, step_s=0.02), Client(broker.port, *_said(config.board)) as client:
+    with serving(config, monkeypatch, step_s=0.02), Client(broker.port, *_topics_of(config.board)) as client:
         _ask(client, config.board, None, "mine", **LONG, stream=True)
         client.wait(lambda heard: client.on(f"edgelm/{config.board}/response"), "the first chunk")
         for payload in (b"", b"PRESS"):
@@ -210,8 +212,10 @@ def test_an_unnamed_client_cancels_by_id_only(
         assert client.final("mine")["finish_reason"] == "cancelled"
 
 
-def test_nobody_cancels_anothers_request(broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(config, monkeypatch, step_s=0.02), Client(broker.port, *_said(config.board)) as client:
+def test_a_client_cannot_cancel_anothers_request(
+    broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(config, monkeypatch, step_s=0.02), Client(broker.port, *_topics_of(config.board)) as client:
         _ask(client, config.board, "anna", "mine", **{**LONG, "max_tokens": 60}, stream=True)
         client.wait(lambda heard: client.on("edgelm/client/anna/response"), "the first chunk")
         for who in ("", "/ben"):
@@ -239,7 +243,7 @@ def test_nobody_cancels_anothers_request(broker: Broker, config: ServeConfig, mo
         (None, "own response/run", True),
     ],
 )
-def test_where_clients_are_answered(
+def test_allowed_response_topics_of_named_and_unnamed_clients(
     client: Client, common: str, broker: Broker, who: str | None, reply: str, is_answered: bool
 ) -> None:
     reply = reply.replace("own response", f"edgelm/{common}/response")
@@ -257,7 +261,7 @@ def test_where_clients_are_answered(
         assert not listener.on(reply)
 
 
-def test_wider_reply_topics_never_widen_a_named_clients(broker: Broker, config: ServeConfig) -> None:
+def test_reply_topics_do_not_apply_to_named_clients(broker: Broker, config: ServeConfig) -> None:
     config = _with(config, reply_topics=("#",))
     with serving(config), Client(broker.port, "#") as client:
         body = {"prompt": PROMPT, "max_tokens": 1}
@@ -273,12 +277,12 @@ def test_wider_reply_topics_never_widen_a_named_clients(broker: Broker, config: 
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_earlier_prompts_are_found_by_the_same_client_alone(
+def test_cached_prefixes_are_used_only_for_the_same_client(
     broker: Broker, config: ServeConfig, is_shared: bool
 ) -> None:
     config = _with(config, share_unnamed=is_shared)
     cached = []
-    with serving(config), Client(broker.port, *_said(config.board)) as client:
+    with serving(config), Client(broker.port, *_topics_of(config.board)) as client:
         for number, who in enumerate(("anna", "ben", None, None, "anna", "ben")):
             _ask(client, config.board, who, f"n{number}", prompt="the code of the door is 4 7 1 1")
             cached.append(client.final(f"n{number}")["usage"]["cached_tokens"] > 0)
@@ -286,11 +290,11 @@ def test_earlier_prompts_are_found_by_the_same_client_alone(
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_an_unnamed_client_has_sessions_only_where_a_setting_says_so(
+def test_a_client_without_a_name_has_sessions_only_with_share_unnamed(
     broker: Broker, config: ServeConfig, is_shared: bool
 ) -> None:
     config = _with(config, share_unnamed=is_shared)
-    with serving(config), Client(broker.port, *_said(config.board)) as client:
+    with serving(config), Client(broker.port, *_topics_of(config.board)) as client:
         for turn in (1, 2):
             _ask(client, config.board, None, f"s{turn}", prompt=PROMPT, session="kitchen")
             final = client.final(f"s{turn}")
@@ -301,9 +305,9 @@ def test_an_unnamed_client_has_sessions_only_where_a_setting_says_so(
                 assert f"edgelm/{config.board}/generate/<name>" in final["error"]["message"]
 
 
-def test_sessions_of_one_client_do_not_push_out_anothers(broker: Broker, config: ServeConfig) -> None:
+def test_sessions_of_one_client_do_not_displace_anothers(broker: Broker, config: ServeConfig) -> None:
     config = _with(config, client_rate=10_000, client_burst=10_000)
-    with serving(config), Client(broker.port, *_said(config.board)) as client:
+    with serving(config), Client(broker.port, *_topics_of(config.board)) as client:
         _ask(client, config.board, "dave", "first", prompt=PROMPT, session="mine")
         assert client.final("first")["turn"] == 1
         for number in range(70):
@@ -316,22 +320,22 @@ def test_sessions_of_one_client_do_not_push_out_anothers(broker: Broker, config:
             assert client.final(name)["turn"] == turn
 
 
-def test_a_session_is_bounded_in_bytes_that_its_template_leaves_out(broker: Broker, config: ServeConfig) -> None:
+def test_the_byte_limit_of_a_session_counts_unrendered_messages(broker: Broker, config: ServeConfig) -> None:
     config = _with(config, model="builtin", session_kb=100)
     messages = [{"role": "user", "content": "A" * 40_000}, {"role": "user", "content": "play some jazz"}]
     codes = []
-    with serving(config), Client(broker.port, *_said(config.board)) as client:
+    with serving(config), Client(broker.port, *_topics_of(config.board)) as client:
         for number in range(4):
             _ask(client, config.board, "anna", f"n{number}", messages=messages, session="long", max_tokens=1)
             error = client.final(f"n{number}")["error"]
             codes.append(error and error["code"])
     assert codes == [None, None, "too_large", "too_large"]
-    assert "end the session" in error["message"]
+    assert "session" in error["message"]
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
 @pytest.mark.parametrize("payload", [b"offline", b"", b"{}"])
-def test_what_the_board_says_of_itself_is_put_right(
+def test_overwritten_status_and_info_are_published_again(
     broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch, version: str, payload: bytes
 ) -> None:
     made = service_module.Connection
@@ -345,36 +349,36 @@ def test_what_the_board_says_of_itself_is_put_right(
         while True:
             with Client(broker.port, f"edgelm/{config.board}/status", f"edgelm/{config.board}/info") as newcomer:
                 time.sleep(0.3)
-                told = {each.topic.rsplit("/")[-1]: each for each in newcomer.heard if each.retain}
-            said = {word: each.payload for word, each in told.items()}
-            if said.get("status") == b"online" and said.get("info") not in {None, payload}:
+                retained = {each.topic.rsplit("/")[-1]: each for each in newcomer.heard if each.retain}
+            payloads = {word: each.payload for word, each in retained.items()}
+            if payloads.get("status") == b"online" and payloads.get("info") not in {None, payload}:
                 break
-            assert time.monotonic() < until, told
-        assert told["info"].body["board"] == config.board
+            assert time.monotonic() < until, retained
+        assert retained["info"].body["board"] == config.board
         count = len(client.heard)
         time.sleep(1.5)
         assert len(client.heard) == count
 
 
-def test_the_board_puts_itself_right_once_a_second_at_most(broker: Broker, config: ServeConfig) -> None:
+def test_the_status_is_published_again_at_most_once_a_second(broker: Broker, config: ServeConfig) -> None:
     topic = f"edgelm/{config.board}/status"
     with serving(config), Client(broker.port, topic) as client:
         begun = time.monotonic()
         while time.monotonic() - begun < 3:
             client.publish(topic, b"offline", retain=True, qos=0)
         client.wait(lambda heard: heard[-1].payload == b"online", "the last word")
-        said = sum(each.payload == b"online" and not each.retain for each in client.heard)
-        assert 1 <= said <= time.monotonic() - begun + 2
+        online_count = sum(each.payload == b"online" and not each.retain for each in client.heard)
+        assert 1 <= online_count <= time.monotonic() - begun + 2
 
 
-def test_a_broker_that_does_not_let_us_watch_our_status_is_served(broker: Broker, config: ServeConfig) -> None:
-    with serving(config) as service, Client(broker.port, *_said(config.board)) as client:
+def test_the_board_serves_without_permission_to_read_its_status(broker: Broker, config: ServeConfig) -> None:
+    with serving(config) as service, Client(broker.port, *_topics_of(config.board)) as client:
         service._events.put(Subscribed((1, 0, 0x87, 0x87)))  # mosquitto's ACL file never refuses a subscription
         _ask(client, config.board, "anna", "after", prompt=PROMPT)
         assert client.final("after")["error"] is None
 
 
-def test_correlation_data_that_is_too_long_is_refused_without_it(client: Client, common: str) -> None:
+def test_too_long_correlation_data_is_rejected_and_not_returned(client: Client, common: str) -> None:
     client.publish(f"edgelm/{common}/generate", PROMPT, reply="reply/long", correlation=b"c" * 2000)
     client.wait(lambda heard: client.on("reply/long"), "the refusal")
     (heard,) = client.on("reply/long")
@@ -383,14 +387,14 @@ def test_correlation_data_that_is_too_long_is_refused_without_it(client: Client,
 
 
 @pytest.mark.parametrize("payload", [b"[" * 3000 + b"]" * 3000, b'{"a":' * 300 + b"1" + b"}" * 300])
-def test_deep_nesting_is_refused_by_name(client: Client, common: str, payload: bytes) -> None:
+def test_deep_nesting_is_rejected(client: Client, common: str, payload: bytes) -> None:
     body = b'{"prompt": "x", "json_schema": ' + payload + b"}"
     client.publish(f"edgelm/{common}/generate", body, reply="reply/deep", correlation=b"deep")
     assert "nested" in client.final("deep")["error"]["message"]
     client.heard.clear()
 
 
-def test_log_lines_of_one_kind_are_few_and_counted() -> None:
+def test_log_lines_of_one_kind_are_limited_and_counted() -> None:
     written: list[str] = []
 
     class Kept(logging.Handler):
@@ -413,11 +417,11 @@ def test_log_lines_of_one_kind_are_few_and_counted() -> None:
     assert written[-1] == "refused 1000"
 
 
-def test_events_and_state_name_clients_and_never_tell_what_they_ask(client: Client, common: str) -> None:
+def test_events_and_state_contain_client_names_but_no_prompts(client: Client, common: str) -> None:
     body = {"prompt": "a very secret prompt", "session": "hidden", "max_tokens": 2, "id": "told"}
     client.publish(f"edgelm/{common}/generate/anna", body)
     client.final("told")
     client.wait(lambda heard: any(b'"finished"' in m.payload and b'"told"' in m.payload for m in heard))
-    said = [m.payload.decode() for m in client.heard if m.topic.startswith(f"edgelm/{common}/")]
-    assert any(json.loads(each).get("client") == "anna" for each in said if each.startswith("{"))
-    assert not any("secret" in each or "hidden" in each for each in said)
+    payloads = [m.payload.decode() for m in client.heard if m.topic.startswith(f"edgelm/{common}/")]
+    assert any(json.loads(each).get("client") == "anna" for each in payloads if each.startswith("{"))
+    assert not any("secret" in each or "hidden" in each for each in payloads)

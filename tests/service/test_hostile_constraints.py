@@ -1,4 +1,4 @@
-"""One request must not end or stall the service: constraints that would, from a client beside another."""
+"""Constraints that would crash or block a process affect only the client that sent them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("constraint", HOSTILE, ids=["constant", "multiple", "items", "repeated", "deep"])
-def test_a_constraint_costs_only_who_sent_it(
+def test_a_hostile_constraint_affects_only_its_client(
     broker: Broker, config: ServeConfig, constraint: dict[str, object]
 ) -> None:
     topic = f"edgelm/{config.board}/generate"
     with serving(config), Client(broker.port, "reply/#") as client:
         warm = {"prompt": "a", "regex": "b", "id": "warm", "max_tokens": 2}
-        client.publish(topic, warm, reply="reply/warm")  # the helper has started
+        client.publish(topic, warm, reply="reply/warm")  # starts the process that checks constraints
         assert client.final("warm")["error"] is None
         client.publish(topic, {"prompt": "x", "id": "evil", "max_tokens": 5, **constraint}, reply="reply/evil")
         client.publish(topic, {"prompt": "Once", "id": "victim", "max_tokens": 5}, reply="reply/victim")

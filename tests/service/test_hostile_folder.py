@@ -1,4 +1,4 @@
-"""A program that is started in a stranger's folder, such as that of a bundle, runs nothing that lies there."""
+"""edgelm started in an untrusted folder, such as a downloaded bundle, runs no code from that folder."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ prepack.MIN_CACHED_BYTES = 0
 sys.argv[0] = "edgelm"
 sys.exit(main())
 """
-"""The command line, for which no bundle is too small to be packed."""
+"""The edgelm command, with prepacking enabled for bundles of any size."""
 
 
 @pytest.fixture
 def hostile(tmp_path):
-    """A folder with the built-in bundle, and a stranger's modules under names that everybody imports."""
+    """A folder with the built-in bundle and hostile modules named like modules that edgelm imports."""
     folder = tmp_path / "hostile"
     folder.mkdir()
     for file in (PACKAGE / "builtin").iterdir():
@@ -79,7 +79,7 @@ def answer(hostile, *options, **environment):
 
 
 @pytest.mark.parametrize("python_path", ["", ".:relative:"])
-def test_compiling_kernels_runs_nothing_of_the_current_folder(hostile, python_path):
+def test_compiling_kernels_runs_nothing_from_the_current_folder(hostile, python_path):
     done, cache = answer(hostile, ".", "play some jazz", PYTHONPATH=python_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["intent"] == "PlayMusic"
@@ -87,20 +87,20 @@ def test_compiling_kernels_runs_nothing_of_the_current_folder(hostile, python_pa
 
 
 @pytest.mark.parametrize("settings", ["cache_locator_classes: stranger.Locator\ndisable_jit: 1\n", "[no yaml", "- a\n"])
-def test_numba_reads_no_settings_of_the_current_folder(hostile, settings):
+def test_numba_reads_no_settings_from_the_current_folder(hostile, settings):
     (hostile / ".numba_config.yaml").write_text(settings)
     options = ("--temperature", "0.5", "--seed", "1", "--top-p", "0.9")
     done, cache = answer(hostile, ".", "play some jazz", *options)
     assert (done.returncode, done.stderr) == (0, "")
-    assert list((cache / "kernels").rglob("*.nbi")), "kernels were compiled and kept all the same"
+    assert list((cache / "kernels").rglob("*.nbi")), "kernels must be compiled and cached"
 
 
-def test_trying_a_constraint_runs_nothing_of_the_current_folder(hostile):
+def test_checking_a_constraint_runs_nothing_from_the_current_folder(hostile):
     done, _ = answer(hostile, ".", "play some jazz", "--regex", "[a-z]{1,8}", "--no-cache")
     assert done.returncode == 0, done.stderr
 
 
-def test_a_child_gets_the_folders_that_it_needs_and_no_relative_ones(monkeypatch, tmp_path):
+def test_a_child_process_gets_only_absolute_import_paths(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "relative", ".", str(tmp_path), ""]))
     paths = isolated_python.list_import_paths()
     assert paths[0] == str(PACKAGE.resolve().parent)
@@ -113,8 +113,8 @@ def test_a_child_gets_the_folders_that_it_needs_and_no_relative_ones(monkeypatch
     )
 
 
-def test_every_python_that_is_started_is_isolated():
-    """Whoever starts another Python by hand, and not by `edgelm.system.isolated_python`, has to give -I first."""
+def test_every_python_subprocess_is_isolated():
+    """Code that starts Python without `edgelm.system.isolated_python` must pass -I first."""
     found = 0
     for folder in ("edgelm", "export", "devices", "examples"):
         for file in (REPO / folder).rglob("*.py"):
@@ -122,4 +122,4 @@ def test_every_python_that_is_started_is_isolated():
                 if isinstance(node, ast.List) and node.elts and ast.unparse(node.elts[0]) == "sys.executable":
                     found += 1
                     assert len(node.elts) == 1 or ast.unparse(node.elts[1]) == "'-I'", f"{file}:{node.lineno}"
-    assert found >= 3, "the search finds what there is"
+    assert found >= 3, "the search must find the known places"

@@ -1,4 +1,4 @@
-"""A wheel, installed the ways that README names into empty environments, runs; what it lacks comes by what it says."""
+"""Installation into empty environments by the commands in README, and by those that errors about extras name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def readme_line(tool: str) -> str:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the source, so that no build lies about in it."""
+    """A copy of the sources without build outputs."""
     source = tmp_path_factory.mktemp("clone") / "edgelm"
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
@@ -58,10 +58,10 @@ def wheel(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shell(tmp_path: Path):
-    """Run a line as a person would type it, in an environment that has nothing of ours."""
+    """Run a command line in an environment without this checkout."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "VIRTUAL_ENV"))}
     kept |= {name: str(tmp_path / folder) for name, folder in FOLDERS.items()}
-    tools = Path(sys.executable).parent  # where pip, uv and pipx are
+    tools = Path(sys.executable).parent  # pip, uv and pipx
     kept["PATH"] = os.pathsep.join([str(tmp_path / "bin"), str(tools), kept["PATH"]])
 
     def run(line: str, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
@@ -81,10 +81,10 @@ def test_everything_is_in_the_wheel(wheel: Path) -> None:
 
 
 @pytest.mark.parametrize("tool", ["uv tool", "pipx", "pip"])
-def test_readmes_line_brings_all_that_it_says(clone: Path, shell, tmp_path: Path, tool: str) -> None:
+def test_the_install_command_of_readme_installs_everything(clone: Path, shell, tmp_path: Path, tool: str) -> None:
     if tool == "pip":
         subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True, timeout=LIMIT_S)
-        (tmp_path / "bin").symlink_to(tmp_path / "env" / "bin")  # what activating it does
+        (tmp_path / "bin").symlink_to(tmp_path / "env" / "bin")  # as activating the environment
     else:
         pytest.importorskip(tool.split()[0], reason="needs pip install 'edgelm[dev]'")
     done = shell(readme_line(tool), clone)
@@ -93,12 +93,12 @@ def test_readmes_line_brings_all_that_it_says(clone: Path, shell, tmp_path: Path
     assert done.returncode == 0, done.stderr
     done = shell("edgelm generate builtin 'play some jazz'")
     assert json.loads(done.stdout)["intent"] == "PlayMusic"
-    assert "nowhere does not exist" in shell("edgelm pull mine --from nowhere").stderr  # the exporter is there
+    assert "nowhere does not exist" in shell("edgelm pull mine --from nowhere").stderr  # the exporter is installed
     done = shell("edgelm demo --embedded-broker")
     assert "All 3 answered" in done.stdout, done.stderr
 
 
-def test_a_tool_says_what_it_lacks_and_how_to_get_it(wheel: Path, shell) -> None:
+def test_a_tool_without_an_extra_names_the_command_to_install_it(wheel: Path, shell) -> None:
     pytest.importorskip("uv", reason="needs pip install 'edgelm[dev]'")
     done = shell(f"uv tool install {shlex.quote(str(wheel))}")
     if done.returncode and re.search(r"[Ff]ailed to fetch|dns error|error sending request", done.stderr):

@@ -1,6 +1,6 @@
-"""The runtime on the oldest and the newest Python that it supports, installed there as a person would, without extras.
+"""The runtime, installed without extras, on the oldest and the newest supported Python.
 
-3.10 with onnxruntime 1.23.2 is what JetPack 6 gives a Jetson.
+A Jetson with JetPack 6 has Python 3.10 and onnxruntime 1.23.2.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ QUICK += ["tests/property/test_engine_properties.py"]
 
 
 def check(version, source, home, bundles):
-    """Install into `home` and run the tests there, on each bundle; skip or fail as a test does."""
+    """Install into `home` and run tests there on each bundle. Skips or fails like a test."""
     python = find_python(version)
-    code, said = run(python, "-m", "venv", home, cwd=source)
+    code, output = run(python, "-m", "venv", home, cwd=source)
     if code:
-        pytest.skip(f"{python} cannot make a virtual environment: {said.strip().splitlines()[-1]}")
+        pytest.skip(f"{python} cannot make a virtual environment: {output.strip().splitlines()[-1]}")
     pip = [home / "bin" / "python", "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
-    code, said = run(*pip, "pytest>=8", "hypothesis>=6", cwd=source)
+    code, output = run(*pip, "pytest>=8", "hypothesis>=6", cwd=source)
     if code:
-        pytest.skip(f"pip cannot reach a package registry: {said.strip().splitlines()[-1]}")
-    code, said = run(*pip, PAIRS[version], source, cwd=source)
-    assert code == 0, said
-    # An installed package is tested, not the sources: pytest's own script puts no working directory on the path.
+        pytest.skip(f"pip cannot reach a package registry: {output.strip().splitlines()[-1]}")
+    code, output = run(*pip, PAIRS[version], source, cwd=source)
+    assert code == 0, output
+    # the pytest script does not add the working directory to the path, so the installed package is tested
     for quant, tests in (("fp32", ALL), ("int4", QUICK)):
         given = {
             "EDGELM_TEST_BUNDLE": str(bundles[quant]),
             "EDGELM_SHARED": os.environ.get("EDGELM_SHARED") or str(REPO.parent / "shared"),
         }
-        code, said = run(home / "bin" / "pytest", "-q", "--hypothesis-profile=few", *tests, cwd=source, **given)
-        assert code == 0, said[-5000:]
-        passed = re.search(r"(\d+) passed", said)
-        assert passed, said[-5000:]
-        assert int(passed[1]) >= (200 if quant == "fp32" else 40), said[-5000:]
+        code, output = run(home / "bin" / "pytest", "-q", "--hypothesis-profile=few", *tests, cwd=source, **given)
+        assert code == 0, output[-5000:]
+        passed = re.search(r"(\d+) passed", output)
+        assert passed, output[-5000:]
+        assert int(passed[1]) >= (200 if quant == "fp32" else 40), output[-5000:]
 
 
 @pytest.fixture(scope="module")
 def checks(tmp_path_factory, tiny_checkpoint, export_to_cache):
-    """Every version's check, all at once, each in a copy of the sources, so that nothing is written here."""
+    """The checks of all versions, run in parallel, each in a copy of the sources."""
     checkpoint = tiny_checkpoint(tied=False)
     bundles = {quant: export_to_cache(checkpoint, quant=quant) for quant in ("fp32", "int4")}
     with ThreadPoolExecutor(len(PAIRS)) as pool:
@@ -60,5 +60,5 @@ def checks(tmp_path_factory, tiny_checkpoint, export_to_cache):
 
 
 @pytest.mark.parametrize("version", PAIRS)
-def test_the_runtime_works_on(version, checks):
+def test_the_runtime_works_on_python(version, checks):
     checks[version].result()

@@ -1,4 +1,4 @@
-"""The lowest versions that pyproject.toml allows, installed together, and what matters run with them."""
+"""The lowest versions that pyproject.toml allows, installed together; commands and tests run with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OFFLINE = re.compile(r"[Ff]ailed to fetch|dns error|error sending request|No sol
 
 
 def bounds():
-    """The lower bound of each direct dependency of `edgelm[export]`, by name; several where markers tell them apart."""
+    """Return the lower bounds of each direct dependency of `edgelm[export]`: several if they depend on markers."""
     project = tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["project"]
     found: dict[str, set[str]] = {}
     for line in [*project["dependencies"], *project["optional-dependencies"]["export"]]:
@@ -43,21 +43,21 @@ def test_the_lowest_versions_work_together(version, tmp_path, tiny_checkpoint, e
     venv, lowest = tmp_path / "venv", tmp_path / "lowest.txt"
     uv = [sys.executable, "-m", "uv", "--no-python-downloads", "pip"]
     inside = ["--python", venv / "bin" / "python"]
-    code, said = run(
+    code, output = run(
         sys.executable, "-m", "uv", "venv", "-q", "--no-python-downloads", "--python", python, venv, cwd=source
     )
-    assert code == 0, said
+    assert code == 0, output
     compiled = [*uv, "compile", "-q", *inside, "--resolution", "lowest-direct", "--extra", "export", "-o", lowest]
-    code, said = run(*compiled, "pyproject.toml", cwd=source)
-    if code and OFFLINE.search(said):
-        pytest.skip(f"uv cannot reach a package registry: {said.strip().splitlines()[-1]}")
-    assert code == 0, said
+    code, output = run(*compiled, "pyproject.toml", cwd=source)
+    if code and OFFLINE.search(output):
+        pytest.skip(f"uv cannot reach a package registry: {output.strip().splitlines()[-1]}")
+    assert code == 0, output
     for what in (["-r", lowest], ["pytest>=8", "hypothesis>=6"], ["--no-deps", source]):
-        code, said = run(*uv, "install", "-q", *inside, *what, cwd=source)
-        assert code == 0, said
+        code, output = run(*uv, "install", "-q", *inside, *what, cwd=source)
+        assert code == 0, output
 
-    code, said = run(*uv, "list", "-q", *inside, "--format", "json", cwd=source)
-    installed = {each["name"]: each["version"] for each in json.loads(said)}
+    code, output = run(*uv, "list", "-q", *inside, "--format", "json", cwd=source)
+    installed = {each["name"]: each["version"] for each in json.loads(output)}
     for name, allowed in bounds().items():
         if name != "tomli" or version == "3.10":
             assert any(f"{installed[name]}.0.0".startswith(f"{bound}.") for bound in allowed), (name, installed[name])
@@ -65,17 +65,17 @@ def test_the_lowest_versions_work_together(version, tmp_path, tiny_checkpoint, e
     home = {"EDGELM_CACHE_DIR": str(tmp_path / "cache"), "EDGELM_TEST_CACHE": os.environ.get("EDGELM_TEST_CACHE", "")}
     home = {name: value for name, value in home.items() if value}
     edgelm = venv / "bin" / "edgelm"
-    code, said = run(
+    code, output = run(
         edgelm, "generate", "builtin", "play some jazz", "--temperature", "0.1", "--seed", "1", cwd=tmp_path, **home
     )
-    assert (code, json.loads(said)["intent"]) == (0, "PlayMusic")
-    code, said = run(edgelm, "devices", "smoke", "--json", cwd=tmp_path, **home)
-    report = json.loads(said)
-    assert report["ok"], said
+    assert (code, json.loads(output)["intent"]) == (0, "PlayMusic")
+    code, output = run(edgelm, "devices", "smoke", "--json", cwd=tmp_path, **home)
+    report = json.loads(output)
+    assert report["ok"], output
     (kernels,) = [check for check in report["checks"] if check["name"] == "kernels"]
     assert kernels["status"] == "ok" or "this processor has neither" in kernels["detail"], kernels
     bundle = export_to_cache(tiny_checkpoint(tied=False), quant="fp32")
     tests = [venv / "bin" / "pytest", "-q", "--hypothesis-profile=few", *TESTS]
-    code, said = run(*tests, cwd=source, EDGELM_TEST_BUNDLE=str(bundle), **home)
-    assert code == 0, said[-5000:]
-    assert int(re.search(r"(\d+) passed", said)[1]) > 100, said[-2000:]
+    code, output = run(*tests, cwd=source, EDGELM_TEST_BUNDLE=str(bundle), **home)
+    assert code == 0, output[-5000:]
+    assert int(re.search(r"(\d+) passed", output)[1]) > 100, output[-2000:]

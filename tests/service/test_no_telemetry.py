@@ -1,4 +1,4 @@
-"""What goes over the network and into the home folder: nothing that nobody asked for."""
+"""Running a model opens no network connection and writes nothing to the home folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import sys, time
 import edgelm
 with edgelm.load("builtin") as lm:
     print(lm.generate("play jazz", max_tokens=3).text)
-time.sleep(4)  # onnxruntime's client looks its maker's name up within a second or two
+time.sleep(4)  # onnxruntime's telemetry resolves a host name within two seconds
 """
 
 
 def traced(folder, first="", **environment):
-    """Run a program; return what it printed, the lines of its network calls and the files that it left at home."""
+    """Run a program; return its output, the trace of its network calls, and the files it wrote to the home folder."""
     home, trace = folder / "home", folder / "trace.txt"
     home.mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.endswith("DISABLE_TELEMETRY")}
@@ -36,22 +36,22 @@ def traced(folder, first="", **environment):
 
 
 def can_trace():
-    """Whether strace is here and may look at processes: not every container lets it."""
+    """Return whether strace is installed and allowed to trace; some containers forbid it."""
     if shutil.which("strace") is None:
         return False
     return subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.skipif(not can_trace(), reason="needs strace, which apt-get install strace brings, and leave to use it")
+@pytest.mark.skipif(not can_trace(), reason="needs strace (apt-get install strace) and permission to trace")
 @pytest.mark.parametrize("first", ["", "import edgelm_export", "import edgelm_devices.smoke"])
-def test_a_model_runs_without_a_socket_and_leaves_nothing_at_home(tmp_path, first):
+def test_a_model_opens_no_connection_and_writes_no_file_in_the_home_folder(tmp_path, first):
     printed, calls, files = traced(tmp_path, first)
     assert printed.strip()
     assert calls == []
     assert files == []
 
 
-def test_who_sets_the_variables_is_obeyed():
+def test_telemetry_variables_of_the_user_are_kept():
     code = "import os, edgelm; print(os.environ['ORT_DISABLE_TELEMETRY'], os.environ['HF_HUB_DISABLE_TELEMETRY'])"
     kept = {name: value for name, value in os.environ.items() if not name.endswith("DISABLE_TELEMETRY")}
     for given, printed in (({}, "1 1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0 1")):

@@ -1,4 +1,4 @@
-"""What must arrive: no more under way than the broker takes, all of it in order, nothing forgotten."""
+"""The outbox: packets of QoS 1 arrive in order, with a limited number in flight, also after a lost connection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WINDOW = 3
 
 
 class Sender:
-    """A connection and its outbox, whose events the test handles one by one."""
+    """A connection and its outbox; the test handles its events one by one."""
 
     def __init__(self, broker: Broker) -> None:
         self._events: SimpleQueue[Event] = SimpleQueue()
@@ -30,7 +30,7 @@ class Sender:
         self.outbox = Outbox(self.connection)
 
     def handle(self) -> Event:
-        """Wait for an event and hand it to the outbox."""
+        """Wait for an event and pass it to the outbox."""
         event = self._events.get(timeout=PATIENCE_S)
         if isinstance(event, Connected):
             self.outbox.on_connected(event)
@@ -41,7 +41,7 @@ class Sender:
         return event
 
     def connect(self) -> Connected:
-        """Handle events until the connection is there."""
+        """Handle events until `Connected`."""
         while not isinstance(event := self.handle(), Connected):
             pass
         return event
@@ -62,9 +62,9 @@ def sender(narrow: Broker) -> Iterator[Sender]:
     made.connection.stop()
 
 
-def test_no_more_is_under_way_than_the_broker_takes(narrow: Broker, sender: Sender) -> None:
+def test_packets_in_flight_are_limited_to_the_brokers_receive_maximum(narrow: Broker, sender: Sender) -> None:
     with Client(narrow.port, "many") as client:
-        sender.outbox.send(Packet("many", b"0", qos=1))  # before the connection is there
+        sender.outbox.send(Packet("many", b"0", qos=1))  # before the connection
         event = sender.connect()
         assert (event.limits.in_flight, event.limits.packet_bytes) == (WINDOW, 2000)
         for number in range(1, 50):
@@ -77,7 +77,7 @@ def test_no_more_is_under_way_than_the_broker_takes(narrow: Broker, sender: Send
         assert [int(message.payload) for message in client.heard] == list(range(50))
 
 
-def test_a_packet_too_large_is_replaced_or_dropped_and_the_rest_goes_on(narrow: Broker, sender: Sender) -> None:
+def test_a_too_large_packet_is_replaced_or_dropped(narrow: Broker, sender: Sender) -> None:
     with Client(narrow.port, "sizes") as client:
         sender.connect()
         large = Packet("sizes", b"x" * 3000, qos=1)
@@ -90,7 +90,7 @@ def test_a_packet_too_large_is_replaced_or_dropped_and_the_rest_goes_on(narrow: 
         assert [b"2000" in message.payload for message in client.heard] == [True, False]
 
 
-def test_what_was_under_way_is_sent_again_after_a_broken_connection(narrow: Broker, sender: Sender) -> None:
+def test_packets_in_flight_are_sent_again_after_a_lost_connection(narrow: Broker, sender: Sender) -> None:
     sender.connect()
     narrow.kill()
     for number in range(10):

@@ -1,4 +1,4 @@
-"""README, line by line: each of its commands gives what the page says. What is tested elsewhere is named here."""
+"""Every command in README works as described. `ELSEWHERE` lists the commands that other tests cover."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ HERE = [
 ]
 
 
-def test_every_line_is_tested_somewhere() -> None:
+def test_every_readme_command_is_tested() -> None:
     for line in LINES:
         assert any(re.match(pattern, line) for pattern in [*HERE, *ELSEWHERE]), line
     for pattern in [*HERE, *ELSEWHERE]:
@@ -53,7 +53,7 @@ def test_every_line_is_tested_somewhere() -> None:
 
 
 def run(line: str, broker: Broker | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a line of README as it stands, with this test's broker for the one at localhost:1883."""
+    """Run a command from README, with this test's broker instead of localhost:1883."""
     words = shlex.split(line, comments=True)
     environment = dict(os.environ)
     if broker is not None:
@@ -68,7 +68,7 @@ def run(line: str, broker: Broker | None = None, cwd: Path = ROOT) -> subprocess
 
 @pytest.fixture(scope="module")
 def kitchen(broker: Broker) -> Iterator[Broker]:
-    """The board that README starts, by README's line."""
+    """The board that a command in README starts."""
     (line,) = lines("edgelm serve ")
     words = [broker.url if word == URL else word for word in shlex.split(line, comments=True)[1:]]
     board = subprocess.Popen([sys.executable, "-m", "edgelm", *words], stderr=subprocess.PIPE, text=True)
@@ -88,27 +88,27 @@ def test_models_are_listed() -> None:
     assert re.search(rf"^{re.escape(named)} .*Apache-2.0", done.stdout, re.MULTILINE)
 
 
-def test_a_board_is_asked(kitchen: Broker) -> None:
+def test_ask_and_mosquitto_get_the_printed_response(kitchen: Broker) -> None:
     (printed,) = re.findall(r"```json\n(\{.*?\})\n```", README, re.DOTALL)
-    told = json.loads(printed.replace(", ...}", "}"))
+    printed_body = json.loads(printed.replace(", ...}", "}"))
     (line,) = lines(r'edgelm ask --board kitchen "play')
-    assert run(line, kitchen).stdout == told["text"] + "\n"
+    assert run(line, kitchen).stdout == printed_body["text"] + "\n"
     (line,) = lines("mosquitto_rr")
     final = json.loads(run(line, kitchen).stdout)
-    assert set(told) <= set(final)
+    assert set(printed_body) <= set(final)
     for key in ("text", "done", "finish_reason", "board", "model", "error"):
-        assert final[key] == told[key]
-    assert set(told["usage"]) <= set(final["usage"])
-    assert set(told["timing"]) <= set(final["timing"])
+        assert final[key] == printed_body[key]
+    assert set(printed_body["usage"]) <= set(final["usage"])
+    assert set(printed_body["timing"]) <= set(final["timing"])
 
 
-def test_pieces_come_before_the_whole(kitchen: Broker) -> None:
+def test_chunks_join_to_the_final_text(kitchen: Broker) -> None:
     (listen,), (ask,) = lines("mosquitto_sub"), lines("mosquitto_pub")
     words = shlex.split(listen.partition("&")[0])
     listener = subprocess.Popen(
         [words[0], "-h", "127.0.0.1", "-p", str(kitchen.port), *words[1:]], stdout=subprocess.PIPE, text=True
     )
-    time.sleep(0.5)  # mosquitto_sub does not say when it listens
+    time.sleep(0.5)  # the start of the subscription cannot be seen
     assert run(ask, kitchen).returncode == 0
     heard = [json.loads(line) for line in listener.communicate(timeout=60)[0].splitlines()]
     *pieces, whole = sorted(heard, key=lambda each: each["seq"])
@@ -119,7 +119,7 @@ def test_pieces_come_before_the_whole(kitchen: Broker) -> None:
 
 
 @pytest.mark.parametrize("line", lines("edgelm devices (detect|smoke)"))
-def test_boards(line: str) -> None:
+def test_device_commands(line: str) -> None:
     done = run(line)
     assert done.returncode == 0, done.stderr
     assert done.stdout

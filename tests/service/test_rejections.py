@@ -1,4 +1,4 @@
-"""Every way a request can fail: the right code, and the board lives on."""
+"""Invalid requests, cancels and deadlines: each has its error code, and the board keeps running."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def test_bad_requests(client: Client, common: str, served_bundle: str, payload: 
     _is_alive(client, common)
 
 
-def test_a_payload_of_65_kib_tells_where_its_refusal_goes(client: Client, common: str) -> None:
+def test_the_response_topic_of_a_65_kib_payload_is_read(client: Client, common: str) -> None:
     body = {"prompt": "x" * (65 * 1024), "id": "large", "response_topic": "reply/large"}
     client.publish(f"edgelm/{common}/generate", body)
     assert client.final("large")["error"]["code"] == "too_large"
 
 
-def test_a_payload_of_1_mib_does_no_harm(client: Client, common: str) -> None:
+def test_the_board_survives_a_payload_of_1_mib(client: Client, common: str) -> None:
     client.publish(f"edgelm/{common}/generate", b"x" * 2**20, reply="reply/mib")
     _is_alive(client, common)
 
@@ -72,7 +72,9 @@ def test_a_bad_client_name(client: Client, common: str, client_name: str) -> Non
 
 
 @pytest.mark.parametrize("topic", ["foo/#", "foo/+", "a\nb", "x" * 300, "edgelm/other/generate", "homeassistant/x"])
-def test_nowhere_to_answer_is_an_event(client: Client, common: str, topic: str) -> None:
+def test_a_request_without_a_valid_response_topic_is_rejected_by_an_event(
+    client: Client, common: str, topic: str
+) -> None:
     client.publish(f"edgelm/{common}/generate", {"prompt": PROMPT, "id": "lost", "response_topic": topic})
     client.wait(lambda heard: any(b'"rejected"' in message.payload for message in heard))
     event = client.on(f"edgelm/{common}/event")[-1].body
@@ -102,7 +104,9 @@ def test_only_the_allowed_reply_topics_are_used(broker: Broker, config: ServeCon
         assert not client.on("other/topic")
 
 
-def test_cancel_keeps_what_there_is(broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_request_keeps_its_text(
+    broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = f"edgelm/{config.board}"
     topics = ("reply/#", "edgelm/client/#", f"{base}/event")
     with serving(config, monkeypatch, step_s=0.05), Client(broker.port, *topics) as client:
@@ -156,7 +160,7 @@ def test_the_deadline_holds_in_the_queue_and_while_decoding(
     assert client.on("reply/runs")[-1].user == {"status": "408"}
 
 
-def test_a_short_deadline_behind_a_long_job(
+def test_a_short_deadline_behind_a_long_request(
     broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ServeConfig(mqtt=config.mqtt, model=config.model, board=config.board, max_batch=1, threads=1)
@@ -171,7 +175,7 @@ def test_a_short_deadline_behind_a_long_job(
         assert not any(message.body["done"] for message in client.on("reply/long"))
 
 
-def test_a_hundred_at_once_get_a_hundred_finals(
+def test_a_hundred_requests_get_a_hundred_final_messages(
     broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(config, monkeypatch, step_s=0.01), Client(broker.port, "reply/#") as client:

@@ -1,4 +1,4 @@
-"""The two shapes of an answer, and what travels beside them."""
+"""Streamed and whole responses, their properties, and the board's own topics."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def _bodies(heard: list[Heard], topic: str) -> list[dict[str, object]]:
 
 
 def _is_whole(heard: list[Heard], topic: str) -> bool:
-    """Whether the final is there, and every chunk that its `seq` promises."""
+    """Return whether the final message and as many chunks as its `seq` were received."""
     bodies = _bodies(heard, topic)
     final = next((body for body in bodies if body["done"]), None)
     return final is not None and len(bodies) == final["seq"] + 1
 
 
 @pytest.fixture(scope="module", params=["5", "3.1.1"])
-def asker(request: pytest.FixtureRequest, broker: Broker) -> Iterator[tuple[Client, str]]:
+def version_client(request: pytest.FixtureRequest, broker: Broker) -> Iterator[tuple[Client, str]]:
     with Client(broker.port, f"reply/{request.param}/#", version=request.param) as connected:
         yield connected, request.param
 
@@ -42,9 +42,9 @@ PROMPTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(prompts=st.lists(PROMPTS, min_size=4, max_size=4), seed=st.integers(0, 2**31))
 def test_streamed_text_equals_the_final_text(
-    asker: tuple[Client, str], common: str, prompts: list[str], seed: int
+    version_client: tuple[Client, str], common: str, prompts: list[str], seed: int
 ) -> None:
-    client, version = asker
+    client, version = version_client
     client.heard.clear()
     replies = [f"reply/{version}/{next(NUMBERS)}" for _ in prompts]
     for reply, prompt in zip(replies, prompts, strict=True):
@@ -94,7 +94,7 @@ def test_chunks_are_merged_over_chunk_ms(broker: Broker, config: ServeConfig, mo
     assert counts[0] > 2
 
 
-def test_qualities_and_properties(client: Client, common: str) -> None:
+def test_qos_and_properties_of_a_response(client: Client, common: str) -> None:
     body = {"prompt": PROMPT, "max_tokens": 5, "stream": True, "timeout_s": 40}
     client.publish(f"edgelm/{common}/generate", body, reply="reply/q", correlation=b"\x00\xff\x01")
     client.wait(lambda heard: _is_whole(heard, "reply/q"))
@@ -110,7 +110,7 @@ def test_qualities_and_properties(client: Client, common: str) -> None:
         assert not answer.retain
 
 
-def test_the_default_reply_topics(client: Client, common: str) -> None:
+def test_the_default_response_topics(client: Client, common: str) -> None:
     client.publish(f"edgelm/{common}/generate", {"prompt": PROMPT, "max_tokens": 1, "id": "unnamed"})
     client.publish(f"edgelm/{common}/generate/kitchen", {"prompt": PROMPT, "max_tokens": 1, "id": "named"})
     client.final("unnamed")
@@ -119,7 +119,7 @@ def test_the_default_reply_topics(client: Client, common: str) -> None:
     assert topics == {"unnamed": f"edgelm/{common}/response", "named": "edgelm/client/kitchen/response"}
 
 
-def test_logprobs_and_constraints_travel(client: Client, common: str) -> None:
+def test_logprobs_and_constraints_are_supported(client: Client, common: str) -> None:
     body = {"prompt": PROMPT, "choices": ["yes", "no"], "logprobs": 2, "id": "choice"}
     client.publish(f"edgelm/{common}/generate", body, reply="reply/choice")
     final = client.final("choice")
@@ -139,23 +139,23 @@ def test_the_same_seed_gives_the_same_answer(client: Client, common: str) -> Non
     assert len(first["tokens"]) == 20
 
 
-def test_what_the_board_says_of_itself(broker: Broker, common: str) -> None:
+def test_retained_messages_describe_the_board(broker: Broker, common: str) -> None:
     with Client(broker.port, f"edgelm/{common}/+") as newcomer:
         newcomer.wait(lambda heard: {message.topic.rsplit("/")[-1] for message in heard} >= {"status", "info", "state"})
-        told = {message.topic.rsplit("/")[-1]: message for message in newcomer.heard}
-    assert all(message.retain for message in told.values())
-    assert told["status"].payload == b"online"
-    info = told["info"].body
+        retained = {message.topic.rsplit("/")[-1]: message for message in newcomer.heard}
+    assert all(message.retain for message in retained.values())
+    assert retained["status"].payload == b"online"
+    info = retained["info"].body
     assert info["protocol"] == 1
     assert info["durable"] is False
     assert len(info["models"][0]["digest"]) == 64
     assert info["limits"]["payload_bytes"] == 65536
-    assert told["status"].user == {"boot_id": info["boot_id"]}
-    assert {"queue", "active", "tok_s", "rss_mb", "temp_c", "throttled"} <= set(told["state"].body)
-    assert told["state"].body["rss_mb"] > 1
+    assert retained["status"].user == {"boot_id": info["boot_id"]}
+    assert {"queue", "active", "tok_s", "rss_mb", "temp_c", "throttled"} <= set(retained["state"].body)
+    assert retained["state"].body["rss_mb"] > 1
 
 
-def test_events_tell_the_fate_and_not_the_text(client: Client, common: str) -> None:
+def test_events_report_progress_without_the_text(client: Client, common: str) -> None:
     client.publish(
         f"edgelm/{common}/generate", {"prompt": "a very secret prompt", "max_tokens": 3, "id": "e"}, reply="reply/e"
     )

@@ -1,4 +1,4 @@
-"""Conversations over MQTT: a client says only what is new, and nobody else goes on with them."""
+"""Sessions over MQTT: a client sends only new text, and other clients cannot continue its sessions."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NUMBERS = count()
 
 
 def _ask(client: Client, board: str, body: dict[str, Any], who: str = "talker") -> dict[str, Any]:
-    """Ask greedily as a client of that name, and return the final."""
+    """Send a greedy request as the client `who`; return the body of the final message."""
     name = f"session-{next(NUMBERS)}"
     payload = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "id": name, **body}
     client.publish(f"edgelm/{board}/generate/{who}", payload, reply=f"edgelm/client/{who}/response")
     return client.final(name)
 
 
-def test_a_conversation_sends_only_what_is_new(client: Client, common: str) -> None:
+def test_a_session_needs_only_the_new_prompt(client: Client, common: str) -> None:
     first = _ask(client, common, {"prompt": PROMPT, "session": "new"})
     second = _ask(client, common, {"prompt": " and", "session": "new"})
     tokens = first["usage"]["prompt_tokens"] + first["usage"]["completion_tokens"]
@@ -39,7 +39,7 @@ def test_a_conversation_sends_only_what_is_new(client: Client, common: str) -> N
     assert _ask(client, common, {"prompt": PROMPT, "session": "new"})["turn"] == 1
 
 
-def test_sessions_of_one_name_are_each_clients_own(client: Client, common: str) -> None:
+def test_equal_session_names_of_two_clients_are_separate_sessions(client: Client, common: str) -> None:
     turns = []
     for who in ("eve", "anna", "ben", "anna", "eve"):
         final = _ask(client, common, {"prompt": PROMPT, "session": "same name"}, who)
@@ -55,13 +55,13 @@ def test_a_full_session_is_refused_until_it_is_ended(client: Client, common: str
     assert _ask(client, common, body)["finish_reason"] == "length"
     refused = _ask(client, common, body)
     assert refused["error"]["code"] == "bad_request"
-    assert "end the session" in refused["error"]["message"]
+    assert "session" in refused["error"]["message"]
     ended = _ask(client, common, {"session": "full", "end_session": True})
     assert (ended["finish_reason"], ended["text"], ended["error"]) == ("stop", "", None)
     assert _ask(client, common, {**body, "max_tokens": 2})["turn"] == 1
 
 
-def test_requests_sent_together_are_answered_in_turn_and_may_be_cancelled(
+def test_requests_of_one_session_run_in_order_and_can_be_cancelled(
     broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(config, monkeypatch, step_s=0.02), Client(broker.port, "edgelm/client/queuer/#") as client:
@@ -82,7 +82,7 @@ def test_requests_sent_together_are_answered_in_turn_and_may_be_cancelled(
         assert after["prompt_tokens"] > before["prompt_tokens"] + before["completion_tokens"]
 
 
-def test_ask_goes_on_with_a_session(broker: Broker, common: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ask_continues_a_session(broker: Broker, common: str, capsys: pytest.CaptureFixture[str]) -> None:
     def ask(*arguments: str) -> str:
         capsys.readouterr()
         flags = ["--broker", broker.url, "--board", common, "--session", "typed"]
@@ -98,8 +98,8 @@ def test_ask_goes_on_with_a_session(broker: Broker, common: str, capsys: pytest.
 
 
 @pytest.mark.parametrize("arguments", [[], ["--session", "a"], [PROMPT, "--end-session"]])
-def test_ask_wants_a_prompt_or_an_end(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_ask_needs_a_prompt_or_end_session(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ask", *arguments]) == 2
-    told = capsys.readouterr()
-    assert told.err.count("\n") == 1
-    assert "--session NAME" in told.err
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert "--session NAME" in printed.err

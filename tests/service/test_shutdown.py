@@ -1,4 +1,4 @@
-"""How a board goes: by SIGKILL, by SIGTERM, in mid-stream; and what its process shows to others."""
+"""A board that ends by SIGKILL or SIGTERM; TLS; secrets; errors of settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def test_sigkill_shows_offline_by_the_last_will(broker: Broker, served_bundle: s
         assert newcomer.heard[0].retain
 
 
-def test_sigterm_lets_what_runs_finish_and_refuses_the_rest(broker: Broker, served_bundle: str, tmp_path: Path) -> None:
+def test_sigterm_finishes_running_requests_and_rejects_new_ones(
+    broker: Broker, served_bundle: str, tmp_path: Path
+) -> None:
     flags = ["--mqtt", broker.url, "--model", served_bundle, "--board", "drained"]
     with (
         Client(broker.port, "reply/#", "edgelm/drained/+") as client,
@@ -54,7 +56,7 @@ def test_sigterm_lets_what_runs_finish_and_refuses_the_rest(broker: Broker, serv
         assert [m.payload for m in client.on("edgelm/drained/status")] == [b"online", b"offline"]
 
 
-def test_sigterm_interrupts_what_takes_too_long(broker: Broker, served_bundle: str, tmp_path: Path) -> None:
+def test_sigterm_interrupts_requests_after_the_drain_time(broker: Broker, served_bundle: str, tmp_path: Path) -> None:
     flags = ["--mqtt", broker.url, "--model", served_bundle, "--board", "hurried", "--max-batch", "1"]
     with (
         Client(broker.port, "reply/#", "edgelm/hurried/status") as client,
@@ -73,37 +75,50 @@ def test_sigterm_interrupts_what_takes_too_long(broker: Broker, served_bundle: s
         _status(client, "hurried", b"offline")
 
 
-def test_the_secrets_are_in_no_log_no_message_and_no_list_of_processes(served_bundle: str, tmp_path: Path) -> None:
+def test_the_password_is_in_no_log_message_or_process_list(served_bundle: str, tmp_path: Path) -> None:
     passwords = tmp_path / "passwords"
     subprocess.run(["mosquitto_passwd", "-c", "-b", str(passwords), "me", "hunter2"], check=True, capture_output=True)
-    guarded = Broker(tmp_path, f"password_file {passwords}", anonymous=False).start()
+    protected = Broker(tmp_path, f"password_file {passwords}", anonymous=False).start()
     secret = tmp_path / "secret"
     secret.write_text("hunter2\n")
     secret.chmod(0o600)
-    flags = ["--mqtt", guarded.url, "--model", served_bundle, "--board", "private", "--username", "me"]
+    flags = ["--mqtt", protected.url, "--model", served_bundle, "--board", "private", "--username", "me"]
     try:
         with Process(tmp_path / "log", *flags, "--password-file", str(secret), "--log-format", "json") as board:
             board.wait_for("serving")
             arguments = Path(f"/proc/{board.pid}/cmdline").read_bytes()
-            client = ["mosquitto_sub", "-p", str(guarded.port), "-u", "me", "-P", "hunter2", "-t", "#", "-W", "2", "-v"]
+            client = [
+                "mosquitto_sub",
+                "-p",
+                str(protected.port),
+                "-u",
+                "me",
+                "-P",
+                "hunter2",
+                "-t",
+                "#",
+                "-W",
+                "2",
+                "-v",
+            ]
             heard = subprocess.run(client, capture_output=True, text=True, timeout=40, check=False).stdout
             assert board.end() == 0
             assert "edgelm/private/info" in heard
-            assert "hunter2" not in board.said + heard + arguments.decode()
-            assert all(json.loads(line)["level"] for line in board.said.splitlines())
+            assert "hunter2" not in board.log_text + heard + arguments.decode()
+            assert all(json.loads(line)["level"] for line in board.log_text.splitlines())
         with Process(tmp_path / "log2", *flags, environment={"EDGELM_PASSWORD": "wrong"}) as board:
             assert board.wait() == 1
-            assert "Not authorized" in board.said
-            assert "wrong" not in board.said
+            assert "Not authorized" in board.log_text
+            assert "wrong" not in board.log_text
     finally:
-        guarded.stop()
+        protected.stop()
 
 
 EC = ["ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
 
 
 def _certificates(folder: Path) -> None:
-    """A CA, and a server's certificate for 127.0.0.1 signed by it."""
+    """Create a CA, and certificates signed by it for a broker at 127.0.0.1 and for a client."""
 
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
@@ -117,7 +132,7 @@ def _certificates(folder: Path) -> None:
     openssl("x509", "-req", "-in", "me.csr", "-out", "me.crt", *sign)
 
 
-def test_tls_with_a_ca_of_our_own_and_a_certificate_for_us(served_bundle: str, tmp_path: Path) -> None:
+def test_tls_with_an_own_ca_and_a_client_certificate(served_bundle: str, tmp_path: Path) -> None:
     _certificates(tmp_path)
     lines = [
         f"{key} {tmp_path / name}"
@@ -132,11 +147,11 @@ def test_tls_with_a_ca_of_our_own_and_a_certificate_for_us(served_bundle: str, t
         with Process(tmp_path / "log", *flags, *trust) as board:
             board.wait_for("serving")
             command = [*board._command[:1], "-m", "edgelm", "ask", PROMPT, "--broker", url, "--board", "secure"]
-            told = subprocess.run(
+            result = subprocess.run(
                 [*command, "--max-tokens", "3", *trust], capture_output=True, text=True, timeout=60, check=False
             )
-            assert told.returncode == 0, told.stderr
-            assert told.stdout.strip()
+            assert result.returncode == 0, result.stderr
+            assert result.stdout.strip()
             distrusted = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
             assert distrusted.returncode == 1
             assert "not trusted" in distrusted.stderr
@@ -159,10 +174,10 @@ def test_tls_with_a_ca_of_our_own_and_a_certificate_for_us(served_bundle: str, t
         (["--config", "/nowhere.toml"], "nowhere.toml"),
     ],
 )
-def test_bad_settings_are_one_line(
+def test_a_bad_setting_is_reported_in_one_line(
     served_bundle: str, flags: list[str], names: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["serve", "--model", served_bundle, *flags]) == 1
-    said = capsys.readouterr().err
-    assert names in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert names in printed
+    assert printed.count("\n") == 1

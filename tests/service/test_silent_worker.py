@@ -1,4 +1,4 @@
-"""A worker that is silent costs its clients their answers, not their finals."""
+"""A worker that hangs: its requests still get final messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from served_board import SlowEngine, serving
 from edgelm.mqtt.service_config import ServeConfig
 
 
-def test_the_service_itself_ends_what_is_past_its_deadline(
+def test_the_service_ends_a_request_whose_worker_hangs(
     broker: Broker, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     goes_on, steps = threading.Event(), []
@@ -29,10 +29,10 @@ def test_the_service_itself_ends_what_is_past_its_deadline(
         body = {"prompt": "Once upon a time", "max_tokens": 90, "ignore_eos": True, "timeout_s": 0.5, "id": "stuck"}
         client.publish(topic, body, reply="reply/stuck")
         final = client.final("stuck")
-        assert service._models[0].worker.stats().completed == 0  # it is silent still
+        assert service._models[0].worker.stats().completed == 0  # the worker still hangs
         assert final["finish_reason"] == "deadline"
         assert final["error"]["code"] == "deadline"
-        assert final["text"]  # what there was until then
+        assert final["text"]  # the incomplete text
         goes_on.set()
         body = {"prompt": "Once", "max_tokens": 3, "id": "later"}
         client.publish(topic, body, reply="reply/later")

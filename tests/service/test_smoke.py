@@ -1,4 +1,4 @@
-"""The smoke test of `edgelm devices smoke`, for real: inference, and an answer through a real broker."""
+"""`edgelm devices smoke` with real inference and a real broker."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_report_has_one_line_a_check(bundle: Path, capsys):
     assert verdict == "all checks passed"
 
 
-def test_the_embedded_broker_will_do(bundle: Path, monkeypatch):
+def test_the_smoke_test_uses_the_embedded_broker_without_mosquitto(bundle: Path, monkeypatch):
     pytest.importorskip("amqtt", reason="pip install 'edgelm[broker]'")
     monkeypatch.setattr(local_broker, "find_mosquitto", lambda: None)
     check = next(check for check in run_smoke_test(str(bundle), threads=1).checks if check.name == "mqtt")
@@ -47,7 +47,7 @@ def test_the_embedded_broker_will_do(bundle: Path, monkeypatch):
     assert "amqtt" in check.told
 
 
-def test_no_broker_at_all_is_skipped_with_what_to_do(bundle: Path, monkeypatch):
+def test_without_a_broker_the_mqtt_check_is_skipped_with_a_remedy(bundle: Path, monkeypatch):
     monkeypatch.setattr(local_broker, "find_mosquitto", lambda: None)
     monkeypatch.setitem(sys.modules, "amqtt.broker", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "edgelm.mqtt.amqtt_broker", raising=False)
@@ -67,14 +67,14 @@ def test_a_damaged_bundle_fails_the_board(bundle: Path, tmp_path: Path, capsys):
     assert "tokenizer.json" in out
 
 
-def test_an_answer_that_is_not_the_known_one_fails(model):
-    """A random model does not give the built-in one's intent."""
+def test_an_unexpected_answer_fails(model):
+    """A random model does not generate the intent of the built-in model."""
     check = check_answer(model.generate(PROMPT, max_tokens=8, temperature=0.0), INTENT)
     assert check.status == "failed"
     assert INTENT in check.told
 
 
-def test_the_builtin_bundle_gives_its_intent():
+def test_the_builtin_bundle_passes():
     builtin = Path(sys.modules["edgelm"].__file__).parent / "builtin"
     if not (builtin / "manifest.json").is_file():
         pytest.skip("the built-in bundle is not there: see edgelm/builtin/README.md")

@@ -1,4 +1,4 @@
-"""What is installed: pinned byte for byte for the demo, and written down for a release (CycloneDX)."""
+"""Pinned dependencies with hashes, and the bill of materials of a release (CycloneDX)."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def name_of(requirement):
 
 
 FILES = {"requirements.txt": ["broker"], "requirements-test.txt": ["export", "optimum", "report", "broker", "dev"]}
-"""Files of pins, and the extras that each has to cover beside the plain install."""
+"""Files of pins, and the extras that each must cover besides the plain installation."""
 
 
 def pins(file):
-    """Each pin of a file: name, version, marker, hashes."""
+    """Yield name, version, marker and hashes of each pin in a file."""
     text = (ROOT / file).read_text("utf-8").replace("\\\n", " ")
     for line in filter(None, (line.partition("#")[0].strip() for line in text.splitlines())):
         head, *hashes = re.split(r"\s+--hash=", line)
@@ -40,7 +40,7 @@ def pins(file):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_nothing_is_installed_but_what_has_a_hash(file):
+def test_every_pinned_package_has_a_hash(file):
     found = list(pins(file))
     assert len(found) > 40
     for name, version, _, hashes in found:
@@ -55,7 +55,7 @@ def test_nothing_is_installed_but_what_has_a_hash(file):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_pins_are_those_of_the_constraints(file):
+def test_the_pins_agree_with_constraints_txt(file):
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     tested = dict(
         line.partition(";")[0].strip().lower().replace("_", "-").split("==") for line in lines if "==" in line
@@ -66,7 +66,7 @@ def test_the_pins_are_those_of_the_constraints(file):
         assert version == tested[name] or marker.startswith("python_full_version < '3.11'"), name
 
 
-def test_a_release_says_what_it_consists_of(tmp_path):
+def test_the_sbom_lists_the_dependencies(tmp_path):
     tool = shutil.which("cyclonedx-py", path=str(Path(sys.executable).parent))
     if tool is None or shutil.which("make") is None:
         pytest.skip("needs make and pip install 'edgelm[dev]'")
@@ -91,5 +91,5 @@ def test_a_release_says_what_it_consists_of(tmp_path):
             continue
         part = found[name_of(dependency)]
         assert part["purl"] == f"pkg:pypi/{name_of(dependency)}@{part['version']}"
-    assert not {"pip", "setuptools", "pytest", "torch"} & set(found), "the plain install alone"
+    assert not {"pip", "setuptools", "pytest", "torch"} & set(found), "only the plain installation"
     assert str(tmp_path) not in json.dumps(bill)

@@ -1,4 +1,4 @@
-"""mosquitto on a free loopback port, with a configuration of the test's own, ended by its process id."""
+"""mosquitto on a free loopback port with a configuration for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATIENCE_S = 20.0
 
 
 def need_mosquitto() -> str:
-    """The program's path; skips the test where there is none."""
+    """Return the path of mosquitto; skip the test if it is not installed."""
     program = find_mosquitto()
     if program is None:
         pytest.skip("mosquitto is not installed: apt install mosquitto mosquitto-clients")
@@ -25,14 +25,16 @@ def need_mosquitto() -> str:
 
 
 class Broker:
-    """One mosquitto. `lines` go into the listener's configuration."""
+    """A mosquitto process. `lines` are added to its configuration."""
 
     def __init__(self, folder: Path, *lines: str, anonymous: bool = True) -> None:
         self.port = free_port()
         self._program = need_mosquitto()
         self._config = folder / "mosquitto.conf"
         self._log = folder / "mosquitto.log"
-        user = ["user root"] if os.geteuid() == 0 else []  # else mosquitto drops to a user that cannot read here
+        user = (
+            ["user root"] if os.geteuid() == 0 else []
+        )  # otherwise mosquitto changes to a user that cannot read these files
         allow = f"allow_anonymous {str(anonymous).lower()}"
         listener = f"listener {self.port} 127.0.0.1"
         self._config.write_text("\n".join([*user, listener, allow, "set_tcp_nodelay true", *lines]) + "\n")
@@ -56,7 +58,7 @@ class Broker:
         raise AssertionError(f"mosquitto did not start: {self._log.read_text()}")
 
     def kill(self) -> None:
-        """End it as a power cut would: no goodbye, nothing kept."""
+        """Kill it, as at a power failure."""
         self._end(signal.SIGKILL)
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""A client of a worker that can hold the worker still, and how the worker's tests ask."""
+"""A client of a worker that can block the worker, and helpers that submit requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PROMPT = (5, 6, 7, 8)
 
 
 class Client:
-    """Collects the chunks of one request. With `gate` the worker waits in the first chunk until it is opened."""
+    """Collects the chunks of one request. With `gate` the worker blocks at the first chunk until `gate` is set."""
 
     def __init__(self, gate=False):
         self.chunks = []
@@ -42,7 +42,7 @@ def ask(worker, name, *, client=None, max_tokens=5, deadline=None, prompt=PROMPT
 
 
 def occupy(worker, name="busy"):
-    """Submit a long request, and return once the worker waits in its first chunk."""
+    """Submit a long request; return when the worker blocks at its first chunk."""
     client = ask(worker, name, client=Client(gate=True), max_tokens=400)
     assert client.first.wait(PATIENCE_S)
     return client

@@ -1,4 +1,4 @@
-"""`python serve_slowly.py SECONDS serve ...`: the edgelm command whose engine takes so much longer a step."""
+"""`python serve_slowly.py SECONDS serve ...`: the edgelm command with an engine whose steps take SECONDS longer."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A board under test: in a thread of this process, or as `edgelm serve` in a process of its own."""
+"""A board under test: on a thread of this process, or as an `edgelm serve` process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PATIENCE_S = 40.0
 
 
 class SlowEngine(Engine):
-    """The real engine on a machine that takes `step_s` longer a step, and that can be made to fail."""
+    """An engine whose steps take `step_s` longer, and that raises `failure` if it is set."""
 
     step_s = 0.0
     failure: BaseException | None = None
@@ -41,7 +41,7 @@ class SlowEngine(Engine):
 def serving(
     config: ServeConfig, monkeypatch: pytest.MonkeyPatch | None = None, step_s: float = 0.0
 ) -> Iterator[Service]:
-    """Serve in a thread; with `monkeypatch` by a `SlowEngine`. Raises what the service raised."""
+    """Serve on a thread; with `monkeypatch` use a `SlowEngine`. Raises the exception of the service."""
     if monkeypatch is not None:
         monkeypatch.setattr(SlowEngine, "step_s", step_s)
         monkeypatch.setattr(SlowEngine, "failure", None)
@@ -72,7 +72,7 @@ def serving(
 
 
 class Process:
-    """`edgelm serve` in a process of its own. Use as a context manager; it is killed at the end if it still runs."""
+    """An `edgelm serve` process. Use it as a context manager; the process is killed at the end if it still runs."""
 
     def __init__(self, log: Path, *flags: str, step_s: float = 0.0, environment: dict[str, str] | None = None) -> None:
         self._log = log
@@ -95,19 +95,19 @@ class Process:
         return self._process.pid
 
     @property
-    def said(self) -> str:
+    def log_text(self) -> str:
         return self._log.read_text()
 
     def wait_for(self, text: str, times: int = 1) -> None:
-        """Return when the log holds `text`, so often."""
+        """Return when the log contains `text` at least `times` times."""
         until = time.monotonic() + PATIENCE_S
-        while self.said.count(text) < times:
-            assert time.monotonic() < until, f"{text!r} was not said: {self.said}"
-            assert self._process.poll() is None or text in self.said, f"ended: {self.said}"
+        while self.log_text.count(text) < times:
+            assert time.monotonic() < until, f"{text!r} was not logged: {self.log_text}"
+            assert self._process.poll() is None or text in self.log_text, f"ended: {self.log_text}"
             time.sleep(0.05)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send a signal, and return the exit code."""
+        """Send a signal; return the exit code."""
         self._process.send_signal(number)
         return self._process.wait(PATIENCE_S)
 

@@ -1,4 +1,4 @@
-"""A board's client id: not to be guessed, and the same after a restart."""
+"""The client id of a board, and the choice of the MQTT version."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from edgelm.mqtt.client_id import load_client_id
 
 
-def test_it_is_random_and_kept(tmp_path):
+def test_the_client_id_is_random_and_stored(tmp_path):
     first = load_client_id("pi5", tmp_path / "state")
     assert re.fullmatch("edgelm-pi5-[0-9a-f]{16}", first)
     assert load_client_id("pi5", tmp_path / "state") == first
@@ -21,13 +21,13 @@ def test_it_is_random_and_kept(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "pi5", "0" * 17, "x" * 16, "é"])
-def test_what_is_no_id_is_replaced(tmp_path, content):
+def test_an_invalid_stored_id_is_replaced(tmp_path, content):
     (tmp_path / "client-pi5").write_text(content, "utf-8")
     found = load_client_id("pi5", tmp_path)
     assert re.fullmatch("edgelm-pi5-[0-9a-f]{16}", found)
 
 
-def test_without_a_place_it_is_one_for_this_run(tmp_path):
+def test_an_id_that_cannot_be_stored_is_valid_for_one_run(tmp_path):
     (tmp_path / "state").write_text("a file where the folder should be")
     first, second = (load_client_id("pi5", tmp_path / "state") for _ in range(2))
     assert first != second

@@ -1,4 +1,4 @@
-"""The corners of the protocol that are a decision rather than a law."""
+"""Decoding of requests and topics: the cases that the protocol decides."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from edgelm.mqtt.request_codec import GenerateRequest, parse_envelope, parse_req
 from edgelm.mqtt.topics import BoardTopics, RequestTopic, validate_response_topic
 
 
-def _ask(payload: bytes | dict[str, object], properties: Properties | None = None) -> GenerateRequest:
+def _decode(payload: bytes | dict[str, object], properties: Properties | None = None) -> GenerateRequest:
     data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
     return parse_request(parse_envelope(data, properties or Properties(), "new"))
 
 
 @pytest.mark.parametrize("payload", [b"play jazz", b" [1, 2]", b"17", b'"quoted"', "größer".encode()])
-def test_what_is_no_json_object_is_the_prompt(payload: bytes) -> None:
-    assert _ask(payload).prompt == payload.decode()
-    assert _ask(payload + b"\r\n\n").prompt == payload.decode(), "line ends of echo and files are not the prompt's"
+def test_a_payload_that_is_not_a_json_object_is_the_prompt(payload: bytes) -> None:
+    assert _decode(payload).prompt == payload.decode()
+    assert _decode(payload + b"\r\n\n").prompt == payload.decode(), "trailing line ends are removed"
 
 
 @pytest.mark.parametrize(
@@ -33,15 +33,15 @@ def test_what_is_no_json_object_is_the_prompt(payload: bytes) -> None:
         (b' {"prompt": "a",\n "stream": True}', "line 2, column 12"),
     ],
 )
-def test_what_begins_with_a_brace_and_is_no_json_is_refused_with_its_place(payload: bytes, where: str) -> None:
+def test_invalid_json_is_rejected_with_line_and_column(payload: bytes, where: str) -> None:
     with pytest.raises(RequestError, match=where):
-        _ask(payload)
+        _decode(payload)
 
 
-def test_a_prompt_in_json_is_taken_as_it_is() -> None:
-    ask = _ask({"prompt": " a\n", "raw": True})
-    assert (ask.prompt, ask.raw) == (" a\n", True)
-    assert _ask({"prompt": "a", "system": "Be brief."}).system == "Be brief."
+def test_a_prompt_in_json_is_not_changed() -> None:
+    request = _decode({"prompt": " a\n", "raw": True})
+    assert (request.prompt, request.raw) == (" a\n", True)
+    assert _decode({"prompt": "a", "system": "Be brief."}).system == "Be brief."
 
 
 @pytest.mark.parametrize(
@@ -93,22 +93,22 @@ def test_a_prompt_in_json_is_taken_as_it_is() -> None:
         (b'{"prompt": "a", "json_schema": true}', "json_schema"),
     ],
 )
-def test_refusals_say_what_was_wrong(payload: bytes, names: str | None) -> None:
+def test_a_rejection_names_the_key(payload: bytes, names: str | None) -> None:
     if names is None:
-        assert _ask(payload).constraint is None
+        assert _decode(payload).constraint is None
         return
     with pytest.raises(RequestError) as caught:
-        _ask(payload)
+        _decode(payload)
     assert caught.value.code == "bad_request"
     assert names in caught.value.message
 
 
 @pytest.mark.parametrize("payload", [b"play jazz", b'{"prompt": "play jazz"}', b' \r\n{"prompt": "play jazz"}'])
-def test_a_byte_order_mark_is_no_part_of_a_payload(payload: bytes) -> None:
-    assert _ask(b"\xef\xbb\xbf" + payload).prompt == "play jazz"
+def test_a_byte_order_mark_is_removed(payload: bytes) -> None:
+    assert _decode(b"\xef\xbb\xbf" + payload).prompt == "play jazz"
 
 
-def test_what_is_for_the_chat_template_travels_as_it_is() -> None:
+def test_keys_for_the_chat_template_are_not_changed() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "light", "arguments": "{}"}}
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
@@ -116,38 +116,44 @@ def test_what_is_for_the_chat_template_travels_as_it_is() -> None:
         {"role": "tool", "tool_call_id": "1", "name": "light", "content": "on"},
     ]
     given = {"tools": [{"type": "function"}], "template_vars": {"enable_thinking": False, "date": "1 July"}}
-    ask = _ask({"messages": messages, **given})
-    assert (ask.messages, ask.tools, ask.template_vars) == (
+    request = _decode({"messages": messages, **given})
+    assert (request.messages, request.tools, request.template_vars) == (
         tuple(messages),
         tuple(given["tools"]),
         given["template_vars"],
     )
-    assert _ask(write_request(ask, None, with_properties=False)[0]) == dataclasses.replace(ask, id="new")
-    bare = _ask({"prompt": "a", "tools": [], "template_vars": {}})
+    assert _decode(write_request(request, None, with_properties=False)[0]) == dataclasses.replace(request, id="new")
+    bare = _decode({"prompt": "a", "tools": [], "template_vars": {}})
     assert (bare.tools, bare.template_vars) == (None, None)
 
 
-def test_everything_of_the_protocols_example_is_known() -> None:
-    ask = _ask(
+def test_all_keys_of_the_protocol_are_known() -> None:
+    request = _decode(
         {"v": 1, "id": "a", "prompt": "p", "messages": [], "model": "m", "max_tokens": 256, "temperature": 0.7}
         | {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1, "stop": [], "logprobs": 0, "regex": "", "choices": []}
         | {"stream": False, "chunk_ms": 50, "timeout_s": 60, "priority": 0, "response_topic": "r"}
     )
-    assert (ask.id, ask.prompt, ask.messages, ask.constraint, ask.timeout_s) == ("a", "p", None, None, 60.0)
-    assert set(ask.sampling) == {"max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs"}
+    assert (request.id, request.prompt, request.messages, request.constraint, request.timeout_s) == (
+        "a",
+        "p",
+        None,
+        None,
+        60.0,
+    )
+    assert set(request.sampling) == {"max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs"}
 
 
 @pytest.mark.parametrize(
     ("correlation", "expected"),
     [(b"job-7", "job-7"), (b"\x00\xff", "00ff"), (b"\xff" * 65, None), (b"", "json"), (None, "json")],
 )
-def test_the_id_is_the_correlation_data_before_the_json(correlation: bytes | None, expected: str | None) -> None:
+def test_correlation_data_overrides_the_id_in_json(correlation: bytes | None, expected: str | None) -> None:
     envelope = parse_envelope(b'{"id": "json", "prompt": "a"}', Properties(correlation=correlation), "new")
     assert envelope.correlation == correlation
     assert envelope.id == expected if expected else len(envelope.id) == 64
 
 
-def test_the_property_decides_where_the_answer_goes() -> None:
+def test_the_response_topic_property_overrides_the_json_key() -> None:
     body = b'{"prompt": "a", "response_topic": "json"}'
     assert parse_envelope(body, Properties(response_topic="property"), "new").response_topic == "property"
     assert parse_envelope(body, Properties(), "new").response_topic == "json"
@@ -175,7 +181,7 @@ def test_the_property_decides_where_the_answer_goes() -> None:
         ("homeassistant/device/x/config", "forbidden"),
     ],
 )
-def test_where_no_answer_goes(topic: str, code: str) -> None:
+def test_forbidden_response_topics(topic: str, code: str) -> None:
     with pytest.raises(RequestError) as caught:
         validate_response_topic(topic)
     assert caught.value.code == code
@@ -185,14 +191,14 @@ def test_where_no_answer_goes(topic: str, code: str) -> None:
     "topic",
     ["some/reply", "edgelm/client/me/response", "edgelm/client/me/response/7", "edgelm/pi5/response", "/", "x" * 256],
 )
-def test_where_answers_go(topic: str) -> None:
+def test_allowed_response_topics(topic: str) -> None:
     validate_response_topic(topic)
     with pytest.raises(RequestError) as caught:
         validate_response_topic(topic, ("nowhere/#", "only/here"))
     assert caught.value.code == "forbidden"
 
 
-def test_topics_name_their_client() -> None:
+def test_request_topics_are_parsed() -> None:
     topics = BoardTopics("pi5")
     assert topics.parse("edgelm/pi5/generate") == RequestTopic("generate", None)
     assert topics.parse("edgelm/pi5/generate/kitchen") == RequestTopic("generate", "kitchen")

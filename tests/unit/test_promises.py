@@ -1,4 +1,4 @@
-"""The papers on safety name a test for each promise; the tests that they name are there."""
+"""The security documents name a test for each promise, and these tests exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def written_tests():
 
 
 @pytest.mark.parametrize("paper", PAPERS)
-def test_every_test_that_a_promise_names_is_there(paper):
+def test_every_test_named_by_a_promise_exists(paper):
     named = set(NAME.findall((REPO / paper).read_text("utf-8")))
     assert named
     missing = named - written_tests()
@@ -31,7 +31,7 @@ def test_every_test_that_a_promise_names_is_there(paper):
 
 @pytest.mark.parametrize("paper", PAPERS)
 def test_every_promise_names_a_test(paper):
-    """In tables whose second column is headed "test"."""
+    """Check the tables with the columns "promise" and "test"."""
     rows = 0
     for table in re.findall(r"\| promise \| test \|\n\|[-| ]+\|\n((?:\|.*\n)+)", (REPO / paper).read_text("utf-8")):
         for row in table.splitlines():

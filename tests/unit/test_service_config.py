@@ -1,4 +1,4 @@
-"""Settings: which source wins, what is refused, and that secrets stay secret."""
+"""Settings of the service: sources, invalid values, and secrets."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
         ("queue 1", "TOML"),
     ],
 )
-def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, names: str) -> None:
+def test_an_error_in_a_file_names_the_setting(tmp_path: Path, text: str, names: str) -> None:
     file = tmp_path / "serve.toml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=names) as caught:
@@ -68,12 +68,12 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, names: str) ->
         ("EDGELM_MAX_TIMEOUT_S", "-1"),
     ],
 )
-def test_a_bad_variable_is_refused_by_name(name: str, value: str) -> None:
+def test_an_error_in_a_variable_names_the_setting(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"(?i){name.removeprefix('EDGELM_')}"):
         load_config(None, {name: value}, {})
 
 
-def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml"):
         load_config(tmp_path / "none.toml", {}, {})
 
@@ -120,7 +120,7 @@ def test_urls(text: str, expected: BrokerUrl) -> None:
         "mqtt://" + "a" * 64,
     ],
 )
-def test_urls_that_are_none(text: str) -> None:
+def test_invalid_urls(text: str) -> None:
     with pytest.raises(ConfigError):
         BrokerUrl.parse(text)
 
@@ -139,7 +139,7 @@ def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
         assert "hunter2" not in str(caught.value)
 
 
-def test_the_password_is_read_from_a_private_file_only(tmp_path: Path) -> None:
+def test_the_password_file_must_be_private(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("hunter2\n")
     file.chmod(0o644)
@@ -151,7 +151,7 @@ def test_the_password_is_read_from_a_private_file_only(tmp_path: Path) -> None:
     assert "hunter2" not in repr(config) + str(config.broker)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root reads what another user keeps for itself")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to change the owner of a file")
 def test_a_password_file_of_another_user_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("hunter2\n")
@@ -162,9 +162,7 @@ def test_a_password_file_of_another_user_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["EDGELM_SERVICE_PORT", "EDGELM_PORT_1883_TCP_ADDR", "EDGELM_X"])
-def test_what_a_cluster_puts_into_the_environment_is_said_and_left_alone(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unknown_variables_are_logged_and_ignored(name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert load_config(None, {name: "1", "EDGELM_QUEUE": "3"}, {}).queue == 3
     (record,) = caplog.records
     assert name in record.getMessage()
@@ -196,12 +194,12 @@ def test_the_password_of_the_environment_is_not_shown() -> None:
         _ = load_config(None, {"EDGELM_PASSWORD": "hunter2"}, {}).broker
 
 
-def test_the_default_board_is_a_name() -> None:
+def test_the_default_board_is_an_allowed_name() -> None:
     check_topic_name("board", default_board())
 
 
 @given(st.text("aZ09_-/+# ", max_size=40))
-def test_names_are_those_that_a_topic_level_can_be(name: str) -> None:
+def test_allowed_names(name: str) -> None:
     if NAME_PATTERN.fullmatch(name) and name not in RESERVED_NAMES:
         check_topic_name("board", name)
     else:
@@ -222,9 +220,7 @@ def test_names_are_those_that_a_topic_level_can_be(name: str) -> None:
         ("unix:///run/mosquitto.sock", ""),
     ],
 )
-def test_a_password_that_others_can_read_on_its_way_is_warned_of(
-    url: str, warned: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unencrypted_password_is_warned_of(url: str, warned: str, caplog: pytest.LogCaptureFixture) -> None:
     broker = BrokerConfig(url=BrokerUrl.parse(url), username="me", password="hunter2")
     broker.warn_if_unencrypted()
     assert len(caplog.messages) == (1 if warned else 0)
