@@ -1,1 +1,1 @@
-"""Which parts of a board run a model, and the checks that prove it (`edgelm devices`)."""
+"""Board profiles, board detection, the smoke test, and its emulation with QEMU (`edgelm devices`)."""

@@ -1,6 +1,6 @@
-"""What is known of each board beforehand: one TOML file a board, read and validated here.
+"""Board profiles: the known facts about each board, one TOML file per board, read and validated here.
 
-Knows nothing of the machine it runs on: `board.py` looks at that.
+Knows nothing of the machine on which it runs: that is `detect.py`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ PROFILES: Final = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class BoardMatch:
-    """How the board is told from others. `device_tree`: beginnings of /proc/device-tree/model."""
+    """How a board is recognized. `device_tree`: prefixes of /proc/device-tree/model, one per product of the family."""
 
     machine: str
-    """What `uname -m` prints."""
+    """The output of `uname -m`."""
     device_tree: tuple[str, ...] = ()
     implementer: str | None = None
     """"CPU implementer" of /proc/cpuinfo, hexadecimal, as "0x41" for Arm."""
@@ -41,7 +41,7 @@ class BoardMatch:
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """The processor: clock in MHz, features as /proc/cpuinfo spells them, threads for inference."""
+    """The processor: clock in MHz, features as in /proc/cpuinfo, threads for inference."""
 
     core: str
     cores: int
@@ -52,7 +52,7 @@ class Cpu:
 
 @dataclass(frozen=True, slots=True)
 class BoardMemory:
-    """Sizes sold, in GB, and the bandwidth in GB/s (1e9 bytes) with where that figure is from."""
+    """Available memory sizes in GB, and the bandwidth in GB/s (1e9 bytes/s) with its source."""
 
     sizes_gb: tuple[int, ...]
     bandwidth_gb_s: float
@@ -61,7 +61,7 @@ class BoardMemory:
 
 @dataclass(frozen=True, slots=True)
 class Emulation:
-    """QEMU's name for the processor, and the part number that this processor goes by."""
+    """QEMU's name of the processor (QEMU_CPU), and the CPU part number that this processor reports."""
 
     qemu_cpu: str
     part: str
@@ -69,7 +69,7 @@ class Emulation:
 
 @dataclass(frozen=True, slots=True)
 class BoardProfile:
-    """What is known of a board. A part that is None is not known: the profile stands for many machines."""
+    """The known facts about a board. cpu, memory and emulation are None for a profile that covers many machines."""
 
     name: str
     title: str
@@ -84,23 +84,25 @@ class BoardProfile:
 
 
 def load_profiles(folder: Path = PROFILES) -> dict[str, BoardProfile]:
-    """Read every profile of a folder, by name, in alphabetical order."""
+    """Read every profile of a folder; return them by name, in alphabetical order."""
     return {profile.name: profile for profile in map(read_profile, sorted(folder.glob("*.toml")))}
 
 
 def load_profile(name: str) -> BoardProfile:
-    """Return the profile of that name, or the one in the file, where `name` is a path that ends in .toml.
+    """Return the profile of that name, or read the file if `name` is a path that ends in .toml.
 
     Raises
     ------
     DeviceError
-        No such profile, or a file that is not a valid one.
+        There is no such profile, or the file is not a valid profile.
     """
     if name.endswith(".toml"):
         return read_profile(Path(name))
     profiles = load_profiles()
     if name not in profiles:
-        raise DeviceError(f"no board is called {name!r}; known: {', '.join(profiles)}, or the path of a .toml file")
+        raise DeviceError(
+            f"there is no board profile {name!r}; known: {', '.join(profiles)}, or the path of a .toml file"
+        )
     return profiles[name]
 
 
@@ -119,19 +121,19 @@ T = TypeVar("T")
 
 
 def _build(kind: type[T], table: Mapping[str, Any], file: str, prefix: str = "") -> T:
-    """Make a dataclass of a TOML table; `prefix` comes before the names of its keys in errors."""
+    """Build a dataclass from a TOML table; `prefix` precedes the keys in error messages."""
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(table) - set(hints)):
         raise DeviceError(f"{file}: unknown key {prefix}{unknown[0]}; allowed: {', '.join(hints)}")
     fields: Mapping[str, dataclasses.Field[Any]] = kind.__dataclass_fields__  # type: ignore[attr-defined]
-    needed = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
-    if missing := [name for name in needed if name not in table]:
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in table]:
         raise DeviceError(f"{file}: missing key {prefix}{missing[0]}")
     return kind(**{name: _value(hints[name], value, file, prefix + name) for name, value in table.items()})
 
 
 def _value(hint: Any, value: Any, file: str, key: str) -> Any:
-    """Check one TOML value against a field's type: a scalar, a tuple of scalars, or another dataclass."""
+    """Convert one TOML value to a field's type: a scalar, a tuple of scalars, or another dataclass."""
     kind = next(kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None))
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):

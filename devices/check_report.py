@@ -1,8 +1,7 @@
-"""What the smoke test reports: checks, each one line for a person and values for a program."""
+"""The report of the smoke test: checks, each with one line of text and with values for programs."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,17 +11,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SmokeCheck:
-    """One line of the report; `told` is for a person, `values` for a program."""
+    """One check: `message` is printed, `values` are for programs."""
 
     name: str
     status: Literal["ok", "failed", "skipped", "info"]
-    told: str
+    message: str
     values: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the check as in `--json`, whose key of the message is "told"."""
+        return {"name": self.name, "status": self.status, "told": self.message, "values": self.values}
 
 
 @dataclass(frozen=True, slots=True)
 class SmokeReport:
-    """What the smoke test found. `tokens`: the greedy answer to the prompt."""
+    """The result of the smoke test. `tokens`: the greedy answer to the prompt."""
 
     board: DetectedBoard
     bundle: str
@@ -32,16 +35,16 @@ class SmokeReport:
 
     @property
     def ok(self) -> bool:
-        """Whether no check failed."""
+        """True if no check failed."""
         return all(check.status != "failed" for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
+        """Return the object that `--json` prints."""
         return {
             "ok": self.ok,
             "board": self.board.to_dict(),
             "bundle": self.bundle,
             "quantization": self.quantization,
             "tokens": list(self.tokens),
-            "checks": [dataclasses.asdict(check) for check in self.checks],
+            "checks": [check.to_dict() for check in self.checks],
         }

@@ -1,4 +1,4 @@
-"""The machine at hand: which board it is, its processor, memory, temperature and throttling, as Linux tells.
+"""Detection of this board: its profile, processor, memory, temperature and throttling, as Linux reports them.
 
 Knows nothing of models.
 """
@@ -21,11 +21,11 @@ from .board_profile import BoardProfile, load_profiles
 
 @dataclass(frozen=True, slots=True)
 class DetectedBoard:
-    """A machine as found. Memory in bytes, temperature in degrees Celsius; None where nothing tells."""
+    """A machine. Memory in bytes, temperature in degrees Celsius; None if Linux does not report a value."""
 
     profile: BoardProfile | None
     matched_by: Literal["device tree", "processor", "machine"] | None
-    """By what the profile was chosen: another board may have the same processor."""
+    """The fact that selected the profile. By processor it may be another board with the same processor."""
     model: str | None
     machine: str
     processor: str | None
@@ -44,14 +44,14 @@ class DetectedBoard:
 
 
 def detect_board(root: Path = ROOT, machine: str | None = None) -> DetectedBoard:
-    """Look at this machine, or at the one whose file system lies under `root`.
+    """Detect this machine, or the one whose file system is at `root`.
 
     Parameters
     ----------
     root
-        Where proc/ and sys/ are.
+        Folder that holds proc/ and sys/.
     machine
-        What `uname -m` prints there; None asks this machine.
+        The output of `uname -m` there; None is that of this machine.
     """
     machine = machine or platform.machine()
     blocks = _read_cpuinfo(root)
@@ -80,11 +80,11 @@ def detect_board(root: Path = ROOT, machine: str | None = None) -> DetectedBoard
 def _match_profile(
     model: str | None, machine: str, implementer: str | None, part: str | None
 ) -> tuple[BoardProfile | None, Literal["device tree", "processor", "machine"] | None]:
-    """Choose the profile: by the name of the board, else by its processor, else by its architecture."""
+    """Select the profile by the device tree's model, else by the processor, else by the architecture."""
     profiles = list(load_profiles().values())
     if model:
         for profile in profiles:
-            # The space keeps "Raspberry Pi 4 " from matching "Raspberry Pi 400".
+            # With the space, "Raspberry Pi 4 " does not match "Raspberry Pi 400".
             if any(f"{model} ".startswith(start) for start in profile.match.device_tree):
                 return profile, "device tree"
     for profile in profiles:
@@ -115,7 +115,7 @@ def _read_meminfo(root: Path) -> dict[str, int]:
 
 
 def _query_firmware() -> Throttling | None:
-    """Ask the Raspberry Pi's own tool, for kernels that do not tell."""
+    """Return the throttling that the Raspberry Pi's vcgencmd reports, for kernels that do not report it."""
     tool = shutil.which("vcgencmd")
     if tool is None:
         return None

@@ -1,7 +1,7 @@
-"""The smoke test on an emulated arm64 processor, and whether it answers as this machine does.
+"""The smoke test on an emulated arm64 processor, compared with the same test on this machine.
 
-QEMU's user emulation runs the real aarch64 wheels, their kernels and our code on a board's instruction set.
-It proves that they work there; of speed and memory it says nothing.
+QEMU's user emulation runs the aarch64 wheels, their kernels and our code with a board's instruction set. It proves that
+they work there. It does not measure speed or memory.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from .board_profile import BoardProfile, Cpu, Emulation
 
 THREADS: Final = 2
-"""Set on both sides: onnxruntime would otherwise pin threads to cores that are not there."""
+"""Threads on both sides. Without it onnxruntime pins threads to cores that do not exist."""
 
 SMOKE_TIMEOUT_S: Final = 900
 
 
 @dataclass(frozen=True, slots=True)
 class EmulationResult:
-    """What both sides reported (see `smoke.Report.to_dict`), and where their answers part."""
+    """The reports of both sides (`SmokeReport.to_dict`), and the comparison of their tokens."""
 
     profile: BoardProfile
     emulated: dict[str, Any]
@@ -44,26 +44,29 @@ class EmulationResult:
 
     @property
     def same_tokens(self) -> bool:
-        """Whether both chose the same tokens, one by one."""
+        """True if both sides chose the same tokens."""
         return bool(self.emulated["tokens"] == self.host["tokens"])
 
     @property
     def verdict(self) -> tuple[Literal["ok", "failed", "info"], str]:
-        """How the tokens compare. At fp32 they must agree; quantized kernels differ from processor to processor."""
+        """Status and message of the comparison: fp32 tokens must be equal, quantized kernels differ by processor."""
         count, quant = len(self.host["tokens"]), self.host["quantization"]
         if self.same_tokens:
-            return "ok", f"the same {count} tokens as on this machine, at {quant}"
+            return "ok", f"the same {count} tokens as on this machine, in {quant}"
         pairs = zip(self.emulated["tokens"], self.host["tokens"], strict=False)
-        first = next((at for at, (theirs, ours) in enumerate(pairs) if theirs != ours), "the end")
-        return "failed" if quant == "fp32" else "info", f"not those of this machine from token {first} on, at {quant}"
+        first = next((i for i, (emulated, host) in enumerate(pairs) if emulated != host), "the end")
+        return (
+            "failed" if quant == "fp32" else "info",
+            f"tokens differ from this machine's from token {first} on, in {quant}",
+        )
 
     @property
     def ok(self) -> bool:
-        """Whether every check passed on both sides, and the tokens agree where they must."""
+        """True if every check passed on both sides and the comparison did not fail."""
         return self.emulated["ok"] and self.host["ok"] and self.verdict[0] != "failed"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
+        """Return the object that `--json` prints."""
         return {
             "ok": self.ok,
             "board": self.profile.name,
@@ -74,37 +77,40 @@ class EmulationResult:
 
 
 def default_cache_folder() -> Path:
-    """Return where emulated roots are kept: `emulate` in the board cache's folder."""
+    """Return the folder of emulated root file systems: `emulate` in the board cache's folder."""
     return BoardCache.default().folder / "emulate"
 
 
 def emulate(
-    profile: BoardProfile, bundle: str, *, prompt: str | None, cache: Path, say: StatusCallback
+    profile: BoardProfile, bundle: str, *, prompt: str | None, cache: Path, on_status: StatusCallback
 ) -> EmulationResult:
-    """Run `edgelm devices smoke` here and on the emulated board, and compare the answers.
+    """Run `edgelm devices smoke` on this machine and on the emulated board, and compare the tokens.
 
     Parameters
     ----------
     profile
         The board.
     bundle, prompt
-        As for `smoke.run_smoke`.
+        As for `smoke.run_smoke_test`.
     cache
-        Where the emulated root is kept for the next time; see `default_cache_folder`.
-    say
-        Told, in one line each, what takes time.
+        Folder that keeps the emulated root file system between runs; see `default_cache_folder`.
+    on_status
+        Called with one line before each slow step.
 
     Raises
     ------
     DeviceError
-        QEMU is missing, the root cannot be made, the profile cannot be emulated, or a side gave no report.
+        QEMU is missing, the root file system cannot be built, the profile has no emulation, or a side returned no
+        report.
     """
     if profile.emulation is None or profile.cpu is None:
-        raise DeviceError(f"{profile.title} cannot be emulated: its profile names no processor for QEMU")
+        raise DeviceError(
+            f"{profile.title} cannot be emulated: its profile has no [emulation] with a processor of QEMU"
+        )
     qemu = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if qemu is None:
         raise DeviceError("emulation needs QEMU's user emulation: apt-get install qemu-user-static")
-    rootfs = prepare_rootfs(cache, say)
+    rootfs = prepare_rootfs(cache, on_status)
     smoke = ["--bundle", bundle if bundle == "builtin" else str(Path(bundle).resolve())]
     smoke += [] if prompt is None else ["--prompt", prompt]
     with tempfile.TemporaryDirectory(prefix="edgelm-emulate-") as scratch:
@@ -113,20 +119,20 @@ def emulate(
         packages.mkdir()
         (packages / "edgelm").symlink_to(Path(edgelm.__file__).parent)
         (packages / "edgelm_devices").symlink_to(Path(__file__).parent)
-        say("running the smoke test on this machine")
+        on_status("running the smoke test on this machine")
         host = _run_smoke([sys.executable], [str(packages), *list_import_paths()], smoke, {}, "this machine")
-        say(f"running it on an emulated {profile.cpu.core} (slowly: this says nothing of the board's speed)")
+        on_status(f"running it on an emulated {profile.cpu.core} (slow; the speed is not the board's)")
         compiled = f"pycache_prefix={rootfs.folder / 'pycache'}"
         python = [qemu, "-L", str(prefix), str(rootfs.interpreter), "-X", compiled]
-        folders, environment = [str(packages), str(rootfs.site)], {"QEMU_CPU": profile.emulation.qemu_cpu}
+        folders, environment = [str(packages), str(rootfs.site_packages)], {"QEMU_CPU": profile.emulation.qemu_cpu}
         return EmulationResult(profile, _run_smoke(python, folders, smoke, environment, "the emulated board"), host)
 
 
 def write_board_files(prefix: Path, root: Path, profile: BoardProfile, cpu: Cpu, emulation: Emulation) -> None:
-    """Make `prefix`: the root's folders as links, and the proc/ and sys/ of the board as files.
+    """Create `prefix`: links to the folders of the root file system, and the board's proc/ and sys/ as files.
 
-    QEMU takes any path that exists under its prefix from there. The host's own would end onnxruntime at
-    import, which reads them, and would make LLVM compile for the wrong processor.
+    QEMU redirects a path to its prefix if it exists there. With the host's files, onnxruntime fails at import and LLVM
+    compiles for the wrong processor.
     """
     prefix.mkdir()
     for entry in root.iterdir():
@@ -140,7 +146,7 @@ def write_board_files(prefix: Path, root: Path, profile: BoardProfile, cpu: Cpu,
     files = {
         "proc/cpuinfo": "\n".join(f"processor\t: {core}\n{block}" for core in range(cpu.cores)),
         "proc/device-tree/model": f"{profile.title} (emulated by QEMU)\0",
-        # The host's memory and temperature are not the board's: tell none.
+        # Empty, because the host's memory and temperature are not the board's.
         "proc/meminfo": "",
         "sys/class/thermal/none": "",
         **{f"sys/devices/system/cpu/{name}": everyone for name in ("possible", "present", "online")},
@@ -167,7 +173,7 @@ def write_board_files(prefix: Path, root: Path, profile: BoardProfile, cpu: Cpu,
 def _run_smoke(
     python: Sequence[str], folders: Sequence[str], smoke: Sequence[str], environment: dict[str, str], side: str
 ) -> dict[str, Any]:
-    """Run the smoke test with that interpreter and the packages in some folders; return its report."""
+    """Run the smoke test with an interpreter and packages in `folders`; return its report."""
     arguments = ["devices", "smoke", "--json", "--threads", str(THREADS), *smoke]
     command = build_command(python, folders, "edgelm.cli", "main", *arguments)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -184,6 +190,8 @@ def _run_smoke(
     except subprocess.TimeoutExpired as error:
         raise DeviceError(f"the smoke test on {side} took longer than {SMOKE_TIMEOUT_S} s") from error
     except ValueError as error:
-        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise DeviceError(f"the smoke test on {side} gave no report (exit {done.returncode}): {last}") from error
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise DeviceError(
+            f"the smoke test on {side} printed no report (exit code {done.returncode}): {last}"
+        ) from error
     return report

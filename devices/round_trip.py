@@ -1,4 +1,4 @@
-"""A question and its answer over MQTT: the real service and the real client, through a broker."""
+"""The MQTT check of the smoke test: the service and a client send a request and its answer through a broker."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from edgelm import Completion
 
 ANSWER_TIMEOUT_S: Final = 240.0
-"""Long, for an emulated processor."""
+"""Long enough for an emulated processor."""
 
 
 def check_round_trip(
     bundle: str, threads: int | None, prompt: str, answer: Completion, broker: str | None
 ) -> SmokeCheck:
-    """Serve the bundle at a broker, ask it there, and compare with the answer it gave here.
+    """Serve the bundle at a broker, send it a request, and compare its answer with the given one.
 
     Parameters
     ----------
     bundle, threads
-        What is served, and with how many threads.
+        The bundle to serve, and the number of threads.
     prompt, answer
-        What is asked, and the greedy answer to it.
+        The prompt, and its greedy answer without MQTT.
     broker
-        The broker's URL; None starts mosquitto, else the embedded broker, else the check is skipped.
+        The broker's URL. None starts mosquitto or else the embedded broker; without both the check is skipped.
     """
     try:
         if broker is not None:
@@ -44,8 +44,8 @@ def check_round_trip(
         with make_local_broker() as started:
             return _check_at(started.url, started.name, bundle, threads, prompt, answer)
     except MissingExtraError:
-        told = f"no broker: apt-get install mosquitto, or {install_command('broker')}, or --broker URL"
-        return SmokeCheck("mqtt", "skipped", told)
+        message = f"no broker: apt-get install mosquitto, or {install_command('broker')}, or --broker URL"
+        return SmokeCheck("mqtt", "skipped", message)
     except EdgelmError as error:
         return SmokeCheck("mqtt", "failed", str(error))
 
@@ -57,15 +57,15 @@ def _check_at(url: str, name: str, bundle: str, threads: int | None, prompt: str
     request = GenerateRequest(
         uuid.uuid4().hex, prompt=prompt, sampling=sampling, stream=True, timeout_s=ANSWER_TIMEOUT_S
     )
-    with serve_in_background(config), RequestClient(BrokerConfig(url=BrokerUrl.parse(url)), board) as request_client:
+    with serve_in_background(config), RequestClient(BrokerConfig(url=BrokerUrl.parse(url)), board) as client:
         started = time.perf_counter()
         pieces: list[str] = []
-        outcome = run_request(request_client, request, pieces.append)
+        outcome = run_request(client, request, pieces.append)
         elapsed_ms = 1000 * (time.perf_counter() - started)
     if outcome.error is not None:
         return SmokeCheck("mqtt", "failed", f"{outcome.error.code}: {outcome.error.message}")
     if not outcome.completion.text == "".join(pieces) == answer.text:
         return SmokeCheck("mqtt", "failed", f"expected the answer {answer.text!r}, got {outcome.completion.text!r}")
     inference_ms = outcome.completion.timing.total_ms
-    told = f"the same answer through {name} in {elapsed_ms:.0f} ms, of which inference {inference_ms:.0f} ms"
-    return SmokeCheck("mqtt", "ok", told, {"elapsed_ms": elapsed_ms, "inference_ms": inference_ms})
+    message = f"the same answer through {name} in {elapsed_ms:.0f} ms, of which inference {inference_ms:.0f} ms"
+    return SmokeCheck("mqtt", "ok", message, {"elapsed_ms": elapsed_ms, "inference_ms": inference_ms})

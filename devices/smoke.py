@@ -1,6 +1,6 @@
-"""The smoke test that a person runs on a new board: real inference, a real answer over MQTT, and how the board is.
+"""The smoke test for a new board: inference, an answer over MQTT, and the board's condition.
 
-Each check is one line. Speed, memory and temperature are told, not judged: a board is not wrong for being slow.
+Each check is one line. Speed, memory and temperature are reported without a limit.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 PROMPT: Final = "play some jazz by Miles Davis on spotify"
 INTENT: Final = "PlayMusic"
-"""What the built-in model answers to `PROMPT`."""
+"""The intent in the built-in model's answer to `PROMPT`."""
 
 MAX_TOKENS: Final = 64
 PACKAGES: Final = ("edgelm", "onnxruntime", "numpy", "tokenizers", "paho-mqtt")
 
 GREEDY: Final[dict[str, Any]] = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "seed": 0}
-"""The seed has every token computed by itself, without guesses, whose number depends on a machine's speed."""
+"""Requests with a seed are decoded without speculation, whose draft length depends on the machine's speed."""
 
 
 def run_smoke_test(
@@ -51,13 +51,13 @@ def run_smoke_test(
     bundle
         A bundle's directory, or "builtin".
     prompt
-        What is asked, greedily; the default is `PROMPT`, whose answer is known for the built-in bundle.
+        Prompt for greedy decoding. None is `PROMPT`, whose answer is checked for the built-in bundle.
     threads
-        For inference; None is the runtime's default.
+        Threads for inference; None is the runtime's default.
     broker
-        URL of an MQTT broker for the round trip; None starts one.
+        URL of an MQTT broker for the MQTT check; None starts one.
     on_check
-        Told of each check as soon as it is done.
+        Called with each check when it is done.
     """
     board = detect_board()
     checks: list[SmokeCheck] = []
@@ -67,8 +67,8 @@ def run_smoke_test(
         if on_check is not None:
             on_check(check)
 
-    note(_tell_board(board))
-    note(_tell_packages())
+    note(_describe_board(board))
+    note(_describe_packages())
     started = time.perf_counter()
     try:
         model = edgelm.load(bundle, threads=threads)
@@ -78,7 +78,7 @@ def run_smoke_test(
     load_s = time.perf_counter() - started
     with model:
         quant = model.manifest.quant
-        note(SmokeCheck("load", "ok", f"{bundle} ({quant}) in {load_s:.1f} s, files right", {"load_s": load_s}))
+        note(SmokeCheck("load", "ok", f"{bundle} ({quant}) in {load_s:.1f} s, hashes verified", {"load_s": load_s}))
         intent = INTENT if bundle == "builtin" and prompt is None else None
         text = PROMPT if prompt is None else prompt
         answer = model.generate(text, **GREEDY)
@@ -87,12 +87,12 @@ def run_smoke_test(
         note(_check_stream(model, text, answer))
     note(check_round_trip(bundle, threads, text, answer, broker))
     after = detect_board()
-    for check in (_tell_speed(answer), _tell_memory(after), _tell_temperature(after), _check_throttling(after)):
+    for check in (_report_speed(answer), _report_memory(after), _report_temperature(after), _check_throttling(after)):
         note(check)
     return SmokeReport(board, bundle, quant, answer.tokens, tuple(checks))
 
 
-def _tell_board(board: DetectedBoard) -> SmokeCheck:
+def _describe_board(board: DetectedBoard) -> SmokeCheck:
     title = board.model or (board.profile.title if board.profile else f"unknown {board.machine} board")
     if board.profile and board.matched_by == "processor" and not board.model:
         title = f"a board with the processor of a {board.profile.title}"
@@ -100,7 +100,7 @@ def _tell_board(board: DetectedBoard) -> SmokeCheck:
     return SmokeCheck("board", "info", f"{title}: {board.cores} x {board.processor or board.machine}{memory}")
 
 
-def _tell_packages() -> SmokeCheck:
+def _describe_packages() -> SmokeCheck:
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -112,67 +112,67 @@ def _tell_packages() -> SmokeCheck:
 
 
 def check_answer(answer: Completion, intent: str | None) -> SmokeCheck:
-    """Compare with the intent that is known; where none is, any answer will do."""
+    """Check that the answer has the expected intent; without one, that it is not empty."""
     values = answer.to_dict()
     if intent is None:
-        told = f"{len(answer.tokens)} tokens, {answer.finish_reason}: {answer.text!r}"
-        return SmokeCheck("answer", "ok" if answer.tokens else "failed", told, values)
+        message = f"{len(answer.tokens)} tokens, {answer.finish_reason}: {answer.text!r}"
+        return SmokeCheck("answer", "ok" if answer.tokens else "failed", message, values)
     got = answer.json.get("intent") if isinstance(answer.json, dict) else None
-    told = answer.text if got == intent else f"expected the intent {intent}, got {answer.text!r}"
-    return SmokeCheck("answer", "ok" if got == intent else "failed", told, values)
+    message = answer.text if got == intent else f"expected the intent {intent}, got {answer.text!r}"
+    return SmokeCheck("answer", "ok" if got == intent else "failed", message, values)
 
 
 def _check_kernels(model: Model, threads: int | None) -> SmokeCheck:
-    """Small bundles run on onnxruntime's kernels; whether larger ones can have ours on this board is tried out."""
+    """Compile and run our kernels, which larger bundles use (small bundles use onnxruntime's)."""
     try:
         return SmokeCheck("kernels", "ok", verify_kernels(model.bundle, threads))
     except EdgelmError as error:
         return SmokeCheck("kernels", "failed", str(error))
     except OSError as error:
-        return SmokeCheck("kernels", "skipped", f"larger models run on onnxruntime's alone: {error}")
+        return SmokeCheck("kernels", "skipped", f"larger models run on onnxruntime's kernels: {error}")
 
 
 def _check_stream(model: Model, text: str, answer: Completion) -> SmokeCheck:
-    """Ask again: the tokens must be the same, and the streamed pieces make up the text."""
+    """Repeat the request as a stream: the tokens must be the same, and the chunks must add up to the text."""
     *pieces, last = model.stream(text, **GREEDY)
     streamed = "".join(chunk.delta for chunk in (*pieces, last))
     again = last.completion
     if again is None or again.tokens != answer.tokens:
-        return SmokeCheck("again", "failed", "the same prompt gave other tokens the second time")
+        return SmokeCheck("again", "failed", "the same prompt gave different tokens the second time")
     if streamed != answer.text:
-        return SmokeCheck("again", "failed", f"the streamed pieces {streamed!r} are not the text {answer.text!r}")
+        return SmokeCheck("again", "failed", f"the streamed chunks {streamed!r} differ from the text {answer.text!r}")
     return SmokeCheck("again", "ok", f"the same {len(answer.tokens)} tokens, streamed in {len(pieces) + 1} chunks")
 
 
-def _tell_speed(answer: Completion) -> SmokeCheck:
+def _report_speed(answer: Completion) -> SmokeCheck:
     timing = answer.timing
-    told = f"first token after {timing.ttft_ms:.0f} ms, then {timing.tok_s:.0f} tokens/s"
-    return SmokeCheck("speed", "info", told, {"ttft_ms": timing.ttft_ms, "tok_s": timing.tok_s})
+    message = f"first token after {timing.ttft_ms:.0f} ms, then {timing.tok_s:.0f} tokens/s"
+    return SmokeCheck("speed", "info", message, {"ttft_ms": timing.ttft_ms, "tok_s": timing.tok_s})
 
 
-def _tell_memory(board: DetectedBoard) -> SmokeCheck:
+def _report_memory(board: DetectedBoard) -> SmokeCheck:
     used, available = measure_memory_mb(), board.memory_available_bytes
-    told = f"{used['rss_peak_mb']:.0f} MB at most" if used else "this machine tells none"
+    message = f"peak {used['rss_peak_mb']:.0f} MB" if used else "not reported by this machine"
     if available:
-        told += f", {available / 1e6:.0f} MB still available"
-    return SmokeCheck("memory", "info", told, {**used, "available_bytes": available})
+        message += f", {available / 1e6:.0f} MB still available"
+    return SmokeCheck("memory", "info", message, {**used, "available_bytes": available})
 
 
-def _tell_temperature(board: DetectedBoard) -> SmokeCheck:
+def _report_temperature(board: DetectedBoard) -> SmokeCheck:
     celsius = board.temperature_c
     if celsius is None:
-        return SmokeCheck("temperature", "skipped", "this machine tells none")
+        return SmokeCheck("temperature", "skipped", "not reported by this machine")
     return SmokeCheck("temperature", "info", f"{celsius:.1f} degrees Celsius", {"celsius": celsius})
 
 
 def _check_throttling(board: DetectedBoard) -> SmokeCheck:
-    """Fail a board that is held back right now: its power supply or cooling wants attention."""
+    """Fail if the board is throttled now: its power supply or cooling is insufficient."""
     found = board.throttling
     if found is None:
-        return SmokeCheck("throttling", "skipped", "only a Raspberry Pi tells")
+        return SmokeCheck("throttling", "skipped", "reported by a Raspberry Pi only")
     past = f" (since boot: {', '.join(found.since_boot)})" if found.since_boot else ""
     if found.now:
         return SmokeCheck(
-            "throttling", "failed", f"{', '.join(found.now)} now{past}: mend the power supply or the cooling"
+            "throttling", "failed", f"{', '.join(found.now)} now{past}: check the power supply and the cooling"
         )
     return SmokeCheck("throttling", "ok", f"none{past}")

@@ -123,7 +123,7 @@ def _emulate(args: argparse.Namespace) -> int:
         args.bundle,
         prompt=args.prompt,
         cache=args.cache or module.default_cache_folder(),
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        on_status=lambda line: print(line, file=sys.stderr, flush=True),
     )
     if args.json:
         print(json.dumps(result.to_dict()))
@@ -137,7 +137,7 @@ def _emulate(args: argparse.Namespace) -> int:
 
 
 def _show(check: Any) -> None:
-    _print_check(check.name, check.status, check.told)
+    _print_check(check.name, check.status, check.message)
 
 
 def _print_check(name: str, status: str, message: str) -> None:

@@ -38,7 +38,7 @@ def cache() -> Path:
 @pytest.mark.parametrize("name", ["pi4", "pi5"])
 def test_the_same_tokens_at_fp32(cache: Path, tiny_checkpoint, export_to_cache, name: str):
     bundle = export_to_cache(tiny_checkpoint(), quant="fp32")
-    result = emulate(load_profile(name), str(bundle), prompt="Once upon a time", cache=cache, say=print)
+    result = emulate(load_profile(name), str(bundle), prompt="Once upon a time", cache=cache, on_status=print)
     assert result.emulated["tokens"] == result.host["tokens"] != []
     assert result.emulated["board"]["profile"] == name
     assert result.emulated["board"]["machine"] == "aarch64"

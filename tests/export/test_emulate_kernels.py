@@ -90,7 +90,7 @@ def test_kernels_are_right_on_an_emulated_pi5(emulated_root, tmp_path):
     library = tmp_path / "kernels.so"
     library.write_bytes(compile_kernels(target, SUPPORTED_FORMATS, profile.emulation.qemu_cpu))
     write_board_files(tmp_path / "root", rootfs.root, profile, profile.cpu, profile.emulation)
-    packages = [Path(edgelm.__file__).parents[1], HELPERS, rootfs.site]
+    packages = [Path(edgelm.__file__).parents[1], HELPERS, rootfs.site_packages]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment = {
         "QEMU_CPU": profile.emulation.qemu_cpu,

@@ -44,7 +44,7 @@ def test_the_smoke_test_uses_the_embedded_broker_without_mosquitto(bundle: Path,
     monkeypatch.setattr(local_broker, "find_mosquitto", lambda: None)
     check = next(check for check in run_smoke_test(str(bundle), threads=1).checks if check.name == "mqtt")
     assert check.status == "ok"
-    assert "amqtt" in check.told
+    assert "amqtt" in check.message
 
 
 def test_without_a_broker_the_mqtt_check_is_skipped_with_a_remedy(bundle: Path, monkeypatch):
@@ -54,7 +54,7 @@ def test_without_a_broker_the_mqtt_check_is_skipped_with_a_remedy(bundle: Path, 
     report = run_smoke_test(str(bundle), threads=1)
     check = next(check for check in report.checks if check.name == "mqtt")
     assert (check.status, report.ok) == ("skipped", True)
-    assert "apt-get install mosquitto" in check.told
+    assert "apt-get install mosquitto" in check.message
 
 
 def test_a_damaged_bundle_fails_the_board(bundle: Path, tmp_path: Path, capsys):
@@ -71,7 +71,7 @@ def test_an_unexpected_answer_fails(model):
     """A random model does not generate the intent of the built-in model."""
     check = check_answer(model.generate(PROMPT, max_tokens=8, temperature=0.0), INTENT)
     assert check.status == "failed"
-    assert INTENT in check.told
+    assert INTENT in check.message
 
 
 def test_the_builtin_bundle_passes():
@@ -81,5 +81,5 @@ def test_the_builtin_bundle_passes():
     report = run_smoke_test()
     answer = next(check for check in report.checks if check.name == "answer")
     assert answer.status == "ok"
-    assert json.loads(answer.told)["intent"] == "PlayMusic"
+    assert json.loads(answer.message)["intent"] == "PlayMusic"
     assert report.ok

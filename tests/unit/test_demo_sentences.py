@@ -1,4 +1,4 @@
-"""What the demo says and recommends is understood by the built-in model."""
+"""The built-in model understands every sentence that the demo sends and recommends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import edgelm
 from edgelm.cli.demo import NEXT, PROMPTS
 
-UNDERSTOOD = {
+EXPECTED = {
     "play some jazz by Miles Davis on spotify": (
         "PlayMusic",
         {"genre": "jazz", "artist": "Miles Davis", "service": "spotify"},
@@ -59,4 +59,4 @@ def test_the_demo_recommends_something():
 @pytest.mark.parametrize("sentence", [*PROMPTS, *recommended()])
 def test_every_sentence_is_understood(builtin, sentence):
     frame = json.loads(builtin.generate(sentence).text, object_pairs_hook=unique)
-    assert (frame["intent"], frame["slots"]) == UNDERSTOOD[sentence]
+    assert (frame["intent"], frame["slots"]) == EXPECTED[sentence]

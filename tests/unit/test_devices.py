@@ -1,4 +1,4 @@
-"""Profiles are read strictly, and a machine is recognised from what Linux tells of it."""
+"""Board profiles are validated strictly, and boards are detected from Linux's files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgelm.system.sensors import read_temperature, read_throttling
 
 EMULATED = [profile for profile in load_profiles().values() if profile.emulation]
 
-# As a Raspberry Pi 5 prints it.
+# From a Raspberry Pi 5.
 CORE = """processor\t: {}
 BogoMIPS\t: 108.00
 Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp
@@ -36,7 +36,7 @@ PI5 = (
 
 @pytest.fixture
 def machine(tmp_path: Path):
-    """A file system: call it with the files to write."""
+    """Return a function that writes files to a root file system and returns its folder."""
 
     def write(**files: str) -> Path:
         for name, text in files.items():
@@ -48,19 +48,19 @@ def machine(tmp_path: Path):
     return write
 
 
-def test_every_profile_is_named_as_its_file():
+def test_every_profile_has_the_name_of_its_file():
     assert {path.stem for path in PROFILES.glob("*.toml")} == set(load_profiles())
     assert {"pi4", "pi5", "orin-nano", "x86-64"} <= set(load_profiles())
 
 
 @pytest.mark.parametrize("profile", EMULATED, ids=lambda profile: profile.name)
-def test_theoretical_figures_are_possible(profile: BoardProfile):
+def test_the_figures_of_a_profile_are_plausible(profile: BoardProfile):
     assert profile.cpu
     assert profile.memory
     assert 1 <= profile.cpu.threads <= profile.cpu.cores
     assert 5 < profile.memory.bandwidth_gb_s < 210
     assert {"fp", "asimd", "crc32"} <= set(profile.cpu.features)
-    # Only what the processor claims may be used: the dot product came with ARMv8.2.
+    # The dot product (ARMv8.2) is missing in the Pi 4's processor only.
     assert ("asimddp" in profile.cpu.features) == (profile.name != "pi4")
 
 
@@ -75,40 +75,40 @@ def test_an_unknown_key_is_refused_by_name(tmp_path_factory, key, table, value):
     header = f"[{table}]\n" if table else 'name = "pi5"\n'
     path = tmp_path_factory.getbasetemp() / "unknown.toml"
     path.write_text(text.replace(header, f"{header}{key} = {value}\n"))
-    with pytest.raises(DeviceError, match=rf"unknown key .*\b{key}\b.*allowed"):
+    with pytest.raises(DeviceError, match=rf"unknown\.toml.*\b{key}\b"):
         read_profile(path)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
-        ("cores = 4", 'cores = "4"', r"cpu\.cores must be of type int, got '4'"),
-        ("cores = 4", "cores = true", r"cpu\.cores must be of type int, got True"),
-        ("sizes_gb = [1, 2, 4, 8, 16]", "sizes_gb = 8", r"memory\.sizes_gb must be a list, got 8"),
-        ("sizes_gb = [1,", "sizes_gb = [0.5,", r"memory\.sizes_gb must be of type int, got 0\.5"),
-        ("bandwidth_gb_s = 17.1", "bandwidth_gb_s = false", r"memory\.bandwidth_gb_s must be of type float"),
-        ('title = "Raspberry Pi 5"', "", "missing key title"),
-        ('machine = "aarch64"', "", r"missing key match\.machine"),
-        ("[cpu]", "[cpu", "is not TOML"),
+        ("cores = 4", 'cores = "4"', r"cpu\.cores.*int.*'4'"),
+        ("cores = 4", "cores = true", r"cpu\.cores.*int.*True"),
+        ("sizes_gb = [1, 2, 4, 8, 16]", "sizes_gb = 8", r"memory\.sizes_gb.*list.*8"),
+        ("sizes_gb = [1,", "sizes_gb = [0.5,", r"memory\.sizes_gb.*int.*0\.5"),
+        ("bandwidth_gb_s = 17.1", "bandwidth_gb_s = false", r"memory\.bandwidth_gb_s.*float.*False"),
+        ('title = "Raspberry Pi 5"', "", r"\btitle\b"),
+        ('machine = "aarch64"', "", r"match\.machine"),
+        ("[cpu]", "[cpu", "TOML"),
     ],
 )
-def test_a_wrong_profile_is_one_clear_error(tmp_path: Path, old: str, new: str, told: str):
+def test_a_wrong_profile_is_one_clear_error(tmp_path: Path, old: str, new: str, message: str):
     text = (PROFILES / "pi5.toml").read_text()
     assert old in text
     path = tmp_path / "mine.toml"
     path.write_text(text.replace(old, new))
-    with pytest.raises(DeviceError, match=rf"mine\.toml.*{told}"):
+    with pytest.raises(DeviceError, match=rf"mine\.toml.*{message}"):
         load_profile(str(path))
 
 
-def test_a_part_must_be_a_table(tmp_path: Path):
+def test_a_section_must_be_a_table(tmp_path: Path):
     path = tmp_path / "mine.toml"
     path.write_text('name = "mine"\ntitle = "Mine"\nmatch = 1\n')
-    with pytest.raises(DeviceError, match=r"mine\.toml: match must be a table, got 1"):
+    with pytest.raises(DeviceError, match=r"mine\.toml.*match.*table.*1"):
         read_profile(path)
 
 
-def test_a_whole_number_of_gb_s_will_do(tmp_path: Path):
+def test_an_integer_bandwidth_is_accepted(tmp_path: Path):
     path = tmp_path / "mine.toml"
     path.write_text((PROFILES / "pi5.toml").read_text().replace("bandwidth_gb_s = 17.1", "bandwidth_gb_s = 17"))
     assert read_profile(path).memory.bandwidth_gb_s == 17.0
@@ -131,17 +131,17 @@ def test_an_unknown_board_is_refused_with_the_known_ones():
         ("NVIDIA Jetson Orin Nano Developer Kit", "orin-nano"),
     ],
 )
-def test_a_board_is_known_by_its_device_tree(machine, model: str, name: str):
+def test_a_board_is_detected_by_its_device_tree(machine, model: str, name: str):
     board = detect_board(machine(**{"proc/device-tree/model": model + "\0"}), machine="aarch64")
     assert (board.profile.name, board.matched_by, board.model) == (name, "device tree", model)
 
 
-def test_a_longer_number_is_another_board(machine):
+def test_a_model_with_a_longer_number_does_not_match(machine):
     board = detect_board(machine(**{"proc/device-tree/model": "Raspberry Pi 51 Model B\0"}), machine="aarch64")
     assert (board.profile, board.model) == (None, "Raspberry Pi 51 Model B")
 
 
-def test_an_unknown_board_is_matched_by_processor_and_says_so(machine):
+def test_an_unknown_board_is_matched_by_its_processor(machine):
     root = machine(**{"proc/device-tree/model": "Some Other Board\0", "proc/cpuinfo": PI5})
     board = detect_board(root, machine="aarch64")
     assert (board.profile.name, board.matched_by) == ("pi5", "processor")
@@ -149,19 +149,19 @@ def test_an_unknown_board_is_matched_by_processor_and_says_so(machine):
     assert board.features == board.profile.cpu.features
 
 
-def test_nothing_told_is_nothing_known(tmp_path: Path):
+def test_without_files_nothing_is_known(tmp_path: Path):
     board = detect_board(tmp_path, machine="riscv64")
     assert (board.profile, board.matched_by, board.model, board.memory_bytes) == (None, None, None, None)
     assert (board.temperature_c, board.throttling, board.cores) == (None, None, 1)
 
 
-def test_any_other_computer_is_known_by_its_architecture(tmp_path: Path):
+def test_any_other_computer_is_matched_by_its_architecture(tmp_path: Path):
     board = detect_board(tmp_path, machine="x86_64")
     assert (board.profile.name, board.matched_by) == ("x86-64", "machine")
 
 
 @pytest.mark.parametrize("profile", EMULATED, ids=lambda profile: profile.name)
-def test_an_emulated_board_is_detected_as_what_it_emulates(tmp_path: Path, profile: BoardProfile):
+def test_an_emulated_board_is_detected_as_its_board(tmp_path: Path, profile: BoardProfile):
     (tmp_path / "unpacked" / "usr").mkdir(parents=True)
     write_board_files(tmp_path / "root", tmp_path / "unpacked", profile, profile.cpu, profile.emulation)
     board = detect_board(tmp_path / "root", machine="aarch64")
@@ -177,7 +177,7 @@ def test_memory_is_read_in_bytes(machine):
     assert (board.memory_bytes, board.memory_available_bytes) == (8245220 * 1024, 7016032 * 1024)
 
 
-def test_the_hottest_processor_sensor_counts(machine):
+def test_the_highest_processor_temperature_is_returned(machine):
     sensors = {"cpu-thermal": 51550, "soc0-thermal": 53000, "gpu-thermal": -256000, "pmic": 99000}
     files = {}
     for number, (kind, reading) in enumerate(sensors.items()):
@@ -187,22 +187,22 @@ def test_the_hottest_processor_sensor_counts(machine):
     assert read_temperature(root) == 53.0
 
 
-def test_a_sensor_that_is_off_tells_nothing(machine):
+def test_a_sensor_that_is_off_is_ignored(machine):
     zone = "sys/class/thermal/thermal_zone0"
     assert read_temperature(machine(**{f"{zone}/type": "gpu-thermal\n", f"{zone}/temp": "-256000\n"})) is None
 
 
-def test_other_sensors_stand_in(machine):
+def test_other_sensors_are_used_without_processor_sensors(machine):
     zone = "sys/class/thermal/thermal_zone0"
     root = machine(**{f"{zone}/type": "acpitz\n", f"{zone}/temp": "40000\n"})
     assert read_temperature(root) == 40.0
 
 
-NODES = st.sampled_from(["soc", "soc@107c000000"])  # up to the Pi 4, and on the Pi 5
+NODES = st.sampled_from(["soc", "soc@107c000000"])  # Raspberry Pi 4 and older; Raspberry Pi 5
 
 
 @given(now=st.integers(0, 15), before=st.integers(0, 15), node=NODES)
-def test_throttling_bits_are_told_apart(tmp_path_factory, now: int, before: int, node: str):
+def test_throttling_bits_are_decoded(tmp_path_factory, now: int, before: int, node: str):
     root = tmp_path_factory.getbasetemp() / node
     path = root / "sys/devices/platform" / node / f"{node}:firmware" / "get_throttled"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,5 +229,5 @@ def test_a_generic_computer_cannot_be_emulated(capsys):
     assert main(["devices", "emulate", "x86-64"]) == 1
     out, err = capsys.readouterr()
     assert not out
-    assert "cannot be emulated" in err
+    assert "x86-64" in err
     assert err.count("\n") == 1
