@@ -1,7 +1,7 @@
-"""Requests made ready to run: text to tokens, a constraint to its matcher, everything checked against the model.
+"""Prepares requests: text to tokens, a constraint to its matcher, everything checked against the model.
 
-What can take longer than a token is done on threads beside the engine's: a long prompt (64 KB take up to 0.1 s), a
-constraint, the sampler's kernels. Short prompts are read at once.
+Work that can take longer than a decode step runs on background threads: a long prompt (64 KB take up to 0.1 s), a
+constraint, loading the sampler's kernels. Short prompts are tokenized at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Admission:
-    """Opens requests for a bundle whose rows hold `context` tokens."""
+    """Prepares requests for a bundle whose rows have `context` tokens."""
 
     def __init__(self, bundle: Bundle, context: int, client_limits: ClientLimits = NO_CLIENT_LIMITS) -> None:
         manifest = bundle.manifest
@@ -38,18 +38,18 @@ class Admission:
         self._background = BackgroundThread("edgelm-prompts")
 
     def prepare_constraint(self, request: Request) -> Future[Matcher] | None:
-        """Have a request's constraint made ready on another thread; None where it has none."""
+        """Start preparing a request's constraint on another thread; return None if it has no constraint."""
         return None if request.constraint is None else self._constraints.prepare(request.constraint, request.owner)
 
     def close(self) -> None:
-        """Stop preparing."""
+        """Stop the background threads."""
         self._constraints.close()
         self._background.close()
 
     def prepare_prompt(self, request: Request, before: SessionState) -> Future[SessionState]:
-        """Return what will have a conversation with a request's prompt behind it; done already where that is quick.
+        """Return a future of the session's state with the request's prompt appended; a short prompt is done at once.
 
-        `before` is what `Sessions.begin` returned. The future may hold a `RequestError`.
+        `before` is the result of `Sessions.begin_request`. The future may raise `RequestError`.
         """
         needs_loading = needs_kernels(request.sampling) and not are_kernels_loaded()
 
@@ -60,33 +60,35 @@ class Admission:
                 return self.sessions.append_prompt(before, request)
             except RequestError:
                 raise
-            except BaseException as error:  # a library's panic is no Exception, and concerns this request alone
+            except BaseException as error:  # a Rust panic is not an Exception; it fails only this request
                 raise RequestError("internal", f"the prompt failed: {type(error).__name__}: {error}") from error
 
-        if needs_loading or not self._is_quick(request, before):
+        if needs_loading or not self._is_short(request, before):
             return self._background.run(work)
         future: Future[SessionState] = Future()
         resolve_future(work, future)
         return future
 
-    def _is_quick(self, request: Request, before: SessionState) -> bool:
-        """Whether a prompt, its session and what goes with it are short."""
+    def _is_short(self, request: Request, before: SessionState) -> bool:
+        """Return whether the prompt, its session and its other input are short enough to tokenize at once."""
         if request.messages is None and not request.is_templated:
-            rest = request.prompt or ""
+            new_text = request.prompt or ""
         else:
-            rest = repr((request.prompt, request.messages, request.system, request.tools, request.template_vars))
-        return len(before.text) + len(rest) <= SHORT_TEXT_LENGTH and not self.tokenizer.needs_preparation_for(rest)
+            new_text = repr((request.prompt, request.messages, request.system, request.tools, request.template_vars))
+        if len(before.text) + len(new_text) > SHORT_TEXT_LENGTH:
+            return False
+        return not self.tokenizer.needs_preparation_for(new_text)
 
     def create_sequence(
-        self, request: Request, submitted_s: float, asked: SessionState, matcher_future: Future[Matcher] | None
+        self, request: Request, submitted_s: float, state: SessionState, matcher_future: Future[Matcher] | None
     ) -> Sequence:
         """Return a request's sequence. Raises `RequestError` for a prompt or a constraint that cannot be used.
 
-        `asked` is what `read` gave, `matcher_future` what `prepare` returned; what is not ready yet is waited for.
+        `state` is the result of `prepare_prompt`; `matcher_future`, from `prepare_constraint`, is awaited.
         """
         return Sequence(
             request,
-            self.checked(self.sessions.record_prompt(request, asked)),
+            self.check_tokens(self.sessions.record_prompt(request, state)),
             tokenizer=self.tokenizer,
             vocab_size=self._bundle.manifest.vocab_size,
             context=self._context,
@@ -95,10 +97,10 @@ class Admission:
             submitted_s=submitted_s,
         )
 
-    def checked(self, tokens: list[int]) -> list[int]:
-        """Return the tokens. Raises `RequestError` for one that the model does not have."""
-        vocab_size = self._bundle.manifest.vocab_size  # a tokenizer may have added tokens that the model lacks
-        bad = next((token for token in tokens if not 0 <= token < vocab_size), None)
-        if bad is not None:
-            raise RequestError("bad_request", f"token {bad} lies outside the vocabulary [0, {vocab_size})")
+    def check_tokens(self, tokens: list[int]) -> list[int]:
+        """Return the tokens unchanged. Raises `RequestError` if one lies outside the model's vocabulary."""
+        vocab_size = self._bundle.manifest.vocab_size  # the tokenizer's may be larger
+        invalid = next((token for token in tokens if not 0 <= token < vocab_size), None)
+        if invalid is not None:
+            raise RequestError("bad_request", f"token {invalid} lies outside the vocabulary [0, {vocab_size})")
         return tokens

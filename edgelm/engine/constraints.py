@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from edgelm.engine.constraint_trial import ConstraintSandbox
+from edgelm.engine.constraint_sandbox import ConstraintSandbox
 from edgelm.engine.fairness import FairQueue
 from edgelm.errors import BundleError, RequestError
 from edgelm.types import UNCACHED_OWNER, Constraint, Owner

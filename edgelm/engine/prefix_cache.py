@@ -1,4 +1,4 @@
-"""What sequences computed, put to use by later ones: rows begin with the longest prefix that is known."""
+"""The prefix cache: a new row starts with the longest known prefix of its prompt, which is then not computed again."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from edgelm.runtime.runner import Runner
 
 
 class PrefixCache:
-    """Moves key/value memory between a session's rows and a cache of at most `max_bytes`, the static prefix beside it.
+    """Copies keys and values between the rows of a runner and a cache of at most `max_bytes`, plus the static prefix.
 
-    What a client's sequences computed is found by its own later ones alone, and by nobody's where they are apart: else
-    `cached_tokens`, or the time to the first token, would tell a client what others have asked.
+    A client's entries are found only by its own later sequences, those of cache-isolated requests by none. Otherwise
+    `cached_tokens` or the time to the first token would reveal to a client what others asked.
 
-    Positions embedded for the original context and for LongRoPE's long one are kept apart: they do not fit each other.
-    Where a model has both, each kind has half of the bytes.
+    Positions embedded for LongRoPE's original and long context are kept apart, because they cannot be combined. If a
+    model has both, each kind gets half of the bytes.
     """
 
     def __init__(self, runner: Runner, bundle: Bundle, max_bytes: int) -> None:
         self._runner = runner
         cache = bundle.manifest.cache
-        each = max_bytes if runner.long_from is None else max_bytes // 2
-        self._prefixes = {is_long_rope: RadixTree(each, cache.bytes_per_token()) for is_long_rope in (False, True)}
+        tree_bytes = max_bytes if runner.long_from is None else max_bytes // 2
+        self._trees = {is_long_rope: RadixTree(tree_bytes, cache.bytes_per_token()) for is_long_rope in (False, True)}
         static = map_prefix(bundle)
         if static is not None:
-            self._prefixes[False].pin(*static)
+            self._trees[False].pin(*static)
 
     def load_prefix(self, sequence: Sequence) -> None:
-        """Begin a sequence's row with what is known of its prompt; the last token's logits are always computed.
+        """Write the longest known prefix of the prompt to the sequence's row, always without the last token.
 
-        Where a pass's length changes its rounding, a seeded sequence begins with the static prefix at most, which is
-        always there: what was asked before would change the lengths of its passes.
+        If the length of a pass changes its rounding, a seeded sequence uses only the static prefix, which is always
+        there: with other prefixes the lengths of its passes would depend on earlier requests.
         """
         long_from = self._runner.long_from
         sequence.is_long_rope = long_from is not None and sequence.length > long_from
-        known, asked = self._prefixes[sequence.is_long_rope], sequence.history[: sequence.length - 1]
-        pieces = known.match_prefix(
-            asked, sequence.request.owner, pinned_only=sequence.is_seeded and not self._runner.is_invariant
+        tree, prompt = self._trees[sequence.is_long_rope], sequence.history[: sequence.length - 1]
+        pieces = tree.match_prefix(
+            prompt, sequence.request.owner, pinned_only=sequence.is_seeded and not self._runner.is_invariant
         )
         if pieces:
             self._runner.write_row(sequence.row, pieces)
             sequence.computed_tokens = sum(piece[0].shape[1] for piece in pieces)
-            sequence.cached = min(sequence.computed_tokens, sequence.prompt_tokens)
+            sequence.cached_tokens = min(sequence.computed_tokens, sequence.prompt_tokens)
 
     def store(self, sequence: Sequence) -> None:
-        """Keep what a sequence has computed."""
+        """Add the computed tokens of a sequence to the cache."""
         tokens, row = sequence.history[: sequence.computed_tokens], sequence.row
-        known = self._prefixes[sequence.is_long_rope]
-        known.insert(tokens, lambda start, stop: self._runner.read_row(row, start, stop), sequence.request.owner)
+        tree = self._trees[sequence.is_long_rope]
+        tree.insert(tokens, lambda start, stop: self._runner.read_row(row, start, stop), sequence.request.owner)

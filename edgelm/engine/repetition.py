@@ -1,4 +1,4 @@
-"""Answers that go round in circles, as small models' do, above all without chance: found while they grow."""
+"""Detects answers that repeat one passage without end, as small models produce, above all with greedy decoding."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_PERIOD: Final = 96
-"""Tokens of the longest passage whose repetition is looked for."""
+"""Maximum length of a repeated passage, in tokens."""
 
 MIN_COPIES: Final = 4
-"""How often a passage stands behind itself before it counts as a loop."""
+"""Consecutive copies of a passage from which it counts as a loop."""
 
 MIN_LOOP_TOKENS: Final = 64
-"""Tokens that the copies of a passage have together at least: short lists and laughter pass."""
+"""Minimum total length of the copies, in tokens, so that short lists and laughter do not count."""
 
 
 class LoopDetector:
-    """Sees an answer's tokens one by one, and tells when its end is one passage over and over.
+    """Gets an answer token by token and detects that its end is one repeated passage.
 
-    With a period of p tokens, 1 to `MAX_PERIOD`, that is the case once the last
-    `max(MIN_LOOP_TOKENS, MIN_COPIES * p)` tokens repeat those p places before them. It takes some microseconds a token.
+    An answer is a loop with a period of p tokens, 1 to `MAX_PERIOD`, if its last `max(MIN_LOOP_TOKENS, MIN_COPIES * p)`
+    tokens are copies of one passage of p tokens. Takes some microseconds per token.
     """
 
     def __init__(self) -> None:
         self._runs = np.zeros(MAX_PERIOD, np.int32)
         periods = np.arange(1, MAX_PERIOD + 1)
-        self._enough = np.maximum(MIN_LOOP_TOKENS, MIN_COPIES * periods) - periods
+        self._min_runs = np.maximum(MIN_LOOP_TOKENS, MIN_COPIES * periods) - periods
 
     def detect(self, answer: NDArray[np.int32]) -> bool:
-        """Take the answer so far, int32 [n], which is one token longer than at the last call."""
+        """Return whether the answer, int32 [n], is a loop. It must be one token longer than at the last call."""
         size = answer.size
         before = answer[max(0, size - 1 - MAX_PERIOD) : size - 1][::-1]
         same = before == answer[-1]
         self._runs[: same.size] = np.where(same, self._runs[: same.size] + 1, 0)
-        return bool((self._runs >= self._enough).any())
+        return bool((self._runs >= self._min_runs).any())

@@ -1,7 +1,7 @@
-"""Which request holds which row of key/value memory.
+"""Assigns rows of the KV cache to sequences.
 
-Requests that are being answered hold the rows 0 .. n-1, without gaps, since they are decoded as one batch; those whose
-prompts are being read hold the rows behind them. The last row of all is for what passes through.
+Running sequences hold rows 0 .. n-1 without gaps, because they are decoded as one batch; prefilling ones hold the rows
+after them. The last row is scratch space.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from edgelm.runtime.runner import Runner
 
 
 class Scheduler:
-    """The rows of a session, `max_active` of which can be held."""
+    """The rows of a runner, of which at most `max_active` are held."""
 
     def __init__(self, runner: Runner, max_active: int) -> None:
         self.running: list[Sequence] = []
-        """Those being answered, by their rows."""
+        """Sequences that are decoded, in order of their rows."""
         self.prefilling: list[Sequence] = []
-        """Those whose prompts are being read, the oldest first."""
+        """Sequences whose prompts are computed, the oldest first."""
         self._runner = runner
         self._max_active = max_active
         self._prefill_round = 0
 
     @property
     def held(self) -> list[Sequence]:
-        """Every request that holds a row."""
+        """Every sequence that holds a row."""
         return [*self.running, *self.prefilling]
 
     @property
@@ -32,15 +32,15 @@ class Scheduler:
         """Whether no row is free."""
         return len(self.held) >= self._max_active
 
-    def take(self, sequence: Sequence) -> None:
-        """Give a row to a request whose prompt is to be read."""
+    def assign_row(self, sequence: Sequence) -> None:
+        """Assign a free row to a sequence, which becomes prefilling."""
         sequence.row = len(self.held)
         self.prefilling.append(sequence)
 
     def choose_prefill(self) -> Sequence | None:
-        """Return whose prompt is read on: the oldest and the one that needs least, by turns.
+        """Return the sequence to prefill next: alternately the oldest, and the one with the fewest tokens left.
 
-        So a short prompt does not wait for the end of a long one, and a long one is held up to half of the time.
+        A short prompt does not wait for the end of a long one, and a long one gets at least half of the steps.
         """
         self._prefill_round += 1
         if self._prefill_round % 2 and self.prefilling:
@@ -48,20 +48,20 @@ class Scheduler:
         return min(self.prefilling, key=lambda sequence: sequence.length - sequence.computed_tokens, default=None)
 
     def start(self, sequence: Sequence) -> None:
-        """Move a request whose prompt has been read to those that are being answered."""
+        """Make a prefilled sequence a running one."""
         self.prefilling.remove(sequence)
-        place = len(self.running)
-        other = next((one for one in self.prefilling if one.row == place), None)
+        row = len(self.running)
+        other = next((one for one in self.prefilling if one.row == row), None)
         if other is not None:
-            self._runner.copy_row(place, self._max_active, other.computed_tokens)
-            self._runner.copy_row(sequence.row, place, sequence.computed_tokens)
+            self._runner.copy_row(row, self._max_active, other.computed_tokens)
+            self._runner.copy_row(sequence.row, row, sequence.computed_tokens)
             self._runner.copy_row(self._max_active, sequence.row, other.computed_tokens)
             self._runner.release_row(self._max_active)
-            other.row, sequence.row = sequence.row, place
+            other.row, sequence.row = sequence.row, row
         self.running.append(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Free a row, close the gap with the last ones, and give back the row that this leaves."""
+        """Free the row of a sequence, close the gap with the last sequences, and release the row that becomes free."""
         gap = sequence.row
         if sequence in self.running:
             self.running.remove(sequence)
@@ -71,18 +71,18 @@ class Scheduler:
                 gap = self._move(last, gap)
         else:
             self.prefilling.remove(sequence)
-        last_read = max(self.prefilling, key=lambda one: one.row, default=None)
-        if last_read is not None and last_read.row > gap:
-            gap = self._move(last_read, gap)
+        last_prefilling = max(self.prefilling, key=lambda one: one.row, default=None)
+        if last_prefilling is not None and last_prefilling.row > gap:
+            gap = self._move(last_prefilling, gap)
         self._runner.release_row(gap)
 
     def clear(self) -> None:
-        """Take every row back."""
+        """Free all rows."""
         self.running.clear()
         self.prefilling.clear()
 
     def _move(self, sequence: Sequence, row: int) -> int:
-        """Move a request to another row; return the row that it leaves."""
-        left, sequence.row = sequence.row, row
-        self._runner.copy_row(left, row, sequence.computed_tokens)
-        return left
+        """Move a sequence to another row; return the row that it leaves."""
+        old_row, sequence.row = sequence.row, row
+        self._runner.copy_row(old_row, row, sequence.computed_tokens)
+        return old_row

@@ -1,4 +1,4 @@
-"""How probable a given text is: the log-probability of each of its tokens after those before it."""
+"""Scores a text: the log-probability of each token given the tokens before it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from edgelm.runtime.runner import Runner
 
 SCORE_CHUNK: Final = 64
-"""Positions scored in one pass: bounds the logits held at once."""
+"""Positions scored in one pass; limits the memory of the logits."""
 
 
 def score(runner: Runner, row: int, tokens: list[int]) -> NDArray[np.float64]:
-    """Return the natural-log probability of each token after the first, float64 [n - 1]; a row is written over."""
+    """Return the natural-log probability of each token after the first, float64 [n - 1]. Overwrites a row."""
     result = np.empty(max(len(tokens) - 1, 0), np.float64)
     inputs = np.asarray(tokens, np.int64)
     for start in range(0, len(result), SCORE_CHUNK):

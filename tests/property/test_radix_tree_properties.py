@@ -145,17 +145,17 @@ def test_an_owner_finds_its_own_sequences_and_the_pinned_one_and_nobody_elses(ke
         for tokens in asked:
             expected = max(shared(tokens, other) for other in [pinned, *mine])
             assert found(prefixes, tokens, owner=owner) == expected
-    assert prefixes.tokens == sum(prefixes.kept_by(owner) for owner in (None, "a", "b", "c"))
-    assert set(prefixes._roots) == {owner for owner in (None, "a", "b", "c") if prefixes.kept_by(owner)}
+    assert prefixes.tokens == sum(prefixes.count_of(owner) for owner in (None, "a", "b", "c"))
+    assert set(prefixes._roots) == {owner for owner in (None, "a", "b", "c") if prefixes.count_of(owner)}
 
 
 @given(kept=st.lists(st.tuples(owners, st.lists(st.integers(0, 2), max_size=12)), max_size=30), room=st.integers(0, 30))
 def test_owners_share_the_room_and_only_who_holds_most_loses(kept, room):
     prefixes, everyone = cache_of(room), (None, "a", "b", "c")
     for owner, tokens in kept:
-        before = {each: prefixes.kept_by(each) for each in everyone}
+        before = {each: prefixes.count_of(each) for each in everyone}
         prefixes.insert(np.array(tokens, np.int32), lambda a, b, tokens=tokens: piece_of(tokens, a, b), owner)
-        after = {each: prefixes.kept_by(each) for each in everyone}
+        after = {each: prefixes.count_of(each) for each in everyone}
         assert prefixes.tokens == sum(after.values()) <= room
         assert sum(bytes_of(prefixes, each) for each in everyone) == prefixes.tokens * (TOKEN_BYTES + 4)
         for each in everyone:

@@ -79,7 +79,7 @@ def test_answers_are_those_without_it(plain, engine, opened, asked, seed):
         assert (one.tokens, one.text, one.finish_reason) == (other.tokens, other.text, other.finish_reason)
         assert one.usage.prompt_tokens == len(tokens)
         assert one.usage.cached_tokens >= known
-        if seed is not None or engine._prefix_cache._prefixes[False]._capacity == 0:
+        if seed is not None or engine._prefix_cache._trees[False]._capacity == 0:
             assert one.usage.cached_tokens == known
         assert other.usage.cached_tokens == 0
 

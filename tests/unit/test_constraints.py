@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import edgelm
 from edgelm.bundle.bundle_folder import open_bundle
-from edgelm.engine import constraint_trial
+from edgelm.engine import constraint_sandbox
 from edgelm.engine import constraints as module
-from edgelm.engine.constraint_trial import CONSTRAINT_TIMEOUT_S, ConstraintSandbox
+from edgelm.engine.constraint_sandbox import CONSTRAINT_TIMEOUT_S, ConstraintSandbox
 from edgelm.engine.constraints import ConstraintCache
 from edgelm.engine.engine import Engine
 from edgelm.engine.engine_options import EngineOptions
@@ -100,9 +100,9 @@ def test_a_child_that_dies_or_is_silent_refuses_one_and_is_replaced(death, monke
         assert tried.run(Constraint("regex", "a")) > 0
         child = tried._child
         if death == "killed":
-            monkeypatch.setattr("edgelm.engine.constraint_trial.json.dumps", lambda *_: os.kill(child.pid, 9) or "{}")
+            monkeypatch.setattr("edgelm.engine.constraint_sandbox.json.dumps", lambda *_: os.kill(child.pid, 9) or "{}")
         else:
-            monkeypatch.setattr("edgelm.engine.constraint_trial.select.select", lambda *_: ([], [], []))
+            monkeypatch.setattr("edgelm.engine.constraint_sandbox.select.select", lambda *_: ([], [], []))
         with pytest.raises(RequestError, match="simpler"):
             tried.run(Constraint("regex", "b"))
         monkeypatch.undo()
@@ -213,7 +213,7 @@ def test_what_a_trial_does_not_understand_is_not_let_through():
             raise ZeroDivisionError("nobody expects it")
 
     answer = {}
-    constraint_trial._try(Broken(), Constraint("regex", "a"), answer)
+    constraint_sandbox._try(Broken(), Constraint("regex", "a"), answer)
     assert "ZeroDivisionError" in answer["error"]
 
 

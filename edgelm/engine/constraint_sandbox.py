@@ -79,7 +79,7 @@ class ConstraintSandbox:
         if self._is_closed:
             raise RequestError("interrupted", "the service stopped before the constraint was tried")
         self._child = subprocess.Popen(
-            build_python_command("edgelm.engine.constraint_trial", "run_child"),
+            build_python_command("edgelm.engine.constraint_sandbox", "run_child"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
