@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from edgelm.system.memory import read_meminfo
 from edgelm.system.sensors import ROOT, Throttling, parse_throttling, read_temperature, read_text, read_throttling
 
 from .board_profile import BoardProfile, load_profiles
@@ -59,7 +60,7 @@ def detect_board(root: Path = ROOT, machine: str | None = None) -> DetectedBoard
     model = read_text(root / "proc/device-tree/model")
     implementer, part = first.get("CPU implementer"), first.get("CPU part")
     profile, matched_by = _match_profile(model, machine, implementer, part)
-    memory = _read_meminfo(root)
+    memory = read_meminfo(root)
     return DetectedBoard(
         profile=profile,
         matched_by=matched_by,
@@ -106,12 +107,6 @@ def _read_cpuinfo(root: Path) -> list[dict[str, str]]:
         if "processor" in table:
             blocks.append(table)
     return blocks
-
-
-def _read_meminfo(root: Path) -> dict[str, int]:
-    """Return /proc/meminfo in bytes."""
-    text = read_text(root / "proc/meminfo") or ""
-    return {key: int(kib) * 1024 for key, kib in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
 
 
 def _query_firmware() -> Throttling | None:

@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from edgelm.bench.memory_bandwidth import memory_bandwidth_gb_s
 from edgelm.bundle.bundle_folder import Bundle
 from edgelm.errors import EdgelmError
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
@@ -18,7 +19,7 @@ from edgelm.runtime.prepack import open_verified
 from edgelm.runtime.runner import Runner, open_runner
 from edgelm.sampling import Sampler
 from edgelm.system.board_cache import BoardCache
-from edgelm.system.memory import measure_memory_mb, memory_bandwidth_gb_s
+from edgelm.system.memory import measure_memory_mb
 from edgelm.types import SamplingParams
 
 SAMPLER_ROUNDS: Final = 50

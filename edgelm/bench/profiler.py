@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bench.benchmark import open_for_benchmark
+from edgelm.bench.memory_bandwidth import memory_bandwidth_gb_s
 from edgelm.bench.trace import GraphRun, StepProfile, parse_runs, summarize_steps
 from edgelm.bundle.manifest import Manifest
 from edgelm.errors import EdgelmError
@@ -23,7 +24,6 @@ from edgelm.runtime.memory_plan import PREFILL_CHUNK
 from edgelm.runtime.ort import resolve_thread_settings
 from edgelm.runtime.runner import Runner, open_runner
 from edgelm.system.board_cache import BoardCache
-from edgelm.system.memory import memory_bandwidth_gb_s
 
 DECODE_STEPS: Final = 32
 """Most decoding steps measured: enough for a median, few enough that the context hardly grows."""

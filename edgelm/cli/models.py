@@ -8,7 +8,7 @@ import json
 
 from edgelm.bundle.catalogue import CatalogueModel, load_catalogue
 from edgelm.bundle.store import BundleStore
-from edgelm.system.sensors import read_memory_mb
+from edgelm.system.memory import read_memory_mb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,8 +22,8 @@ from edgelm.cli.extras import import_extra
 from edgelm.cli.suggestion import suggest_match
 from edgelm.cli.tables import self_check_text
 from edgelm.errors import BundleError, EdgelmError, UsageError
+from edgelm.system.memory import read_memory_mb
 from edgelm.system.progress_bar import ProgressBar
-from edgelm.system.sensors import read_memory_mb
 
 EPILOG: Final = """\
 examples:

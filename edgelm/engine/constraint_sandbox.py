@@ -24,6 +24,7 @@ import numpy as np
 
 from edgelm.errors import RequestError
 from edgelm.system.isolated_python import build_python_command
+from edgelm.system.memory import read_process_memory
 from edgelm.types import Constraint
 
 CONSTRAINT_TIMEOUT_S: Final = 3.0
@@ -131,7 +132,7 @@ def run_child() -> None:
     setup = json.loads(sys.stdin.readline())
     grammar = ConstraintCompiler(setup["tokenizer"], setup["vocab_size"], setup["eos_tokens"])
     _tell(out, {"goes_on": True})
-    before = _address_space_bytes()
+    before = read_process_memory().address_space
     limit = before + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     threading.stack_size(STACK_BYTES)
@@ -143,10 +144,10 @@ def run_child() -> None:
         value = tuple(asked["value"]) if isinstance(asked["value"], list) else asked["value"]
         answer: dict[str, Any] = {}
         thread = threading.Thread(target=_try, args=(grammar, Constraint(asked["kind"], value), answer))
-        start = _address_space_bytes()
+        start = read_process_memory().address_space
         thread.start()
         thread.join()
-        now = _address_space_bytes()
+        now = read_process_memory().address_space
         answer["bytes"] = max(now - start, len(line))
         answer["goes_on"] = now < before + GROWN_BYTES
         _tell(out, answer)
@@ -177,9 +178,3 @@ def _try(grammar: Any, constraint: Constraint, answer: dict[str, Any]) -> None:
 def _tell(out: IO[str], answer: dict[str, Any]) -> None:
     out.write(json.dumps(answer) + "\n")
     out.flush()
-
-
-def _address_space_bytes() -> int:
-    """Return the process's address space in bytes."""
-    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123  the path of a kernel's file
-        return int(file.read().split()[0]) * resource.getpagesize()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
+from edgelm.system.memory import read_process_memory
 from edgelm.system.sensors import read_temperature, read_throttling
 
 
 def read_rss_mb() -> float | None:
     """Return the resident memory of this process in MB (10^6 bytes)."""
     try:
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    except (OSError, ValueError, IndexError):
+        return round(read_process_memory().resident / 1e6, 1)
+    except OSError:
         return None
-    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
 
 
 def read_temp_c() -> float | None:

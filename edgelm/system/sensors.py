@@ -66,16 +66,3 @@ def read_text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n") or None
     except OSError:
         return None
-
-
-def read_memory_mb(root: Path = ROOT) -> float | None:
-    """Return its memory in MB (10^6 bytes), or what the group of processes that this one is in may use, if less."""
-    found = [
-        1.024e-3 * float(line.split()[1])
-        for line in (read_text(root / "proc/meminfo") or "").splitlines()
-        if line.startswith("MemTotal:")
-    ]
-    limit = read_text(root / "sys/fs/cgroup/memory.max") or ""
-    if limit.isdigit():
-        found.append(int(limit) / 1e6)
-    return min(found, default=None)

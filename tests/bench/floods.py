@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import paho.mqtt.client as paho
+import psutil
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
@@ -166,8 +167,7 @@ class Victim:
 
 
 def rss_mb(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmRSS"))
+    return psutil.Process(pid).memory_info().rss / 1e6
 
 
 def phase(victim: Victim, seconds: float) -> tuple[list[float], list[str]]:

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from . import HELPERS, cases
 
 MOST_S = 20.0
@@ -114,10 +116,9 @@ class Child:
 
     def _memory_mb(self) -> float:
         try:
-            lines = Path(f"/proc/{self._process.pid}/status").read_text("ascii").splitlines()
-        except OSError:
+            return psutil.Process(self._process.pid).memory_info().rss / 1e6
+        except psutil.Error:
             return 0.0
-        return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmRSS")), 0.0)
 
     def _said(self) -> str:
         """Return the last places that it was in."""

@@ -14,6 +14,8 @@ import time
 import traceback
 from pathlib import Path
 
+import psutil
+
 from . import cases
 
 MEMORY_BYTES = 3_000_000_000
@@ -30,8 +32,7 @@ def main(work: Path, seed: int) -> None:
     if cases.can_export():
         import edgelm_export  # noqa: F401  before memory is limited
     cases.strictly()
-    pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
-    limit = pages * resource.getpagesize() + MEMORY_BYTES
+    limit = psutil.Process().memory_info().vms + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print(json.dumps({}), file=out, flush=True)
     for line in sys.stdin:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import paho.mqtt.client as paho
+import psutil
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
@@ -311,10 +312,9 @@ class Board:
     def memory_mb(self) -> float:
         """Return how much memory it has, its helper processes not counted; 0 once it has ended."""
         try:
-            lines = Path(f"/proc/{self.process.pid}/status").read_text("ascii").splitlines()
-        except OSError:
+            return psutil.Process(self.process.pid).memory_info().rss / 1e6
+        except psutil.Error:
             return 0.0
-        return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmRSS")), 0.0)
 
     def close(self) -> int:
         """Stop it; return its exit code."""

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from broker import Broker
 from mqtt_client import Client
@@ -92,8 +93,7 @@ def _flooding(port: int, packets: bytes) -> Iterator[None]:
 
 
 def _rss_mb(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmRSS"))
+    return psutil.Process(pid).memory_info().rss / 1e6
 
 
 def _ask_until_answered(client: Client, board: str, name: str) -> None:

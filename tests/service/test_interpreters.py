@@ -27,7 +27,7 @@ def check(version, source, home, bundles):
     if code:
         pytest.skip(f"{python} cannot make a virtual environment: {output.strip().splitlines()[-1]}")
     pip = [home / "bin" / "python", "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
-    code, output = run(*pip, "pytest>=8", "hypothesis>=6", cwd=source)
+    code, output = run(*pip, "pytest>=8", "hypothesis>=6", "psutil>=6", cwd=source)
     if code:
         pytest.skip(f"pip cannot reach a package registry: {output.strip().splitlines()[-1]}")
     code, output = run(*pip, PAIRS[version], source, cwd=source)
