@@ -1,8 +1,7 @@
-"""What one hostile client at full speed costs another: python tests/bench/floods.py [--rounds N] [KIND ...]
+"""Effect of a flooding client on another client: python tests/bench/floods.py [--rounds N] [KIND ...]
 
-A mosquitto, `edgelm serve` and a flooding process on this machine. Another client asks one streamed request after the
-other; what is measured is the time to its first token, in turns without the flood and under it, and the board's
-memory.
+Runs mosquitto, `edgelm serve` and a flooding process on this machine. Another client sends one streamed request after
+the other. Measured are the time to its first token, alternately without and with the flood, and the board's memory.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def varint(value: int) -> bytes:
 
 
 def packet(topic: str, payload: bytes, properties: bytes = b"", mid: int = 0, flags: int = 0) -> bytes:
-    """Return a PUBLISH packet; a message identifier makes it one of QoS 1."""
+    """Return a PUBLISH packet; of QoS 1 if a packet identifier is given."""
     qos = 2 if mid else 0
     body = text(topic.encode()) + (struct.pack(">H", mid) if mid else b"")
     body += varint(len(properties)) + properties + payload
@@ -77,7 +76,7 @@ KINDS: dict[str, list[bytes]] = {
     "qos-1": [packet(f"{TOPIC}/m", b"hello", mid=i + 1) for i in range(60_000)],
     "hog": [],
 }
-"""What the hostile client sends, over and over; `hog` keeps a dozen long requests open instead."""
+"""Packets that the flooding client sends repeatedly; `hog` keeps twelve long requests open instead."""
 
 
 def connect(port: int) -> socket.socket:
@@ -90,7 +89,7 @@ def connect(port: int) -> socket.socket:
 
 
 def flood(port: int, kind: str, sent: Any) -> None:
-    """Send until ended."""
+    """Send packets until the process is terminated; count them in `sent`."""
     packets = KINDS[kind]
     chunks, size = [], 0
     for index, each in enumerate(itertools.cycle(packets)):
@@ -116,7 +115,7 @@ def flood(port: int, kind: str, sent: Any) -> None:
 
 
 class Victim:
-    """Asks, and notes when the first piece came and whether the final did."""
+    """A client that measures the time to the first token of its requests."""
 
     def __init__(self, port: int, name: str) -> None:
         self._heard: queue.Queue[tuple[float, dict[str, Any]]] = queue.Queue()
@@ -140,7 +139,7 @@ class Victim:
         return name
 
     def ask(self) -> tuple[float | None, str]:
-        """Return the seconds to the first token, None where it never came, and how the answer ended."""
+        """Send a request. Return the seconds to the first token, or None, and the error code or finish reason."""
         begun = time.perf_counter()
         name = self.send(prompt="play some jazz", stream=True, chunk_ms=0, max_tokens=12)
         first = None
@@ -155,7 +154,7 @@ class Victim:
                 return first, (body["error"] or {}).get("code") or body["finish_reason"]
 
     def finals(self) -> int:
-        """Return how many finals have come, and forget them."""
+        """Return the number of final messages received since the last call."""
         count = 0
         while not self._heard.empty():
             count += self._heard.get()[1]["done"]
@@ -171,7 +170,7 @@ def rss_mb(pid: int) -> float:
 
 
 def phase(victim: Victim, seconds: float) -> tuple[list[float], list[str]]:
-    """Ask for so long, at a person's pace: five a second at most."""
+    """Send requests for `seconds`, with a pause of 20 ms after each."""
     times, ends = [], []
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -225,7 +224,10 @@ def main() -> None:
     broker = Broker(folder).start()
     log = (folder / "board.log").open("wb")
     command = [sys.executable, "-m", "edgelm", "serve", "--mqtt", broker.url, "--board", BOARD, "--model", args.model]
-    command += ["--prefix-cache-mb", "4"]  # filled by the first flood: what grows later is none of its
+    command += [
+        "--prefix-cache-mb",
+        "4",
+    ]  # small, so that the first flood fills it and later growth is not the prefix cache
     board = subprocess.Popen(command, stderr=log)
     victim = None
     try:

@@ -1,8 +1,8 @@
-"""What MQTT costs on top of the engine: `python tests/bench/mqtt_overhead.py [BUNDLE]`, by hand, on a quiet machine.
+"""Overhead of MQTT over the engine: `python tests/bench/mqtt_overhead.py [BUNDLE]`, run by hand on an idle machine.
 
-A board in a process of its own, mosquitto and this client, all on loopback, TCP_NODELAY on every side. The engine
-is held to one step in PACE_S, so that every token is a chunk. Limits (p95): first token + 10 ms, chunk 5 ms, and
-1 ms of the board's processor time a chunk.
+Runs a board process, mosquitto and this client over loopback, with TCP_NODELAY everywhere. The engine makes one step in
+PACE_S, so that every token is a chunk. Limits (p95): 10 ms added to the first token, 5 ms for a chunk, and 1 ms of the
+board's CPU time for each chunk.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BOARD = "bench"
 
 
 class PacedEngine(Engine):
-    """The real engine, one step in `PACE_S`."""
+    """An engine whose steps take at least `PACE_S`."""
 
     def step(self) -> list[Chunk]:
         time.sleep(PACE_S)
@@ -66,11 +66,11 @@ def serve(record: Path, url: str, bundle: str) -> int:
 
 
 Pieces = list[tuple[float, int]]
-"""When each piece of text passed, in seconds of `time.monotonic`, and how many characters it had."""
+"""Time of each piece of text, in seconds of `time.monotonic`, and its number of characters."""
 
 
 def measure(url: str) -> tuple[dict[str, Pieces], list[float], dict[bool, list[str]]]:
-    """Ask, and return when each chunk came, by request; the first tokens' overheads; and the ids by stream or not."""
+    """Send requests. Return the chunks' times by request, the overheads of first tokens, and the ids by `stream`."""
     came: dict[str, Pieces] = {}
     first_ms: list[float] = []
     ids: dict[bool, list[str]] = {True: [], False: []}
@@ -86,7 +86,7 @@ def measure(url: str) -> tuple[dict[str, Pieces], list[float], dict[bool, list[s
             for response in request_client.stream(request):
                 if isinstance(response, ResponseChunk):
                     pieces.append((time.monotonic(), len(response.delta)))
-                elif number >= 2 and stream:  # the first two warm everything up
+                elif number >= 2 and stream:  # the first two requests are for warm-up
                     came[request.id] = pieces
                     first_ms.append(1e3 * (pieces[0][0] - asked) - response.completion.timing.ttft_ms)
             if number >= 2:
@@ -95,14 +95,14 @@ def measure(url: str) -> tuple[dict[str, Pieces], list[float], dict[bool, list[s
 
 
 def delays_ms(left: Pieces, came: Pieces) -> list[float]:
-    """Return how long each chunk after the first was on its way, from the oldest text in it."""
+    """Return the delay of each chunk after the first, from when its oldest text left the worker."""
     starts = dict(zip(accumulate((size for _, size in left), initial=0), (at for at, _ in left), strict=False))
     ends = accumulate((size for _, size in came), initial=0)
     return [1e3 * (at - starts[start]) for start, (at, _) in list(zip(ends, came, strict=False))[1:]]
 
 
 def report(what: str, values: list[float], limit: float) -> None:
-    """Print a row: p50, p95, largest, limit."""
+    """Print a row: p50, p95, maximum, limit."""
     p95 = statistics.quantiles(values, n=20)[-1]
     verdict = "ok" if p95 <= limit else "OVER"
     print(f"{what:24} n={len(values):5}  p50 {statistics.median(values):6.2f}  p95 {p95:6.2f}  max {max(values):6.2f}"
@@ -110,7 +110,7 @@ def report(what: str, values: list[float], limit: float) -> None:
 
 
 def run(bundle: str) -> int:
-    """Measure and report."""
+    """Measure and print the results."""
     program = find_mosquitto()
     if program is None:
         print("mosquitto is not installed", file=sys.stderr)
@@ -135,7 +135,7 @@ def run(bundle: str) -> int:
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {REQUESTS} answers of {TOKENS} tokens")
     report("first token, added", first_ms, 10)
     report("chunk, from the worker", chunk_ms, 5)
-    print(f"processor time a chunk   {1e3 * (cpu[True] - cpu[False]) / TOKENS:.2f} ms  limit 1 ms")
+    print(f"CPU time of a chunk      {1e3 * (cpu[True] - cpu[False]) / TOKENS:.2f} ms  limit 1 ms")
     return 0
 
 
