@@ -132,20 +132,20 @@ class InboundPolicy:
                 return Verdict.DROP
             target = self._parse_topic(topic)
         action, client = target
-        cost = size + MESSAGE_BYTES
+        backlog_bytes = size + MESSAGE_BYTES
         if action == "own":
             if self._own_topics.try_take(now):
-                return self._admit(PolicyDecision(client, cost), qos)
+                return self._admit(PolicyDecision(client, backlog_bytes), qos)
             self._was_own_dropped = True
         elif size > self._packet_bytes:
             pass
         elif action == "cancel":
             if self._cancels.try_take(client, now, is_qos1=qos > 0):
-                return self._admit(PolicyDecision(client, cost), qos, topic, target)
+                return self._admit(PolicyDecision(client, backlog_bytes), qos, topic, target)
         elif self._try_take_request(client, qos, size, now):
-            return self._admit(PolicyDecision(client, cost), qos, topic, target)
+            return self._admit(PolicyDecision(client, backlog_bytes), qos, topic, target)
         elif self._rejections.try_take(client, now, is_qos1=qos > 0) and self._all_rejections.try_take(now):
-            return self._admit(PolicyDecision(client, cost, self._requests.wait_s(client, now)), qos)
+            return self._admit(PolicyDecision(client, backlog_bytes, self._requests.wait_s(client, now)), qos)
         elif topic not in self._recent_topics and topic not in self._fixed_topics:
             self._new_topics_blocked_until = now + NEW_TOPICS_PAUSE_S
         return self._drop()
@@ -177,10 +177,10 @@ class InboundPolicy:
     def _parse_topic(self, topic: bytes) -> tuple[str, str | None]:
         """Return a topic's action and client; "generate" and None if the topic is malformed."""
         try:
-            address = self._topics.parse(topic.decode("utf-8"))
+            parsed = self._topics.parse(topic.decode("utf-8"))
         except (UnicodeDecodeError, RequestError):
             return "generate", None
-        return address.action, address.client
+        return parsed.action, parsed.client
 
     def _admit(
         self,

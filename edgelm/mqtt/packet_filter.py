@@ -145,32 +145,32 @@ class PacketFilter:
                 dropped.append(data[topic_end] << 8 | data[topic_end + 1])
             self._verdict = None
             self._bytes_to_drop = max(0, end - size)
-            begun, at = at, min(end, size)
+            start_at, at = at, min(end, size)
             if verdict is Verdict.DROP and end <= size:
-                at = self._drop_identical(data, begun, topic_end, end, dropped if begin > topic_end else None)
+                at = self._drop_identical(data, start_at, topic_end, end, dropped if begin > topic_end else None)
         self._incomplete = data[at:]
         if dropped:
             self._acknowledge(dropped)
         return b"".join(passed)
 
-    def _drop_identical(self, data: bytes, begun: int, topic_end: int, end: int, dropped: list[int] | None) -> int:
-        """Drop the messages from `end` on that have the topic, QoS and size of the dropped one in data[begun:end].
+    def _drop_identical(self, data: bytes, start_at: int, topic_end: int, end: int, dropped: list[int] | None) -> int:
+        """Drop the messages from `end` on that have the topic, QoS and size of the dropped one in data[start_at:end].
 
         Returns the offset behind them. One read may contain thousands of such messages. Identifiers of QoS 1 are
         appended to `dropped`, which is None for QoS 0.
         """
-        step = end - begun
+        step = end - start_at
         if step <= MAX_IDENTICAL_BYTES and dropped is None:
-            block, wide = data[begun:end] * IDENTICAL_AT_ONCE, step * IDENTICAL_AT_ONCE
+            block, block_bytes = data[start_at:end] * IDENTICAL_AT_ONCE, step * IDENTICAL_AT_ONCE
             while data.startswith(block, end):
-                end += wide
-        start, size = data[begun:topic_end], len(data)
-        behind = topic_end - begun
+                end += block_bytes
+        start, size = data[start_at:topic_end], len(data)
+        id_offset = topic_end - start_at
         while end + step <= size and data.startswith(start, end):
             if dropped is not None:
-                dropped.append(data[end + behind] << 8 | data[end + behind + 1])
+                dropped.append(data[end + id_offset] << 8 | data[end + id_offset + 1])
             end += step
-        count = (end - begun) // step - 1
+        count = (end - start_at) // step - 1
         if count:
             self._count_dropped(count)
         return end

@@ -215,10 +215,10 @@ class RequestHandler:
             response.client == client and response.model == model.name for response in self._pending_responses.values()
         )
         if count >= allowed:
-            who = "clients without a name together have" if client is None else "this client has"
+            owner = "clients without a name together have" if client is None else "this client has"
             raise RequestError(
                 "busy",
-                f"{who} {count} requests here; allowed are {allowed}",
+                f"{owner} {count} requests here; allowed are {allowed}",
                 retry_after_s=model.worker.retry_after_s(),
             )
         if len(self._outbox) >= MAX_UNACKED_FINALS:

@@ -163,7 +163,7 @@ class Service:
             raise self._failure
 
     def stop(self) -> None:
-        """Start to stop. May be called from any thread and from a signal handler."""
+        """Request the service to stop. May be called from any thread and from a signal handler."""
         self._events.put(Stop())
 
     # -- the loop ---------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def open_service(config: ServeConfig, on_online: Callable[[], None] | None = Non
             if any(model.name == other.name for other in models):
                 raise EdgelmError(f"two models are called {model.name}: model names must differ")
             models.append(model)
-            if engine.bundle.manifest.sampling.temperature > 0:
+            if model.sampling.temperature > 0:
                 load_kernels()  # otherwise the first request would wait seconds for the compilation
             else:
                 ensure_compiled()  # a request may set a temperature

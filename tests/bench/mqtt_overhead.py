@@ -46,7 +46,7 @@ class PacedEngine(Engine):
 
 
 def serve(record: Path, url: str, bundle: str) -> int:
-    """Serve, noting when each piece of text left the worker, and the processor time at the ends of an response."""
+    """Serve; record when each piece of text left the worker, and the CPU time at the start and end of a response."""
     left: dict[str, list[tuple[float, int]]] = defaultdict(list)
     cpu: dict[str, list[float]] = defaultdict(list)
     real = PendingResponse.on_chunk
