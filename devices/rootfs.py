@@ -22,7 +22,7 @@ from typing import Final
 
 from edgelm.errors import DeviceError
 from edgelm.system.installation import install_command
-from edgelm.system.ownership import PRIVATE, find_path_fault, make_private
+from edgelm.system.ownership import PRIVATE_MODE, find_path_fault, make_private
 
 DEBS: Final = ("python3", "libstdc++6", "libgomp1")
 """Debian packages to unpack, with their dependencies: Python, and the libraries that the wheels link to."""
@@ -106,7 +106,7 @@ def _pinned_wheels() -> list[str]:
 def _build_rootfs(scratch: Path, pins: Sequence[str], on_status: StatusCallback) -> None:
     """Create `scratch/made` with root/ and site/."""
     root, site = scratch / "made/root", scratch / "made/site"
-    root.parent.mkdir(PRIVATE)
+    root.parent.mkdir(PRIVATE_MODE)
     root.mkdir()
     site.mkdir()
     on_status(f"downloading {', '.join(DEBS)} for arm64 with apt (16 MB)")

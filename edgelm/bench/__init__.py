@@ -1,1 +1,1 @@
-"""Speed of a bundle on this machine: benchmark, profiler, threads."""
+"""Speed of a bundle on this machine: benchmark, profiler, and the choice of thread settings."""

@@ -1,4 +1,4 @@
-"""Measuring a bundle on this machine: prefill, decode, first token, sampler, memory. Prints nothing."""
+"""Measures a bundle on this machine: prefill, decode, time to first token, sampler, memory. Prints nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from edgelm.bench.memory_bandwidth import memory_bandwidth_gb_s
+from edgelm.bench.memory_bandwidth import measure_bandwidth_gb_s
 from edgelm.bundle.bundle_folder import Bundle
 from edgelm.errors import EdgelmError
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
@@ -27,21 +27,24 @@ SAMPLER_ROUNDS: Final = 50
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Median, least and greatest of the repeats."""
+    """Median, minimum and maximum of the repeats."""
 
     median: float
     minimum: float
     maximum: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def from_values(cls, values: Sequence[float]) -> Spread:
         """Summarize at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """One batch size. Rates are tokens a second of the whole batch; `bandwidth_share` is of what was measured."""
+    """Results of one batch size. Rates are tokens per second of the whole batch.
+
+    `bandwidth_share` is the share of the measured memory bandwidth that decoding uses, in [0, 1].
+    """
 
     batch: int
     prompt_tokens: int
@@ -52,7 +55,7 @@ class BatchResult:
     bandwidth_share: float
 
     def to_dict(self) -> dict[str, float]:
-        """Return medians, and the ends of the decode rate."""
+        """Return the medians, and minimum and maximum of the decode rate."""
         return {
             "batch": self.batch,
             "prompt_tokens": self.prompt_tokens,
@@ -68,7 +71,7 @@ class BatchResult:
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkReport:
-    """Everything `edgelm bench` shows. Times in the unit that ends the name; memory in MB (10^6 bytes)."""
+    """Results of `edgelm bench`. The unit ends each name; memory is in MB (10^6 bytes)."""
 
     threads: int
     memory_bandwidth_gb_s: float
@@ -100,11 +103,10 @@ def benchmark(
     cache: BoardCache | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> BenchmarkReport:
-    """Measure a bundle with random tokens; one unmeasured round of each batch goes first.
+    """Measure a bundle with random tokens, after one warm-up round per batch size.
 
-    With a `cache` weights packed before are mapped, and `threads` are by default what was measured to be best.
-
-    Raises `EdgelmError` when prompt and answer do not fit the context, or a number is not positive.
+    With a `cache`, prepacked weights are mapped, and the default of `threads` is the tuned setting. Raises
+    `EdgelmError` if prompt and new tokens do not fit the context, or a number is not positive.
     """
     start = time.perf_counter()
     bundle = open_for_benchmark(path, prompt_tokens, new_tokens, batches, repeat, cache)
@@ -114,20 +116,20 @@ def benchmark(
     rounds = {
         batch: [
             _round(runner, bundle, batch, prompt_tokens, new_tokens)
-            for _ in _counted(repeat + 1, number, len(batches), progress)
+            for _ in _report_rounds(repeat + 1, number, len(batches), progress)
         ][1:]
         for number, batch in enumerate(batches)
     }
-    memory = measure_memory_mb()  # before numba and the arrays of the bandwidth measurement join in
-    bandwidth = memory_bandwidth_gb_s(count)
-    runs = [_summary(bundle, batch, prompt_tokens, new_tokens, rounds[batch], bandwidth) for batch in batches]
+    memory = measure_memory_mb()  # before numba and the bandwidth measurement add to it
+    bandwidth = measure_bandwidth_gb_s(count)
+    runs = [_summarize(bundle, batch, prompt_tokens, new_tokens, rounds[batch], bandwidth) for batch in batches]
     return BenchmarkReport(count, bandwidth, load_s, _sampler_us(bundle.manifest.vocab_size), memory, tuple(runs))
 
 
 def open_for_benchmark(
     path: str, prompt_tokens: int, new_tokens: int, batches: Sequence[int], repeat: int, cache: BoardCache | None
 ) -> Bundle:
-    """Open a bundle that is to be measured so. Raises `EdgelmError` as `benchmark` does."""
+    """Check the numbers and open the bundle. Raises `EdgelmError` as `benchmark` does."""
     for name, value in (
         ("prompt tokens", prompt_tokens),
         ("new tokens", new_tokens),
@@ -139,13 +141,15 @@ def open_for_benchmark(
     bundle = open_verified(path, cache)
     if prompt_tokens + new_tokens > bundle.manifest.context:
         raise EdgelmError(
-            f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit the context of"
+            f"{prompt_tokens} prompt tokens and {new_tokens} new tokens do not fit the context of"
             f" {bundle.manifest.context}"
         )
     return bundle
 
 
-def _counted(repeat: int, number: int, of: int, progress: Callable[[str, int, int], None] | None) -> Iterator[int]:
+def _report_rounds(
+    repeat: int, number: int, of: int, progress: Callable[[str, int, int], None] | None
+) -> Iterator[int]:
     for index in range(repeat):
         if progress is not None:
             progress("round", number * repeat + index, of * repeat)
@@ -179,10 +183,10 @@ def _round(runner: Runner, bundle: Bundle, batch: int, prompt_tokens: int, new_t
     return _Times(middle - start, ttft_s, time.perf_counter() - middle)
 
 
-def _summary(
+def _summarize(
     bundle: Bundle, batch: int, prompt_tokens: int, new_tokens: int, rounds: Sequence[_Times], bandwidth: float
 ) -> BatchResult:
-    decode = Spread.of([batch * new_tokens / times.decode_s for times in rounds])
+    decode = Spread.from_values([batch * new_tokens / times.decode_s for times in rounds])
     manifest = bundle.manifest
     weights = sum(matrix.bytes() for matrix in manifest.matrices if matrix.name != "embedding" or _is_tied(bundle))
     cache = batch * manifest.cache.bytes_per_token() * (prompt_tokens + new_tokens / 2)
@@ -191,20 +195,20 @@ def _summary(
         batch,
         prompt_tokens,
         new_tokens,
-        Spread.of([batch * prompt_tokens / times.prefill_s for times in rounds]),
+        Spread.from_values([batch * prompt_tokens / times.prefill_s for times in rounds]),
         decode,
-        Spread.of([1e3 * times.ttft_s for times in rounds]),
+        Spread.from_values([1e3 * times.ttft_s for times in rounds]),
         steps_per_s * (weights + cache) / (bandwidth * 1e9),
     )
 
 
 def _is_tied(bundle: Bundle) -> bool:
-    """Whether the embedding is also the head, and so is read whole in every step."""
+    """Whether the embedding is also the head: then every step reads all of it."""
     return all(matrix.name != "head" for matrix in bundle.manifest.matrices)
 
 
 def _sampler_us(vocab_size: int) -> float:
-    """Median microseconds to sample a token with temperature, top-k and top-p."""
+    """Return the median microseconds to sample a token with temperature, top-k and top-p."""
     sampler = Sampler(SamplingParams(temperature=0.8, top_k=40, top_p=0.95, seed=1), vocab_size)
     logits = np.random.default_rng(0).normal(0, 3, vocab_size).astype(np.float32)
     history = np.zeros(0, np.int32)

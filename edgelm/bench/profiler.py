@@ -1,4 +1,4 @@
-"""Where a step's time goes: the same steps timed without and with onnxruntime's profile. Prints nothing."""
+"""Profiles a step: the same steps are timed without and with onnxruntime's profile. Prints nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bench.benchmark import open_for_benchmark
-from edgelm.bench.memory_bandwidth import memory_bandwidth_gb_s
+from edgelm.bench.memory_bandwidth import measure_bandwidth_gb_s
 from edgelm.bench.trace import GraphRun, StepProfile, parse_runs, summarize_steps
 from edgelm.bundle.manifest import Manifest
 from edgelm.errors import EdgelmError
@@ -26,36 +26,36 @@ from edgelm.runtime.runner import Runner, open_runner
 from edgelm.system.board_cache import BoardCache
 
 DECODE_STEPS: Final = 32
-"""Most decoding steps measured: enough for a median, few enough that the context hardly grows."""
+"""Largest number of measured decode steps: enough for a median, and the context hardly grows."""
 WARMUP_STEPS: Final = 3
-"""Decoding steps before the measured ones."""
+"""Decode steps before the measured ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Prefill of a prompt, or decoding of a batch. Times are medians over the steps, or sums of medians."""
+    """Prefill of a prompt, or decode of a batch. Times are medians over the steps, or sums of medians."""
 
     name: Literal["prefill", "decode"]
     batch: int
     tokens: int
-    """Tokens a step computes of each row."""
+    """Tokens per row that a step computes."""
     context: int
     """Positions filled before the first step."""
     steps: int
     plain_us: float
-    """A step where nothing is profiled."""
+    """A step without profiling."""
     outside_us: float
-    """What Python takes of a profiled step around the graph's runs."""
+    """Time of a profiled step outside the graph's runs, in Python."""
     typical_step: StepProfile
 
     @property
     def step_us(self) -> float:
-        """A typical step that is profiled: nodes, what lies between them, and Python."""
+        """A typical profiled step: nodes, time between nodes, and Python."""
         return self.typical_step.run_us + self.outside_us
 
     def to_dict(self) -> dict[str, object]:
-        """Return the phase as `--json` prints it; shares are of the nodes' time."""
-        folded = self.typical_step
+        """Return the object that `--json` prints; shares are of the nodes' time."""
+        typical = self.typical_step
         operators = [
             {
                 "operator": each.operator,
@@ -63,28 +63,28 @@ class Phase:
                 "bits": each.bits,
                 "nodes": round(each.nodes, 3),
                 "us": round(each.us, 3),
-                "share": round(folded.share(each.us), 6),
+                "share": round(typical.share(each.us), 6),
                 "us_each": round(each.us_each, 3),
                 "gb_s": None if each.gb_s is None else round(each.gb_s, 3),
                 "gflop_s": None if each.gflop_s is None else round(each.gflop_s, 3),
             }
-            for each in folded.operators
+            for each in typical.operators
         ]
-        layers = folded.parts and [
+        layers = typical.parts and [
             {
                 "part": each.name,
                 "nodes": round(each.nodes, 3),
                 "us": round(each.us, 3),
-                "share": round(folded.share(each.us), 6),
+                "share": round(typical.share(each.us), 6),
             }
-            for each in folded.parts
+            for each in typical.parts
         ]
         times = {
             "plain_us": self.plain_us,
             "step_us": self.step_us,
-            "run_us": folded.run_us,
-            "nodes_us": folded.nodes_us,
-            "between_us": folded.between_us,
+            "run_us": typical.run_us,
+            "nodes_us": typical.nodes_us,
+            "between_us": typical.between_us,
             "outside_us": self.outside_us,
         }
         return {
@@ -101,12 +101,12 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class ProfileReport:
-    """Everything `edgelm bench --profile` shows."""
+    """Results of `edgelm bench --profile`."""
 
     threads: int
     memory_bandwidth_gb_s: float
     phases: tuple[Phase, ...]
-    """Prefill of one row, then decoding of each batch."""
+    """Prefill of one row, then decode of each batch size."""
 
     def to_dict(self) -> dict[str, object]:
         """Return the object that `--json` prints."""
@@ -128,10 +128,10 @@ def profile_bundle(
     cache: BoardCache | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ProfileReport:
-    """Profile `repeat` prefills of random tokens and, for each batch, up to `DECODE_STEPS` of its `new_tokens` steps.
+    """Profile `repeat` prefills of random tokens, and min(`new_tokens`, `DECODE_STEPS`) steps of each batch size.
 
-    Everything runs twice, first in a runner without a profile. Raises `EdgelmError` as `benchmark` does, and where
-    onnxruntime kept less of the profile than was run.
+    Everything runs twice, first in a runner without profiling. Raises `EdgelmError` as `benchmark` does, and if
+    onnxruntime's profile lacks some of the runs.
     """
     bundle = open_for_benchmark(path, prompt_tokens, new_tokens, batches, repeat, cache)
     steps = min(new_tokens, DECODE_STEPS)
@@ -139,45 +139,47 @@ def profile_bundle(
     prompt = np.random.default_rng(0).integers(0, bundle.manifest.vocab_size, prompt_tokens, dtype=np.int64)
     has_run_per_row = bundle.manifest.cache.kind == "growing"
 
-    def measured(what: str, runner: Runner) -> list[_PhaseTimes]:
+    def measure(name: str, runner: Runner) -> list[_PhaseTimes]:
         phases = [_prefill(runner, prompt, repeat)]
         for number, batch in enumerate(batches):
             if progress is not None:
-                progress(what, number + 1, len(batches) + 1)
+                progress(name, number + 1, len(batches) + 1)
             phases.append(_decode(runner, batch, prompt_tokens, steps, batch if has_run_per_row else 1))
         return phases
 
-    def opened(to: Path | None) -> Runner:
-        return open_runner(bundle, rows=max(batches), threads=threads, context=context, cache=cache, profile_prefix=to)
+    def open_with_profile(prefix: Path | None) -> Runner:
+        return open_runner(
+            bundle, rows=max(batches), threads=threads, context=context, cache=cache, profile_prefix=prefix
+        )
 
-    plain = measured("plain", opened(None))
+    plain = measure("plain", open_with_profile(None))
     with tempfile.TemporaryDirectory(prefix="edgelm-profile-") as folder:
-        runner = opened(Path(folder) / "runs")
-        profiled = measured("profiled", runner)
+        runner = open_with_profile(Path(folder) / "runs")
+        profiled = measure("profiled", runner)
         with runner.end_profile().open(encoding="utf-8") as lines:
             runs = parse_runs(_events(lines))
     expected = sum(phase.runs * (phase.warmup_steps + len(phase.us)) for phase in profiled)
     if len(runs) != expected:
         raise EdgelmError(
-            f"onnxruntime's profile holds {len(runs)} of {expected} runs (it keeps a million events at most):"
-            " ask for fewer --new-tokens, a smaller --batch or less to --repeat"
+            f"onnxruntime's profile has {len(runs)} of {expected} runs (its limit is a million events):"
+            " reduce --new-tokens, --batch or --repeat"
         )
     following = iter(runs)
     phases = [_phase(*pair, following, bundle.manifest) for pair in zip(plain, profiled, strict=True)]
     count = resolve_thread_settings(bundle, threads, cache).threads
-    return ProfileReport(count, memory_bandwidth_gb_s(count), tuple(phases))
+    return ProfileReport(count, measure_bandwidth_gb_s(count), tuple(phases))
 
 
 @dataclass(frozen=True, slots=True)
 class _PhaseTimes:
-    """Steps of one phase in one runner."""
+    """Measured steps of one phase in one runner."""
 
     name: Literal["prefill", "decode"]
     batch: int
     tokens: int
     context: int
     runs: int
-    """Runs of the graph in a step."""
+    """Runs of the graph per step."""
     warmup_steps: int
     """Steps before the measured ones."""
     us: list[float] = field(default_factory=list)
@@ -196,7 +198,7 @@ def _prefill(runner: Runner, prompt: NDArray[np.int64], repeat: int) -> _PhaseTi
 
 
 def _decode(runner: Runner, batch: int, context: int, steps: int, runs: int) -> _PhaseTimes:
-    """Decode rows that all begin like row 0, whose first `context` positions are filled."""
+    """Decode copies of row 0, whose first `context` positions are filled."""
     timed = _PhaseTimes("decode", batch, 1, context, runs, WARMUP_STEPS)
     for row in range(1, batch):
         runner.copy_row(0, row, context)
@@ -213,7 +215,7 @@ def _decode(runner: Runner, batch: int, context: int, steps: int, runs: int) -> 
 
 
 def _phase(plain: _PhaseTimes, profiled: _PhaseTimes, runs: Iterator[GraphRun], manifest: Manifest) -> Phase:
-    """Take a phase's runs and fold those of the measured steps."""
+    """Consume the runs of one phase, and summarize those of the measured steps."""
     steps = [list(islice(runs, profiled.runs)) for _ in range(profiled.warmup_steps + len(profiled.us))][
         profiled.warmup_steps :
     ]
@@ -231,7 +233,7 @@ def _phase(plain: _PhaseTimes, profiled: _PhaseTimes, runs: Iterator[GraphRun], 
 
 
 def _events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Read a profile, a JSON array that onnxruntime writes an event a line, without holding it in memory whole."""
+    """Yield the events of a profile, a JSON array with one event per line, without holding all of it in memory."""
     for line in lines:
         text = line.strip().rstrip(",")
         if text not in ("", "[", "]"):

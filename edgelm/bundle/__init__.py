@@ -1,1 +1,1 @@
-"""The on-disk bundle: its manifest, files and hashes; the models that are known by name. Sole owner of the format."""
+"""The on-disk bundle format, of which this package is the sole owner; the user's bundles; the model catalogue."""

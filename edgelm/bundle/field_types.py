@@ -1,4 +1,4 @@
-"""Whether what was read from a file is of the types that a dataclass declares, all the way down."""
+"""Checks that values read from a file have the types that a dataclass declares, recursively."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def check_type(value: object, hint: Any, name: str) -> None:
-    """Raise TypeError unless a value is of the type that its field declares, all the way down."""
+    """Raise TypeError with `name` unless `value` has the declared type `hint`, recursively."""
     origin, arguments = get_origin(hint), get_args(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         fits = isinstance(value, hint)
-        for field_name, inner in _hints(hint).items() if fits else ():
+        for field_name, inner in _field_types(hint).items() if fits else ():
             check_type(getattr(value, field_name), inner, field_name)
     elif origin in (Union, UnionType):
         fits = True
@@ -37,6 +37,6 @@ def check_type(value: object, hint: Any, name: str) -> None:
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    """Return the types of a dataclass's fields; looking them up takes longer than checking them."""
+def _field_types(kind: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields; cached because the lookup takes longer than the check."""
     return get_type_hints(kind)

@@ -1,6 +1,6 @@
-"""The bundles of a user, by name: one directory each in EDGELM_DATA_DIR, else where a user's data lie.
+"""The user's bundles by name: one directory each below EDGELM_DATA_DIR, or below the user's data folder.
 
-A bundle that `edgelm pull` makes has a record beside it, `<name>.json`: where it came from.
+A bundle that `edgelm pull` makes has a file `<name>.json` beside it, which records its origin.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ BUILTIN: Final = "builtin"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a bundle came from."""
+    """The source of a bundle."""
 
     source: str
     """A hub id, a file or a directory."""
     revision: str | None = None
-    """The hub's commit."""
+    """Commit id on the hub."""
 
 
 class BundleStore:
-    """The bundles below a folder. Nothing is created before the first is stored."""
+    """The bundles below a folder, which is created with the first bundle."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
     def default(cls) -> BundleStore:
-        """Return the store at EDGELM_DATA_DIR, else where the system keeps a user's data (XDG base directories)."""
+        """Return the store at EDGELM_DATA_DIR, or at the user's data folder (XDG base directories)."""
         named = os.environ.get(DATA_DIR_VARIABLE)
         if named is not None:
             if not named:
@@ -51,12 +51,12 @@ class BundleStore:
         return cls(user_folder("data"))
 
     def bundle_path(self, name: str) -> Path:
-        """Return where a bundle of that name lies, or would. Raises `EdgelmError` for what cannot be a name."""
+        """Return the path for a bundle of that name, which may not exist. Raises `EdgelmError` if not a valid name."""
         check_name(name)
         return self.folder / "bundles" / name
 
     def find(self, name: str) -> Path | None:
-        """Return the directory of a stored bundle; None for anything else."""
+        """Return the directory of a stored bundle, or None."""
         if not MODEL_NAME_PATTERN.fullmatch(name) or name == BUILTIN:
             return None
         place = self.bundle_path(name)
@@ -72,7 +72,7 @@ class BundleStore:
         )
 
     def origin(self, name: str) -> Origin | None:
-        """Return where a bundle came from, as far as its record can be read."""
+        """Return the origin of a bundle; None if it has no readable record."""
         try:
             found = json.loads(self._record(name).read_text("utf-8"))
             source, revision = found["source"], found["revision"]
@@ -83,25 +83,25 @@ class BundleStore:
         return Origin(source, revision)
 
     def write_origin(self, name: str, origin: Origin) -> None:
-        """Write down where a bundle came from."""
+        """Record the origin of a bundle."""
         self._record(name).write_text(json.dumps(asdict(origin)), "utf-8")
 
     def remove(self, name: str) -> int:
-        """Remove a bundle and its record; return how many bytes that frees.
+        """Remove a bundle and its record; return the freed bytes.
 
-        Raises `EdgelmError` where there is none, or it cannot be removed.
+        Raises `EdgelmError` if there is no such bundle or it cannot be removed.
         """
         place = self.bundle_path(name)
         if not place.is_dir():
-            raise EdgelmError(f"there is no bundle {name!r} here")
+            raise EdgelmError(f"there is no bundle {name!r} in {place.parent}")
         freed = sum(path.lstat().st_size for path in place.rglob("*") if path.is_file())
         try:
             aside = Path(tempfile.mkdtemp(prefix=".removing-", dir=place.parent))
-            place.rename(aside / name)  # gone at once, whatever happens next
+            place.rename(aside / name)  # in one step: a failure below leaves no half of a bundle
             shutil.rmtree(aside)
             self._record(name).unlink(missing_ok=True)
-            for remains in place.parent.glob(f".{name}.*"):  # of a `pull` that was killed
-                shutil.rmtree(remains, ignore_errors=True)
+            for leftover in place.parent.glob(f".{name}.*"):  # from a `pull` that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
         except OSError as error:
             raise EdgelmError(f"{place} cannot be removed: {error.strerror or error}") from error
         return freed
@@ -111,9 +111,10 @@ class BundleStore:
 
 
 def resolve_bundle_path(model: str | Path) -> Path:
-    """Return the directory that a name, or the path of a directory, stands for; "builtin" is inside the package.
+    """Return the directory of a bundle given by name or path; "builtin" is inside the package.
 
-    A name wins over a directory that is called so, which `./name` stands for. What is neither is returned as a path.
+    A stored name has priority over a directory of the same name, which `./name` selects. Anything else is returned as a
+    path, which may not exist.
     """
     if str(model) == BUILTIN:
         return Path(__file__).parents[1] / "builtin"
@@ -122,15 +123,15 @@ def resolve_bundle_path(model: str | Path) -> Path:
 
 
 def missing_bundle_error(model: str) -> BundleError:
-    """Return the error for what is neither a directory nor the name of a stored bundle, with the remedy."""
+    """Return the error for a name or path that is not a bundle, with advice."""
     known = load_catalogue()
     if model in known:
-        return BundleError(f"{model} is not here yet: `edgelm pull {model}` fetches and converts it")
+        return BundleError(f"{model} is not downloaded yet: `edgelm pull {model}` downloads and converts it")
     if Path(model).is_file():
-        return BundleError(f"{model} is not a directory: `edgelm export` makes a bundle of a checkpoint")
+        return BundleError(f"{model} is not a directory: `edgelm export` makes a bundle from a checkpoint")
     close = difflib.get_close_matches(model, [*BundleStore.default().names(), *known, BUILTIN], n=1, cutoff=0.6)
     meant = f"did you mean {close[0]}? " if close else ""
     return BundleError(
-        f"{model} is not a directory, nor the name of a model here; {meant}`edgelm list` shows what is here,"
-        " `edgelm models` what can be had"
+        f"{model} is not a directory and not the name of a stored bundle; {meant}`edgelm list` shows stored bundles,"
+        " `edgelm models` the models for `edgelm pull`"
     )

@@ -1,1 +1,1 @@
-"""Quality of a model on text and tasks."""
+"""Quality of a model: perplexity on text and scores on tasks."""

@@ -1,4 +1,4 @@
-"""Quality of a model on text and tasks: perplexity, bits per byte, exact match. Reads no files and prints nothing."""
+"""Perplexity and bits per byte of a model on text. Reads no files and prints nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LongDocuments = Literal["truncate", "window"]
 
 @dataclass(frozen=True, slots=True)
 class TextQuality:
-    """Perplexity is per token; `truncated` documents lost `skipped` tokens past the context."""
+    """Perplexity is per token. `truncated` documents were cut at the context, by `skipped` tokens in all."""
 
     perplexity: float
     bits_per_byte: float
@@ -34,10 +34,9 @@ def evaluate_text(
 ) -> TextQuality:
     """Measure perplexity per token and bits per byte.
 
-    Every document starts with the bundle's start token, where it has one, and every token after the first counts.
-    A document longer than the context is cut there (`truncate`), or scored to its end in windows that overlap by half,
-    so that each further token is predicted from at least half a context (`window`). Raises `EdgelmError` for text
-    without a single token to score.
+    Every document begins with the bundle's start token, if it has one, and every token after the first is scored.
+    A document longer than the context is cut (`truncate`), or scored in windows that overlap by half, so that each
+    later token has at least half a context before it (`window`). Raises `EdgelmError` if there is no token to score.
     """
     context = model.context
     nats, tokens, size, truncated, skipped = 0.0, 0, 0, 0, 0
@@ -51,17 +50,17 @@ def evaluate_text(
             ids = ids[:context]
         else:
             size += len(document.encode())
-        for window, fresh in _windows(ids, context):
-            scores = model.score_tokens(window)[-fresh:]
+        for window, new in _windows(ids, context):
+            scores = model.score_tokens(window)[-new:]
             nats -= float(scores.sum())
             tokens += len(scores)
     if tokens == 0:
-        raise EdgelmError("the text is too short: it has no token to predict")
+        raise EdgelmError("the text is too short: it has no token to score")
     return TextQuality(math.exp(nats / tokens), nats / math.log(2) / size, tokens, len(documents), truncated, skipped)
 
 
 def _windows(ids: list[int], context: int) -> list[tuple[list[int], int]]:
-    """Cut tokens into windows, each with the number of its last tokens that no window before has scored."""
+    """Return windows of tokens, each with the number of its last tokens that no earlier window scores."""
     if len(ids) < 2:
         return []
     windows = [(ids[:context], min(len(ids), context) - 1)]

@@ -1,6 +1,6 @@
-"""Tasks: what a model should answer to a prompt, and how close its answers come.
+"""Tasks: prompts with target completions, and scores of a model's outputs.
 
-Owns the format of a task file and the definition of every figure. Knows nothing of models.
+Owns the format of a task file and the definition of each score. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edgelm.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One prompt and the answer that is wanted, both non-empty text; `line` is where it stood in its file."""
+    """One prompt and its target, both non-empty text; `line` is its line number in the file."""
 
     prompt: str
     target: str
@@ -25,22 +25,22 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """How well answers meet their targets. All but `n` are fractions from 0 to 1.
+    """Scores of outputs against their targets. All except `n` are fractions in [0, 1].
 
     Parameters
     ----------
     n
         Number of tasks.
     exact
-        Share of outputs that equal the target, character by character.
+        Share of outputs that equal the target exactly.
     frame
-        Share of outputs that equal the target as parsed JSON (key order does not count).
-        None unless every target is a JSON object; so are the two below.
+        Share of outputs that equal the target as parsed JSON (in any key order).
+        This and the next two are None unless every target is a JSON object.
     intent
-        Share of outputs with the target's `"intent"`. None also where no target has an intent.
+        Share of outputs with the target's `"intent"`. None also if no target has an intent.
     slot_f1
-        Micro-averaged F1 over the (name, value) pairs in `"slots"`; a list counts one pair an item.
-        None also where no target has slots.
+        Micro-averaged F1 over the (name, value) pairs in `"slots"`; each item of a list is one pair.
+        None also if no target has slots.
     """
 
     n: int
@@ -50,17 +50,17 @@ class TaskScore:
     slot_f1: float | None = None
 
     def to_dict(self) -> dict[str, float | None]:
-        """Return the figures as the `task` object of `edgelm eval --json`."""
+        """Return the `task` object of `edgelm eval --json`."""
         return asdict(self)
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """Read a JSONL file of `{"prompt", "target"}`; further keys and blank lines are ignored.
+    """Read a JSONL file of `{"prompt", "target"}`; other keys and blank lines are ignored.
 
     Raises
     ------
     DataError
-        The file cannot be read, holds no task, or a line is not such an object; the line is named.
+        If the file cannot be read, has no task, or a line is not such an object; the error names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -68,7 +68,7 @@ def read_tasks(path: Path) -> list[Task]:
         raise DataError(f"cannot read tasks from {path}: {error}") from error
     tasks = [_parse(line, path, at) for at, line in enumerate(lines, 1) if line.strip()]
     if not tasks:
-        raise DataError(f'{path} holds no task: one {{"prompt", "target"}} object a line is expected')
+        raise DataError(f'{path} has no task: each line must be an object {{"prompt", "target"}}')
     return tasks
 
 
@@ -92,10 +92,10 @@ def score_tasks(tasks: Sequence[Task], outputs: Sequence[str]) -> TaskScore:
     Raises
     ------
     ValueError
-        There are no tasks, or not as many outputs as tasks.
+        If there are no tasks, or the numbers of tasks and outputs differ.
     """
     if not tasks or len(tasks) != len(outputs):
-        raise ValueError(f"{len(tasks)} tasks and {len(outputs)} outputs: one output for each task is needed")
+        raise ValueError(f"{len(tasks)} tasks and {len(outputs)} outputs: one output per task is needed")
     n = len(tasks)
     exact = sum(task.target == output for task, output in zip(tasks, outputs, strict=True)) / n
     wanted = [_parse_object(task.target) for task in tasks]
@@ -123,7 +123,7 @@ def _parse_object(text: str) -> dict[str, object] | None:
 
 
 def _slot_f1(pairs: Iterable[tuple[Mapping[str, object], Mapping[str, object] | None]]) -> float:
-    """Micro F1 = 2 * right / (wanted + given); 1 where there was nothing to find and nothing was given."""
+    """Return micro F1 = 2 * correct / (expected + given); 1 if nothing was expected and nothing was given."""
     right = total = 0
     for want, got in pairs:
         wanted, given = _slots(want), _slots(got or {})
@@ -133,7 +133,7 @@ def _slot_f1(pairs: Iterable[tuple[Mapping[str, object], Mapping[str, object] | 
 
 
 def _slots(frame: Mapping[str, object]) -> Counter[tuple[str, str]]:
-    """Return each slot of a frame as (name, value), the value in JSON so that any type can be compared."""
+    """Return each slot of a frame as (name, value as JSON), so that values of any type can be compared."""
     slots = frame.get("slots")
     if not isinstance(slots, dict):
         return Counter()

@@ -1,1 +1,1 @@
-"""What the operating system tells and keeps: files, processes, memory, sensors, the terminal."""
+"""Access to the operating system: cache folder, file ownership, memory, sensors, terminal, child processes."""

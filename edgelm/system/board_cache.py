@@ -1,11 +1,12 @@
-"""Files made once for this board, kept between runs: a folder of entries, each usable only where it was made.
+"""The board cache: files computed once for this board and kept between runs. Knows nothing of onnxruntime.
 
-An entry is a directory with a stamp that says what it was made from and what its files are. It is written beside its
-place and renamed into it, so that a reader finds a whole entry or none, and of several writers one wins. Whatever does
-not fit its stamp is made again. Knows nothing of onnxruntime.
+An entry is a directory with a stamp: what it was made from, and the size, time and hash of its files. It is written to
+a temporary directory and renamed, so a reader finds a complete entry or none, and one of several writers wins. An entry
+that does not match its stamp is made again.
 
-What lies here is executed: libraries by name, and Numba's files, which are pickles. So nothing is used that others than
-this user and root could have written (`edgelm.system.ownership`): the program then runs without, and one line says why.
+Files of the cache are executed: shared libraries, and Numba's files, which are pickles. The cache is therefore used
+only if nobody but this user and root could have written it (`ownership`); else the program runs without it and logs why
+once.
 """
 
 from __future__ import annotations
@@ -33,28 +34,29 @@ CACHE_DIR_VARIABLE: Final = "EDGELM_CACHE_DIR"
 """Environment variable that names the folder."""
 
 LIMIT_VARIABLE: Final = "EDGELM_CACHE_MB"
-"""Environment variable that says how large all entries together may be, in 10^6 bytes."""
+"""Environment variable with the largest total size of all entries, in 10^6 bytes."""
 LIMIT_MB: Final = 4000
-"""What is kept where nothing says so: some ten bundles of a board's size."""
+"""Default of `EDGELM_CACHE_MB`: about ten bundles that fit a board."""
 
 STAMP: Final = "stamp.json"
 SCHEMA: Final = 1
 UNUSED_AFTER_S: Final = 60 * 86_400
-"""Entries that nothing has used for so long are removed when another one is made."""
+"""Entries unused for this long are removed when another one is made."""
 ABANDONED_AFTER_S: Final = 3600
-"""Age from which a half-written entry is taken to be left over from a process that died."""
+"""Age from which an incomplete entry is considered left over from a dead process."""
 MIN_FREE_BYTES: Final = 100_000_000
-"""Space that an entry must leave on its disk."""
+"""Free disk space that must remain after an entry is written."""
 
 LOG: Final = logging.getLogger(__name__)
+NOT_USED: Final = "the board cache %s is not used: %s; edgelm runs without it"
 
-_said: set[str] = set()
-"""What was said of places that are not used: once a process."""
+_logged_faults: set[str] = set()
+"""Faults that this process has already logged."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheKey:
-    """What an entry depends on: what it is, the bundle's weights by their digest, the runtime, the processor."""
+    """What an entry depends on: its kind, the digest of the bundle's weights, the runtime version, the CPU."""
 
     kind: str
     bundle: str
@@ -63,14 +65,14 @@ class CacheKey:
 
     @property
     def name(self) -> str:
-        """The entry's directory."""
+        """Name of the entry's directory."""
         text = json.dumps([SCHEMA, *dataclasses.astuple(self)])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:
-    """An intact entry. `note` is what its maker wrote down about it, `sha256` the hash of each of its files."""
+    """An intact entry. `metadata` is what `make` recorded about it, `sha256` the hash of each file."""
 
     path: Path
     kind: str
@@ -82,18 +84,18 @@ class CacheEntry:
 
 
 class BoardCache:
-    """Entries below a folder. Nothing is created before the first entry is made, and then for this user alone."""
+    """Entries below a folder, which is created with the first entry, readable and writable for this user only."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.numba_folder = folder / "kernels"
-        """Where Numba keeps what it compiles, in files of its own."""
+        """Folder of Numba's compiled kernels, whose files Numba manages."""
 
     @classmethod
     def default(cls) -> BoardCache:
-        """Return the cache at EDGELM_CACHE_DIR, else where the system keeps a user's caches (XDG base directories).
+        """Return the cache at EDGELM_CACHE_DIR, or at the user's cache folder (XDG base directories).
 
-        Raises `EdgelmError` for a variable that cannot be used.
+        Raises `EdgelmError` if a variable's value is not valid.
         """
         read_limit_mb()
         named = os.environ.get(CACHE_DIR_VARIABLE)
@@ -104,11 +106,11 @@ class BoardCache:
         return cls(user_folder("cache"))
 
     def is_safe(self) -> bool:
-        """Whether nobody but this user and root could exchange what lies in the folder; else why not is said once."""
+        """Whether nobody but this user and root can replace files of the folder; if not, the reason is logged once."""
         return self._is_trusted(find_path_fault, self.folder)
 
     def prepare_numba_folder(self) -> Path | None:
-        """Return the folder for Numba, made where it is missing; None where it cannot be used, which is said once."""
+        """Create and return the folder for Numba; None if it cannot be used, which is logged once."""
         try:
             if not self.is_safe():
                 return None
@@ -119,26 +121,26 @@ class BoardCache:
         return self.numba_folder if usable and os.access(self.numba_folder, os.W_OK) else None
 
     def find(self, key: CacheKey) -> CacheEntry | None:
-        """Return an intact entry; one that is not is removed, and that is logged.
+        """Return an intact entry, or None. A damaged entry is removed, which is logged.
 
-        One that others could have written is left as it is and not used.
+        An entry that others could have written is neither used nor removed.
         """
         path = self.folder / key.name
         if not os.path.lexists(path) or not self._may_use(path):
             return None
-        reason = _fault(path, key)
+        reason = _find_fault(path, key)
         if reason is not None:
-            LOG.warning("%s in the board cache is not used: %s; it is made again", path, reason)
+            LOG.warning("%s in the board cache is not used: %s; it will be made again", path, reason)
             self._remove(path)
             return None
         _touch(path / STAMP)
-        return _entry(path)
+        return _read_entry(path)
 
     def make(self, key: CacheKey, needs: int, fill: Callable[[Path], Mapping[str, Any]]) -> CacheEntry | None:
-        """Make an entry; return None where the folder cannot hold it, which is logged.
+        """Make an entry; return None if the folder cannot be used or is full, which is logged.
 
-        `fill` writes the files into an empty directory and returns the note. Whatever it raises leaves nothing behind;
-        an `OSError` counts as a folder that cannot hold it. `needs` is about how many bytes it will write.
+        `fill` writes the files into an empty directory and returns the metadata. An exception leaves no files; an
+        `OSError` is treated as a folder that cannot be used. `needs` is the approximate size in bytes.
         """
         place = self.folder / key.name
         try:
@@ -150,58 +152,58 @@ class BoardCache:
             self._remove_expired()
             free = shutil.disk_usage(self.folder).free
             if free < needs + MIN_FREE_BYTES:
-                room = f"about {needs / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB free"
-                LOG.warning("the board cache %s is not used: %s; it runs without", self.folder, room)
+                space = f"about {needs / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+                LOG.warning(NOT_USED, self.folder, space)
                 return None
             scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder))
         except OSError as error:
-            LOG.warning("the board cache %s is not used: %s; it runs without", self.folder, error.strerror or error)
+            LOG.warning(NOT_USED, self.folder, error.strerror or error)
             return None
         try:
             metadata = fill(scratch)
             _write_stamp(scratch, key, metadata)
             try:
                 scratch.rename(place)
-            except OSError:  # another process was quicker
-                if not self._may_use(place) or _fault(place, key) is not None:
+            except OSError:  # another process was faster
+                if not self._may_use(place) or _find_fault(place, key) is not None:
                     raise
-            made = _entry(place)
+            entry = _read_entry(place)
             self._evict(place)
-            return made
+            return entry
         except OSError as error:
-            LOG.warning("the board cache %s is not used: %s; it runs without", self.folder, error.strerror or error)
+            LOG.warning(NOT_USED, self.folder, error.strerror or error)
             return None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def update(self, key: CacheKey, metadata: Mapping[str, Any]) -> None:
-        """Replace an entry's note, where the folder can be written."""
+        """Replace an entry's metadata, if the folder can be written."""
         path = self.folder / key.name
         try:
             stamp = json.loads((path / STAMP).read_text("utf-8"))
             _write(path / STAMP, json.dumps({**stamp, "note": metadata}))
         except (OSError, ValueError):
-            LOG.debug("%s cannot be brought up to date", path, exc_info=True)
+            LOG.debug("%s cannot be updated", path, exc_info=True)
 
     def drop(self, key: CacheKey) -> None:
-        """Remove an entry, if there is one."""
+        """Remove an entry if it exists."""
         self._remove(self.folder / key.name)
 
     def entries(self) -> Iterator[CacheEntry]:
-        """Yield every entry whose stamp can be read, the oldest first."""
+        """Yield every entry with a readable stamp, oldest first."""
         found = [path for path in self._directories() if (path / STAMP).is_file()]
-        readable = [entry for entry in map(_entry, found) if entry is not None]
+        readable = [entry for entry in map(_read_entry, found) if entry is not None]
         yield from sorted(readable, key=lambda entry: entry.created_s)
 
     def remove_bundle(self, bundle: Path) -> int:
-        """Remove what was made of the bundle at a place; return how many bytes that frees."""
+        """Remove all entries made from the bundle at a path; return the freed bytes."""
         entries = [entry for entry in self.entries() if entry.metadata.get("bundle") == str(bundle)]
         for entry in entries:
             self._remove(entry.path)
         return sum(entry.bytes for entry in entries)
 
     def clear(self) -> int:
-        """Remove everything that this class wrote; return how many bytes that frees."""
+        """Remove all entries and compiled kernels; return the freed bytes."""
         freed = self.numba_bytes()
         self._remove(self.numba_folder)
         for path in self._directories():
@@ -210,23 +212,23 @@ class BoardCache:
         return freed
 
     def numba_bytes(self) -> int:
-        """Return the size of all compiled kernels."""
+        """Return the size of all kernels that Numba compiled."""
         return _size(self.numba_folder)
 
     def _may_use(self, entry: Path) -> bool:
-        """Whether nobody but this user and root could have written an entry or the folder; else why not is said."""
+        """Whether nobody but this user and root could have written an entry or the folder; if not, it is logged."""
         return self.is_safe() and self._is_trusted(find_content_fault, entry)
 
-    def _is_trusted(self, look: Callable[[Path], str | None], path: Path) -> bool:
+    def _is_trusted(self, find_fault: Callable[[Path], str | None], path: Path) -> bool:
         try:
-            fault = look(path)
+            fault = find_fault(path)
         except OSError as error:
-            fault = f"{error.filename or path} cannot be looked at ({error.strerror or error})"
-        if fault is not None and fault not in _said:
-            _said.add(fault)
+            fault = f"{error.filename or path} cannot be checked ({error.strerror or error})"
+        if fault is not None and fault not in _logged_faults:
+            _logged_faults.add(fault)
             LOG.warning(
-                "%s is not used as a cache: %s, and what lies in a cache is executed; it runs without. Remove what "
-                "others could have written, keep them out (chmod go-w, chown), or set %s to a folder of your own",
+                "%s is not used as a cache: %s, and files of the cache are executed; edgelm runs without it. Remove "
+                "files that others could have written, change the permissions (chmod go-w, chown), or set %s",
                 path,
                 fault,
                 CACHE_DIR_VARIABLE,
@@ -234,50 +236,50 @@ class BoardCache:
         return fault is None
 
     def _directories(self) -> list[Path]:
-        """Return entries, whole and half-written ones; nothing else that may lie in the folder."""
+        """Return the directories of complete and incomplete entries; other files of the folder are left out."""
         if not self.folder.is_dir():
             return []
         ours = (path for path in self.folder.iterdir() if path.is_dir() and not path.is_symlink())
         return [path for path in ours if path.name.startswith(".making-") or (path / STAMP).exists()]
 
     def _remove_expired(self) -> None:
-        """Remove what nothing uses any more."""
+        """Remove unused entries and incomplete ones of dead processes."""
         now = time.time()
         for path in self._directories():
             scratch = path.name.startswith(".making-")
             try:
                 age = now - (path if scratch else path / STAMP).stat().st_mtime
-            except FileNotFoundError:  # another process was quicker
+            except FileNotFoundError:  # another process removed it
                 continue
             if age > (ABANDONED_AFTER_S if scratch else UNUSED_AFTER_S):
                 self._remove(path)
 
     def _evict(self, newest: Path) -> None:
-        """Remove the entries that were used longest ago until the others fit the limit; the newest stays.
+        """Remove the least recently used entries until the rest fits the limit; `newest` is kept.
 
-        One that is in use goes on working: its files are mapped, and vanish with the last who maps them.
+        An entry in use keeps working: its files are mapped and exist until the last process unmaps them.
         """
-        entries = sorted((used, path) for path, used in self._used() if path != newest)
-        left = read_limit_mb() * 1_000_000 - _size(newest) - sum(_size(path) for _, path in entries)
+        entries = sorted((used, path) for path, used in self._list_last_uses() if path != newest)
+        remaining = read_limit_mb() * 1_000_000 - _size(newest) - sum(_size(path) for _, path in entries)
         for _, path in entries:
-            if left >= 0:
+            if remaining >= 0:
                 break
-            left += _size(path)
-            LOG.info("the board cache is full: %s goes (%s sets its size)", path, LIMIT_VARIABLE)
+            remaining += _size(path)
+            LOG.info("the board cache is full: %s is removed (%s sets the limit)", path, LIMIT_VARIABLE)
             self._remove(path)
 
-    def _used(self) -> Iterator[tuple[Path, float]]:
-        """Yield whole entries and when they were last used, in seconds since the epoch."""
+    def _list_last_uses(self) -> Iterator[tuple[Path, float]]:
+        """Yield complete entries with the time of their last use, in seconds since the epoch."""
         for path in self._directories():
             if path.name.startswith(".making-"):
                 continue
             try:
                 yield path, (path / STAMP).stat().st_mtime
-            except OSError:  # another process was quicker
+            except OSError:  # another process removed it
                 continue
 
     def _remove(self, path: Path) -> None:
-        """Remove a directory: out of the way at once, so that no reader sees half of it."""
+        """Rename a directory, then remove it, so that no reader sees an incomplete entry."""
         if not path.is_dir():
             return
         try:
@@ -290,7 +292,7 @@ class BoardCache:
 
 
 def read_limit_mb() -> float:
-    """Return how large all entries together may be, in 10^6 bytes. Raises `EdgelmError` for what is no size."""
+    """Return the largest total size of all entries in 10^6 bytes. Raises `EdgelmError` if the value is not valid."""
     given = os.environ.get(LIMIT_VARIABLE)
     if given is None:
         return LIMIT_MB
@@ -299,12 +301,12 @@ def read_limit_mb() -> float:
     except ValueError:
         limit = -1.0
     if not 0 <= limit < 1e9:
-        raise EdgelmError(f"{LIMIT_VARIABLE} is a number of megabytes, such as {LIMIT_MB}; got {given!r:.40}")
+        raise EdgelmError(f"{LIMIT_VARIABLE} must be a number of megabytes, such as {LIMIT_MB}; got {given!r:.40}")
     return limit
 
 
 def describe_cpu(root: Path = Path("/")) -> str:
-    """Return the processor's architecture, name and instruction sets, as the kernel tells them."""
+    """Return the CPU's architecture, name and instruction sets as the kernel reports them."""
     try:
         lines = (root / "proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
     except OSError:
@@ -315,12 +317,12 @@ def describe_cpu(root: Path = Path("/")) -> str:
 
 
 def file_signatures(files: Mapping[str, Path]) -> dict[str, list[int]]:
-    """Return size and time of change (ns) of files, by which a later change of theirs shows."""
+    """Return the size and modification time (ns) of files, to detect later changes."""
     return {name: [file.stat().st_size, file.stat().st_mtime_ns] for name, file in files.items()}
 
 
 def _write_stamp(path: Path, key: CacheKey, metadata: Mapping[str, Any]) -> None:
-    """Write the stamp after everything else has reached the disk."""
+    """Write the stamp after all other files are on the disk."""
     files = {file.name: file for file in sorted(path.iterdir())}
     for file in files.values():
         deny_others(file)
@@ -337,10 +339,10 @@ def _write_stamp(path: Path, key: CacheKey, metadata: Mapping[str, Any]) -> None
     _sync(path)
 
 
-def _fault(path: Path, key: CacheKey) -> str | None:
-    """Return why an entry cannot be used; None where it can.
+def _find_fault(path: Path, key: CacheKey) -> str | None:
+    """Return why an entry cannot be used, or None.
 
-    Files of the right size and time are taken to be what they were; others are hashed.
+    A file with the recorded size and time is considered unchanged; a file with another time is hashed.
     """
     try:
         stamp = json.loads((path / STAMP).read_text("utf-8"))
@@ -361,7 +363,7 @@ def _fault(path: Path, key: CacheKey) -> str | None:
     return None
 
 
-def _entry(path: Path) -> CacheEntry | None:
+def _read_entry(path: Path) -> CacheEntry | None:
     try:
         stamp = json.loads((path / STAMP).read_text("utf-8"))
         kind, hashes = CacheKey(**stamp["key"]).kind, dict(stamp["sha256"])
@@ -371,7 +373,7 @@ def _entry(path: Path) -> CacheEntry | None:
 
 
 def _size(path: Path) -> int:
-    """Return the size of all files below a directory; 0 where there is none, or it goes away."""
+    """Return the size of all files below a directory; 0 if it does not exist or is being removed."""
     try:
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     except FileNotFoundError:
@@ -379,15 +381,15 @@ def _size(path: Path) -> int:
 
 
 def _touch(file: Path) -> None:
-    """Say that an entry is in use; a folder that cannot be written stays as it is."""
+    """Record the use of an entry, if the folder can be written."""
     try:
         os.utime(file)
     except OSError:
-        LOG.debug("%s cannot be touched", file)
+        LOG.debug("the time of %s cannot be set", file)
 
 
 def _write(file: Path, text: str) -> None:
-    """Replace a file as a whole."""
+    """Replace a file in one step."""
     scratch = file.with_name(f".{file.name}-{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")
     deny_others(scratch)
@@ -396,7 +398,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or directory has reached the disk."""
+    """Wait until a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""How edgelm was installed here, and so how it gets an extra: by uv, pipx or pip, from a clone, a wheel or an index."""
+"""Detects how edgelm was installed (uv, pipx or pip; clone, wheel or index) to print the command for an extra."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def install_command(extra: str) -> str:
 
 
 def missing_extra(feature: str, extra: str, module: str) -> MissingExtraError:
-    """Return the error that says which command adds the extra that brings a module."""
+    """Return the error for a missing module, with the command that installs its extra."""
     return MissingExtraError(feature, extra, module, install_command(extra))
 
 
 def _installer(prefix: Path) -> str:
-    """Return what installs into this interpreter's packages."""
+    """Return the installer command for this interpreter's packages."""
     if importlib.util.find_spec("pip") is None:
         return f"uv pip --python {sys.executable}"
     found = shutil.which("pip")
@@ -41,7 +41,7 @@ def _installer(prefix: Path) -> str:
 
 
 def _source(extra: str) -> tuple[str, bool]:
-    """Return what to install, quoted for a shell, and whether it is a clone that is used where it lies."""
+    """Return what to install, quoted for a shell, and whether it is an editable clone."""
     record = _direct_url()
     url = urlsplit(str(record.get("url", "")))
     path = Path(unquote(url.path))
@@ -52,7 +52,7 @@ def _source(extra: str) -> tuple[str, bool]:
 
 
 def _direct_url() -> dict[str, Any]:
-    """Return what the installer wrote down of where the package came from (PEP 610); empty from an index."""
+    """Return the installer's record of the package's source (PEP 610); empty for an index."""
     try:
         record = json.loads(distribution("edgelm").read_text("direct_url.json") or "{}")
     except (PackageNotFoundError, OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Command lines for a second Python that runs nothing of the current folder.
+"""Command lines for a child Python process that imports nothing from the current folder.
 
-`python -m` and `python -c` put the current folder first on sys.path: a file numpy.py that lies there is executed. With
--I nothing of that folder is imported, nor is what variables for Python name; the paths that the child needs are passed.
+`python -m` and `python -c` put the current folder first on sys.path, so a file numpy.py there would be executed. With
+-I Python ignores that folder and its environment variables; the paths that the child needs are passed as an argument.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ BOOTSTRAP_CODE: Final = (
 
 
 def build_python_command(module: str, function: str, *arguments: str) -> list[str]:
-    """Return the command that calls a function of a module without parameters in another process.
+    """Return the command that calls a function of a module, without parameters, in a child process.
 
-    `arguments` are its sys.argv[1:]; what it returns is the exit status, as for `sys.exit`.
+    `arguments` become the child's sys.argv[1:]; the function's result is the exit status, as for `sys.exit`.
     """
     return build_command([sys.executable], list_import_paths(), module, function, *arguments)
 
@@ -31,15 +31,14 @@ def build_python_command(module: str, function: str, *arguments: str) -> list[st
 def build_command(
     python: Sequence[str], folders: Sequence[str], module: str, function: str, *arguments: str
 ) -> list[str]:
-    """Return the same for the words that start another interpreter, and for folders that it looks into first."""
+    """Return the same for another interpreter: `python` starts it, `folders` come first on its sys.path."""
     return [*python, "-I", "-c", BOOTSTRAP_CODE, json.dumps([list(folders), module, function]), *arguments]
 
 
 def list_import_paths() -> list[str]:
-    """Return the folders that a child needs and -I leaves out: edgelm's own, PYTHONPATH's, the user's packages.
+    """Return the folders that a child needs and -I omits: edgelm's own, PYTHONPATH's, the user's site-packages.
 
-    PYTHONPATH counts as far as it names absolute paths: an empty or relative part of it is the current folder, or lies
-    in it.
+    Only absolute paths of PYTHONPATH are included: an empty or relative one depends on the current folder.
     """
     found = [str(Path(__file__).resolve().parents[2])]
     if not sys.flags.ignore_environment:

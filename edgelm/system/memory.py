@@ -1,7 +1,7 @@
 """The memory of this process and of the machine. The only reader of /proc/self/status, smaps_rollup and /proc/meminfo.
 
-psutil would do half of it for 1 MB of disk and of memory: it reads no peak, no limit of the control group, and no other
-root of a file system.
+psutil (1 MB on disk and in memory) could replace half of this module: it reports no peak and no control group limit,
+and supports no other root of the file system.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Who could have changed a file: this user and root alone, or others too. Knows nothing of what the file is for.
+"""Checks whether users other than this one and root could have changed a file. Knows nothing of the file's use.
 
-The rules are those of ssh for its own files (OpenSSH's `safe_path`), with two additions: symbolic links are followed
-one by one, each judged like a folder, and a private group of this user counts as this user in the folders above.
+The rules are those of OpenSSH for its own files (`safe_path`) with two additions: symbolic links are followed one by
+one and each is checked like a folder, and a private group of this user counts as this user in the parent folders.
 """
 
 from __future__ import annotations
@@ -13,38 +13,37 @@ from pathlib import Path
 from typing import Final
 
 MAX_LINKS: Final = 40
-"""As many symbolic links in one path as Linux follows."""
-PRIVATE: Final = 0o700
-"""Mode of a folder that is made for this user alone."""
+"""Symbolic links per path, as in Linux."""
+PRIVATE_MODE: Final = 0o700
+"""Mode of a folder for this user only."""
 OTHERS_MAY_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 def find_path_fault(path: Path) -> str | None:
-    """Return why others than this user and root could exchange what lies at a path; None where they could not.
+    """Return why users other than this one and root could replace the file at a path, or None.
 
-    Every existing part of the path is judged, from the root to the path itself, and all that symbolic links in it lead
-    to. What does not exist has no fault. The text names the part and what is wrong with it.
+    Checks every existing part of the path, from the root to the path itself, and the targets of symbolic links. A
+    missing part has no fault. The text names the part and the fault.
     """
     for part, status, is_last in _walk(path):
         fault = _owner_fault(part, status)
         if fault is not None:
             return fault
         if stat.S_ISLNK(status.st_mode):
-            continue  # the mode of a link says nothing
+            continue  # the mode of a link has no meaning
         writable = status.st_mode & OTHERS_MAY_WRITE
         if not is_last and (status.st_mode & stat.S_ISVTX or (writable == stat.S_IWGRP and _is_private(part, status))):
-            continue  # what lies in a sticky folder is its owner's, whom the next part shows
+            continue  # in a sticky folder only the owner can replace a file; the next part is checked for its owner
         if writable:
             return _mode_fault(part, status)
     return None
 
 
 def find_content_fault(path: Path) -> str | None:
-    """Return why others could have written a folder or something in it; None where they could not.
+    """Return why users other than this one and root could have written a folder or its content, or None.
 
-    Nothing in it may be a symbolic link, or anything but a file or a folder. Call `find_path_fault` first, so that
-    nothing
-    changes meanwhile. Raises `OSError` for what cannot be looked at.
+    The folder may contain only regular files and folders, no symbolic links. Call `find_path_fault` first: it ensures
+    that others cannot change the content during this check. Raises `OSError` for an unreadable part.
     """
     waiting = [path]
     while waiting:
@@ -68,32 +67,32 @@ def find_content_fault(path: Path) -> str | None:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, for this user alone, whatever the umask allows.
+    """Create a folder and its missing parents for this user only, independent of the umask.
 
-    Raises `OSError` where that cannot be.
+    Raises `OSError` on failure.
     """
     if folder.is_dir():
         return
     if folder.parent != folder:
         make_private(folder.parent)
     try:
-        folder.mkdir(PRIVATE)
-    except FileExistsError:  # another process was quicker
+        folder.mkdir(PRIVATE_MODE)
+    except FileExistsError:  # another process created it
         if not folder.is_dir():
             raise
 
 
 def deny_others(file: Path) -> None:
-    """Take from a file of this user what an open umask gave to others: writing."""
+    """Remove the write permission of group and others from a file of this user."""
     mode = stat.S_IMODE(file.stat().st_mode)
     if mode & OTHERS_MAY_WRITE:
         file.chmod(mode & ~OTHERS_MAY_WRITE)
 
 
 def _walk(path: Path) -> Iterator[tuple[Path, os.stat_result, bool]]:
-    """Yield every existing part of a path that looking it up passes through, and whether it is where the path ends.
+    """Yield (part, status, is last) of every existing part that the resolution of a path visits.
 
-    Raises `OSError` for what cannot be looked at, and for links that lead round in a circle.
+    Raises `OSError` for an unreadable part and for circular links.
     """
     here, left, links = Path("/"), list(reversed(path.absolute().parts[1:])), 0
     yield here, here.lstat(), not left
@@ -142,7 +141,7 @@ def _user_name(uid: int) -> str:
 
 
 def _is_private(path: Path, status: os.stat_result) -> bool:
-    """Whether a group is one that a system with private groups made for this user, and no access list adds others."""
+    """Whether the group of a file is this user's private group and no access control list adds other users."""
     import grp
     import pwd
 

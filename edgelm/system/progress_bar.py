@@ -1,4 +1,4 @@
-"""A progress line on a terminal for work over two seconds, a spinner for work of unknown length; silent when piped."""
+"""A progress bar for work of over two seconds, and a spinner for work of unknown length; only on a terminal."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ DELAY_S: Final = 2.0
 REDRAW_INTERVAL_S: Final = 0.1
 SPINNER_DELAY_S: Final = 0.5
 WIDTH: Final = 30
-BYTES_FROM: Final = 100_000
-"""From this many steps on they are bytes, and shown as megabytes."""
+MIN_BYTES: Final = 100_000
+"""From this many steps on, steps are bytes and are shown as MB."""
 
 
 class ProgressBar:
-    """Shows (what, done, of) as a bar with the time left of that `what`, on standard error. A context manager."""
+    """Shows progress as a bar with the remaining time on standard error. A context manager."""
 
     def __init__(self) -> None:
         self._what = ""
@@ -29,7 +29,7 @@ class ProgressBar:
         self._visible = False
 
     def __call__(self, what: str, done: int, of: int) -> None:
-        """Show that `done` of `of` steps, or bytes, of `what` are done."""
+        """Show that `done` of `of` steps or bytes of the task `what` are done."""
         now = time.monotonic()
         if what != self._what:
             self._what, self._begun = what, now
@@ -49,23 +49,20 @@ class ProgressBar:
 
 
 def _redraw(line: str) -> None:
-    """Write a line in place of the last one."""
+    """Replace the current line of the terminal."""
     print(f"\r\x1b[K{escape_line(line)}", end="", file=unwrap_stream(sys.stderr), flush=True)
 
 
 def format_bar(what: str, done: int, of: int, elapsed_s: float) -> str:
-    """Return the line: what, how far, a bar, and the time left at the pace so far."""
+    """Return the line: task, progress, bar, and the time left at the mean speed so far."""
     filled = min(WIDTH, WIDTH * done // max(of, 1))
     left = f"{elapsed_s / done * max(of - done, 0):.0f} s left" if done and elapsed_s > 0 else ""
-    steps = f"{done / 1e6:.1f}/{of / 1e6:.1f} MB" if of >= BYTES_FROM else f"{done}/{of}"
+    steps = f"{done / 1e6:.1f}/{of / 1e6:.1f} MB" if of >= MIN_BYTES else f"{done}/{of}"
     return f"{what} {steps} [{'#' * filled}{'.' * (WIDTH - filled)}] {left}".rstrip()
 
 
 class Spinner:
-    """Shows on a terminal that something is going on whose length is not known, from half a second on.
-
-    A context manager.
-    """
+    """Shows on a terminal, after half a second, that work of unknown length is running. A context manager."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -76,9 +73,9 @@ class Spinner:
         if self._done.wait(SPINNER_DELAY_S):
             return
         begun = time.monotonic()
-        for sign in itertools.cycle("|/-\\"):
+        for symbol in itertools.cycle("|/-\\"):
             waited = time.monotonic() - begun + SPINNER_DELAY_S
-            _redraw(f"{sign} {self._what} ({waited:.0f} s)")
+            _redraw(f"{symbol} {self._what} ({waited:.0f} s)")
             if self._done.wait(REDRAW_INTERVAL_S):
                 break
         _redraw("")

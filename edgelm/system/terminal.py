@@ -1,9 +1,9 @@
-r"""Text for a terminal: control characters of others are shown, never obeyed.
+r"""Escapes control characters in text for a terminal.
 
-What a model, a bundle, a checkpoint, a broker or another board says may hold escape sequences, which a terminal obeys:
-they retitle the window, erase what was said, or answer in the user's place. Each character that could begin or be part
-of one is shown as Python writes it, `\x1b`; so are those that reorder a line of text. As each stands for itself, a
-sequence that arrives in two pieces is shown like one that arrives whole.
+Text from a model, bundle, checkpoint, broker or another board may contain escape sequences, which a terminal executes:
+they change the window title, erase output, or send input as if the user had typed it. Each control character, and each
+one that reorders a line, is written as an escape such as `\x1b`. Characters are escaped one by one, so a sequence that
+arrives in two pieces is escaped too.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from contextlib import contextmanager
 from typing import Any, Final, TextIO, cast
 
 UNSAFE: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters (C0 but tab and line feed, DEL, C1), those that override the direction of writing, and surrogates,
-which stand for bytes of a file's name that are no text."""
+"""C0 controls except tab and line feed, DEL, C1 controls, bidirectional overrides, and surrogates, which stand for
+bytes of a file name that are not UTF-8."""
 
 
 def escape_controls(text: str) -> str:
-    r"""Return a text with its control characters as visible escapes, such as `\x1b` and `\u202e`."""
+    r"""Return a text with control characters as visible escapes, such as `\x1b` and `\u202e`."""
     return UNSAFE.sub(_escape, text)
 
 
 def escape_line(text: str) -> str:
-    """Return a text as `escape_controls`, its line feeds too: it cannot pass for more than one line of a log."""
+    """Return the same with line feeds escaped too, so that a text cannot look like several lines of a log."""
     return escape_controls(text).replace("\n", "\\n")
 
 
@@ -35,11 +35,11 @@ def _escape(found: re.Match[str]) -> str:
 
 
 class EscapingStream:
-    """A text stream that writes what it is given as `escape_controls`. Everything else is the stream's own."""
+    """A text stream that escapes control characters on writing; other operations are the wrapped stream's."""
 
     def __init__(self, stream: TextIO) -> None:
         self.raw = stream
-        """The stream itself, for control sequences of ours."""
+        """The wrapped stream, for our own control sequences."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.raw, name)
@@ -48,12 +48,12 @@ class EscapingStream:
         return iter(self.raw)
 
     def write(self, text: str) -> int:
-        """Write a text as `escape_controls`; return its length."""
+        """Write the escaped text; return the length of `text`."""
         self.raw.write(escape_controls(text))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """Write each line as `escape_controls`."""
+        """Write each line escaped."""
         for line in lines:
             self.write(line)
 
@@ -65,16 +65,16 @@ def unwrap_stream(stream: TextIO) -> TextIO:
 
 @contextmanager
 def escape_output(*, raw_stdout: bool) -> Iterator[None]:
-    """Have standard output and standard error show control characters while the block runs.
+    """Escape control characters on standard output and standard error while the block runs.
 
-    With `raw_stdout` standard output is left alone where it is no terminal: who reads an answer from a pipe
-    gets the model's own characters. Standard error, which holds no data, always shows them.
+    With `raw_stdout` standard output is escaped only if it is a terminal: a program that reads from a pipe gets the
+    model's own characters. Standard error is always escaped.
     """
-    before = sys.stdout, sys.stderr
-    if not raw_stdout or before[0].isatty():
-        sys.stdout = cast(TextIO, EscapingStream(before[0]))
-    sys.stderr = cast(TextIO, EscapingStream(before[1]))
+    stdout, stderr = sys.stdout, sys.stderr
+    if not raw_stdout or stdout.isatty():
+        sys.stdout = cast(TextIO, EscapingStream(stdout))
+    sys.stderr = cast(TextIO, EscapingStream(stderr))
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = stdout, stderr

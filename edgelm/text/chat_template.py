@@ -1,7 +1,7 @@
-"""Chat templates: messages to the prompt that a model was trained on.
+"""Chat templates: renders messages as the prompt format that a model was trained on.
 
-Knows what templates take: content as text or as parts, a system message or none; how they are bounded is
-`edgelm.text.template_sandbox`' matter. Knows nothing of tokens but the texts of the special ones.
+Detects what a template accepts: content as text or as parts, a system message or none. `template_sandbox` limits time
+and memory. Of the tokens it knows only the texts of the special ones.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Message = Mapping[str, Any]
 LOG: Final = logging.getLogger(__name__)
 
 PROBE: Final = "Quixotic zebras juggle"
-"""A text to look for in what a template made of it."""
+"""Message text that detection renders and then searches for in the output."""
 
 MAX_ERROR_LENGTH: Final = 300
-"""Characters of an error that are shown."""
+"""Characters of a template's error that our error quotes."""
 
 RESERVED_VARIABLES: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
-"""Variables of a template that a request cannot set by name."""
+"""Template variables that a request cannot set by name."""
 
 
 class ChatTemplate:
@@ -38,17 +38,17 @@ class ChatTemplate:
     Parameters
     ----------
     source
-        A template, or several as transformers stores them, `[{"name": ..., "template": ...}]`: then "default"
-        is used, or the only one.
+        A template, or several in the form of transformers, `[{"name": ..., "template": ...}]`: then "default" is used,
+        or the only one.
     special_tokens
-        Names that the template may use, such as `bos_token`, and their texts.
+        Texts by the name that the template may use, such as `bos_token`.
     control
-        Texts that are special tokens where the template writes them, and plain text where a message does.
+        Texts that are special tokens if the template writes them, and plain text if a message contains them.
 
     Raises
     ------
     RequestError
-        With code "internal" when the template is no valid Jinja, or several have no default.
+        With code "internal" if the template is not valid Jinja, or there are several without a default.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class ChatTemplate:
         control: Collection[str] = (),
     ) -> None:
         self._special_tokens = dict(special_tokens)
-        self._spellings = SpecialTokenFinder(control)
+        self._special_token_finder = SpecialTokenFinder(control)
         self._template = _compile(_choose(source))
         self._unusable: TemplateLimitError | None = None
-        """Why even a short text cannot be rendered."""
+        """Set once even a short message exceeds the limits."""
 
     def render(
         self,
@@ -71,33 +71,34 @@ class ChatTemplate:
         *,
         generation_prompt: bool = True,
     ) -> RenderedPrompt:
-        """Return the prompt of a conversation, up to where the assistant speaks.
+        """Return the prompt of a conversation, up to the start of the assistant's message.
 
         Parameters
         ----------
         messages
-            Each with a `role` and usually `content`, text or a list of parts `{"type": "text", "text": ...}`; at least
-            one. A system message is put before the first user's where the template takes none.
+            At least one, each with a `role` and usually `content`: text or a list of parts
+            `{"type": "text", "text": ...}`. If the template accepts no system message, its text is put before the text
+            of the first user message.
         tools
-            Descriptions of functions, for templates that have a use for them.
+            Descriptions of functions, for templates that use them.
         variables
-            Further variables of the template, such as `enable_thinking`, of JSON's types.
+            Other template variables, such as `enable_thinking`, with values of JSON types.
         generation_prompt
-            Whether the assistant is to speak next.
+            Whether to append the start of an assistant message.
 
         Raises
         ------
         RequestError
-            With code "bad_request" when the messages are not what the template takes, tools or variables are not what
-            they should be, or the template takes longer or makes more than one may (`edgelm.text.template_sandbox`).
+            With code "bad_request" if the template refuses the messages, tools or variables are not valid, or the
+            template exceeds a limit of `template_sandbox`.
         """
         check_messages(messages)
-        options = {"tools": check_tools(tools), **self._checked(variables)}
-        try:  # a template can raise anything, which the sandbox only contains; values can be nested too deeply
+        options = {"tools": check_tools(tools), **self._check_variables(variables)}
+        try:  # a template can raise any exception; values can be nested too deeply
             if self._unusable is not None:
                 raise self._unusable
             given = self._adapt_messages(messages)
-            tracker = TaintTracker(self._spellings, [given, options])
+            tracker = TaintTracker(self._special_token_finder, [given, options])
             tainted = [
                 {name: tracker.taint(value, ends=name != "role") for name, value in message.items()}
                 for message in given
@@ -118,28 +119,28 @@ class ChatTemplate:
             }
         )
 
-    def _checked(self, variables: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    def _check_variables(self, variables: Mapping[str, Any] | None) -> Mapping[str, Any]:
         given = {} if variables is None else variables
         if not isinstance(given, Mapping):
-            raise RequestError("bad_request", "template_vars must be an object of names and values")
+            raise RequestError("bad_request", "template_vars must be an object")
         for name in given:
             if not isinstance(name, str) or not name.isidentifier():
-                raise RequestError("bad_request", f"template_vars: {name!r:.80} is not the name of a variable")
+                raise RequestError("bad_request", f"template_vars: {name!r:.80} is not a variable name")
             if name in RESERVED_VARIABLES or name in self._special_tokens:
                 raise RequestError(
                     "bad_request", f"template_vars: {name} is set by the model, the messages or the tools"
                 )
         return given
 
-    # --- what the template takes ---
+    # --- what the template accepts ---
 
     def _adapt_messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Return the messages in the form that the template takes."""
-        fitted = [_with_arguments(message) for message in messages]
+        """Return the messages in the form that the template accepts."""
+        fitted = [_with_parsed_arguments(message) for message in messages]
         if any(isinstance(message.get("content"), list) for message in fitted) and not self._takes_parts:
             fitted = [_with_text(message) for message in fitted]
         if fitted[0]["role"] == "system" and self._refuses_system:
-            fitted = _merged(fitted)
+            fitted = _merge_system(fitted)
         if self._takes_parts and not self._takes_text:
             fitted = [_with_parts(message) for message in fitted]
         return fitted
@@ -150,38 +151,38 @@ class ChatTemplate:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether content may be a list of parts, of which the template writes the texts alone."""
+        """Whether content may be a list of parts, of which the template writes only the texts."""
         rendered = self._try([{"role": "user", "content": [{"type": "text", "text": PROBE}]}]) or ""
         return PROBE in rendered and "'text'" not in rendered
 
     @cached_property
     def _refuses_system(self) -> bool:
-        """Whether the template raises an error for a system message, and none for the user's alone.
+        """Whether the template raises an error for a system message but not for a user message alone.
 
-        One that leaves a system message out is followed, as transformers follows it.
+        A template that silently omits the system message is used as it is, as in transformers.
         """
         content: Any = [{"type": "text", "text": PROBE}] if self._takes_parts and not self._takes_text else PROBE
         user = {"role": "user", "content": content}
         refuses = self._try([{"role": "system", "content": content}, user]) is None and self._try([user]) is not None
         if refuses:
             LOG.warning(
-                "this model's chat template takes no system message: it is put at the beginning of the first user's"
+                "this model's chat template accepts no system message: its text is put before the first user message"
             )
         return refuses
 
     def _try(self, messages: Sequence[Message]) -> str | None:
-        """Return what the template makes of messages; None where it refuses them."""
+        """Return the rendered messages; None if the template refuses them."""
         try:
             return self._render(messages, True, {"tools": None})
-        except TemplateLimitError as error:  # so that no further request takes as long
+        except TemplateLimitError as error:  # later requests fail at once
             self._unusable = error
             raise
-        except Exception:  # noqa: BLE001  as in `render`
+        except Exception:  # noqa: BLE001  a template can raise any exception
             return None
 
 
 def check_messages(messages: Any) -> None:
-    """Raise `RequestError("bad_request")` unless messages are objects with a role, and content that can be text."""
+    """Raise `RequestError("bad_request")` unless each message is an object with a role and textual content."""
     if not messages:
         raise RequestError("bad_request", "messages must hold at least one message")
     for message in messages:
@@ -193,37 +194,39 @@ def check_messages(messages: Any) -> None:
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise RequestError(
                     "bad_request",
-                    'messages: a part of a content must be {"type": "text", "text": "..."}; the model reads nothing'
-                    f" but text, got {part if kind in (None, 'text') else kind!s:.80}",
+                    'messages: a part of content must be {"type": "text", "text": "..."}; the model reads only text,'
+                    f" got {part if kind in (None, 'text') else kind!s:.80}",
                 )
 
 
 def check_tools(tools: Any) -> list[Mapping[str, Any]] | None:
-    """Return the descriptions of tools; None where there are none. Raises `RequestError("bad_request")`."""
+    """Return the tools as a list; None if there are none. Raises `RequestError("bad_request")` if not valid."""
     if tools is None:
         return None
     if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence):
         raise RequestError("bad_request", "tools must be a list of objects, each a function with a name and parameters")
     for tool in tools:
         if not isinstance(tool, Mapping):
-            raise RequestError("bad_request", f"tools: each must be an object that describes one, got {tool!r:.80}")
+            raise RequestError(
+                "bad_request", f"tools: each must be an object that describes a function, got {tool!r:.80}"
+            )
     return list(tools) or None
 
 
-def _with_arguments(message: Message) -> dict[str, Any]:
-    """Return a message whose calls have their arguments as objects, as templates take them; clients send JSON text."""
+def _with_parsed_arguments(message: Message) -> dict[str, Any]:
+    """Return a message whose tool calls have arguments as objects: templates need objects, clients send JSON text."""
     calls = message.get("tool_calls")
     fitted = {name: list(value) if isinstance(value, tuple) else value for name, value in message.items()}
     if isinstance(calls, (list, tuple)):
-        fitted["tool_calls"] = [_with_object(call) for call in calls]
+        fitted["tool_calls"] = [_with_parsed_call(call) for call in calls]
     return fitted
 
 
-def _with_object(call: Any) -> Any:
+def _with_parsed_call(call: Any) -> Any:
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _with_object(call["function"])}
+        return {**call, "function": _with_parsed_call(call["function"])}
     arguments = call.get("arguments")
     if not isinstance(arguments, str):
         return call
@@ -245,14 +248,14 @@ def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text_of(content: Any) -> str:
-    """Return content as text: parts follow each other as templates that take them write them, with nothing between."""
+    """Return content as text; parts are joined without a separator, as templates that accept parts write them."""
     if isinstance(content, list):
         return "".join(part["text"] for part in content)
     return content if isinstance(content, str) else ""
 
 
-def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages with the first one, the system's, at the beginning of the first user's."""
+def _merge_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with the text of the first one, the system message, before that of the first user message."""
     system, *rest = messages
     at = next((i for i, message in enumerate(rest) if message["role"] == "user"), None)
     if at is None:
@@ -275,7 +278,7 @@ def _choose(source: str | Sequence[Mapping[str, str]]) -> str:
 
 def _compile(source: str) -> Template:
     from edgelm.text.template_sandbox import (
-        Template as Compiled,  # Jinja is slow to import, and many models have no template
+        Template as Compiled,  # imported here: Jinja is slow to import, and many models have no template
     )
 
     try:

@@ -1,7 +1,7 @@
-"""Tokens to text, one at a time: `StreamDecoder` gives out text that never has to be taken back.
+"""Tokens to text, one token at a time: text that `StreamDecoder` returns never changes later.
 
-Knows how byte-level and byte-fallback vocabularies spread a character over tokens, and what a stop string is.
-Knows nothing of models: it needs only something that decodes.
+Knows how byte-level and byte-fallback vocabularies split a character over tokens, and what a stop string is. Knows
+nothing of models; it needs only a `TokenDecoder`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 REPLACEMENT: Final = "\ufffd"
-"""What decoders put in place of bytes that are not, or not yet, UTF-8."""
+"""Character that decoders write for bytes that are not, or not yet, valid UTF-8."""
 MAX_PENDING_TOKENS: Final = 16
-"""Tokens decoded together at most, besides the context."""
+"""Largest number of tokens decoded together, without the context."""
 PROMPT_TAIL_TOKENS: Final = 8
-"""Tokens of the prompt looked at: they tell whether a space is due, and which character is half done."""
+"""Number of last prompt tokens used: they decide whether a space follows and which character is incomplete."""
 
 
 class TokenDecoder(Protocol):
@@ -25,36 +25,36 @@ class TokenDecoder(Protocol):
 
     @property
     def byte_tokens(self) -> Mapping[int, int]:
-        """Tokens that stand for one byte each, in a vocabulary with byte fallback."""
+        """Bytes by token id, in a vocabulary with byte fallback; else empty."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of tokens, special ones left out."""
+        """Return the text of tokens without special tokens."""
 
 
 class StreamDecoder:
-    """Turns the tokens of one answer into pieces of text.
+    """Turns the tokens of one completion into pieces of text.
 
-    Pieces joined equal the decoded answer, cut before the first stop string. No piece ends inside a UTF-8
-    character or holds part of a stop string: what may become either is held back until it is clear. The cost
-    of a token is bounded, whatever came before it. Every broken UTF-8 sequence becomes one U+FFFD.
+    The joined pieces equal the decoded completion, cut before the first stop string. No piece ends inside a UTF-8
+    character or contains part of a stop string: text that may become either is held back until it is decided. The
+    cost per token is bounded. Every broken UTF-8 sequence becomes one U+FFFD.
 
     Parameters
     ----------
     tokenizer
         Decodes tokens.
     prompt_tail
-        The last tokens of the prompt; the last 8 are looked at. The answer is decoded right after them, since
-        many decoders drop a space at the start of a text. Their own text is not given out, except a character
-        that the answer completes.
+        The last tokens of the prompt; the last 8 are used. The completion is decoded after them, because many
+        decoders drop a space at the start of a text. Their own text is not returned, except a character that the
+        completion completes.
     stop
-        Texts that end the answer. The one that is complete first counts, the longest where several are.
+        Texts that end the completion. The one that is complete first counts; of several, the longest.
 
     Attributes
     ----------
     text
         All pieces so far, joined.
-    stopped
-        Whether a stop string was met. Later tokens give no text.
+    is_stopped
+        Whether a stop string was found. Later tokens give no text.
     """
 
     def __init__(self, tokenizer: TokenDecoder, prompt_tail: Sequence[int] = (), stop: tuple[str, ...] = ()) -> None:
@@ -68,20 +68,20 @@ class StreamDecoder:
         self._context: list[int] = []
         self._context_text = ""
         self._pending: list[int] = []
-        self._given = 0  # characters of the pending tokens' text that were returned already
+        self._given = 0  # characters of the pending tokens' text that were already returned
         tail = list(prompt_tail[-PROMPT_TAIL_TOKENS:])
         self._set_context(tail)
         for token in tail:
             self._text_of(token)
         self._set_context(tail)
-        self._has_prompt_bytes = bool(self._utf8.getstate()[0])  # bytes of a character, waiting for the rest
+        self._has_prompt_bytes = bool(self._utf8.getstate()[0])  # bytes of an incomplete character
 
     def push(self, token: int) -> str:
-        """Take the next token; return the text that is certain now, often empty."""
+        """Add the next token; return the text that is final now, often empty."""
         return "" if self.is_stopped else self._emit(self._text_of(token))
 
     def finish(self) -> str:
-        """End the answer; return what was held back."""
+        """End the completion; return the text that was held back."""
         piece = self._emit(self._fresh_text()[self._given :] + self._end_bytes())
         held = self._stop.flush()
         self._set_context([])
@@ -95,12 +95,12 @@ class StreamDecoder:
         return piece
 
     def _text_of(self, token: int) -> str:
-        """Return the text that this token makes certain."""
+        """Return the text that is final after this token."""
         byte = self._byte_tokens.get(token)
         if byte is None:
             text = self._text_in_context(token)
-            return self._end_bytes() + text if text else ""  # a special token has none and ends nothing
-        # Bytes are decoded here: the library turns the whole of a run that is not yet valid into U+FFFD.
+            return self._end_bytes() + text if text else ""  # a special token has no text and ends no character
+        # Bytes are decoded here: the library replaces a whole run of bytes that is not yet valid by U+FFFD.
         text = self._utf8.decode(bytes((byte,)))
         if not self._decode([*self._context, token]):
             text = ""  # a space that the decoder drops at the start of a text
@@ -109,7 +109,7 @@ class StreamDecoder:
         return text
 
     def _end_bytes(self) -> str:
-        """Return what becomes of a character that stays half done; nothing where the prompt began it."""
+        """Return U+FFFD for a character that stays incomplete; nothing if the prompt contains its first bytes."""
         broken = self._utf8.decode(b"", final=True)
         began, self._has_prompt_bytes = self._has_prompt_bytes, False
         return "" if began else broken
@@ -118,9 +118,9 @@ class StreamDecoder:
         self._pending.append(token)
         fresh = self._fresh_text()
         held = 1 if fresh.endswith(REPLACEMENT) and not self._byte_tokens else 0
-        sure = fresh[: len(fresh) - held]
-        piece = sure[self._given :]
-        self._given = max(self._given, len(sure))
+        final = fresh[: len(fresh) - held]
+        piece = final[self._given :]
+        self._given = max(self._given, len(final))
         if fresh and not held:
             self._set_context(self._pending)
         elif len(self._pending) >= MAX_PENDING_TOKENS:
@@ -128,12 +128,12 @@ class StreamDecoder:
         return piece
 
     def _fresh_text(self) -> str:
-        """Return the text that the pending tokens add to that of the context."""
+        """Return the text that the pending tokens add to the context's text."""
         text = self._decode(self._context + self._pending)
         for known in (self._context_text, self._context_text.removesuffix(REPLACEMENT)):
-            if text.startswith(known):  # the second: the answer completes a character that the prompt began
+            if text.startswith(known):  # the second: the completion completes a character of the prompt
                 return text[len(known) :]
-        return self._decode(self._pending)  # a decoder that rewrites what came before: no context helps
+        return self._decode(self._pending)  # the decoder changes earlier text: context is useless
 
     def _set_context(self, tokens: list[int]) -> None:
         self._context = tokens
@@ -142,9 +142,9 @@ class StreamDecoder:
         self._given = 0
 
     def _slide(self, fresh: str, held: int) -> None:
-        """Forget the oldest pending tokens; the last `held` characters of their text are not returned yet."""
+        """Drop the oldest pending tokens; the last `held` characters of their text are not returned yet."""
         pending = self._pending[-MAX_PENDING_TOKENS // 2 :]
-        if not fresh:  # special tokens, which have no text: what came before them still decides on a space
+        if not fresh:  # only special tokens: the context before them still decides on a space
             self._pending = pending
             return
         self._set_context([])
@@ -153,7 +153,7 @@ class StreamDecoder:
 
 
 class StopFilter:
-    """Lets text through up to the first stop string, and holds back what may be the beginning of one.
+    """Passes text up to the first stop string, and holds back text that may be the start of one.
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ class StopFilter:
     Attributes
     ----------
     matched
-        Whether a stop string was met; nothing passes afterwards.
+        Whether a stop string was found; no text passes afterwards.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -173,7 +173,7 @@ class StopFilter:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Take more text; return what can be given out."""
+        """Add text; return the part that is final."""
         if self.matched:
             return ""
         text = self._held + text
@@ -187,12 +187,12 @@ class StopFilter:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """Return what was held back: no stop string came of it."""
+        """Return the held text: it did not become a stop string."""
         held, self._held = self._held, ""
         return held
 
     def _count_held(self, text: str) -> int:
-        """Return the length of the longest end of the text that begins a stop string."""
+        """Return the length of the longest suffix of the text that is a prefix of a stop string."""
         for count in range(min(len(text), self._longest - 1), 0, -1):
             end = text[-count:]
             if any(stop.startswith(end) for stop in self._stop):

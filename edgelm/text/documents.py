@@ -1,4 +1,4 @@
-"""Text files of several documents."""
+"""Text files that hold several documents."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Final
 from edgelm.errors import EdgelmError
 
 SEPARATOR: Final = "<|endoftext|>"
-"""A line of its own that divides documents."""
+"""A line with only this text separates documents."""
 
 
 def read_text(file: str | Path, option: str) -> str:
-    """Return a text file. Raises `EdgelmError` naming the option when it cannot be read or is empty."""
+    """Return a text file's content. Raises `EdgelmError` with the option's name if it cannot be read or is empty."""
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -24,7 +24,7 @@ def read_text(file: str | Path, option: str) -> str:
 
 
 def split_documents(text: str) -> list[str]:
-    """Split at lines that hold only the separator; outer newlines and empty documents are dropped."""
+    """Split at lines that contain only the separator; outer newlines and empty documents are dropped."""
     documents: list[list[str]] = [[]]
     for line in text.split("\n"):
         if line.strip() == SEPARATOR:

@@ -1,6 +1,6 @@
-"""Constraints on answers: a JSON schema, regular expression, Lark grammar or list of choices as a token mask.
+"""Constraints: compiles a JSON schema, regular expression, Lark grammar or list of choices to token masks.
 
-The only importer of llguidance. Knows nothing of logits: it says which tokens keep the text a valid prefix.
+The only importer of llguidance. Knows nothing of logits: a mask states which tokens keep the text a valid prefix.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from edgelm.types import Constraint
 
 JSON_DEFAULTS: Final[dict[str, Any]] = {"whitespace_pattern": r"[ \t\r\n]{1,32}"}
-"""Small models can get lost in whitespace, which JSON allows without end. A schema's `x-guidance` overrules."""
+"""Small models can repeat whitespace forever, because JSON has no limit. A schema's `x-guidance` has priority."""
 
 MAX_NUMBER: Final = 2**53
-"""Beyond, JSON's numbers are not exact everywhere (RFC 8259, section 6), and the library's not either."""
+"""Largest exact JSON number (RFC 8259, section 6); the library is not exact above it either."""
 MAX_SCHEMA_DEPTH: Final = 200
-"""Levels of a schema."""
+"""Nesting levels of a JSON schema."""
 
 MAX_ERROR_LENGTH: Final = 300
-"""Characters of an error that are shown: some repeat the whole constraint."""
+"""Characters of the library's error that our error quotes: some errors repeat the whole constraint."""
 
 
 class ConstraintCompiler:
@@ -41,16 +41,16 @@ class ConstraintCompiler:
     Parameters
     ----------
     tokenizer
-        The bundle's tokenizer.json. Padding, truncation and added tokens outside the vocabulary count as left out.
+        The bundle's tokenizer.json. Padding, truncation and added tokens outside the vocabulary are ignored.
     vocab_size
-        Width V of the model's logits; at least the tokenizer's vocabulary.
+        Width V of the model's logits; at least the size of the tokenizer's vocabulary.
     eos_tokens
-        Tokens that end an answer: allowed exactly where the constraint is satisfied.
+        Tokens that end a completion: allowed exactly where the constraint is satisfied.
 
     Raises
     ------
     BundleError
-        When the tokenizer cannot be used with constraints, or is larger than `vocab_size`.
+        If the tokenizer cannot be used with constraints, or is larger than `vocab_size`.
     """
 
     def __init__(self, tokenizer: str | Path, vocab_size: int, eos_tokens: Iterable[int]) -> None:
@@ -65,20 +65,20 @@ class ConstraintCompiler:
                 eos_token=list(eos_tokens) or None,
             )
         except (OSError, ValueError) as error:
-            raise BundleError(f"{tokenizer}: cannot be used for constrained answers: {error}") from error
+            raise BundleError(f"{tokenizer}: cannot be used for constraints: {error}") from error
 
     def compile(self, constraint: Constraint) -> Matcher:
-        """Return a matcher at the beginning of an answer; `Matcher.copy` makes others of it.
+        """Return a matcher at the beginning of a completion; `Matcher.copy` gives more of them.
 
-        A regular expression is in the syntax of Rust's regex crate: no look-around, and its digits are Unicode's.
+        A regular expression has the syntax of Rust's regex crate: no look-around, and digits are all Unicode digits.
 
         Raises
         ------
         RequestError
-            With code "bad_request" when the constraint is not valid or uses something that is not supported.
+            With code "bad_request" if the constraint is not valid or uses an unsupported feature.
         """
         try:
-            with panics_are_errors():
+            with convert_panics():
                 source = self._source_of(constraint)
                 compiled = self._library.LLMatcher(self._tokenizer, source, log_level=0)
         except (ValueError, RecursionError) as error:
@@ -89,7 +89,7 @@ class ConstraintCompiler:
         return Matcher(compiled, self._vocab_size)
 
     def _source_of(self, constraint: Constraint) -> str:
-        """Return the constraint in llguidance's own notation."""
+        """Return the constraint in llguidance's notation."""
         matcher, value = self._library.LLMatcher, constraint.value
         if constraint.kind == "choices":
             choices = " | ".join(json.dumps(choice) for choice in value)
@@ -103,18 +103,20 @@ class ConstraintCompiler:
 
 
 @contextmanager
-def panics_are_errors() -> Iterator[None]:
-    """Make a request's error of a panic in the library: PyO3 raises it as a kind that no `except Exception` sees."""
+def convert_panics() -> Iterator[None]:
+    """Convert a panic of the library to `RequestError`: PyO3 raises a type that `except Exception` does not catch."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise RequestError("bad_request", f"the constraint breaks its library: {_in_one_line(error)}") from error
+        raise RequestError(
+            "bad_request", f"the constraint causes a failure of llguidance: {_in_one_line(error)}"
+        ) from error
 
 
 def _check_schema(schema: object) -> None:
-    """Raise `ValueError` for numbers that are too large, and for what is nested too deep."""
+    """Raise `ValueError` if a number is too large or the nesting is too deep."""
     level = [schema]
     for _ in range(MAX_SCHEMA_DEPTH):
         deeper: list[object] = []
@@ -132,60 +134,59 @@ def _check_schema(schema: object) -> None:
 
 
 class Matcher:
-    """Follows one answer token by token. Made by `ConstraintCompiler.compile`."""
+    """Follows one completion token by token. Created by `ConstraintCompiler.compile`."""
 
     def __init__(self, inner: Any, vocab_size: int) -> None:
         self._inner = inner
         self._mask = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
 
     def copy(self) -> Matcher:
-        """Return another one that stands where this one does."""
+        """Return an independent matcher in the same state."""
         return Matcher(self._inner.deep_copy(), 32 * len(self._mask))
 
     def mask(self) -> NDArray[np.uint32]:
-        """Return which tokens may come next: uint32 [ceil(V / 32)], bit i % 32 of word i // 32 for token i.
+        """Return the token mask of the next token: uint32 [ceil(V / 32)], bit i % 32 of word i // 32 for token i.
 
-        The array is overwritten by the next call. Tokens that the tokenizer does not have are never allowed. Where
-        nothing can follow, only the end tokens are.
+        The next call overwrites the array. Ids that the tokenizer does not have are never allowed. If no text can
+        follow, only the end tokens are allowed.
 
         Raises
         ------
         RequestError
-            With code "bad_request" when the constraint turns out to be too complex.
+            With code "bad_request" if the constraint is too complex.
         """
-        with panics_are_errors():
+        with convert_panics():
             self._inner.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
             self._check()
         return self._mask
 
     def accept(self, token: int) -> None:
-        """Take the token that was chosen.
+        """Advance by the sampled token.
 
         Raises
         ------
         RequestError
-            With code "internal" when the mask does not allow the token; "bad_request" when the constraint turns out
-            to be too complex.
+            With code "internal" if the mask does not allow the token; "bad_request" if the constraint is too complex.
         """
-        with panics_are_errors():
+        with convert_panics():
             if self._inner.validate_tokens([token]) != 1:
-                raise RequestError("internal", f"token {token} was chosen, which the constraint does not allow")
+                raise RequestError("internal", f"token {token} was sampled, but the constraint does not allow it")
             self._inner.consume_token(token)
             self._check()
 
     def forced_tokens(self) -> list[int]:
-        """Return the tokens that must come next, empty where there is a choice. They are not accepted yet."""
-        with panics_are_errors():
+        """Return the tokens that must come next; empty if there is a choice. They are not accepted yet."""
+        with convert_panics():
             return [int(token) for token in self._inner.compute_ff_tokens()]
 
     @property
     def is_accepting(self) -> bool:
-        """Whether the answer satisfies the constraint if it ends here."""
+        """Whether the completion satisfies the constraint if it ends here."""
         return bool(self._inner.is_accepting())
 
     @property
     def is_finished(self) -> bool:
-        """Whether the answer satisfies the constraint and nothing can follow."""
+        """Whether the completion satisfies the constraint and no text can follow."""
         return bool(self._inner.is_stopped())
 
     def _check(self) -> None:
@@ -195,7 +196,7 @@ class Matcher:
 
 
 def _in_one_line(message: object) -> str:
-    """Return llguidance's message without its state dump and its markers under the source, cut where it is long."""
+    """Return llguidance's message without its state dump and its source markers, cut to `MAX_ERROR_LENGTH`."""
     lines = str(message).split("<state>")[0].splitlines()
     text = " ".join(line.strip() for line in lines if line.strip(" ^"))
     return text if len(text) <= MAX_ERROR_LENGTH else text[:MAX_ERROR_LENGTH] + "..."

@@ -1,4 +1,7 @@
-"""What prompts begin with, read from a file: text as it is, or the messages that open a conversation, as tokens."""
+"""The text of a static prefix: reads it from a file and converts it to tokens.
+
+The file holds text, or the messages that begin a conversation.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ PrefixText = str | Sequence[Mapping[str, Any]]
 """Text, or messages for the chat template."""
 
 PROBES: Final = ("a", "7")
-"""Two messages that may follow: what differs between them is not part of the prefix."""
+"""Two possible next user messages: text that depends on them is not part of the prefix."""
 
 
 def read_prefix_text(file: str | Path) -> PrefixText:
-    """Read what prompts are to begin with.
+    """Read the text or messages of a static prefix from a file.
 
-    A JSON list of objects holds messages, as a file named *.json must; everything else is text. Raises `EdgelmError`
-    when the file cannot be read, is empty, or is not what its name says.
+    A JSON list of objects holds messages; everything else is text. A file named *.json must hold messages. Raises
+    `EdgelmError` if the file cannot be read, is empty, or is a *.json file without messages.
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
@@ -44,11 +47,11 @@ def read_prefix_text(file: str | Path) -> PrefixText:
 
 
 def tokenize_prefix(prefix_text: PrefixText, tokenizer: Tokenizer) -> list[int]:
-    """Return the tokens that every prompt with this opening begins with.
+    """Return the tokens that every prompt with this prefix begins with.
 
-    Text is encoded like a prompt, with the start token where the tokenizer adds one. Of messages it is what the prompts
-    of two different user messages after them have in common. Raises `EdgelmError` when the chat template is missing or
-    refuses them, or when nothing is in common.
+    Text is encoded like a prompt, with the start token if the tokenizer adds one. For messages the result is the common
+    prefix of two prompts that continue them with different user messages. Raises `EdgelmError` if the chat template is
+    missing or refuses the messages, or if the common prefix is empty.
     """
     try:
         if isinstance(prefix_text, str):
@@ -56,26 +59,28 @@ def tokenize_prefix(prefix_text: PrefixText, tokenizer: Tokenizer) -> list[int]:
         following = ([*prefix_text, {"role": "user", "content": probe}] for probe in PROBES)
         one, other = (tokenizer.encode_prompt(tokenizer.build_prompt(chat)) for chat in following)
     except RequestError as error:
-        raise EdgelmError(f"the prefix cannot be made into tokens: {error}") from error
+        raise EdgelmError(f"the prefix cannot be converted to tokens: {error}") from error
     shared = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     if shared == 0:
-        raise EdgelmError("the prefix holds messages of which the model's chat template shows nothing at the start")
+        raise EdgelmError(
+            "the prefix is empty: the model's chat template does not begin the prompt with these messages"
+        )
     return one[:shared]
 
 
 def check_prefix_tokens(tokens: Sequence[int], *, context: int, vocab_size: int, long_from: int | None) -> None:
     """Raise `EdgelmError` unless prompts can begin with these tokens: at least one position must follow them.
 
-    `context` and `long_from` are lengths in tokens; from beyond `long_from` (LongRoPE) on positions are embedded
-    otherwise, and a prefix would not fit.
+    `context` and `long_from` are lengths in tokens. A sequence longer than `long_from` (LongRoPE) uses other rotary
+    tables, for which the prefix would be wrong.
     """
     limit = min(context, context if long_from is None else long_from) - 1
     if not tokens:
         raise EdgelmError("the prefix has no tokens")
     if len(tokens) > limit:
         raise EdgelmError(
-            f"the prefix has {len(tokens)} tokens; the context leaves room for {max(limit, 0)}: shorten it"
+            f"the prefix has {len(tokens)} tokens; the context allows at most {max(limit, 0)}: shorten it"
         )
     bad = next((token for token in tokens if not 0 <= token < vocab_size), None)
     if bad is not None:
-        raise EdgelmError(f"the prefix holds the token {bad}, which lies outside the vocabulary [0, {vocab_size})")
+        raise EdgelmError(f"the prefix has the token {bad}, which is outside the vocabulary [0, {vocab_size})")

@@ -1,8 +1,8 @@
-"""Texts in which some characters are marked as data, so that what a template makes of them can be told from its own.
+"""Taint tracking: distinguishes a special token that a template writes from the same text in a message.
 
-A text that spells a special token, `<|im_end|>` say, must stay text when it stands in a chat. Before a template is
-rendered, a character of every such spelling gets a sign in front; signs are taken out of the rendered prompt, and where
-they stood no special token is recognized. Texts that spell none are left alone, so nothing changes for them.
+A message that contains the text of a special token, such as `<|im_end|>`, must stay text. Before the template is
+rendered, a mark is put before one character of each such text. The marks are removed from the rendered prompt, and no
+special token is recognized at their positions. Texts without special tokens get no marks.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from itertools import chain, pairwise
 from typing import Any, Final, SupportsIndex
 
 NONCHARACTERS: Final = range(0xFDD0, 0xFDF0)
-"""Code points that Unicode keeps for a program's own use."""
+"""Code points that Unicode reserves for internal use of a program: the marks."""
 PRIVATE_USE_AREA: Final = range(0xF0000, 0x10FFFE)
-"""For texts that hold every noncharacter."""
+"""Marks for texts that contain every noncharacter."""
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """A rendered chat. `data` are positions, ascending, of characters that belong to no special token."""
+    """A rendered conversation. Characters at `tainted_positions` (ascending) belong to no special token."""
 
     text: str
     tainted_positions: tuple[int, ...] = ()
 
     def suffix_from(self, start: int) -> RenderedPrompt:
-        """Return the prompt from a position on."""
+        """Return the prompt from position `start` on."""
         return RenderedPrompt(self.text[start:], tuple(p - start for p in self.tainted_positions if p >= start))
 
     def with_prefix(self, text: str) -> RenderedPrompt:
-        """Return the prompt with a text before it."""
+        """Return the prompt with `text` before it."""
         return RenderedPrompt(text + self.text, tuple(p + len(text) for p in self.tainted_positions))
 
     def is_tainted(self, start: int, end: int) -> bool:
-        """Whether a character of data lies in [start, end)."""
+        """Whether a tainted position lies in [start, end)."""
         i = bisect_left(self.tainted_positions, start)
         return i < len(self.tainted_positions) and self.tainted_positions[i] < end
 
 
 class SpecialTokenFinder:
-    """Finds special tokens by their texts, none of them empty."""
+    """Finds special tokens in a text by their texts; no token is empty."""
 
     def __init__(self, tokens: Collection[str]) -> None:
         self.tokens = frozenset(tokens)
@@ -57,7 +57,7 @@ class SpecialTokenFinder:
         return next((t for n in self._lengths if (t := text[start : start + n]) in self.tokens), None)
 
     def find(self, text: str, start: int = 0) -> Iterator[tuple[int, str]]:
-        """Yield every position from `start` on where a token begins, with the longest one, overlapping ones too."""
+        """Yield each position >= `start` where a token begins, with the longest such token; tokens may overlap."""
         if self._starts is not None:
             for found in self._starts.finditer(text, start):
                 token = self.at(text, found.start())
@@ -65,10 +65,10 @@ class SpecialTokenFinder:
                     yield found.start(), token
 
     def find_taint_positions(self, text: str, *, ends: bool) -> list[int]:
-        """Return a position in each spelled token; with `ends` also at ends that could be a part of one.
+        """Return one position in each special token; with `ends` also in a partial token at either end of the text.
 
-        Such an end, outer space left out, is the beginning of a token at the end of the text, or the reverse: it
-        becomes a token with what a template puts beside it.
+        A partial token is a token's prefix at the end of the text or a token's suffix at its start, without outer white
+        space: the text that a template writes next to it may complete the token.
         """
         found = {start + len(token) - len(token.lstrip()) for start, token in self.find(text)}
         first, last = len(text) - len(text.lstrip()), len(text.rstrip())
@@ -76,28 +76,28 @@ class SpecialTokenFinder:
             longest = self._lengths[0]
             tails = (p for p in range(max(first, last - longest + 1), last) if text[p] in self._first)
             heads = (p for p in range(first, min(last, first + longest - 1)) if text[p] in self._last)
-            if any(self._some(str.startswith, text[p:last]) for p in tails):
+            if any(self._any_token(str.startswith, text[p:last]) for p in tails):
                 found.add(last - 1)
-            if any(self._some(str.endswith, text[first : p + 1]) for p in heads):
+            if any(self._any_token(str.endswith, text[first : p + 1]) for p in heads):
                 found.add(first)
         return sorted(found)
 
-    def _some(self, fits: Callable[[str, str], bool], part: str) -> bool:
-        return any(fits(token, part) for token in self.tokens)
+    def _any_token(self, matches: Callable[[str, str], bool], part: str) -> bool:
+        return any(matches(token, part) for token in self.tokens)
 
 
 class TaintTracker:
-    """Marks the texts in what a template is given, and reads the marks off what it made of them."""
+    """Marks the texts in a template's input, and reads the marks from its output."""
 
-    def __init__(self, spellings: SpecialTokenFinder, values: Any) -> None:
-        self._spellings = spellings
+    def __init__(self, finder: SpecialTokenFinder, values: Any) -> None:
+        self._finder = finder
         used = set(chain.from_iterable(_texts(values)))
         self.taint_mark = next(c for c in map(chr, chain(NONCHARACTERS, PRIVATE_USE_AREA)) if c not in used)
 
     def taint(self, value: Any, *, ends: bool = True) -> Any:
-        """Return JSON's values with marks in their texts; those that need none, and other values, as they are."""
+        """Return JSON values with marks in their texts; values that need no marks are returned unchanged."""
         if isinstance(value, str):
-            marks = self._spellings.find_taint_positions(value, ends=ends)
+            marks = self._finder.find_taint_positions(value, ends=ends)
             if not marks:
                 return value
             cuts = [0, *marks, len(value)]
@@ -109,7 +109,7 @@ class TaintTracker:
         return value
 
     def untaint(self, rendered: str) -> RenderedPrompt:
-        """Return a rendered text without signs, and where they stood."""
+        """Return a rendered text without marks, with their positions."""
         if self.taint_mark not in rendered:
             return RenderedPrompt(rendered)
         parts = rendered.split(self.taint_mark)
@@ -122,51 +122,50 @@ class TaintTracker:
 
 
 class TaintedText(str):
-    """A text with signs that a template sees without them: comparisons, searches and cuts are those of the bare text.
+    """A text with marks that behaves like the text without marks in comparisons, searches and slices.
 
-    What is cut out of it, or joined to it, keeps its signs.
+    Slices and concatenations keep the marks.
     """
 
     __slots__ = ("_taint_mark",)
     _taint_mark: str
 
     def __new__(cls, value: str, taint_mark: str) -> TaintedText:
-        """See the class; `value` holds the signs, each before the character that it marks."""
+        """Create from `value`, which contains each mark before the character that it marks."""
         self = super().__new__(cls, value)
         self._taint_mark = taint_mark
         return self
 
     @property
     def plain_text(self) -> str:
-        """The text without signs."""
+        """The text without marks."""
         return str.replace(self, self._taint_mark, "")
 
     def _rewrap(self, value: str) -> str:
         return TaintedText(value, self._taint_mark) if self._taint_mark in value else value
 
     def _cut(self, start: int, end: int) -> str:
-        """Return the characters [start, end) of the bare text with their signs."""
+        """Return the characters [start, end) of the plain text with their marks."""
         return self._cuts([(start, end)])[0]
 
     def _cuts(self, ranges: Iterable[tuple[int, int]]) -> list[str]:
-        """Return the characters of several ranges: finding the signs takes as long for one as for all."""
-        raw, places = super().__str__(), self._places()
-        return [self._rewrap(raw[places[start] : places[max(start, end)]]) for start, end in ranges]
+        """Return the characters of several ranges; the marks are located once for all of them."""
+        raw, offsets = super().__str__(), self._raw_offsets()
+        return [self._rewrap(raw[offsets[start] : offsets[max(start, end)]]) for start, end in ranges]
 
-    def _places(self) -> list[int]:
-        """Where each bare character begins with its sign, and the end."""
+    def _raw_offsets(self) -> list[int]:
+        """Return the offset in the raw text of each plain character with its mark, and of the end."""
         raw = super().__str__()
-        signed = [c == self._taint_mark for c in raw]
-        starts = [i - (i > 0 and signed[i - 1]) for i in range(len(raw)) if not signed[i]]
+        is_mark = [c == self._taint_mark for c in raw]
+        starts = [i - (i > 0 and is_mark[i - 1]) for i in range(len(raw)) if not is_mark[i]]
         return [*starts, len(raw)]
 
     def __str__(self) -> str:
         return self
 
     def __repr__(self) -> str:
-        return str.__repr__(self).replace(
-            ascii(self._taint_mark)[1:-1], self._taint_mark
-        )  # a template may write a whole list
+        escaped_mark = ascii(self._taint_mark)[1:-1]
+        return str.__repr__(self).replace(escaped_mark, self._taint_mark)  # a template may write a whole list
 
     def __eq__(self, other: object) -> bool:
         return self.plain_text == (other.plain_text if isinstance(other, TaintedText) else other)
@@ -226,8 +225,8 @@ class TaintedText(str):
     def splitlines(self, keepends: bool = False) -> list[str]:
         """See `str.splitlines`."""
         lines, at, ranges = self.plain_text.splitlines(keepends=True), 0, []
-        for line, bare in zip(lines, self.plain_text.splitlines(keepends), strict=True):
-            ranges.append((at, at + len(bare)))
+        for line, kept in zip(lines, self.plain_text.splitlines(keepends), strict=True):
+            ranges.append((at, at + len(kept)))
             at += len(line)
         return self._cuts(ranges)
 
@@ -253,14 +252,14 @@ class TaintedText(str):
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
         """See `str.replace`."""
-        bare = _plain_text_of(old)
-        if not bare:
-            return self._rewrap(str.replace(self, bare, new, count))
-        pieces = self.split(bare, count)
+        plain_old = _plain_text_of(old)
+        if not plain_old:
+            return self._rewrap(str.replace(self, plain_old, new, count))
+        pieces = self.split(plain_old, count)
         return self._rewrap(str.__str__(new).join(str.__str__(piece) for piece in pieces))
 
     def _pieces(self, pieces: list[str], sep: str | None) -> list[str]:
-        """Return pieces of the bare text, between which a separator or space was, with their signs."""
+        """Return pieces of the plain text that a separator or white space separated, with their marks."""
         text, ranges, at = self.plain_text, [], 0
         for i, piece in enumerate(pieces):
             if sep is None:
@@ -276,21 +275,21 @@ def _plain_text_of(value: str) -> str:
     return value.plain_text if isinstance(value, TaintedText) else value
 
 
-def _searching(name: str) -> Any:
-    """Return a method that asks the bare text."""
-    ask = getattr(str, name)
+def _search_method(name: str) -> Any:
+    """Return a method that searches the plain text."""
+    search = getattr(str, name)
 
     def method(self: TaintedText, part: Any, *bounds: Any) -> Any:
-        bare = tuple(map(_plain_text_of, part)) if isinstance(part, tuple) else _plain_text_of(part)
-        return ask(self.plain_text, bare, *bounds)
+        plain_part = tuple(map(_plain_text_of, part)) if isinstance(part, tuple) else _plain_text_of(part)
+        return search(self.plain_text, plain_part, *bounds)
 
     method.__name__ = name
     method.__doc__ = f"See `str.{name}`."
     return method
 
 
-def _changing(name: str) -> Any:
-    """Return a method that changes characters, signs left alone."""
+def _case_method(name: str) -> Any:
+    """Return a method that changes the case of characters and keeps the marks."""
     change = getattr(str, name)
 
     def method(self: TaintedText, *arguments: Any) -> str:
@@ -302,13 +301,13 @@ def _changing(name: str) -> Any:
 
 
 for _name in ("startswith", "endswith", "find", "rfind", "index", "rindex", "count"):
-    setattr(TaintedText, _name, _searching(_name))
+    setattr(TaintedText, _name, _search_method(_name))
 for _name in ("lower", "upper", "casefold", "swapcase"):
-    setattr(TaintedText, _name, _changing(_name))
+    setattr(TaintedText, _name, _case_method(_name))
 
 
 def _texts(value: Any) -> Iterable[str]:
-    """Yield every text in JSON's values."""
+    """Yield every text in JSON values."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

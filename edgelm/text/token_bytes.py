@@ -1,8 +1,8 @@
-"""How many bytes of text one token can stand for: what a text that is too long is refused by before it is encoded.
+"""An upper bound on the bytes of text per token: it allows refusing a text that is too long before encoding it.
 
-Known for the tokenizers of nearly all models: BPE over bytes, or with bytes to fall back on. Where a step could drop
-text (one that strips or collapses white space, an unknown token for a whole word), nothing is said. Takes the
-tokenizers library's objects, and does not import it.
+Known for nearly all models' tokenizers: byte-level BPE, or BPE with byte fallback. Unknown if a step could drop text
+(stripped or collapsed white space, an unknown token for a whole word). Uses objects of the tokenizers library without
+importing it.
 """
 
 from __future__ import annotations
@@ -12,39 +12,39 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 NFC_SHRINKS: Final = 4
-"""NFC takes at most this many bytes to one (a Hangul syllable of three letters, the Kelvin sign: three)."""
-KEEPING_NORMALIZERS: Final = frozenset({"Sequence", "Prepend", "Replace", "NFC", "ByteLevel"})
-KEEPING_SPLITTERS: Final = frozenset({"Sequence", "ByteLevel", "Digits", "Split", "Metaspace"})
+"""NFC replaces at most this many bytes by one (three for a Hangul syllable of three letters and the Kelvin sign)."""
+LOSSLESS_NORMALIZERS: Final = frozenset({"Sequence", "Prepend", "Replace", "NFC", "ByteLevel"})
+LOSSLESS_SPLITTERS: Final = frozenset({"Sequence", "ByteLevel", "Digits", "Split", "Metaspace"})
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSizeBound:
-    """What is known of a tokenizer: the most bytes of text that one token stands for, and bytes that have no token."""
+    """Largest number of text bytes that one token stands for; `dropped` are the bytes without a token."""
 
     max_bytes: int
     dropped: bytes = b""
 
     def min_tokens(self, text: str) -> int:
-        """Return a number of tokens that the text has at least."""
+        """Return a lower bound on the number of tokens of a text."""
         return -(-len(text.encode("utf-8", "replace").translate(None, self.dropped)) // self.max_bytes)
 
 
 def measure_token_size(inner: Any) -> TokenSizeBound | None:
-    """Return what is known of a `tokenizers.Tokenizer`; None where a text may have any number of tokens."""
+    """Return the bound for a `tokenizers.Tokenizer`; None if there is none."""
     model = inner.model
     normalizers, splitters = _parts(inner.normalizer), _parts(inner.pre_tokenizer)
     if type(model).__name__ != "BPE" or not all(map(_keeps_text, normalizers)):
         return None
-    if not all(part["type"] in KEEPING_SPLITTERS and part.get("behavior") != "Removed" for part in splitters):
+    if not all(part["type"] in LOSSLESS_SPLITTERS and part.get("behavior") != "Removed" for part in splitters):
         return None
     added = inner.get_added_tokens_decoder().values()
-    if any(token.lstrip or token.rstrip for token in added):  # it swallows any number of spaces
+    if any(token.lstrip or token.rstrip for token in added):  # such a token removes any number of spaces
         return None
     dropped = b""
     vocab = inner.get_vocab(with_added_tokens=False)
     if any(part["type"] == "ByteLevel" for part in (*normalizers, *splitters)):
         dropped = bytes(sorted(byte for letter, byte in UNICODE_TO_BYTE.items() if letter not in vocab))
-        longest = max(map(len, vocab))  # a letter is a byte
+        longest = max(map(len, vocab))  # one letter stands for one byte
     elif model.byte_fallback and all(f"<0x{byte:02X}>" in vocab for byte in range(256)):
         longest = max(len(piece.encode("utf-8", "replace")) for piece in vocab)
     else:
@@ -58,31 +58,31 @@ def measure_token_size(inner: Any) -> TokenSizeBound | None:
 
 
 def _keeps_text(normalizer: dict[str, Any]) -> bool:
-    """Whether a normalizer makes no text shorter, but for NFC."""
+    """Whether a normalizer, except NFC, never makes a text shorter."""
     if normalizer["type"] != "Replace":
-        return normalizer["type"] in KEEPING_NORMALIZERS
+        return normalizer["type"] in LOSSLESS_NORMALIZERS
     pattern = normalizer["pattern"].get("String")  # a regular expression may match anything
     return pattern is not None and len(pattern.encode()) <= len(normalizer["content"].encode())
 
 
 def _parts(step: Any) -> list[dict[str, Any]]:
-    """Return what a step of the tokenizer consists of, as in tokenizer.json."""
+    """Return the parts of a tokenizer step as in tokenizer.json."""
     if step is None:
         return []
     found: list[dict[str, Any]] = []
-    left = [json.loads(step.__getstate__())]
-    while left:
-        part = left.pop()
+    waiting = [json.loads(step.__getstate__())]
+    while waiting:
+        part = waiting.pop()
         found.append(part)
-        left += part.get("normalizers") or part.get("pretokenizers") or []
+        waiting += part.get("normalizers") or part.get("pretokenizers") or []
     return found
 
 
-def _byte_letters() -> dict[str, int]:
-    """Return the letters that stand for bytes in byte-level vocabularies, as GPT-2 chose them, and these bytes."""
+def _build_unicode_to_byte() -> dict[str, int]:
+    """Return GPT-2's mapping of letters to bytes, which all byte-level vocabularies use."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printed]
     return {chr(byte): byte for byte in printed} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-UNICODE_TO_BYTE: Final = _byte_letters()
+UNICODE_TO_BYTE: Final = _build_unicode_to_byte()

@@ -1,6 +1,6 @@
-"""Text to tokens and back, with the tokenizers library; chats to prompts.
+"""Text to tokens and back with the tokenizers library; messages to prompts.
 
-`StreamDecoder` lives in `edgelm.text.detokenizer` and is importable from here too.
+Owns the checks of an untrusted tokenizer.json that need the library. `StreamDecoder` can be imported from here too.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 __all__ = ["StreamDecoder", "Tokenizer"]
 
 SHORT_TEXT_LENGTH: Final = 4000
-"""Characters of a text that is encoded in some milliseconds."""
+"""Characters of a text that is encoded within a few milliseconds."""
 
 BYTE: Final = re.compile("<0x[0-9A-F]{2}>")
-"""How vocabularies with byte fallback call a byte."""
+"""Name of a byte in vocabularies with byte fallback."""
 PROBE_LIMIT_S: Final = 0.05
-"""How long a text of one letter, many times, may take where there are regular expressions: usually it is 0.1 ms."""
+"""Limit for encoding one repeated letter if the tokenizer has regular expressions; usually it takes 0.1 ms."""
 PROBE_LENGTHS: Final = (20, 60, 500)
 
 
@@ -52,15 +52,17 @@ class Tokenizer:
     Parameters
     ----------
     inner
-        The library's tokenizer. Truncation and padding are switched off.
+        The library's tokenizer. Truncation and padding are disabled in place.
     chat_template
-        See `ChatTemplate`; None where the model has none.
+        See `ChatTemplate`; None if the model has none.
     bos_token, eos_token
-        Their texts, for the chat template.
+        Texts of these tokens, for the chat template.
     special_tokens
-        The same by name, with any others: `{"pad_token": "<pad>"}`.
+        Texts of these and other tokens by name: `{"pad_token": "<pad>"}`.
     end_tokens
-        Ids that end an answer. Like special tokens, they are not recognized in the texts of a chat.
+        Ids that end a completion. Like special tokens, they are not recognized in the texts of messages.
+    prompts_are_messages
+        Whether a prompt without messages is a user message; None means yes if there is a chat template.
     """
 
     def __init__(
@@ -99,13 +101,13 @@ class Tokenizer:
         Raises
         ------
         BundleError
-            When the file is missing or is no tokenizer.json.
+            If the file is missing or not a valid tokenizer.json.
         """
         return cls(_read(path), chat_template, bos_token, eos_token)
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Tokenizer:
-        """Read a bundle's tokenizer, with its chat template. Raises `BundleError`."""
+        """Read a bundle's tokenizer and chat template. Raises `BundleError` if the tokenizer.json is not valid."""
         manifest = bundle.manifest
         return cls(
             _read(bundle.tokenizer, manifest.vocab_size),
@@ -117,17 +119,17 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens there are, added ones included. The model's logits may be wider."""
+        """Number of tokens, added tokens included. The model's logits may be wider."""
         return int(self._inner.get_vocab_size(with_added_tokens=True))
 
     @property
     def base_vocab_size(self) -> int:
-        """How many tokens ordinary text can give."""
+        """Number of tokens without the added ones."""
         return int(self._inner.get_vocab_size(with_added_tokens=False))
 
     @cached_property
     def byte_tokens(self) -> Mapping[int, int]:
-        """Token ids of `<0x00>` to `<0xFF>` and their bytes, of a byte-fallback vocabulary; else empty."""
+        """Bytes by token id for `<0x00>` to `<0xFF>` of a byte-fallback vocabulary; else empty."""
         decoder = self._inner.decoder
         if decoder is None or b'"ByteFallback"' not in decoder.__getstate__():
             return {}
@@ -135,44 +137,44 @@ class Tokenizer:
         return {token: byte for token, byte in ids.items() if token is not None}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the tokens of a text. Special tokens spelled out in it are recognized, as in transformers.
+        """Return the tokens of a text. Texts of special tokens in it are recognized, as in transformers.
 
         Parameters
         ----------
         text
-            Anything that can be encoded as UTF-8.
+            Any text that can be encoded as UTF-8.
         add_special_tokens
-            Whether to add those of the tokenizer's own template, such as a leading bos. False for a rendered
-            chat, whose template has written them already.
+            Whether to add the tokens of the post-processor, such as a leading start token. False for a rendered
+            conversation: its template has already written them.
 
         Raises
         ------
         RequestError
-            With code "bad_request" when the text holds lone surrogates, or the tokenizer has no tokens for it.
+            With code "bad_request" if the text has lone surrogates, or the tokenizer has no tokens for it.
         """
         _check_unicode(text)
         return _ids(self._inner, text, add_special_tokens)
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Return the tokens of a text that goes on from another: no special ones are added, and no space before it.
+        """Return the tokens of a text that continues another one: no special tokens are added, and no leading space.
 
         Raises `RequestError` as `encode` does.
         """
         return self.encode_prompt(RenderedPrompt(text), is_continuation=True)
 
     def encode_prompt(self, prompt: RenderedPrompt, *, is_continuation: bool = False) -> list[int]:
-        """Return the tokens of a rendered chat. Special tokens that a message spells out stay text.
+        """Return the tokens of a rendered conversation. Texts of special tokens in a message stay text.
 
-        With `is_continuation` it goes on from another text: no space is put before it. Raises `RequestError` as
-        `encode` does.
+        With `is_continuation` it continues another text: no leading space is added. Raises `RequestError` as `encode`
+        does.
         """
         if not is_continuation:
             return self._encode_rendered(prompt)
-        start = self.encode("\n", add_special_tokens=False)  # takes the space that many put before what they are given
+        start = self.encode("\n", add_special_tokens=False)  # absorbs the space that many tokenizers add before a text
         whole = self._encode_rendered(prompt.with_prefix("\n"))
         if whole[: len(start)] == start:
             return whole[len(start) :]
-        return self._encode_rendered(prompt)  # a tokenizer that joins line breaks adds no space
+        return self._encode_rendered(prompt)  # a tokenizer that merges line breaks adds no space
 
     def _encode_rendered(self, prompt: RenderedPrompt) -> list[int]:
         renamed = self._rename(prompt) if prompt.tainted_positions else None
@@ -182,7 +184,7 @@ class Tokenizer:
         return _ids(self._renamed_tokenizer, renamed, False)
 
     def check_length(self, text: str, context: int) -> None:
-        """Raise `RequestError` for a text that has more tokens than `context` whatever it says: it need not be encoded.
+        """Raise `RequestError` if a text surely has at least `context` tokens; it is not encoded.
 
         Nothing is checked for tokenizers that may drop some of a text: see `tokenbytes`.
         """
@@ -192,8 +194,8 @@ class Tokenizer:
         if min_tokens >= context:
             raise RequestError(
                 "bad_request",
-                f"the prompt has at least {min_tokens} tokens, the context holds {context} with at least one for the"
-                " answer: shorten the prompt or load with a longer context",
+                f"the prompt has at least {min_tokens} tokens, the context holds {context} including one for the"
+                " completion: shorten the prompt or load with a longer context",
             )
 
     @cached_property
@@ -201,47 +203,47 @@ class Tokenizer:
         return measure_token_size(self._inner)
 
     def needs_preparation_for(self, text: str) -> bool:
-        """Whether a text spells a special token for the first time, which takes up to a second to prepare for."""
+        """Whether the text has a special token while the renamed tokenizer is not built yet, which takes up to 1 s."""
         if "_renamed_tokenizer" in self.__dict__ or self._chat_template is None:
             return False
         return any(token in self._placeholders for _, token in self._added.find(text))
 
     def _rename(self, prompt: RenderedPrompt) -> str | None:
-        """Return a prompt with the special tokens of the template renamed as in `_renamed_tokenizer`.
+        """Return the prompt with the template's special tokens renamed as in `_renamed_tokenizer`.
 
-        None where a message spells no special token: then nothing has to be told apart.
+        None if no message contains the text of a special token.
         """
-        text, parts, kept, at, spelled = prompt.text, [], 0, 0, False
+        text, parts, kept, at, has_tainted_token = prompt.text, [], 0, 0, False
         for start, token in self._added.find(text):
             end = start + len(token)
             if start < at:
                 continue
             if token in self._placeholders:
                 if prompt.is_tainted(start, end):
-                    spelled = True
+                    has_tainted_token = True
                     continue
                 parts += [text[kept:start], self._placeholders[token]]
                 kept = end
             at = end
-        return "".join([*parts, text[kept:]]) if spelled else None
+        return "".join([*parts, text[kept:]]) if has_tainted_token else None
 
     @cached_property
     def _added(self) -> SpecialTokenFinder:
-        """Every added token: the library looks for them before anything else."""
+        """Finder of all added tokens: the library searches for them before any other step."""
         return SpecialTokenFinder([token.content for token in self._inner.get_added_tokens_decoder().values()])
 
     @cached_property
     def _placeholders(self) -> Mapping[str, str]:
-        """The texts that make a special token, and what stands in for each where the template has written it.
+        """Placeholder text by special token, for the places where the template writes the token.
 
-        Nobody can spell those: they hold a number that is drawn anew in every process.
+        A message cannot contain a placeholder: each process draws a random number for it.
         """
         key = secrets.token_hex(8)
         return {text: f"\ufdd0{key}.{i}\ufdd1" for i, text in enumerate(sorted(self._control))}
 
     @cached_property
     def _control(self) -> frozenset[str]:
-        """Texts of the tokens that steer the model: special ones, and those that end an answer."""
+        """Texts of control tokens: special tokens and those that end a completion."""
         named = set(self._special_tokens.values())
         return frozenset(
             token.content
@@ -253,9 +255,9 @@ class Tokenizer:
 
     @cached_property
     def _renamed_tokenizer(self) -> tokenizers.Tokenizer:
-        """The tokenizer with its special tokens under other names, so that their texts are texts like any other.
+        """The tokenizer with placeholders as special tokens, so that the tokens' own texts are ordinary text.
 
-        Made only when a message first spells one: it takes as much memory as the tokenizer itself.
+        Built when a message first contains such a text: it takes as much memory as the tokenizer itself.
         """
         from tokenizers import Tokenizer as Inner
 
@@ -272,12 +274,12 @@ class Tokenizer:
             model["merges"] = [p for p in pairs if not names.keys() & {*p, "".join(p)}]
         if model.get("unk_token") in names:
             model["unk_token"] = names[model["unk_token"]]
-        content["post_processor"] = None  # a template has written what begins and ends a prompt
+        content["post_processor"] = None  # the template has already written start and end tokens
         return Inner.from_str(json.dumps(content))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of tokens; special ones and ids outside the vocabulary have none."""
-        with _panics_are_errors():
+        """Return the text of tokens; special tokens and ids outside the vocabulary have no text."""
+        with _convert_panics():
             return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
     def render_chat(
@@ -286,7 +288,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_vars: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return the text of a conversation, up to where the assistant speaks. Raises as `build_prompt` does."""
+        """Return the text of `build_prompt`. Raises as `build_prompt` does."""
         return self.build_prompt(messages, tools, template_vars).text
 
     def build_prompt(
@@ -295,13 +297,13 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_vars: Mapping[str, Any] | None = None,
     ) -> RenderedPrompt:
-        """Return the prompt of a conversation, up to where the assistant speaks: see `ChatTemplate.render`.
+        """Return the prompt of a conversation, up to the start of the assistant's message: see `ChatTemplate.render`.
 
         Raises
         ------
         RequestError
-            With code "bad_request" when the model has no chat template, or the template refuses the messages;
-            "internal" when the template itself is broken.
+            With code "bad_request" if the model has no chat template, or the template refuses the messages;
+            "internal" if the template is not valid.
         """
         if self._chat_template is None:
             raise RequestError("bad_request", "this model has no chat template: send a prompt instead of messages")
@@ -313,53 +315,53 @@ class Tokenizer:
 
 
 def _read(path: str | Path, vocab_size: int | None = None) -> tokenizers.Tokenizer:
-    """Read a tokenizer.json; with `vocab_size` without added tokens that lie outside it. Raises `BundleError`."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it starts threads, and complains when we fork
+    """Read a tokenizer.json; with `vocab_size`, without added tokens outside it. Raises `BundleError`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it starts threads, and warns on fork
     from tokenizers import Tokenizer as Inner
 
     if not Path(path).is_file():
-        raise BundleError(f"{path}: no such file; a bundle holds its tokenizer.json")
+        raise BundleError(f"{path}: no such file; a bundle must have a tokenizer.json")
     try:
         check_numbers(Path(path))
-        with _panics_are_errors():
+        with _convert_panics():
             inner = Inner.from_file(str(path))
             if vocab_size is not None and max(inner.get_added_tokens_decoder(), default=0) >= vocab_size:
                 inner = Inner.from_str(sanitize_tokenizer(Path(path).read_text(encoding="utf-8"), vocab_size))
             _check(inner)
     except Exception as error:  # the library raises plain Exception
-        raise BundleError(f"{path}: not a tokenizer.json that we can read: {_in_one_line(error)}") from error
+        raise BundleError(f"{path}: not a valid tokenizer.json: {_in_one_line(error)}") from error
     return inner
 
 
 def _ids(inner: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    """Return the tokens of a text. Other threads go on meanwhile: only the library's call for many texts lets them."""
-    with _panics_are_errors():
+    """Return the tokens of a text. Only the library's call for several texts releases the GIL."""
+    with _convert_panics():
         return list(inner.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
 
 
 def _check(inner: tokenizers.Tokenizer) -> None:
-    """Raise `ValueError` for a tokenizer that makes long texts of short ones, or takes long for them."""
+    """Raise `ValueError` for a tokenizer that turns short texts into long ones, or is slow for short texts."""
     if inner.num_special_tokens_to_add(False) > MAX_ADDED_TOKENS:
-        raise ValueError(f"it puts more than {MAX_ADDED_TOKENS} tokens around every text")
+        raise ValueError(f"it adds more than {MAX_ADDED_TOKENS} tokens around every text")
     parts = [part and part.__getstate__() for part in (inner.normalizer, inner.pre_tokenizer, inner.decoder)]
     check_replacements(parts[0], parts[2])
     found = "".join(find_regexes(*parts))
     if not found:
         return
     letters = sorted({character for character in found if character.isalnum()})[:12]
-    tail = "".join(letters)  # some patterns are tried only where what they end with is there
+    tail = "".join(letters)  # some patterns are tried only if their last character occurs
     for length in PROBE_LENGTHS:
         for letter in (*letters, " ", "\n", "a", "1", "."):
             begun = time.thread_time()
             ids = inner.encode(f"{letter * length}!{tail}\x01", add_special_tokens=False).ids
             inner.decode(ids)
             if time.thread_time() - begun > PROBE_LIMIT_S:
-                raise ValueError("its regular expressions take too long for short texts")
+                raise ValueError("its regular expressions are too slow for short texts")
 
 
 @contextmanager
-def _panics_are_errors() -> Iterator[None]:
-    """Make a request's error of what the library raises: plain exceptions, and panics, which are no `Exception`."""
+def _convert_panics() -> Iterator[None]:
+    """Convert the library's errors to `RequestError`: plain exceptions, and panics, which are not `Exception`s."""
     try:
         yield
     except BaseException as error:

@@ -1,8 +1,8 @@
-"""The text of a tokenizer.json with nothing in it that a bundle's model could not follow.
+"""Checks and cleans the text of a tokenizer.json.
 
-Files are published as they were last used: with padding or truncation on, or with an added token that the model has no
-row for. A stranger's file may hold more: numbers for which libraries allocate as much memory, replacements that make
-a long text of a short one. Knows the format, and loads no library.
+Published files often have padding or truncation enabled, or an added token without a row in the model. An untrusted
+file may also have numbers for which libraries allocate as much memory, or replacements that make texts much longer.
+Knows the file format; loads no library.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-LENGTHS: Final = re.compile(r'"(?:padding|truncation)"\s*:\s*\{')
+PADDING_OR_TRUNCATION: Final = re.compile(r'"(?:padding|truncation)"\s*:\s*\{')
 IDS: Final = re.compile(r'"id"\s*:\s*(\d+)')
-LARGE: Final = re.compile(rb"[:\[,]\s*[0-9]{8,}")
-"""A number that may be a token's id, and too large for one."""
-ESCAPED: Final = re.compile(rb"\\u00[2-7]")
-"""A letter that nobody needs to escape: it would hide a name."""
+LARGE_NUMBER: Final = re.compile(rb"[:\[,]\s*[0-9]{8,}")
+"""A number of at least 8 digits: too large for a token id."""
+ESCAPED_LETTER: Final = re.compile(rb"\\u00[2-7]")
+"""An escaped ASCII letter: no writer needs it, and it could hide a key."""
 CHARSMAP: Final = "precompiled_charsmap"
-"""A table of SentencePiece's for a normalizer, in base64: the size of its first part, that part, and the rest."""
+"""Key of SentencePiece's normalizer table in base64: uint32 size of the first part, that part, the rest."""
 MAX_TOKEN_ID: Final = 9_999_999
-"""Libraries allocate as much memory as the largest id says, and end the process where that fails."""
+"""Libraries allocate memory in proportion to the largest id, and abort the process if that fails."""
 MAX_ADDED_TOKENS: Final = 64
-"""Tokens that a tokenizer puts around every text."""
+"""Tokens that a tokenizer may add around every text."""
 MAX_GROWTH: Final = 64
-"""How many times longer a text may become by what is replaced in it."""
+"""Factor by which replacements may make a text longer."""
 
 
 def check_numbers(file: Path) -> None:
-    """Raise `ValueError` for a tokenizer.json with an id or a size that is too large, `OSError` for what is no file.
+    """Raise `ValueError` if a tokenizer.json has an id or a size that is too large, `OSError` if it cannot be read.
 
-    Only what looks suspicious is parsed: a file of 9 MB takes 0.1 s.
+    Only a suspicious file is parsed: a file of 9 MB takes 0.1 s.
     """
     with file.open("rb") as stream:
         if not file.stat().st_size:
@@ -48,13 +48,13 @@ def check_numbers(file: Path) -> None:
 
 
 def check_numbers_of_text(text: str) -> None:
-    """Raise `ValueError` for the text of a tokenizer.json with an id or a size that is too large."""
+    """Raise `ValueError` if the text of a tokenizer.json has an id or a size that is too large."""
     if _is_suspicious(text.encode("utf-8", "replace")):
         _check_leaves(text)
 
 
 def _is_suspicious(content: bytes | mmap.mmap) -> bool:
-    numbers, names = LARGE.search(content), ESCAPED.search(content)
+    numbers, names = LARGE_NUMBER.search(content), ESCAPED_LETTER.search(content)
     return numbers is not None or names is not None or content.find(CHARSMAP.encode()) >= 0
 
 
@@ -74,11 +74,11 @@ def _check_charsmap(encoded: str) -> None:
     content = base64.b64decode(encoded)
     (size,) = struct.unpack_from("<I", content) if len(content) >= 4 else (0,)
     if size > len(content) - 4:
-        raise ValueError(f"its {CHARSMAP} says {size} bytes and has {len(content)}")
+        raise ValueError(f"its {CHARSMAP} needs {size} bytes after its first 4, it has {len(content)} in all")
 
 
 def check_replacements(normalizer: bytes | None, decoder: bytes | None) -> None:
-    """Raise `ValueError` where parts of a tokenizer.json, as JSON, make texts more than `MAX_GROWTH` times longer."""
+    """Raise `ValueError` if parts of a tokenizer.json, as JSON, make texts more than `MAX_GROWTH` times longer."""
     for part in (normalizer, decoder):
         if part is not None and b"Replace" in part and _growth(json.loads(part)) > MAX_GROWTH:
             raise ValueError(f"it makes texts more than {MAX_GROWTH} times longer")
@@ -91,7 +91,7 @@ def find_regexes(*parts: bytes | None) -> list[str]:
 
 
 def _growth(part: Any) -> float:
-    """Return how many times longer all replacements in a part may make a text, one after the other."""
+    """Return the factor by which all replacements of a part together may make a text longer."""
     factor, waiting = 1.0, [part]
     while waiting:
         each = waiting.pop()
@@ -107,7 +107,7 @@ def _growth(part: Any) -> float:
 
 
 def _leaves(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield every value that is no list or object, with its name."""
+    """Yield (key, value) of every value that is not a list or object; items of a list have the list's key."""
     waiting = [(None, value)]
     while waiting:
         name, each = waiting.pop()
@@ -120,12 +120,12 @@ def _leaves(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def sanitize_tokenizer(text: str, vocab_size: int) -> str:
-    """Return a tokenizer.json without padding, truncation and added tokens that are no id of [0, vocab_size).
+    """Return a tokenizer.json without padding, truncation and added tokens outside [0, vocab_size).
 
-    Such a token is an ordinary text then. The same text comes back where there is nothing to change, and where it is
-    not a tokenizer.json: who reads it says so.
+    The text of such a token becomes ordinary text. Returns the input if there is nothing to change, and if it is not a
+    valid tokenizer.json: the library reports that.
     """
-    if LENGTHS.search(text) is None and all(int(found[1]) < vocab_size for found in IDS.finditer(text)):
+    if PADDING_OR_TRUNCATION.search(text) is None and all(int(found[1]) < vocab_size for found in IDS.finditer(text)):
         return text
     try:
         content = json.loads(text)

@@ -1,8 +1,8 @@
-"""Changed bundles and checkpoints: `python -m tests.fuzzing.bundles --count 2000 --seed 1`, by hand.
+"""Fuzzer of bundles and checkpoints: `python -m tests.fuzzing.bundles --count 2000 --seed 1`.
 
-Each is a file of some kind with a part that a stranger may have written, whose hashes are right: opened, computed with our
-kernels and with onnxruntime's, asked for an answer, or exported. It must come to an answer or an `EdgelmError` of one line
-within `MOST_S`. A signal, another exception, a panic, a warning or a hang is a finding; `--only N` runs its case again.
+Each case changes part of a bundle or checkpoint, with correct hashes, and then opens it, runs it with our kernels and with
+onnxruntime's, generates, or exports it. The result must be a completion or a one-line `EdgelmError` within
+`CASE_TIMEOUT_S`. A signal, another exception, a panic, a warning or a hang is a finding; `--only N` runs case N again.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ import psutil
 
 from . import HELPERS, cases
 
-MOST_S = 20.0
-"""How long a case may take."""
-START_S = 60.0
-"""How long a child may take to load what it needs."""
-MOST_CASES = 200
-"""Of a child: graphs keep the kernels that they were loaded with for as long as the process lives."""
-MOST_MB = 2500.0
-"""How much memory a child may come to have."""
+CASE_TIMEOUT_S = 20.0
+"""Time limit of a case."""
+START_TIMEOUT_S = 60.0
+"""Time limit for the start of a child process."""
+MAX_CASES_PER_CHILD = 200
+"""A new child process is started then: loaded kernels stay in memory until the process ends."""
+MAX_MEMORY_MB = 2500.0
+"""Memory limit of a child process."""
 
 
 @dataclass
 class Report:
-    """What a run found."""
+    """Results of a run."""
 
     done: int = 0
     seconds: float = 0.0
@@ -59,7 +59,7 @@ class Report:
 
 
 class Child:
-    """A process that runs cases."""
+    """A child process that runs cases."""
 
     def __init__(self, work: Path, seed: int, before: str = "") -> None:
         program = f"{before}\nimport sys, pathlib; from tests.fuzzing import child\nchild.main(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
@@ -68,48 +68,48 @@ class Child:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, cwd=Path(HELPERS).parents[1]
         )
-        ready = self._line(START_S)
+        ready = self._read_line(START_TIMEOUT_S)
         if isinstance(ready, str):
             raise RuntimeError(f"a child {ready}")
 
     def ask(self, number: int) -> dict[str, Any] | str:
-        """Return a case's outcome, or what ended the child; it cannot be asked again then."""
+        """Return a case's result, or the reason why the child ended; then it must not be used again."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(b"%d\n" % number)
             self._process.stdin.flush()
         except BrokenPipeError:
-            return self._ended()
-        return self._line(MOST_S)
+            return self._describe_exit()
+        return self._read_line(CASE_TIMEOUT_S)
 
-    def _line(self, most_s: float) -> dict[str, Any] | str:
-        answered = self._process.stdout
-        assert answered is not None
-        until = time.monotonic() + most_s
-        while not select.select([answered], [], [], 0.25)[0]:
-            if self._memory_mb() > MOST_MB:
+    def _read_line(self, max_seconds: float) -> dict[str, Any] | str:
+        output = self._process.stdout
+        assert output is not None
+        deadline = time.monotonic() + max_seconds
+        while not select.select([output], [], [], 0.25)[0]:
+            if self._memory_mb() > MAX_MEMORY_MB:
                 self.close()
-                return f"takes more than {MOST_MB:.0f} MB"
-            if time.monotonic() > until:
-                self._process.send_signal(signal.SIGABRT)  # so that it says where it is
+                return f"takes more than {MAX_MEMORY_MB:.0f} MB"
+            if time.monotonic() > deadline:
+                self._process.send_signal(signal.SIGABRT)  # faulthandler writes a traceback
                 time.sleep(0.5)
-                said = self._said()
+                trace = self._read_traceback()
                 self.close()
-                return f"takes longer than {most_s:.0f} s: {said}"
-        line = answered.readline()
+                return f"takes longer than {max_seconds:.0f} s: {trace}"
+        line = output.readline()
         if line:
             found: dict[str, Any] = json.loads(line)
             return found
-        return self._ended()
+        return self._describe_exit()
 
-    def _ended(self) -> str:
+    def _describe_exit(self) -> str:
         code = self._process.wait()
-        said = self._said()
+        trace = self._read_traceback()
         self.close()
-        return f"ends with {signal.Signals(-code).name if code < 0 else code}: {said}"
+        return f"ends with {signal.Signals(-code).name if code < 0 else code}: {trace}"
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.kill()
         self._process.communicate()
         self._errors.close()
@@ -120,8 +120,8 @@ class Child:
         except psutil.Error:
             return 0.0
 
-    def _said(self) -> str:
-        """Return the last places that it was in."""
+    def _read_traceback(self) -> str:
+        """Return the first and last lines of the child's traceback."""
         self._errors.seek(0)
         lines = self._errors.read().decode("utf-8", "replace").splitlines()
         places = [line.strip().replace('File "', "") for line in lines if line.strip() and "runpy" not in line]
@@ -134,23 +134,23 @@ def run(
     numbers: range,
     seed: int,
     *,
-    most_s: float = float("inf"),
+    max_seconds: float = float("inf"),
     kinds: str = "",
     before: str = "",
     verbose: bool = False,
 ) -> Report:
-    """Run cases, of kinds that match a regular expression, for `most_s` seconds at most.
+    """Run the cases whose kind matches the regular expression `kinds`, for at most `max_seconds`.
 
-    `work` is what `cases.prepare` made; `before` is run in each child first.
+    `work` is the folder from `cases.prepare`; each child first executes the code `before`.
     """
     report, child = Report(), None
-    begun = said = time.monotonic()
+    begun = reported = time.monotonic()
     for number in numbers:
-        if time.monotonic() - begun > most_s:
+        if time.monotonic() - begun > max_seconds:
             break
         if not re.fullmatch(kinds or ".*", cases.Case(work, seed, number).kind):
             continue
-        if child is not None and report.done % MOST_CASES == 0:
+        if child is not None and report.done % MAX_CASES_PER_CHILD == 0:
             child.close()
             child = None
         child = child or Child(work, seed, before)
@@ -162,15 +162,15 @@ def run(
         else:
             finding, what = outcome["finding"], outcome["what"]
             report.slowest.append((outcome["seconds"], number, what))
-            report.answered += any(each.endswith("answers") for each in outcome["said"])
+            report.answered += any(each.endswith("answers") for each in outcome["outcomes"])
         report.kinds[what.split(" of ")[0]] += 1
         if finding:
             report.findings.append(f"case {number} ({what}): {finding}")
             print(report.findings[-1], flush=True)
         if verbose:
             print(number, outcome, flush=True)
-        if time.monotonic() > said + 60:
-            said = time.monotonic()
+        if time.monotonic() > reported + 60:
+            reported = time.monotonic()
             print(f"{report.done} done, {len(report.findings)} findings", flush=True)
     if child is not None:
         child.close()
@@ -179,15 +179,15 @@ def run(
 
 
 def main() -> int:
-    """Run the fuzzer as a command; return 1 where it found something."""
+    """Run the fuzzer as a command; return 1 if there are findings."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first case (0)")
     parser.add_argument("--kinds", default="", help="only kinds that match a regular expression")
-    parser.add_argument("--only", type=int, nargs="+", help="run these cases and show what they come to")
+    parser.add_argument("--only", type=int, nargs="+", help="run these cases and show their results")
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child processes too
     with tempfile.TemporaryDirectory(prefix="edgelm-fuzz-") as folder:
         work = Path(folder) / "work"
         cases.prepare(work)

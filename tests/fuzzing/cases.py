@@ -1,6 +1,6 @@
-"""A case of a number: a bundle or checkpoint that is changed somewhere, and what is done with it.
+"""Fuzzing cases by number: changes a bundle or checkpoint and uses it.
 
-`prepare` makes once what all cases begin with. Everything in a case comes from the seed and its number.
+`prepare` creates the originals once. A case depends only on the seed and its number.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ KINDS = {
     "graph": 34, "graph's bytes": 7, "data's bytes": 4, "manifest": 14, "tokenizer": 14, "template": 12, "prefix": 3,
 }  # fmt: skip
 EXPORTED = {"configuration": 5, "tokenizer files": 3, "safetensors": 4, "GGUF": 4, "adapter": 3}
-"""Kinds that need the extra which exports, besides "graph"."""
+"""More kinds, which need the export extra, like "graph"."""
 
 
 def prepare(work: Path) -> None:
-    """Make bundles, checkpoints and kernels to begin with."""
+    """Create the original bundles, checkpoints and kernels."""
     from edgelm.kernels.compiler import main as compile_kernels
 
     work.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def _prepare_checkpoints(work: Path) -> None:
 
 
 class Case:
-    """One case; `what` says what it is, once it is made."""
+    """One case; `what` describes it once `run` has started."""
 
     def __init__(self, work: Path, seed: int, number: int) -> None:
         self.rng = random.Random(f"{seed}:{number}")
@@ -95,11 +95,11 @@ class Case:
         kinds = {**kinds, **(EXPORTED if can_export() else {})}
         self.kind = self.rng.choices(list(kinds), list(kinds.values()))[0]
         self.what = self.kind
-        self.said: list[str] = []
-        """What it came to, step by step."""
+        self.outcomes: list[str] = []
+        """Result of each step."""
 
     def run(self, folder: Path) -> None:
-        """Make the case in an empty folder, and use it. Raises what it raises, but for `EdgelmError` of one line."""
+        """Create the case in an empty folder and use it. Raises every exception except a one-line `EdgelmError`."""
         makers: dict[str, Callable[[Path], None]] = {
             "configuration": self._configuration, "tokenizer files": self._tokenizer_files, "safetensors": self._safetensors,
             "GGUF": self._gguf, "adapter": self._adapter,
@@ -137,7 +137,7 @@ class Case:
     def _bytes_of(self, name: str) -> Callable[[Path], None]:
         def change(bundle: Path) -> None:
             path = bundle / name
-            path.write_bytes(files.broken(self.rng, path.read_bytes()))
+            path.write_bytes(files.corrupt(self.rng, path.read_bytes()))
             seal(bundle)
 
         return change
@@ -145,7 +145,7 @@ class Case:
     def _manifest(self, bundle: Path) -> None:
         path = bundle / MANIFEST
         if self.rng.random() < 0.15:
-            path.write_bytes(files.broken(self.rng, path.read_bytes()))
+            path.write_bytes(files.corrupt(self.rng, path.read_bytes()))
             return
         path.write_text(
             files.as_json(files.change(self.rng, json.loads(path.read_text("utf-8")))), "utf-8", "surrogatepass"
@@ -154,7 +154,7 @@ class Case:
     def _tokenizer(self, bundle: Path) -> None:
         path = bundle / "tokenizer.json"
         if self.rng.random() < 0.15:
-            path.write_bytes(files.broken(self.rng, path.read_bytes()))
+            path.write_bytes(files.corrupt(self.rng, path.read_bytes()))
         else:
             path.write_text(
                 files.as_json(files.change_tokenizer(self.rng, json.loads(path.read_text("utf-8")))),
@@ -175,29 +175,29 @@ class Case:
             manifest["prefix"] = files.change(self.rng, manifest["prefix"])
         else:
             path = bundle / manifest["prefix"]["file"]
-            path.write_bytes(files.broken(self.rng, path.read_bytes()))
+            path.write_bytes(files.corrupt(self.rng, path.read_bytes()))
         (bundle / MANIFEST).write_text(files.as_json(manifest), "utf-8", "surrogatepass")
         seal(bundle)
 
     # -- use of a bundle ----------------------------------------------------------------------------------------
 
     def _step(self, name: str, use: Callable[[], object]) -> None:
-        """Do something that may be refused with one line."""
+        """Run a step, which may raise a one-line `EdgelmError`."""
         try:
             use()
         except EdgelmError as error:
-            said = str(error)
-            self.said.append(f"{name} refused: {said[:150]}")
-            if not said.strip() or len(said.splitlines()) != 1:
-                raise AssertionError(f"an error of {len(said.splitlines())} lines: {said!r:.300}") from error
-            if len(said) > 20_000:
-                raise AssertionError(f"an error of {len(said)} characters: {said[:300]!r}") from error
+            message = str(error)
+            self.outcomes.append(f"{name} refused: {message[:150]}")
+            if not message.strip() or len(message.splitlines()) != 1:
+                raise AssertionError(f"an error of {len(message.splitlines())} lines: {message!r:.300}") from error
+            if len(message) > 20_000:
+                raise AssertionError(f"an error of {len(message)} characters: {message[:300]!r}") from error
         else:
-            self.said.append(f"{name} answers")
+            self.outcomes.append(f"{name} answers")
 
     @contextmanager
     def _kernels(self) -> Iterator[None]:
-        """Have kernels used for bundles as small as these, the ones that are compiled already."""
+        """Use the kernels compiled by `prepare`, also for bundles as small as these."""
         names = {
             "MIN_CACHED_BYTES": 0,
             "_compile": lambda library, _formats: shutil.copy(self.work / "kernels.so", library),
@@ -213,11 +213,11 @@ class Case:
 
     def _compute(self, path: Path, cache: BoardCache | None) -> None:
         bundle = open_verified(path, cache)
-        session = open_runner(bundle, rows=2, threads=1, cache=cache, context=min(64, bundle.manifest.context))
+        runner = open_runner(bundle, rows=2, threads=1, cache=cache, context=min(64, bundle.manifest.context))
         tokens = np.arange(2, 9) % bundle.manifest.vocab_size
-        session.prefill(0, tokens, 0)
+        runner.prefill(0, tokens, 0)
         for step in range(3):
-            session.decode(tokens[step : step + 1], np.array([7 + step], np.int32))
+            runner.decode(tokens[step : step + 1], np.array([7 + step], np.int32))
 
     def _generate(self, path: Path) -> None:
         with edgelm.load(path, threads=1, max_batch=2, prefix_cache_mb=1, cache=False) as model:
@@ -242,21 +242,21 @@ class Case:
             self._step("session", lambda: self._compute(folder / "out", None))
             self._step("model", lambda: self._generate(folder / "out"))
 
-    def _changed_json(self, path: Path) -> None:
+    def _change_json(self, path: Path) -> None:
         if self.rng.random() < 0.15:
-            path.write_bytes(files.broken(self.rng, path.read_bytes()))
+            path.write_bytes(files.corrupt(self.rng, path.read_bytes()))
             return
-        with suppress(RecursionError):  # it was changed before
+        with suppress(RecursionError):  # an earlier change may be nested too deeply
             content = files.change(self.rng, json.loads(path.read_text("utf-8")), 2)
             path.write_text(files.as_json(content), "utf-8", "surrogatepass")
 
-    def _copied(self, folder: Path) -> Path:
+    def _copy_checkpoint(self, folder: Path) -> Path:
         source = folder / "checkpoint"
         shutil.copytree(self.work / self.rng.choice(["checkpoint", "sharded"]), source)
         return source
 
     def _configuration(self, folder: Path) -> None:
-        source = self._copied(folder)
+        source = self._copy_checkpoint(folder)
         path = source / "config.json"
         if self.rng.random() < 0.2:
             config = json.loads(path.read_text("utf-8"))
@@ -271,13 +271,13 @@ class Case:
                        "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}  # fmt: skip
             config["rope_scaling"] = files.change(self.rng, scaling)
             path.write_text(files.as_json(config), "utf-8", "surrogatepass")
-        self._changed_json(path)
+        self._change_json(path)
         self._export(source, folder)
 
     def _tokenizer_files(self, folder: Path) -> None:
-        source = self._copied(folder)
+        source = self._copy_checkpoint(folder)
         if self.rng.random() < 0.4:
-            self._changed_json(source / "tokenizer_config.json")
+            self._change_json(source / "tokenizer_config.json")
         else:
             path = source / "tokenizer.json"
             path.write_text(
@@ -288,24 +288,24 @@ class Case:
         self._export(source, folder)
 
     def _safetensors(self, folder: Path) -> None:
-        source = self._copied(folder)
+        source = self._copy_checkpoint(folder)
         index = source / "model.safetensors.index.json"
         if index.exists() and self.rng.random() < 0.5:
-            self._changed_json(index)
+            self._change_json(index)
         else:
-            self._changed_safetensors(self.rng.choice(sorted(source.glob("*.safetensors"))))
+            self._change_safetensors(self.rng.choice(sorted(source.glob("*.safetensors"))))
         self._export(source, folder)
 
-    def _changed_safetensors(self, path: Path) -> None:
+    def _change_safetensors(self, path: Path) -> None:
         data = path.read_bytes()
         (size,) = struct.unpack("<Q", data[:8])
         kind = self.rng.randrange(4)
         if kind == 0:
-            data = files.broken(self.rng, data)
+            data = files.corrupt(self.rng, data)
         elif kind == 1:
             data = struct.pack("<Q", self.rng.choice([0, 1, size - 1, size + 1, 2**31, 2**63, 2**64 - 1])) + data[8:]
         elif kind == 2:
-            data = data[:8] + files.broken(self.rng, data[8 : 8 + size]) + data[8 + size :]
+            data = data[:8] + files.corrupt(self.rng, data[8 : 8 + size]) + data[8 + size :]
         else:
             header = files.as_json(files.change(self.rng, json.loads(data[8 : 8 + size]))).encode(
                 "utf-8", "surrogatepass"
@@ -332,7 +332,7 @@ class Case:
             )
             width = self.rng.choice([1, 4, 8])
             data[at : at + width] = struct.pack("<Q", value)[:width]
-        source.write_bytes(bytes(data) if self.rng.random() < 0.7 else files.broken(self.rng, bytes(data)))
+        source.write_bytes(bytes(data) if self.rng.random() < 0.7 else files.corrupt(self.rng, bytes(data)))
         options = {"quant": "keep"} if self.rng.random() < 0.3 else {}
         self._export(source, folder, **options)
 
@@ -359,14 +359,14 @@ class Case:
             )
             path.write_text(files.as_json(config), "utf-8", "surrogatepass")
         elif self.rng.random() < 0.5:
-            self._changed_json(path)
+            self._change_json(path)
         else:
-            self._changed_safetensors(adapter / "adapter_model.safetensors")
+            self._change_safetensors(adapter / "adapter_model.safetensors")
         self._export(self.work / "checkpoint", folder, adapter=adapter)
 
 
 def seal(bundle: Path) -> None:
-    """Write the hashes of a bundle's files into its manifest, where that is still one; of a prefix its weights' too."""
+    """Write the files' hashes and the prefix's weights digest into the manifest, if it can still be parsed."""
     try:
         manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
     except RecursionError:
@@ -382,8 +382,8 @@ def seal(bundle: Path) -> None:
     (bundle / MANIFEST).write_text(files.as_json(manifest), "utf-8", "surrogatepass")
 
 
-def strictly() -> None:
-    """Make findings of warnings, but for those that say only that a number is not finite."""
+def raise_warnings() -> None:
+    """Turn warnings into errors, except those about numbers that are not finite."""
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*(overflow|invalid value|divide by zero).*", category=RuntimeWarning)

@@ -1,4 +1,4 @@
-"""Changes of files that keep them files: bytes, JSON values, ONNX graphs, templates. Each draws from a given source."""
+"""Random changes of bytes, JSON values, ONNX graphs and templates; each takes its random generator as an argument."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ EXTREMES: list[Any] = [
     "a" * 100_000, "<eos>", "null", "\ufdd0", "\U0010ffff", None, True, False, [], {}, [[]], [None], [1] * 2000, {"a": {"b": []}},
 ]  # fmt: skip
 DEEP = "@deep@"
-"""Stands for lists inside each other."""
+"""Placeholder of deeply nested lists."""
 
 
-def broken(rng: random.Random, data: bytes, most: int = 4) -> bytes:
-    """Return bytes with flipped bits, and parts that are cut out, repeated, or written over."""
+def corrupt(rng: random.Random, data: bytes, max_changes: int = 4) -> bytes:
+    """Return the bytes with flipped bits, and removed, repeated or overwritten parts."""
     found = bytearray(data)
-    for _ in range(rng.randint(1, most)):
+    for _ in range(rng.randint(1, max_changes)):
         at, size = rng.randrange(max(1, len(found))), int(10 ** rng.uniform(0, 4))
         kind = rng.randrange(7)
         if kind in (0, 1) and found:
@@ -40,11 +40,11 @@ def broken(rng: random.Random, data: bytes, most: int = 4) -> bytes:
     return bytes(found)
 
 
-def places(value: Any, most: int = 4000) -> list[tuple[Any, Any]]:
-    """Return (container, key) of every value inside a JSON value; of long lists the first and last ones."""
+def list_places(value: Any, limit: int = 4000) -> list[tuple[Any, Any]]:
+    """Return (container, key) of the values inside a JSON value; of long containers only the first and last ones."""
     found: list[tuple[Any, Any]] = []
     waiting = [value]
-    while waiting and len(found) < most:
+    while waiting and len(found) < limit:
         each = waiting.pop()
         keys: list[Any] = []
         if isinstance(each, dict):
@@ -59,11 +59,11 @@ def places(value: Any, most: int = 4000) -> list[tuple[Any, Any]]:
     return found
 
 
-def change(rng: random.Random, value: Any, most: int = 3) -> Any:
-    """Return a JSON value of which some parts are replaced, taken away, doubled or exchanged."""
+def change(rng: random.Random, value: Any, max_changes: int = 3) -> Any:
+    """Return a JSON value with some parts replaced, removed, duplicated or exchanged."""
     found = copy.deepcopy(value)
-    for _ in range(rng.randint(1, most)):
-        at = places(found)
+    for _ in range(rng.randint(1, max_changes)):
+        at = list_places(found)
         if not at:
             return rng.choice(EXTREMES)
         container, key = rng.choice(at)
@@ -92,7 +92,7 @@ def _keys(container: Any) -> Any:
 
 
 def as_json(value: Any) -> str:
-    """Return JSON, with NaN and lone surrogates as they come, and lists too deep for Python's own reader."""
+    """Return JSON, possibly with NaN, lone surrogates and lists too deep for Python's parser."""
     return json.dumps(value, ensure_ascii=False).replace(f'"{DEEP}"', "[" * 50_000 + "]" * 50_000)
 
 
@@ -152,7 +152,7 @@ PARTS: dict[str, list[Any]] = {
 
 
 def change_tokenizer(rng: random.Random, content: dict[str, Any]) -> Any:
-    """Return another tokenizer.json."""
+    """Return a changed tokenizer.json."""
     found, kind = copy.deepcopy(content), rng.randrange(10)
     model = found["model"]
     if kind < 3:
@@ -163,9 +163,9 @@ def change_tokenizer(rng: random.Random, content: dict[str, Any]) -> Any:
         for text in rng.sample(sorted(vocab), rng.choice([1, 2, 30])):
             where = rng.randrange(4)
             if where == 0:
-                del vocab[text]  # a hole
+                del vocab[text]  # a missing id
             elif where == 1:
-                vocab[text] = rng.choice(list(vocab.values()))  # twice
+                vocab[text] = rng.choice(list(vocab.values()))  # a duplicate id
             elif where == 2:
                 vocab[text] = rng.choice([2**32 - 1, 2**31, 10**6, 5_000_000, len(vocab) + 1])
             else:
@@ -251,15 +251,15 @@ TEMPLATES = [
 
 
 def template(rng: random.Random, original: str) -> str:
-    """Return a chat template that takes long, too much, or that is none."""
+    """Return a chat template that is slow, produces too much, or is invalid."""
     kind = rng.randrange(10)
     if kind < 6:
         return rng.choice(TEMPLATES)
     if kind < 8:
         return rng.choice(TEMPLATES) + rng.choice(TEMPLATES)
-    if kind == 8:  # numbers of one exchanged
+    if kind == 8:  # with other numbers
         return re.sub(r"\d+", lambda _: str(rng.choice([0, 1, 9, 10**5, 10**9, 10**20, -1])), rng.choice(TEMPLATES))
-    return broken(rng, rng.choice([original, *TEMPLATES]).encode()[:5000]).decode("utf-8", "replace")
+    return corrupt(rng, rng.choice([original, *TEMPLATES]).encode()[:5000]).decode("utf-8", "replace")
 
 
 # -- ONNX graphs --------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ SIZES = [
 
 
 class Graph:
-    """A graph to be changed; needs the package onnx."""
+    """Changes an ONNX graph; needs the package onnx."""
 
     def __init__(self, rng: random.Random, data: bytes) -> None:
         import onnx
@@ -312,7 +312,7 @@ class Graph:
         self.model = onnx.load_from_string(data)
 
     def changed(self) -> bytes:
-        """Return it after one to three changes."""
+        """Return the graph after one to three changes."""
         kinds = [
             self.dims, self.dims, self.attribute, self.attribute, self.attribute, self.inputs, self.inputs, self.inputs, self.dtype,
             self.nodes, self.place, self.value_info, self.opset, self.operator, self.constants, self.constants, self.constants, self.insert,
@@ -322,7 +322,7 @@ class Graph:
         return bytes(self.model.SerializeToString())
 
     def _node(self) -> Any:
-        """Return a node, of each operator as often."""
+        """Return a random node of a random operator."""
         nodes = self.model.graph.node
         operator = self.rng.choice(sorted({node.op_type for node in nodes}))
         return self.rng.choice([node for node in nodes if node.op_type == operator])
@@ -410,7 +410,7 @@ class Graph:
             taken = copy.deepcopy(node)
             nodes.remove(node)
             nodes.insert(rng.randrange(len(nodes)), taken)
-        else:  # passed by: what reads its output reads its input
+        else:  # bypassed: readers of its output read its input
             for other in nodes:
                 for index, name in enumerate(other.input):
                     if name and name in node.output and node.input:
@@ -462,7 +462,7 @@ class Graph:
             node.domain = self.rng.choice(DOMAINS)
 
     def constants(self) -> None:
-        """Change numbers of a small tensor: what others are shaped by."""
+        """Change numbers of a small tensor, usually one that defines shapes."""
         from onnx import helper, numpy_helper
 
         small = [
@@ -489,7 +489,7 @@ class Graph:
         tensor.CopyFrom(helper.make_tensor(tensor.name, tensor.data_type, array.shape, array.tobytes(), raw=True))
 
     def insert(self) -> None:
-        """Put a node with constants of its own before another one's first input."""
+        """Insert a node with its own constants before an input of another node."""
         from onnx import helper, numpy_helper
 
         node, rng, graph = self._node(), self.rng, self.model.graph

@@ -1,6 +1,6 @@
-"""Hostile requests: each from a seed and a number. Knows no connection.
+"""Hostile requests, each from a seed and a number. Knows nothing of connections.
 
-Payloads are written by a writer of its own, since the standard one refuses much of what a stranger can send.
+Has its own JSON writer, because the standard one refuses much of what a client can send.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from edgelm.mqtt.packets import MAX_PAYLOAD_BYTES
 from edgelm.mqtt.request_codec import KNOWN_KEYS
 
 CLIENTS = tuple(f"c{number}" for number in range(10))
-MOST_TOKENS = 3
-"""Of an answer, where the request says so: what is fuzzed is the way to it."""
-MOST_CORRELATION = 60_000
+MAX_TOKENS = 3
+"""Tokens of a completion in requests with `max_tokens`: only the request's path is fuzzed."""
+MAX_CORRELATION_BYTES = 60_000
 
 
 class Text(str):
-    """JSON that is written as it stands."""
+    """JSON text that is written unchanged."""
 
     __slots__ = ()
 
 
 class Pairs(list[Any]):
-    """Names and values of an object, in which a name may come twice."""
+    """Keys and values of an object, where a key may occur twice."""
 
 
 @dataclass
 class Message:
-    """One request, or the cancelling of some."""
+    """One request, or a cancellation."""
 
     payload: bytes
     action: str = "generate"
@@ -44,11 +44,11 @@ class Message:
     content_type: str | None = None
     is_text: bool | None = None
     is_strict: bool = True
-    """Whether exactly one final must come; else one at most, as where the topic for it may be refused."""
+    """Whether exactly one final message must come; else at most one, because its topic may be refused."""
 
     @property
     def is_constrained(self) -> bool:
-        """Whether it may have a constraint, which is tried for up to three seconds."""
+        """Whether it may have a constraint, whose trial takes up to three seconds."""
         return any(key in self.payload for key in (b'"regex"', b'"json_schema"', b'"choices"'))
 
 
@@ -82,12 +82,12 @@ TOOL = {
 
 
 def message(seed: int, number: int) -> Message:
-    """Return the case of a number; the same one every time."""
-    return _Maker(random.Random(f"{seed}:{number}")).make()
+    """Return the request of a number; equal arguments give equal requests."""
+    return _MessageMaker(random.Random(f"{seed}:{number}")).make()
 
 
 def text_of(value: Any) -> str:
-    """Return JSON, or what looks like it."""
+    """Return JSON text, possibly invalid."""
     if isinstance(value, Text):
         return str(value)
     if isinstance(value, Pairs):
@@ -99,8 +99,8 @@ def text_of(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-class _Maker:
-    """Makes one message of one source of random numbers."""
+class _MessageMaker:
+    """Makes one message from a random generator."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -117,7 +117,7 @@ class _Maker:
         if made.client is None and self.rng.random() < 0.8:
             made.client = self.rng.choice(CLIENTS)
         if self.rng.random() < 0.15:
-            self.dress(made)
+            self.add_properties(made)
         return made
 
     # -- values -------------------------------------------------------------------------------------------------
@@ -132,8 +132,8 @@ class _Maker:
         return self.rng.choice(self.rng.choice([NUMBERS, NUMBERS, TEXTS, TEXTS, OTHERS]))
 
     def body(self) -> dict[str, Any]:
-        """Return a request that is right."""
-        return {"prompt": "turn on the light", "max_tokens": self.rng.randint(1, MOST_TOKENS), "temperature": 0.5}
+        """Return a valid request."""
+        return {"prompt": "turn on the light", "max_tokens": self.rng.randint(1, MAX_TOKENS), "temperature": 0.5}
 
     def sent(self, body: Any, **more: Any) -> Message:
         return Message(text_of(body).encode("utf-8", "surrogatepass"), **more)
@@ -213,7 +213,7 @@ class _Maker:
         return self.sent({**self.body(), "json_schema": schema})
 
     def any_schema(self, depth: int) -> Any:
-        """Return a schema, most of it sensible."""
+        """Return a mostly valid schema."""
         rng = self.rng
         if depth > rng.choice([1, 2, 4]):
             return rng.choice([{}, True, False, {"type": "null"}, {"const": self.value(2)}, {"type": "boolean"}])
@@ -256,7 +256,7 @@ class _Maker:
         return {rng.choice(["type", "const", "not", "if", "nonsense", "x-guidance", "$defs"]): self.value(1)}
 
     def bomb(self) -> Any:
-        """Return a schema that is small and costs much."""
+        """Return a small schema that is expensive to compile."""
         rng, size = self.rng, int(10 ** self.rng.uniform(0.3, 2.5))
         begins = ['{"anyOf": [', '{"type": "array", "items": ', '{"type": "object", "properties": {"a": ']
         levels = [rng.randrange(3) for _ in range(size)]
@@ -310,7 +310,7 @@ class _Maker:
             {"role": rng.choice(roles), "content": rng.choice(contents)}
             for _ in range(rng.choice([0, 1, 1, 2, 5, 200]))
         ]
-        body: dict[str, Any] = {"messages": messages, "max_tokens": rng.randint(1, MOST_TOKENS)}
+        body: dict[str, Any] = {"messages": messages, "max_tokens": rng.randint(1, MAX_TOKENS)}
         if rng.random() < 0.3:
             body["tools"] = rng.choice([[TOOL], [TOOL] * 40, [self.value()], self.value()])
         if rng.random() < 0.3:
@@ -323,7 +323,7 @@ class _Maker:
     def topic(self) -> Message:
         made = self.valid()
         topic = self.rng.choice(TOPICS)
-        if self.rng.random() < 0.5 and topic and not set(topic) & set("#+\n"):  # else no broker lets it through
+        if self.rng.random() < 0.5 and topic and not set(topic) & set("#+\n"):  # else the broker refuses it
             made.reply = topic
         else:
             made = self.sent({**self.body(), "response_topic": topic})
@@ -337,11 +337,11 @@ class _Maker:
         client = self.rng.choice([*CLIENTS, *CLIENTS, None, "X", ""])
         return Message(payload, action="cancel", client=client, is_strict=False)
 
-    def dress(self, made: Message) -> None:
-        """Give a message properties of all kinds."""
+    def add_properties(self, made: Message) -> None:
+        """Add random MQTT properties to a message."""
         rng = self.rng
         if rng.random() < 0.5:
-            made.correlation = rng.randbytes(rng.choice([0, 1, 16, 130, 4000, MOST_CORRELATION]))
+            made.correlation = rng.randbytes(rng.choice([0, 1, 16, 130, 4000, MAX_CORRELATION_BYTES]))
         if rng.random() < 0.3:
             made.expiry_s = rng.choice([0, 1, 60, 2**31, 2**32 - 1])
             made.is_strict &= made.expiry_s > 1

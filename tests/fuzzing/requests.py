@@ -1,9 +1,9 @@
-"""Fuzzed requests for `edgelm serve` at a real mosquitto: `python -m tests.fuzzing.requests --count 100000 --seed 1`.
+"""Fuzzer of requests to `edgelm serve` at a real mosquitto: `python -m tests.fuzzing.requests --count 100000 --seed 1`.
 
-Each request that can be answered must get exactly one final, with an answer or an error of a known code. Meanwhile
-another client asks a short question every 0.3 s and is not to wait longer than when it is alone, the service's memory
-is to stay flat once it is warm, and nothing may end it or be an error of its own. `--only N` sends one request and
-shows its answer.
+Each valid request must get exactly one final message, with a completion or an error of a known code. Meanwhile another
+client sends a short request every 0.3 s, which must not take longer than without the fuzzer. The service's memory must
+not grow after warm-up, and the service must not end or log an internal error. `--only N` sends one request and shows
+its final message.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from edgelm.errors import STATUS_OF_CODE
 from edgelm.mqtt.request_codec import MAX_CORRELATION_BYTES
 
 from . import HELPERS  # first: it makes the helpers importable
-from .messages import MOST_TOKENS, Message, message
+from .messages import MAX_TOKENS, Message, message
 
 from broker import Broker  # isort: skip
 
@@ -46,34 +46,34 @@ BOARD, VICTIM = "fuzzed", "victim"
 REASONS = {"stop", "length", "repetition", "cancelled", "deadline", "error"}
 SLOW_DOWN = {"busy", "rate_limited"}
 TIMEOUT_S = 20.0
-"""Of a request; its final may come later by `GRACE_S`."""
+"""Timeout of a request; its final message may come up to `GRACE_S` later."""
 GRACE_S = 15.0
 PAUSE_S = 0.3
 WINDOW = 6
-"""Requests under way together: fewer than a board takes, so that the other client finds a place."""
+"""Concurrent requests: fewer than the board's queue holds, so that the other client is not refused."""
 CONSTRAINED = 2
-"""Of these with a constraint: they are tried one after another, and the others are not to wait for them."""
-MOST_POSTPONED = 20
-WARM = 0.2
-"""Share of the requests after which the service is warm: caches are full, and every library is loaded."""
+"""Concurrent requests with a constraint: their trials run one after another and must not delay the others."""
+MAX_POSTPONED = 20
+WARM_UP_SHARE = 0.2
+"""Share of the requests that count as warm-up: afterwards caches are full and libraries are loaded."""
 
 
 @dataclass
 class Report:
-    """What a run found."""
+    """Results of a run."""
 
     sent: int = 0
     seconds: float = 0.0
     codes: Counter[str] = field(default_factory=Counter)
     findings: list[str] = field(default_factory=list)
     quiet_s: float = 0.0
-    """The other client's longest wait while it was alone."""
+    """The other client's longest wait without the fuzzer."""
     waits_s: list[float] = field(default_factory=list)
     memory: list[tuple[int, float]] = field(default_factory=list)
-    """After how many requests the service had how many MB."""
+    """(Requests sent, MB of the service) over time."""
 
     def found(self, what: str) -> None:
-        """Note a finding, and say it at once."""
+        """Record and print a finding."""
         self.findings.append(what)
         print(what, flush=True)
 
@@ -83,11 +83,11 @@ class Report:
 
     @property
     def growth_mb(self) -> float:
-        """How much more memory the service has at the end than when it was warm, by the medians of a tenth of the time.
+        """Growth of the service's memory from warm-up to the end, between medians over a tenth of the time.
 
-        Between, a constraint that is compiled may take a good deal for a moment.
+        Medians, because compiling a constraint may need much memory for a moment.
         """
-        warm = [size for number, size in self.memory if number >= WARM * self.sent]
+        warm = [size for number, size in self.memory if number >= WARM_UP_SHARE * self.sent]
         part = max(1, len(warm) // 10)
         return statistics.median(warm[-part:] or [0.0]) - statistics.median(warm[:part] or [0.0])
 
@@ -107,7 +107,7 @@ class Report:
 
 
 class Link:
-    """A connection that hears finals."""
+    """A connection that receives final messages."""
 
     def __init__(self, port: int, *topics: str) -> None:
         self._ready = threading.Event()
@@ -149,7 +149,7 @@ class Link:
 
 
 class Attack(Link):
-    """Sends fuzzed requests, so many under way together, and keeps count of their finals."""
+    """Sends fuzzed requests, `WINDOW` at a time, and counts their final messages."""
 
     def __init__(self, port: int, report: Report) -> None:
         self._report = report
@@ -158,28 +158,28 @@ class Attack(Link):
         self._postponed: deque[tuple[Message, int]] = deque()
         self._answered: Counter[bytes] = Counter()
         self._ids: dict[str, bytes] = {}
-        """Of requests whose correlation data is too long to come back: by the id that it becomes."""
+        """Marks of requests whose correlation data is too long to be returned, by the id that replaces it."""
         self._pause_s = 0.0
         super().__init__(
             port, "fuzz/#", f"edgelm/{BOARD}/response", "edgelm/client/+/response", "edgelm/other/response"
         )
         self.on_final = self._take
         self.heard: dict[bytes, Any] = {}
-        """Last finals, for `--only`."""
+        """Latest final messages, for `--only`."""
 
     def fire(self, made: Message, number: int) -> None:
-        """Send one when there is room for it; one with a constraint perhaps after later ones."""
+        """Send a request when the window allows it; one with a constraint may be sent after later ones."""
         if made.is_constrained:
             self._postponed.append((made, number))
             with self._changed:
                 has_place = self._has_place(CONSTRAINED, constrained=True)
-            if not has_place and len(self._postponed) <= MOST_POSTPONED:
+            if not has_place and len(self._postponed) <= MAX_POSTPONED:
                 return
             made, number = self._postponed.popleft()
         self._send(made, number)
 
     def finish(self) -> None:
-        """Send what was postponed, and wait for what is due."""
+        """Send postponed requests, and wait for the remaining final messages."""
         while self._postponed:
             self._send(*self._postponed.popleft())
         with self._changed:
@@ -207,7 +207,7 @@ class Attack(Link):
         return sum(each == constrained and strict for _, _, strict, each in self._open.values()) < window
 
     def _drop_overdue(self) -> None:
-        """Count what has had its time as unanswered."""
+        """Report requests whose timeout has passed as findings."""
         now = time.monotonic()
         for mark, (number, since, strict, _) in list(self._open.items()):
             if now - since > TIMEOUT_S + GRACE_S:
@@ -245,7 +245,7 @@ class Attack(Link):
 
 
 class Victim(Link):
-    """Asks a short question now and then, and measures how long its answers take."""
+    """Sends short requests and measures their time."""
 
     def __init__(self, port: int) -> None:
         self._final = threading.Event()
@@ -255,7 +255,7 @@ class Victim(Link):
         self.on_final = self._take
 
     def ask(self, **more: Any) -> float:
-        """Return after how many seconds the answer came. Raises `RuntimeError` where it is none."""
+        """Return the seconds until the final message. Raises `RuntimeError` if it is missing or an error."""
         self._count += 1
         self._final.clear()
         begun = time.monotonic()
@@ -275,18 +275,18 @@ class Victim(Link):
 
 
 class Board:
-    """`edgelm serve` of a copy of the built-in model whose answers are short.
+    """`edgelm serve` with a copy of the built-in model and short completions.
 
-    What it keeps is less than usual, so that it is full while the service warms up: then what grows is a leak.
+    Its caches are smaller than usual, so that they are full after warm-up; later growth is a leak.
     """
 
     def __init__(self, folder: Path, port: int) -> None:
         bundle = folder / "bundle"
         shutil.copytree(open_bundle("builtin", verify=False).path, bundle)
         manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
-        manifest["sampling"]["max_tokens"] = MOST_TOKENS
+        manifest["sampling"]["max_tokens"] = MAX_TOKENS
         (bundle / MANIFEST).write_text(json.dumps(manifest), "utf-8")
-        self._log = folder / "log"
+        self._log_file = folder / "log"
         program = "import sys; from edgelm import cli; from edgelm.engine import constraints; constraints.CONSTRAINT_CACHE_BYTES //= 8; sys.exit(cli.main())"
         command = [sys.executable, "-c", program, "serve", "--mqtt", f"mqtt://127.0.0.1:{port}"]
         command += ["--board", BOARD, "--model", str(bundle), "--threads", "1", "--prefix-cache-mb", "4"]
@@ -297,27 +297,27 @@ class Board:
             "EDGELM_DATA_DIR": str(folder),
             "PYTHONPATH": str(Path(HELPERS).parents[1]),
         }
-        with self._log.open("wb") as log:
+        with self._log_file.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        until = time.monotonic() + 60
-        while "serving" not in self.said and self.process.poll() is None and time.monotonic() < until:
+        deadline = time.monotonic() + 60
+        while "serving" not in self.log and self.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        if "serving" not in self.said:
-            raise RuntimeError(f"the board does not serve: {self.said}")
+        if "serving" not in self.log:
+            raise RuntimeError(f"the board does not serve: {self.log}")
 
     @property
-    def said(self) -> str:
-        return self._log.read_text("utf-8", "replace")
+    def log(self) -> str:
+        return self._log_file.read_text("utf-8", "replace")
 
     def memory_mb(self) -> float:
-        """Return how much memory it has, its helper processes not counted; 0 once it has ended."""
+        """Return the resident memory without child processes; 0 after its end."""
         try:
             return psutil.Process(self.process.pid).memory_info().rss / 1e6
         except psutil.Error:
             return 0.0
 
     def close(self) -> int:
-        """Stop it; return its exit code."""
+        """Stop the service; return its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -329,7 +329,7 @@ class Board:
 
 @contextmanager
 def served(folder: Path) -> Iterator[tuple[Board, int]]:
-    """A board at a broker of its own."""
+    """Yield a board at its own broker, with the broker's port."""
     broker = Broker(folder).start()
     try:
         board = Board(folder, broker.port)
@@ -341,12 +341,12 @@ def served(folder: Path) -> Iterator[tuple[Board, int]]:
         broker.stop()
 
 
-def run(count: int, seed: int, *, most_s: float, quiet_s: float = 5.0, first: int = 0) -> Report:
-    """Send so many requests, for `most_s` seconds at most."""
+def run(count: int, seed: int, *, max_seconds: float, quiet_s: float = 5.0, first: int = 0) -> Report:
+    """Send `count` requests, for at most `max_seconds`."""
     report = Report()
     with tempfile.TemporaryDirectory(prefix="edgelm-fuzz-") as folder, served(Path(folder)) as (board, port):
         victim, attack = Victim(port), Attack(port, report)
-        victim.ask(temperature=0.5)  # the first sampled request on a machine compiles kernels
+        victim.ask(temperature=0.5)  # the first sampled request compiles kernels
         victim.ask(choices=["on", "off"])
         alone = [victim.ask() for _ in range(max(3, int(quiet_s / PAUSE_S))) if not time.sleep(PAUSE_S)]
         report.quiet_s = max(alone)
@@ -365,7 +365,7 @@ def run(count: int, seed: int, *, most_s: float, quiet_s: float = 5.0, first: in
         watcher = threading.Thread(target=watch)
         watcher.start()
         try:
-            _attack(attack, board, report, range(first, first + count), seed, most_s)
+            _attack(attack, board, report, range(first, first + count), seed, max_seconds)
         finally:
             over.set()
             watcher.join()
@@ -374,21 +374,21 @@ def run(count: int, seed: int, *, most_s: float, quiet_s: float = 5.0, first: in
         if board.process.poll() is not None:
             report.found(f"the service ended with {board.process.returncode} near request {report.sent}")
         elif code := board.close():
-            report.found(f"the service ended with {code} when it was told to")
-        if "Traceback" in board.said or "ERROR" in board.said:
-            report.found(f"the service's log has an error: {board.said[-2000:]}")
+            report.found(f"the service ended with {code} after SIGTERM")
+        if "Traceback" in board.log or "ERROR" in board.log:
+            report.found(f"the service's log has an error: {board.log[-2000:]}")
     return report
 
 
-def _attack(attack: Attack, board: Board, report: Report, numbers: range, seed: int, most_s: float) -> None:
-    begun = said = time.monotonic()
+def _attack(attack: Attack, board: Board, report: Report, numbers: range, seed: int, max_seconds: float) -> None:
+    begun = reported = time.monotonic()
     for number in numbers:
         attack.fire(message(seed, number), number)
         now = time.monotonic()
-        if board.process.poll() is not None or now > begun + most_s:
+        if board.process.poll() is not None or now > begun + max_seconds:
             break
-        if now > said + 60:
-            said = now
+        if now > reported + 60:
+            reported = now
             print(f"{report.sent} sent, {board.memory_mb():.0f} MB, {len(report.findings)} findings", flush=True)
     if board.process.poll() is None:
         attack.finish()
@@ -396,7 +396,7 @@ def _attack(attack: Attack, board: Board, report: Report, numbers: range, seed: 
 
 
 def only(number: int, seed: int) -> None:
-    """Send one request and show what comes of it."""
+    """Send one request and show its final message."""
     made, report = message(seed, number), Report()
     with tempfile.TemporaryDirectory(prefix="edgelm-fuzz-") as folder, served(Path(folder)) as (board, port):
         print(made)
@@ -405,24 +405,24 @@ def only(number: int, seed: int) -> None:
         attack.fire(made, number)
         attack.finish()
         time.sleep(0.5)
-        print(f"{time.monotonic() - begun:.2f} s", attack.heard, report.findings, board.said[-2000:], sep="\n")
+        print(f"{time.monotonic() - begun:.2f} s", attack.heard, report.findings, board.log[-2000:], sep="\n")
         attack.close()
 
 
 def main() -> int:
-    """Run the fuzzer as a command; return 1 where it found something."""
+    """Run the fuzzer as a command; return 1 if there are findings."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first request (0)")
-    parser.add_argument("--most-s", type=float, default=3 * 3600.0, help="stop after so many seconds (10800)")
-    parser.add_argument("--only", type=int, help="send one request and show its answer")
+    parser.add_argument("--most-s", type=float, default=3 * 3600.0, help="time limit in seconds (10800)")
+    parser.add_argument("--only", type=int, help="send one request and show its final message")
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child processes too
     if given.only is not None:
         only(given.only, given.seed)
         return 0
-    report = run(given.count, given.seed, most_s=given.most_s, first=given.first)
+    report = run(given.count, given.seed, max_seconds=given.most_s, first=given.first)
     print(report)
     failed = report.findings or report.worst_s > report.quiet_s + 1 or report.growth_mb > 20
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""The board cache gives back what was put in, whole, or nothing: whatever happens to its files, whoever writes too."""
+"""The board cache returns complete entries or none, also with damaged files and concurrent writers."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ KEY = CacheKey("weights", "digest", "1.31.1", "x86_64 avx2")
 contents = st.dictionaries(st.sampled_from(["a", "b.data", "c"]), st.binary(min_size=1, max_size=50), min_size=1)
 
 
-def put(cache, key, files, note=None):
+def put(cache, key, files, metadata=None):
     def fill(folder):
         for name, data in files.items():
             (folder / name).write_bytes(data)
-        return note or {"who": "test"}
+        return metadata or {"who": "test"}
 
     return cache.make(key, 1, fill)
 
@@ -54,13 +54,13 @@ def cache(tmp_path):
 
 
 @pytest.fixture
-def said(caplog):
+def warnings(caplog):
     caplog.set_level(logging.WARNING, "edgelm")
     return lambda: [record.getMessage() for record in caplog.records]
 
 
 @given(files=contents)
-def test_what_was_put_in_comes_out(tmp_path_factory, files):
+def test_an_entry_is_read_as_it_was_written(tmp_path_factory, files):
     cache = BoardCache(tmp_path_factory.mktemp("cache"))
     assert cache.find(KEY) is None
     made = put(cache, KEY, files, {"n": 1})
@@ -69,14 +69,14 @@ def test_what_was_put_in_comes_out(tmp_path_factory, files):
     assert read(found) == files
     assert found.metadata == {"n": 1}
     assert not leftovers(cache)
-    again = put(cache, KEY, files)  # as if another process had been quicker
+    again = put(cache, KEY, files)  # as if another process had been faster
     assert again.path == made.path
     assert read(again) == files
     assert not leftovers(cache)
 
 
 @given(files=contents, data=st.data())
-def test_a_changed_file_is_never_given_out(tmp_path_factory, files, data):
+def test_an_entry_with_a_changed_file_is_removed(tmp_path_factory, files, data):
     cache = BoardCache(tmp_path_factory.mktemp("cache"))
     entry = put(cache, KEY, files)
     name = data.draw(st.sampled_from(sorted([*files, STAMP])))
@@ -90,7 +90,7 @@ def test_a_changed_file_is_never_given_out(tmp_path_factory, files, data):
         file.write_bytes(before[:at])
     else:
         file.write_bytes(before[:at] + bytes([before[at] ^ 0xFF]) + before[at + 1 :])
-        os.utime(file, ns=(1, 1))  # however coarse the clock of a file system is
+        os.utime(file, ns=(1, 1))  # the clock of a file system may be coarse
     found = cache.find(KEY)
     assert found is None
     assert not (cache.folder / KEY.name).exists()
@@ -98,27 +98,27 @@ def test_a_changed_file_is_never_given_out(tmp_path_factory, files, data):
     assert read(put(cache, KEY, files)) == files
 
 
-def test_a_copied_entry_is_still_good(cache, tmp_path):
+def test_a_copied_entry_is_valid(cache, tmp_path):
     put(cache, KEY, {"a": b"1234"})
-    shutil.copytree(cache.folder, tmp_path / "copy", copy_function=shutil.copy)  # new times of change
+    shutil.copytree(cache.folder, tmp_path / "copy", copy_function=shutil.copy)  # with new modification times
     assert read(BoardCache(tmp_path / "copy").find(KEY)) == {"a": b"1234"}
 
 
 @pytest.mark.parametrize("field", ["kind", "bundle", "runtime", "cpu"])
-def test_an_entry_is_good_for_its_key_alone(cache, said, field):
+def test_an_entry_is_valid_for_its_key_only(cache, warnings, field):
     entry = put(cache, KEY, {"a": b"1234"})
     other = CacheKey(**{**{name: getattr(KEY, name) for name in KEY.__slots__}, field: "other"})
     assert cache.find(other) is None
-    assert said() == []
+    assert warnings() == []
     entry.path.rename(cache.folder / other.name)
     assert cache.find(other) is None
-    assert len(said()) == 1, said()
-    assert f"another {field}" in said()[0]
+    assert len(warnings()) == 1, warnings()
+    assert field in warnings()[0]
     assert cache.find(other) is None
-    assert len(said()) == 1, "said once"
+    assert len(warnings()) == 1, "logged once"
 
 
-def test_a_failure_leaves_nothing(cache):
+def test_a_failure_leaves_no_files(cache):
     def fill(folder):
         (folder / "a").write_bytes(b"half")
         raise ValueError("no")
@@ -151,21 +151,20 @@ def test_writers_do_not_disturb_each_other(cache):
     assert read(cache.find(KEY)) == {"a": b"x" * 10_000}
 
 
-def test_a_folder_that_cannot_be_written_is_named_and_done_without(tmp_path, said):
+def test_a_folder_that_cannot_be_written_is_logged_and_not_used(tmp_path, warnings):
     file = tmp_path / "file"
     file.write_text("not a folder")
     cache = BoardCache(file / "cache")
     assert cache.find(KEY) is None
     assert put(cache, KEY, {"a": b"1"}) is None
-    assert len(said()) == 1
-    assert str(cache.folder) in said()[0]
-    assert "runs without" in said()[0]
+    assert len(warnings()) == 1
+    assert str(cache.folder) in warnings()[0]
     assert list(cache.entries()) == []
     assert cache.clear() == 0
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; run as a user")
-def test_a_read_only_folder_still_serves(cache, said):
+def test_a_read_only_folder_can_be_read(cache, warnings):
     put(cache, KEY, {"a": b"1234"})
     cache.folder.chmod(0o500)
     try:
@@ -173,15 +172,15 @@ def test_a_read_only_folder_still_serves(cache, said):
         assert put(cache, CacheKey("weights", "other", "1", "c"), {"a": b"1"}) is None
     finally:
         cache.folder.chmod(0o700)
-    assert len(said()) == 1
+    assert len(warnings()) == 1
 
 
-def test_a_full_disk_is_told_in_numbers(cache, said):
-    assert cache.make(KEY, 10**18, lambda _folder: pytest.fail("there is no room")) is None
-    assert "1000000000000 MB are needed" in said()[0]
+def test_a_full_disk_is_logged_with_the_needed_size(cache, warnings):
+    assert cache.make(KEY, 10**18, lambda _folder: pytest.fail("the disk is full")) is None
+    assert "1000000000000 MB" in warnings()[0]
 
 
-def test_old_things_go_and_foreign_ones_stay(cache):
+def test_old_entries_are_removed_and_other_files_kept(cache):
     old, young = (CacheKey("weights", name, "1", "c") for name in ("old", "young"))
     unused = put(cache, old, {"a": b"1"})
     put(cache, young, {"a": b"2"})
@@ -199,7 +198,7 @@ def test_old_things_go_and_foreign_ones_stay(cache):
     assert [path.name for path in cache.folder.iterdir()] == ["mine"]
 
 
-def test_an_entry_can_be_told_something_new(cache):
+def test_the_metadata_of_an_entry_can_be_replaced(cache):
     put(cache, KEY, {"a": b"1"}, {"n": 1})
     cache.update(KEY, {"n": 2})
     found = cache.find(KEY)
@@ -214,20 +213,20 @@ def test_the_command_lists_and_clears(cache, monkeypatch, capsys):
     cache.numba_folder.mkdir()
     (cache.numba_folder / "kernel.nbi").write_bytes(b"y" * 1_000_000)
     assert main(["cache", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    (entry,) = said["entries"]
-    assert (entry["kind"], entry["of"], said["kernels_bytes"]) == ("weights", "my/bundle", 1_000_000)
+    printed = json.loads(capsys.readouterr().out)
+    (entry,) = printed["entries"]
+    assert (entry["kind"], entry["of"], printed["kernels_bytes"]) == ("weights", "my/bundle", 1_000_000)
     assert entry["bytes"] >= 2_000_000
     assert main(["cache"]) == 0
     assert "my/bundle" in capsys.readouterr().out
     assert main(["cache", "--clear"]) == 0
-    assert "freed 3.0 MB" in capsys.readouterr().out
+    assert "3.0 MB" in capsys.readouterr().out
     assert list(cache.folder.iterdir()) == []
     assert main(["cache", "--clear"]) == 0
-    assert "freed 0.0 MB" in capsys.readouterr().out
+    assert "0.0 MB" in capsys.readouterr().out
 
 
-def test_use_keeps_an_entry(cache):
+def test_a_used_entry_is_kept(cache):
     entry = put(cache, KEY, {"a": b"1"})
     long_ago = time.time() - UNUSED_AFTER_S - 10
     os.utime(entry.path / STAMP, (long_ago, long_ago))
@@ -250,7 +249,7 @@ def test_the_folder_comes_from_the_environment(monkeypatch, tmp_path):
     assert BoardCache.default().folder == tmp_path / ".cache" / "edgelm"
 
 
-def test_a_processor_is_known_by_what_it_can_do(tmp_path):
+def test_a_cpu_is_described_by_its_instruction_sets(tmp_path):
     (tmp_path / "proc").mkdir()
     info = tmp_path / "proc" / "cpuinfo"
     seen = set()
@@ -258,7 +257,7 @@ def test_a_processor_is_known_by_what_it_can_do(tmp_path):
         info.write_text(text)
         seen.add(describe_cpu(tmp_path))
     info.write_text("flags : avx2\ncpu MHz : 2\nflags : avx2\ncpu MHz : 3\n")
-    assert describe_cpu(tmp_path) in seen, "its clock does not matter"
+    assert describe_cpu(tmp_path) in seen, "the clock rate is ignored"
     assert len(seen) == 3
     assert describe_cpu(tmp_path / "nowhere")
     assert json.dumps(describe_cpu())
@@ -268,8 +267,8 @@ def test_a_processor_is_known_by_what_it_can_do(tmp_path):
     steps=st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 40)), min_size=1, max_size=15),
     limit_kb=st.integers(0, 120),
 )
-def test_what_was_used_longest_ago_goes_first(tmp_path_factory, steps, limit_kb):
-    """Beside a model: entries in the order of their last use, dropped from its front until the others fit."""
+def test_the_least_recently_used_entry_is_removed_first(tmp_path_factory, steps, limit_kb):
+    """Compared with a model: entries in the order of their last use, removed from the front until the rest fits."""
     cache = BoardCache(tmp_path_factory.mktemp("cache"))
     clock = time.time() - 10_000
     order: dict[int, int] = {}
@@ -296,7 +295,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path_factory, steps, limit_kb)
 
 
 @pytest.mark.parametrize("wrong", ["", "many", "-1", "nan", "1e12"])
-def test_a_limit_that_is_none_is_named(wrong, monkeypatch, capsys):
+def test_an_invalid_limit_is_a_one_line_error(wrong, monkeypatch, capsys):
     monkeypatch.setenv(LIMIT_VARIABLE, wrong)
     assert main(["cache"]) == 1
     err = capsys.readouterr().err

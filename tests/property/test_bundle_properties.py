@@ -1,4 +1,4 @@
-"""The bundle's manifest comes back as it was written, and whatever is wrong with a bundle is one clear error."""
+"""A manifest is read as it was written, and each fault of a bundle is a one-line error."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ manifests = st.builds(
 
 @st.composite
 def prefixed(draw):
-    """A manifest with a static prefix, whose file it lists."""
+    """A manifest with a static prefix and its file."""
     manifest = draw(manifests)
-    context, vocab_size = manifest.context + 1, manifest.vocab_size  # a token may follow
+    context, vocab_size = manifest.context + 1, manifest.vocab_size  # one token must be able to follow
     tokens = draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=min(context - 1, 20)).map(tuple))
     dtype = draw(st.sampled_from(["float32", "float16", "int8", "uint8"]))
     prefix = StaticPrefix(tokens, draw(names), dtype, draw(words))
@@ -98,7 +98,7 @@ EXAMPLE = Manifest("llama", 64, 100, KVCacheShape("shared", 2, 1, 16), "int4", (
 
 
 @given(manifest=manifests | prefixed())
-def test_a_manifest_comes_back_as_it_was_written(manifest):
+def test_a_manifest_is_read_as_it_was_written(manifest):
     text = dump_manifest(manifest)
     assert parse_manifest(text, "manifest.json") == manifest
     assert dump_manifest(parse_manifest(text, "manifest.json")) == text
@@ -107,7 +107,7 @@ def test_a_manifest_comes_back_as_it_was_written(manifest):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A sealed bundle whose graph is no graph: opening a bundle does not look into it."""
+    """A sealed bundle whose graph is not ONNX: opening a bundle does not parse it."""
     root = tmp_path / "bundle"
     root.mkdir()
     (root / "model.onnx").write_bytes(b"graph")
@@ -140,10 +140,10 @@ def test_a_sealed_bundle_opens(folder):
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json"])
 def test_a_missing_file_is_named(name, folder):
     (folder / name).unlink()
-    assert f"{name} is missing" in refusal(folder)
+    assert name in refusal(folder)
 
 
-def test_any_flipped_bit_is_found(folder):
+def test_any_flipped_bit_is_detected(folder):
     for name in ("model.onnx", "model.onnx.data", "tokenizer.json"):
         content = (folder / name).read_bytes()
         for at in {0, len(content) // 2, len(content) - 1}:
@@ -154,37 +154,35 @@ def test_any_flipped_bit_is_found(folder):
             assert name in line
             assert "SHA-256" in line
         (folder / name).write_bytes(content[:-1])
-        assert f"it has {len(content) - 1} bytes" in refusal(folder)
+        assert str(len(content) - 1) in refusal(folder)
         (folder / name).write_bytes(content)
     open_bundle(folder)
 
 
-def test_a_directory_in_the_place_of_a_file(folder):
+def test_a_directory_instead_of_a_file_is_refused(folder):
     (folder / "model.onnx.data").unlink()
     (folder / "model.onnx.data").mkdir()
     assert "model.onnx.data" in refusal(folder)
 
 
-def test_a_newer_schema_asks_for_an_upgrade(folder):
-    rewrite(folder, schema=SCHEMA + 1, news="unknown to us")
-    line = refusal(folder)
-    assert f"schema {SCHEMA + 1}" in line
-    assert "upgrade" in line
+def test_a_newer_schema_is_refused(folder):
+    rewrite(folder, schema=SCHEMA + 1, news="an unknown key")
+    assert f"schema {SCHEMA + 1}" in refusal(folder)
 
 
 @pytest.mark.parametrize("schema", [None, "1", True, 1.0, 0, -1])
-def test_a_schema_that_is_no_version(schema, folder):
+def test_a_schema_that_is_not_a_positive_integer_is_refused(schema, folder):
     rewrite(folder, schema=schema)
     assert "schema" in refusal(folder)
 
 
-def test_an_unknown_key_of_our_schema_is_named(folder):
+def test_an_unknown_key_is_refused(folder):
     rewrite(folder, surprise=1)
     assert "surprise" in refusal(folder)
 
 
 @pytest.mark.parametrize("key", ["architecture", "context", "cache", "files", "graph", "sampling", "eos_tokens"])
-def test_a_missing_key_is_named(key, folder):
+def test_a_missing_key_is_refused(key, folder):
     raw = json.loads((folder / MANIFEST).read_text("utf-8"))
     del raw[key]
     (folder / MANIFEST).write_text(json.dumps(raw))
@@ -194,37 +192,36 @@ def test_a_missing_key_is_named(key, folder):
 @pytest.mark.parametrize(
     "name", ["../secret", "/etc/passwd", "a/b", "..", ".", "", "sub/../model.onnx", "a\0b", "x\\..\\y"]
 )
-def test_no_name_leads_out_of_the_bundle(name, folder):
+def test_a_file_name_outside_the_bundle_is_refused(name, folder):
     (folder.parent / "secret").write_bytes(b"x")
     raw = json.loads((folder / MANIFEST).read_text("utf-8"))
     entry = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
     rewrite(folder, files={**raw["files"], name: entry})
-    assert "damaged" in refusal(folder)
+    assert MANIFEST in refusal(folder)
     rewrite(folder, files={**raw["files"], name: entry}, graph=name)
-    assert "damaged" in refusal(folder)
+    assert MANIFEST in refusal(folder)
 
 
 def test_the_graph_must_be_among_the_files(folder):
     rewrite(folder, graph="other.onnx")
-    assert "does not list other.onnx" in refusal(folder)
+    assert "other.onnx" in refusal(folder)
 
 
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b"[" * 100_000, b'{"schema": 1}', b'{"name": "a package"}'],
 )
-def test_a_manifest_of_something_else(content, folder):
+def test_a_file_that_is_not_a_manifest_is_refused(content, folder):
     (folder / MANIFEST).write_bytes(content)
     assert MANIFEST in refusal(folder)
 
 
-def test_places_that_are_no_bundle(folder, tmp_path):
-    assert "is not a directory" in refusal(tmp_path / "nowhere")
-    assert "is not a directory" in refusal(folder / MANIFEST)
+def test_a_path_that_is_not_a_bundle_is_refused(folder, tmp_path):
     (tmp_path / "photos").mkdir()
-    assert "it is not a bundle" in refusal(tmp_path / "photos")
+    for path in (tmp_path / "nowhere", folder / MANIFEST, tmp_path / "photos"):
+        assert str(path) in refusal(path)
     shutil.rmtree(folder)
-    assert "is not a directory" in refusal(folder)
+    assert str(folder) in refusal(folder)
 
 
 json_values = st.recursive(
@@ -253,12 +250,12 @@ FULL = dataclasses.replace(
 def test_a_value_of_the_wrong_type_is_refused(key, value):
     raw = json.loads(dump_manifest(FULL))
     text = json.dumps({**raw, key: value})
-    right = type(getattr(FULL, key))
-    if isinstance(value, list if right is tuple else right) or (value is None and key in NULLABLE):
+    expected = type(getattr(FULL, key))
+    if isinstance(value, list if expected is tuple else expected) or (value is None and key in NULLABLE):
         assume(isinstance(value, (str, type(None))) and key not in ("graph", "via", "needs_onnxruntime"))
         assert getattr(parse_manifest(text, MANIFEST), key) == value
         return
-    with pytest.raises(BundleError, match=r"damaged|no schema"):
+    with pytest.raises(BundleError, match=MANIFEST):
         parse_manifest(text, MANIFEST)
 
 
@@ -306,31 +303,31 @@ def test_a_value_of_the_wrong_type_is_refused(key, value):
     ],
     ids=str,
 )
-def test_a_value_of_the_wrong_kind_inside_is_refused(changes, folder):
+def test_an_invalid_value_is_refused(changes, folder):
     rewrite(folder, **changes)
-    assert "damaged" in refusal(folder)
+    assert MANIFEST in refusal(folder)
 
 
-def test_a_manifest_that_is_a_named_pipe_is_not_waited_for(folder):
+def test_a_named_pipe_as_manifest_is_not_read(folder):
     (folder / MANIFEST).unlink()
     os.mkfifo(folder / MANIFEST)
-    assert "not a regular file" in refusal(folder)
+    assert MANIFEST in refusal(folder)
 
 
 @pytest.mark.parametrize("target", ["model.onnx", "../secret", "/etc/hostname", "nowhere"])
-def test_a_link_that_does_not_stay_in_the_bundle_is_refused(folder, target):
+def test_a_link_out_of_the_bundle_is_refused(folder, target):
     (folder / "model.onnx").unlink()
     (folder / "model.onnx").symlink_to(target)
-    assert "leads out of the bundle" in refusal(folder) or "missing" in refusal(folder)
+    assert "model.onnx" in refusal(folder)
 
 
-def test_a_manifest_without_end_is_not_read(folder):
+def test_a_too_large_manifest_is_not_read(folder):
     with (folder / MANIFEST).open("ab") as stream:
-        stream.truncate(1 << 34)  # a hole, which takes no room on the disk
-    assert "more than 16000000 bytes" in refusal(folder)
+        stream.truncate(1 << 34)  # a sparse file
+    assert "16000000 bytes" in refusal(folder)
 
 
-def test_an_older_manifest_has_a_cache_in_float32(folder):
+def test_an_older_manifest_has_a_float32_cache(folder):
     raw = json.loads((folder / MANIFEST).read_text("utf-8"))
     del raw["cache"]["bits"], raw["needs_onnxruntime"]
     (folder / MANIFEST).write_text(json.dumps(raw), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Special tokens that a message spells out stay text, and everything else is as if nobody looked for them."""
+"""Texts of special tokens in a message stay text, and taint tracking changes nothing else."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TEMPLATES = {
     "list": "<s>{{ messages }}</s>",
     "data": "<s>{{ messages | tojson }}</s>{{ messages | tojson(ensure_ascii=true) }}[/INST]",
     "nothing between": "<s>{% for m in messages %}{{ m.content }}{% endfor %}</s>",
-    "one sign apart": "{% for m in messages %}<{{ m.content }}>{% endfor %}</s>",
+    "angle brackets around": "{% for m in messages %}<{{ m.content }}>{% endfor %}</s>",
     "lines": "{% for m in messages %}{% for line in m.content.splitlines() %}<s>{{ line }}\n{% endfor %}{% endfor %}",
     "letters": "{% for m in messages %}{% for letter in m.content %}{{ letter }}{% endfor %}</s>{% endfor %}",
 }
@@ -62,7 +62,7 @@ def with_special(tokenizer: Tokenizer, template: str) -> Tokenizer:
 
 @cache
 def merging() -> Tokenizer:
-    """A vocabulary whose merges make `</s>`, which is a special token too, and that puts `▁` before a text once."""
+    """A vocabulary whose merges give `</s>`, also a special token, and that adds one `▁` before a text."""
     letters = sorted({*"</s>▁INT[]|imend_str", *(c for text in TEXTS for c in text if c.isascii())})
     names = ["<unk>", "</s>", *letters, "</", "s>"]
     vocabulary = {name: i for i, name in enumerate(dict.fromkeys(names))}
@@ -76,7 +76,7 @@ def merging() -> Tokenizer:
 
 @cache
 def unigram() -> Tokenizer:
-    """A Unigram vocabulary that has special tokens among its pieces, as SentencePiece's control symbols are."""
+    """A Unigram vocabulary with special tokens among its pieces, like SentencePiece's control symbols."""
     letters = sorted({c for text in TEXTS for c in text if c.isascii()} | set("▁<|>/[]_"))
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((letter, -5.0) for letter in letters), ("im", -3.0)]
     inner = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
@@ -104,8 +104,8 @@ def messages_of(texts: list[str]) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def rendered_as_it_stands(name: str, messages: list[dict[str, Any]]) -> str:
-    """What the template makes of the messages where nobody marks anything."""
+def render_without_marks(name: str, messages: list[dict[str, Any]]) -> str:
+    """Return the rendered messages without taint tracking."""
     return ChatTemplate(TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>"}).render(messages).text
 
 
@@ -117,16 +117,16 @@ def special_ids(tokenizer: Tokenizer) -> dict[int, str]:
 @given(name=st.sampled_from(sorted(TEMPLATES)), texts=st.lists(HARMLESS, min_size=1, max_size=3))
 def test_without_special_tokens_nothing_changes(chats: dict[str, Tokenizer], name: str, texts: list[str]) -> None:
     tokenizer, messages = chats[name], messages_of(texts)
-    text = rendered_as_it_stands(name, messages)
+    text = render_without_marks(name, messages)
     assert tokenizer.render_chat(messages) == text
     assert tokenizer.encode_prompt(tokenizer.build_prompt(messages)) == tokenizer.encode(text, add_special_tokens=False)
 
 
 @MANY
 @given(name=st.sampled_from(sorted(TEMPLATES)), texts=st.lists(SPELLED, min_size=1, max_size=3))
-def test_a_template_sees_the_texts_as_they_are(chats: dict[str, Tokenizer], name: str, texts: list[str]) -> None:
+def test_a_template_does_not_see_the_marks(chats: dict[str, Tokenizer], name: str, texts: list[str]) -> None:
     messages = messages_of(texts)
-    assert chats[name].render_chat(messages) == rendered_as_it_stands(name, messages)
+    assert chats[name].render_chat(messages) == render_without_marks(name, messages)
 
 
 @MANY
@@ -137,29 +137,29 @@ def test_a_template_sees_the_texts_as_they_are(chats: dict[str, Tokenizer], name
 def test_only_the_template_s_special_tokens_are_special(
     chats: dict[str, Tokenizer], name: str, texts: list[str]
 ) -> None:
-    """As many of them, in the same order, as with messages that say nothing."""
+    """The same special tokens in the same order as with harmless messages."""
     tokenizer, known = chats[name], special_ids(chats[name])
     tokens = tokenizer.encode_prompt(tokenizer.build_prompt(messages_of(texts)))
-    quiet = tokenizer.encode_prompt(tokenizer.build_prompt(messages_of(["a"] * len(texts))))
-    assert [known[t] for t in tokens if t in known] == [known[t] for t in quiet if t in known]
+    harmless = tokenizer.encode_prompt(tokenizer.build_prompt(messages_of(["a"] * len(texts))))
+    assert [known[t] for t in tokens if t in known] == [known[t] for t in harmless if t in known]
 
 
 @given(texts=st.lists(SPELLED, min_size=1, max_size=3))
-def test_the_tokens_spell_the_prompt(base: Tokenizer, chats: dict[str, Tokenizer], texts: list[str]) -> None:
+def test_the_tokens_decode_to_the_prompt(base: Tokenizer, chats: dict[str, Tokenizer], texts: list[str]) -> None:
     tokenizer = chats["chatml"]
     if not tokenizer._inner.decoder:
-        return  # a vocabulary that leaves letters out has no way back
+        return  # without a decoder letters may be lost
     prompt = tokenizer.build_prompt(messages_of(texts))
-    plainly = tokenizer._inner.decode(
+    expected = tokenizer._inner.decode(
         tokenizer.encode(prompt.text, add_special_tokens=False), skip_special_tokens=False
     )
-    apart = tokenizer._inner.decode(tokenizer.encode_prompt(prompt), skip_special_tokens=False)
-    assert apart.replace(" ", "") == plainly.replace(" ", "")
+    found = tokenizer._inner.decode(tokenizer.encode_prompt(prompt), skip_special_tokens=False)
+    assert found.replace(" ", "") == expected.replace(" ", "")
 
 
 @given(text=SPELLED)
-def test_a_spelled_token_is_what_a_tokenizer_without_it_makes_of_it(base: Tokenizer, text: str) -> None:
-    """The library's own switch for plain texts, where no vocabulary has the token among its pieces."""
+def test_a_special_token_s_text_has_the_tokens_of_ordinary_text(base: Tokenizer, text: str) -> None:
+    """Compared with the library's own option, if the vocabulary does not have the token among its pieces."""
     tokenizer = with_special(base, "{{ messages[0].content }}")
     prompt = tokenizer.build_prompt([{"role": "user", "content": text}])
     plain = tokenizers.Tokenizer.from_str(tokenizer._inner.to_str())
@@ -169,28 +169,24 @@ def test_a_spelled_token_is_what_a_tokenizer_without_it_makes_of_it(base: Tokeni
         assert tokenizer.encode_prompt(prompt) == expected
 
 
-# --- marked texts ---
+# --- tainted texts ---
 
 
 @st.composite
-def marked(draw: st.DrawFn) -> TaintedText:
+def tainted(draw: st.DrawFn) -> TaintedText:
     letters = draw(st.lists(st.sampled_from("ab<> \n"), max_size=12))
     return TaintedText("".join(draw(st.sampled_from(["", "\ufdd0"])) + letter for letter in letters), "\ufdd0")
 
 
-PARTS = st.one_of(st.text("ab<> \n", max_size=3), marked())
+PARTS = st.one_of(st.text("ab<> \n", max_size=3), tainted())
 
 
-def bare(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return type(value)(map(bare, value))
-    return (
-        value.replace("\ufdd0", "")
-        if type(value) is str
-        else value.plain_text
-        if isinstance(value, TaintedText)
-        else value
-    )
+        return type(value)(map(plain, value))
+    if isinstance(value, TaintedText):
+        return value.plain_text
+    return value.replace("\ufdd0", "") if type(value) is str else value
 
 
 OPERATIONS = {
@@ -230,21 +226,21 @@ OPERATIONS = {
 
 
 @settings(max_examples=2000)
-@given(name=st.sampled_from(sorted(OPERATIONS)), text=marked(), part=PARTS, n=st.integers(-4, 4))
-def test_a_marked_text_behaves_like_the_bare_one(name: str, text: TaintedText, part: str, n: int) -> None:
+@given(name=st.sampled_from(sorted(OPERATIONS)), text=tainted(), part=PARTS, n=st.integers(-4, 4))
+def test_a_tainted_text_behaves_like_its_plain_text(name: str, text: TaintedText, part: str, n: int) -> None:
     operation = OPERATIONS[name]
-    assert bare(operation(text, part, n)) == operation(text.plain_text, bare(part), n)
+    assert plain(operation(text, part, n)) == operation(text.plain_text, plain(part), n)
 
 
-@given(text=marked(), n=st.integers(-4, 4))
-def test_what_is_cut_keeps_its_signs(text: TaintedText, n: int) -> None:
+@given(text=tainted(), n=st.integers(-4, 4))
+def test_slices_keep_the_marks(text: TaintedText, n: int) -> None:
     assert str.__str__(text[:n]) + str.__str__(text[n:]) == str.__str__(text)
     assert "".join(text) == str.__str__(text)
     assert "a".join(text.split("a")) == str.__str__(text).replace("\ufdd0a", "a")
 
 
 @given(text=SPELLED)
-def test_marks_lie_in_every_spelling(text: str) -> None:
+def test_every_special_token_in_a_text_is_tainted(text: str) -> None:
     tracker = TaintTracker(SpecialTokenFinder(SPECIAL), text)
     read = tracker.untaint(str.__str__(tracker.taint(text)))
     assert read.text == text

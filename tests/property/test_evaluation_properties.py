@@ -1,4 +1,4 @@
-"""Documents and windows of an evaluation: nothing is left out, nothing counts twice."""
+"""Documents and windows of an evaluation: every token is scored exactly once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ lines = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\
 def test_every_token_after_the_first_is_scored_once_with_at_least_half_a_context(length, context):
     ids = list(range(length))
     scored = []
-    for window, fresh in _windows(ids, context):
+    for window, new in _windows(ids, context):
         assert 2 <= len(window) <= context
         assert window == ids[window[0] : window[0] + len(window)]
-        assert 1 <= fresh < len(window)
+        assert 1 <= new < len(window)
         first = not scored
-        assert first or len(window) - fresh >= context // 2
-        scored += window[len(window) - fresh :]
+        assert first or len(window) - new >= context // 2
+        scored += window[len(window) - new :]
     assert scored == ids[1:]
 
 
@@ -35,15 +35,15 @@ def test_every_token_after_the_first_is_scored_once_with_at_least_half_a_context
     ),
     blanks=st.integers(0, 2),
 )
-def test_documents_come_apart_where_they_were_joined(documents, blanks):
-    bare = ["\n".join(document) for document in documents]
+def test_joined_documents_are_split_again(documents, blanks):
+    texts = ["\n".join(document) for document in documents]
     gap = "\n" * blanks
-    text = f"{gap}\n{SEPARATOR}\n{gap}".join(bare) + gap
-    assert split_documents(text) == bare
+    text = f"{gap}\n{SEPARATOR}\n{gap}".join(texts) + gap
+    assert split_documents(text) == texts
 
 
 @given(text=st.lists(lines | st.sampled_from([SEPARATOR, f" {SEPARATOR} ", f"x{SEPARATOR}", ""])).map("\n".join))
-def test_no_document_is_empty_or_holds_a_separator_line(text):
+def test_no_document_is_empty_or_contains_a_separator_line(text):
     for document in split_documents(text):
         assert document.strip()
         assert all(line.strip() != SEPARATOR for line in document.split("\n"))
@@ -76,5 +76,5 @@ def test_long_documents_are_cut_or_scored_in_windows(model):
 
 @pytest.mark.parametrize("documents", [[], [""]])
 def test_nothing_to_score_is_an_error(documents, model):
-    with pytest.raises(EdgelmError, match="too short"):
+    with pytest.raises(EdgelmError, match="token"):
         evaluate_text(model, documents)

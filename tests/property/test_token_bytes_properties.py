@@ -1,4 +1,4 @@
-"""No text has fewer tokens than its bytes by the longest token; where steps may drop text, nothing is said."""
+"""The bound on bytes per token holds for every text; there is none if a step may drop text."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ KNOWN = {
 @example(text=" " * 64)
 @example(text="\u1112\u1161\u11ab" * 9)
 @example(text="\u212a" * 30)
-def test_a_text_has_no_fewer_tokens(name: str, text: str) -> None:
+def test_a_text_has_at_least_min_tokens(name: str, text: str) -> None:
     inner = KNOWN[name]
     known = measure_token_size(inner)
     assert known is not None
@@ -58,8 +58,8 @@ def test_a_text_has_no_fewer_tokens(name: str, text: str) -> None:
         assert known.min_tokens(text) == -(-len(text.encode()) // 4)
 
 
-def test_nfc_shrinks_no_letter_by_more() -> None:
-    """Letters that it replaces; those that it joins are in the property."""
+def test_nfc_shrinks_no_letter_by_more_than_the_bound() -> None:
+    """For letters that NFC replaces; the property above covers letters that it joins."""
     for code in (code for code in range(0x110000) if not 0xD800 <= code < 0xE000):
         letter = chr(code)
         for form in {letter, unicodedata.normalize("NFD", letter)}:
@@ -80,11 +80,11 @@ def test_nfc_shrinks_no_letter_by_more() -> None:
         Inner(WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")),
     ],
 )
-def test_nothing_is_said_where_text_may_be_dropped(inner: Inner) -> None:
+def test_there_is_no_bound_if_text_may_be_dropped(inner: Inner) -> None:
     assert measure_token_size(inner) is None
 
 
-def test_nothing_is_said_where_a_token_swallows_spaces() -> None:
+def test_there_is_no_bound_if_a_token_removes_spaces() -> None:
     inner = bytewise()
     inner.add_tokens([AddedToken("<s>", rstrip=True)])
     assert measure_token_size(inner) is None
@@ -94,14 +94,14 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(monkeypatch: p
     tokenizer = Tokenizer(bytewise())
     text = "a" * (admission.SHORT_TEXT_LENGTH // 4 * 4 + 4)
     min_tokens = len(text) // 4
-    with pytest.raises(RequestError, match=f"at least {min_tokens} tokens, the context holds {min_tokens}") as caught:
+    with pytest.raises(RequestError, match=f"{min_tokens} tokens") as caught:
         tokenizer.check_length(text, min_tokens)
     assert caught.value.code == "bad_request"
     tokenizer.check_length(text, min_tokens + 1)
     Tokenizer(bytewise(normalizers.Strip())).check_length(" " * 1_000_000, 10)
     conversation = SessionState()
     monkeypatch.setattr(tokenizer, "encode", lambda *_: 1 // 0)
-    with pytest.raises(RequestError, match="at least"):
+    with pytest.raises(RequestError, match=str(min_tokens)):
         conversation.with_prompt(Request("1", SamplingParams(), prompt=text), tokenizer, 10)
     with pytest.raises(ZeroDivisionError):
         conversation.with_prompt(Request("1", SamplingParams(), prompt="short"), tokenizer, 10)

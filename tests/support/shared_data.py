@@ -1,4 +1,4 @@
-"""What the machine that runs the tests has: the extra that exports, and data that the repository does not carry."""
+"""Optional requirements of tests: the export extra, and data outside the repository."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ EXPORT_MODULES = ("onnx", "safetensors", "ml_dtypes", "gguf")
 
 
 def can_export() -> bool:
-    """Whether the extra that exports is installed."""
+    """Whether the export extra is installed."""
     return all(importlib.util.find_spec(name) for name in EXPORT_MODULES)
 
 
 def shared_folder() -> Path | None:
-    """Return the folder of data and models that the repository does not carry, where there is one."""
+    """Return the folder of data and models outside the repository, or None."""
     path = Path(os.environ.get("EDGELM_SHARED") or REPO.parent / "shared")
     return path if (path / "models").is_dir() else None

@@ -1,4 +1,4 @@
-"""Small random Llama checkpoints in Hugging Face's format, written with numpy alone: what the tests export."""
+"""Small random Llama checkpoints in Hugging Face's format, written with numpy only; the tests export them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ TEXT = [
     'Größe, naïve, 東京, emoji 🙂 and numbers 0123456789: {} [] "quoted" <tag>.',
     "The cat sat on the mat. The dog ran to the cat. The end?",
 ]
-"""What the tokenizer is trained on."""
+"""Training texts of the tokenizer."""
 
 BOS, EOS = "<s>", "</s>"
 
 
 @dataclass(frozen=True)
 class TinyLlama:
-    """A shape. `head_size` None leaves head_dim out of config.json; `scaling` is its rope_scaling."""
+    """Shape of a checkpoint. With `head_size` None, config.json has no head_dim; `scaling` is its rope_scaling."""
 
     vocab: int = 331
     hidden: int = 64
@@ -140,7 +140,7 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray], dtype: str = "float
 
 @cache
 def tokenizer_json(bos: bool = True) -> str:
-    """A byte-level BPE of about 300 tokens, with a start token before every text where `bos`."""
+    """Return a byte-level BPE of about 300 tokens; with `bos`, it adds a start token before every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())

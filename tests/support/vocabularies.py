@@ -1,4 +1,4 @@
-"""Small real tokenizers of the two families in use: byte-level BPE, and BPE with byte fallback."""
+"""Small trained tokenizers of the two common kinds: byte-level BPE, and BPE with byte fallback."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def straddling(character: str) -> tuple[Tokenizer, list[int], int]:
 
 @cache
 def byte_fallback() -> Tokenizer:
-    """A BPE as of Llama 2: spaces are `▁`, one is put before the text, what it lacks is spelled in bytes."""
+    """A BPE like Llama 2's: spaces are `▁`, one is added before a text, unknown characters become byte tokens."""
     inner = tokenizers.Tokenizer(models.BPE())
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainer = trainers.BpeTrainer(vocab_size=120, show_progress=False, limit_alphabet=40)
@@ -78,7 +78,7 @@ def byte_fallback() -> Tokenizer:
 
 @cache
 def bytes_of(tokenizer: Tokenizer) -> dict[int, bytes]:
-    """Return the bytes of every token, special ones empty, from its name alone."""
+    """Return the bytes of every token from its name; special tokens have none."""
     inner = tokenizer._inner
     alphabet = {character: byte for byte, character in enumerate(_byte_level_alphabet())}
     special = {token for token, added in inner.get_added_tokens_decoder().items() if added.special}
@@ -96,7 +96,7 @@ def bytes_of(tokenizer: Tokenizer) -> dict[int, bytes]:
 
 
 def _byte_level_alphabet() -> list[str]:
-    """Return the character that stands for each byte: itself where it prints, else the next free one from 256 on."""
+    """Return the character of each byte: itself if printable, else the next free one from 256 on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""The board cache is executed, so nothing in it is used that others than this user and root could have written."""
+"""Files of the board cache are executed, so files that other users could have written are not used."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a fil
 
 
 @pytest.fixture(autouse=True)
-def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(board_cache, "_said", set())
+def no_logged_faults(monkeypatch):
+    monkeypatch.setattr(board_cache, "_logged_faults", set())
 
 
 @pytest.fixture
-def said(caplog):
+def warnings(caplog):
     caplog.set_level(logging.WARNING, "edgelm")
     return lambda: [record.getMessage() for record in caplog.records]
 
@@ -57,7 +57,7 @@ def mode(path):
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077], ids=oct)
-def test_the_cache_is_made_for_this_user_alone_whatever_the_umask(tmp_path, umask, said):
+def test_the_cache_is_private_with_any_umask(tmp_path, umask, warnings):
     before = os.umask(umask)
     try:
         cache = BoardCache(tmp_path / "home" / ".cache" / "edgelm")
@@ -70,10 +70,10 @@ def test_the_cache_is_made_for_this_user_alone_whatever_the_umask(tmp_path, umas
         assert mode(folder) == 0o700
     assert all(not mode(file) & 0o022 for file in entry.path.iterdir())
     assert cache.find(KEY).metadata == {"n": 1}
-    assert said() == []
+    assert warnings() == []
 
 
-def test_numba_keeps_its_files_for_this_user_alone_whatever_the_umask(tmp_path):
+def test_numba_s_files_are_private_with_any_umask(tmp_path):
     code = (
         "import os; os.umask(0); import numpy as np; from edgelm.sampling import ranking;"
         "print(ranking.rank_of(np.int32(5)), sum(ranking.rank_of.stats.cache_hits.values()), os.umask(0o22))"
@@ -117,34 +117,34 @@ WAYS = [pytest.param(give, marks=as_root), open_to_all, open_to_group]
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("part", ["the folder", "the entry", "its stamp", "its file"])
-def test_an_entry_that_others_could_have_written_is_not_used(cache, said, part, way):
+def test_an_entry_that_others_could_have_written_is_not_used(cache, warnings, part, way):
     entry = put(cache)
     place = {"the folder": cache.folder, "the entry": entry.path, "its stamp": entry.path / STAMP}
     path = place.get(part, entry.path / "a")
     way(path)
     for _ in range(2):
         assert cache.find(KEY) is None
-        assert put(cache, b"other") is None, "it is not made again beside it"
-    assert len(said()) == 1, "said once"
-    assert str(path) in said()[0]
-    assert ("belongs to user 65534" if way is give else "may write") in said()[0]
-    assert "EDGELM_CACHE_DIR" in said()[0]
-    assert (entry.path / "a").read_bytes() == b"1234", "and nothing of it is touched"
+        assert put(cache, b"other") is None, "it is not made again"
+    assert len(warnings()) == 1, "logged once"
+    assert str(path) in warnings()[0]
+    assert ("65534" if way is give else "mode 0") in warnings()[0]
+    assert "EDGELM_CACHE_DIR" in warnings()[0]
+    assert (entry.path / "a").read_bytes() == b"1234", "the entry is unchanged"
 
 
 @pytest.mark.parametrize("part", ["the entry", "its stamp", "its file"])
-def test_an_entry_that_leads_elsewhere_is_not_used(cache, said, part):
+def test_an_entry_with_a_symbolic_link_is_not_used(cache, warnings, part):
     entry = put(cache)
     link_elsewhere({"the entry": entry.path, "its stamp": entry.path / STAMP}.get(part, entry.path / "a"))
     assert cache.find(KEY) is None
     assert put(cache) is None
-    assert len(said()) == 1
-    assert "is a symbolic link" in said()[0]
+    assert len(warnings()) == 1
+    assert "symbolic link" in warnings()[0]
 
 
 @pytest.mark.parametrize("way", [*WAYS, link_elsewhere])
 @pytest.mark.parametrize("part", ["the folder", "a folder in it", "a file in it"])
-def test_numbas_pickles_that_others_could_have_written_are_not_read(cache, said, part, way):
+def test_numbas_pickles_that_others_could_have_written_are_not_read(cache, warnings, part, way):
     inner = cache.numba_folder / "sampling_1"
     make_private(inner)
     file = inner / "ranking.rank_of.nbi"
@@ -153,12 +153,12 @@ def test_numbas_pickles_that_others_could_have_written_are_not_read(cache, said,
     way({"the folder": cache.numba_folder, "a folder in it": inner}.get(part, file))
     assert cache.prepare_numba_folder() is None
     assert cache.prepare_numba_folder() is None
-    assert len(said()) == 1, "said once"
-    assert said()[0].startswith(f"{cache.numba_folder} is not used")
+    assert len(warnings()) == 1, "logged once"
+    assert warnings()[0].startswith(str(cache.numba_folder))
 
 
-def test_without_a_safe_folder_numba_looks_for_no_other_one(tmp_path):
-    """It would unpickle what lies in ~/.cache/numba, whoever wrote that."""
+def test_without_a_safe_folder_numba_uses_no_other_one(tmp_path):
+    """Else it would unpickle files of ~/.cache/numba, which others could have written."""
     home = tmp_path / "home"
     (tmp_path / "cache").mkdir()
     open_to_all(tmp_path / "cache")
@@ -169,13 +169,14 @@ def test_without_a_safe_folder_numba_looks_for_no_other_one(tmp_path):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=240
     )
     assert done.stdout == "5\n", done.stderr
-    assert done.stderr.count("is not used as a cache") == 1
+    assert done.stderr.count(str(tmp_path / "cache")) >= 1
+    assert len(done.stderr.splitlines()) == 1
     assert not home.exists()
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_parent_that_others_can_write_lets_them_exchange_the_folder(tmp_path, said, way):
+def test_a_folder_whose_parent_others_can_write_is_not_used(tmp_path, warnings, way):
     parent = tmp_path / "parent"
     parent.mkdir()
     cache = BoardCache(parent / "deep" / "cache")
@@ -186,26 +187,26 @@ def test_a_parent_that_others_can_write_lets_them_exchange_the_folder(tmp_path, 
         pytest.skip("this user's own group may be private")
     way(parent)
     assert cache.find(KEY) is None
-    assert f"{parent} " in said()[0] or f"{parent}," in said()[0]
+    assert f"{parent} " in warnings()[0] or f"{parent}," in warnings()[0]
     before = list(parent.iterdir())
     assert BoardCache(parent / "another").make(KEY, 1, lambda folder: {}) is None
-    assert list(parent.iterdir()) == before, "nothing is made there"
+    assert list(parent.iterdir()) == before, "no file is created"
 
 
-def test_a_sticky_folder_above_is_as_good_as_tmp(tmp_path, said):
+def test_a_sticky_parent_folder_is_safe(tmp_path, warnings):
     parent = tmp_path / "tmp"
     parent.mkdir()
     parent.chmod(0o1777)
     cache = BoardCache(parent / "cache")
     put(cache)
     assert cache.find(KEY) is not None
-    assert said() == []
-    assert BoardCache(parent).find(KEY) is None  # but no cache itself
+    assert warnings() == []
+    assert BoardCache(parent).find(KEY) is None  # but it is not a cache itself
     assert put(BoardCache(parent)) is None
-    assert "everyone may write" in said()[0]
+    assert "everyone" in warnings()[0]
 
 
-def test_links_on_the_way_are_followed_and_judged(tmp_path, said):
+def test_links_in_the_path_are_followed_and_checked(tmp_path, warnings):
     real = tmp_path / "disk" / "cache"
     put(BoardCache(real))
     (tmp_path / "home").mkdir()
@@ -213,10 +214,10 @@ def test_links_on_the_way_are_followed_and_judged(tmp_path, said):
     (tmp_path / "link").symlink_to(real)
     cache = BoardCache(tmp_path / "home" / "cache")
     assert cache.find(KEY) is not None
-    assert said() == []
+    assert warnings() == []
     open_to_all(tmp_path / "disk")
     assert cache.find(KEY) is None
-    assert len(said()) == 1
+    assert len(warnings()) == 1
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     with pytest.raises(OSError, match="too many symbolic links"):
         find_path_fault(tmp_path / "circle" / "x")
@@ -225,41 +226,41 @@ def test_links_on_the_way_are_followed_and_judged(tmp_path, said):
 
 
 @as_root
-def test_a_link_of_somebody_else_is_not_followed(tmp_path, said):
+def test_a_link_of_another_user_is_not_followed(tmp_path, warnings):
     cache = BoardCache(tmp_path / "cache")
     put(cache)
     (tmp_path / "link").symlink_to(cache.folder)
     give(tmp_path / "link")
     assert BoardCache(tmp_path / "link").find(KEY) is None
-    assert "belongs to user 65534" in said()[0]
+    assert "65534" in warnings()[0]
 
 
 @as_root
-def test_a_cache_of_root_serves_other_users(tmp_path, monkeypatch, said):
+def test_a_cache_of_root_serves_other_users(tmp_path, monkeypatch, warnings):
     cache = BoardCache(tmp_path / "cache")
     put(cache)
     monkeypatch.setattr(os, "geteuid", lambda: 1234)
     assert cache.find(KEY) is not None
     give(cache.folder / KEY.name)
     assert cache.find(KEY) is None
-    assert len(said()) == 1
+    assert len(warnings()) == 1
 
 
-def test_a_private_group_is_its_user_in_the_folders_above_only(tmp_path, monkeypatch):
+def test_a_private_group_may_write_the_parent_folders_only(tmp_path, monkeypatch):
     folder = tmp_path / "home" / "cache"
     make_private(folder)
     open_to_group(folder.parent)
     monkeypatch.setattr(ownership, "_is_private", lambda path, status: True)
     assert find_path_fault(folder) is None
     open_to_group(folder)
-    assert "its group may write" in find_path_fault(folder)
-    assert "its group may write" in find_content_fault(folder)
+    assert "group" in find_path_fault(folder)
+    assert "group" in find_content_fault(folder)
 
 
-def test_what_is_no_file_is_not_used(tmp_path):
+def test_a_named_pipe_is_not_used(tmp_path):
     os.mkfifo(tmp_path / "pipe", 0o600)
     tmp_path.chmod(0o700)
-    assert "neither a file nor a folder" in find_content_fault(tmp_path)
+    assert str(tmp_path / "pipe") in find_content_fault(tmp_path)
 
 
 # --- the library ---
@@ -277,8 +278,8 @@ def logits_of(path, cache):
     return session.prefill(0, np.arange(2, 9), 0).copy()
 
 
-def test_a_library_that_is_not_the_compiled_one_is_never_loaded(small, cache, said, monkeypatch):
-    """Although size and time of change are those of the stamp: by its hash, and before it is loaded."""
+def test_a_library_that_is_not_the_compiled_one_is_never_loaded(small, cache, warnings, monkeypatch):
+    """Its size and time are those of the stamp; the hash differs, and is checked before loading."""
     expected = logits_of(small, cache)
     (entry,) = cache.entries()
     library = entry.path / KERNELS
@@ -291,16 +292,16 @@ def test_a_library_that_is_not_the_compiled_one_is_never_loaded(small, cache, sa
     assert cache.find(CacheKey(**json.loads((entry.path / STAMP).read_text())["key"])) is not None
     LIBRARIES._shared.clear()  # as in a new process
     loaded = []
-    plain = CustomOpLibrary.__init__
+    original = CustomOpLibrary.__init__
     monkeypatch.setattr(
-        CustomOpLibrary, "__init__", lambda self, *given: (plain(self, *given), loaded.append(given))[0]
+        CustomOpLibrary, "__init__", lambda self, *given: (original(self, *given), loaded.append(given))[0]
     )
     np.testing.assert_array_equal(logits_of(small, cache), expected)
-    assert len(said()) == 1
-    assert f"{library} is not the compiled library" in said()[0]
+    assert len(warnings()) == 1
+    assert str(library) in warnings()[0]
     assert hashlib.sha256(content).hexdigest() not in [given[3] for given in loaded]
     (again,) = cache.entries()
-    assert again.sha256[KERNELS] == entry.sha256[KERNELS], "and compiled again"
+    assert again.sha256[KERNELS] == entry.sha256[KERNELS], "it is compiled again"
 
 
 @pytest.fixture
@@ -310,20 +311,20 @@ def compiled(small, cache):
     return entry.path / KERNELS, entry.path / DATA, entry.sha256[KERNELS]
 
 
-def test_the_library_that_is_loaded_is_the_one_that_was_hashed(compiled, tmp_path, monkeypatch):
-    """Whatever is put in its place in between, and whatever onnxruntime finds there when it opens it again."""
+def test_the_loaded_library_is_the_hashed_one(compiled, tmp_path, monkeypatch):
+    """Also if another file replaces it between hashing and loading, or before onnxruntime opens it again."""
     library, data, digest = compiled
     own = Path(shutil.copy(library, tmp_path / "own.so"))
     real = hashlib.sha256
 
     def exchange(content):
         own.unlink()
-        own.write_bytes(b"a stranger's")
+        own.write_bytes(b"another file")
         return real(content)
 
     monkeypatch.setattr(hashlib, "sha256", exchange)
     operators = CustomOpLibrary(own, [], data, digest)
-    assert own.read_bytes() == b"a stranger's"
+    assert own.read_bytes() == b"another file"
     maps = Path("/proc/self/maps").read_text()
     assert f"{own} (deleted)" in maps
     options = onnxruntime.SessionOptions()
@@ -331,7 +332,7 @@ def test_the_library_that_is_loaded_is_the_one_that_was_hashed(compiled, tmp_pat
         operators.register(options)
 
 
-def test_many_libraries_are_told_apart_and_keep_no_descriptor(compiled, tmp_path):
+def test_many_libraries_are_distinct_and_keep_no_descriptor(compiled, tmp_path):
     library, data, digest = compiled
     before = len(list(Path("/proc/self/fd").iterdir()))
     made = []
@@ -341,10 +342,10 @@ def test_many_libraries_are_told_apart_and_keep_no_descriptor(compiled, tmp_path
         made[-1].register(onnxruntime.SessionOptions())
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
     hooks = {ctypes.cast(each._code.RegisterCustomOps, ctypes.c_void_p).value for each in made}
-    assert len(hooks) == len(made), "each is code of its own"
+    assert len(hooks) == len(made), "each is separate code"
 
 
-def test_a_library_behind_a_link_or_of_another_hash_is_refused(compiled, tmp_path):
+def test_a_linked_library_or_one_with_another_hash_is_refused(compiled, tmp_path):
     library, data, digest = compiled
     (tmp_path / "link.so").symlink_to(library)
     with pytest.raises(OSError, match="symbolic link"):
@@ -360,11 +361,11 @@ def test_a_library_behind_a_link_or_of_another_hash_is_refused(compiled, tmp_pat
 # --- the emulated board ---
 
 
-def test_an_emulated_root_that_others_could_have_written_is_not_run(tmp_path, monkeypatch):
+def test_an_emulated_root_that_others_could_have_written_is_not_used(tmp_path, monkeypatch):
     rootfs = pytest.importorskip("edgelm_devices.rootfs")
     folder = tmp_path / "emulate" / "root"
     folder.mkdir(parents=True)
     monkeypatch.setattr(rootfs, "rootfs_folder", lambda cache: cache / "root")
     open_to_all(folder)
-    with pytest.raises(DeviceError, match=r"everyone may write .*; remove it, or name a folder"):
+    with pytest.raises(DeviceError, match=f"everyone .*{folder}"):
         rootfs.prepare_rootfs(tmp_path / "emulate", print)

@@ -1,4 +1,4 @@
-"""Environments that a service's user or a container has: no home, no cache, an installation that cannot be written."""
+"""Environments of services and containers: no home, no cache, a read-only installation."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from edgelm.system import user_folders
 from edgelm.system.board_cache import BoardCache
 
 NOBODY = 61_234
-"""A user id that no list of users has."""
+"""A user id that is not in the user database."""
 
 
 HOMELESS = "import pwd\ndef nobody(_): raise KeyError\npwd.getpwuid = nobody\n"
-"""Makes this process's user one that no list has."""
+"""Code that removes this process's user from the user database."""
 
 
 def is_open(*places):
-    """Whether other users can read what lies at all of these places."""
+    """Whether other users can read all of these paths."""
     return all(Path(each).stat().st_mode & 0o005 == 0o005 for place in places for each in (place, *Path(place).parents))
 
 
 def run_edgelm(*arguments, environment, text=None):
-    """Run the command line without a home; as one who owns nothing, where we are root and Python is open to all."""
+    """Run the command line without a home; as another user if we are root and Python is readable for all."""
     code = HOMELESS
     if os.geteuid() == 0 and is_open(sys.prefix, sys.base_prefix, Path(edgelm.__file__).parent):
         code += f"import os; os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
@@ -61,7 +61,7 @@ def run_edgelm(*arguments, environment, text=None):
     ],
     ids=repr,
 )
-def test_a_user_without_anything_gets_an_answer(environment):
+def test_a_user_without_folders_gets_a_completion(environment):
     done = run_edgelm("generate", "builtin", "play some jazz", environment=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["intent"] == "PlayMusic"
@@ -71,30 +71,30 @@ def test_a_user_without_anything_gets_an_answer(environment):
         assert (done.returncode, done.stderr) == (0, ""), command
 
 
-def test_kernels_are_compiled_where_nothing_can_be_kept():
+def test_kernels_are_compiled_without_a_cache():
     arguments = ["generate", "builtin", "play some jazz", "--temperature", "0.5", "--seed", "1"]
     done = run_edgelm(*arguments, environment={"EDGELM_CACHE_DIR": "/dev/null/cache"})
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) <= 1, done.stderr
 
 
-def test_a_terminal_without_a_letter_shows_which_it_is():
+def test_a_letter_that_the_terminal_cannot_encode_is_escaped():
     environment = {"PYTHONIOENCODING": "ascii", "HOME": "/"}
     done = run_edgelm("generate", "builtin", "play Beyonc\u00e9", environment=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Beyonc\\xe9" in done.stdout
 
 
-def test_a_chat_without_a_home_ends_in_order():
+def test_a_chat_without_a_home_ends_normally():
     done = run_edgelm("chat", "builtin", environment={}, text="play some jazz\n/save ~/x\n/bye\n")
     assert done.returncode == 0, done.stderr
     assert "PlayMusic" in done.stdout
-    assert "home directory" in done.stderr
+    assert "home" in done.stderr
     assert "internal error" not in done.stderr
 
 
 @given(st.sampled_from(["cache", "data", "state"]), st.sampled_from(["", "relative/x", "/absolute", "/a b"]))
-def test_only_an_absolute_path_counts(kind, named):
+def test_only_an_absolute_path_is_used(kind, named):
     variable = f"XDG_{kind.upper()}_HOME"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(variable, named)

@@ -1,4 +1,4 @@
-"""Constraints: whatever is sampled under the mask satisfies them, and every step keeps the text a valid prefix."""
+"""Constraints: completions sampled under the token mask satisfy them; the mask allows exactly the valid tokens."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def allowed(matcher: Matcher, vocab_size: int) -> list[int]:
 def answer(
     grammar: ConstraintCompiler, tokenizer: Tokenizer, constraint: Constraint, seed: int, limit: int = 150
 ) -> str | None:
-    """Sample under the mask from logits that know nothing; None where the answer does not end in time."""
+    """Sample under the mask from uniform logits; None if the completion is not finished after `limit` tokens."""
     matcher = grammar.compile(constraint)
     width = tokenizer.vocab_size + EXTRA
     sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), width)
@@ -56,7 +56,7 @@ def answer(
         choices = allowed(matcher, tokenizer.vocab_size)
         assert (EOS[0] in choices) == matcher.is_accepting
         logits = np.zeros(width, dtype=np.float32)
-        logits[[*closing, *EOS]] = len(tokens) / 10  # more and more inclined to end
+        logits[[*closing, *EOS]] = len(tokens) / 10  # closing tokens get more likely with each step
         token = sampler.sample(logits, matcher.mask())
         assert token in choices
         matcher.accept(token)
@@ -171,7 +171,7 @@ def test_whitespace_in_json_is_bounded(grammar: ConstraintCompiler, tokenizer: T
     assert count == 32
 
 
-def test_forced_tokens_are_what_the_mask_leaves(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
+def test_only_forced_tokens_are_allowed_by_the_mask(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
     matcher = grammar.compile(Constraint("regex", "(red|green) ball"))
     assert matcher.forced_tokens() == []
     (letter,) = tokenizer.encode("xr", add_special_tokens=False)[-1:]
@@ -184,7 +184,7 @@ def test_forced_tokens_are_what_the_mask_leaves(grammar: ConstraintCompiler, tok
     assert "ed ball".startswith(tokenizer.decode([*tokenizer.encode("x"), *forced])[1:])
 
 
-def test_two_answers_to_one_constraint_do_not_meet(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
+def test_two_matchers_of_one_constraint_are_independent(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
     constraint = Constraint("choices", ("a", "b"))
     first, second = grammar.compile(constraint), grammar.compile(constraint)
     before = allowed(second, tokenizer.vocab_size)
@@ -205,50 +205,50 @@ def test_two_answers_to_one_constraint_do_not_meet(grammar: ConstraintCompiler, 
         ("json_schema", '{"type": "widget"}', "Invalid type: widget"),
         ("json_schema", '{"not": {}}', 'Unimplemented keys: \\["not"\\]'),
         ("json_schema", '{"type": "object", "allOf": [{"type": "string"}]}', "Unsatisfiable"),
-        ("json_schema", "[" * 100_000, "not valid"),
+        ("json_schema", "[" * 100_000, "json_schema"),
         ("lark", "start: nothing", 'unknown name: "nothing"'),
         ("lark", 'start: "a', "lexer error"),
         ("lark", f"start: {'(' * 5000}", "nested"),
-        ("regex", "a\ud800", "not valid"),
+        ("regex", "a\ud800", "regex"),
     ],
 )
-def test_what_cannot_be_followed_is_one_clear_line(
+def test_an_invalid_constraint_is_a_one_line_error(
     kind: Any, value: str, message: str, grammar: ConstraintCompiler
 ) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         grammar.compile(Constraint(kind, value))
     assert caught.value.code == "bad_request"
-    assert str(caught.value).startswith(f"{kind} is not valid: ")
+    assert str(caught.value).startswith(kind)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
 
 
-def test_a_token_against_the_mask_is_an_internal_error(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
+def test_a_token_outside_the_mask_is_an_internal_error(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
     matcher = grammar.compile(Constraint("choices", ("a", "b")))
     wrong = next(t for t in range(3, tokenizer.vocab_size) if t not in allowed(matcher, tokenizer.vocab_size))
-    with pytest.raises(RequestError, match=f"token {wrong} was chosen") as caught:
+    with pytest.raises(RequestError, match=f"token {wrong} ") as caught:
         matcher.accept(wrong)
     assert caught.value.code == "internal"
 
 
-def test_a_constraint_that_proves_too_complex_is_a_bad_request(
+def test_a_constraint_that_becomes_too_complex_is_a_bad_request(
     grammar: ConstraintCompiler, tokenizer: Tokenizer
 ) -> None:
     schema = {"type": "object", "properties": {f"k{number}": {} for number in range(3000)}}
-    with pytest.raises(RequestError, match=r"cannot be followed further: .* max is 2000") as caught:
+    with pytest.raises(RequestError, match="2000") as caught:
         answer(grammar, tokenizer, Constraint("json_schema", json.dumps(schema)), 0)
     assert caught.value.code == "bad_request"
     assert "\n" not in str(caught.value)
     assert "<state>" not in str(caught.value)
 
 
-def test_a_missing_or_wider_tokenizer_is_a_bundle_error(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="cannot be used"):
+def test_a_missing_too_large_or_invalid_tokenizer_is_a_bundle_error(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
         ConstraintCompiler(tmp_path / "tokenizer.json", 100, EOS)
     path = tmp_path / "tokenizer.json"
     byte_level()._inner.save(str(path))
     with pytest.raises(BundleError, match="vocab size too small"):
         ConstraintCompiler(path, 100, EOS)
     path.write_text("{}")
-    with pytest.raises(BundleError, match="cannot be used"):
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
         ConstraintCompiler(path, 1000, EOS)

@@ -1,4 +1,4 @@
-"""A stranger's tokenizer.json: it is refused with one error, or it is read and costs no more than others do."""
+"""An untrusted tokenizer.json is refused with one error, or read at the usual cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Change = Callable[[dict[str, Any]], None]
 
 
 def written(path: Path, change: Change, *, escaped: str = "") -> Path:
-    """Write a tokenizer.json with a change; a name that is `escaped` is written with an escape."""
+    """Write a changed tokenizer.json; the first letter of the key `escaped` is written as a Unicode escape."""
     content = json.loads(byte_level()._inner.to_str())
     change(content)
     text = json.dumps(content)
@@ -65,19 +65,19 @@ def around(count: int) -> Change:
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
-    "an id of 32 bits": (token(2**32 - 1), "id above"),
-    "an id above the largest": (token(MAX_TOKEN_ID + 1), "id above"),
-    "an id around a text": (lambda c: (around(1)(c), c["post_processor"]["special_tokens"]["<s>"].update(ids=[4 * 10**9])), "id above"),
-    "a table's size": (charsmap(2**32 - 1), "precompiled_charsmap says"),
-    "many tokens around a text": (around(MAX_ADDED_TOKENS + 1), "tokens around every text"),
-    "replaced by a long text": (replace({"String": "a"}, "a" * (MAX_GROWTH + 1)), "times longer"),
-    "replaced step by step": (replace({"String": "a"}, "aaaaaaaaaa", 9), "times longer"),
-    "matched and replaced": (replace({"Regex": "."}, "x" * (MAX_GROWTH + 1)), "times longer"),
-    "replaced in an answer": (replace({"String": "a"}, "a" * 10, 9, "decoder"), "times longer"),
-    "nested repetitions": (split("(a+)+$"), "too long for short texts|retry-limit"),
-    "nested alternatives": (split("(?:a|a)*$"), "too long for short texts|retry-limit"),
-    "many repetitions": (split(r"\s*\s*\s*\s*\s*\s*x"), "too long for short texts|retry-limit"),
-    "repetitions in a replacement": (replace({"Regex": "(a+)+$"}, "b"), "too long for short texts|retry-limit"),
+    "an id of 32 bits": (token(2**32 - 1), str(MAX_TOKEN_ID)),
+    "an id above the largest": (token(MAX_TOKEN_ID + 1), str(MAX_TOKEN_ID)),
+    "an id around a text": (lambda c: (around(1)(c), c["post_processor"]["special_tokens"]["<s>"].update(ids=[4 * 10**9])), str(MAX_TOKEN_ID)),
+    "a table's size": (charsmap(2**32 - 1), "precompiled_charsmap"),
+    "many tokens around a text": (around(MAX_ADDED_TOKENS + 1), f"{MAX_ADDED_TOKENS} tokens"),
+    "replaced by a long text": (replace({"String": "a"}, "a" * (MAX_GROWTH + 1)), f"{MAX_GROWTH} times"),
+    "replaced step by step": (replace({"String": "a"}, "aaaaaaaaaa", 9), f"{MAX_GROWTH} times"),
+    "matched and replaced": (replace({"Regex": "."}, "x" * (MAX_GROWTH + 1)), f"{MAX_GROWTH} times"),
+    "replaced in an answer": (replace({"String": "a"}, "a" * 10, 9, "decoder"), f"{MAX_GROWTH} times"),
+    "nested repetitions": (split("(a+)+$"), "regular expressions|retry-limit"),
+    "nested alternatives": (split("(?:a|a)*$"), "regular expressions|retry-limit"),
+    "many repetitions": (split(r"\s*\s*\s*\s*\s*\s*x"), "regular expressions|retry-limit"),
+    "repetitions in a replacement": (replace({"Regex": "(a+)+$"}, "b"), "regular expressions|retry-limit"),
 }  # fmt: skip
 
 
@@ -92,8 +92,8 @@ def test_a_hostile_tokenizer_is_refused(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("change", "name"), [(charsmap(2**32 - 1), "precompiled_charsmap"), (charsmap(2**32 - 1), "normalizer")]
 )
-def test_a_name_that_is_escaped_hides_nothing(tmp_path: Path, change: Change, name: str) -> None:
-    with pytest.raises(BundleError, match="precompiled_charsmap says"):
+def test_an_escaped_key_is_checked_too(tmp_path: Path, change: Change, name: str) -> None:
+    with pytest.raises(BundleError, match="precompiled_charsmap"):
         Tokenizer.from_file(written(tmp_path, change, escaped=name))
 
 
@@ -112,12 +112,12 @@ def test_a_name_that_is_escaped_hides_nothing(tmp_path: Path, change: Change, na
     ],
     ids=["tokens around", "a longer text", "SentencePiece", "Llama 3", "GPT-4o", "as it is"],
 )  # fmt: skip
-def test_what_is_published_is_read(tmp_path: Path, change: Change) -> None:
+def test_published_tokenizers_are_read(tmp_path: Path, change: Change) -> None:
     assert Tokenizer.from_file(written(tmp_path, change)).encode("turn on the light")
 
 
 def test_a_text_without_tokens_is_one_error(tmp_path: Path) -> None:
-    """A word-level model without its unknown token: the library raises a plain exception."""
+    """For a word-level model without its unknown token the library raises a plain exception."""
     file = written(tmp_path, put("model", {"type": "WordLevel", "vocab": {"on": 0}, "unk_token": "<unk>"}))
     with pytest.raises(EdgelmError, match="tokenizer") as caught:
         Tokenizer.from_file(file).encode("off")
@@ -137,11 +137,11 @@ def test_a_panic_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_fallback()
     monkeypatch.setattr(tokenizer, "_inner", Broken())
     for use in (lambda: tokenizer.encode("x"), lambda: tokenizer.decode([1])):
-        with pytest.raises(RequestError, match="the model's tokenizer fails: index out of bounds: the len is 3"):
+        with pytest.raises(RequestError, match="index out of bounds: the len is 3"):
             use()
 
 
-def test_an_error_is_one_line_and_has_an_end() -> None:
+def test_an_error_is_one_line_of_limited_length() -> None:
     assert str(EdgelmError("names a\n\x85b\u2028c")) == "names a  b c"
     assert len(str(BundleError("x" * 10**6))) < 10_000
 
@@ -149,8 +149,8 @@ def test_an_error_is_one_line_and_has_an_end() -> None:
 @pytest.mark.parametrize(
     "method", [lambda t: t.split("</think>"), lambda t: t.splitlines(), lambda t: list(t), lambda t: t[::-1]]
 )
-def test_a_long_text_that_spells_tokens_is_cut_in_time(method: Callable[[str], object]) -> None:
-    """What a template does to a message of 64 KB: it took a minute where each cut looked for all signs again."""
+def test_a_long_text_with_marks_is_split_in_time(method: Callable[[str], object]) -> None:
+    """Operations of a template on a message of 64 KB: searching all marks again for each slice took a minute."""
     tracker = TaintTracker(SpecialTokenFinder(["<|im_end|>"]), [])
     text = tracker.taint("</think>\n" * 7000 + "<|im_end|>")
     assert isinstance(text, TaintedText)
@@ -159,7 +159,7 @@ def test_a_long_text_that_spells_tokens_is_cut_in_time(method: Callable[[str], o
     assert time.thread_time() - begun < 3
 
 
-def test_one_of_a_checkpoint_is_refused_before_a_library_reads_it(tmp_path: Path) -> None:
+def test_an_export_refuses_one_before_a_library_reads_it(tmp_path: Path) -> None:
     pytest.importorskip("safetensors", reason="needs pip install 'edgelm[export]'")
     import edgelm_export
     from tiny import TinyLlama
@@ -171,11 +171,11 @@ def test_one_of_a_checkpoint_is_refused_before_a_library_reads_it(tmp_path: Path
     content = json.loads(path.read_text("utf-8"))
     charsmap(2**32 - 1)(content)
     path.write_text(json.dumps(content), "utf-8")
-    with pytest.raises(CheckpointError, match="precompiled_charsmap says"):
+    with pytest.raises(CheckpointError, match="precompiled_charsmap"):
         edgelm_export.export(checkpoint, tmp_path / "out", fast=True)
 
 
-def test_one_of_a_checkpoint_with_a_hole_before_an_id_is_refused(tmp_path: Path) -> None:
+def test_an_export_refuses_an_id_outside_the_vocabulary(tmp_path: Path) -> None:
     pytest.importorskip("safetensors", reason="needs pip install 'edgelm[export]'")
     import edgelm_export
     from tiny import TinyLlama
@@ -187,5 +187,5 @@ def test_one_of_a_checkpoint_with_a_hole_before_an_id_is_refused(tmp_path: Path)
     content = json.loads(path.read_text("utf-8"))
     content["model"]["vocab"]["e"] = 5000
     path.write_text(json.dumps(content), "utf-8")
-    with pytest.raises(CheckpointError, match="has the token 5000"):
+    with pytest.raises(CheckpointError, match="5000"):
         edgelm_export.export(checkpoint, tmp_path / "out", fast=True)

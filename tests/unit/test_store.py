@@ -1,4 +1,4 @@
-"""Models by name: the catalogue, a user's bundles, and what a name stands for."""
+"""Models by name: the catalogue, the user's bundles, and the resolution of names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUILTIN_FOLDER = Path(edgelm.__file__).parent / "builtin"
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """An empty store that names are looked up in."""
+    """An empty default store."""
     monkeypatch.setenv("EDGELM_DATA_DIR", str(tmp_path / "data"))
     return BundleStore.default()
 
@@ -32,7 +32,7 @@ def put(store, name, origin=None):
         store.write_origin(name, origin)
 
 
-def test_every_entry_of_the_catalogue_is_whole():
+def test_every_entry_of_the_catalogue_is_complete():
     models = load_catalogue()
     assert len(models) >= 10
     assert [model.parameters for model in models.values()] == sorted(model.parameters for model in models.values())
@@ -49,7 +49,7 @@ def test_every_entry_of_the_catalogue_is_whole():
 
 
 @given(st.floats(1, 100_000), st.sampled_from(sorted(load_catalogue())))
-def test_the_first_form_that_fits_is_taken(memory, name):
+def test_the_first_variant_that_fits_is_chosen(memory, name):
     model = load_catalogue()[name]
     found = model.choose_variant(memory)
     fitting = [variant for variant in model.variants if variant.memory_mb <= USABLE_MEMORY_SHARE * memory]
@@ -60,17 +60,17 @@ def test_the_first_form_that_fits_is_taken(memory, name):
 
 
 @given(st.text(max_size=80))
-def test_only_a_name_is_one(text):
+def test_only_valid_names_are_accepted(text):
     allowed = set("abcdefghijklmnopqrstuvwxyz0123456789._-")
     is_name = 1 <= len(text) <= 64 and set(text) <= allowed and text[0] not in "._-"
     if is_name:
         check_name(text)
     else:
-        with pytest.raises(EdgelmError, match="is no name"):
+        with pytest.raises(EdgelmError, match="1 to 64"):
             check_name(text)
 
 
-def test_a_name_stands_for_a_stored_bundle(store, run):
+def test_a_name_selects_a_stored_bundle(store, run):
     put(store, "mine", Origin("owner/model", "0123456789abcdef"))
     assert resolve_bundle_path("mine") == store.bundle_path("mine")
     assert open_bundle("mine").path == store.bundle_path("mine")
@@ -83,7 +83,7 @@ def test_a_name_stands_for_a_stored_bundle(store, run):
     assert (code, json.loads(out)["digest"]) == (0, open_bundle(BUILTIN).manifest.digest)
 
 
-def test_a_name_wins_over_a_directory_here_and_builtin_over_all(store, tmp_path, monkeypatch, run):
+def test_a_name_has_priority_over_a_directory_and_builtin_over_both(store, tmp_path, monkeypatch, run):
     put(store, "mine")
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "other", BUILTIN):
@@ -121,7 +121,7 @@ def test_list_and_show(store, run):
 
 
 @pytest.mark.parametrize("record", ["", "{", "[1]", '{"source": 3, "revision": null}', '{"source": "a"}', "\x00\xff"])
-def test_a_damaged_record_costs_nothing_but_itself(record, store, run):
+def test_a_damaged_record_is_ignored(record, store, run):
     put(store, "mine")
     (store.folder / "bundles" / "mine.json").write_text(record, "latin-1")
     assert store.origin("mine") is None
@@ -141,14 +141,14 @@ def test_models(store, run):
     assert {entry["name"] for entry in json.loads(run("models", "--json")[1])} == set(load_catalogue())
 
 
-def test_rm_removes_what_is_named_and_what_was_made_of_it(store, run, tmp_path, monkeypatch):
+def test_rm_removes_the_named_bundle_and_its_cache_entries(store, run, tmp_path, monkeypatch):
     monkeypatch.setenv("EDGELM_CACHE_DIR", str(tmp_path / "cache"))
     from edgelm.system.board_cache import BoardCache, CacheKey
 
     for name in ("mine", "other"):
         put(store, name, Origin("owner/model"))
-        note = {"bundle": str(store.bundle_path(name))}
-        BoardCache.default().make(CacheKey("weights", name, "r", "c"), 1, lambda folder, note=note: note)
+        metadata = {"bundle": str(store.bundle_path(name))}
+        BoardCache.default().make(CacheKey("weights", name, "r", "c"), 1, lambda _, metadata=metadata: metadata)
     code, out, err = run("rm", "mine")
     assert (code, err) == (0, "")
     assert out.startswith("removed mine: 2.1 MB")
@@ -158,7 +158,7 @@ def test_rm_removes_what_is_named_and_what_was_made_of_it(store, run, tmp_path, 
 
 
 @pytest.mark.parametrize("wrong", ["nothing", "builtin", "../mine", "", "Mine"])
-def test_rm_removes_nothing_where_one_name_is_wrong(wrong, store, run):
+def test_rm_removes_nothing_if_one_name_is_invalid(wrong, store, run):
     put(store, "mine")
     code, out, err = run("rm", "mine", wrong)
     assert (code, out, err.count("\n")) == (1, "", 1)
@@ -166,21 +166,21 @@ def test_rm_removes_nothing_where_one_name_is_wrong(wrong, store, run):
 
 
 @pytest.mark.parametrize(
-    ("name", "remedy"),
+    ("name", "advice"),
     [
         ("smollm2-135m", "`edgelm pull smollm2-135m`"),
-        ("smolm2-135m", "did you mean smollm2-135m?"),
-        ("bultin", "did you mean builtin?"),
+        ("smolm2-135m", "smollm2-135m"),
+        ("bultin", "builtin"),
         ("zzz", "`edgelm list`"),
         ("no/where", "`edgelm list`"),
     ],
 )
-def test_who_names_what_is_not_here_learns_what_to_do(name, remedy, store, run):
+def test_an_unknown_name_gives_advice(name, advice, store, run):
     for command in (["generate", name, "x"], ["info", name], ["serve", "--model", name], ["show", name]):
         code, out, err = run(*command)
         assert (code, out, err.count("\n")) == (1, "", 1), command
         if command[0] != "show" or name not in load_catalogue():
-            assert remedy in err
+            assert advice in err
         if name in load_catalogue():
             break
     with pytest.raises(BundleError):

@@ -1,4 +1,4 @@
-"""A stranger's chat template is rendered within bounds or refused, and one that people publish as Jinja renders it."""
+"""Untrusted chat templates stay within limits or are refused; published ones render as in Jinja."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from edgelm.text.template_sandbox import Template
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "play <eos> music"}]
 GROW = "{% set ns = namespace(s='ab', l=[1]) %}{% for i in range(70) %}{% set ns.s = STEP %}{% endfor %}{{ ns.s | length }}"
-PROCESSOR_S = 5 * template_sandbox.RENDER_LIMIT_S
-"""A single step may be under way when the time is over."""
+MAX_CPU_S = 5 * template_sandbox.RENDER_LIMIT_S
+"""A single step may be running when the time limit is reached."""
 
 TOO_LONG = {
     "loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9) %}{% endfor %}{% endfor %}{% endfor %}",
@@ -25,7 +25,7 @@ TOO_LONG = {
     "filters": "{% set a = range(9999) | list %}{% for i in range(99999) %}{% if a | sort | length %}{% endif %}{% endfor %}",
     "lazy filters": "{% for i in range(9999) %}{% for x in range(9999) | map('string') %}{% endfor %}{% endfor %}",
     "recursion": "{% for x in [1] recursive %}{{ loop([1, 2]) if loop.depth < 60 }}{% endfor %}",
-    "a body that is marked": "{% generation %}{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}{% endgeneration %}",
+    "a generation block": "{% generation %}{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}{% endgeneration %}",
 }
 TOO_MUCH = {
     "times": "{{ 'a' * 10**9 }}",
@@ -79,63 +79,64 @@ TOO_MUCH = {
 
 
 def seconds_and_bytes(source: str) -> tuple[float, int, str]:
-    """Return processor seconds, most bytes, and the error of a template."""
+    """Return CPU seconds, peak bytes and the error of a template."""
     tracemalloc.start()
     begun = time.thread_time()
     try:
         Template(source).render({"messages": MESSAGES})
-        said = ""
-    except Exception as error:  # noqa: BLE001  whatever a template raises
-        said = f"{type(error).__name__}: {error}"
-    took, most = time.thread_time() - begun, tracemalloc.get_traced_memory()[1]
+        message = ""
+    except Exception as error:  # noqa: BLE001  a template can raise any exception
+        message = f"{type(error).__name__}: {error}"
+    took, peak = time.thread_time() - begun, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return took, most, said
+    return took, peak, message
 
 
 @pytest.mark.parametrize("kind", TOO_LONG)
-def test_one_that_takes_long_is_stopped(kind):
-    took, _, said = seconds_and_bytes(TOO_LONG[kind])
-    assert said == "TemplateLimitError: it takes longer than 1 s"
-    assert took < PROCESSOR_S
+def test_a_slow_template_is_stopped(kind):
+    took, _, message = seconds_and_bytes(TOO_LONG[kind])
+    assert message.startswith("TemplateLimitError: ")
+    assert message.endswith("1 s")
+    assert took < MAX_CPU_S
 
 
 @pytest.mark.parametrize("kind", TOO_MUCH)
-def test_one_that_makes_much_is_stopped(kind):
-    took, most, said = seconds_and_bytes(TOO_MUCH[kind])
-    assert said.startswith("TemplateLimitError: it ") or "integer" in said, said
+def test_a_template_with_large_values_is_stopped(kind):
+    took, most, message = seconds_and_bytes(TOO_MUCH[kind])
+    assert message.startswith("TemplateLimitError: ") or "integer" in message, message
     assert most < 8 * template_sandbox.MAX_RENDERED_SIZE, f"{most / 1e6:.0f} MB"
-    assert took < PROCESSOR_S
+    assert took < MAX_CPU_S
 
 
-def test_whatever_the_fuzzer_knows_is_short():
-    """One after another in one process, with the same limits."""
+def test_the_fuzzer_s_templates_stay_within_the_limits():
+    """All in one process, one after another."""
     for source in TEMPLATES[::3]:
         took, most, _ = seconds_and_bytes(source)
-        assert took < PROCESSOR_S, source[:100]
+        assert took < MAX_CPU_S, source[:100]
         assert most < 8 * template_sandbox.MAX_RENDERED_SIZE, source[:100]
 
 
 @pytest.mark.parametrize(
     "source", ["{{ 1 }}" * 60_000, "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{{ " + "-" * 9000 + "1 }}", "{% if"]
 )
-def test_one_that_is_none_or_too_long_is_refused_before(source):
+def test_an_invalid_or_too_long_template_is_not_compiled(source):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         Template(source)
 
 
-def test_one_that_fails_for_a_short_text_is_not_tried_again():
+def test_a_template_that_is_slow_for_a_short_text_is_not_run_again():
     template = ChatTemplate(TOO_LONG["loops"], {})
     for _ in range(20):
         begun = time.thread_time()
-        with pytest.raises(RequestError, match="takes longer than 1 s") as caught:
+        with pytest.raises(RequestError, match="1 s") as caught:
             template.render(MESSAGES)
         took = time.thread_time() - begun
     assert caught.value.code == "bad_request"
     assert took < template_sandbox.RENDER_LIMIT_S / 2
 
 
-def test_limits_are_a_threads_own_and_a_renderings_own():
-    """What one rendering made is not counted for the next, nor for one beside it."""
+def test_each_thread_and_each_rendering_has_its_own_limits():
+    """The size of one rendering does not count for the next one, nor for a concurrent one."""
     template = Template("{% for i in range(50) %}{{ 'x' * 99999 }}{% endfor %}")
     lengths = []
 
@@ -151,7 +152,7 @@ def test_limits_are_a_threads_own_and_a_renderings_own():
     assert lengths == [50 * 99999] * 12
 
 
-def test_an_error_that_a_template_raises_is_short():
+def test_a_long_error_of_a_template_is_cut():
     with pytest.raises(RequestError) as caught:
         ChatTemplate("{{ raise_exception('x' * 99999) }}", {}).render(MESSAGES)
     assert len(str(caught.value)) < 500
@@ -189,9 +190,9 @@ def test_an_error_that_a_template_raises_is_short():
         ),
     ],
 )
-def test_what_templates_do_is_done(source, text):
+def test_a_template_renders_as_in_jinja(source, text):
     assert Template(source).render({"messages": MESSAGES}) == text
 
 
-def test_a_limit_is_an_error_of_ours():
+def test_a_limit_error_is_an_edgelm_error():
     assert issubclass(TemplateLimitError, RequestError.__mro__[1])

@@ -1,4 +1,4 @@
-"""What others say reaches a terminal as text: bundles, models, errors, logs, progress."""
+"""Control characters from bundles, models, errors, logs and progress are escaped on a terminal."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from edgelm.system.terminal import EscapingStream, escape_controls, escape_line,
 
 BUILTIN = Path(edgelm.__file__).parent / "builtin"
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\x7f\rhi"
-TOLD = r"\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\x7f\x0dhi"
-PATIENCE_S = 60.0
+ESCAPED = r"\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\x7f\x0dhi"
+TIMEOUT_S = 60.0
 
 
 def is_safe(text: str) -> bool:
@@ -40,7 +40,7 @@ def is_safe(text: str) -> bool:
 @given(text=st.text())
 @example(text=EVIL)
 @example(text="".join(map(chr, range(0x2100))))
-def test_nothing_that_a_terminal_obeys_is_left(text: str) -> None:
+def test_no_control_character_is_left(text: str) -> None:
     assert is_safe(escape_controls(text))
     assert is_safe(escape_line(text))
     assert "\n" not in escape_line(text)
@@ -48,15 +48,15 @@ def test_nothing_that_a_terminal_obeys_is_left(text: str) -> None:
         assert escape_controls(text) == text
 
 
-def test_escapes_are_visible_and_other_writing_stays() -> None:
-    assert escape_controls(EVIL) == TOLD
+def test_control_characters_are_escaped_and_other_text_is_unchanged() -> None:
+    assert escape_controls(EVIL) == ESCAPED
     kept = "tab\tand\nline, Grüße, 東京, שלום, عربي, 👩‍👩‍👧, e\u0301\u200f"
     assert escape_controls(kept) == kept
 
 
 @given(text=st.text(), at=st.integers(0, 50))
 @example(text=EVIL, at=1)
-def test_a_sequence_in_two_pieces_is_shown_like_one(text: str, at: int) -> None:
+def test_a_sequence_in_two_pieces_is_escaped_like_one(text: str, at: int) -> None:
     out = io.StringIO(newline="")
     stream = EscapingStream(out)
     stream.write(text[:at])
@@ -64,17 +64,17 @@ def test_a_sequence_in_two_pieces_is_shown_like_one(text: str, at: int) -> None:
     assert out.getvalue() == escape_controls(text)
 
 
-@pytest.mark.parametrize("as_they_are", [True, False])
-def test_output_is_ours_again_afterwards(as_they_are: bool, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("raw_stdout", [True, False])
+def test_the_streams_are_restored_afterwards(raw_stdout: bool, capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout, sys.stderr
-    with escape_output(raw_stdout=as_they_are):
+    with escape_output(raw_stdout=raw_stdout):
         print(EVIL)
         print(EVIL, file=sys.stderr)
         print("\x1b[K", end="", file=unwrap_stream(sys.stderr))
     assert (sys.stdout, sys.stderr) == before
-    told = capsys.readouterr()
-    assert told.out == (f"{EVIL}\n" if as_they_are else f"{TOLD}\n")
-    assert told.err == f"{TOLD}\n\x1b[K"
+    captured = capsys.readouterr()
+    assert captured.out == (f"{EVIL}\n" if raw_stdout else f"{ESCAPED}\n")
+    assert captured.err == f"{ESCAPED}\n\x1b[K"
 
 
 def need_builtin() -> None:
@@ -84,7 +84,7 @@ def need_builtin() -> None:
 
 @pytest.fixture
 def evil_bundle(tmp_path: Path) -> Path:
-    """A bundle whose manifest holds escape sequences wherever it holds text that a person sees."""
+    """A stored bundle with escape sequences in every text of its manifest that a command prints."""
     need_builtin()
     store = BundleStore(tmp_path / "data")
     folder = store.bundle_path("evil")
@@ -101,33 +101,33 @@ def evil_bundle(tmp_path: Path) -> Path:
 
 
 def on_a_terminal(*arguments: str, environment: dict[str, str] | None = None) -> str:
-    """What `edgelm` writes to a terminal of its own."""
-    ours, theirs = pty.openpty()
+    """Return the output of `edgelm` on a pseudo-terminal."""
+    master, slave = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "edgelm", *arguments],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
         env={**os.environ, **(environment or {})},
     )
-    os.close(theirs)
-    got, until = b"", time.monotonic() + PATIENCE_S
-    while time.monotonic() < until:
-        if select.select([ours], [], [], 0.2)[0]:
+    os.close(slave)
+    output, deadline = b"", time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        if select.select([master], [], [], 0.2)[0]:
             try:
-                piece = os.read(ours, 65536)
+                piece = os.read(master, 65536)
             except OSError:  # the other side is closed
                 break
             if not piece:
                 break
-            got += piece
-    os.close(ours)
-    process.wait(PATIENCE_S)
-    return got.decode(errors="replace").replace("\r\n", "\n")
+            output += piece
+    os.close(master)
+    process.wait(TIMEOUT_S)
+    return output.decode(errors="replace").replace("\r\n", "\n")
 
 
 @pytest.mark.parametrize("command", ["info", "show", "list"])
-def test_a_bundles_texts_are_shown_wherever_they_go(
+def test_a_bundle_s_texts_are_escaped_on_every_output(
     command: str, evil_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environment = {"EDGELM_DATA_DIR": str(evil_bundle)}
@@ -138,15 +138,15 @@ def test_a_bundles_texts_are_shown_wherever_they_go(
     seen = on_a_terminal(*arguments, environment=environment)
     for text in (piped.out + piped.err, seen):
         assert is_safe(text), ascii(text)
-        assert TOLD[:20] in text
+        assert ESCAPED[:20] in text
 
 
-def test_an_answer_is_shown_on_a_terminal_and_whole_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_completion_is_escaped_on_a_terminal_and_unchanged_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     need_builtin()
     arguments = ["generate", "builtin", "play", "--choices", EVIL.replace(",", "")]
     seen = on_a_terminal(*arguments)
     assert is_safe(seen), ascii(seen)
-    assert TOLD in seen
+    assert ESCAPED in seen
     assert is_safe(on_a_terminal(*arguments, "--no-stream"))
     assert is_safe(on_a_terminal(*arguments, "--json"))
     assert main(arguments) == 0
@@ -155,16 +155,16 @@ def test_an_answer_is_shown_on_a_terminal_and_whole_in_a_pipe(capsys: pytest.Cap
     assert json.loads(capsys.readouterr().out)["text"] == EVIL
 
 
-def test_an_error_is_shown_even_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_escaped_also_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", f"none{EVIL}"]) == 1
-    told = capsys.readouterr().err
-    assert is_safe(told)
-    assert r"\x1b[2J" in told
+    error = capsys.readouterr().err
+    assert is_safe(error)
+    assert r"\x1b[2J" in error
     assert main([f"none{EVIL}"]) == 2
     assert is_safe(capsys.readouterr().err)
 
 
-def test_a_log_line_is_one_line_of_text() -> None:
+def test_a_log_record_is_one_escaped_line() -> None:
     record = logging.LogRecord(
         "edgelm", logging.WARNING, __file__, 1, "lost %s", (f"{EVIL}\n2026 INFO all is well",), None
     )
@@ -174,10 +174,10 @@ def test_a_log_line_is_one_line_of_text() -> None:
     assert r"\x1b[2J" in line
     line = _JsonLines().format(record)
     assert is_safe(line)
-    assert json.loads(line)["message"].startswith(f"lost {TOLD}")
+    assert json.loads(line)["message"].startswith(f"lost {ESCAPED}")
 
 
-def test_a_progress_line_is_redrawn_and_shows_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_progress_line_is_redrawn_with_escaped_names(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

@@ -1,4 +1,4 @@
-"""The tokenizer's doors: files, texts and chats that are not what they should be."""
+"""The tokenizer with valid and invalid files, texts and conversations."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_truncation_and_padding_of_the_file_are_ignored(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.unlink(), "no such file"),
-        (lambda path: path.write_text("{}"), "not a tokenizer.json"),
-        (lambda path: path.write_bytes(b"\xff\x00"), "not a tokenizer.json"),
-        (lambda path: (path.unlink(), path.mkdir()), "no such file"),
+        (lambda path: path.unlink(), "tokenizer.json"),
+        (lambda path: path.write_text("{}"), "tokenizer.json"),
+        (lambda path: path.write_bytes(b"\xff\x00"), "tokenizer.json"),
+        (lambda path: (path.unlink(), path.mkdir()), "tokenizer.json"),
     ],
 )
-def test_a_bad_file_is_one_clear_error(saved: Path, damage: Callable[[Path], Any], message: str) -> None:
+def test_an_invalid_file_is_a_one_line_error(saved: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(saved)
     with pytest.raises(BundleError, match=message) as caught:
         Tokenizer.from_file(saved)
@@ -62,7 +62,7 @@ def test_a_bad_file_is_one_clear_error(saved: Path, damage: Callable[[Path], Any
 
 
 def test_lone_surrogates_are_a_bad_request() -> None:
-    with pytest.raises(RequestError, match="not valid Unicode") as caught:
+    with pytest.raises(RequestError, match="Unicode") as caught:
         byte_level().encode("a\ud800b")
     assert caught.value.code == "bad_request"
 
@@ -77,7 +77,7 @@ def test_byte_tokens_are_those_of_the_vocabulary() -> None:
     assert sorted(byte_fallback().byte_tokens.values()) == list(range(256))
 
 
-def test_a_continued_word_keeps_its_space() -> None:
+def test_a_word_after_a_prompt_keeps_its_space() -> None:
     tokenizer = byte_fallback()
     prompt, answer = tokenizer.encode("Once"), tokenizer.encode("there was", add_special_tokens=False)
     assert tokenizer.decode(answer) == "there was"
@@ -86,7 +86,7 @@ def test_a_continued_word_keeps_its_space() -> None:
 
 
 @pytest.mark.parametrize("space", ["<0x20>", "▁"])
-def test_a_space_at_the_start_is_dropped_once_however_it_is_spelled(space: str) -> None:
+def test_only_the_first_space_is_dropped_for_both_encodings_of_a_space(space: str) -> None:
     tokenizer = byte_fallback()
     ids = tokenizer._inner.get_vocab()
     word = next(name for name in sorted(ids) if name.startswith("▁") and len(name) > 1)
@@ -97,14 +97,14 @@ def test_a_space_at_the_start_is_dropped_once_however_it_is_spelled(space: str) 
         assert shown == tokenizer.decode(spelled[:count])
 
 
-def test_special_tokens_do_not_hide_that_a_space_is_due() -> None:
+def test_a_space_is_kept_after_special_tokens() -> None:
     tokenizer = byte_fallback()
     decoder = StreamDecoder(tokenizer, tokenizer.encode("Once"))
     answer = [1] * 40 + tokenizer.encode("there", add_special_tokens=False)
     assert "".join(decoder.push(token) for token in answer) == " there"
 
 
-def test_only_the_answer_s_own_broken_character_is_shown() -> None:
+def test_only_a_broken_character_of_the_completion_is_returned() -> None:
     tokenizer = byte_fallback()
     names = {byte: token for token, byte in tokenizer.byte_tokens.items()}
     letter = tokenizer.encode("a", add_special_tokens=False)[-1:]
@@ -119,7 +119,7 @@ def test_only_the_answer_s_own_broken_character_is_shown() -> None:
         assert shown.replace(" ", "") == text
 
 
-def test_a_stop_string_across_tokens_is_never_shown() -> None:
+def test_a_stop_string_across_tokens_is_never_returned() -> None:
     tokenizer = byte_fallback()
     decoder = StreamDecoder(tokenizer, tokenizer.encode("Once"), stop=("\n\nUser", "!?"))
     shown = [
@@ -130,7 +130,7 @@ def test_a_stop_string_across_tokens_is_never_shown() -> None:
     assert decoder.finish() == ""
 
 
-def test_a_held_beginning_is_given_out_at_the_end() -> None:
+def test_the_start_of_a_stop_string_is_returned_at_the_end() -> None:
     tokenizer = byte_level()
     decoder = StreamDecoder(tokenizer, stop=("END",))
     assert "".join(decoder.push(token) for token in tokenizer.encode("the EN")) == "the "
@@ -152,31 +152,31 @@ def test_render_chat() -> None:
         [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "<s>{{ messages[0]['content'] }}"}],
     ],
 )
-def test_of_several_templates_the_default_or_only_one_is_used(templates: list[dict[str, str]]) -> None:
+def test_the_default_or_only_one_of_several_templates_is_used(templates: list[dict[str, str]]) -> None:
     assert with_template(templates).render_chat([{"role": "user", "content": "hi"}]) == "<s>hi"
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "code", "message"),
     [
-        (None, [{"role": "user", "content": "a"}], "bad_request", "no chat template"),
-        (CHATML, [], "bad_request", "at least one message"),
-        (CHATML, ["hi"], "bad_request", "each message must be an object"),
-        (CHATML, [{"content": "hi"}], "bad_request", "each message must be an object"),
-        (CHATML, [{"role": 3, "content": "hi"}], "bad_request", "each message must be an object"),
+        (None, [{"role": "user", "content": "a"}], "bad_request", "chat template"),
+        (CHATML, [], "bad_request", "messages"),
+        (CHATML, ["hi"], "bad_request", "each message"),
+        (CHATML, [{"content": "hi"}], "bad_request", "each message"),
+        (CHATML, [{"role": 3, "content": "hi"}], "bad_request", "each message"),
         ("{{ raise_exception('no system role') }}", [{"role": "system"}], "bad_request", "no system role"),
-        ("{{ messages[0].content.x.y }}", [{"role": "user"}], "bad_request", "refuses"),
+        ("{{ messages[0].content.x.y }}", [{"role": "user"}], "bad_request", "chat template"),
         ("{{ 1 / 0 }}", [{"role": "user"}], "bad_request", "division"),
-        ("{% if %}", [{"role": "user"}], "internal", "not valid"),
+        ("{% if %}", [{"role": "user"}], "internal", "chat template"),
         (
             [{"name": "a", "template": ""}, {"name": "b", "template": ""}],
             [{"role": "u"}],
             "internal",
-            "no default: a, b",
+            "a, b",
         ),
     ],
 )
-def test_what_cannot_be_rendered_is_one_clear_error(template: Any, messages: Any, code: str, message: str) -> None:
+def test_a_failed_rendering_is_a_one_line_error(template: Any, messages: Any, code: str, message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         with_template(template).render_chat(messages)
     assert caught.value.code == code
@@ -195,7 +195,7 @@ def test_what_cannot_be_rendered_is_one_clear_error(template: Any, messages: Any
 )
 def test_a_template_cannot_leave_its_sandbox(attack: str) -> None:
     messages = [{"role": "user", "content": "hi"}]
-    with pytest.raises(RequestError, match="refuses"):
+    with pytest.raises(RequestError, match="chat template"):
         with_template(attack).render_chat(messages)
     assert messages == [{"role": "user", "content": "hi"}]
 

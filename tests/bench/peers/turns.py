@@ -104,7 +104,7 @@ def import_s(python: str, program: str, work: Path) -> float:
 
 def bandwidth_gb_s(threads: int, work: Path) -> float:
     """Measure the machine's read bandwidth in a process of its own."""
-    line = f"from edgelm.bench.memory_bandwidth import memory_bandwidth_gb_s as m; print(m({threads}, 2.0))"
+    line = f"from edgelm.bench.memory_bandwidth import measure_bandwidth_gb_s as m; print(m({threads}, 2.0))"
     done = subprocess.run(
         [sys.executable, "-c", line], check=True, env=environment(work), capture_output=True, text=True
     )
