@@ -6,18 +6,13 @@ Knows nothing of the machine on which it runs: that is `detect.py`.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from edgelm.errors import DeviceError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from edgelm.system.files import read_toml
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -109,10 +104,10 @@ def load_profile(name: str) -> BoardProfile:
 def read_profile(path: Path) -> BoardProfile:
     """Read one TOML file. Raises `DeviceError` on unknown, missing or wrongly typed keys."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeviceError(f"cannot read the board profile {path}: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+        table = read_toml(path)
+    except OSError as error:
+        raise DeviceError(f"cannot read the board profile {path}: {error.strerror}") from error
+    except ValueError as error:
         raise DeviceError(f"{path} is not TOML: {error}") from error
     return _build(BoardProfile, table, path.name)
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from edgelm.errors import EdgelmError
+from edgelm.system.files import read_toml
 
 CATALOGUE_FILE: Final = Path(__file__).with_name("catalogue.toml")
 
@@ -70,11 +70,7 @@ class CatalogueModel:
 
 def load_catalogue() -> Mapping[str, CatalogueModel]:
     """Return the models by name, smallest first."""
-    if sys.version_info >= (3, 11):  # imported here: few commands need it
-        import tomllib
-    else:
-        import tomli as tomllib
-    entries = tomllib.loads(CATALOGUE_FILE.read_text("utf-8"))
+    entries = read_toml(CATALOGUE_FILE)
     models = (_parse_entry(name, entry) for name, entry in entries.items())
     return {model.name: model for model in sorted(models, key=lambda model: model.parameters)}
 

@@ -16,6 +16,7 @@ from typing import Final
 
 from edgelm.bundle.catalogue import MODEL_NAME_PATTERN, check_name, load_catalogue
 from edgelm.errors import BundleError, EdgelmError
+from edgelm.system.files import replace_file
 from edgelm.system.user_folders import user_folder
 
 DATA_DIR_VARIABLE: Final = "EDGELM_DATA_DIR"
@@ -84,7 +85,7 @@ class BundleStore:
 
     def write_origin(self, name: str, origin: Origin) -> None:
         """Record the origin of a bundle."""
-        self._record(name).write_text(json.dumps(asdict(origin)), "utf-8")
+        replace_file(self._record(name), json.dumps(asdict(origin)))
 
     def remove(self, name: str) -> int:
         """Remove a bundle and its record; return the freed bytes.

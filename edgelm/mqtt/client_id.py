@@ -7,12 +7,12 @@ ends in random digits. They are stored between runs because the broker queues re
 from __future__ import annotations
 
 import logging
-import os
 import re
 import secrets
 from pathlib import Path
 from typing import Final
 
+from edgelm.system.files import replace_file
 from edgelm.system.user_folders import user_folder
 
 log = logging.getLogger(__name__)
@@ -32,10 +32,7 @@ def load_client_id(board: str, folder: Path | None = None) -> str:
         if not _SUFFIX.fullmatch(suffix):
             suffix = secrets.token_hex(RANDOM_BYTES)
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            new = file.with_name(f".{file.name}-{os.getpid()}")
-            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
-                stream.write(suffix)
-            new.replace(file)
+            replace_file(file, suffix, mode=0o600)
     except (OSError, ValueError) as error:
         log.debug("cannot store %s (%s): requests queued at the broker are lost at a restart", file, error)
         suffix = secrets.token_hex(RANDOM_BYTES)

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +19,7 @@ from typing import Any, Final
 from edgelm.engine.fairness import ClientLimits
 from edgelm.errors import ConfigError
 from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl, read_password
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from edgelm.system.files import read_toml
 
 LOG: Final = logging.getLogger(__name__)
 
@@ -210,10 +205,10 @@ def load_config(
 
 def _from_file(path: Path) -> dict[str, Any]:
     try:
-        settings = tomllib.loads(path.read_text("utf-8"))
+        settings = read_toml(path)
     except OSError as error:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # not TOML, or not UTF-8
+    except ValueError as error:
         raise ConfigError(f"config: {path} is not TOML: {error}") from error
     if "password" in settings:
         raise ConfigError(

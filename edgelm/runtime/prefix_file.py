@@ -24,6 +24,7 @@ from edgelm.errors import BundleError, EdgelmError
 from edgelm.runtime.kv_cache import KvSegment, Tokens
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
 from edgelm.runtime.runner import open_runner
+from edgelm.system.files import replace_file
 from edgelm.text.static_prompt import check_prefix_tokens
 
 PREFIX_FILE_PATTERN: Final = re.compile(r"prefix-[0-9a-f]{16}\.kv")
@@ -126,12 +127,7 @@ def _write(root: Path, segment: KvSegment) -> tuple[str, BundleFile]:
 
 def _publish(root: Path, manifest: Manifest) -> Bundle:
     """Replace the manifest atomically."""
-    new = root / f"{MANIFEST}{NEW}"
-    with new.open("w", encoding="utf-8") as stream:
-        stream.write(dump_manifest(manifest))
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(root / MANIFEST)
+    replace_file(root / MANIFEST, dump_manifest(manifest), scratch=root / f"{MANIFEST}{NEW}")
     return Bundle(root, manifest)
 
 

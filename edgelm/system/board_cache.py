@@ -27,6 +27,7 @@ from typing import Any, Final
 
 from edgelm.errors import EdgelmError
 from edgelm.system.digest import file_sha256
+from edgelm.system.files import replace_file, sync
 from edgelm.system.ownership import deny_others, find_content_fault, find_path_fault, make_private
 from edgelm.system.user_folders import user_folder
 
@@ -181,7 +182,7 @@ class BoardCache:
         path = self.folder / key.name
         try:
             stamp = json.loads((path / STAMP).read_text("utf-8"))
-            _write(path / STAMP, json.dumps({**stamp, "note": metadata}))
+            replace_file(path / STAMP, json.dumps({**stamp, "note": metadata}))
         except (OSError, ValueError):
             LOG.debug("%s cannot be updated", path, exc_info=True)
 
@@ -326,7 +327,7 @@ def _write_stamp(path: Path, key: CacheKey, metadata: Mapping[str, Any]) -> None
     files = {file.name: file for file in sorted(path.iterdir())}
     for file in files.values():
         deny_others(file)
-        _sync(file)
+        sync(file)
     stamp = {
         "schema": SCHEMA,
         "key": dataclasses.asdict(key),
@@ -335,8 +336,8 @@ def _write_stamp(path: Path, key: CacheKey, metadata: Mapping[str, Any]) -> None
         "sha256": {name: file_sha256(file) for name, file in files.items()},
         "note": metadata,
     }
-    _write(path / STAMP, json.dumps(stamp))
-    _sync(path)
+    replace_file(path / STAMP, json.dumps(stamp))
+    sync(path)
 
 
 def _find_fault(path: Path, key: CacheKey) -> str | None:
@@ -386,21 +387,3 @@ def _touch(file: Path) -> None:
         os.utime(file)
     except OSError:
         LOG.debug("the time of %s cannot be set", file)
-
-
-def _write(file: Path, text: str) -> None:
-    """Replace a file in one step."""
-    scratch = file.with_name(f".{file.name}-{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    deny_others(scratch)
-    _sync(scratch)
-    scratch.replace(file)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

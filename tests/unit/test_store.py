@@ -32,6 +32,15 @@ def put(store, name, origin=None):
         store.write_origin(name, origin)
 
 
+def test_an_origin_is_written_as_a_whole(store, monkeypatch):
+    put(store, "mine", Origin("owner/model", "1"))
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space"):
+        store.write_origin("mine", Origin("owner/other", "2"))
+    assert store.origin("mine") == Origin("owner/model", "1")
+    assert sorted(path.name for path in (store.folder / "bundles").iterdir()) == ["mine", "mine.json"]
+
+
 def test_every_entry_of_the_catalogue_is_complete():
     models = load_catalogue()
     assert len(models) >= 10
