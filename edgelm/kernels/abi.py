@@ -100,7 +100,7 @@ class WeightFormat:
         return 2 if self.bits == 8 else 1
 
     @property
-    def largest_code(self) -> int:
+    def max_code(self) -> int:
         """Code of the activation with the largest absolute value in a block."""
         return MAX_INT16_CODE if self.code_bytes == 2 else MAX_INT8_CODE
 

@@ -13,7 +13,7 @@ from llvmlite import binding
 
 from edgelm.kernels.abi import WeightFormat
 from edgelm.kernels.elf import link_shared_library
-from edgelm.kernels.ir.matmul_operator import build_module
+from edgelm.kernels.ir.module import build_module
 from edgelm.kernels.ir.targets import TARGETS, Target
 
 

@@ -23,7 +23,7 @@ def assert_products_of(found, x, codes, scales, form):
     most, usual = (2.5, 0.1) if form.code_bytes == 1 else (6, 1)
     expected = naive.matmul(x.astype(np.float32), codes, scales, form.bits, form.block_size, None)
     largest = abs(x).max(1, keepdims=True)
-    step = largest / form.largest_code * float(abs(scales.astype(np.float32)).max()) * 2 ** (form.bits - 1)
+    step = largest / form.max_code * float(abs(scales.astype(np.float32)).max()) * 2 ** (form.bits - 1)
     assert found.shape == expected.shape
     apart = abs(found - expected)
     assert (apart < most * step + 1e-5).all()

@@ -12,7 +12,7 @@ from llvmlite import binding
 
 from edgelm.kernels import compiler as compiler
 from edgelm.kernels.abi import WeightFormat
-from edgelm.kernels.ir.matmul_operator import build_module
+from edgelm.kernels.ir.module import build_module
 from edgelm.kernels.ir.targets import TARGETS
 
 FORMS = [

@@ -1,11 +1,11 @@
-"""The kernel that rounds activations to 8 bits, or 16 for weights of 8, as LLVM IR.
+"""The kernel that quantizes activations to 8 bits, or to 16 bits for 8-bit weights, as LLVM IR.
 
-Each block of a row has a scale of its own, as in onnxruntime's MatMulNBits at accuracy level 4.
+Each block of a row has its own scale, as in onnxruntime's MatMulNBits at accuracy level 4.
 
-    quantize   a row of x, of gates and values, or of what is still to be normalized -> codes int8 or int16
-               [blocks * block], scales float32 [blocks], offsets int32 [blocks]
+    quantize   a row of x, after its prologue -> codes int8 or int16 [blocks * block_size], scales float32 [blocks],
+               zero-point terms int32 [blocks]
 
-For weights of 8 bits codes have 16 bits, in the order in which the target multiplies them (`Target.wide_codes`).
+16-bit codes are in the order in which the target multiplies them (`Target.wide_codes`).
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from edgelm.kernels.ir.math_functions import silu
 from edgelm.kernels.ir.targets import Target
 
 MIN_ABS_MAX: Final = float(np.float32(1e-30))
-"""Activations that are all smaller count as 0: beyond, a scale's inverse would overflow."""
+"""A block whose activations are all smaller gets codes 0: the inverse of its scale would overflow."""
 
 
 class Prologue(Enum):
-    """What a row of activations is before it is quantized."""
+    """What is computed from a row before it is quantized."""
 
     PLAIN = "plain"
+    """Nothing."""
     GATED = "gated"
-    """Gates and values, twice as many: silu(gate) * value is quantized (SwiGLU; Shazeer, GLU Variants Improve
+    """silu(gate) * value of a row of gates and then values, twice as long (SwiGLU; Shazeer, GLU Variants Improve
     Transformer, 2020)."""
     NORMED = "normed"
-    """To be divided by its root mean square and multiplied with a weight (Zhang and Sennrich, Root Mean Square Layer
-    Normalization, 2019)."""
+    """Division by the root mean square and multiplication with a weight (RMSNorm; Zhang and Sennrich, Root Mean Square
+    Layer Normalization, 2019)."""
 
 
 def emit_quantize(module: ir.Module, target: Target, fmt: WeightFormat, kind: Prologue) -> ir.Function:
-    """Emit quantize(x, size, blocks, norm, epsilon, codes, scales, offsets): one row of activations.
+    """Emit quantize(x, size, blocks, norm, epsilon, codes, scales, zero_point_terms): one row of activations.
 
-    norm: the normalization's weight, float32 [blocks * block], read for `Prologue.NORMED` alone, as is epsilon,
-    float32,
-    which is added to the mean square. Blocks of zeros have codes 0. Offsets are what the weights' zero point adds to a
-    sum, with its sign changed.
+    norm: weight of the RMSNorm, float32 [blocks * block_size], and epsilon: float32, added to the mean square; both
+    are read only for `Prologue.NORMED`. A zero-point term is minus the zero point of the weights times the sum of the
+    block's codes.
     """
     name = f"quantize_{fmt.bits}_{fmt.block_size}_{kind.value}"
     e = Emitter(module, name, VOID, [POINTER, I64, I64, POINTER, F32, POINTER, POINTER, POINTER])
@@ -60,9 +60,9 @@ def emit_quantize(module: ir.Module, target: Target, fmt: WeightFormat, kind: Pr
         short = b.icmp_signed("<", rest, e.const(fmt.block_size))
         with b.if_then(short, likely=False), e.loop(e.const(0), e.const(fmt.block_size)) as (i, _, _):
             inside = b.icmp_signed("<", i, rest)
-            place = b.select(inside, b.add(first, i), e.const(0))
+            index = b.select(inside, b.add(first, i), e.const(0))
             for source, copy in zip(sources, padded, strict=True):
-                e.store(b.select(inside, e.load(source, place, F32), zero), copy, i)
+                e.store(b.select(inside, e.load(source, index, F32), zero), copy, i)
         here = [b.select(short, copy, e.gep(x, first, F32)) for x, copy in zip(sources, padded, strict=True)]
         parts = []
         for at in range(0, fmt.block_size, PANEL_COLUMNS):
@@ -74,8 +74,8 @@ def emit_quantize(module: ir.Module, target: Target, fmt: WeightFormat, kind: Pr
                 part = b.fmul(b.fmul(part, inverse_root), weight)
             parts.append(part)
         largest = _largest(e, parts)
-        most = ir.Constant(F32, float(fmt.largest_code))
-        inverse = b.select(b.fcmp_ordered(">", largest, ir.Constant(F32, MIN_ABS_MAX)), b.fdiv(most, largest), zero)
+        max_code = ir.Constant(F32, float(fmt.max_code))
+        inverse = b.select(b.fcmp_ordered(">", largest, ir.Constant(F32, MIN_ABS_MAX)), b.fdiv(max_code, largest), zero)
         factor = e.splat(inverse, F32X16)
         total = ir.Constant(I32X16, [0] * PANEL_COLUMNS)
         for i, part in enumerate(parts):
@@ -83,9 +83,9 @@ def emit_quantize(module: ir.Module, target: Target, fmt: WeightFormat, kind: Pr
             total = b.add(total, rounded)
             is_wide = fmt.code_bytes == 2
             narrow = target.wide_codes(b, rounded) if is_wide else b.trunc(rounded, ir.VectorType(I8, PANEL_COLUMNS))
-            place = e.const(i * PANEL_COLUMNS * fmt.code_bytes)
-            b.store(narrow, e.gep(codes, b.add(b.mul(first, e.const(fmt.code_bytes)), place), I8), align=1)
-        e.store(b.fdiv(largest, most), scales, block)
+            offset = e.const(i * PANEL_COLUMNS * fmt.code_bytes)
+            b.store(narrow, e.gep(codes, b.add(b.mul(first, e.const(fmt.code_bytes)), offset), I8), align=1)
+        e.store(b.fdiv(largest, max_code), scales, block)
         whole = e.intrinsic("llvm.vector.reduce.add.v16i32", I32, total)
         e.store(b.mul(whole, ir.Constant(I32, -target.zero_point(fmt.bits))), zero_point_terms, block)
     b.ret_void()
@@ -112,13 +112,13 @@ def _inverse_root(e: Emitter, x: ir.Value, size: ir.Value, epsilon: ir.Value) ->
 
 
 def _largest(e: Emitter, parts: Sequence[ir.Value]) -> ir.Value:
-    """Emit the largest absolute value; not a number where one of them is none, so that nobody takes it for a result."""
+    """Emit the largest absolute value; NaN if any value is NaN, so that NaN reaches the output."""
     b = e.b
     sizes = [e.intrinsic("llvm.fabs.v16f32", F32X16, part) for part in parts]
-    largest, strange = sizes[0], b.fcmp_unordered("uno", parts[0], parts[0])
+    largest, are_nan = sizes[0], b.fcmp_unordered("uno", parts[0], parts[0])
     for part, size in zip(parts[1:], sizes[1:], strict=True):
         largest = b.select(b.fcmp_ordered(">", largest, size), largest, size)
-        strange = b.or_(strange, b.fcmp_unordered("uno", part, part))
+        are_nan = b.or_(are_nan, b.fcmp_unordered("uno", part, part))
     number = e.intrinsic("llvm.vector.reduce.fmax.v16f32", F32, largest)
-    is_strange = e.intrinsic("llvm.vector.reduce.or.v16i1", ir.IntType(1), strange)
-    return b.select(is_strange, ir.Constant(F32, float("nan")), number)
+    is_nan = e.intrinsic("llvm.vector.reduce.or.v16i1", ir.IntType(1), are_nan)
+    return b.select(is_nan, ir.Constant(F32, float("nan")), number)

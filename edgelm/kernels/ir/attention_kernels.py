@@ -1,14 +1,14 @@
-"""The kernels of attention, as LLVM IR: some queries of one head of keys and values, a part of the positions at a time.
+"""The kernels of attention, as LLVM IR: some queries of one KV head and one tile of positions at a time.
 
-Each chunk of positions has a softmax of its own, and chunks are merged one after the other (Milakov and Gimelshein,
-Online normalizer calculation for softmax, 2018; Dao et al., FlashAttention, 2022). Everything is added up in an order
-that depends on the position alone: a query's result is the same to the last bit whatever is computed with it, in
-however many pieces, by however many threads.
+Each tile of positions has its own softmax, and tiles are merged one after the other (Milakov and Gimelshein, Online
+normalizer calculation for softmax, 2018; Dao et al., FlashAttention, 2022). Sums are computed in an order that depends
+only on the position: a query's result has the same bits for any batch, any division of the prompt, any number of
+threads.
 
-    dots       some queries x keys -> scores
-    online_softmax     scores of one query in a chunk -> weights, their sum, the largest score
-    weigh      two largest scores -> what the sums of each are multiplied with when they are merged
-    values     weights x values, merged with the sums
+    qk_dot             some queries x keys -> scores
+    online_softmax     scores of one query in a tile -> weights, their sum, the largest score
+    rescale_factors    two largest scores -> factors for the sums of each when they are merged
+    values             weights x values, merged with the sums
 """
 
 from __future__ import annotations
@@ -25,24 +25,23 @@ from edgelm.kernels.ir.math_functions import exp, tanh
 from edgelm.kernels.ir.targets import Target
 
 KV_TILE: Final = 128
-"""Positions that have a softmax of their own. Chunks begin at multiples of it, whatever else is computed, so that a
-query's result does not depend on its company."""
+"""Positions of a tile. Tiles always begin at multiples of it, so that a query's result does not depend on others."""
 MINUS_INFINITY: Final = float("-inf")
 _KEYS_PER_STEP: Final = 4
 """Keys that are multiplied at once."""
 _MAX_VALUE_VECTORS: Final = 4
-"""Most vectors of a position's values that are read at once: those of heads of 64, the usual size."""
+"""Maximum number of vectors of a position's values that are read at once: a head of 64, the usual size."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionKernels:
-    """Functions of a module; those by the number of rows that they take at once."""
+    """Functions of a module. `qk_dot` and `values` are by the number of queries that they compute at once."""
 
     qk_dot: dict[int, ir.Function]
     online_softmax: ir.Function
     rescale_factors: ir.Function
     values: dict[int, dict[int, ir.Function]]
-    """By the number of vectors of 16 columns too."""
+    """By the number of vectors of 16 columns as well."""
 
 
 def emit_attention_kernels(module: ir.Module, target: Target) -> AttentionKernels:
@@ -63,7 +62,7 @@ def emit_attention_kernels(module: ir.Module, target: Target) -> AttentionKernel
 
 
 def _exchanged(b: ir.IRBuilder, one: ir.Value, other: ir.Value, step: int) -> list[ir.Value]:
-    """Return two vectors whose lanes with and without `step` in their number changed places."""
+    """Return two vectors: the lanes without bit `step` in their index of both, and the lanes with that bit."""
     count = one.type.count
     first = [lane if not lane & step else count + lane - step for lane in range(count)]
     second = [lane + step if not lane & step else count + lane for lane in range(count)]
@@ -72,10 +71,11 @@ def _exchanged(b: ir.IRBuilder, one: ir.Value, other: ir.Value, step: int) -> li
 
 
 def _emit_qk_dot(module: ir.Module, target: Target, rows: int) -> ir.Function:
-    """Emit dots(queries, size, keys, first, last, scores): 16 columns of scores [rows, CHUNK].
+    """Emit qk_dot(queries, size, keys, first, last, scores): 16 columns of scores, float32 [rows, KV_TILE].
 
-    Queries [rows, size], keys [positions, size] from `first` on; positions behind `last` are taken to be it. A vector
-    has the sums of every `lanes`-th product; its lanes are added up in pairs, neighbours first.
+    queries: float32 [rows, size]; keys: float32 [positions, size], read from position `first` on, and position `last`
+    in place of later ones. A vector holds the sums of every `lanes`-th product; its lanes are added up in pairs,
+    neighbours first.
     """
     e = Emitter(module, f"attention_dots_{rows}", VOID, [POINTER, I64, POINTER, I64, I64, POINTER])
     queries, size, keys, first, last, scores = e.function.args
@@ -85,9 +85,9 @@ def _emit_qk_dot(module: ir.Module, target: Target, rows: int) -> ir.Function:
     for group in range(0, PANEL_COLUMNS, lanes):
         sums: list[list[ir.Value]] = [[] for _ in range(rows)]
         for some in range(group, group + lanes, _KEYS_PER_STEP):
-            places = [b.mul(e.smaller(b.add(first, e.const(some + i)), last), size) for i in range(_KEYS_PER_STEP)]
+            offsets = [b.mul(e.smaller(b.add(first, e.const(some + i)), last), size) for i in range(_KEYS_PER_STEP)]
             with e.loop(e.const(0), size, lanes, carried=[zeros] * (rows * _KEYS_PER_STEP)) as (at, so_far, updated):
-                parts = [e.load_vector(keys, b.add(place, at), F32, vector) for place in places]
+                parts = [e.load_vector(keys, b.add(offset, at), F32, vector) for offset in offsets]
                 for row in range(rows):
                     query = e.load_vector(queries, b.add(b.mul(size, e.const(row)), at), F32, vector)
                     updated += [e.fma(query, part, so_far[row * _KEYS_PER_STEP + i]) for i, part in enumerate(parts)]
@@ -100,7 +100,7 @@ def _emit_qk_dot(module: ir.Module, target: Target, rows: int) -> ir.Function:
 
 
 def _added(b: ir.IRBuilder, vectors: list[ir.Value], step: int) -> ir.Value:
-    """Return a vector of sums: of vectors i * step, i = 0, 1, ..., the lanes whose numbers have those bits."""
+    """Return a vector whose lanes are the sums of the lanes of the vectors, added in pairs from bit `step` on."""
     while len(vectors) > 1:
         pairs = [_exchanged(b, one, other, step) for one, other in zip(vectors[::2], vectors[1::2], strict=True)]
         vectors = [b.fadd(one, other) for one, other in pairs]
@@ -111,9 +111,9 @@ def _added(b: ir.IRBuilder, vectors: list[ir.Value], step: int) -> ir.Value:
 def _emit_online_softmax(module: ir.Module) -> ir.Function:
     """Emit online_softmax(scores, first, last, softcap, total) -> the largest score.
 
-    scores: float32 [CHUNK], become the exponentials of their distance to the largest one; those outside [first, last]
-    become 0. `softcap` c is 0 for none, else a score s becomes c tanh(s / c). total: float32 [16], becomes the sum of
-    the exponentials in 16 parts.
+    scores: float32 [KV_TILE], replaced by the exponentials of their differences to the largest one, and by 0 outside
+    [first, last]. softcap: c, with which a score s becomes c tanh(s / c) first; 0 for none. total: float32 [16], set to
+    the sum of the exponentials in 16 parts.
     """
     e = Emitter(module, "attention_soften", F32, [POINTER, I64, I64, F32, POINTER])
     scores, first, last, softcap, total = e.function.args
@@ -132,12 +132,12 @@ def _emit_online_softmax(module: ir.Module) -> ir.Function:
         with e.loop(begin, end, PANEL_COLUMNS) as (at, _, _):
             score = e.load_vector(scores, at, F32, F32X16)
             b.store(b.fmul(cap, tanh(e, b.fdiv(score, cap))), e.gep(scores, at, F32), align=4)
-    with e.loop(begin, end, PANEL_COLUMNS, carried=[nothing]) as (at, most, updated):
+    with e.loop(begin, end, PANEL_COLUMNS, carried=[nothing]) as (at, maxima, updated):
         places = b.add(e.splat(b.trunc(at, I32), I32X16), lanes)
         seen = b.and_(b.icmp_signed(">=", places, before), b.icmp_signed("<=", places, after))
         score = b.select(seen, e.load_vector(scores, at, F32, F32X16), nothing)
         b.store(score, e.gep(scores, at, F32), align=4)
-        updated.append(b.select(b.fcmp_ordered(">", score, most[0]), score, most[0]))
+        updated.append(b.select(b.fcmp_ordered(">", score, maxima[0]), score, maxima[0]))
     largest = e.intrinsic("llvm.vector.reduce.fmax.v16f32", F32, updated[0])
     bases = e.splat(_finite(b, largest), F32X16)
     with e.loop(begin, end, PANEL_COLUMNS, carried=[zeros]) as (at, sums, updated):
@@ -158,16 +158,16 @@ def _emit_online_softmax(module: ir.Module) -> ir.Function:
 
 
 def _finite(b: ir.IRBuilder, largest: ir.Value) -> ir.Value:
-    """Return the largest score, 0 where nothing was seen: nothing less nothing is no number."""
+    """Return the largest score, or 0 if it is -infinity, because -infinity - (-infinity) is NaN."""
     none = b.fcmp_ordered("==", largest, ir.Constant(F32, MINUS_INFINITY))
     return b.select(none, ir.Constant(F32, 0.0), largest)
 
 
 def _emit_rescale_factors(module: ir.Module) -> ir.Function:
-    """Emit weigh(so_far, here, factors) -> the largest score of both.
+    """Emit rescale_factors(so_far, here, factors) -> the larger of two largest scores.
 
-    so_far and here: the largest score of what is summed up and of what is added to it. factors: float32 [2], become
-    what the sums of each are multiplied with.
+    so_far and here: largest scores of the earlier tiles and of this one. factors: float32 [2], set to the factors with
+    which the sums of each must be multiplied before they are added.
     """
     e = Emitter(module, "attention_weigh", F32, [F32, F32, POINTER])
     so_far, here, factors = e.function.args
@@ -184,15 +184,15 @@ def _emit_rescale_factors(module: ir.Module) -> ir.Function:
 
 
 def rescale_and_add(e: Emitter, so_far: ir.Value, here: ir.Value, factors: Sequence[ir.Value]) -> ir.Value:
-    """Emit the sum of two vectors, each times its factor of `weigh`."""
+    """Emit the sum of two vectors, each multiplied with its factor from `rescale_factors`."""
     return e.fma(here, factors[1], e.b.fmul(so_far, factors[0]))
 
 
 def _emit_values(module: ir.Module, rows: int, across: int) -> ir.Function:
     """Emit values(weights, values, stop, size, factors, sums) for 16 * across columns of some rows.
 
-    weights: float32 [rows, CHUNK]; values: [positions, size], of which positions [0, stop) are added up and merged
-    with the sums [rows, size]; factors: [rows, 2], of `weigh`.
+    weights: float32 [rows, KV_TILE]; values: float32 [positions, size], of which positions [0, stop) are added up and
+    merged into the sums, float32 [rows, size]; factors: float32 [rows, 2], from `rescale_factors`.
     """
     name = f"attention_values_{rows}_{across}"
     e = Emitter(module, name, VOID, [POINTER, POINTER, I64, I64, POINTER, POINTER])
@@ -200,8 +200,8 @@ def _emit_values(module: ir.Module, rows: int, across: int) -> ir.Function:
     b = e.b
     zeros = ir.Constant(F32X16, [0.0] * PANEL_COLUMNS)
     with e.loop(e.const(0), stop, carried=[zeros] * (rows * across)) as (at, so_far, updated):
-        place = b.mul(at, size)
-        parts = [e.load_vector(values, b.add(place, e.const(PANEL_COLUMNS * i)), F32, F32X16) for i in range(across)]
+        offset = b.mul(at, size)
+        parts = [e.load_vector(values, b.add(offset, e.const(PANEL_COLUMNS * i)), F32, F32X16) for i in range(across)]
         for row in range(rows):
             weight = e.splat(e.load(weights, b.add(at, e.const(KV_TILE * row)), F32), F32X16)
             updated += [e.fma(weight, part, so_far[row * across + i]) for i, part in enumerate(parts)]

@@ -1,16 +1,16 @@
-"""The operator around the kernels of attention, as LLVM IR.
+"""The attention operator, as LLVM IR.
 
     Y, present_key, present_value, scratch = Attention(query, key?, value?, past_key, past_value, seqlens, cos?, sin?,
                                                        positions?)
 
-It computes what onnxruntime's GroupQueryAttention does with float32 memory (com.microsoft, operator contracts in
-onnxruntime's ContribOperators.md): query float32 [B, S, heads * size], or all three projections packed, [B, S, (heads +
-2 kv_heads) * size], without key and value; memory [B, kv_heads, capacity, size]; seqlens int32 [B], each row's length
-with the new tokens, less 1; cos and sin [positions, half]: the first 2 * half numbers of a head are rotated, i with i +
-half (Su et al., RoFormer, 2021). Present and past should be the same memory; where they are not, the past is copied.
+It computes the same as onnxruntime's GroupQueryAttention with a float32 KV cache (com.microsoft, ContribOperators.md):
+query: float32 [B, S, heads * size], or all three projections packed, [B, S, (heads + 2 kv_heads) * size], without key
+and value; past and present: float32 [B, kv_heads, capacity, size]; seqlens: int32 [B], each row's length with the new
+tokens, minus 1; cos and sin: float32 [positions, half]: the first 2 * half numbers of a head are rotated, number i with
+i + half (Su et al., RoFormer, 2021). Present and past should be bound to the same memory; if not, the past is copied.
 
-Attributes: HEADS, KV_HEADS, HALF (0: nothing is rotated), WINDOW (positions that a query sees, 0: all), SCALE and
-SOFTCAP (float32 as the integer of their bits).
+Attributes: HEADS, KV_HEADS, HALF (0: no rotation), WINDOW (number of positions that a query attends to, 0: all), SCALE
+and SOFTCAP (bits of a float32 as an integer).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from edgelm.kernels.ir.targets import Target
 
 
 def emit_attention(module: ir.Module, target: Target) -> str:
-    """Emit the operator; return the name of what computes it."""
+    """Emit the operator; return the symbol of its function."""
     kernels = emit_attention_kernels(module, target)
     rotate = emit_rotate(module)
     store, attend = _emit_store(module, rotate), emit_attend(module, kernels, rotate)
@@ -68,7 +68,7 @@ def emit_attention(module: ir.Module, target: Target) -> str:
     heads = e.load(state, StateField.HEADS, I64)
     own, of_keys = b.mul(heads, size), b.mul(kv_heads, size)
     is_packed = b.icmp_signed(">", width, own)
-    _require_memory(e, ctx, state, [batch, tokens, *shape], past)
+    _require_kv_cache(e, ctx, state, [batch, tokens, *shape], past)
     _require_projections(e, ctx, [batch, tokens, width, own, of_keys], [key, value])
     longest = _require_lengths(e, ctx, [batch, tokens, capacity], others[0])
     with b.if_then(b.icmp_signed(">", e.load(state, StateField.HALF, I64), e.const(0))):
@@ -108,7 +108,7 @@ def emit_attention(module: ir.Module, target: Target) -> str:
     for name in ("HALF", "WINDOW", "SCALE", "SOFTCAP"):
         put(AttentionParam[name], e.load(state, StateField[name], I64))
     for before, present in zip(past, presents, strict=True):
-        _keep_past(e, ctx.data(before), present, shape)
+        _copy_past(e, ctx.data(before), present, shape)
     ctx.parallel_for(store, b.mul(batch, tokens), params)
     ctx.parallel_for(attend, b.mul(b.mul(b.mul(batch, kv_heads), tiles), splits), params)
     with b.if_then(b.icmp_signed(">", splits, e.const(1))):
@@ -117,10 +117,13 @@ def emit_attention(module: ir.Module, target: Target) -> str:
     return ATTENTION_SYMBOL
 
 
-def _require_memory(
+def _require_kv_cache(
     e: Emitter, ctx: KernelContext, state: ir.Value, sizes: Sequence[ir.Value], past: Sequence[ir.Value]
 ) -> None:
-    """Emit faults for memory that does not fit. sizes: batch, tokens, the four dimensions of the memory of keys."""
+    """Emit the return of an error if the shape of the KV cache is invalid.
+
+    sizes: batch, tokens, the four dimensions of past_key.
+    """
     b = e.b
     batch, tokens, rows, kv_heads, capacity, size = shape = list(sizes)
     keys = e.load(state, StateField.KV_HEADS, I64)
@@ -134,10 +137,10 @@ def _require_memory(
 
 
 def _require_projections(e: Emitter, ctx: KernelContext, sizes: Sequence[ir.Value], given: Sequence[ir.Value]) -> None:
-    """Emit faults for queries, keys and values that do not fit.
+    """Emit the return of an error if the shapes of queries, keys and values are invalid.
 
-    sizes: batch, tokens, the queries' last dimension, the widths of all heads and of those of keys. given: keys and
-    values, null where they are packed behind the queries.
+    sizes: batch, tokens, last dimension of query, widths of all query heads and of all KV heads. given: keys and
+    values, null if they are packed behind the queries.
     """
     b = e.b
     batch, tokens, width, own, of_keys = sizes
@@ -152,17 +155,17 @@ def _require_projections(e: Emitter, ctx: KernelContext, sizes: Sequence[ir.Valu
 
 
 def _require_lengths(e: Emitter, ctx: KernelContext, sizes: Sequence[ir.Value], seqlens: ir.Value) -> ir.Value:
-    """Emit faults for lengths that do not fit, and the largest of them. sizes: batch, tokens, capacity."""
+    """Emit the return of an error if a length is out of range; return the largest. sizes: batch, tokens, capacity."""
     b = e.b
     batch, tokens, capacity = sizes
     ctx.require_equal(InputErrorCode.LENGTHS, (ctx.count(seqlens), batch))
     lengths = ctx.data(seqlens)
-    least = b.sub(tokens, e.const(1))
+    minimum = b.sub(tokens, e.const(1))
     start = [e.const(0), ir.Constant(ir.IntType(1), 1)]
-    with e.loop(e.const(0), batch, carried=start) as (row, (longest, holds), updated):
+    with e.loop(e.const(0), batch, carried=start) as (row, (longest, are_valid), updated):
         length = b.sext(e.load(lengths, row, I32), I64)
-        fits = b.and_(b.icmp_signed(">=", length, least), b.icmp_signed("<", length, capacity))
-        updated += [e.larger(longest, length), b.and_(holds, fits)]
+        is_valid = b.and_(b.icmp_signed(">=", length, minimum), b.icmp_signed("<", length, capacity))
+        updated += [e.larger(longest, length), b.and_(are_valid, is_valid)]
     ctx.require(updated[1], InputErrorCode.LENGTHS)
     return updated[0]
 
@@ -170,10 +173,10 @@ def _require_lengths(e: Emitter, ctx: KernelContext, sizes: Sequence[ir.Value], 
 def _require_tables(
     e: Emitter, ctx: KernelContext, half: ir.Value, sizes: Sequence[ir.Value], given: Sequence[ir.Value]
 ) -> None:
-    """Emit faults for rotary tables and positions that do not fit.
+    """Emit the return of an error if the rotary tables or the positions are invalid.
 
-    sizes: batch, tokens, the size of a head, the largest position where none are given. given: cosines, sines,
-    positions or null.
+    sizes: batch, tokens, head size, largest position if no positions are given. given: cosines, sines, positions or
+    null.
     """
     b = e.b
     batch, tokens, size, longest = sizes
@@ -184,20 +187,20 @@ def _require_tables(
         height, width = ctx.dimensions(table, 2)
         ctx.require_equal(InputErrorCode.TABLES, (width, half), (height, rows if number else height))
         rows = height
-    with b.if_else(ctx.is_given(given[2])) as (told, counted):
-        with told:
+    with b.if_else(ctx.is_given(given[2])) as (has_positions, otherwise):
+        with has_positions:
             count = b.mul(batch, tokens)
             ctx.require_equal(InputErrorCode.POSITIONS, (ctx.count(given[2]), count))
             positions = ctx.data(given[2])
-            with e.loop(e.const(0), count, carried=[ir.Constant(ir.IntType(1), 1)]) as (token, (holds,), updated):
-                updated.append(b.and_(holds, b.icmp_unsigned("<", e.load(positions, token, I64), rows)))
+            with e.loop(e.const(0), count, carried=[ir.Constant(ir.IntType(1), 1)]) as (token, (are_valid,), updated):
+                updated.append(b.and_(are_valid, b.icmp_unsigned("<", e.load(positions, token, I64), rows)))
             ctx.require(updated[0], InputErrorCode.POSITIONS)
-        with counted:
+        with otherwise:
             ctx.require(b.icmp_signed("<", longest, rows), InputErrorCode.TABLES)
 
 
-def _keep_past(e: Emitter, past: ir.Value, present: ir.Value, shape: Sequence[ir.Value]) -> None:
-    """Emit a copy of the memory where it is not bound as past and present alike."""
+def _copy_past(e: Emitter, past: ir.Value, present: ir.Value, shape: Sequence[ir.Value]) -> None:
+    """Emit a copy of the past to the present, if they are not the same memory."""
     b = e.b
     with b.if_then(b.icmp_unsigned("!=", b.ptrtoint(past, I64), b.ptrtoint(present, I64))):
         count = e.const(1)
@@ -208,7 +211,7 @@ def _keep_past(e: Emitter, past: ir.Value, present: ir.Value, shape: Sequence[ir
 
 
 def _emit_store(module: ir.Module, rotate: ir.Function) -> ir.Function:
-    """Emit what writes the keys and values of token `index` of the batch into the memory."""
+    """Emit the task that rotates the keys of one token of the batch and stores its keys and values in the KV cache."""
     e = Emitter(module, "attention_store", VOID, [POINTER, I64])
     params, index = e.function.args
     b = e.b

@@ -1,4 +1,8 @@
-"""A part of attention, as one thread computes it: some queries of a head, all or some of the positions they see."""
+"""The tasks of attention that one thread computes: a tile of queries of one KV head and all or some of their positions.
+
+If all queries of a row fit into one tile, the positions are split between tasks, and `emit_combine` merges the partial
+results.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,10 @@ from edgelm.kernels.ir.emitter import F32, F32X16, I64, POINTER, VOID, Emitter
 
 
 def emit_attend(module: ir.Module, kernels: AttentionKernels, rotate: ir.Function) -> ir.Function:
-    """Emit what computes part `index`: some queries of a head of keys and values, some or all of their positions."""
+    """Emit the task that computes a tile of queries of one KV head, for one split of their positions or for all.
+
+    Its index counts splits, then tiles, then KV heads, then rows of the batch.
+    """
     e = Emitter(module, "attention_attend", VOID, [POINTER, I64])
     params, index = e.function.args
     b = e.b
@@ -76,13 +83,13 @@ def emit_attend(module: ir.Module, kernels: AttentionKernels, rotate: ir.Functio
     last = b.add(past, b.sub(b.sdiv(count, group), e.const(1)))
     has_window = b.icmp_signed(">", window, e.const(0))
     unseen = b.select(has_window, e.larger(b.sub(b.add(past, e.const(1)), window), e.const(0)), e.const(0))
-    in_parts = b.icmp_signed(">", splits, e.const(1))
+    is_split = b.icmp_signed(">", splits, e.const(1))
     begin = b.and_(unseen, e.const(-KV_TILE))
-    begin = b.select(in_parts, e.larger(begin, b.mul(split, e.const(KV_TILE))), begin)
+    begin = b.select(is_split, e.larger(begin, b.mul(split, e.const(KV_TILE))), begin)
     end = b.add(last, e.const(1))
-    end = b.select(in_parts, e.smaller(end, b.mul(b.add(split, e.const(1)), e.const(KV_TILE))), end)
-    memory = b.mul(b.mul(b.add(b.mul(row, kv_heads), head), capacity), size)
-    keys, values = (e.gep(each, memory, F32) for each in (all_keys, all_values))
+    end = b.select(is_split, e.smaller(end, b.mul(b.add(split, e.const(1)), e.const(KV_TILE))), end)
+    head_offset = b.mul(b.mul(b.add(b.mul(row, kv_heads), head), capacity), size)
+    keys, values = (e.gep(each, head_offset, F32) for each in (all_keys, all_values))
     with e.loop(begin, end, KV_TILE) as (start, _, _):
         here = e.smaller(b.sub(end, start), e.const(KV_TILE))
         _score(e, kernels, count, [queries, size, keys, start, here, last, scores])
@@ -90,9 +97,9 @@ def emit_attend(module: ir.Module, kernels: AttentionKernels, rotate: ir.Functio
             tile_last = b.sub(b.add(past, b.sdiv(i, group)), start)
             tile_first = b.select(has_window, b.add(b.sub(tile_last, window), e.const(1)), e.const(0))
             own = e.gep(scores, b.mul(i, e.const(KV_TILE)), F32)
-            most = b.call(kernels.online_softmax, [own, tile_first, tile_last, softcap, here_total])
+            tile_max = b.call(kernels.online_softmax, [own, tile_first, tile_last, softcap, here_total])
             both = e.gep(factors, b.mul(i, e.const(2)), F32)
-            e.store(b.call(kernels.rescale_factors, [e.load(running_max, i, F32), most, both]), running_max, i)
+            e.store(b.call(kernels.rescale_factors, [e.load(running_max, i, F32), tile_max, both]), running_max, i)
             _merge_totals(e, e.gep(totals, b.mul(i, e.const(PANEL_COLUMNS)), F32), here_total, both)
         first_value = e.gep(values, b.mul(start, size), F32)
         _add_values(e, kernels, count, [scores, first_value, here, size, factors, sums])
@@ -101,7 +108,7 @@ def emit_attend(module: ir.Module, kernels: AttentionKernels, rotate: ir.Functio
         place = b.add(b.mul(row, tokens), b.add(token, b.sdiv(i, group)))
         target = b.add(b.mul(place, heads), b.add(first_head, b.srem(i, group)))
         own = e.gep(sums, b.mul(i, size), F32)
-        with b.if_else(in_parts) as (then, otherwise):
+        with b.if_else(is_split) as (then, otherwise):
             with then:
                 _emit_partial(e, params, b.add(b.mul(target, splits), split), e.load(running_max, i, F32), total, own)
             with otherwise:
@@ -111,7 +118,7 @@ def emit_attend(module: ir.Module, kernels: AttentionKernels, rotate: ir.Functio
 
 
 def _score(e: Emitter, kernels: AttentionKernels, count: ir.Value, arguments: Sequence[ir.Value]) -> None:
-    """Emit the scores of `here` positions from `start` on."""
+    """Emit the scores of `count` queries for `here` positions from `start` on."""
     queries, size, keys, start, here, last, scores = arguments
     b = e.b
     with e.loop(e.const(0), here, PANEL_COLUMNS) as (some, _, _):
@@ -127,12 +134,12 @@ def _score(e: Emitter, kernels: AttentionKernels, count: ir.Value, arguments: Se
 
 
 def _add_values(e: Emitter, kernels: AttentionKernels, count: ir.Value, arguments: Sequence[ir.Value]) -> None:
-    """Emit the weighted sums of values for `count` queries, as many columns at once as there are kernels for."""
+    """Emit the weighted sums of values for `count` queries, in tiles of queries and of columns."""
     scores, values, here, size, factors, sums = arguments
     b = e.b
 
-    def rows_of(rows: int, i: ir.Value) -> None:
-        def columns_of(across: int, vector: ir.Value) -> None:
+    def query_tile(rows: int, i: ir.Value) -> None:
+        def column_tile(across: int, vector: ir.Value) -> None:
             column = b.mul(vector, e.const(PANEL_COLUMNS))
             b.call(
                 kernels.values[rows][across],
@@ -146,13 +153,13 @@ def _add_values(e: Emitter, kernels: AttentionKernels, count: ir.Value, argument
                 ],
             )
 
-        e.tiled_loop(b.sdiv(size, e.const(PANEL_COLUMNS)), tuple(kernels.values[rows]), columns_of)
+        e.tiled_loop(b.sdiv(size, e.const(PANEL_COLUMNS)), tuple(kernels.values[rows]), column_tile)
 
-    e.tiled_loop(count, tuple(kernels.values), rows_of)
+    e.tiled_loop(count, tuple(kernels.values), query_tile)
 
 
 def _merge_totals(e: Emitter, totals: ir.Value, here: ir.Value, factors: ir.Value) -> None:
-    """Emit the merging of a chunk's sums of exponentials, in 16 parts, with those before."""
+    """Emit the merging of a tile's sums of exponentials, float32 [16], into those of earlier tiles."""
     both = [e.splat(e.load(factors, i, F32), F32X16) for i in range(2)]
     so_far, added = (e.load_vector(each, 0, F32, F32X16) for each in (totals, here))
     e.b.store(rescale_and_add(e, so_far, added, both), totals, align=4)
@@ -161,7 +168,7 @@ def _merge_totals(e: Emitter, totals: ir.Value, here: ir.Value, factors: ir.Valu
 def _emit_partial(
     e: Emitter, params: ir.Value, place: ir.Value, running_max: ir.Value, total: ir.Value, values: ir.Value
 ) -> None:
-    """Emit what one part of the positions gave: the weighted values, the sums of exponentials, the largest score."""
+    """Emit the stores of a partial result: weighted values, sums of exponentials, largest score."""
     b = e.b
     parts, size = load_params(e, params, AttentionParam.PARTS, AttentionParam.SIZE)
     part = e.gep(parts, b.mul(place, part_length(e, size)), F32)
@@ -172,7 +179,7 @@ def _emit_partial(
 
 
 def emit_combine(module: ir.Module, kernels: AttentionKernels) -> ir.Function:
-    """Emit what merges the parts of query `index`, which counts through the heads of all tokens of the batch."""
+    """Emit the task that merges the partial results of one query; its index counts heads, then tokens of the batch."""
     e = Emitter(module, "attention_combine", VOID, [POINTER, I64])
     params, index = e.function.args
     b = e.b
@@ -198,5 +205,5 @@ def emit_combine(module: ir.Module, kernels: AttentionKernels) -> ir.Function:
 
 
 def part_length(e: Emitter, size: ir.Value) -> ir.Value:
-    """Emit how many numbers a part has: weighted values [size], sums of exponentials [16], the largest score."""
+    """Emit the length of a partial result: weighted values [size], sums of exponentials [16], the largest score."""
     return e.b.add(size, e.const(PANEL_COLUMNS + 1))

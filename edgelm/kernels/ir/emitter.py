@@ -1,4 +1,4 @@
-"""LLVM's builder with the types that the kernels work on, and the few things that they need more often than once."""
+"""A wrapper of LLVM's IR builder, with the vector types and loops that the kernels use. Knows no operator."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ I8X64: Final = ir.VectorType(I8, 4 * PANEL_COLUMNS)
 
 
 class Emitter:
-    """A function that is being written; `b` is LLVM's builder."""
+    """A function under construction; `b` is LLVM's builder. Methods append instructions and return their values."""
 
     def __init__(self, module: ir.Module, name: str, result: ir.Type, kinds: Sequence[ir.Type], export: bool = False):
         self.function = ir.Function(module, ir.FunctionType(result, kinds), name)
         self.function.attributes.add("nounwind")
-        set.add(self.function.attributes, '"no-builtins"')  # no memset for a loop of stores: there is no C library
+        set.add(self.function.attributes, '"no-builtins"')  # without it LLVM calls memset, which is not linked
         if not export:
             self.function.linkage = "internal"
         self.b = ir.IRBuilder(self.function.append_basic_block())
 
     def const(self, value: int) -> ir.Constant:
-        """Return a 64-bit integer."""
-        return ir.Constant(I64, int(value))  # an enumeration's member prints its name in Python 3.10
+        """Return a 64-bit constant."""
+        return ir.Constant(I64, int(value))  # in Python 3.10 an IntEnum member formats as its name
 
     def alloca(self, ir_type: ir.Type, count: int = 1) -> ir.Value:
-        """Return the address of elements on the stack."""
-        place = self.b.alloca(ir_type, self.const(count))
-        place.type = POINTER  # llvmlite gives it a type of its own, which stores of anything else do not fit
-        return place
+        """Return the address of `count` elements on the stack."""
+        address = self.b.alloca(ir_type, self.const(count))
+        address.type = POINTER  # llvmlite uses a typed pointer, which allows stores of that type only
+        return address
 
     def gep(self, pointer: ir.Value, index: ir.Value | int, ir_type: ir.Type) -> ir.Value:
-        """Return the address of an element."""
-        place = self.const(index) if isinstance(index, int) else index
-        return self.b.gep(pointer, [place], inbounds=True, source_etype=ir_type)
+        """Return the address of element `index` of an array of `ir_type`."""
+        offset = self.const(index) if isinstance(index, int) else index
+        return self.b.gep(pointer, [offset], inbounds=True, source_etype=ir_type)
 
     def load(self, pointer: ir.Value, index: ir.Value | int, ir_type: ir.Type, align: int | None = None) -> ir.Value:
-        """Load an element."""
+        """Load element `index` of an array of `ir_type`."""
         return self.b.load(self.gep(pointer, index, ir_type), typ=ir_type, align=align)
 
     def load_vector(self, pointer: ir.Value, index: ir.Value | int, element: ir.Type, vector: ir.Type) -> ir.Value:
-        """Load a vector that begins at an element; no alignment beyond a byte is assumed."""
+        """Load a vector that begins at element `index`, with any alignment."""
         return self.b.load(self.gep(pointer, index, element), typ=vector, align=1)
 
     def store(self, value: ir.Value, pointer: ir.Value, index: ir.Value | int, align: int | None = None) -> None:
-        """Store a value as an element of its own type."""
+        """Store a value as element `index` of an array of its type."""
         self.b.store(value, self.gep(pointer, index, value.type), align=align)
 
     def splat(self, value: ir.Value, ir_type: ir.VectorType) -> ir.Value:
-        """Return a vector of equal elements."""
+        """Return a vector with all elements equal to a value."""
         first = self.b.insert_element(ir.Constant(ir_type, ir.Undefined), value, ir.Constant(I32, 0))
         zeros = ir.Constant(ir.VectorType(I32, ir_type.count), [0] * ir_type.count)
         return self.b.shuffle_vector(first, ir.Constant(ir_type, ir.Undefined), zeros)
@@ -69,11 +69,11 @@ class Emitter:
         return self.b.call(self.b.inttoptr(function, ir_type.as_pointer()), arguments)
 
     def fma(self, one: ir.Value, other: ir.Value, added: ir.Value) -> ir.Value:
-        """Return one * other + added of vectors of float32, rounded once."""
+        """Return one * other + added of float32 vectors, rounded once."""
         return self.intrinsic(f"llvm.fma.v{one.type.count}f32", one.type, one, other, added)
 
     def intrinsic(self, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
-        """Call one of LLVM's functions."""
+        """Call an LLVM intrinsic."""
         module = self.b.module
         function = module.globals.get(name)
         if function is None:
@@ -84,9 +84,9 @@ class Emitter:
     def loop(
         self, start: ir.Value, stop: ir.Value, step: ir.Value | int = 1, carried: Sequence[ir.Value] = ()
     ) -> Iterator[tuple[ir.Value, list[ir.Value], list[ir.Value]]]:
-        """Count from `start` to below `stop`, perhaps never; yield the counter, the carried values and a list.
+        """Loop from `start` to below `stop`, possibly zero times; yield the counter, the carried values and a list.
 
-        The body puts what it carries on into the list, which holds the values after the loop once it has ended.
+        The body appends the updated carried values to the list. After the loop the list holds their final values.
         """
         before = self.b.block
         head, body, after = (self.function.append_basic_block() for _ in range(3))
@@ -101,8 +101,8 @@ class Emitter:
         self.b.position_at_end(body)
         updated: list[ir.Value] = []
         yield counter, list(values), updated
-        further = self.const(step) if isinstance(step, int) else step
-        counter.add_incoming(self.b.add(counter, further), self.b.block)
+        increment = self.const(step) if isinstance(step, int) else step
+        counter.add_incoming(self.b.add(counter, increment), self.b.block)
         for phi, value in zip(values, updated, strict=True):
             phi.add_incoming(value, self.b.block)
         self.b.branch(head)
@@ -110,9 +110,9 @@ class Emitter:
         updated[:] = values
 
     def tiled_loop(self, count: ir.Value, sizes: Sequence[int], body: Callable[[int, ir.Value], None]) -> None:
-        """Pass `count` things, as many at once as the sizes allow, the largest first; the last size is 1.
+        """Loop over `count` items in tiles of the given sizes, in descending order; the last size is 1.
 
-        `body` is given how many there are and the first one's number, and writes the code for them.
+        `body(size, first)` emits the code for a tile of `size` items that begins with item `first`.
         """
         done: ir.Value = self.const(0)
         for size in sizes:

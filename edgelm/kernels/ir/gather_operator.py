@@ -1,10 +1,10 @@
-"""The operator that looks rows up in a table whose panels a product multiplies with as well, as LLVM IR.
+"""The operator that reads rows of a table in panels, which a MatMul operator can share, as LLVM IR.
 
     Y = LookUpInt8Block32(indices)      attributes K, N, WEIGHTS, SCALES
 
-indices: int64 [...], each in [-N, N), negative ones from the end; others count as the nearest one, so that nothing
-beside the table is read. Y: float32 [..., K], K a multiple of the block. Row n of the table is column n of the panels
-that WEIGHTS and SCALES are places of (see `packing`).
+indices: int64 [...], each in [-N, N), negative ones from the end; other values are clamped, so that nothing outside the
+table is read. Y: float32 [..., K], K a multiple of the block size. Row n of the table is column n of the panels at the
+offsets WEIGHTS and SCALES (see `rewrite.panel_layout`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ F32X4 = ir.VectorType(F32, 4)
 
 
 def emit_gather(module: ir.Module, fmt: WeightFormat) -> None:
-    """Emit the operator for tables of a format. Gives (code - 2^(bits-1)) * scale, in float32."""
+    """Emit the operator for tables of a format. Y is (code - 2^(bits-1)) * scale, in float32."""
     e = Emitter(module, fmt.gather_symbol, POINTER, [POINTER, POINTER], export=True)
     state, context = e.function.args
     b = e.b
@@ -42,10 +42,10 @@ def emit_gather(module: ir.Module, fmt: WeightFormat) -> None:
         lane = b.and_(column, e.const(PANEL_COLUMNS - 1))
         before = b.mul(b.sdiv(column, e.const(PANEL_COLUMNS)), blocks)
         with e.loop(e.const(0), blocks) as (block, _, _):
-            place = b.mul(b.add(before, block), e.const(PANEL_COLUMNS))
-            first = b.add(b.mul(place, e.const(fmt.block_bytes)), b.mul(lane, e.const(4)))
+            cell = b.mul(b.add(before, block), e.const(PANEL_COLUMNS))
+            first = b.add(b.mul(cell, e.const(fmt.block_bytes)), b.mul(lane, e.const(4)))
             here = b.inttoptr(b.add(weights, first), POINTER)
-            scale = e.load(b.inttoptr(scales, POINTER), b.add(place, lane), F16)
+            scale = e.load(b.inttoptr(scales, POINTER), b.add(cell, lane), F16)
             factor = e.splat(b.fpext(scale, F32), F32X4)
             to = b.add(b.mul(i, size), b.mul(block, e.const(fmt.block_size)))
             zero = ir.Constant(ir.VectorType(I32, 4), [1 << (fmt.bits - 1)] * 4)

@@ -14,7 +14,7 @@ def _number(value: float) -> ir.Constant:
 
 
 def exp(e: Emitter, x: ir.Value) -> ir.Value:
-    """Emit e^x, for x in [-87, 88]; beyond, the value at the nearer end. What is no number stays none.
+    """Emit e^x for x clamped to [-87, 88]; NaN stays NaN.
 
     Cephes' expf: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
     """
@@ -23,8 +23,8 @@ def exp(e: Emitter, x: ir.Value) -> ir.Value:
     def fma(*arguments: ir.Value) -> ir.Value:
         return e.intrinsic("llvm.fma.v16f32", F32X16, *arguments)
 
-    strange, given = b.fcmp_unordered("uno", x, x), x
-    for limit, sign in ((88.0, "<"), (-87.0, ">")):  # where the result is a normal number
+    is_nan, given = b.fcmp_unordered("uno", x, x), x
+    for limit, sign in ((88.0, "<"), (-87.0, ">")):  # the range in which the result is a normal number
         x = b.select(b.fcmp_ordered(sign, x, _number(limit)), x, _number(limit))
     power = e.intrinsic("llvm.rint.v16f32", F32X16, b.fmul(x, _number(1.44269504088896341)))
     rest = fma(power, _number(-0.693359375), x)
@@ -37,7 +37,7 @@ def exp(e: Emitter, x: ir.Value) -> ir.Value:
         b.add(b.fptosi(power, I32X16), ir.Constant(I32X16, [127] * PANEL_COLUMNS)),
         ir.Constant(I32X16, [23] * PANEL_COLUMNS),
     )
-    return b.select(strange, given, b.fmul(value, b.bitcast(exponent, F32X16)))
+    return b.select(is_nan, given, b.fmul(value, b.bitcast(exponent, F32X16)))
 
 
 def silu(e: Emitter, x: ir.Value) -> ir.Value:
@@ -46,6 +46,6 @@ def silu(e: Emitter, x: ir.Value) -> ir.Value:
 
 
 def tanh(e: Emitter, x: ir.Value) -> ir.Value:
-    """Emit 1 - 2 / (e^2x + 1), right to 1e-7."""
+    """Emit 1 - 2 / (e^2x + 1), with an error of at most 1e-7."""
     double = exp(e, e.b.fadd(x, x))
     return e.b.fsub(_number(1.0), e.b.fdiv(_number(2.0), e.b.fadd(double, _number(1.0))))

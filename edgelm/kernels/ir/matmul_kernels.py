@@ -1,9 +1,10 @@
-"""The kernels that multiply rounded activations with quantized matrices, as LLVM IR: y = x W + bias + skip.
+"""The kernels that multiply quantized activations with quantized matrices, as LLVM IR: y = x W + bias + skip.
 
-The weights lie in panels of 16 columns (see `packing`). Sums of products are exact in 32 bits within a block and added
-up in float32, in the order of the blocks: a row's result does not depend on how many rows are computed with it.
+The weights lie in panels of 16 columns (see `rewrite.panel_layout`). Within a block the sums of products are exact, in
+int32; sums of blocks are added up in float32, in the order of the blocks. So the result of a row does not depend on how
+many rows are computed at once.
 
-    panels     some rows of what `quantizing` makes x some panels -> y
+    panels     some rows of codes (see `activation_quantization`) x some panels -> y
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from llvmlite import ir
 
 from edgelm.kernels.abi import PANEL_COLUMNS, WeightFormat
 from edgelm.kernels.ir.emitter import F16, F32, F32X16, I8, I8X64, I16, I32, I32X16, I64, POINTER, VOID, Emitter
-from edgelm.kernels.ir.panel_decoder import eight_at, load_codes
+from edgelm.kernels.ir.panel_decoder import load_codes, load_eight_codes
 from edgelm.kernels.ir.targets import Target
 
 
 @dataclass(frozen=True, slots=True)
 class _ActivationRows:
-    """Where each of the rows that a kernel takes at once has its codes, scales and offsets."""
+    """Addresses of the codes, scales and zero-point terms of each row that a kernel computes at once."""
 
     codes: list[ir.Value]
     activation_scales: list[ir.Value]
@@ -33,11 +34,11 @@ class _ActivationRows:
 
 
 def emit_matmul_kernel(module: ir.Module, target: Target, fmt: WeightFormat, rows: int) -> ir.Function:
-    """Emit panels(weights, scales, blocks, start, stop, codes, factors, offsets, bias, skip, y, columns) for some rows.
+    """Emit the function that multiplies `rows` rows with panels [start, stop); its parameters are unpacked below.
 
-    weights: panels as `packing` lays them out; scales: float16 [panels, blocks, 16]; codes, factors and offsets: what
-    `quantizing` made of the rows, one behind the other; y: float32 [rows, columns], of which the columns of panels
-    [start, stop) are written; bias: float32 [16 * panels] or null; skip: what is added to y, like it, or null.
+    weights: codes in panels; scales: float16 [panels, blocks, 16]; codes, activation_scales and zero_point_terms: the
+    quantized rows, one behind the other; bias: float32 [16 * panels] or null; skip: added to y, float32 [rows, columns]
+    or null; y: float32 [rows, columns], of which the columns of panels [start, stop) are written.
     """
     kinds = [POINTER, POINTER, I64, I64, I64, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, I64]
     e = Emitter(module, f"panels_{fmt.bits}_{fmt.block_size}_{rows}", VOID, kinds)
@@ -79,7 +80,7 @@ def emit_matmul_kernel(module: ir.Module, target: Target, fmt: WeightFormat, row
 def _block_sums(
     e: Emitter, target: Target, fmt: WeightFormat, weights: ir.Value, block: ir.Value, rows: _ActivationRows
 ) -> list[ir.Value]:
-    """Emit the sums of one block's products for each row, <16 x i32>; each part of the weights is unpacked once."""
+    """Emit the sums of a block's products for each row, <16 x i32>; weights are decoded once for all rows."""
     b = e.b
     sums = [e.splat(e.load(rows.zero_point_terms[row], block, I32), I32X16) for row in range(rows.count)]
     here = e.gep(weights, b.mul(block, e.const(PANEL_COLUMNS * fmt.block_bytes)), I8)
@@ -87,8 +88,8 @@ def _block_sums(
     if target.max_int16_sums(fmt.bits) and rows.count > 1:
         return _block_sums_by_pairs(e, target, fmt, here, [e.gep(codes, at, I8) for codes in rows.codes], sums)
     upper = [ir.Constant(I32X16, [0] * PANEL_COLUMNS)] * rows.count
-    count = fmt.code_bytes  # words of 32 bits that hold the codes of four activations
-    most = target.max_int16_sums(fmt.bits)
+    count = fmt.code_bytes  # 32-bit words for the codes of four activations
+    max_sums = target.max_int16_sums(fmt.bits)
     pairs: list[ir.Value | None] = [None] * rows.count
     for fours, part in enumerate(load_codes(e, fmt, here, I8X64)):
         for row in range(rows.count):
@@ -97,9 +98,9 @@ def _block_sums(
             if count == 2 and not target.has_signed_dot:
                 sums[row] = target.dot_int16(b, sums[row], part, *spread)
                 continue
-            if most:
-                pairs[row] = target.multiply_pairs(b, pairs[row] if fours % most else None, part, spread[0])
-                if (fours + 1) % most == 0 or 4 * (fours + 1) == fmt.block_size:
+            if max_sums:
+                pairs[row] = target.multiply_pairs(b, pairs[row] if fours % max_sums else None, part, spread[0])
+                if (fours + 1) % max_sums == 0 or 4 * (fours + 1) == fmt.block_size:
                     sums[row] = target.widen_pairs(b, sums[row], pairs[row])
                 continue
             sums[row] = target.dot(b, sums[row], part, spread[0], fmt.bits)
@@ -119,10 +120,10 @@ def _block_sums_by_pairs(
     codes: Sequence[ir.Value],
     sums: Sequence[ir.Value],
 ) -> list[ir.Value]:
-    """Emit the same where products are first summed in 16 bits, in loops that stay loops.
+    """Emit the sums of a block as `_block_sums`, adding products in int16 first, in loops that are not unrolled.
 
-    Unrolled, LLVM computes a block row by row, with the weights on the stack: two loads for each of them and each row,
-    where a loop's body keeps them in registers (prefill of SmolLM2-135M on AVX2: 1.2 times as fast).
+    If unrolled, LLVM computes a block row by row, with the weights on the stack: two loads of each weight for each row.
+    In a loop the weights stay in registers (prefill of SmolLM2-135M on AVX2: 1.2 times as fast).
     """
     b = e.b
     eights = min(target.max_int16_sums(fmt.bits) // 2, fmt.block_size // 8)
@@ -130,22 +131,22 @@ def _block_sums_by_pairs(
     with e.loop(e.const(0), e.const(fmt.block_size // 8), eights, carried=sums) as (first, before, added):
         stop = b.add(first, e.const(eights))
         with e.loop(first, stop, carried=[zeros] * len(codes)) as (eight, pairs, updated):
-            place = b.mul(eight, e.const(8))
-            for i, part in enumerate(eight_at(e, fmt, here, eight)):
+            offset = b.mul(eight, e.const(8))
+            for i, part in enumerate(load_eight_codes(e, fmt, here, eight)):
                 for row, own in enumerate(codes):
-                    pairs[row] = target.multiply_pairs(b, pairs[row], part, _spread(e, e.gep(own, place, I8), i))
+                    pairs[row] = target.multiply_pairs(b, pairs[row], part, _spread(e, e.gep(own, offset, I8), i))
             updated.extend(pairs)
         added.extend(target.widen_pairs(b, total, more) for total, more in zip(before, updated, strict=True))
     return added
 
 
 def _spread(e: Emitter, codes: ir.Value, fours: int) -> ir.Value:
-    """Emit four codes, repeated for every column: <64 x i8>."""
+    """Emit group `fours` of four codes, repeated for every column: <64 x i8>."""
     return e.b.bitcast(e.splat(e.load(codes, fours, I32, align=1), I32X16), I8X64)
 
 
 def _with_bias(e: Emitter, values: Sequence[ir.Value], bias: ir.Value, first: ir.Value) -> list[ir.Value]:
-    """Emit the addition of the panel's part of the bias, where there is one."""
+    """Emit the addition of the panel's part of the bias, if the bias is not null."""
     b = e.b
     before = b.block
     with b.if_then(b.icmp_unsigned("!=", b.ptrtoint(bias, I64), e.const(0))):
@@ -169,7 +170,7 @@ def _write(
     rest: ir.Value,
     skip: ir.Value | None = None,
 ) -> None:
-    """Emit the stores of a panel's columns, of which the last panel may have less than 16."""
+    """Emit the stores of a panel's columns; `rest` is the number of columns from the panel's first to the last."""
     b = e.b
     with b.if_else(b.icmp_signed(">=", rest, e.const(PANEL_COLUMNS)), likely=True) as (then, otherwise):
         with then:
@@ -180,14 +181,14 @@ def _write(
             lane = b.trunc(column, I32)
             for begin, result in zip(begins, results, strict=True):
                 one = b.extract_element(result, lane)
-                place = b.add(begin, column)
-                e.store(one if skip is None else b.fadd(one, e.load(skip, place, F32)), y, place)
+                index = b.add(begin, column)
+                e.store(one if skip is None else b.fadd(one, e.load(skip, index, F32)), y, index)
 
 
 def emit_matmul(module: ir.Module, target: Target, fmt: WeightFormat) -> Callable[[Emitter, Sequence[ir.Value]], None]:
-    """Emit the kernels of a format; return what emits a call of them for any number of rows.
+    """Emit the kernels of a format; return a function that emits the calls of them for any number of rows.
 
-    It takes the arguments of `emit_matmul_kernel` with the number of rows in front.
+    Its arguments are those of `emit_matmul_kernel`, after the number of rows.
     """
     kernels = {rows: emit_matmul_kernel(module, target, fmt, rows) for rows in target.row_tiles_for(fmt.bits)}
 

@@ -1,43 +1,37 @@
-"""The operator around the kernels, as LLVM IR: what onnxruntime calls in a step, without Python.
+"""The MatMul operator, as LLVM IR.
 
     Y, scratch = MatMulInt4Block32(X, skip?)      attributes K, N, GATED, WEIGHTS, SCALES, BIAS, NORM, EPSILON
 
-X: float32 [..., K], or [..., 2 K] if GATED is 1: gates and values of SwiGLU. Y: float32 [..., N], to which skip, like
-it, is added. WEIGHTS, SCALES, BIAS and NORM are places in a file: weights uint8 and scales float16 in panels (see
-`packing`), bias float32 [16 * panels], and the weight of an RMSNorm that X passes first, float32 [blocks * block]; -1
-says that there is none. EPSILON is that norm's, a float32 as the integer of its bits. The scratch is an output so that
-onnxruntime's arena provides it; nothing reads it.
+X: float32 [..., K], or [..., 2 K] if GATED is 1: gates and values of SwiGLU. Y: float32 [..., N]. skip has the shape of
+Y and is added to it. WEIGHTS, SCALES, BIAS and NORM are offsets in the data file: weights uint8 and scales float16 in
+panels (see `rewrite.panel_layout`), bias float32 [16 * panels], and the weight of an RMSNorm that is applied to X
+first, float32 [blocks * block_size]; BIAS and NORM are -1 if absent. EPSILON is that of the RMSNorm, the bits of a
+float32 as an integer. scratch is an output only because onnxruntime's arena then allocates it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import Final
 
 from llvmlite import ir
 
 from edgelm.kernels.abi import (
-    DESTROY,
     PANEL_COLUMNS,
     QUANT_PARAM_BYTES,
-    REGISTER,
-    SET_CALLBACK_SYMBOL,
     InputErrorCode,
     StateField,
     WeightFormat,
 )
 from edgelm.kernels.ir.activation_quantization import Prologue, emit_quantize
-from edgelm.kernels.ir.attention_operator import emit_attention
 from edgelm.kernels.ir.emitter import F32, I8, I32, I64, POINTER, VOID, Emitter
-from edgelm.kernels.ir.gather_operator import emit_gather
 from edgelm.kernels.ir.kernel_context import MAX_RANK, KernelContext
 from edgelm.kernels.ir.matmul_kernels import emit_matmul
 from edgelm.kernels.ir.targets import Target
 
 
 class _MatMulParam(IntEnum):
-    """Fields of what the threads share during one ctx."""
+    """Fields of the parameter block that the threads share during one call, 64 bits each."""
 
     X = 0
     WEIGHTS = 1
@@ -59,37 +53,11 @@ class _MatMulParam(IntEnum):
 
 
 PANELS_PER_PASS: Final = 4
-"""Panels that all rows pass before the next ones: they stay in the nearest cache."""
+"""Panels that are multiplied with all rows before the next panels: they stay in the L1 cache."""
 
 
-def build_module(target: Target, formats: Sequence[WeightFormat]) -> tuple[ir.Module, list[str]]:
-    """Return the code of attention, of products and of tables of some formats, and the names to export."""
-    module = ir.Module("edgelm")
-    module.triple = target.triple
-    _emit_registration(module)
-    for fmt in formats:
-        _emit_compute(module, target, fmt)
-        emit_gather(module, fmt)
-    names = [name for fmt in formats for name in (fmt.matmul_symbol, fmt.gather_symbol)]
-    return module, [SET_CALLBACK_SYMBOL, REGISTER, DESTROY, emit_attention(module, target), *names]
-
-
-def _emit_registration(module: ir.Module) -> None:
-    hook = ir.GlobalVariable(module, POINTER, "hook")
-    hook.linkage = "internal"
-    hook.initializer = ir.Constant(POINTER, None)
-    setter = Emitter(module, SET_CALLBACK_SYMBOL, VOID, [POINTER], export=True)
-    setter.b.store(setter.function.args[0], hook)
-    setter.b.ret_void()
-    register = Emitter(module, REGISTER, POINTER, [POINTER, POINTER], export=True)
-    kind = ir.FunctionType(POINTER, [POINTER, POINTER])
-    function = register.b.ptrtoint(register.b.load(hook, typ=POINTER), I64)
-    register.b.ret(register.call_address(function, kind, register.function.args))
-    destroy = Emitter(module, DESTROY, VOID, [POINTER], export=True)
-    destroy.b.ret_void()
-
-
-def _emit_compute(module: ir.Module, target: Target, fmt: WeightFormat) -> None:
+def emit_matmul_operator(module: ir.Module, target: Target, fmt: WeightFormat) -> None:
+    """Emit the operator for matrices of a format."""
     quantize, quantize_gated, quantize_normed = (_emit_quantize_task(module, target, fmt, kind) for kind in Prologue)
     multiply = _emit_multiply_task(module, target, fmt)
     e = Emitter(module, fmt.matmul_symbol, POINTER, [POINTER, POINTER], export=True)
@@ -124,7 +92,7 @@ def _emit_compute(module: ir.Module, target: Target, fmt: WeightFormat) -> None:
     e.store(columns, ctx.shape, last)
     own = e.alloca(I64, MAX_RANK)
     with b.if_then(ctx.is_given(skip)):
-        _require_alike(e, ctx, rank, own, skip)
+        _require_same_shape(e, ctx, rank, own, skip)
     put(_MatMulParam.Y, ctx.output_like_shape(0, rank))
     blocks = b.sdiv(b.add(size, e.const(fmt.block_size - 1)), e.const(fmt.block_size))
     panels = b.sdiv(b.add(columns, e.const(PANEL_COLUMNS - 1)), e.const(PANEL_COLUMNS))
@@ -141,17 +109,20 @@ def _emit_compute(module: ir.Module, target: Target, fmt: WeightFormat) -> None:
         (_MatMulParam.BLOCKS, blocks),
     ):
         put(field, value)
-    panels_a_task = e.load(state, StateField.PANELS_PER_TASK, I64)
+    panels_per_task = e.load(state, StateField.PANELS_PER_TASK, I64)
     put(_MatMulParam.PANELS, panels)
-    put(_MatMulParam.PANELS_PER_TASK, panels_a_task)
+    put(_MatMulParam.PANELS_PER_TASK, panels_per_task)
     normed = b.icmp_signed("!=", e.load(state, StateField.NORM, I64), e.const(0))
     ctx.parallel_for(b.select(gated, quantize_gated, b.select(normed, quantize_normed, quantize)), rows, params)
-    ctx.parallel_for(multiply, b.sdiv(b.add(panels, b.sub(panels_a_task, e.const(1))), panels_a_task), params)
+    ctx.parallel_for(multiply, b.sdiv(b.add(panels, b.sub(panels_per_task, e.const(1))), panels_per_task), params)
     ctx.end()
 
 
-def _require_alike(e: Emitter, ctx: KernelContext, rank: ir.Value, own: ir.Value, skip: ir.Value) -> None:
-    """Emit a fault where what is added has not the dimensions in `shape`, which go through `own` meanwhile."""
+def _require_same_shape(e: Emitter, ctx: KernelContext, rank: ir.Value, own: ir.Value, skip: ir.Value) -> None:
+    """Emit the return of an error if skip does not have the dimensions in `ctx.shape`.
+
+    own: int64 [MAX_RANK], receives a copy of them, because reading the shape of skip overwrites `ctx.shape`.
+    """
     b = e.b
     with e.loop(e.const(0), rank) as (axis, _, _):
         e.store(e.load(ctx.shape, axis, I64), own, axis)
@@ -176,11 +147,11 @@ def _load_params(e: Emitter, params: ir.Value, *fields: _MatMulParam) -> list[ir
 
 
 def _emit_quantize_task(module: ir.Module, target: Target, fmt: WeightFormat, kind: Prologue) -> ir.Function:
-    """Emit what quantizes row `index`."""
+    """Emit the task that quantizes one row."""
     kernel = emit_quantize(module, target, fmt, kind)
     e = Emitter(module, f"{kernel.name}_task", VOID, [POINTER, I64])
     params, row = e.function.args
-    wanted = (
+    fields = (
         _MatMulParam.X,
         _MatMulParam.K,
         _MatMulParam.BLOCKS,
@@ -189,7 +160,7 @@ def _emit_quantize_task(module: ir.Module, target: Target, fmt: WeightFormat, ki
         _MatMulParam.ACTIVATION_SCALES,
         _MatMulParam.ZERO_POINT_TERMS,
     )
-    x, size, blocks, norm, codes, activation_scales, zero_point_terms = _load_params(e, params, *wanted)
+    x, size, blocks, norm, codes, activation_scales, zero_point_terms = _load_params(e, params, *fields)
     epsilon = e.b.load(e.gep(params, _MatMulParam.EPSILON, I64), typ=F32)
     cell = e.b.mul(row, blocks)
     length = e.b.mul(size, e.const(2)) if kind is Prologue.GATED else size
@@ -206,7 +177,7 @@ def _emit_quantize_task(module: ir.Module, target: Target, fmt: WeightFormat, ki
 
 
 def _emit_multiply_task(module: ir.Module, target: Target, fmt: WeightFormat) -> ir.Function:
-    """Emit what multiplies all rows with the panels of task `index`, a few panels after the other."""
+    """Emit the task that multiplies all rows with its panels, `PANELS_PER_PASS` at a time, or all for a single row."""
     call_rows = emit_matmul(module, target, fmt)
     e = Emitter(module, f"multiply_task_{fmt.bits}_{fmt.block_size}", VOID, [POINTER, I64])
     params, index = e.function.args
@@ -218,7 +189,7 @@ def _emit_multiply_task(module: ir.Module, target: Target, fmt: WeightFormat) ->
         _MatMulParam.PANELS,
         _MatMulParam.PANELS_PER_TASK,
     )
-    rows, weights, scales, blocks, panels, panels_a_task = _load_params(e, params, *fields)
+    rows, weights, scales, blocks, panels, panels_per_task = _load_params(e, params, *fields)
     others = _load_params(
         e,
         params,
@@ -230,12 +201,12 @@ def _emit_multiply_task(module: ir.Module, target: Target, fmt: WeightFormat) ->
         _MatMulParam.Y,
         _MatMulParam.N,
     )
-    start = e.b.mul(index, panels_a_task)
-    stop = e.smaller(e.b.add(start, panels_a_task), panels)
-    alone = e.b.icmp_signed("==", rows, e.const(1))
-    together = e.b.select(alone, e.b.sub(stop, start), e.const(PANELS_PER_PASS))
-    with e.loop(start, stop, together) as (first, _, _):
-        last = e.smaller(e.b.add(first, together), stop)
+    start = e.b.mul(index, panels_per_task)
+    stop = e.smaller(e.b.add(start, panels_per_task), panels)
+    is_single_row = e.b.icmp_signed("==", rows, e.const(1))
+    per_pass = e.b.select(is_single_row, e.b.sub(stop, start), e.const(PANELS_PER_PASS))
+    with e.loop(start, stop, per_pass) as (first, _, _):
+        last = e.smaller(e.b.add(first, per_pass), stop)
         call_rows(e, [rows, weights, scales, blocks, first, last, *others])
     e.b.ret_void()
     return e.function

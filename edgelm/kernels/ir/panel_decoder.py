@@ -1,4 +1,4 @@
-"""Weights out of panels (see `packing`), as LLVM IR."""
+"""Decodes the codes of weights from panels (see `rewrite.panel_layout`), as LLVM IR."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from edgelm.kernels.abi import PANEL_COLUMNS, WeightFormat
 from edgelm.kernels.ir.emitter import I8, I8X64, I16, Emitter
 
 _STRIDE = 4 * PANEL_COLUMNS
-"""Bytes of a vector of all columns."""
+"""Bytes of a vector with four bytes for each column of a panel."""
 
 
 def load_codes(e: Emitter, fmt: WeightFormat, here: ir.Value, ir_type: ir.VectorType) -> Iterator[ir.Value]:
-    """Emit the codes of a block, unsigned, four of each column at a time, in their order.
+    """Emit the codes of a block, unsigned, in order; yield four of each column at a time.
 
-    here: where the block begins, or the part of its first vector that belongs to some columns; kind: <4 n x i8> for n
-    of them.
+    here: the address of the block, or of the bytes in its first vector that belong to the first of n columns. ir_type:
+    <4 n x i8> for n columns.
     """
     b = e.b
     if fmt.bits == 8:
@@ -39,14 +39,14 @@ def load_codes(e: Emitter, fmt: WeightFormat, here: ir.Value, ir_type: ir.Vector
                 yield b.or_(part, _above(b, high, (2 * eight + half) * bits % 8, bits))
 
 
-def eight_at(e: Emitter, fmt: WeightFormat, here: ir.Value, eight: ir.Value) -> list[ir.Value]:
-    """Emit the codes that `load_codes` makes of eight weights a column, of less than 8 bits: two of <64 x i8>.
+def load_eight_codes(e: Emitter, fmt: WeightFormat, here: ir.Value, eight: ir.Value) -> list[ir.Value]:
+    """Emit eight codes of each column, of less than 8 bits each, as `load_codes` yields them: two of <64 x i8>.
 
-    here: where the block begins; eight: which of the block's eights, known at run time.
+    here: the address of the block; eight: the index of the group of eight in the block, known at run time.
     """
     b, bits = e.b, fmt.high_bits
     at = eight
-    if bits:  # every vector of high bits lies before the ones that it belongs to
+    if bits:  # each vector of high bits lies in front of the vectors of low bits that it belongs to
         together = 4 // bits
         group = b.udiv(eight, e.const(together))
         at = b.add(at, b.add(group, e.const(1)))
@@ -60,15 +60,15 @@ def eight_at(e: Emitter, fmt: WeightFormat, here: ir.Value, eight: ir.Value) -> 
 
 
 def _shifted(e: Emitter, value: ir.Value, bits: ir.Value) -> ir.Value:
-    """Emit a shift to the right of 16 bits each: what crosses into a byte is for the caller to mask out."""
+    """Emit a right shift of 16-bit words; the caller must mask out the bits that move from one byte to the other."""
     words = ir.VectorType(I16, value.type.count // 2)
     return e.b.bitcast(e.b.lshr(e.b.bitcast(value, words), e.splat(e.b.trunc(bits, I16), words)), value.type)
 
 
 def _above(b: ir.IRBuilder, high: ir.Value, first: int, bits: int) -> ir.Value:
-    """Emit some bits of each byte, from bit `first` on, where the low 4 bits of a code leave room for them.
+    """Emit `bits` bits of each byte, from bit `first` on, moved to bit 4: above the low 4 bits of a code.
 
-    Shifts are those of 16 bits, as x86 has none of bytes: what crosses from a byte into the next is masked out.
+    Shifts are of 16-bit words, because x86 has no byte shifts; bits that move to the other byte are masked out.
     """
     words = ir.VectorType(I16, high.type.count // 2)
     value = b.bitcast(high, words)

@@ -1,4 +1,4 @@
-"""Processors that the kernels are written for: how each multiplies bytes, how many rows fit its registers."""
+"""Kinds of processors: how each multiplies bytes, and how many rows fit into its registers."""
 
 from __future__ import annotations
 
@@ -33,46 +33,47 @@ class Target:
     has_signed_dot: bool = False
 
     def zero_point(self, bits: int) -> int:
-        """Return what stands for a weight of 0 in the dot product: a half of the range, but for moved ones."""
+        """Return the code of a weight of 0 in the dot product: half of the range, but 0 for shifted 8-bit weights."""
         return 0 if self.has_signed_dot and bits == 8 else 1 << (bits - 1)
 
     def row_tiles_for(self, bits: int) -> tuple[int, ...]:
-        """Return how many rows a kernel takes at once: half as many where each needs two sums."""
+        """Return the numbers of rows that one kernel computes: at most half as many if each row needs two sums."""
         return self.row_tiles[1:] if self.has_signed_dot and bits == 8 else self.row_tiles
 
     def wide_codes(self, b: ir.IRBuilder, codes: ir.Value) -> ir.Value:
-        """Return 16 codes, <16 x i32>, in the bytes in which they are multiplied: two words of 32 bits for every four.
+        """Return 16 codes, <16 x i32>, in the layout of the dot product: two words of 32 bits for every four codes.
 
-        These are codes 0 and 2, and 1 and 3, as the weights of a column split into pairs; with signed bytes the four
-        low bytes, and the four above, each code being 256 times the one plus the other.
+        Without `has_signed_dot`: int16, codes 0 and 2 in one word, 1 and 3 in the other, as the weights of a column are
+        split. With it: int8, the four low bytes in one word, the four high bytes in the other; a code is 256 * high +
+        low.
         """
         if not self.has_signed_dot:
             order = ir.Constant(ir.VectorType(I32, 16), [4 * four + i for four in range(4) for i in (0, 2, 1, 3)])
             words = b.trunc(codes, ir.VectorType(I16, 16))
             return b.shuffle_vector(words, ir.Constant(words.type, ir.Undefined), order)
         low = b.trunc(codes, ir.VectorType(I8, 16))
-        above = b.ashr(b.sub(codes, b.sext(low, codes.type)), ir.Constant(codes.type, [8] * 16))
-        places = [byte + 4 * four + i for four in range(4) for byte in (0, 16) for i in range(4)]
-        order = ir.Constant(ir.VectorType(I32, 32), places)
-        return b.shuffle_vector(low, b.trunc(above, low.type), order)
+        high = b.ashr(b.sub(codes, b.sext(low, codes.type)), ir.Constant(codes.type, [8] * 16))
+        lanes = [byte + 4 * four + i for four in range(4) for byte in (0, 16) for i in range(4)]
+        order = ir.Constant(ir.VectorType(I32, 32), lanes)
+        return b.shuffle_vector(low, b.trunc(high, low.type), order)
 
     def dot(self, b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, activations: ir.Value, bits: int) -> ir.Value:
-        """Add to each of the sums, <16 x i32>, the products of four weights and four activations, <64 x i8> each."""
+        """Add the products of four weights and four activations, <64 x i8> each, to each of the sums, <16 x i32>."""
         if self.has_signed_dot and bits == 8:
             weights = b.xor(weights, ir.Constant(weights.type, [0x80] * 64))
-        return self._in_parts(b, 4, _DOTS[self.name], sums, weights, activations)
+        return self._by_registers(b, 4, _DOTS[self.name], sums, weights, activations)
 
     def max_int16_sums(self, bits: int) -> int:
-        """Return how many dot products of four `pairs` may add up in 16 bits; 0 where an instruction has 32.
+        """Return how many results of `multiply_pairs` can be added up in int16; 0 if an instruction sums in int32.
 
-        Two unsigned weights and two activations are at most 2 * (2 ** bits - 1) * 127 in size.
+        The sum of two products of unsigned weights and activations is at most 2 * (2 ** bits - 1) * 127.
         """
         return 0 if self.name != "avx2" else (1 << 15) // (2 * ((1 << bits) - 1) * MAX_INT8_CODE)
 
     def multiply_pairs(
         self, b: ir.IRBuilder, pairs: ir.Value | None, weights: ir.Value, activations: ir.Value
     ) -> ir.Value:
-        """Return sums of two products each, <32 x i16>, of <64 x i8>, added to others of the kind where there are."""
+        """Return sums of two products each, <32 x i16>, of weights and activations, <64 x i8>, added to `pairs`."""
         parts = []
         for i in range(PANEL_COLUMNS // self.lanes):
             products = _maddubs(b, *(_part(b, value, i, 4 * self.lanes) for value in (weights, activations)))
@@ -80,31 +81,31 @@ class Target:
         return _joined(b, *parts)
 
     def widen_pairs(self, b: ir.IRBuilder, sums: ir.Value, pairs: ir.Value) -> ir.Value:
-        """Add to each of the sums, <16 x i32>, the two sums of `pairs` that belong to it."""
-        return self._in_parts(b, 2, _avx2_pairs, sums, pairs)
+        """Add the two sums in `pairs`, <32 x i16>, that belong to each of the sums, <16 x i32>."""
+        return self._by_registers(b, 2, _avx2_pairs, sums, pairs)
 
     def dot_int16(self, b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, even: ir.Value, odd: ir.Value) -> ir.Value:
-        """Add to each of the sums the products of four weights, <64 x i8>, and four activations of 16 bits.
+        """Add the products of four weights, <64 x i8>, and four 16-bit activations to each of the sums, <16 x i32>.
 
-        even: activations 0 and 2 for each sum, odd: 1 and 3, in <64 x i8> each.
+        even: activations 0 and 2 for each sum; odd: activations 1 and 3; int16, as <64 x i8> each.
         """
-        return self._in_parts(b, 4, _WORD_DOTS[self.name], sums, weights, even, odd)
+        return self._by_registers(b, 4, _WORD_DOTS[self.name], sums, weights, even, odd)
 
-    def _in_parts(
+    def _by_registers(
         self, b: ir.IRBuilder, each: int, dot: Callable[..., ir.Value], sums: ir.Value, *values: ir.Value
     ) -> ir.Value:
-        """Emit what adds to as many sums as a vector of this processor holds, for all of them."""
+        """Apply `dot` to slices of `lanes` sums, with `each` elements of the values for each sum; return all sums."""
         parts = []
         for i in range(PANEL_COLUMNS // self.lanes):
-            some = [_part(b, value, i, each * self.lanes) for value in values]
-            parts.append(dot(b, _part(b, sums, i, self.lanes), *some))
+            slices = [_part(b, value, i, each * self.lanes) for value in values]
+            parts.append(dot(b, _part(b, sums, i, self.lanes), *slices))
         while len(parts) > 1:
             parts = [_joined(b, one, other) for one, other in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]
 
 
 def _part(b: ir.IRBuilder, value: ir.Value, index: int, size: int) -> ir.Value:
-    """Return a slice of a vector."""
+    """Return slice `index` of a vector that is divided into slices of `size` elements."""
     if value.type.count == size:
         return value
     picked = ir.Constant(ir.VectorType(I32, size), list(range(index * size, (index + 1) * size)))
@@ -117,7 +118,7 @@ def _joined(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
 
 
 def _call(b: ir.IRBuilder, name: str, *arguments: ir.Value) -> ir.Value:
-    """Call an instruction of the processor, whose result is like its first argument."""
+    """Call an intrinsic of the processor whose result has the type of its first argument."""
     module = b.module
     function = module.globals.get(name)
     if function is None:
@@ -139,7 +140,7 @@ def _vnni_words(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, even: ir.Val
 
 
 def _maddubs(b: ir.IRBuilder, weights: ir.Value, activations: ir.Value) -> ir.Value:
-    """Return sums of two products of bytes in 16 bits, which weights of up to 6 bits fit."""
+    """Return sums of two products of bytes in int16. They do not overflow for weights of up to 6 bits."""
     words = ir.VectorType(I16, weights.type.count // 2)
     name = "llvm.x86.avx2.pmadd.ub.sw"
     function = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(words, [weights.type] * 2), name)
@@ -159,7 +160,7 @@ def _avx2_words(b: ir.IRBuilder, sums: ir.Value, weights: ir.Value, even: ir.Val
 
 
 def _pairs(b: ir.IRBuilder, weights: ir.Value) -> list[ir.Value]:
-    """Return weights 0 and 2, and 1 and 3, of every four in 16 bits."""
+    """Return weights 0 and 2, and weights 1 and 3, of every four, as int16."""
     words = ir.VectorType(I16, weights.type.count // 2)
     w = b.bitcast(weights, words)
     low = b.and_(w, ir.Constant(words, [255] * words.count))
@@ -192,4 +193,4 @@ TARGETS: Final = (
     Target("avx2", "x86_64-unknown-linux-gnu", ("avx2", "fma", "f16c"), 8, (4, 2, 1), (2, 1), 4),
     Target("dotprod", "aarch64-unknown-linux-gnu", ("dotprod", "fullfp16"), 4, (4, 2, 1), (1,), 4, has_signed_dot=True),
 )
-"""Kinds of processors, the best first, by the names that LLVM gives to instruction sets."""
+"""All kinds of processors, best first. Features have LLVM's names."""

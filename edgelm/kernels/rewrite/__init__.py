@@ -1,1 +1,1 @@
-"""A bundle's graph rewritten for the kernels: which nodes are fused, and how its weights are laid out."""
+"""Rewrites a bundle's graph for the kernels: fuses nodes, and packs the weights into panels."""

@@ -1,4 +1,4 @@
-"""Which attention of a graph our kernels compute, and the node that says so."""
+"""Replaces onnxruntime's attention nodes by ours, if our kernels support them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _KNOWN: Final = frozenset(
 
 
 def lower_attention(model: Model, node: Node) -> tuple[bytes, list[str]] | None:
-    """Return a node of ours that computes what one of onnxruntime's does, and its inputs; None where there is none.
+    """Return the encoded attention node that replaces a GroupQueryAttention, and its inputs; None if unsupported.
 
-    Memory in int8, rotation of neighbours and heads of other sizes than multiples of 16 stay onnxruntime's.
+    Not supported: an int8 KV cache, interleaved rotation, head sizes that are not multiples of 16.
     """
     if (
         not is_ort_operator(node, GROUP_QUERY_ATTENTION)
@@ -57,12 +57,13 @@ def lower_attention(model: Model, node: Node) -> tuple[bytes, list[str]] | None:
         "SOFTCAP": _bits(node.attributes.get("softcap", 0.0)),
     }
     rotary = [inputs[_COS], inputs[_SIN], inputs[_POSITIONS]] if is_rotated else ["", "", ""]
-    taken = [*(inputs[i] for i in (_QUERY, _KEY, _VALUE, _PAST_KEY, _PAST_VALUE, _SEQLENS)), *rotary]
-    while not taken[-1]:
-        taken.pop()
+    kept = [*(inputs[i] for i in (_QUERY, _KEY, _VALUE, _PAST_KEY, _PAST_VALUE, _SEQLENS)), *rotary]
+    while not kept[-1]:
+        kept.pop()
     outputs = [*node.outputs, f"{node.outputs[0]}.scratch"]
-    return encode_node(node.outputs[0], ATTENTION, DOMAIN, taken, outputs, attributes), [name for name in taken if name]
+    return encode_node(node.outputs[0], ATTENTION, DOMAIN, kept, outputs, attributes), [name for name in kept if name]
 
 
 def _bits(value: float) -> int:
+    """Return the bits of a float32 as an integer."""
     return int(np.float32(value).view(np.int32))

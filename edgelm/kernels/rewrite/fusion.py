@@ -1,9 +1,8 @@
-"""What stands around a product in a graph and can be computed with it: SwiGLU, RMSNorm, the residual stream.
+"""Plans which nodes around a product are fused into it: SwiGLU, RMSNorm, the addition of the residual stream.
 
     x -> [RMSNorm | SwiGLU] -> product -> [+ skip]
 
-A normalization is folded where nothing but the product reads what it gives, an addition where nothing but it reads the
-product.
+A normalization is fused if the product is its only reader, an addition if it is the only reader of the product.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from edgelm.graph.onnx_model import FLOAT, Model, Node, is_ort_operator
 NORM: Final = "SimplifiedLayerNormalization"
 SKIP_NORM: Final = "SkipSimplifiedLayerNormalization"
 EPSILON: Final = {NORM: 1e-5, SKIP_NORM: 1e-12}
-"""What onnxruntime takes where nothing else is said."""
+"""onnxruntime's defaults of the attribute."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """What a node reads and gives. For products: `skip` is added, `norm` the weight of the norm in front."""
+    """What a node reads and writes after fusion. `skip` is the value that is added, `norm` the RMSNorm's weight."""
 
     x: str
     output: str
@@ -34,37 +33,37 @@ class Fusion:
 
     @property
     def inputs(self) -> list[str]:
-        """What a product's operator is given."""
+        """Inputs of the product's operator."""
         return [self.x] if self.skip is None else [self.x, self.skip]
 
 
 class FusionPlan:
-    """What of a model's nodes is folded. `is_ours` says which nodes are products that the kernels compute."""
+    """The fusions of a model. `is_ours` returns whether a node is a product that the kernels compute."""
 
-    def __init__(self, model: Model, makers: Mapping[str, Node], is_ours: Callable[[Node], bool]) -> None:
+    def __init__(self, model: Model, producers: Mapping[str, Node], is_ours: Callable[[Node], bool]) -> None:
         self._model = model
-        self._producers = makers
+        self._producers = producers
         self._readers = Counter([name for node in model.nodes for name in node.inputs] + list(model.outputs))
-        self._order = {id(node): place for place, node in enumerate(model.nodes)}
-        self._products = {id(node): self._before(node) for node in model.nodes if is_ours(node)}
-        self._folded: set[int] = set()
+        self._order = {id(node): index for index, node in enumerate(model.nodes)}
+        self._products = {id(node): self._fuse_swiglu(node) for node in model.nodes if is_ours(node)}
+        self._fused_norms: set[int] = set()
         for node in model.nodes:
             if id(node) in self._products:
-                self._fold_norm(node)
+                self._fuse_norm(node)
 
-    def of(self, node: Node) -> Fusion | None:
-        """Return what a node becomes; None where another one computes it."""
-        if id(node) in self._folded:
+    def fusion_of(self, node: Node) -> Fusion | None:
+        """Return the fusion of a node; None if a product computes the node."""
+        if id(node) in self._fused_norms:
             return None
         return self._products.get(id(node)) or Fusion(node.inputs[0] if node.inputs else "", node.outputs[0])
 
-    def _before(self, node: Node) -> Fusion:
-        """Return a product with the SwiGLU in front of it, if there is one."""
-        gated = self._gated(node.inputs[0])
+    def _fuse_swiglu(self, node: Node) -> Fusion:
+        """Return the fusion of a product with the SwiGLU in front of it, if there is one."""
+        gated = self._match_swiglu(node.inputs[0])
         return Fusion(gated or node.inputs[0], node.outputs[0], gated=gated is not None)
 
-    def _gated(self, name: str) -> str | None:
-        """Return what a value is the SwiGLU of: gates and values that were split apart; None where it is none."""
+    def _match_swiglu(self, name: str) -> str | None:
+        """Return the input of the SwiGLU, gates and then values, that computes a value; None if another node does."""
         product = self._producers.get(name)
         if product is None or not is_ort_operator(product, "Mul"):
             return None
@@ -76,8 +75,8 @@ class FusionPlan:
             return None
         return split.inputs[0] if split.outputs == (gate.inputs[0], product.inputs[1]) else None
 
-    def _fold_norm(self, node: Node) -> None:
-        """Fold the normalization in front of a product into it, and the addition in that into the product before."""
+    def _fuse_norm(self, node: Node) -> None:
+        """Fuse the RMSNorm in front of a product into it, and the addition of that RMSNorm into an earlier product."""
         norm = self._producers.get(node.inputs[0])
         if (
             norm is None
@@ -100,19 +99,19 @@ class FusionPlan:
         tensor = self._model.tensors.get(weight)
         if tensor is None or tensor.dtype != FLOAT or tensor.shape != (int(node.attributes["K"]),):
             return
-        if norm.op_type == SKIP_NORM and not self._fold_addition(norm, x):
+        if norm.op_type == SKIP_NORM and not self._fuse_addition(norm, x):
             return
-        self._folded.add(id(norm))
+        self._fused_norms.add(id(norm))
         epsilon = norm.attributes.get("epsilon", EPSILON[norm.op_type])
         self._products[id(node)] = replace(self._products[id(node)], x=x, norm=weight, epsilon=epsilon)
 
-    def _fold_addition(self, norm: Node, output: str) -> bool:
-        """Fold the addition in a normalization into a product whose result it adds; return whether there is one."""
+    def _fuse_addition(self, norm: Node, output: str) -> bool:
+        """Fuse the addition of a normalization into the product whose result it adds; return whether there is one."""
         for name, other in (norm.inputs[1::-1], norm.inputs[:2]):
             product = self._producers.get(name)
             if product is None or id(product) not in self._products or self._readers[name] != 1:
                 continue
-            source = self._producers.get(other)  # constants and inputs may be of another shape, and be repeated
+            source = self._producers.get(other)  # constants and inputs may have another shape and be broadcast
             if source is not None and self._order[id(source)] < self._order[id(product)]:
                 self._products[id(product)] = replace(self._products[id(product)], skip=other, output=output)
                 return True

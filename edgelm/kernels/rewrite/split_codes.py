@@ -1,8 +1,7 @@
-"""Codes of 5 and 6 bits in a graph, which nodes of constants join to the 8-bit codes that onnxruntime reads.
+"""Finds codes of 5 and 6 bits in a graph, which nodes on constants expand to the 8-bit codes that onnxruntime reads.
 
-A code is stored as its low 4 bits and the bits above; its distance from its zero point 2^(bits-1) becomes the same
-distance from 128. Nodes are recognized only where they are exactly those that say so: whatever else computes codes is
-onnxruntime's matter.
+A code is stored as its low 4 bits and the bits above. The nodes replace its zero point 2^(bits-1) by 128. Only exactly
+these nodes match; codes that are computed in any other way are left to onnxruntime.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ LOW: Final = "low"
 HIGH: Final = "high"
 
 Pattern = str | list[int] | tuple[Any, ...]
-"""A stored tensor by what it is; the values of a constant; an operator, its direction and patterns of its inputs."""
+"""LOW or HIGH for a stored tensor; the values of a constant; or an operator, its direction, patterns of its inputs."""
 
 
 def _shift(direction: bytes, value: Pattern, by: list[int]) -> Pattern:
     return ("BitShift", direction, value, by)
 
 
-def _parts(source: str, bits: int, shape: list[int]) -> Pattern:
-    """Every byte split into values of some bits, the lowest first."""
-    apart = ("Unsqueeze", b"", source, [-1])
-    masked = ("BitwiseAnd", b"", _shift(b"RIGHT", apart, list(range(0, 8, bits))), [(1 << bits) - 1])
+def _unpacked(source: str, bits: int, shape: list[int]) -> Pattern:
+    """Return the pattern that splits every byte into values of `bits` bits, lowest first."""
+    bytes_ = ("Unsqueeze", b"", source, [-1])
+    masked = ("BitwiseAnd", b"", _shift(b"RIGHT", bytes_, list(range(0, 8, bits))), [(1 << bits) - 1])
     return ("Reshape", b"", masked, shape)
 
 
-def _joined(bits: int, shape: list[int]) -> Pattern:
-    """Codes of 8 bits [N, blocks, block]: those of 5 or 6 with the highest bit repeated upwards, and flipped."""
-    moved = _shift(b"LEFT", _parts(HIGH, bits - 4, shape), [4])
-    codes: Pattern = ("BitwiseOr", b"", _parts(LOW, 4, shape), moved)
+def _expanded(bits: int, shape: list[int]) -> Pattern:
+    """Return the pattern of 8-bit codes [N, blocks, block_size]: the highest bit is repeated upwards, then flipped."""
+    moved = _shift(b"LEFT", _unpacked(HIGH, bits - 4, shape), [4])
+    codes: Pattern = ("BitwiseOr", b"", _unpacked(LOW, 4, shape), moved)
     top = moved if bits == 5 else ("BitwiseAnd", b"", moved, [0x20])
     for by in range(1, 9 - bits):
         codes = ("BitwiseOr", b"", codes, _shift(b"LEFT", top, [by]))
@@ -44,20 +43,23 @@ def _joined(bits: int, shape: list[int]) -> Pattern:
 
 
 class SplitCodeMatcher:
-    """Finds what codes are joined from. `array` gives a tensor's values."""
+    """Finds the stored parts of split codes. `array` returns a tensor's values."""
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], makers: Mapping[str, Node], array: Callable[[Tensor], NDArray[Any]]
+        self, tensors: Mapping[str, Tensor], producers: Mapping[str, Node], array: Callable[[Tensor], NDArray[Any]]
     ) -> None:
         self._tensors = tensors
-        self._producers = makers
+        self._producers = producers
         self._array = array
 
     def match_parts(self, name: str, shape: Sequence[int]) -> tuple[int, Tensor, Tensor] | None:
-        """Return bits, low 4 bits and the bits above of codes of `shape` [N, blocks, block]; None for all others."""
+        """Return bits, tensor of low 4 bits and tensor of high bits of codes [N, blocks, block_size]; None if no match.
+
+        shape: the shape of the codes.
+        """
         for bits in (5, 6):
             found: dict[str, str] = {}
-            if self._fits(name, _joined(bits, list(shape)), found):
+            if self._matches(name, _expanded(bits, list(shape)), found):
                 parts = self._tensors[found[LOW]], self._tensors[found[HIGH]]
                 if [part.dtype for part in parts] == [UINT8, UINT8] and [
                     8 * int(np.prod(part.shape, dtype=np.int64)) for part in parts
@@ -66,14 +68,14 @@ class SplitCodeMatcher:
         return None
 
     def constant(self, name: str) -> list[int] | None:
-        """Return the values of a constant of integers of one dimension; None for what is none."""
+        """Return the values of a one-dimensional integer tensor of at most 8 values; None for other tensors."""
         tensor = self._tensors.get(name)
         if tensor is None or tensor.dtype not in (UINT8, INT64) or len(tensor.shape) != 1 or tensor.shape[0] > 8:
             return None
         return [int(value) for value in self._array(tensor)]
 
-    def _fits(self, name: str, pattern: Pattern, found: dict[str, str]) -> bool:
-        """Whether a value is computed as a pattern says; put the names of stored tensors into `found`."""
+    def _matches(self, name: str, pattern: Pattern, found: dict[str, str]) -> bool:
+        """Return whether a pattern computes a value; store the names of its tensors in `found`, by LOW and HIGH."""
         if isinstance(pattern, str):
             return name in self._tensors and found.setdefault(pattern, name) == name
         if isinstance(pattern, list):
@@ -86,5 +88,5 @@ class SplitCodeMatcher:
             and node.string_attributes == ({"direction": direction} if direction else {})
             and not node.attributes
             and len(node.inputs) == len(inputs)
-            and all(self._fits(*pair, found) for pair in zip(node.inputs, inputs, strict=True))
+            and all(self._matches(*pair, found) for pair in zip(node.inputs, inputs, strict=True))
         )
