@@ -89,10 +89,10 @@ import gc, sys
 from pathlib import Path
 import numpy as np
 from kernel_nodes import product, run
-from edgelm.kernels.formats import Format
+from edgelm.kernels.abi import WeightFormat
 
 codes, scales = np.zeros((32, 2, 16), np.uint8), np.ones((32, 2), np.float16)
-session = product(Path(sys.argv[1]), Format(4, 32), 64, codes, scales)
+session = product(Path(sys.argv[1]), WeightFormat(4, 32), 64, codes, scales)
 gc.collect()
 filler = [bytearray(1000) for _ in range(10000)]
 for _ in range(100):
