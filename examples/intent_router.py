@@ -1,4 +1,4 @@
-"""Turn sentences into calls: python examples/intent_router.py "what is the weather in Oslo", or lines on stdin."""
+"""Call a function for each sentence: examples/intent_router.py "what is the weather in Oslo", or sentences on stdin."""
 
 import sys
 
@@ -6,19 +6,19 @@ import edgelm
 
 
 def play_music(**slots: object) -> str:
-    """Stand in for your player."""
+    """Replace this with your player."""
     return f"playing {slots}"
 
 
 def get_weather(**slots: object) -> str:
-    """Stand in for your weather source."""
+    """Replace this with your weather source."""
     return f"looking up the weather for {slots}"
 
 
 HANDLERS = {"PlayMusic": play_music, "GetWeather": get_weather}
 
 if not sys.argv[1:] and sys.stdin.isatty():
-    print("a command a line, such as: play some jazz (Ctrl-D ends)", file=sys.stderr)
+    print("one command per line, such as: play some jazz (Ctrl-D ends)", file=sys.stderr)
 
 with edgelm.load("builtin") as lm:
     for line in sys.argv[1:] or sys.stdin:

@@ -1,4 +1,4 @@
-"""Ask a board from any MQTT 5 program, without edgelm: python examples/mqtt_client.py "PROMPT" --board kitchen."""
+"""Stream an answer from a board with paho-mqtt, without edgelm: streaming_client.py "PROMPT" --board kitchen."""
 
 import argparse
 import json
@@ -12,22 +12,22 @@ from paho.mqtt.properties import Properties
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("prompt", metavar="PROMPT", help="such as: play some jazz")
-parser.add_argument("--board", default="kitchen", help="whom to ask (%(default)s): the --board of edgelm serve")
-parser.add_argument("--host", default="localhost", help="where the broker is (%(default)s)")
-parser.add_argument("--port", type=int, default=1883, help="its port (%(default)s)")
-parser.add_argument("--timeout", type=float, default=60.0, help="seconds for the answer (%(default)g)")
+parser.add_argument("--board", default="kitchen", help="name of the board, as in edgelm serve --board (%(default)s)")
+parser.add_argument("--host", default="localhost", help="host of the broker (%(default)s)")
+parser.add_argument("--port", type=int, default=1883, help="port of the broker (%(default)s)")
+parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for the answer (%(default)g)")
 args = parser.parse_args()
 reply_topic = f"reply/{uuid.uuid4().hex}"
 client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
 
 
 def on_connect(*_: Any) -> None:
-    """Listen for the answer first."""
+    """Subscribe to the answer first."""
     client.subscribe(reply_topic, qos=1)
 
 
 def on_subscribe(*_: Any) -> None:
-    """Ask, once the answer cannot be missed."""
+    """Send the request when the subscription is active."""
     properties = Properties(PacketTypes.PUBLISH)
     properties.ResponseTopic = reply_topic
     properties.CorrelationData = b"1"
@@ -36,7 +36,7 @@ def on_subscribe(*_: Any) -> None:
 
 
 def on_message(_client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
-    """Print pieces as they come; the last message repeats the whole text."""
+    """Print chunks as they arrive; the final message repeats the whole text."""
     answer = json.loads(message.payload)
     if answer["done"]:
         print("\n", answer["timing"] if answer["error"] is None else answer["error"])
@@ -53,4 +53,4 @@ except OSError as error:
 until = time.monotonic() + args.timeout
 while client.loop() == mqtt.MQTT_ERR_SUCCESS:
     if time.monotonic() > until:
-        raise SystemExit(f"no answer from {args.board} within {args.timeout:g} s: does it serve at this broker?")
+        raise SystemExit(f"no answer from {args.board} within {args.timeout:g} s: is it online at this broker?")
