@@ -60,8 +60,14 @@ def test_the_figures_of_a_profile_are_plausible(profile: BoardProfile):
     assert 1 <= profile.cpu.threads <= profile.cpu.cores
     assert 5 < profile.memory.bandwidth_gb_s < 210
     assert {"fp", "asimd", "crc32"} <= set(profile.cpu.features)
-    # The dot product (ARMv8.2) is missing in the Pi 4's processor only.
-    assert ("asimddp" in profile.cpu.features) == (profile.name != "pi4")
+    if "asimddp" in profile.cpu.features:  # the dot product came with ARMv8.2, like half-precision arithmetic
+        assert {"atomics", "asimdhp"} <= set(profile.cpu.features)
+
+
+def test_only_newer_boards_have_the_dot_product():
+    have = {profile.name for profile in EMULATED if "asimddp" in profile.cpu.features}
+    assert {"pi5", "orin-nano"} <= have
+    assert "pi4" not in have
 
 
 KEYS = st.text(st.characters(codec="ascii", categories=["Ll"]), min_size=1, max_size=12)

@@ -340,3 +340,29 @@ def test_extras_are_read_from_the_packages_own_metadata():
         "edgelm": None,
     }
     assert {module: find_extra(module) for module in expected} == expected
+
+
+# --- the architecture page ---
+
+ARCHITECTURE = (REPO / "edgelm/README.md").read_text("utf-8")
+
+
+def test_the_architecture_page_names_every_package():
+    tree = ARCHITECTURE.partition("```text")[2].partition("```")[0]
+    packages = {path.parts[1] for folder in PACKAGES for path in sources(folder) if len(path.parts) > 2}
+    assert not {name for name in packages if f"{name}/" not in tree}
+
+
+def test_the_architecture_page_has_the_floors():
+    rows = re.findall(r"^\| ([\d, ]+) \| (.*) \|$", ARCHITECTURE, re.MULTILINE)
+    printed = {name for _, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert printed == {name for names in FLOORS for name in names} - {"_version", "__init__", "__main__"}
+    order = [name for _, names in rows for name in re.findall(r"`(\w+)`", names)]
+    floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    assert [floor_of[name] for name in order] == sorted(floor_of[name] for name in order)
+
+
+def test_the_glossary_is_short_and_sorted():
+    terms = re.findall(r"^\| ([\w ]+) \| ", ARCHITECTURE.partition("## Glossary")[2], re.MULTILINE)[1:]
+    assert terms == sorted(terms, key=str.lower)
+    assert 30 <= len(terms) <= 40
