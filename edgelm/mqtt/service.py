@@ -1,7 +1,7 @@
 """The service of a board: announces it, publishes its state, dispatches requests, and shuts down cleanly.
 
 The thread that calls `run` owns all state; paho's thread and the worker's thread only post events to it. Pools would
-get a connection of their own; Home Assistant's discovery would be one more retained message in `_announce`.
+get a connection of their own; Home Assistant's discovery would be one more packet of the `Announcement`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from edgelm.engine.fairness import FairQueue
 from edgelm.engine.sessions import MAX_SESSIONS
 from edgelm.errors import EdgelmError, RequestError
 from edgelm.mqtt import board_health, connection_events, packets
+from edgelm.mqtt.announcement import Announcement
 from edgelm.mqtt.client_id import load_client_id
 from edgelm.mqtt.connection import Connection
 from edgelm.mqtt.inbound_policy import InboundPolicy
@@ -49,8 +50,6 @@ LEAVE_TIMEOUT_S: Final = 3.0
 EVENTS_PER_ITERATION: Final = 256
 MESSAGES_PER_ITERATION: Final = 4
 """Messages handled before the next events."""
-REPUBLISH_INTERVAL_S: Final = 1.0
-"""Least time between two corrections of overwritten retained messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +89,14 @@ class Service:
         self._incoming_lock = threading.Lock()
         limit = 4 * packets.MAX_PAYLOAD_BYTES
         self._policy = InboundPolicy(self._topics, config.client_rate, config.client_burst, limit, time.monotonic)
+        self._announcement = Announcement(self._topics, self._boot_id, self._policy)
         broker = config.broker
         self._url = broker.url
         self._connection = Connection(
             broker,
             load_client_id(config.board),
             self._post,
-            will=self._make_status("offline"),
+            will=self._announcement.make_status("offline"),
             will_delay_s=WILL_DELAY_S,
             session_expiry_s=SESSION_EXPIRY_S,
             packet_bytes=limit,
@@ -114,10 +114,7 @@ class Service:
             self._events.put,
             self._policy.count_dropped,
         )
-        self._announcement: tuple[packets.Packet, ...] = ()
-        """The retained messages of this board, as published last."""
-        self._is_overwritten = self._has_warned_overwritten = False
-        self._republished_at = float("-inf")
+
         self._failure: EdgelmError | None = None
         self._stop_by: float | None = None
         self._is_interrupted = False
@@ -223,7 +220,8 @@ class Service:
         now = self._periodic_at = time.monotonic()
         self._connection.maintain()
         self._request_handler.end_overdue()
-        self._republish_overwritten()
+        if self._stop_by is None and len(self._outbox) < MAX_UNACKED_MESSAGES:
+            self._announcement.republish_if_overwritten(self._outbox)
         for model in self._models:
             if model.worker.failure is not None:
                 self._fail(EdgelmError(f"the engine of {model.name} failed: {model.worker.failure!r}"))
@@ -262,7 +260,7 @@ class Service:
         )
         if not self._was_connected:
             return
-        self._outbox.send(self._make_status("offline"))
+        self._outbox.send(self._announcement.make_status("offline"))
         until = time.monotonic() + LEAVE_TIMEOUT_S
         while len(self._outbox) and time.monotonic() < until:
             self._run_once()
@@ -275,7 +273,7 @@ class Service:
         self._has_logged_loss = False
         self._connected_at = time.monotonic()
         self._protocol = event.protocol
-        self._connection.subscribe(self._topics.subscriptions, (self._topics.status, self._topics.info))
+        self._connection.subscribe(self._topics.subscriptions, self._announcement.watched_topics)
         self._outbox.on_connected(event)
 
     def _on_subscribed(self, event: connection_events.Subscribed) -> None:
@@ -290,12 +288,7 @@ class Service:
 
     def _announce(self) -> None:
         """Publish the retained `info`, `online` and the state."""
-        info = packets.Packet(self._topics.info, packets.write_json(self._make_info()), qos=1, retain=True)
-        self._announcement = (info, self._make_status("online"))
-        for packet in self._announcement:
-            self._outbox.send(packet)
-        self._policy.pop_own_dropped()
-        self._is_overwritten = False
+        self._announcement.publish(self._outbox, self._make_info())
         self._publish_state()
         names = ", ".join(model.name for model in self._models)
         log.info("serving %s as %s", names, self._topics.generate())
@@ -324,46 +317,12 @@ class Service:
 
     def _on_received(self, event: connection_events.Received) -> None:
         try:
-            if event.topic in {self._topics.status, self._topics.info}:
-                self._note_overwritten(event)
+            if event.topic in self._announcement.watched_topics:
+                self._announcement.on_received(event, is_mqtt5=self._connection.is_mqtt5)
             else:
                 self._request_handler.receive(event)
         finally:
             self._connection.acknowledge(event)
-
-    def _note_overwritten(self, event: connection_events.Received) -> None:
-        """Record that another client published on a topic of this board.
-
-        Over MQTT 3.1.1 the message may be the board's own: then its payload is the announced one.
-        """
-        announced = {packet.topic: packet.payload for packet in self._announcement}
-        if self._connection.is_mqtt5 or event.payload != announced.get(event.topic, event.payload):
-            self._is_overwritten = True
-
-    def _republish_overwritten(self) -> None:
-        """Publish the announcement again if another client overwrote it, at most once a second."""
-        now = time.monotonic()
-        self._is_overwritten |= self._policy.pop_own_dropped()  # a dropped message may have overwritten it
-        if not self._is_overwritten or not self._announcement:
-            return
-        if (
-            self._stop_by is not None
-            or now - self._republished_at < REPUBLISH_INTERVAL_S
-            or len(self._outbox) >= MAX_UNACKED_MESSAGES
-        ):
-            return
-        self._republished_at = now
-        self._is_overwritten = False
-        for packet in self._announcement:
-            self._outbox.send(packet)
-        if not self._has_warned_overwritten:
-            self._has_warned_overwritten = True
-            log.warning(
-                "another client publishes on %s or %s: published them again, and will do so without further warning."
-                " Forbid it in the broker's ACL; if it is another board of the same name, set --board NAME there",
-                self._topics.status,
-                self._topics.info,
-            )
 
     def _on_stop(self, _event: Stop) -> None:
         is_second = self._stop_by is not None
@@ -372,10 +331,6 @@ class Service:
         log.info("stopping; %d requests have no final message yet", len(self._request_handler))
 
     # -- messages about the board --------------------------------------------------------------------------------
-
-    def _make_status(self, status: str) -> packets.Packet:
-        properties = packets.Properties(is_text=True, user=(("boot_id", self._boot_id),))
-        return packets.Packet(self._topics.status, status.encode(), qos=1, retain=True, properties=properties)
 
     def _make_info(self) -> dict[str, Any]:
         return {

@@ -177,7 +177,7 @@ def test_an_error_during_a_response_is_on_its_own_line(
             other.wait(lambda heard: any(each.body["event"] == "started" for each in heard))
             time.sleep(0.3)
             monkeypatch.setattr(SlowEngine, "step_s", 5.0)  # the board hangs
-            monkeypatch.setattr(service, "_republish_overwritten", lambda: None)  # and does not correct its status
+            monkeypatch.setattr(service._announcement, "republish_if_overwritten", lambda outbox: None)
             other.publish(f"edgelm/{config.board}/status", b"offline", retain=False)
 
         stopper = threading.Thread(target=stop)
