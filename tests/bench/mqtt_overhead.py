@@ -60,7 +60,7 @@ def serve(record: Path, url: str, bundle: str) -> int:
 
     PendingResponse.on_chunk = record_chunk  # type: ignore[method-assign]
     edgelm.mqtt.service_setup.Engine = PacedEngine  # type: ignore[misc]
-    code = main(["serve", "--mqtt", url, "--model", bundle, "--board", BOARD, "--threads", "1"])
+    code = main(["serve", "--mqtt", url, "--model", bundle, "--board", BOARD, "--threads", "1", "--no-speculation"])
     record.write_text(json.dumps({"left": left, "cpu": cpu}))
     return code
 
