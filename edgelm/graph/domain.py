@@ -1,14 +1,14 @@
-"""Names and limits that graphs and kernels share."""
+"""Names and limits that the graph and kernels packages share."""
 
 from __future__ import annotations
 
 from typing import Final
 
 DOMAIN: Final = "edgelm"
-"""The operators' domain."""
+"""The domain of our operators."""
 
 BATCH_INVARIANT_KEY: Final = "edgelm.invariant"
-"""Metadata of a graph that computes a token to the same bits whatever is computed with it: found out on this board."""
+"""Metadata key of a batch-invariant graph: each token's results have the same bits in every batch. Set on the board."""
 
 MAX_MATRIX_DIM: Final = 1 << 24
-"""Most rows or columns of a matrix: many times those of the largest vocabulary."""
+"""Maximum number of rows or columns of a matrix: many times the largest vocabulary."""

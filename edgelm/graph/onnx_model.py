@@ -92,7 +92,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ValueInfo:
-    """A ValueInfoProto: a tensor's type and its dimensions, 0 for those that are open."""
+    """A ValueInfoProto: a tensor's type and its dimensions, 0 for dynamic ones."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -114,7 +114,7 @@ class Model:
 
 
 def is_ort_operator(node: Node, *operators: str) -> bool:
-    """Whether a node is one of some operators of ONNX's or onnxruntime's: another domain may have the same names."""
+    """Return whether a node is one of these operators in a domain of ONNX or onnxruntime."""
     return node.domain in ORT_DOMAINS and node.op_type in operators
 
 
@@ -270,7 +270,7 @@ def _parse_model(data: bytes) -> Message:
 def _parse_decimal(text: str) -> int:
     """Return an offset or length in a file."""
     if not _DECIMAL.fullmatch(text):
-        raise ValueError(f"a place in a file that is no number: {text!r:.40}")
+        raise ValueError(f"the offset or length of external data is not a number: {text!r:.40}")
     return int(text)
 
 

@@ -1,8 +1,8 @@
-"""The shape of every value of a decoder's graph, told before anything is computed: one rule for each operator.
+"""Infers the shape of every value of a decoder's graph, with one rule for each operator.
 
-Covers the operators that `edgelm export` writes, as it writes them; whatever else an operator could do with its inputs
-raises `ShapeError`. Shapes are tuples of whole numbers and of names for what changes from call to call: "batch",
-"sequence", "tokens" (their product), "rows", "capacity".
+Covers the operators that `edgelm export` writes, with the inputs that it gives them; any other use raises `ShapeError`.
+Shapes are tuples of integers, and of names for dimensions that change from call to call: "batch", "sequence", "tokens"
+(batch * sequence), "rows", "capacity".
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Shape = tuple["int | str", ...]
 
 MAX_RANK: Final = 8
 MAX_VALUES: Final = 1 << 40
-"""Most numbers that a value has which does not change from call to call."""
+"""Maximum number of elements of a value with a constant shape."""
 
 _TOKENS: Final = ("batch", "sequence")
 
 
 class ShapeError(ValueError):
-    """An operator that is given something else than `edgelm export` gives it."""
+    """An operator is used in a way in which `edgelm export` does not use it."""
 
 
 class ShapeInference:
-    """The shapes of a model's values. `add` must be called for each node, in the model's order."""
+    """The shapes of a model's values. `infer` must be called for each node, in the model's order."""
 
     def __init__(self, model: Model, manifest: Manifest) -> None:
         cache = manifest.cache
@@ -61,59 +61,59 @@ class ShapeInference:
         }
 
     def infer(self, node: Node) -> None:
-        """Tell the shapes of a node's outputs. Raises `ShapeError` for one that does not fit its inputs."""
+        """Infer the shapes of a node's outputs. Raises `ShapeError` if its inputs or attributes are not allowed."""
         rule = self._rules.get(node.op_type)
         if rule is None:
-            raise ShapeError(f"it holds {node.op_type!r:.40}, which `edgelm export` never writes")
+            raise ShapeError(f"it contains {node.op_type!r:.40}, which `edgelm export` does not write")
         shapes = rule(node)
         if len(shapes) != len(node.outputs):
-            raise ShapeError(f"{node.op_type} has {len(node.outputs)} outputs")
+            raise ShapeError(f"{node.op_type} has {len(node.outputs)} outputs, expected {len(shapes)}")
         self._known |= dict(zip(node.outputs, shapes, strict=True))
 
     def shape_of(self, name: str) -> Shape:
-        """Return a value's shape. Raises `ShapeError` for one that is not known yet."""
+        """Return a value's shape. Raises `ShapeError` if no earlier node computes the value."""
         shape = self._known.get(name)
         if shape is None:
-            raise ShapeError(f"{name!r:.60} is read before it is made")
+            raise ShapeError(f"{name!r:.60} is read before it is computed")
         return shape
 
     def count(self, name: str) -> int:
-        """Return how many numbers a value has that does not change from call to call. Raises `ShapeError`."""
+        """Return the number of elements of a value. Raises `ShapeError` if it changes from call to call."""
         return math.prod(_fixed(self.shape_of(name), name))
 
     # -- rules --------------------------------------------------------------------------------------------------
 
     def _inputs(self, node: Node, count: int) -> list[Shape]:
         if len(node.inputs) != count:
-            raise ShapeError(f"{node.op_type} has {len(node.inputs)} inputs")
+            raise ShapeError(f"{node.op_type} has {len(node.inputs)} inputs, expected {count}")
         return [self.shape_of(name) for name in node.inputs]
 
     def _alike(self, node: Node) -> list[Shape]:
         return self._inputs(node, 1)
 
     def _combined(self, node: Node) -> list[Shape]:
-        """Return the larger shape of two: the other is the same, a number, or a number for each column."""
+        """Return the larger of two shapes; the other must be equal, a scalar, or one number for each column."""
         one, other = self._inputs(node, 2)
         larger, smaller = (one, other) if len(one) >= len(other) else (other, one)
         if smaller not in {larger, (), (1,), larger[-1:]}:
-            raise ShapeError(f"{node.op_type} is given {_text(one)} and {_text(other)}")
+            raise ShapeError(f"{node.op_type} reads {_text(one)} and {_text(other)}")
         return [larger]
 
     def _bits(self, node: Node) -> list[Shape]:
         one, other = (_fixed(shape, node.op_type) for shape in self._inputs(node, 2))
         if other in (one, (1,)) and one:
-            return [one]  # as nearly always: a mask, a shift
+            return [one]  # the usual case: a mask or a shift
         try:
             shape = np.broadcast_shapes(one, other)
         except ValueError:
-            raise ShapeError(f"{node.op_type} is given {_text(one)} and {_text(other)}") from None
+            raise ShapeError(f"{node.op_type} reads {_text(one)} and {_text(other)}") from None
         return [_bounded(shape)]
 
     def _gather(self, node: Node) -> list[Shape]:
-        """Look rows up in a table by token, or choose rows whose logits are wanted."""
+        """Return the shape of rows of a table by token id, or of the rows whose logits are requested."""
         source, _ = self._inputs(node, 2)
         if node.attributes.get("axis", 0) != 0 or len(source) != 2:
-            raise ShapeError(f"Gather is given {_text(source)}")
+            raise ShapeError(f"Gather reads {_text(source)}")
         if node.inputs[1] == "rows" and source[0] == "tokens":
             return [("rows", source[1])]
         self._require_table(node.inputs[1], source)
@@ -122,8 +122,8 @@ class ShapeInference:
     def _require_table(self, indices: str, source: Shape) -> None:
         if indices != "input_ids" or source[0] != self._manifest.vocab_size:
             raise ShapeError(
-                f"a table of {_text(source)} is looked up by {indices!r:.40}, the vocabulary is"
-                f" {self._manifest.vocab_size}"
+                f"a table of {_text(source)} is indexed by {indices!r:.40}, expected {self._manifest.vocab_size} rows"
+                " and input_ids"
             )
 
     def _look_up(self, node: Node) -> list[Shape]:
@@ -143,7 +143,7 @@ class ShapeInference:
     def _gemm(self, node: Node) -> list[Shape]:
         value, matrix = self._inputs(node, 2)
         if node.attributes.get("transB") != 1 or node.attributes.get("transA", 0) or len(value) != 2:
-            raise ShapeError(f"Gemm is given {_text(value)}")
+            raise ShapeError(f"Gemm reads {_text(value)}")
         rows, columns = _fixed(matrix, "a matrix") if len(matrix) == 2 else (0, 0)
         return [(*self._leading(node, value, columns), rows)]
 
@@ -157,9 +157,9 @@ class ShapeInference:
         return [(*self._leading(node, self.shape_of(node.inputs[0]), columns), rows)]
 
     def _leading(self, node: Node, value: Shape, columns: int) -> Shape:
-        """Return all but the last dimension of what a matrix multiplies."""
+        """Return all but the last dimension of a value that is multiplied with a matrix of `columns` columns."""
         if not 2 <= len(value) <= 3 or value[-1] != columns:
-            raise ShapeError(f"{node.op_type} of {columns} columns is given {_text(value)}")
+            raise ShapeError(f"{node.op_type} with {columns} columns reads {_text(value)}")
         return value[:-1]
 
     def _attend(self, node: Node) -> list[Shape]:
@@ -173,7 +173,7 @@ class ShapeInference:
             or {key, value} != {both}
             or {past_key, past_value} != {self._kv_cache_shape}
         ):
-            raise ShapeError(f"attention is given {_text(query)}, {_text(key)} and {_text(value)}")
+            raise ShapeError(f"attention of {heads} query heads reads {_text(query)}, {_text(key)} and {_text(value)}")
         return [(*_TOKENS, heads * size), self._kv_cache_shape, self._kv_cache_shape]
 
     def _reshape(self, node: Node) -> list[Shape]:
@@ -204,23 +204,25 @@ class ShapeInference:
         fits = fits and not node.attributes.get("is_packed_batching", 0) and not node.attributes.get("interleaved", 0)
         rows, half = _fixed(cos, "rotary tables") if len(cos) == 2 else (0, 0)
         if not fits or rows < least or not 0 < turned <= size or 2 * half != turned:
-            raise ShapeError(f"{heads} heads of {_text(value)} are rotated by tables of {_text(cos)} and {_text(sin)}")
+            raise ShapeError(
+                f"RotaryEmbedding of {_text(value)} with {heads} heads reads tables of {_text(cos)} and {_text(sin)}"
+            )
         return [value]
 
     def _normalize(self, node: Node) -> list[Shape]:
         value, weight = self._inputs(node, 2)
         if node.attributes.get("axis", -1) != -1 or not value or weight != value[-1:]:
-            raise ShapeError(f"{_text(value)} is normalized with weights {_text(weight)}")
+            raise ShapeError(f"{node.op_type} of {_text(value)} has weights of {_text(weight)}")
         return [value]
 
     def _add_and_normalize(self, node: Node) -> list[Shape]:
         value, skip, weight = self._inputs(node, 3)
         if value != skip or not value or weight != value[-1:] or any(node.outputs[1:3]):
-            raise ShapeError(f"{_text(value)} and {_text(skip)} are normalized with weights {_text(weight)}")
+            raise ShapeError(f"{node.op_type} of {_text(value)} and {_text(skip)} has weights of {_text(weight)}")
         return [value] * len(node.outputs[:4])
 
     def _slice(self, node: Node) -> list[Shape]:
-        """Cut the last dimension."""
+        """Return the shape with a shorter last dimension."""
         source, *_ = self._inputs(node, 4)
         start, end, axis = (self._constant(name) for name in node.inputs[1:])
         if (start, axis) != ([0], [-1]) or len(end) != 1 or not source or not _is_within(end[0], source[-1]):
@@ -245,22 +247,22 @@ class ShapeInference:
         return [(*source, 1)]
 
     def _constant(self, name: str) -> list[int]:
-        """Return the whole numbers of a stored tensor of one dimension."""
+        """Return the integers of a stored one-dimensional tensor. Raises `ShapeError` for other values."""
         tensor: Tensor | None = self._tensors.get(name)
         if tensor is None or tensor.dtype not in (INT64, UINT8) or len(tensor.shape) != 1 or tensor.shape[0] > MAX_RANK:
-            raise ShapeError(f"{name!r:.60} is not a few stored whole numbers")
-        kind: Any = np.dtype("<i8") if tensor.dtype == INT64 else np.dtype("u1")
-        if tensor.external_range is not None or len(tensor.raw) != tensor.shape[0] * kind.itemsize:
+            raise ShapeError(f"{name!r:.60} is not a stored list of at most {MAX_RANK} integers")
+        dtype: Any = np.dtype("<i8") if tensor.dtype == INT64 else np.dtype("u1")
+        if tensor.external_range is not None or len(tensor.raw) != tensor.shape[0] * dtype.itemsize:
             raise ShapeError(f"{name!r:.60} is not stored in the graph")
-        return [int(value) for value in np.frombuffer(tensor.raw, kind)]
+        return [int(value) for value in np.frombuffer(tensor.raw, dtype)]
 
 
-def _is_within(value: int, most: int | str) -> bool:
-    return isinstance(most, int) and 0 < value <= most
+def _is_within(value: int, maximum: int | str) -> bool:
+    return isinstance(maximum, int) and 0 < value <= maximum
 
 
 def _fixed(shape: Shape, what: str) -> tuple[int, ...]:
-    """Return a shape of whole numbers. Raises `ShapeError` for another."""
+    """Return a shape of integers. Raises `ShapeError` if a dimension changes from call to call."""
     for size in shape:
         if isinstance(size, str):
             raise ShapeError(f"{what} changes from call to call: {_text(shape)}")
@@ -269,7 +271,7 @@ def _fixed(shape: Shape, what: str) -> tuple[int, ...]:
 
 def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) > MAX_RANK or math.prod(shape) > MAX_VALUES:
-        raise ShapeError(f"a value of {_text(shape)}")
+        raise ShapeError(f"a value of {_text(shape)} is too large")
     return shape
 
 

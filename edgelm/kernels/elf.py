@@ -1,8 +1,7 @@
-"""A shared library from an object file, without a linker: LLVM compiles on a board that has no toolchain.
+"""Links an object file to a shared library, because a board with LLVM has no linker.
 
 Follows the System V ABI (gABI 4.1, chapters 4 and 5; relocations from the x86-64 psABI, table 4.9, and ELF for the Arm
-64-bit Architecture, section 5.7). Takes objects that need nothing from outside: what they refer to must be in them.
-Knows nothing of kernels.
+64-bit Architecture, section 5.7). The object file must define every symbol that it refers to. Knows nothing of kernels.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 SEGMENT_ALIGNMENT: Final = 0x10000
-"""Segments begin at multiples of this: the largest page of Linux on arm64."""
+"""Alignment of segments in bytes: the largest page of Linux on arm64."""
 
 _ALLOC, _WRITE, _NOBITS, _SYMTAB, _RELA = 2, 1, 8, 2, 4
 _EHDR: Final = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -28,7 +27,7 @@ X86_64, AARCH64 = 62, 183
 
 @dataclass(slots=True)
 class _Section:
-    """A section of the object; `address` is where it lies in the library."""
+    """A section of the object file; `address` is its address in the library."""
 
     name: str
     type: int
@@ -50,10 +49,10 @@ class _Symbol:
 
 
 def link_shared_library(object_file: bytes, exports: Sequence[str]) -> bytes:
-    """Return a shared library that holds an object file and exports some of its functions.
+    """Return a shared library with the sections of an object file, which exports the named functions.
 
-    Raises `ValueError` for what is no 64-bit little-endian ELF object of x86-64 or aarch64, for a reference to a symbol
-    that it does not define, and for kinds of relocation that code of the small code model does not have.
+    Raises `ValueError` if the file is not a 64-bit little-endian ELF object for x86-64 or aarch64, if it refers to a
+    symbol that it does not define, and for relocations that the small code model does not use.
     """
     machine, sections = _sections(object_file)
     symbols = _symbols(sections)
@@ -97,7 +96,7 @@ def link_shared_library(object_file: bytes, exports: Sequence[str]) -> bytes:
         _SYM.pack_into(image, symbols_at + i * _SYM.size, at, 0x12, 0, 1, address, 0)  # global function
         at += len(name.encode()) + 1
     image[strings_at : strings_at + len(strings)] = strings
-    # one bucket that chains every symbol: there are few
+    # one hash bucket for all symbols, which are few
     chain = [*range(2, len(names)), 0] if len(names) > 1 else []
     struct.pack_into(f"<{3 + len(names)}I", image, hash_at, 1, len(names), min(1, len(exports)), 0, *chain)
     entries = ((4, hash_at), (5, strings_at), (6, symbols_at), (10, len(strings)), (11, _SYM.size), (0, 0))
@@ -123,7 +122,7 @@ def _sections(data: bytes) -> tuple[int, list[_Section]]:
     for name, kind, flags, _, at, size, link, info, align, _ in raw:
         content = bytes(size) if kind == _NOBITS else data[at : at + size]
         label = _string(data, strings + name)
-        kept = 0 if label == ".eh_frame" else flags  # nothing unwinds through kernels
+        kept = 0 if label == ".eh_frame" else flags  # no exception is unwound through a kernel
         found.append(_Section(label, kind, kept, size, align, link, info, content))
     return machine, found
 
@@ -144,7 +143,7 @@ def _symbols(sections: Sequence[_Section]) -> list[_Symbol]:
 def _relocate(
     image: bytearray, machine: int, table: _Section, sections: Sequence[_Section], symbols: Sequence[_Symbol]
 ) -> None:
-    """Fill in the addresses that a section refers to."""
+    """Apply the relocations of a section to the image."""
     base = sections[table.info].address
     for offset, info, addend in _RELOCATION.iter_unpack(table.data):
         symbol = symbols[info >> 32]
@@ -163,11 +162,11 @@ def _relocate(
 
 
 _ARM_SCALE: Final = {277: 0, 278: 0, 284: 1, 285: 2, 286: 3, 299: 4}
-"""ADD and LDST8 to LDST128 with the low 12 bits of an address: by how many bits it is shifted."""
+"""Right shift of the low 12 bits of an address, by relocation: ADD and LDST8 to LDST128."""
 
 
 def _arm_field(kind: int, target: int, place: int) -> int:
-    """Return the bits that a relocation sets in an instruction."""
+    """Return the bits that a relocation sets in an Arm instruction."""
     if kind == 275:  # R_AARCH64_ADR_PREL_PG_HI21
         pages = (target >> 12) - (place >> 12)
         return (pages & 3) << 29 | (pages >> 2 & 0x7FFFF) << 5

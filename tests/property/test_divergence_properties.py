@@ -1,4 +1,4 @@
-"""Divergence of two models' predictions, against the formulas in Python's own numbers."""
+"""Divergence of two models' predictions, compared with the formulas in plain Python."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def shares(row):
 
 
 @given(pairs())
-def test_it_is_what_the_formulas_say(pair):
+def test_the_report_equals_the_formulas(pair):
     reference, logits, following = pair
     divergence = DivergenceMeter()
     half = len(following) // 2
-    for part in (slice(0, half), slice(half, None)):  # in pieces, as it is used; an empty one changes nothing
+    for part in (slice(0, half), slice(half, None)):  # in parts, as it is used; an empty part changes nothing
         divergence.add(reference[part], logits[part], following[part])
     found = divergence.result()
     expected = [shares(row) for row in reference]
@@ -63,11 +63,11 @@ def test_a_model_agrees_with_itself(pair):
     assert found.perplexity == found.reference_perplexity
 
 
-def test_what_is_no_number_and_no_text_are_refused():
-    with pytest.raises(EdgelmError, match="too short"):
+def test_no_positions_and_logits_that_are_not_finite_are_refused():
+    with pytest.raises(EdgelmError):
         DivergenceMeter().result()
     good = np.zeros((1, 3), np.float32)
     for bad in (np.full((1, 3), np.nan, np.float32), np.full((1, 3), np.inf, np.float32)):
         for first, second in ((good, bad), (bad, good)):
-            with pytest.raises(EdgelmError, match="not numbers"):
+            with pytest.raises(EdgelmError):
                 DivergenceMeter().add(first, second, np.zeros(1, np.int64))

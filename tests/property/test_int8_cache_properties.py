@@ -1,4 +1,4 @@
-"""Key/value memory in int8: the kernel against plain loops, and what the engine makes of a bundle that has it."""
+"""The int8 KV cache: onnxruntime's kernel against plain loops, and bundles with such a cache in the engine."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.engine.engine import Engine
 from edgelm.engine.engine_options import EngineOptions
+from edgelm.errors import BundleError
 from edgelm.runtime.ort import ORT_RELEASE, check_ort_version, load_graph
 from edgelm.runtime.runner import open_runner
 from edgelm.types import Request, SamplingParams
@@ -32,7 +33,7 @@ CAPACITY = 48
 
 @dataclasses.dataclass
 class Case:
-    """One run of the kernel over rows that hold `past` positions each."""
+    """One run of the kernel on rows that hold `past` positions each."""
 
     kv_heads: int
     groups: int
@@ -46,7 +47,7 @@ class Case:
 
     def __post_init__(self):
         if len(self.past) > 1:
-            self.new = 1  # all that the kernel takes of several rows at once
+            self.new = 1  # the kernel supports only one new token for several rows
 
     def scales(self, generator):
         shape = self.kv_heads, self.size
@@ -68,7 +69,7 @@ cases = st.builds(
 
 
 def attend(case, scales, packed, memory, tables):
-    """Run the node over float32 [B, new, (heads + 2 kv_heads) * size]; past and present are `memory`, changed."""
+    """Run the node on `packed`, float32 [B, new, (heads + 2 kv_heads) * size]; `memory` is replaced by the present."""
     heads, value = case.kv_heads * case.groups, helper.make_tensor_value_info
     options = {"local_window_size": case.window, "softcap": case.softcap}
     rotary = ["cos", "sin"] if case.rotary else []
@@ -107,7 +108,7 @@ def attend(case, scales, packed, memory, tables):
 @settings(max_examples=40)
 @given(case=cases)
 def test_the_kernel_attends_over_rounded_keys_and_values(case):
-    """Plain loops give the same; float32 attention is as near as half a code at most allows."""
+    """The result equals plain loops, and differs from float32 attention by at most the rounding of half a code."""
     generator = np.random.default_rng(case.seed)
     scales, heads = case.scales(generator), case.kv_heads * case.groups
     rows, width = len(case.past), (heads + 2 * case.kv_heads) * case.size
@@ -135,7 +136,7 @@ def test_the_kernel_attends_over_rounded_keys_and_values(case):
                 written = memory[part][row, :, past + i].astype(int)
                 off = written != naive[row].codes[part][-1]
                 assert np.abs(written - naive[row].codes[part][-1]).max() <= 1
-                assert off.mean() < 0.02  # a tie that float32 decides otherwise
+                assert off.mean() < 0.02  # float32 rounds a tie differently
             assert np.abs(out[row, i] - step.out).max() < 2e-3 + (0.05 if off.any() else 0)
             assert (np.abs(step.out - step.exact) <= step.bound + 1e-9).all()
     assert (np.concatenate([memory["key"], memory["value"]]) != 0).any()
@@ -149,7 +150,7 @@ def test_the_kernel_attends_over_rounded_keys_and_values(case):
     length=st.integers(1, 5),
     seed=st.integers(0, 999),
 )
-def test_keys_reach_as_far_as_at_the_farthest_position(theta, context, rotary, length, seed):
+def test_the_maximum_of_keys_covers_all_positions(theta, context, rotary, length, seed):
     length = min(length, context)
     plain = np.random.default_rng(seed).normal(size=(2, length, 8)).astype(np.float32)
     cosines, sines = RopeConfig(theta).tables(context, rotary)
@@ -161,7 +162,7 @@ def test_keys_reach_as_far_as_at_the_farthest_position(theta, context, rotary, l
     largest = np.abs(everywhere).max(axis=0)
     assert (found >= largest - 1e-4).all()
     radius = np.hypot(plain[..., : rotary // 2], plain[..., rotary // 2 : rotary])
-    slack = np.concatenate([radius, radius], -1) * (1 - np.cos(0.5))  # positions are a radian apart at most
+    slack = np.concatenate([radius, radius], -1) * (1 - np.cos(0.5))  # positions differ by at most one radian
     assert (found[..., :rotary] <= largest[..., :rotary] + slack + 1e-4).all()
     assert np.array_equal(found[..., rotary:], np.abs(plain[..., rotary:]))
 
@@ -178,33 +179,33 @@ def rotated(keys, cosines, sines):
 
 @pytest.fixture(scope="module", params=["odd heads", "float32", "int4"])
 def quantized(request, tiny_checkpoint, export_to_cache):
-    """Bundles with their cache in int8: heads of 12 that are rotated by a node and padded, and plain ones."""
+    """Bundles with an int8 KV cache: with heads of 12, which a node rotates and pads, and with usual heads."""
     checkpoint = tiny_checkpoint(tied=False, **({"head_size": 12} if request.param == "odd heads" else {}))
     return open_bundle(export_to_cache(checkpoint, quant="int4" if request.param == "int4" else "fp32", kv="int8"))
 
 
-def test_the_manifest_says_what_the_cache_is(quantized):
+def test_the_manifest_describes_the_cache(quantized):
     manifest = quantized.manifest
     size = {12: 16}.get(manifest.shapes["head_size"], manifest.shapes["head_size"])
     assert (manifest.cache.bits, manifest.cache.head_size) == (8, size)
     assert manifest.cache.bytes_per_token() == 2 * 2 * 2 * size  # layers, kv heads
     assert manifest.needs_onnxruntime == MIN_ONNXRUNTIME
-    piece = open_runner(quantized, rows=1, threads=1).read_row(0, 0, 3)
-    assert {array.dtype for array in piece} == {np.dtype(np.int8)}
-    assert sum(array.nbytes for array in piece) == 3 * manifest.cache.bytes_per_token()
+    segment = open_runner(quantized, rows=1, threads=1).read_row(0, 0, 3)
+    assert {array.dtype for array in segment} == {np.dtype(np.int8)}
+    assert sum(array.nbytes for array in segment) == 3 * manifest.cache.bytes_per_token()
 
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 999), lengths=st.lists(st.integers(1, 90), min_size=2, max_size=4), steps=st.integers(1, 6))
-def test_rows_in_a_batch_are_as_each_alone(seed, lengths, steps, quantized):
-    session = open_runner(quantized, rows=len(lengths) + 1, threads=1)
+def test_rows_have_the_same_logits_in_a_batch_and_alone(seed, lengths, steps, quantized):
+    runner = open_runner(quantized, rows=len(lengths) + 1, threads=1)
     alone = open_runner(quantized, rows=1, threads=1)
     generator = np.random.default_rng(seed)
     tokens = [generator.integers(2, 300, length + steps) for length in lengths]
     for row, (text, length) in enumerate(zip(tokens, lengths, strict=True)):
-        session.prefill(row, text[:length], 0)
+        runner.prefill(row, text[:length], 0)
     batch = [
-        session.decode(
+        runner.decode(
             np.array([text[n + i] for text, n in zip(tokens, lengths, strict=True)]), np.array(lengths, np.int32) + i
         ).copy()
         for i in range(steps)
@@ -218,19 +219,19 @@ def test_rows_in_a_batch_are_as_each_alone(seed, lengths, steps, quantized):
 
 @settings(max_examples=10)
 @given(length=st.integers(1, 60), cuts=st.lists(st.integers(1, 60), max_size=4), seed=st.integers(0, 99))
-def test_a_row_that_begins_with_pieces_is_as_one_computed_anew(length, cuts, seed, quantized):
-    session = open_runner(quantized, rows=2, threads=1)
+def test_a_row_written_from_segments_equals_a_computed_row(length, cuts, seed, quantized):
+    runner = open_runner(quantized, rows=2, threads=1)
     tokens = np.random.default_rng(seed).integers(2, 300, length + 1)
-    session.prefill(0, tokens[:-1], 0)
+    runner.prefill(0, tokens[:-1], 0)
     ends = sorted({*(cut for cut in cuts if cut < length), length})
-    session.write_row(1, [session.read_row(0, start, end) for start, end in zip([0, *ends], ends, strict=False)])
-    anew = session.prefill(0, tokens[-1:], length).copy()
-    assert np.array_equal(session.prefill(1, tokens[-1:], length), anew)
-    session.copy_row(0, 1, length)
-    assert np.array_equal(session.prefill(1, tokens[-1:], length), anew)
+    runner.write_row(1, [runner.read_row(0, start, end) for start, end in zip([0, *ends], ends, strict=False)])
+    anew = runner.prefill(0, tokens[-1:], length).copy()
+    assert np.array_equal(runner.prefill(1, tokens[-1:], length), anew)
+    runner.copy_row(0, 1, length)
+    assert np.array_equal(runner.prefill(1, tokens[-1:], length), anew)
 
 
-def test_a_prompt_that_shares_its_start_is_answered_as_one_computed_anew(quantized):
+def test_a_cached_prefix_gives_the_same_completion(quantized):
     engines = [Engine(quantized, EngineOptions(threads=1, max_batch=2, prefix_cache_mb=mb)) for mb in (0, 1)]
     for turn in range(4):
         prompt = (*range(5, 45), 50 + turn)
@@ -251,17 +252,14 @@ def run(engine, prompt):
 
 
 def near(one, other):
-    """A code that a batch rounds the other way moves logits a little, quantized activations more."""
+    """Compare logits: a batch may round a code differently, which changes them a little, with int4 weights more."""
     return np.abs(one - other).max() < 0.05 * np.abs(other).max()
 
 
-def test_an_older_runtime_is_refused_in_one_line(quantized, monkeypatch):
+def test_an_older_onnxruntime_is_refused_in_one_line(quantized, monkeypatch):
     monkeypatch.setattr("edgelm.runtime.ort.ORT_RELEASE", (1, 27))
-    with pytest.raises(
-        Exception, match=rf"needs onnxruntime {MIN_ONNXRUNTIME} or newer, this is .*--kv fp32"
-    ) as caught:
+    with pytest.raises(BundleError, match=rf"onnxruntime {MIN_ONNXRUNTIME} .*--kv fp32") as caught:
         open_runner(quantized, rows=1)
-    assert type(caught.value).__name__ == "BundleError"
     assert "\n" not in str(caught.value)
     check_ort_version(None, "an old bundle")
     check_ort_version("1.27", "another")

@@ -1,4 +1,4 @@
-"""What onnxruntime's operators make of our layout: bits, blocks, zero points and float16 scales."""
+"""onnxruntime's operators read the layout that we export: bits, blocks, zero points and float16 scales."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ dtypes = st.sampled_from([np.float16, np.float32])
 
 
 def run_node(packed, operator, inputs, **attributes):
-    """Run `operator` on (x, codes, scales, zero points), its scales cast where they are float16."""
+    """Run `operator` on (x, codes, scales, zero points), with a Cast of float16 scales."""
     tensors = {"codes": packed.data, "scales": packed.scales}
     if operator == "GatherBlockQuantized":
         tensors["codes"] = packed.data.reshape(len(packed.data), -1)
@@ -66,7 +66,7 @@ def run_node(packed, operator, inputs, **attributes):
 
 @settings(max_examples=50)
 @given(shape=shapes, spec=specs, dtype=dtypes, batch=st.integers(1, 5), seed=st.integers(0, 99))
-def test_onnxruntime_multiplies_by_what_we_dequantize(shape, spec, dtype, batch, seed):
+def test_onnxruntime_multiplies_with_the_weights_that_we_dequantize(shape, spec, dtype, batch, seed):
     generator = np.random.default_rng(seed)
     weight = (generator.normal(size=shape) + generator.uniform(-1, 1)).astype(np.float32)
     x = generator.normal(size=(batch, shape[1])).astype(np.float32)
@@ -81,7 +81,7 @@ def test_onnxruntime_multiplies_by_what_we_dequantize(shape, spec, dtype, batch,
 
 @settings(max_examples=50)
 @given(shape=shapes, spec=specs, dtype=dtypes, seed=st.integers(0, 99))
-def test_onnxruntime_gathers_what_we_dequantize(shape, spec, dtype, seed):
+def test_onnxruntime_gathers_the_rows_that_we_dequantize(shape, spec, dtype, seed):
     generator = np.random.default_rng(seed)
     weight = (generator.normal(size=shape) + generator.uniform(-1, 1)).astype(np.float32)
     ids = generator.integers(0, shape[0], (2, 3))
@@ -99,8 +99,8 @@ def test_onnxruntime_gathers_what_we_dequantize(shape, spec, dtype, seed):
     dtype=dtypes,
     seed=st.integers(0, 99),
 )
-def test_a_graph_multiplies_by_and_looks_up_what_was_stored(shape, spec, dtype, seed, tmp_path_factory):
-    """Codes of 5 and 6 bits are joined by nodes that onnxruntime computes once."""
+def test_a_graph_multiplies_and_gathers_the_stored_weights(shape, spec, dtype, seed, tmp_path_factory):
+    """Codes of 5 and 6 bits are expanded by nodes that onnxruntime computes once."""
     folder = tmp_path_factory.mktemp("graph")
     generator = np.random.default_rng(seed)
     weight = (generator.normal(size=shape) + generator.uniform(-1, 1)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Answers of a bundle with a static prefix are those of the bundle without one; what it saves is told."""
+"""A bundle with a static prefix gives the same completions as without one, and reports the cached tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edgelm.types import Request, SamplingParams
 
 @pytest.fixture(scope="module")
 def opened(float32_bundle, tmp_path_factory):
-    """A copy, with a prefix of more tokens than one pass takes."""
+    """A copy of the bundle with a static prefix longer than a prefill chunk."""
     root = tmp_path_factory.mktemp("static") / "bundle"
     shutil.copytree(float32_bundle, root)
     bundle = open_bundle(root)
@@ -37,7 +37,7 @@ def plain(float32_bundle):
 
 @pytest.fixture(scope="module", params=[0, 1, 64])
 def engine(opened, request):
-    """With no memory of earlier sequences, too little, and plenty."""
+    """Engines with no prefix cache, a small one, and a large one."""
     return Engine(opened, EngineOptions(threads=1, max_batch=2, prefix_cache_mb=request.param))
 
 
@@ -51,13 +51,14 @@ def run(engine, *requests):
 
 
 @st.composite
-def prompts(draw, most=60):
-    """How many tokens of the prefix a prompt begins with, as a share in [0, 1], and a seed and a length of the rest."""
-    return draw(st.sampled_from([0.0, 1.0]) | st.floats(0, 1)), draw(st.integers(0, 2**32)), draw(st.integers(1, most))
+def prompts(draw, max_length=60):
+    """Share of the static prefix with which a prompt begins, in [0, 1]; seed and length of the rest."""
+    share = draw(st.sampled_from([0.0, 1.0]) | st.floats(0, 1))
+    return share, draw(st.integers(0, 2**32)), draw(st.integers(1, max_length))
 
 
 def build_prompt(opened, share, seed, length):
-    """The prompt, and how many tokens of it are the prefix's; at least its last is left to compute."""
+    """Return the prompt and the number of its tokens that are cached: the last token is always computed."""
     static = opened.manifest.prefix.tokens
     split = round(share * len(static))
     rest = np.random.default_rng(seed).integers(2, 300, length).tolist()
@@ -69,7 +70,7 @@ def build_prompt(opened, share, seed, length):
 
 @settings(max_examples=40)
 @given(asked=st.lists(prompts(), min_size=1, max_size=3), seed=st.none() | st.integers(0, 2**40))
-def test_answers_are_those_without_it(plain, engine, opened, asked, seed):
+def test_completions_are_the_same_as_without_a_prefix(plain, engine, opened, asked, seed):
     temperature = 0.0 if seed is None else 0.8
     sampling = SamplingParams(max_tokens=12, temperature=temperature, seed=seed, ignore_eos=True)
     made = [build_prompt(opened, *each) for each in asked]
@@ -84,7 +85,7 @@ def test_answers_are_those_without_it(plain, engine, opened, asked, seed):
         assert other.usage.cached_tokens == 0
 
 
-def test_the_first_request_begins_with_it(opened):
+def test_the_first_request_uses_the_prefix(opened):
     engine = Engine(opened, EngineOptions(threads=1, max_batch=1, prefix_cache_mb=0))
     static = opened.manifest.prefix.tokens
     done = run(engine, Request("one", SamplingParams(max_tokens=1), tokens=(*static, 5)))[0]
@@ -93,7 +94,7 @@ def test_the_first_request_begins_with_it(opened):
 
 @settings(max_examples=20)
 @given(before=st.lists(prompts(), max_size=3), asked=prompts(), seed=st.integers(0, 2**40))
-def test_a_seeded_request_takes_the_same_passes_whatever_was_asked_before(opened, before, asked, seed):
+def test_the_passes_of_a_seeded_request_do_not_depend_on_earlier_requests(opened, before, asked, seed):
     tokens, known = build_prompt(opened, *asked)
     sampling = SamplingParams(max_tokens=6, temperature=0.8, seed=seed, ignore_eos=True)
     engine = Engine(opened, EngineOptions(threads=1, max_batch=1))
@@ -126,7 +127,7 @@ WORDS = st.text("abcdefghij ABC.,!?\n0123456789é🙂", max_size=30)
     ),
     following=st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=20),
 )
-def test_every_conversation_that_opens_so_begins_with_its_tokens(bundle, opening, following):
+def test_chats_that_begin_with_the_prefix_begin_with_its_tokens(bundle, opening, following):
     tokenizer = Tokenizer.of_bundle(open_bundle(bundle, verify=False))
     tokens = tokenize_prefix(opening, tokenizer)
     whole = tokenizer.render_chat([*opening, {"role": "user", "content": following}])
@@ -135,8 +136,8 @@ def test_every_conversation_that_opens_so_begins_with_its_tokens(bundle, opening
 
 
 @given(text=WORDS, following=WORDS)
-def test_text_begins_like_a_prompt(bundle, text, following):
-    """But for the last token, which what follows may become a part of."""
+def test_prompts_that_begin_with_the_text_begin_with_its_tokens(bundle, text, following):
+    """Except the last token, which the following text may extend."""
     tokenizer = Tokenizer.of_bundle(open_bundle(bundle, verify=False))
     tokens = tokenize_prefix(f"{text} .", tokenizer)
     assert tokenizer.encode(f"{text} .{following}")[: len(tokens) - 1] == tokens[:-1]

@@ -1,4 +1,4 @@
-"""Random inputs of attention, and what comes of them."""
+"""Random inputs of attention, and the expected outputs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from naive_kernel_attention import attend
 
 
 class Case:
-    """Random inputs; what lies behind a row's length in the memory is no number, and must not count."""
+    """Random inputs. Positions of the KV cache after a row's length are NaN: they must not be used."""
 
-    def __init__(self, shape, seed, *, batch=1, tokens=1, longest=300, lengths=None, told=False):
+    def __init__(self, shape, seed, *, batch=1, tokens=1, longest=300, lengths=None, has_positions=False):
         rng = np.random.default_rng(seed)
         self.shape, self.tokens = shape, tokens
         self.lengths = rng.integers(0, longest + 1, batch) if lengths is None else np.array(lengths)
@@ -22,7 +22,7 @@ class Case:
         self.tables = np.cos(angles), np.sin(angles)
         heads = shape.heads + 2 * shape.kv_heads
         self.packed = rng.normal(size=(batch, tokens, heads, shape.size)).astype(np.float32) * np.float32(2)
-        self.positions = rng.integers(0, 2 * capacity, (batch, tokens)) if told and shape.half else None
+        self.positions = rng.integers(0, 2 * capacity, (batch, tokens)) if has_positions and shape.half else None
 
     def parts(self):
         return np.split(self.packed, [self.shape.heads, self.shape.heads + self.shape.kv_heads], axis=2)
@@ -45,7 +45,7 @@ class Case:
 
 
 def checked(operators, case, *, packed=True, in_place=True, threads=2):
-    """Compare the kernels with plain loops: the output, and the memory."""
+    """Compare the output and the KV cache of the kernels with plain loops."""
     feeds = case.feeds(packed)
     session = session_of(ours(case.shape, feeds), feeds, operators=operators, threads=threads)
     found = run(session, feeds, in_place=in_place)
@@ -53,4 +53,4 @@ def checked(operators, case, *, packed=True, in_place=True, threads=2):
     expected, expected_memory = case.expected()
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
     for part, wanted in zip(memory, expected_memory, strict=True):
-        np.testing.assert_allclose(part, wanted, rtol=1e-5, atol=1e-6)  # what is no number is none in both
+        np.testing.assert_allclose(part, wanted, rtol=1e-5, atol=1e-6)  # NaN equals NaN

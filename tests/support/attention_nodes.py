@@ -1,4 +1,4 @@
-"""Single nodes of attention, ours and onnxruntime's, over memory that is past and present in one."""
+"""Models of one attention node, ours or onnxruntime's, with past and present bound to the same memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def bits(value):
 
 
 def ours(shape, inputs):
-    """The node for a `naive_kernel_attention.Shape`; `inputs` are the names of those that are there."""
+    """Return our encoded node for a `naive_kernel_attention.Shape`; `inputs` are the names of the present inputs."""
     names = ["query", "key", "value", "past_key", "past_value", "seqlens", "cos", "sin", "positions"]
     attributes = {"HEADS": shape.heads, "KV_HEADS": shape.kv_heads, "HALF": shape.half, "WINDOW": shape.window}
     attributes |= {"SCALE": bits(shape.scale), "SOFTCAP": bits(shape.softcap)}
@@ -42,7 +42,7 @@ def session_of(node, inputs, *, operators=None, threads=2):
 
 
 def run(session, feeds, *, in_place=True):
-    """Return the output; the memory in `feeds` is changed in place, or else returned behind it."""
+    """Return the output. The KV cache in `feeds` is changed in place, or returned after the output."""
     if not in_place:
         return session.run(["y", "present_key", "present_value"], feeds)
     binding = session.io_binding()

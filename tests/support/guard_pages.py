@@ -1,4 +1,4 @@
-"""Arrays that end where a page begins that nobody may touch: a kernel that reads or writes behind them ends the run."""
+"""Arrays in front of a page without access rights: a kernel that reads or writes behind them crashes the test."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _kept = []
 
 
 def guarded(array):
-    """Return a copy of an array with a guard page behind it."""
+    """Return a copy of an array whose end is followed by a guard page."""
     array = np.asarray(array, order="C")
     size = -(-max(array.nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, size + mmap.PAGESIZE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     if _LIBC.mprotect(start + size, mmap.PAGESIZE, 0):
         raise OSError(ctypes.get_errno(), "mprotect")
-    _kept.append(memory)  # a page without access that is given back to malloc would end something else
+    _kept.append(memory)  # malloc must not reuse a page without access rights
     del _kept[:-64]
     copy = np.frombuffer(memory, array.dtype, array.size, size - array.nbytes).reshape(array.shape)
     copy[...] = array

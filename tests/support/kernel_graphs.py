@@ -1,4 +1,4 @@
-"""Small graphs of MatMulNBits, and what is made of them for the kernels. Inputs are float32, but for `ids`, int64."""
+"""Small graphs of MatMulNBits, and their rewrites for the kernels. Inputs are float32, except `ids`, int64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = 32
 
 
 def matrix(name, size, columns):
-    """Tensors of a matrix in 4 bits with scales in float16."""
+    """Return the tensors of a 4-bit matrix with float16 scales."""
     rng = np.random.default_rng(len(name) + size)
     blocks = -(-size // BLOCK)
     codes = rng.integers(0, 256, (columns, blocks, BLOCK // 2), np.uint8)
@@ -24,7 +24,7 @@ def matrix(name, size, columns):
 
 
 def product(name, x, y, size, columns, inputs=(), *, block=BLOCK, accuracy=4):
-    """The nodes of a product with a matrix."""
+    """Return the nodes of a product with a matrix."""
     return [
         helper.make_node("Cast", [f"{name}.scales16"], [f"{name}.scales"], to=TensorProto.FLOAT),
         helper.make_node(
@@ -35,7 +35,7 @@ def product(name, x, y, size, columns, inputs=(), *, block=BLOCK, accuracy=4):
 
 
 def model_of(nodes, values, inputs, outputs):
-    """A model in its bytes, its tensors inside."""
+    """Return an encoded model with inline tensors."""
     info = helper.make_tensor_value_info
     types = {"ids": TensorProto.INT64}
     graph = helper.make_graph(
@@ -48,7 +48,7 @@ def model_of(nodes, values, inputs, outputs):
 
 
 def rewritten(folder, nodes, values, inputs=("x",), outputs=("y",)):
-    """What is written for the kernels: formats, and the model if there are any."""
+    """Rewrite a graph for the kernels; return the formats, and the new model or None."""
     formats = rewrite_graph(model_of(nodes, values, inputs, outputs), folder / "absent", folder)
     return formats, onnx.load(folder / GRAPH, load_external_data=False) if formats else None
 
@@ -58,14 +58,14 @@ def attributes(node):
 
 
 def stored(folder, node, name, like):
-    """What the data file has at a node's place of that name, read as an array like another."""
+    """Return the array in the data file at a node's offset attribute, with the shape and dtype of `like`."""
     start = attributes(node)[name]
     assert start % 64 == 0
     return np.frombuffer((folder / DATA).read_bytes()[start : start + like.nbytes], like.dtype).reshape(like.shape)
 
 
 def run_both(library, folder, nodes, values, feeds, outputs=("y",)):
-    """The outputs of a graph as onnxruntime computes them, and as the kernels do: [(theirs, ours), ...]."""
+    """Return the rewritten model and the outputs of onnxruntime's and of our kernels: [(theirs, ours), ...]."""
     formats, model = rewritten(folder, nodes, values, feeds, outputs)
     results = []
     for graph in (model_of(nodes, values, feeds, outputs), str(folder / GRAPH)):
@@ -79,7 +79,7 @@ def run_both(library, folder, nodes, values, feeds, outputs=("y",)):
 
 
 def assert_close(pairs):
-    """Both round activations to 8 bits: where one falls between two codes it may go either way."""
+    """Compare the outputs. Both quantize activations to 8 bits and may round values between two codes differently."""
     for theirs, ours in pairs:
         apart = abs(ours - theirs) / theirs.std()
         assert ours.shape == theirs.shape

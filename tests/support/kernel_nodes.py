@@ -1,4 +1,4 @@
-"""Single nodes of the kernels' operators, run by onnxruntime, and matrices for them."""
+"""Models of one node of our MatMul and Gather operators, run by onnxruntime, and random matrices for them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from edgelm.system.digest import file_sha256
 
 
 def matrix(rng, fmt, size, columns):
-    """Random codes and scales of a matrix as MatMulNBits stores it, and a bias.
+    """Return random codes and scales of a matrix, in the layout of MatMulNBits, and a bias.
 
-    With 5 and 6 bits codes are the low 4 bits of a block's weights and then the bits above.
+    With 5 and 6 bits the codes of a block are the low 4 bits of its weights, then the bits above.
     """
     blocks = -(-size // fmt.block_size)
     codes = rng.integers(0, 256, (columns, blocks, fmt.block_bytes), np.uint8)
@@ -27,7 +27,7 @@ def matrix(rng, fmt, size, columns):
 
 
 def panels(codes, fmt):
-    """Codes as `matrix` makes them -> panels."""
+    """Return codes of `matrix` in panels."""
     if not fmt.high_bits:
         return pack_codes(codes, fmt.bits)
     low, high = np.split(codes, [fmt.block_size // 2], axis=-1)
@@ -35,7 +35,7 @@ def panels(codes, fmt):
 
 
 def inputs(rng, rows, size):
-    """Activations of very different sizes, some of them 0."""
+    """Return activations of very different sizes, some of them 0."""
     x = rng.normal(size=(rows, size)) * 10.0 ** rng.integers(-6, 6, (rows, 1))
     x[rng.random((rows, size)) < 0.1] = 0
     x[rng.random(rows) < 0.1] = 0
@@ -43,13 +43,13 @@ def inputs(rng, rows, size):
 
 
 def one_node(fmt, names, attributes):
-    """A model of one node."""
+    """Return an encoded model of one MatMul node."""
     node = encode_node("one", fmt.matmul_op_type, DOMAIN, names, ["y", "scratch"], attributes)
     return model_of(node, dict.fromkeys(names, FLOAT))
 
 
 def model_of(node, inputs, outputs=("y",), domains=("edgelm",)):
-    """A serialized model of one node; `inputs` are its inputs with their types, all outputs are float32."""
+    """Return an encoded model of one node; `inputs` maps its inputs to their types, all outputs are float32."""
     model = message_class("ModelProto")()
     model.MergeFromString(b"\x08\x08")  # ir_version 8
     for domain, version in {"": 18, **dict.fromkeys(domains, 1)}.items():
@@ -65,7 +65,7 @@ def model_of(node, inputs, outputs=("y",), domains=("edgelm",)):
 def product(
     library, fmt, size, codes, scales, *, bias=None, norm=None, epsilon=0.0, gated=False, skip=False, threads=2
 ):
-    """Load a model of one node for a matrix as MatMulNBits stores it; `skip` says whether it has that input."""
+    """Load a model of one MatMul node for a matrix in the layout of MatMulNBits; `skip`: whether it has that input."""
     columns, blocks = scales.shape
     attributes = {"K": size, "N": columns, "GATED": int(gated), "EPSILON": int(np.float32(epsilon).view(np.int32))}
     pieces = {"WEIGHTS": panels(codes, fmt), "SCALES": pack_scales(scales)}
@@ -78,27 +78,27 @@ def product(
 
 
 def look_up(library, fmt, codes, scales, indices):
-    """Rows of a table: indices int64 [...] -> [..., blocks * block]."""
+    """Return rows of a table: indices int64 [...] -> float32 [..., blocks * block_size]."""
     columns, blocks = scales.shape
     pieces = {"WEIGHTS": panels(codes, fmt), "SCALES": pack_scales(scales)}
     attributes = {"K": blocks * fmt.block_size, "N": columns} | {
-        name: place for name, place in placed(pieces).items() if name in pieces
+        name: offset for name, offset in placed(pieces).items() if name in pieces
     }
     node = encode_node("one", fmt.gather_op_type, DOMAIN, ["x"], ["y"], attributes)
     return run(session_of(library, fmt, model_of(node, {"x": INT64}), pieces, 1), indices)
 
 
 def placed(pieces):
-    """Where each piece lies in the data file; -1 for those that are absent."""
-    places, end = dict.fromkeys(("BIAS", "NORM", "WEIGHTS", "SCALES"), -1), 0
+    """Return the offset of each array in the data file; -1 for absent ones."""
+    offsets, end = dict.fromkeys(("BIAS", "NORM", "WEIGHTS", "SCALES"), -1), 0
     for name, piece in pieces.items():
-        places[name] = end
+        offsets[name] = end
         end += -(-piece.nbytes // 64) * 64
-    return places
+    return offsets
 
 
 def session_of(library, fmt, model, pieces, threads):
-    """Load a model whose data file has these pieces, each at a multiple of 64 bytes."""
+    """Load a model whose data file holds these arrays, each at a multiple of 64 bytes."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
@@ -111,5 +111,5 @@ def session_of(library, fmt, model, pieces, threads):
 
 
 def run(session, x, skip=None):
-    """x [..., K] times the session's matrix."""
+    """Return the output of a node for x [..., K]."""
     return session.run(["y"], {"x": x} if skip is None else {"x": x, "skip": skip})[0]

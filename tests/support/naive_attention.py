@@ -1,4 +1,4 @@
-"""Attention over keys and values in int8, in plain loops and float64: the oracle of the kernel's tests."""
+"""Attention with an int8 KV cache, as plain loops in float64: an independent oracle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass
 class Step:
-    """What one token gets, [heads * size] each: through int8, exactly, and how far these can be apart."""
+    """The output of one token, [heads * size] each: with int8, without it, and the bound of their difference."""
 
     out: np.ndarray
     exact: np.ndarray
@@ -18,7 +18,7 @@ class Step:
 
 
 class Int8Layer:
-    """Grouped-query attention of one row. `codes` are int8 [kv_heads, size] of each position, by part."""
+    """Grouped-query attention of one row. `codes`: int8 [kv_heads, size] of each position, for "key" and "value"."""
 
     def __init__(self, heads, kv_heads, size, scales, tables, window, softcap):
         self.heads, self.kv_heads, self.size = heads, kv_heads, size
@@ -28,7 +28,7 @@ class Int8Layer:
         self.codes = {"key": [], "value": []}
 
     def step(self, packed):
-        """Take the next token's query, keys and values, float32 [(heads + 2 kv_heads) * size]."""
+        """Compute the next token from its query, keys and values, float32 [(heads + 2 kv_heads) * size]."""
         parts = packed.astype(np.float64).reshape(-1, self.size)
         at, keys_from = len(self.codes["key"]), self.heads
         queries = [self.rotated(part, at) for part in parts[:keys_from]]
@@ -56,10 +56,10 @@ class Int8Layer:
         return np.concatenate([first * cosines - second * sines, second * cosines + first * sines])
 
     def attend(self, query, head, seen):
-        """One query's results through int8 and exactly, and the bound of their difference.
+        """Return one query's results with int8 and without it, and the bound of their difference.
 
-        A value is at most its rounding error off; a score is off by e at most, and so each weight by a factor of
-        exp(2 e) at most.
+        A value differs by at most its rounding error; a score differs by at most e, so each weight differs by a factor
+        of at most exp(2 e).
         """
         read = {part: [self.codes[part][p][head] * self.scales[part][head] for p in seen] for part in self.codes}
         exact = {part: [self.exact[part][p][head] for p in seen] for part in self.exact}

@@ -1,6 +1,6 @@
-"""Plain-loop twins of the matrix kernels: written for reading, as an independent oracle.
+"""The matrix kernels as plain loops: an independent oracle.
 
-Activations are rounded in float32, as the kernels must; everything else is float64.
+Activations are quantized in float32, as in the kernels; everything else is float64.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ def silu(value):
 
 
 def normed(row, weight, epsilon):
-    """A row divided by its root mean square, times a weight."""
+    """Return a row divided by its root mean square, times a weight."""
     mean = sum(float(value) ** 2 for value in row) / len(row)
     return [float(value) / math.sqrt(mean + epsilon) * float(w) for value, w in zip(row, weight, strict=True)]
 
 
 def quantize(row, block, bits=4):
-    """A row of activations -> codes, a list of integers for each block, and the blocks' scales.
+    """Return the codes of a row of activations, a list of integers for each block, and the blocks' scales.
 
-    For weights of 8 bits codes have 16 bits instead of 8.
+    For 8-bit weights codes have 16 bits instead of 8.
     """
-    most = np.float32(127 * 257 if bits == 8 else 127)
+    max_code = np.float32(127 * 257 if bits == 8 else 127)
     codes, scales = [], []
     for start in range(0, len(row), block):
         values = [np.float32(value) for value in row[start : start + block]]
         largest = max(abs(value) for value in values)
-        inverse = most / largest if largest > 1e-30 else np.float32(0)
+        inverse = max_code / largest if largest > 1e-30 else np.float32(0)
         codes.append([int(np.rint(value * inverse)) for value in values])
-        scales.append(float(largest / most))
+        scales.append(float(largest / max_code))
     return codes, scales
 
 
 def weight(codes, bits, column, block, index):
-    """One weight of a matrix as MatMulNBits stores it, an integer around 0.
+    """Return one weight of a matrix in the layout of MatMulNBits, an integer around 0.
 
-    With 5 and 6 bits the bits above the low 4 lie behind them, the first weight's in the lowest bits of a byte.
+    With 5 and 6 bits the high bits of a block lie after the low 4 bits, the first weight in the lowest bits of a byte.
     """
     if bits == 8:
         return int(codes[column, block, index]) - 128
@@ -53,13 +53,13 @@ def weight(codes, bits, column, block, index):
 
 
 def row(codes, scales, bits, column):
-    """The weights of a column with their scales."""
+    """Return the weights of a column with their scales."""
     blocks, size = codes.shape[1], codes.shape[2] * 8 // bits
     return [(weight(codes, bits, column, b, i), scales[column, b]) for b in range(blocks) for i in range(size)]
 
 
 def matmul(x, codes, scales, bits, block, bias):
-    """x [rows, K], codes [N, blocks, bytes], scales [N, blocks], bias [N] or None -> [rows, N]."""
+    """Return x W + bias: x [rows, K], codes [N, blocks, bytes], scales [N, blocks], bias [N] or None -> [rows, N]."""
     result = np.zeros((len(x), len(codes)))
     for r, row in enumerate(x):
         row_codes, row_scales = quantize(row, block, bits)
@@ -73,7 +73,7 @@ def matmul(x, codes, scales, bits, block, bias):
 
 
 def packed(codes, bits):
-    """The bytes of every panel, in their order, as `edgelm.kernels.rewrite.panel_layout` describes them."""
+    """Return the bytes of all panels in order, as `edgelm.kernels.rewrite.panel_layout` describes them."""
     columns, blocks, size = codes.shape
     found = []
     for panel in range(-(-columns // 16)):

@@ -1,4 +1,4 @@
-"""Which attention of a graph becomes ours, and which stays onnxruntime's."""
+"""Which attention nodes of a graph are replaced by ours, and which stay onnxruntime's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INPUTS = ("packed", "", "", "past.0.key", "past.0.value", "seqlens_k", "total_se
 
 
 def found(inputs=INPUTS, *, size=SIZE, cache=TensorProto.FLOAT, table=True, **attributes):
-    """What becomes of a model's only node."""
+    """Return what replaces a model's only node; None if it stays."""
     given = {"num_heads": 6, "kv_num_heads": 2, "do_rotary": 1, "rotary_interleaved": 0, "scale": 0.5} | attributes
     node = helper.make_node(
         "GroupQueryAttention", inputs, ["y", "present.0.key", "present.0.value"], domain="com.microsoft", **given
@@ -46,7 +46,7 @@ def bits(value):
     return int(np.float32(value).view(np.int32))
 
 
-def test_attention_is_ours():
+def test_attention_is_replaced():
     node = found()
     assert (node.domain, node.op_type, node.name) == ("edgelm", "Attention", "y")
     assert list(node.input) == ["packed", "", "", "past.0.key", "past.0.value", "seqlens_k", "cos", "sin"]
@@ -58,7 +58,7 @@ def test_attention_is_ours():
     assert numbers(found(local_window_size=-1)) == plain
 
 
-def test_positions_and_parts_are_passed_on():
+def test_positions_and_separate_projections_are_passed_on():
     node = found(("q", "k", "v", *INPUTS[3:], "positions"))
     assert list(node.input) == ["q", "k", "v", "past.0.key", "past.0.value", "seqlens_k", "cos", "sin", "positions"]
     node = found(INPUTS[:7], do_rotary=0)
@@ -76,5 +76,5 @@ def test_positions_and_parts_are_passed_on():
     ],
     ids=str,
 )  # fmt: skip
-def test_attention_of_other_kinds_stays(other):
+def test_unsupported_attention_stays(other):
     assert found(**other) is None

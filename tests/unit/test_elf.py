@@ -1,4 +1,4 @@
-"""Linking without a linker: what comes out can be opened and called, what cannot be linked is refused."""
+"""Linking without a linker: the library can be loaded and called, invalid object files are refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def compiled(code, triple=None, reloc="pic"):
     return machine.emit_object(binding.parse_assembly(f'target triple = "{triple}"\n{code}'))
 
 
-def test_functions_reach_constants_each_other_and_what_they_keep(tmp_path):
+def test_functions_reach_constants_variables_and_each_other(tmp_path):
     library = tmp_path / "one.so"
     library.write_bytes(link_shared_library(compiled(PLAIN), ["look", "keep"]))
     code = ctypes.CDLL(str(library))
@@ -58,18 +58,18 @@ def test_both_architectures_are_linked(architecture):
     assert b"\0look\0keep\0" in library
 
 
-def test_what_is_missing_is_named():
+def test_an_undefined_symbol_is_named():
     code = "declare i32 @absent(i32)\ndefine i32 @f(i32 %x) nounwind {\n %y = call i32 @absent(i32 %x)\n ret i32 %y\n}"
     with pytest.raises(ValueError, match="absent"):
         link_shared_library(compiled(code), ["f"])
 
 
 @pytest.mark.parametrize("data", [b"", b"\x7fELF", b"MZ" + bytes(100), bytes(200)])
-def test_what_is_no_object_file_is_refused(data):
-    with pytest.raises(ValueError, match="not a 64-bit little-endian ELF"):
+def test_data_that_is_not_elf_is_refused(data):
+    with pytest.raises(ValueError, match="ELF"):
         link_shared_library(data, [])
 
 
-def test_a_library_is_no_object_file():
-    with pytest.raises(ValueError, match="not an object file"):
+def test_a_library_is_refused_as_an_object_file():
+    with pytest.raises(ValueError, match="object file"):
         link_shared_library(link_shared_library(compiled(PLAIN), ["look"]), ["look"])

@@ -1,4 +1,4 @@
-"""What around a product is computed with it, and that the graph still computes the same; what must stay apart."""
+"""Which nodes around a product are fused into it, that the graph computes the same, and which nodes stay."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def feeds(**sizes):
 FEEDS = feeds(x=IN, stream=SIZE)
 BEGUN = feeds(x=IN, begun=SIZE)
 STREAM = helper.make_node("Neg", ["begun"], ["stream"])
-"""What is added comes from a node: an input may be of another shape, and be repeated."""
+"""A node computes the value that is added: a graph input could have another shape and be broadcast."""
 
 
 def first(y="a"):
@@ -68,14 +68,14 @@ def operators(model):
 
 
 def assert_normed(folder, node, weight):
-    """The weight fills up the last block with zeros."""
+    """Check a node's norm: zeros fill up the last block of its weight."""
     padded = np.concatenate([weight, np.zeros(-len(weight) % BLOCK, np.float32)])
     np.testing.assert_array_equal(stored(folder, node, "NORM", padded), padded)
     assert attributes(node)["EPSILON"] == int(np.float32(EPSILON).view(np.int32))
 
 
 @pytest.mark.parametrize("order", [("a", "stream"), ("stream", "a")], ids=str)
-def test_addition_and_norm_between_products_are_folded_into_both(library, tmp_path, order):
+def test_addition_and_norm_between_products_are_fused_into_both(library, tmp_path, order):
     nodes, values = [STREAM, *first(), *skip_norm(*order), *last()], tensors()
     model, pairs = run_both(library, tmp_path, nodes, values, BEGUN, ["y", "sum"])
     _, one, other = model.graph.node
@@ -87,7 +87,7 @@ def test_addition_and_norm_between_products_are_folded_into_both(library, tmp_pa
     assert_close(pairs)
 
 
-def test_a_last_norm_does_not_give_the_sum(library, tmp_path):
+def test_a_norm_without_the_sum_as_output_is_fused(library, tmp_path):
     nodes = [STREAM, *first(), *skip_norm(outputs=["normed"]), *last()]
     model, pairs = run_both(library, tmp_path, nodes, tensors(), BEGUN)
     _, one, other = model.graph.node
@@ -96,7 +96,7 @@ def test_a_last_norm_does_not_give_the_sum(library, tmp_path):
     assert_close(pairs)
 
 
-def test_a_norm_in_front_of_a_product_is_folded_into_it(library, tmp_path):
+def test_a_norm_in_front_of_a_product_is_fused_into_it(library, tmp_path):
     values = tensors()
     model, pairs = run_both(library, tmp_path, [*norm(), *last()], values, feeds(stream=SIZE))
     (node,) = model.graph.node
@@ -106,7 +106,7 @@ def test_a_norm_in_front_of_a_product_is_folded_into_it(library, tmp_path):
 
 
 def test_the_stream_passes_from_product_to_product(library, tmp_path):
-    """The product in the middle has both: a norm before it, and what is added behind it."""
+    """The product in the middle has both a norm in front of it and an addition after it."""
     second = {"domain": "com.microsoft", "epsilon": 1e-6}
     nodes = [
         STREAM, *first(), *skip_norm(), *product("middle", "normed", "b", SIZE, SIZE),
@@ -122,14 +122,14 @@ def test_the_stream_passes_from_product_to_product(library, tmp_path):
 
 
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")], ids=str)
-def test_of_two_products_the_later_one_adds_the_other(library, tmp_path, order):
+def test_the_later_of_two_products_adds_the_other(library, tmp_path, order):
     nodes = [*first(), *product("middle", "stream", "b", SIZE, SIZE), *skip_norm(*order), *last()]
     model, pairs = run_both(library, tmp_path, nodes, tensors(), FEEDS, ["y", "sum"])
     assert [list(node.input) for node in model.graph.node] == [["x"], ["stream", "a"], ["sum"]]
     assert_close(pairs)
 
 
-def test_a_sum_outlives_the_product_that_was_normed(library, tmp_path):
+def test_a_sum_is_kept_if_the_product_after_it_is_dropped(library, tmp_path):
     nodes = [STREAM, *first(), *skip_norm(), *last()]
     model, pairs = run_both(library, tmp_path, nodes, tensors(), BEGUN, ["sum"])
     assert [(node.op_type, node.output[0]) for node in model.graph.node][1:] == [(OURS, "sum")]
@@ -138,7 +138,7 @@ def test_a_sum_outlives_the_product_that_was_normed(library, tmp_path):
 
 ADD = helper.make_node("Add", ["normed", "normed"], ["z"])
 LATER = helper.make_node("Relu", ["stream"], ["later"])
-APART = {
+NOT_FUSED = {
     "normed is read twice": ([*first(), *skip_norm(), *last(), ADD], ["y", "z"]),
     "normed is an output": ([*first(), *skip_norm(), *last()], ["y", "normed"]),
     "two products read normed": (
@@ -147,8 +147,8 @@ APART = {
     "product is read twice": ([*first(), *skip_norm(), *last(), helper.make_node("Neg", ["a"], ["z"])], ["y", "z"]),
     "product is an output": ([*first(), *skip_norm(), *last()], ["y", "a"]),
     "product is added to itself": ([*first(), *skip_norm("a", "a"), *last()], ["y"]),
-    "skip is made later": ([*first(), LATER, *skip_norm(other="later"), *last()], ["y"]),
-    "skip is made of the product": (
+    "skip is computed later": ([*first(), LATER, *skip_norm(other="later"), *last()], ["y"]),
+    "skip is computed from the product": (
         [*first(), helper.make_node("Relu", ["a"], ["later"]), *skip_norm(other="later"), *last()], ["y"],
     ),
     "skip is an input": ([*first(), *skip_norm(), *last()], ["y", "sum"]),
@@ -162,9 +162,9 @@ APART = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("why", APART)
-def test_what_cannot_be_folded_stays_and_computes_the_same(library, tmp_path, why):
-    nodes, outputs = APART[why]
+@pytest.mark.parametrize("why", NOT_FUSED)
+def test_nodes_that_cannot_be_fused_stay_and_compute_the_same(library, tmp_path, why):
+    nodes, outputs = NOT_FUSED[why]
     used = {name for node in nodes for name in node.input}
     given = {name: value.reshape(10, -1) for name, value in FEEDS.items() if name in used}
     model, pairs = run_both(library, tmp_path, nodes, tensors(), given, outputs)
@@ -178,8 +178,8 @@ def test_what_cannot_be_folded_stays_and_computes_the_same(library, tmp_path, wh
 
 @pytest.mark.parametrize("what", ["mean is given", "weight is an input", "float16", "short", "long", "one axis more"])
 @pytest.mark.parametrize("kind", [SKIP_NORM, NORM])
-def test_norms_of_other_kinds_stay(tmp_path, what, kind):
-    """Some of which onnxruntime would refuse."""
+def test_unsupported_norms_stay(tmp_path, what, kind):
+    """onnxruntime would refuse some of these."""
     values, inputs = tensors(), ["x", "stream"]
     nodes = [*first(), *(skip_norm() if kind == SKIP_NORM else norm("a")), *last()]
     weight = values["weight"]
@@ -198,7 +198,7 @@ def test_norms_of_other_kinds_stay(tmp_path, what, kind):
 
 
 @pytest.mark.parametrize("stays", ["first", "last"])
-def test_products_that_there_are_no_kernels_for_take_nothing_over(library, tmp_path, stays):
+def test_nothing_is_fused_into_products_without_kernels(library, tmp_path, stays):
     nodes = [*first(), *skip_norm(), *last()]
     theirs = nodes[1 if stays == "first" else 4]
     next(attribute for attribute in theirs.attribute if attribute.name == "accuracy_level").i = 0

@@ -1,4 +1,4 @@
-"""What of a graph is replaced by operators of our own, and what is left alone."""
+"""Which nodes of a graph are replaced by our operators, and which are left unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgelm.kernels.abi import WeightFormat
 from edgelm.kernels.rewrite.panel_layout import pack_codes, pack_scales, pad_bias
 
 SIZE, COLUMNS = 70, 40
-"""So that the last block and the last panel are short, and the scales do not fill lines of the cache."""
+"""With these the last block and the last panel are short, and the scales do not fill whole cache lines."""
 
 
 def swiglu(*, alpha=1.0, axis=-1, order=("active", "value")):
@@ -33,7 +33,7 @@ def tensors(**more):
     return {**matrix("m", SIZE, COLUMNS), **more}
 
 
-def test_a_product_is_one_node_whose_matrix_lies_in_the_file(tmp_path):
+def test_a_product_becomes_one_node_with_its_matrix_in_the_data_file(tmp_path):
     values = tensors(bias=np.arange(COLUMNS, dtype=np.float32))
     formats, model = rewritten(tmp_path, one(inputs=["", "", "bias"]), values)
     assert formats == [WeightFormat(4, BLOCK)]
@@ -52,7 +52,7 @@ def test_a_product_is_one_node_whose_matrix_lies_in_the_file(tmp_path):
     assert rest == {"K": SIZE, "N": COLUMNS, "GATED": 0, "NORM": -1, "EPSILON": 0}
 
 
-def test_a_matrix_of_many_panels_is_whole(tmp_path):
+def test_a_matrix_of_many_panels_is_packed_completely(tmp_path):
     columns = 16 * 64 + 21
     values = matrix("m", SIZE, columns)
     (node,) = rewritten(tmp_path, product("m", "x", "y", SIZE, columns), values)[1].graph.node
@@ -68,14 +68,14 @@ def test_products_with_the_same_matrix_share_it(tmp_path):
     assert formats == [WeightFormat(4, BLOCK)]
 
 
-def test_what_other_nodes_use_stays_a_tensor_of_the_model(tmp_path):
+def test_tensors_that_other_nodes_read_are_kept(tmp_path):
     further = helper.make_node("Add", ["x", "weight"], ["z"])
     _, model = rewritten(tmp_path, [further, *one("z")], tensors(weight=np.ones(SIZE, np.float32)))
     assert [node.op_type for node in model.graph.node] == ["Add", "MatMulInt4Block32"]
     assert [tensor.name for tensor in model.graph.initializer] == ["weight"]
 
 
-def test_a_product_and_the_swiglu_before_it_are_one_node(tmp_path):
+def test_a_product_and_the_swiglu_before_it_become_one_node(tmp_path):
     formats, model = rewritten(tmp_path, [*swiglu(), *one("gated")], tensors())
     assert formats == [WeightFormat(4, BLOCK)]
     (node,) = model.graph.node
@@ -85,27 +85,27 @@ def test_a_product_and_the_swiglu_before_it_are_one_node(tmp_path):
 @pytest.mark.parametrize(
     "other", [{"alpha": 1.702}, {"axis": 1}, {"order": ("value", "active")}, {"order": ("active", "active")}], ids=str
 )
-def test_what_is_no_swiglu_stays_before_the_product(tmp_path, other):
+def test_other_gates_stay_before_the_product(tmp_path, other):
     _, model = rewritten(tmp_path, [*swiglu(**other), *one("gated")], tensors())
     *before, node = model.graph.node
     assert [each.op_type for each in before] == ["Split", "QuickGelu", "Mul"]
     assert (node.op_type, list(node.input), attributes(node)["GATED"]) == ("MatMulInt4Block32", ["gated"], 0)
 
 
-def test_gated_values_stay_where_something_else_needs_them(tmp_path):
+def test_a_swiglu_with_another_reader_stays(tmp_path):
     further = helper.make_node("Add", ["y", "gated"], ["z"])
     _, model = rewritten(tmp_path, [*swiglu(), *one("gated"), further], tensors(), outputs=["z"])
     assert [node.op_type for node in model.graph.node] == ["Split", "QuickGelu", "Mul", "MatMulInt4Block32", "Add"]
 
 
-def test_what_nothing_needs_is_dropped(tmp_path):
+def test_unused_nodes_are_dropped(tmp_path):
     further = helper.make_node("Add", ["x", "x"], ["z"])
     nodes = rewritten(tmp_path, [*one(), further], tensors())[1].graph.node
     assert [node.op_type for node in nodes] == ["MatMulInt4Block32"]
 
 
 @pytest.mark.parametrize("what", ["zero points", "accuracy", "block"])
-def test_products_of_other_kinds_are_left_alone(tmp_path, what):
+def test_unsupported_products_are_unchanged(tmp_path, what):
     values = tensors()
     inputs = []
     if what == "zero points":
@@ -115,7 +115,7 @@ def test_products_of_other_kinds_are_left_alone(tmp_path, what):
     assert not list(tmp_path.iterdir())
 
 
-def test_scales_that_float16_cannot_hold_are_left_alone(tmp_path):
+def test_products_with_scales_that_are_not_float16_are_unchanged(tmp_path):
     values = tensors()
     values["m.scales"] = values.pop("m.scales16").astype(np.float32) + np.float32(1e-6)
     assert rewritten(tmp_path, one()[1:], values) == ([], None)

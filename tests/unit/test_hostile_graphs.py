@@ -1,6 +1,6 @@
-"""A bundle whose manifest is right and whose graph is a stranger's: it is refused with one error, or answers.
+"""Bundles with a valid manifest and a hostile graph are refused with one error of one line.
 
-Each case is a kind of fault; each is loaded with the kernels and without.
+Each case is one kind of attack; each is loaded with our kernels and without.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Hostile:
             self.model.graph.node.insert(place, node)
 
     def external(self, name, **entries):
-        """Put a tensor's values into another place; None takes an entry away."""
+        """Store a tensor's values in a file, with changed entries of external data; None removes an entry."""
         tensor = self.tensor(name)
         tensor.ClearField("raw_data")
         tensor.data_location = TensorProto.EXTERNAL
@@ -150,7 +150,7 @@ def two_of_a_name(case):
     case.model.graph.initializer.append(case.tensor("norm.layer.0.mlp"))
 
 
-def read_and_nowhere_made(case):
+def undefined_name(case):
     case.node("layer.0.down.out").input[0] = "nothing"
 
 
@@ -177,12 +177,12 @@ def lengths_of_its_own(case):
     case.node("layer.0.attention.out").input[5] = "none"
 
 
-def memory_of_its_own(case):
+def past_of_its_own(case):
     case.store("small", np.zeros((1, 2, 1, 32), np.float32))
     case.node("layer.0.attention.out").input[4] = "small"
 
 
-def memory_of_another_layer(case):
+def past_of_another_layer(case):
     case.node("layer.0.attention.out").input[3] = "past.1.key"
 
 
@@ -220,7 +220,7 @@ def codes_of_another_type(case):
 
 
 def columns_sliced(case):
-    """A product that says K = 512 and is given 4 columns."""
+    """A product with K = 512 that reads 4 columns."""
     node = case.node("layer.0.down.out")
     names = [case.store(name, np.array([value], np.int64)) for name, value in (("s", 0), ("e", 4), ("a", 2))]
     case.add(node, helper.make_node("Slice", [node.input[0], *names], ["narrow"]))
@@ -228,7 +228,7 @@ def columns_sliced(case):
 
 
 def columns_of_the_given_tokens(case):
-    """As many columns as the token's number: right for some tokens and wrong for others."""
+    """The number of columns is the token id: right for some tokens and wrong for others."""
     node = case.node("layer.0.down.out")
     names = [
         case.store(name, np.array([value], np.int64)) for name, value in (("flat", -1), ("s", 0), ("e", 1), ("a", 2))
@@ -253,7 +253,7 @@ def more_dimensions(case, count):
 
 
 def tokens_repeated(case):
-    """More query tokens than the memory holds: onnxruntime 1.23 writes them behind its end."""
+    """More query tokens than positions in the KV cache: onnxruntime 1.23 writes beyond its end."""
     node = case.node("layer.5.attention.out")
     case.store("zeros", np.zeros(20_000, np.int64))
     case.add(node, helper.make_node("Gather", [node.input[0], "zeros"], ["many"], axis=1))
@@ -346,80 +346,80 @@ def no_logits(case):
     del case.model.graph.output[0]
 
 
-def memory_comes_back_smaller(case):
-    """As a value that no attention makes."""
+def present_is_smaller(case):
+    """As a value that attention does not compute."""
     node = case.node("layer.0.attention.out")
     node.output[1] = "other"
     case.store("present.0.key", np.zeros((1, 2, 1, 32), np.float32))
 
 
-def says_that_it_is_invariant(case):
+def marked_invariant(case):
     case.model.metadata_props.add(key="edgelm.invariant", value="1")
 
 
 REFUSED = {
-    "own operator": (own_operator, "edgelm's own domain"),
-    "own operator with its domain": (own_operator_with_its_domain, "the domain 'edgelm'"),
-    "own attention": (own_attention, "edgelm's own domain"),
-    "foreign domain": (foreign_domain, "the domain 'evil'"),
-    "function": (function, "functions of its own"),
-    "unknown operator": (unknown_operator, "'Tile', which `edgelm export` never writes"),
-    "endless": (endless, "Loop, which may never end"),
-    "a node's tensor in a file": (body_with_a_file, "a node's own tensor lies in another file"),
-    "two of a name": (two_of_a_name, "two values are called"),
-    "nowhere made": (read_and_nowhere_made, "nowhere made"),
+    "own operator": (own_operator, "'edgelm'"),
+    "own operator with its domain": (own_operator_with_its_domain, "'edgelm'"),
+    "own attention": (own_attention, "'edgelm'"),
+    "foreign domain": (foreign_domain, "'evil'"),
+    "function": (function, "functions"),
+    "unknown operator": (unknown_operator, "'Tile'"),
+    "endless": (endless, "Loop"),
+    "an attribute's tensor in a file": (body_with_a_file, "'/etc/hostname'"),
+    "duplicate name": (two_of_a_name, "'norm.layer.0.mlp'"),
+    "undefined name": (undefined_name, "'nothing'"),
     "cos short": (cos_short, "rotary tables"),
     "sin narrower": (sin_narrower, "rotary tables"),
-    "positions": (positions_of_its_own, "lengths and positions"),
-    "lengths": (lengths_of_its_own, "lengths and positions"),
-    "memory of its own": (memory_of_its_own, "memory of one layer"),
-    "memory of another layer": (memory_of_another_layer, "memory of"),
-    "heads": (heads, "32 heads of queries and 1 of keys"),
-    "more heads than numbers": (more_heads_than_numbers, "attention is given"),
-    "bias short": (bias_short, "'bias' is"),
-    "groups": (groups, "other inputs than"),
-    "scales short": (scales_short, "'few' is"),
-    "codes short": (codes_short, "'few' is"),
-    "codes of another type": (codes_of_another_type, "'wide' is"),
-    "K negative": (number(K=-(1 << 40)), "a product has K"),
-    "N huge": (number(N=1 << 50), "a product has K"),
+    "positions": (positions_of_its_own, "positions"),
+    "lengths": (lengths_of_its_own, "seqlens_k"),
+    "past of its own": (past_of_its_own, "'small'"),
+    "past of another layer": (past_of_another_layer, "'past.1.key'"),
+    "heads": (heads, "32 query heads and 1 KV heads"),
+    "more heads than numbers": (more_heads_than_numbers, "256 query heads"),
+    "bias short": (bias_short, "'bias'"),
+    "groups": (groups, "inputs"),
+    "scales short": (scales_short, "'few'"),
+    "codes short": (codes_short, "'few'"),
+    "codes of another type": (codes_of_another_type, "'wide'"),
+    "K negative": (number(K=-(1 << 40)), f"K {-(1 << 40)}"),
+    "N huge": (number(N=1 << 50), f"N {1 << 50}"),
     "no blocks": (number(block_size=0), "blocks of 0"),
     "bits": (number(bits=3), "3 bits"),
     "dimensions overflow": (dims(1 << 32, 1 << 32, 1), "bytes"),
-    "a dimension is negative": (dims(192, -4, 128), "the shape"),
-    "offset negative": (place(offset=-4096), "place in a file"),
-    "offset beyond": (place(offset=1 << 40), "bytes at"),
-    "offset no number": (place(offset="0x10"), "place in a file"),
-    "length another": (place(length=5), "bytes at"),
-    "no length": (place(length=None, offset=1 << 40), "bytes at"),
-    "outside": (norm_at("../secret"), "lies in '../secret'"),
-    "absolute": (norm_at("/proc/self/environ"), "lies in '/proc/self/environ'"),
-    "another file": (norm_at("manifest.json"), "lies in 'manifest.json'"),
-    "data behind a link": (linked, "leads out of the bundle"),
-    "data not listed": (unlisted, "which its manifest lists"),
+    "a dimension is negative": (dims(192, -4, 128), "[192, -4, 128]"),
+    "offset negative": (place(offset=-4096), "'-4096'"),
+    "offset beyond": (place(offset=1 << 40), f"offset {1 << 40}"),
+    "offset not a number": (place(offset="0x10"), "'0x10'"),
+    "length another": (place(length=5), "5 bytes"),
+    "no length": (place(length=None, offset=1 << 40), f"offset {1 << 40}"),
+    "outside": (norm_at("../secret"), "'../secret'"),
+    "absolute": (norm_at("/proc/self/environ"), "'/proc/self/environ'"),
+    "another file": (norm_at("manifest.json"), "'manifest.json'"),
+    "data behind a link": (linked, "model.onnx.data"),
+    "data not listed": (unlisted, "model.onnx.data"),
     "vocabulary": (in_the_manifest(vocab_size=1000), "2048 logits"),
     "context": (in_the_manifest(context=1 << 20), "rotary tables"),
-    "layers": (in_its_cache(layers=7), "lacks the input"),
-    "fewer layers": (in_its_cache(layers=5), "unknown input"),
-    "head size": (in_its_cache(head_size=64), "the manifest says"),
-    "cache bits": (in_its_cache(bits=8), "has the type"),
-    "input of another type": (input_of_another_type, "has the type 7"),
+    "layers": (in_its_cache(layers=7), "no input past.6.key"),
+    "fewer layers": (in_its_cache(layers=5), "unknown input past.5.key"),
+    "head size": (in_its_cache(head_size=64), "[0, 2, 0, 64]"),
+    "cache bits": (in_its_cache(bits=8), "type 1"),
+    "input of another type": (input_of_another_type, "type 7"),
     "input more": (input_more, "unknown input more"),
-    "no logits": (no_logits, "does not give logits"),
-    "says that it is invariant": (says_that_it_is_invariant, "claims to be edgelm.invariant"),
-    "memory comes back smaller": (memory_comes_back_smaller, "memory of its layer"),
-    "columns sliced": (columns_sliced, "Slice of"),
-    "9 dimensions": (lambda case: more_dimensions(case, 7), "few stored whole numbers"),
-    "400 dimensions": (lambda case: more_dimensions(case, 398), "few stored whole numbers"),
-    "5 dimensions": (lambda case: more_dimensions(case, 3), "Reshape of"),
-    "columns of the tokens": (columns_of_the_given_tokens, "Reshape of"),
-    "tokens repeated": (tokens_repeated, "Gather is given"),
-    "tokens out of order": (out_of_order, "before it is made"),
-    "rows of its own": (rows_of_its_own, "is looked up by"),
-    "a shorter table": (shorter_table, "is looked up by"),
-    "weights of a norm": (norm_short, "is normalized with"),
-    "halves of another size": (halves, "Split of"),
-    "a sum of others": (sum_of_others, "Add is given"),
+    "no logits": (no_logits, "logits"),
+    "marked as invariant": (marked_invariant, "edgelm.invariant"),
+    "present is smaller": (present_is_smaller, "present.0.key"),
+    "columns sliced": (columns_sliced, "Slice"),
+    "9 dimensions": (lambda case: more_dimensions(case, 7), "'many'"),
+    "400 dimensions": (lambda case: more_dimensions(case, 398), "'many'"),
+    "5 dimensions": (lambda case: more_dimensions(case, 3), "Reshape"),
+    "columns of the tokens": (columns_of_the_given_tokens, "Reshape"),
+    "tokens repeated": (tokens_repeated, "Gather"),
+    "tokens out of order": (out_of_order, "'layer.0.down.out'"),
+    "rows of its own": (rows_of_its_own, "'which'"),
+    "a shorter table": (shorter_table, "[9, 96]"),
+    "weights of a norm": (norm_short, "[191]"),
+    "halves of another size": (halves, "Split"),
+    "a sum of others": (sum_of_others, "Add"),
 }
 
 
@@ -441,13 +441,13 @@ def cache(request, tmp_path, monkeypatch, compiled):
 
 
 def logits_of(path, cache):
-    session = open_runner(open_verified(path, cache), rows=1, threads=1, cache=cache)
-    first = session.prefill(0, np.arange(2, 9), 0).copy()
-    return np.concatenate([first, session.decode(np.array([3]), np.array([7], np.int32))])
+    runner = open_runner(open_verified(path, cache), rows=1, threads=1, cache=cache)
+    first = runner.prefill(0, np.arange(2, 9), 0).copy()
+    return np.concatenate([first, runner.decode(np.array([3]), np.array([7], np.int32))])
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_it_is_refused(hostile, cache, kind):
+def test_hostile_graphs_are_refused(hostile, cache, kind):
     change, words = REFUSED[kind]
     change(hostile)
     with pytest.raises(BundleError) as caught:
@@ -456,11 +456,11 @@ def test_it_is_refused(hostile, cache, kind):
     assert "\n" not in str(caught.value)
 
 
-def test_the_bundle_as_it_is_passes(hostile, cache):
+def test_the_unchanged_bundle_is_accepted(hostile, cache):
     assert logits_of(hostile.sealed(), cache).shape == (2, 2048)
 
 
-def test_whatever_bytes_the_graph_has(tmp_path, hostile):
+def test_any_bytes_in_place_of_a_graph_are_refused(tmp_path, hostile):
     graph = hostile.sealed() / "model.onnx"
     whole = graph.read_bytes()
     rng = np.random.default_rng(0)
@@ -475,5 +475,5 @@ def test_whatever_bytes_the_graph_has(tmp_path, hostile):
     for content in cases:
         graph.write_bytes(content)
         hostile.model = type("Raw", (), {"SerializeToString": lambda _, content=content: content})()
-        with pytest.raises(BundleError, match="edgelm cannot load"):
+        with pytest.raises(BundleError, match=str(graph)):
             check_graph(open_bundle(hostile.sealed()))

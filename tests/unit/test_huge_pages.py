@@ -1,4 +1,4 @@
-"""Files written a large page at a time, and mapped."""
+"""Files that are written in huge pages and mapped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def small_pages():
 
 
 @given(st.lists(st.one_of(st.binary(max_size=50), st.binary(min_size=16, max_size=16))))
-def test_what_is_written_is_what_was_given_page_by_page(parts):
+def test_bytes_are_written_in_whole_pages(parts):
     whole = b"".join(parts)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data"
@@ -32,13 +32,13 @@ def test_what_is_written_is_what_was_given_page_by_page(parts):
                 file.write(part)
                 place += len(part)
                 assert file.offset == place
-                assert path.read_bytes() == whole[: place // 16 * 16], "nothing but whole pages before the end"
+                assert path.read_bytes() == whole[: place // 16 * 16], "only whole pages before the end"
         assert path.read_bytes() == whole
         assert file.offset == len(whole)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint8])
-def test_arrays_are_written_by_their_bytes(tmp_path, dtype):
+def test_arrays_are_written_as_bytes(tmp_path, dtype):
     values = np.arange(5 * 7 * 2).reshape(5, 7, 2).astype(dtype)
     with HugePageFile(tmp_path / "data") as file:
         file.write(values.data)
@@ -46,7 +46,7 @@ def test_arrays_are_written_by_their_bytes(tmp_path, dtype):
     assert (tmp_path / "data").read_bytes() == values.tobytes()
 
 
-def test_a_system_that_takes_less_at_once_is_asked_again(tmp_path):
+def test_short_writes_are_continued(tmp_path):
     with HugePageFile(tmp_path / "data") as file:
         taken, whole = [], file._file
 
@@ -84,7 +84,7 @@ def test_a_file_is_closed_at_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 100_000])
-def test_mapped_bytes_cannot_be_written_and_outlive_the_files_name(tmp_path, size):
+def test_mapped_bytes_are_read_only_and_stay_after_the_file_is_removed(tmp_path, size):
     content = np.random.default_rng(0).bytes(size)
     (tmp_path / "data").write_bytes(content)
     found = map_file(tmp_path / "data")
@@ -103,7 +103,7 @@ def test_small_files_are_not_kept_open(tmp_path):
     assert len(kept) == 20
 
 
-def test_a_missing_file_is_an_os_error(tmp_path):
+def test_a_missing_file_raises_os_error(tmp_path):
     with pytest.raises(OSError, match="absent"):
         map_file(tmp_path / "absent")
     with pytest.raises(OSError, match="absent"):

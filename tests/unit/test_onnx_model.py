@@ -1,4 +1,4 @@
-"""ONNX models read and written at run time, against the onnx package."""
+"""ONNX models read and written at run time, compared with the onnx package."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_model_is_read_as_onnx_reads_it(given_model):
 
 
 @given(models(), numbers)
-def test_a_model_written_again_is_the_same_but_for_what_was_added(given_model, number):
+def test_a_model_is_written_unchanged_except_for_additions(given_model, number):
     model, _ = given_model
     read = read_model(model.SerializeToString())
     same_tensors = [tensor.encoded for tensor in read.tensors.values()]
@@ -78,7 +78,7 @@ def test_a_model_written_again_is_the_same_but_for_what_was_added(given_model, n
     found = onnx.ModelProto.FromString(encode_model(read, nodes, [*same_tensors, outside], "edgelm"))
     kind = {"K": 2**40, "NORM": -1, "N": number}
     node = helper.make_node("Other", ["a", "b"], ["c"], "é", domain="edgelm", **kind)
-    del node.attribute[:]  # which it sorts
+    del node.attribute[:]  # make_node sorts them
     node.attribute.extend(helper.make_attribute(name, value) for name, value in kind.items())
     model.graph.node.append(node)
     model.opset_import.append(helper.make_opsetid("edgelm", 1))
@@ -113,7 +113,8 @@ def test_metadata_is_added():
 
 
 @pytest.mark.parametrize("levels", [50, 3_000])
-def test_graphs_inside_each_other_are_refused_beyond_what_protobuf_reads(levels):
+def test_deeply_nested_graphs_are_refused(levels):
+    """Protobuf itself has a limit."""
     graph = b""
     for _ in range(levels):
         for key in (b"\x32", b"\x2a", b"\x0a"):  # AttributeProto.g, NodeProto.attribute, GraphProto.node
@@ -131,7 +132,7 @@ def test_a_string_that_is_not_utf8_is_refused():
 
 
 @given(st.binary(max_size=80))
-def test_what_is_no_model_is_refused_or_read(data):
+def test_any_bytes_are_read_or_refused(data):
     try:
         read_model(data)
     except ValueError:

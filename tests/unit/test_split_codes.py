@@ -1,4 +1,4 @@
-"""Matrices of 5 and 6 bits, which a graph stores in two parts: recognized where they are joined, else left alone."""
+"""Matrices of 5 and 6 bits, which a graph stores in two parts: the nodes that expand them are recognized exactly."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ from edgelm.kernels import compiler as compiler
 from edgelm.kernels.abi import SUPPORTED_FORMATS, WeightFormat
 
 COLUMNS = 40
-SPLIT = [form for form in SUPPORTED_FORMATS if form.high_bits]
+SPLIT = [fmt for fmt in SUPPORTED_FORMATS if fmt.high_bits]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     file = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    refused = compiler.main([str(file), *(f"{form.bits}:{form.block_size}" for form in SPLIT)])
+    refused = compiler.main([str(file), *(f"{fmt.bits}:{fmt.block_size}" for fmt in SPLIT)])
     if compiler.find_host_target() is None:
         pytest.skip(refused)
     assert refused is None
     return file
 
 
-def graph_of(form, size):
-    """Nodes and tensors of a table in which rows are looked up and with which x is multiplied."""
-    rng = np.random.default_rng(form.bits + size)
-    blocks = -(-size // form.block_size)
-    codes = rng.integers(0, 2**form.bits, (COLUMNS, blocks * form.block_size)).astype(np.uint8)
+def graph_of(fmt, size):
+    """Return nodes and tensors of a table whose rows are gathered and that is also multiplied with x."""
+    rng = np.random.default_rng(fmt.bits + size)
+    blocks = -(-size // fmt.block_size)
+    codes = rng.integers(0, 2**fmt.bits, (COLUMNS, blocks * fmt.block_size)).astype(np.uint8)
     scales = (rng.random((COLUMNS, blocks)) * 0.02).astype(np.float16)
     constants = InlineInitializers()
-    packed = pack_codes(codes, scales, None, form.bits, size)
-    matrix = store_packed(constants, "m", packed, QuantSpec(form.bits, form.block_size))
+    packed = pack_codes(codes, scales, None, fmt.bits, size)
+    matrix = store_packed(constants, "m", packed, QuantSpec(fmt.bits, fmt.block_size))
     nodes = GraphBuilder(constants)
     add_lookup(nodes, matrix, "ids", "rows")
     add_matmul(nodes, matrix, "x", None, "y")
     return list(nodes.nodes), {name: numpy_helper.to_array(tensor) for name, tensor in constants.tensors.items()}
 
 
-@pytest.mark.parametrize("form", SPLIT, ids=str)
+@pytest.mark.parametrize("fmt", SPLIT, ids=str)
 @pytest.mark.parametrize("short", [0, 10])
-def test_products_and_rows_are_those_of_the_joined_codes(library, tmp_path, form, short):
-    size = 3 * form.block_size - short
-    nodes, values = graph_of(form, size)
+def test_products_and_rows_are_those_of_the_expanded_codes(library, tmp_path, fmt, short):
+    size = 3 * fmt.block_size - short
+    nodes, values = graph_of(fmt, size)
     rng = np.random.default_rng(0)
     feeds = {"ids": rng.integers(0, COLUMNS, (2, 5)), "x": rng.normal(size=(2, 5, size)).astype(np.float32)}
     model, ((their_rows, our_rows), products) = run_both(library, tmp_path, nodes, values, feeds, ["rows", "y"])
     operators = [node.op_type for node in model.graph.node if node.op_type != "Slice"]
-    assert sorted(operators) == sorted([form.gather_op_type, form.matmul_op_type])
+    assert sorted(operators) == sorted([fmt.gather_op_type, fmt.matmul_op_type])
     np.testing.assert_array_equal(our_rows, their_rows)
     assert_close([products])
     held = sum(np.prod(tensor.dims, dtype=int) for tensor in model.graph.initializer)
-    assert held <= 3, "bounds of the slice alone"
+    assert held <= 3, "only the bounds of the slice"
 
 
 def named(nodes, name):
@@ -74,7 +74,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_codes_joined_with_other_constants_are_left_alone(tmp_path, name):
+def test_codes_expanded_with_other_constants_are_unchanged(tmp_path, name):
     nodes, values = graph_of(WeightFormat(5, 32), 64)
     assert values[name].tolist() != OTHERS[name]
     values[name] = np.array(OTHERS[name], values[name].dtype)
@@ -82,7 +82,7 @@ def test_codes_joined_with_other_constants_are_left_alone(tmp_path, name):
 
 
 @pytest.mark.parametrize("what", ["direction", "operator", "part", "shape", "input", "size", "one bit"])
-def test_codes_joined_otherwise_are_left_alone(tmp_path, what):
+def test_codes_expanded_by_other_nodes_are_unchanged(tmp_path, what):
     nodes, values = graph_of(WeightFormat(5, 32), 64)
     if what == "direction":
         named(nodes, "m.codes.high.moved").attribute[0].s = b"RIGHT"
@@ -103,9 +103,9 @@ def test_codes_joined_otherwise_are_left_alone(tmp_path, what):
 
 
 @pytest.mark.parametrize("what", ["axis", "block", "zero points", "shape", "indices"])
-def test_other_look_ups_are_left_alone(tmp_path, what):
-    form = WeightFormat(6, 32)
-    nodes, values = graph_of(form, 64)
+def test_other_gathers_are_unchanged(tmp_path, what):
+    fmt = WeightFormat(6, 32)
+    nodes, values = graph_of(fmt, 64)
     gather = named(nodes, "rows")
     attributes = {attribute.name: attribute for attribute in gather.attribute}
     if what == "axis":
@@ -121,13 +121,13 @@ def test_other_look_ups_are_left_alone(tmp_path, what):
         gather.input[1] = "counted"
         nodes.insert(0, helper.make_node("Neg", ["ids"], ["counted"]))
     formats, model = rewritten(tmp_path, nodes, values, ["ids", "x"], ["rows", "y"])
-    assert formats == [form]
+    assert formats == [fmt]
     operators = [node.op_type for node in model.graph.node]
     assert "GatherBlockQuantized" in operators
-    assert form.matmul_op_type in operators
+    assert fmt.matmul_op_type in operators
 
 
-def test_a_table_with_scales_of_its_own_has_its_own_panels(library, tmp_path):
+def test_a_table_with_separate_scales_has_separate_panels(library, tmp_path):
     nodes, values = graph_of(WeightFormat(6, 32), 64)
     named(nodes, "rows").input[2] = "other"
     values["other"] = np.linspace(0.5, 1, 2 * COLUMNS).astype(np.float16).reshape(COLUMNS, 2).astype(np.float32)
@@ -138,7 +138,7 @@ def test_a_table_with_scales_of_its_own_has_its_own_panels(library, tmp_path):
     assert_close([products])
 
 
-def test_a_table_whose_rows_are_in_float16_is_left_alone(tmp_path):
+def test_a_table_with_float16_rows_is_unchanged(tmp_path):
     nodes, values = graph_of(WeightFormat(6, 32), 64)
     named(nodes, "rows").input[2] = "other"
     values["other"] = np.ones((COLUMNS, 2), np.float16)

@@ -1,4 +1,4 @@
-"""Kernels for processors that this one is not: the instruction that they have and it lacks, by its definition."""
+"""Kernels for other processors: instructions that this processor lacks are replaced by their definitions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgelm.kernels.abi import WeightFormat
 from edgelm.kernels.ir.module import build_module
 from edgelm.kernels.ir.targets import TARGETS
 
-FORMS = [
+FORMATS = [
     WeightFormat(4, 16),
     WeightFormat(4, 32),
     WeightFormat(5, 32),
@@ -33,7 +33,7 @@ DOT = """define internal <{sums} x i{wide}> @"{name}"({added}<{words}> %v, <{wor
   {sum}
   ret <{sums} x i{wide}> %t{each}
 }}"""
-"""Sums the products of what lies beside it, signed or not, and adds them to what is given, if it is."""
+"""Sums products of neighbouring elements, of which the first factor is signed or not, and adds them to `%s`, if any."""
 
 INSTRUCTIONS = {
     "llvm.x86.avx512.vpdpbusd.512": {"sums": 16, "words": "16 x i32", "bits": 8, "each": 4, "first": "zext"},
@@ -49,7 +49,7 @@ INSTRUCTIONS = {
 
 
 def definition(name, *, sums, words, bits, each, first, wide=32, adds=True):
-    """An instruction as LLVM IR that any processor computes; none of the sums here is too large for its bits."""
+    """Return an instruction as LLVM IR for any processor. It does not saturate: no sum in these tests overflows."""
     begin = "%s" if adds else "zeroinitializer"
     every, lines = sums * each, [f"%t0 = add <{sums} x i{wide}> {begin}, zeroinitializer"]
     for i in range(each):
@@ -66,7 +66,7 @@ def definition(name, *, sums, words, bits, each, first, wide=32, adds=True):
 
 
 def without_instructions(code):
-    """The module's text with definitions where it declares what only some processors have."""
+    """Return a module's text with definitions in place of the declared instructions of other processors."""
     for name, kind in INSTRUCTIONS.items():
         ours = name.replace("llvm.", "defined.")
         code = re.sub(rf'declare [^\n]*@"{re.escape(name)}"[^\n]*', lambda _: definition(ours, **kind), code)  # noqa: B023
@@ -79,9 +79,9 @@ def here(tmp_path_factory):
     """The kernels of this processor."""
     target = compiler.find_host_target()
     if target is None:
-        pytest.skip("this processor has neither AVX2 nor Arm's dot product")
+        pytest.skip("there are no kernels for this processor")
     file = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    file.write_bytes(compiler.compile_kernels(target, FORMS, "", features_of(target)))
+    file.write_bytes(compiler.compile_kernels(target, FORMATS, "", features_of(target)))
     return file
 
 
@@ -98,10 +98,10 @@ def has(target):
 
 @pytest.mark.parametrize("is_real", [True, False], ids=["instructions", "definitions"])
 @pytest.mark.parametrize("name", [target.name for target in TARGETS])
-def test_every_target_computes_the_same_to_the_last_bit(here, name, is_real, tmp_path, monkeypatch):
+def test_every_target_computes_the_same_bits(here, name, is_real, tmp_path, monkeypatch):
     target = next(target for target in TARGETS if target.name == name)
     if is_real and not has(target):
-        pytest.skip("this processor lacks them: the definitions stand in")
+        pytest.skip("this processor lacks the instructions; their definitions are tested")
 
     def defined(target, formats):
         module, names = build_module(target, formats)
@@ -114,9 +114,9 @@ def test_every_target_computes_the_same_to_the_last_bit(here, name, is_real, tmp
     library = tmp_path / "kernels.so"
     as_here = replace(target, triple=binding.get_process_triple())
     features = features_of(target if is_real else compiler.find_host_target())
-    library.write_bytes(compiler.compile_kernels(as_here, FORMS, "", features))
+    library.write_bytes(compiler.compile_kernels(as_here, FORMATS, "", features))
     rng = np.random.default_rng(0)
-    for fmt in FORMS:
+    for fmt in FORMATS:
         for size, columns, rows in ((150, 40, 15), (33, 5, 2)):
             codes, scales, bias = matrix(rng, fmt, size, columns)
             norm = rng.normal(size=size).astype(np.float32)
