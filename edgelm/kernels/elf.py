@@ -54,22 +54,22 @@ def link_shared_library(object_file: bytes, exports: Sequence[str]) -> bytes:
     Raises `ValueError` if the file is not a 64-bit little-endian ELF object for x86-64 or aarch64, if it refers to a
     symbol that it does not define, and for relocations that the small code model does not use.
     """
-    machine, sections = _sections(object_file)
-    symbols = _symbols(sections)
+    machine, sections = _read_sections(object_file)
+    symbols = _read_symbols(sections)
     names = ["", *exports]
     strings = b"".join(name.encode() + b"\0" for name in names)
     table_size = _SYM.size * len(names)
     symbols_at = _EHDR.size + 4 * _PHDR.size
     strings_at = symbols_at + table_size
-    hash_at = _aligned(strings_at + len(strings), 8)
+    hash_at = _align_up(strings_at + len(strings), 8)
     end = hash_at + 4 * (3 + len(names))
     for section in (s for s in sections if s.flags & _ALLOC and not s.flags & _WRITE):
-        end = section.address = _aligned(end, section.align)
+        end = section.address = _align_up(end, section.align)
         end += section.size
-    dynamic_at = writable_at = _aligned(end, SEGMENT_ALIGNMENT)
+    dynamic_at = writable_at = _align_up(end, SEGMENT_ALIGNMENT)
     end = dynamic_at + 6 * _DYNAMIC.size
     for section in (s for s in sections if s.flags & _ALLOC and s.flags & _WRITE):
-        end = section.address = _aligned(end, section.align)
+        end = section.address = _align_up(end, section.align)
         end += section.size
     image = bytearray(end)
     for section in (s for s in sections if s.flags & _ALLOC):
@@ -105,11 +105,11 @@ def link_shared_library(object_file: bytes, exports: Sequence[str]) -> bytes:
     return bytes(image)
 
 
-def _aligned(at: int, align: int) -> int:
+def _align_up(at: int, align: int) -> int:
     return -(-at // max(align, 1)) * max(align, 1)
 
 
-def _sections(data: bytes) -> tuple[int, list[_Section]]:
+def _read_sections(data: bytes) -> tuple[int, list[_Section]]:
     if data[:7] != b"\x7fELF\x02\x01\x01" or len(data) < _EHDR.size:
         raise ValueError("not a 64-bit little-endian ELF file")
     header = _EHDR.unpack_from(data)
@@ -121,21 +121,21 @@ def _sections(data: bytes) -> tuple[int, list[_Section]]:
     found = []
     for name, kind, flags, _, at, size, link, info, align, _ in raw:
         content = bytes(size) if kind == _NOBITS else data[at : at + size]
-        label = _string(data, strings + name)
-        kept = 0 if label == ".eh_frame" else flags  # no exception is unwound through a kernel
-        found.append(_Section(label, kind, kept, size, align, link, info, content))
+        label = _read_string(data, strings + name)
+        own_flags = 0 if label == ".eh_frame" else flags  # no exception is unwound through a kernel
+        found.append(_Section(label, kind, own_flags, size, align, link, info, content))
     return machine, found
 
 
-def _string(data: bytes, at: int) -> str:
+def _read_string(data: bytes, at: int) -> str:
     return data[at : data.index(b"\0", at)].decode()
 
 
-def _symbols(sections: Sequence[_Section]) -> list[_Symbol]:
+def _read_symbols(sections: Sequence[_Section]) -> list[_Symbol]:
     table = next(section for section in sections if section.type == _SYMTAB)
     strings = sections[table.link].data
     return [
-        _Symbol(_string(strings, name), section, value, bool(info >> 4))
+        _Symbol(_read_string(strings, name), section, value, bool(info >> 4))
         for name, info, _, section, value, _ in _SYM.iter_unpack(table.data)
     ]
 
@@ -150,28 +150,28 @@ def _relocate(
         if symbol.section == 0 or not sections[symbol.section].flags & _ALLOC:
             raise ValueError(f"{symbol.name or 'a section'} is not part of the object file")
         target = sections[symbol.section].address + symbol.value + addend
-        place = base + offset
+        location = base + offset
         kind = info & 0xFFFFFFFF
         if machine == X86_64:
             if kind not in (2, 4):  # R_X86_64_PC32, R_X86_64_PLT32
                 raise ValueError(f"relocation {kind} of {symbol.name} is not of the small code model")
-            struct.pack_into("<i", image, place, target - place)
+            struct.pack_into("<i", image, location, target - location)
         else:
-            word = struct.unpack_from("<I", image, place)[0]
-            struct.pack_into("<I", image, place, word | _arm_field(kind, target, place))
+            word = struct.unpack_from("<I", image, location)[0]
+            struct.pack_into("<I", image, location, word | _arm_field(kind, target, location))
 
 
 _ARM_SCALE: Final = {277: 0, 278: 0, 284: 1, 285: 2, 286: 3, 299: 4}
 """Right shift of the low 12 bits of an address, by relocation: ADD and LDST8 to LDST128."""
 
 
-def _arm_field(kind: int, target: int, place: int) -> int:
+def _arm_field(kind: int, target: int, location: int) -> int:
     """Return the bits that a relocation sets in an Arm instruction."""
     if kind == 275:  # R_AARCH64_ADR_PREL_PG_HI21
-        pages = (target >> 12) - (place >> 12)
+        pages = (target >> 12) - (location >> 12)
         return (pages & 3) << 29 | (pages >> 2 & 0x7FFFF) << 5
     if kind in _ARM_SCALE:
         return (target & 0xFFF) >> _ARM_SCALE[kind] << 10
     if kind in (282, 283):  # R_AARCH64_JUMP26, R_AARCH64_CALL26
-        return (target - place) >> 2 & 0x3FFFFFF
+        return (target - location) >> 2 & 0x3FFFFFF
     raise ValueError(f"relocation {kind} is not of the small code model")

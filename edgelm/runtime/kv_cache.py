@@ -33,25 +33,25 @@ class KVCache:
     def __init__(self, cache: KVCacheShape, rows: int, capacity: int) -> None:
         shape = (rows, cache.kv_heads, capacity, cache.head_size)
         self.names = [f"{i}.{part}" for i in range(cache.layers) for part in ("key", "value")]
-        kind = np.dtype(np.int8 if cache.bits == 8 else np.float32)
-        self._memories = [_fresh(int(np.prod(shape)) * kind.itemsize) for _ in self.names]
-        self.arrays = [np.frombuffer(memory, kind).reshape(shape) for memory in self._memories]
+        dtype = np.dtype(np.int8 if cache.bits == 8 else np.float32)
+        self._buffers = [_allocate(int(np.prod(shape)) * dtype.itemsize) for _ in self.names]
+        self.arrays = [np.frombuffer(buffer, dtype).reshape(shape) for buffer in self._buffers]
 
-    def views(self, first: int, count: int) -> list[NDArray[Any]]:
+    def row_views(self, first: int, count: int) -> list[NDArray[Any]]:
         """Return views of rows [first, first + count) of every buffer."""
         return [array[first : first + count] for array in self.arrays]
 
-    def copy(self, source: int, target: int, length: int) -> None:
+    def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one row to the start of another."""
         for array in self.arrays:
             array[target, :, :length] = array[source, :, :length]
 
-    def read(self, row: int, start: int, stop: int) -> list[NDArray[Any]]:
+    def read_row(self, row: int, start: int, stop: int) -> list[NDArray[Any]]:
         """Return copies of positions [start, stop) of a row, [kv_heads, n, head_size] for each buffer."""
         return [array[row, :, start:stop].copy() for array in self.arrays]
 
-    def write(self, row: int, start: int, segment: list[NDArray[Any]]) -> None:
-        """Write a segment that `read` returned into a row, starting at position `start`."""
+    def write_row(self, row: int, start: int, segment: list[NDArray[Any]]) -> None:
+        """Write a segment that `read_row` returned into a row, starting at position `start`."""
         for array, values in zip(self.arrays, segment, strict=True):
             array[row, :, start : start + values.shape[1]] = values
 
@@ -59,19 +59,19 @@ class KVCache:
         """Free the whole pages of a row; the content of the row is lost."""
         if FREE_PAGES_ADVICE is None:
             return
-        for array, memory in zip(self.arrays, self._memories, strict=True):
-            if isinstance(memory, mmap.mmap):
+        for array, buffer in zip(self.arrays, self._buffers, strict=True):
+            if isinstance(buffer, mmap.mmap):
                 size = array[row].nbytes
                 start = -(-row * size // mmap.PAGESIZE) * mmap.PAGESIZE
                 stop = (row + 1) * size // mmap.PAGESIZE * mmap.PAGESIZE
                 if stop > start:
-                    memory.madvise(FREE_PAGES_ADVICE, start, stop - start)
+                    buffer.madvise(FREE_PAGES_ADVICE, start, stop - start)
 
 
-def _fresh(size: int) -> mmap.mmap | bytearray:
+def _allocate(size: int) -> mmap.mmap | bytearray:
     """Return zeros that are committed in small pages. NumPy's arrays use huge pages of 2 MB, mostly never written."""
     if NO_HUGE_PAGES_ADVICE is None:
         return bytearray(size)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(NO_HUGE_PAGES_ADVICE)
-    return memory
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer.madvise(NO_HUGE_PAGES_ADVICE)
+    return buffer

@@ -135,7 +135,7 @@ def _load_cached(entry: CacheEntry, tuning: ThreadSettings, profile_prefix: Path
             sha256 = str(entry.sha256.get(KERNELS))
             library = LIBRARIES.open(entry.path / KERNELS, formats, entry.path / DATA, sha256)
         return load_packed(entry.path, tuning, library, profile_prefix)
-    except Exception as error:  # noqa: BLE001  the bundle itself is loaded instead, whatever the error is
+    except Exception as error:  # noqa: BLE001  the bundle itself is loaded instead
         LOG.warning("%s in the board cache is not used: %s", entry.path, summarize_error(error))
         return None
 
@@ -172,7 +172,7 @@ def _try_native_kernels(bundle: Bundle, tuning: ThreadSettings, folder: Path) ->
         return _build_native_graph(bundle, tuning, folder)
     except EdgelmError as error:
         LOG.warning("edgelm's own kernels are not used for %s: %s", bundle.path, error)
-    except Exception as error:  # noqa: BLE001  onnxruntime's kernels are used instead, whatever the error is
+    except Exception as error:  # noqa: BLE001  onnxruntime's kernels are used instead
         LOG.info("edgelm's own kernels are not used for %s: %s", bundle.path, summarize_error(error))
     _empty(folder)
     return []

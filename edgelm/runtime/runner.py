@@ -38,7 +38,7 @@ class Runner(Protocol):
     context: int
     """Positions of a row."""
     is_invariant: bool
-    """Whether a token's keys, values and logits are the same bits in every pass, whatever else the pass computes."""
+    """Whether a token's keys, values and logits have the same bits in every pass and every batch."""
     long_from: int | None
     """Length above which a row must be computed again from its start, because the rotary tables change; None: never."""
 
@@ -190,17 +190,17 @@ class BatchRunner:
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """See `Runner`."""
-        self._kv.copy(source, target, length)
+        self._kv.copy_row(source, target, length)
 
     def read_row(self, row: int, start: int, stop: int) -> KvSegment:
         """See `Runner`."""
-        return self._kv.read(row, start, stop)
+        return self._kv.read_row(row, start, stop)
 
     def write_row(self, row: int, segments: Sequence[KvSegment]) -> None:
         """See `Runner`."""
         start = 0
         for segment in segments:
-            self._kv.write(row, start, segment)
+            self._kv.write_row(row, start, segment)
             start += segment[0].shape[1]
 
     def release_row(self, row: int) -> None:
@@ -225,7 +225,7 @@ class BatchRunner:
     def _bind(self, row: int, count: int) -> ort.IOBinding:
         """Return a binding with rows [row, row + count) of the KV cache as both past and present."""
         binding = self._graph.io_binding()
-        for name, view in zip(self._kv.names, self._kv.views(row, count), strict=True):
+        for name, view in zip(self._kv.names, self._kv.row_views(row, count), strict=True):
             value = ort.OrtValue.ortvalue_from_numpy(view)
             binding.bind_ortvalue_input(f"past.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)

@@ -133,8 +133,8 @@ def _emit_online_softmax(module: ir.Module) -> ir.Function:
             score = e.load_vector(scores, at, F32, F32X16)
             b.store(b.fmul(cap, tanh(e, b.fdiv(score, cap))), e.gep(scores, at, F32), align=4)
     with e.loop(begin, end, PANEL_COLUMNS, carried=[nothing]) as (at, maxima, updated):
-        places = b.add(e.splat(b.trunc(at, I32), I32X16), lanes)
-        seen = b.and_(b.icmp_signed(">=", places, before), b.icmp_signed("<=", places, after))
+        positions = b.add(e.splat(b.trunc(at, I32), I32X16), lanes)
+        seen = b.and_(b.icmp_signed(">=", positions, before), b.icmp_signed("<=", positions, after))
         score = b.select(seen, e.load_vector(scores, at, F32, F32X16), nothing)
         b.store(score, e.gep(scores, at, F32), align=4)
         updated.append(b.select(b.fcmp_ordered(">", score, maxima[0]), score, maxima[0]))
@@ -159,8 +159,8 @@ def _emit_online_softmax(module: ir.Module) -> ir.Function:
 
 def _finite(b: ir.IRBuilder, largest: ir.Value) -> ir.Value:
     """Return the largest score, or 0 if it is -infinity, because -infinity - (-infinity) is NaN."""
-    none = b.fcmp_ordered("==", largest, ir.Constant(F32, MINUS_INFINITY))
-    return b.select(none, ir.Constant(F32, 0.0), largest)
+    is_empty = b.fcmp_ordered("==", largest, ir.Constant(F32, MINUS_INFINITY))
+    return b.select(is_empty, ir.Constant(F32, 0.0), largest)
 
 
 def _emit_rescale_factors(module: ir.Module) -> ir.Function:

@@ -71,9 +71,9 @@ def emit_attend(module: ir.Module, kernels: AttentionKernels, rotate: ir.Functio
     zeros = ir.Constant(F32X16, [0.0] * PANEL_COLUMNS)
     with e.loop(e.const(0), count) as (i, _, _):
         ahead = b.sdiv(i, group)
-        place = b.add(b.mul(row, tokens), b.add(token, ahead))
-        tables = emit_rotary_row(e, params, place, b.add(past, ahead))
-        source = b.add(b.mul(place, stride), b.mul(b.add(first_head, b.srem(i, group)), size))
+        token_index = b.add(b.mul(row, tokens), b.add(token, ahead))
+        tables = emit_rotary_row(e, params, token_index, b.add(past, ahead))
+        source = b.add(b.mul(token_index, stride), b.mul(b.add(first_head, b.srem(i, group)), size))
         target = e.gep(queries, b.mul(i, size), F32)
         b.call(rotate, [e.gep(query, source, F32), target, *tables, half, size, scale])
         e.store(ir.Constant(F32, MINUS_INFINITY), running_max, i)
@@ -105,8 +105,8 @@ def emit_attend(module: ir.Module, kernels: AttentionKernels, rotate: ir.Functio
         _add_values(e, kernels, count, [scores, first_value, here, size, factors, sums])
     with e.loop(e.const(0), count) as (i, _, _):
         total = e.gep(totals, b.mul(i, e.const(PANEL_COLUMNS)), F32)
-        place = b.add(b.mul(row, tokens), b.add(token, b.sdiv(i, group)))
-        target = b.add(b.mul(place, heads), b.add(first_head, b.srem(i, group)))
+        token_index = b.add(b.mul(row, tokens), b.add(token, b.sdiv(i, group)))
+        target = b.add(b.mul(token_index, heads), b.add(first_head, b.srem(i, group)))
         own = e.gep(sums, b.mul(i, size), F32)
         with b.if_else(is_split) as (then, otherwise):
             with then:
@@ -166,12 +166,12 @@ def _merge_totals(e: Emitter, totals: ir.Value, here: ir.Value, factors: ir.Valu
 
 
 def _emit_partial(
-    e: Emitter, params: ir.Value, place: ir.Value, running_max: ir.Value, total: ir.Value, values: ir.Value
+    e: Emitter, params: ir.Value, index: ir.Value, running_max: ir.Value, total: ir.Value, values: ir.Value
 ) -> None:
     """Emit the stores of a partial result: weighted values, sums of exponentials, largest score."""
     b = e.b
     parts, size = load_params(e, params, AttentionParam.PARTS, AttentionParam.SIZE)
-    part = e.gep(parts, b.mul(place, part_length(e, size)), F32)
+    part = e.gep(parts, b.mul(index, part_length(e, size)), F32)
     with e.loop(e.const(0), size, PANEL_COLUMNS) as (at, _, _):
         b.store(e.load_vector(values, at, F32, F32X16), e.gep(part, at, F32), align=4)
     b.store(e.load_vector(total, 0, F32, F32X16), e.gep(part, size, F32), align=4)

@@ -47,7 +47,7 @@ def emit_matmul_kernel(module: ir.Module, target: Target, fmt: WeightFormat, row
     )
     b = e.b
     width = b.mul(blocks, e.const(fmt.block_size))
-    taken = _ActivationRows(
+    activations = _ActivationRows(
         [e.gep(codes, b.mul(width, e.const(fmt.code_bytes * row)), I8) for row in range(rows)],
         [e.gep(activation_scales, b.mul(blocks, e.const(row)), F32) for row in range(rows)],
         [e.gep(zero_point_terms, b.mul(blocks, e.const(row)), I32) for row in range(rows)],
@@ -58,11 +58,11 @@ def emit_matmul_kernel(module: ir.Module, target: Target, fmt: WeightFormat, row
         panel_weights = e.gep(weights, b.mul(passed, e.const(PANEL_COLUMNS * fmt.block_bytes)), I8)
         panel_scales = e.gep(scales, b.mul(passed, e.const(PANEL_COLUMNS)), F16)
         with e.loop(e.const(0), blocks, carried=[zeros] * rows) as (block, values, updated):
-            sums = _block_sums(e, target, fmt, panel_weights, block, taken)
+            sums = _block_sums(e, target, fmt, panel_weights, block, activations)
             at = b.mul(block, e.const(PANEL_COLUMNS))
             scale = b.fpext(e.load_vector(panel_scales, at, F16, ir.VectorType(F16, PANEL_COLUMNS)), F32X16)
             for row in range(rows):
-                factor = b.fmul(scale, e.splat(e.load(taken.activation_scales[row], block, F32), F32X16))
+                factor = b.fmul(scale, e.splat(e.load(activations.activation_scales[row], block, F32), F32X16))
                 updated.append(e.intrinsic("llvm.fma.v16f32", F32X16, b.sitofp(sums[row], F32X16), factor, values[row]))
         first = b.mul(panel, e.const(PANEL_COLUMNS))
         results = _with_bias(e, updated, bias, first)

@@ -76,9 +76,9 @@ class Target:
         """Return sums of two products each, <32 x i16>, of weights and activations, <64 x i8>, added to `pairs`."""
         parts = []
         for i in range(PANEL_COLUMNS // self.lanes):
-            products = _maddubs(b, *(_part(b, value, i, 4 * self.lanes) for value in (weights, activations)))
-            parts.append(products if pairs is None else b.add(products, _part(b, pairs, i, 2 * self.lanes)))
-        return _joined(b, *parts)
+            products = _maddubs(b, *(_slice(b, value, i, 4 * self.lanes) for value in (weights, activations)))
+            parts.append(products if pairs is None else b.add(products, _slice(b, pairs, i, 2 * self.lanes)))
+        return _concatenate(b, *parts)
 
     def widen_pairs(self, b: ir.IRBuilder, sums: ir.Value, pairs: ir.Value) -> ir.Value:
         """Add the two sums in `pairs`, <32 x i16>, that belong to each of the sums, <16 x i32>."""
@@ -97,14 +97,14 @@ class Target:
         """Apply `dot` to slices of `lanes` sums, with `each` elements of the values for each sum; return all sums."""
         parts = []
         for i in range(PANEL_COLUMNS // self.lanes):
-            slices = [_part(b, value, i, each * self.lanes) for value in values]
-            parts.append(dot(b, _part(b, sums, i, self.lanes), *slices))
+            slices = [_slice(b, value, i, each * self.lanes) for value in values]
+            parts.append(dot(b, _slice(b, sums, i, self.lanes), *slices))
         while len(parts) > 1:
-            parts = [_joined(b, one, other) for one, other in zip(parts[::2], parts[1::2], strict=True)]
+            parts = [_concatenate(b, one, other) for one, other in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]
 
 
-def _part(b: ir.IRBuilder, value: ir.Value, index: int, size: int) -> ir.Value:
+def _slice(b: ir.IRBuilder, value: ir.Value, index: int, size: int) -> ir.Value:
     """Return slice `index` of a vector that is divided into slices of `size` elements."""
     if value.type.count == size:
         return value
@@ -112,7 +112,7 @@ def _part(b: ir.IRBuilder, value: ir.Value, index: int, size: int) -> ir.Value:
     return b.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), picked)
 
 
-def _joined(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
+def _concatenate(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
     size = 2 * one.type.count
     return b.shuffle_vector(one, other, ir.Constant(ir.VectorType(I32, size), list(range(size))))
 
