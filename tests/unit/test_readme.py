@@ -1,4 +1,4 @@
-"""README, commands and Makefile agree: what it prints can be typed."""
+"""README, commands and Makefile agree: every command in README can be run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def commands(program: str) -> list[str]:
 
 
 def other_commands() -> list[str]:
-    """The lines of every other README of the project that begin with `edgelm`, in blocks of shell commands."""
+    """Return the commands that begin with `edgelm` in every other README."""
     found = []
     for file in [*ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]:
         for block in re.findall(r"```(?:sh)?\n(.*?)```", file.read_text(encoding="utf-8"), re.DOTALL):
@@ -46,7 +46,7 @@ def test_every_command_parses(line: str) -> None:
     assert callable(args.run)
 
 
-def test_a_command_that_does_not_exist_would_be_noticed() -> None:
+def test_an_unknown_flag_does_not_parse() -> None:
     with pytest.raises(UsageError):
         _parse(["serve", "--no-such-flag"], "serve")
 
@@ -82,7 +82,7 @@ def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_linked_file_exists() -> None:
     for file in [
-        ROOT / "README.md",
+        *ROOT.glob("*.md"),
         *ROOT.glob("*/README.md"),
         *ROOT.glob("*/*/README.md"),
         *ROOT.glob("*/*/*/README.md"),
@@ -91,8 +91,20 @@ def test_every_linked_file_exists() -> None:
             assert (file.parent / target).exists(), (file, target)
 
 
-def test_the_front_page_is_short() -> None:
-    assert len(README.split()) <= 1500
+@pytest.mark.parametrize("file", ["README.md", "edgelm/README.md"])
+def test_a_page_is_short(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8").partition("## Glossary")[0]
+    assert len(text.split()) <= 1500
+
+
+def test_every_measured_figure_is_in_the_tables_of_bench() -> None:
+    bench = (ROOT / "tests/bench/README.md").read_text(encoding="utf-8")
+    section = re.search(r"## Measured\n(.*?)\n## ", README, re.DOTALL)[1]
+    rows = re.findall(r"^\| .*\|$", section, re.MULTILINE)
+    assert len(rows) == 5
+    assert all(row in bench for row in rows)
+    figures = set(re.findall(r"\d[\d,]*(?:\.\d+)?", re.sub(r"\[.*?\]\(.*?\)", "", section)))
+    assert not {figure for figure in figures if figure not in bench}
 
 
 def test_no_figure_was_forgotten() -> None:
