@@ -27,7 +27,17 @@ from edgelm.system.ownership import PRIVATE_MODE, find_path_fault, make_private
 DEBS: Final = ("python3", "libstdc++6", "libgomp1")
 """Debian packages to unpack, with their dependencies: Python, and the libraries that the wheels link to."""
 
-WHEELS: Final = ("numpy", "onnxruntime", "tokenizers", "jinja2", "markupsafe", "llguidance", "paho-mqtt", "protobuf")
+WHEELS: Final = (
+    "jinja2",
+    "llguidance",
+    "markupsafe",
+    "numpy",
+    "onnxruntime",
+    "paho-mqtt",
+    "platformdirs",
+    "protobuf",
+    "tokenizers",
+)
 """Packages that inference and MQTT import, without Numba (200 MB with LLVM): greedy decoding does not load it."""
 
 LAYOUT: Final = 1

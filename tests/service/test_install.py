@@ -13,6 +13,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from interpreters import find_python
+
+import edgelm
+from edgelm.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 300
@@ -112,8 +116,29 @@ def test_a_tool_without_an_extra_names_the_command_to_install_it(wheel: Path, sh
     assert "nowhere does not exist" in shell("edgelm export nowhere out").stderr
 
 
-def test_pip_installs_into_an_empty_environment(wheel: Path, shell, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True, timeout=LIMIT_S)
+def test_the_source_distribution_builds_the_same_wheel(wheel: Path, clone: Path, tmp_path: Path) -> None:
+    pytest.importorskip("build", reason="needs pip install 'edgelm[dev]'")
+    command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(clone)]  # the sdist, and a wheel from it
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    if done.returncode and re.search(r"No matching distribution|Connection|Max retries", done.stdout + done.stderr):
+        pytest.skip("pip cannot reach a package registry")
+    assert done.returncode == 0, done.stderr
+    (built,) = tmp_path.glob("*.whl")
+    assert list(tmp_path.glob("*.tar.gz"))
+    first, second = zipfile.ZipFile(wheel), zipfile.ZipFile(built)
+    assert built.name == wheel.name
+    contents = [
+        {name: file.read(name) for name in file.namelist() if not name.endswith((".dist-info/RECORD", "/WHEEL"))}
+        for file in (first, second)
+    ]
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("version", ["", "3.12"], ids=["this Python", "3.12"])
+def test_pip_installs_into_an_empty_environment(wheel: Path, shell, tmp_path: Path, version: str) -> None:
+    """`test_interpreters.py` installs into Python 3.10 and 3.13."""
+    python = find_python(version) if version else sys.executable
+    subprocess.run([python, "-m", "venv", tmp_path / "env"], check=True, timeout=LIMIT_S)
     done = shell(f"env/bin/python -m pip install -q {shlex.quote(str(wheel))}")
     assert done.returncode == 0, done.stderr
     assert json.loads(shell("env/bin/edgelm generate builtin 'play some jazz'").stdout)["intent"] == "PlayMusic"
@@ -128,3 +153,17 @@ def test_pip_installs_into_an_empty_environment(wheel: Path, shell, tmp_path: Pa
     (remedy,) = re.findall(r"not installed: (.*)", done.stderr)
     assert shlex.split(remedy)[-4:] == ["-m", "pip", "install", f"{wheel}[export]"]
     assert (tmp_path / "env" / "bin") == Path(shlex.split(remedy)[0]).parent
+
+
+def test_make_docs_writes_reference_manual_page_and_completion(tmp_path: Path) -> None:
+    for module in ("pdoc", "argparse_manpage", "shtab"):
+        pytest.importorskip(module, reason="needs pip install 'edgelm[dev]'")
+    command = ["make", "-s", "docs", f"DOCS_PYTHON={sys.executable}", f"DIST={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    reference = (tmp_path / "docs" / "edgelm.html").read_text(encoding="utf-8")
+    assert all(f'id="{name}"' in reference for name in edgelm.__all__ if name != "__version__")
+    manual = (tmp_path / "man" / "edgelm.1").read_text(encoding="utf-8")
+    assert all(rf"\fI\,'edgelm {command}'\/\fR" in manual for command in COMMANDS)
+    assert str(Path.home()) not in manual
+    assert "max-batch" in (tmp_path / "completion" / "edgelm.bash").read_text(encoding="utf-8")

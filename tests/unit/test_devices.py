@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
 from edgelm_devices.board_profile import PROFILES, BoardProfile, load_profile, load_profiles, read_profile
 from edgelm_devices.detect import detect_board
 from edgelm_devices.emulate import write_board_files
+from edgelm_devices.rootfs import WHEELS
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from edgelm.cli import main
 from edgelm.errors import DeviceError
 from edgelm.system.sensors import read_temperature, read_throttling
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 EMULATED = [profile for profile in load_profiles().values() if profile.emulation]
 
@@ -237,3 +245,9 @@ def test_a_generic_computer_cannot_be_emulated(capsys):
     assert not out
     assert "x86-64" in err
     assert err.count("\n") == 1
+
+
+def test_an_emulated_board_has_every_dependency_of_greedy_decoding():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
+    names = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    assert names - {"llvmlite", "numba", "tomli"} <= set(WHEELS)
