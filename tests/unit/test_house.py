@@ -1,4 +1,4 @@
-"""The house's rules that a machine can check: who imports whom, what stays unloaded, what is packaged."""
+"""Rules of the layout: imports between packages, libraries that stay unloaded, packaging, the architecture page."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ RUNTIME = {
     "jinja2",
     "llguidance",
     "paho",
-    "amqtt",  # of an extra, and imported only by name
+    "amqtt",  # belongs to an extra
     "google",  # google.protobuf
     "platformdirs",
     "tomllib",
@@ -82,16 +82,16 @@ def sources(folder):
 
 
 def module_of(path):
-    """The dotted name of a file, as it ships."""
+    """Return the module name of a file, as it is installed."""
     parts = [PACKAGES[path.parts[0]], *path.with_suffix("").parts[1:]]
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES_OF_OURS = {module_of(path): path for folder in PACKAGES for path in sources(folder)}
+OUR_MODULES = {module_of(path): path for folder in PACKAGES for path in sources(folder)}
 
 
 def imports(path):
-    """Absolute names that a file imports, wherever in it, relative ones resolved; `from a import b` counts as a.b."""
+    """Return the absolute names that a file imports anywhere; `from a import b` is a.b."""
     package = module_of(path).split(".")
     if path.name != "__init__.py":
         package.pop()
@@ -106,41 +106,41 @@ def imports(path):
     return found
 
 
-def ours(path):
-    """Files of ours that a file imports."""
-    named = {name if name in MODULES_OF_OURS else name.rpartition(".")[0] for name in imports(path)}
-    return {MODULES_OF_OURS[name] for name in named if name in MODULES_OF_OURS} - {path}
+def our_imports(path):
+    """Return the files of edgelm, export and devices that a file imports."""
+    named = {name if name in OUR_MODULES else name.rpartition(".")[0] for name in imports(path)}
+    return {OUR_MODULES[name] for name in named if name in OUR_MODULES} - {path}
 
 
-def room(path):
-    """The package or top-level file of edgelm/ that a file belongs to; export/ and devices/ are one each."""
+def edgelm_package_of(path):
+    """Return the package or top-level file of edgelm/ of a file; export/ and devices/ are one package each."""
     return path.parts[1].removesuffix(".py") if path.parts[0] == "edgelm" else PACKAGES[path.parts[0]]
 
 
-def export_room(path):
+def export_package_of(path):
     return path.parts[1].removesuffix(".py")
 
 
-def upward(paths, room_of, floors):
-    """Imports that do not go down, as (importer, imported); the public faces may be imported from anywhere."""
+def upward_imports(paths, package_of, floors):
+    """Return (importer, imported) pairs that do not go to a lower floor; `__init__` may be imported from anywhere."""
     floor_of = {name: floor for floor, names in enumerate(floors) for name in names}
     return [
         (path.as_posix(), other.as_posix())
         for path in paths
-        for other in ours(path)
-        if other in paths and room_of(other) not in (room_of(path), "__init__")
-        if floor_of[room_of(other)] >= floor_of[room_of(path)]
+        for other in our_imports(path)
+        if other in paths and package_of(other) not in (package_of(path), "__init__")
+        if floor_of[package_of(other)] >= floor_of[package_of(path)]
     ]
 
 
-def circles(paths):
-    """Sets of files that import each other in a circle (Tarjan 1972, strongly connected components)."""
+def import_cycles(paths):
+    """Return sets of files that import each other in a cycle (Tarjan 1972, strongly connected components)."""
     number, lowest, stack, found = {}, {}, [], []
 
     def visit(path):
         number[path] = lowest[path] = len(number)
         stack.append(path)
-        for other in ours(path) & paths:
+        for other in our_imports(path) & paths:
             if other not in number:
                 visit(other)
             if other in stack:
@@ -158,28 +158,30 @@ def circles(paths):
     return found
 
 
-EVERY = frozenset(MODULES_OF_OURS.values())
+ALL_FILES = frozenset(OUR_MODULES.values())
 
 
-def test_every_room_has_a_floor():
-    assert {room(path) for path in EVERY} == {name for names in FLOORS for name in names}
-    assert {export_room(path) for path in sources("export")} == {name for names in EXPORT_FLOORS for name in names}
+def test_every_package_has_a_floor():
+    assert {edgelm_package_of(path) for path in ALL_FILES} == {name for names in FLOORS for name in names}
+    assert {export_package_of(path) for path in sources("export")} == {
+        name for names in EXPORT_FLOORS for name in names
+    }
 
 
-def test_no_arrow_runs_upwards():
-    assert not upward(EVERY, room, FLOORS)
-    assert not upward(frozenset(sources("export")), export_room, EXPORT_FLOORS)
+def test_packages_import_only_from_lower_floors():
+    assert not upward_imports(ALL_FILES, edgelm_package_of, FLOORS)
+    assert not upward_imports(frozenset(sources("export")), export_package_of, EXPORT_FLOORS)
 
 
-def test_no_files_import_each_other_in_a_circle():
-    faces = {path for path in EVERY if path in (Path("edgelm/__init__.py"), Path("export/__init__.py"))}
-    assert not circles(EVERY - faces)
+def test_no_files_import_each_other_in_a_cycle():
+    init_files = {path for path in ALL_FILES if path in (Path("edgelm/__init__.py"), Path("export/__init__.py"))}
+    assert not import_cycles(ALL_FILES - init_files)
 
 
-def test_relative_imports_are_seen():
-    """They were not once, and a circle of seven files stayed unseen."""
-    assert Path("export/options.py") in ours(Path("export/pipeline.py"))
-    assert Path("export/graph/nodes.py") in ours(Path("export/graph/decoder_graph.py"))
+def test_relative_imports_are_found():
+    """A cycle of seven files was once not found because relative imports were ignored."""
+    assert Path("export/options.py") in our_imports(Path("export/pipeline.py"))
+    assert Path("export/graph/nodes.py") in our_imports(Path("export/graph/decoder_graph.py"))
 
 
 def test_the_runtime_imports_no_other_library():
@@ -189,12 +191,12 @@ def test_the_runtime_imports_no_other_library():
 
 
 def test_no_two_files_share_a_name():
-    """Inside a package of sub-packages a name says what a file is; `cli` names its files after commands."""
-    names = [path.stem for path in EVERY if path.stem != "__init__" and path.parts[1] != "cli"]
+    """`cli` is an exception: its files have the names of commands."""
+    names = [path.stem for path in ALL_FILES if path.stem != "__init__" and path.parts[1] != "cli"]
     assert not {name for name in names if names.count(name) > 1}
 
 
-def test_devices_need_no_heavy_library():
+def test_devices_import_no_heavy_library():
     for path in sources("devices"):
         assert not {name.split(".")[0] for name in imports(path)} & HEAVY, path
 
@@ -233,7 +235,7 @@ def test_every_command_module_is_a_command():
     assert modules == {MODULES.get(name, name) for name in COMMANDS}
 
 
-# --- what stays unloaded, each in a process of its own ---
+# --- libraries that stay unloaded, each in a process of its own ---
 
 
 def python(code, *arguments):
@@ -242,7 +244,7 @@ def python(code, *arguments):
 
 
 def loaded_after(code, *arguments):
-    """Top-level modules loaded after some code has run."""
+    """Return the top-level modules that are loaded after some code."""
     done = python(f"import sys\n{code}\nprint('LOADED', *sorted(sys.modules))", *arguments)
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("LOADED"))
@@ -267,7 +269,7 @@ with edgelm.load(sys.argv[1], threads=1) as model:
 """
 
 
-def test_greedy_answers_do_not_wait_for_numba(bundle):
+def test_greedy_decoding_does_not_load_numba(bundle):
     loaded = loaded_after(GENERATE, bundle, 0)
     assert "onnxruntime" in loaded
     assert not loaded & (HEAVY | {"numba", "paho", "llguidance", "jinja2"})
@@ -321,7 +323,7 @@ def test_a_missing_extra_is_named(module, extra, arguments):
     assert done.stdout == ""
     assert done.stderr.startswith(f"edgelm {arguments[0]}: "), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
-    assert re.search(rf"install (-e )?'[^']+\[{extra}\]'", done.stderr), "whatever it was installed from"
+    assert re.search(rf"install (-e )?'[^']+\[{extra}\]'", done.stderr)
     assert repr(module) in done.stderr
 
 
