@@ -1,4 +1,4 @@
-"""The schema of a bundle's manifest: every key with its type, default and meaning; README.md is the specification.
+"""The schema of a bundle's manifest: every key with type, range, default and meaning; README.md is the specification.
 
 Owns the dataclasses and their JSON form. `manifest_parser` reads and checks a manifest, `bundle_folder` opens bundles.
 """
@@ -10,15 +10,40 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from edgelm.types import SamplingParams
+from edgelm.validation import Length, Pattern, Range
 
 SCHEMA: Final = 1
 """Schema version that this program writes. It reads this version and older ones."""
 
 MANIFEST: Final = "manifest.json"
 TOKENIZER: Final = "tokenizer.json"
+
+MAX_CONTEXT: Final = 1 << 24
+"""Positions: sixteen times the longest context of a published model."""
+MAX_VOCAB_SIZE: Final = 1 << 22
+MAX_LAYERS: Final = 1024
+MAX_HEADS: Final = 1024
+MAX_HEAD_SIZE: Final = 1024
+MAX_ENTRIES: Final = 100_000
+"""Number of matrices, end tokens and special tokens, each."""
+MAX_FILES: Final = 1000
+"""Number of files and of notes, each."""
+MAX_TEMPLATE_LENGTH: Final = 1_000_000
+"""Characters of the chat template."""
+MAX_TEXT_LENGTH: Final = 10_000
+"""Characters of a name or note."""
+MAX_SIZE: Final = 1 << 40
+"""Parameters, bytes of a file, rows or columns of a matrix."""
+
+_Text = Annotated[str, Length(0, MAX_TEXT_LENGTH)]
+_Count = Annotated[int, Range(0, MAX_SIZE)]
+_Dim = Annotated[int, Range(1, MAX_SIZE)]
+_Context = Annotated[int, Range(1, MAX_CONTEXT)]
+_FileName = Annotated[_Text, Pattern(r"^(?!\.{1,2}\Z)[^/\\\0]+\Z", "a plain file name")]
+_Version = Annotated[str, Pattern(r"^[0-9]+\.[0-9]+\Z", "such as 1.28")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +52,9 @@ class KVCacheShape:
 
     kind: Literal["shared", "growing"]
     """`shared`: past and present are one preallocated buffer; `growing`: the graph returns a longer copy."""
-    layers: int
-    kv_heads: int
-    head_size: int
+    layers: Annotated[int, Range(1, MAX_LAYERS)]
+    kv_heads: Annotated[int, Range(1, MAX_HEADS)]
+    head_size: Annotated[int, Range(1, MAX_HEAD_SIZE)]
     bits: Literal[32, 8] = 32
     """Bits per number: 32 is float32; 8 is int8 with one scale per channel in the graph (`shared` only)."""
 
@@ -43,14 +68,14 @@ class Matrix:
     """How one weight matrix is stored: `bits` 32 is float32; `columns` is the input width."""
 
     name: str
-    rows: int
-    columns: int
-    bits: int
-    block_size: int | None = None
+    rows: _Dim
+    columns: _Dim
+    bits: Annotated[int, Range(1, 64)]
+    block_size: _Context | None = None
     symmetric: bool = True
     accuracy_level: int | None = None
     method: str | None = None
-    scale_bits: int = 32
+    scale_bits: Annotated[int, Range(0, 64)] = 32
 
     def bytes(self) -> int:
         """Return the bytes on disk of weights, scales (one per block) and zero points."""
@@ -65,7 +90,7 @@ class Matrix:
 class BundleFile:
     """Size and SHA-256 (hex) of one file of the bundle."""
 
-    bytes: int
+    bytes: _Count
     sha256: str
 
 
@@ -85,22 +110,22 @@ class StaticPrefix:
 class Manifest:
     """What a runtime needs to know about a bundle before it opens the graph."""
 
-    architecture: str
-    context: int
-    vocab_size: int
+    architecture: _Text
+    context: _Context
+    vocab_size: Annotated[int, Range(1, MAX_VOCAB_SIZE)]
     cache: KVCacheShape
-    quant: str
-    matrices: tuple[Matrix, ...]
+    quant: _Text
+    matrices: Annotated[tuple[Matrix, ...], Length(0, MAX_ENTRIES)]
     bos_token: int | None
-    eos_tokens: tuple[int, ...]
-    parameters: int
-    shapes: Mapping[str, int]
+    eos_tokens: Annotated[tuple[int, ...], Length(0, MAX_ENTRIES)]
+    parameters: _Count
+    shapes: Mapping[_Text, _Count]
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    chat_template: str | None = None
+    chat_template: Annotated[str, Length(0, MAX_TEMPLATE_LENGTH)] | None = None
     bare_prompt: Literal["message", "text"] | None = None
     """How a prompt without messages is read: as a user message for the chat template, or as text to complete.
     None (bundles of edgelm 0.1) means a message if there is a chat template."""
-    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    special_tokens: Annotated[Mapping[_Text, _Text], Length(0, MAX_ENTRIES)] = field(default_factory=dict)
     made_with: Mapping[str, str] = field(default_factory=dict)
     quality: Mapping[str, Any] | None = None
     """What the export measured against the unquantized checkpoint."""
@@ -111,15 +136,15 @@ class Manifest:
     adapter: str | None = None
     """Name of the LoRA adapter that was merged."""
     via: Literal["native", "optimum"] = "native"
-    long_from: int | None = None
+    long_from: _Context | None = None
     """A sequence longer than this uses the second half of the rotary tables (LongRoPE)."""
     prefix: StaticPrefix | None = None
-    notes: tuple[str, ...] = ()
+    notes: Annotated[tuple[_Text, ...], Length(0, MAX_FILES)] = ()
     """Facts for the user, one sentence each: an omitted part, weights read from a quantized file."""
-    needs_onnxruntime: str | None = None
+    needs_onnxruntime: _Version | None = None
     """Oldest onnxruntime version that runs the graph correctly, such as "1.28"; None: any that edgelm supports."""
-    graph: str = "model.onnx"
-    files: Mapping[str, BundleFile] = field(default_factory=dict)
+    graph: _FileName = "model.onnx"
+    files: Annotated[Mapping[_FileName, BundleFile], Length(0, MAX_FILES)] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @property

@@ -5,7 +5,6 @@ A bundle that `edgelm pull` makes has a file `<name>.json` beside it, which reco
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from edgelm.bundle.catalogue import MODEL_NAME_PATTERN, check_name, load_catalog
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.system.files import replace_file
 from edgelm.system.user_folders import user_folder
+from edgelm.validation import suggest_match
 
 DATA_DIR_VARIABLE: Final = "EDGELM_DATA_DIR"
 """Environment variable that names the folder."""
@@ -130,9 +130,8 @@ def missing_bundle_error(model: str) -> BundleError:
         return BundleError(f"{model} is not downloaded yet: `edgelm pull {model}` downloads and converts it")
     if Path(model).is_file():
         return BundleError(f"{model} is not a directory: `edgelm export` makes a bundle from a checkpoint")
-    close = difflib.get_close_matches(model, [*BundleStore.default().names(), *known, BUILTIN], n=1, cutoff=0.6)
-    meant = f"did you mean {close[0]}? " if close else ""
+    suggestion = suggest_match(model, [*BundleStore.default().names(), *known, BUILTIN], 0.6, otherwise=";")
     return BundleError(
-        f"{model} is not a directory and not the name of a stored bundle; {meant}`edgelm list` shows stored bundles,"
-        " `edgelm models` the models for `edgelm pull`"
+        f"{model} is not a directory and not the name of a stored bundle{suggestion} `edgelm list` shows stored"
+        " bundles, `edgelm models` the models for `edgelm pull`"
     )

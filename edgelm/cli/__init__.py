@@ -16,9 +16,9 @@ from importlib import import_module
 from typing import Final, NoReturn
 
 from edgelm._version import __version__
-from edgelm.cli.suggestion import suggest_match
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.system.terminal import escape_output
+from edgelm.validation import suggest_match
 
 COMMANDS: Final[dict[str, str]] = {
     "demo": "start a broker, serve the built-in model, send it three requests, stop",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
 import os
 import re
@@ -33,6 +32,7 @@ from edgelm.system.progress_bar import Spinner
 from edgelm.system.user_folders import user_folder
 from edgelm.text.chat_template import check_messages
 from edgelm.types import RANGES, Completion, SamplingParams
+from edgelm.validation import suggest_match
 
 CHAT_SAMPLING: Final[dict[str, Any]] = {"temperature": 0.3, "top_p": 0.9, "repetition_penalty": 1.1}
 """Sampling defaults for checkpoints that have none: with greedy decoding, small models repeat themselves."""
@@ -129,10 +129,9 @@ class TerminalChat:
             "clear": lambda _: self.messages.clear(),
         }
         if name not in commands:
-            meant = difflib.get_close_matches(name, [*commands, "bye"], n=1)
-            _print_error(
-                f"there is no /{name}; " + (f"did you mean /{meant[0]}?" if meant else "/help lists the commands")
-            )
+            known = [f"/{command}" for command in (*commands, "bye")]
+            suggestion = suggest_match(f"/{name}", known, 0.6, otherwise="; /help lists the commands")
+            _print_error(f"there is no /{name}{suggestion}")
             return True
         try:
             commands[name](rest)

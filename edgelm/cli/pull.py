@@ -19,11 +19,11 @@ from edgelm.bundle.manifest import MANIFEST
 from edgelm.bundle.store import BUILTIN, BundleStore, Origin
 from edgelm.cli.export import raise_interrupt
 from edgelm.cli.extras import import_extra
-from edgelm.cli.suggestion import suggest_match
 from edgelm.cli.tables import self_check_text
 from edgelm.errors import BundleError, EdgelmError, UsageError
 from edgelm.system.memory import read_memory_mb
 from edgelm.system.progress_bar import ProgressBar
+from edgelm.validation import suggest_match
 
 EPILOG: Final = """\
 examples:

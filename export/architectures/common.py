@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from edgelm.bundle.manifest_parser import MAX_HEAD_SIZE, MAX_HEADS, MAX_LAYERS
+from edgelm.bundle.manifest import MAX_HEAD_SIZE, MAX_HEADS, MAX_LAYERS
 from edgelm.errors import CheckpointError
 
 from .decoder import DecoderConfig, LayerConfig, TensorNames

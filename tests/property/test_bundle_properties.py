@@ -308,6 +308,48 @@ def test_an_invalid_value_is_refused(changes, folder):
     assert MANIFEST in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"cache": {"kind": "shared", "layers": "4", "kv_heads": 1, "head_size": 16}}, ["cache.layers", "1024", "'4'"]),
+        ({"cache": {"kind": "paged", "layers": 1, "kv_heads": 1, "head_size": 16}}, ["cache.kind", "shared, growing"]),
+        ({"matrices": [{"name": "a", "rows": 1, "columns": 1, "bits": 65}]}, ["matrices[0].bits", "[1, 64]", "65"]),
+        ({"eos_tokens": [1, None]}, ["eos_tokens[1]", "None"]),
+        ({"files": {"model.onnx": {"bytes": -1, "sha256": ""}}}, ["files['model.onnx'].bytes", "-1"]),
+        ({"notes": ["n" * 10_001]}, ["notes[0]", "10000", "10001"]),
+        ({"contxt": 3}, ["contxt", "did you mean context"]),
+        ({"context": 2**70}, ["context", str(2**24), str(2**70)]),
+        ({"cache": {}}, ["cache.kind", "cache.layers"]),
+    ],
+    ids=str,
+)
+def test_an_error_names_the_key_the_value_and_what_is_allowed(changes, facts, folder):
+    rewrite(folder, **changes)
+    message = refusal(folder)
+    assert len(message) < 1000
+    assert not [fact for fact in facts if fact not in message], message
+
+
+def test_a_key_that_stands_twice_is_refused(folder):
+    text = (folder / MANIFEST).read_text("utf-8")
+    (folder / MANIFEST).write_text(text.replace('"context": 64', '"context": 64, "context": 32'), "utf-8")
+    assert "'context'" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"quant": "\ud800"}, {"made_with": {"\udfff": "a"}}, {"quality": {"a": ["\udc00"]}}]
+)
+def test_half_of_a_surrogate_pair_is_refused(change, folder):
+    """Such text cannot be written, hashed or shown."""
+    rewrite(folder, **change)
+    assert "surrogate" in refusal(folder)
+
+
+def test_a_whole_surrogate_pair_is_one_character(folder):
+    rewrite(folder, quant="\U0001f600")
+    assert open_bundle(folder).manifest.quant == "\U0001f600"
+
+
 def test_a_named_pipe_as_manifest_is_not_read(folder):
     (folder / MANIFEST).unlink()
     os.mkfifo(folder / MANIFEST)

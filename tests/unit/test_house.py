@@ -17,7 +17,7 @@ from edgelm.cli.extras import find_extra
 REPO = Path(__file__).resolve().parents[2]
 PACKAGES = {"edgelm": "edgelm", "export": "edgelm_export", "devices": "edgelm_devices"}
 FLOORS = [
-    ["_version", "errors"],
+    ["_version", "errors", "validation"],
     ["system", "types"],
     ["bundle"],
     ["graph", "text"],
@@ -58,6 +58,7 @@ SOLE_IMPORTERS = {
     "amqtt": {"edgelm/mqtt/amqtt_broker.py"},
     "google": {"edgelm/graph/onnx_model.py"},
     "platformdirs": {"edgelm/system/user_folders.py"},
+    "msgspec": {"edgelm/validation.py"},
 }
 HEAVY = {"onnx", "torch", "transformers", "optimum", "safetensors", "ml_dtypes", "huggingface_hub", "gguf"}
 RUNTIME = {
@@ -71,6 +72,7 @@ RUNTIME = {
     "paho",
     "amqtt",  # belongs to an extra
     "google",  # google.protobuf
+    "msgspec",
     "platformdirs",
     "tomllib",
     "tomli",
