@@ -6,16 +6,13 @@ Knows nothing of the machine on which it runs: that is `detect.py`.
 from __future__ import annotations
 
 import dataclasses
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 
 from edgelm.errors import DeviceError
 from edgelm.system.files import read_toml
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from edgelm.validation import FieldError, Range, read
 
 PROFILES: Final = Path(__file__).parent
 """The folder of the profiles that ship with edgelm."""
@@ -39,18 +36,18 @@ class Cpu:
     """The processor: clock in MHz, features as in /proc/cpuinfo, threads for inference."""
 
     core: str
-    cores: int
-    max_mhz: int
+    cores: Annotated[int, Range(1, 4096)]
+    max_mhz: Annotated[int, Range(1, 100_000)]
     features: tuple[str, ...]
-    threads: int
+    threads: Annotated[int, Range(1, 256)]
 
 
 @dataclass(frozen=True, slots=True)
 class BoardMemory:
     """Available memory sizes in GB, and the bandwidth in GB/s (1e9 bytes/s) with its source."""
 
-    sizes_gb: tuple[int, ...]
-    bandwidth_gb_s: float
+    sizes_gb: tuple[Annotated[int, Range(1, 100_000)], ...]
+    bandwidth_gb_s: Annotated[float, Range(0, 100_000, open_low=True)]
     bandwidth_source: str
 
 
@@ -109,37 +106,7 @@ def read_profile(path: Path) -> BoardProfile:
         raise DeviceError(f"cannot read the board profile {path}: {error.strerror}") from error
     except ValueError as error:
         raise DeviceError(f"{path} is not TOML: {error}") from error
-    return _build(BoardProfile, table, path.name)
-
-
-T = TypeVar("T")
-
-
-def _build(kind: type[T], table: Mapping[str, Any], file: str, prefix: str = "") -> T:
-    """Build a dataclass from a TOML table; `prefix` precedes the keys in error messages."""
-    hints = typing.get_type_hints(kind)
-    if unknown := sorted(set(table) - set(hints)):
-        raise DeviceError(f"{file}: unknown key {prefix}{unknown[0]}; allowed: {', '.join(hints)}")
-    fields: Mapping[str, dataclasses.Field[Any]] = kind.__dataclass_fields__  # type: ignore[attr-defined]
-    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
-    if missing := [name for name in required if name not in table]:
-        raise DeviceError(f"{file}: missing key {prefix}{missing[0]}")
-    return kind(**{name: _value(hints[name], value, file, prefix + name) for name, value in table.items()})
-
-
-def _value(hint: Any, value: Any, file: str, key: str) -> Any:
-    """Convert one TOML value to a field's type: a scalar, a tuple of scalars, or another dataclass."""
-    kind = next(kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None))
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise DeviceError(f"{file}: {key} must be a list, got {value!r}")
-        return tuple(_value(kind, entry, file, key) for entry in value)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise DeviceError(f"{file}: {key} must be a table, got {value!r}")
-        return _build(kind, value, file, key + ".")  # type: ignore[arg-type]
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise DeviceError(f"{file}: {key} must be of type {kind.__name__}, got {value!r}")
-    return value
+    try:
+        return read(BoardProfile, table)
+    except FieldError as error:
+        raise DeviceError(f"{path.name}: {error}") from error

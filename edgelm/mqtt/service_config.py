@@ -6,7 +6,6 @@ Owns the names, defaults and ranges of all settings. Does not know MQTT packets 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import os
 import re
@@ -14,12 +13,13 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from edgelm.engine.fairness import ClientLimits
 from edgelm.errors import ConfigError
 from edgelm.mqtt.broker_config import BrokerConfig, BrokerUrl, read_password
 from edgelm.system.files import read_toml
+from edgelm.validation import FieldError, Length, Range, check, field_types, parse_text, suggest_key, suggest_match
 
 LOG: Final = logging.getLogger(__name__)
 
@@ -49,66 +49,68 @@ def check_topic_name(what: str, name: str) -> None:
         )
 
 
-def _setting(default: Any, kind: type | str, low: float | None = None, high: float | None = None) -> Any:
-    return field(default=default, metadata={"kind": kind, "low": low, "high": high})
+_Text = Annotated[str, Length(1, 4096)]
+_Texts = Annotated[tuple[_Text, ...], Length(1, 1000)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """All settings of `edgelm serve`. Raises `ConfigError`, which names the setting, if a value is not allowed."""
 
-    mqtt: str = _setting("mqtt://localhost:1883", str)
-    model: str | tuple[str, ...] = _setting("builtin", "names")
+    mqtt: _Text = "mqtt://localhost:1883"
+    model: _Text | _Texts = "builtin"
     """One bundle or several; `models` is always a tuple. The first answers requests that name none."""
-    board: str = field(default_factory=default_board, metadata={"kind": str})
-    embedded_broker: bool = _setting(False, bool)
-    username: str | None = _setting(None, str)
-    password_file: str | None = _setting(None, str)
-    cafile: str | None = _setting(None, str)
-    certfile: str | None = _setting(None, str)
-    keyfile: str | None = _setting(None, str)
-    max_batch: int = _setting(4, int, 1, 64)
+    board: _Text = field(default_factory=default_board)
+    embedded_broker: bool = False
+    username: _Text | None = None
+    password_file: _Text | None = None
+    cafile: _Text | None = None
+    certfile: _Text | None = None
+    keyfile: _Text | None = None
+    max_batch: Annotated[int, Range(1, 64)] = 4
     """Maximum number of requests that are decoded together."""
-    queue: int = _setting(8, int, 1, 10_000)
+    queue: Annotated[int, Range(1, 10_000)] = 8
     """Maximum number of waiting requests."""
-    threads: int | None = _setting(None, int, 1, 256)
-    context: int | None = _setting(None, int, 1, 10_000_000)
-    prefix_cache_mb: int = _setting(64, int, 0, 1_000_000)
-    speculation: bool = _setting(True, bool)
-    cache: bool = _setting(True, bool)
+    threads: Annotated[int, Range(1, 256)] | None = None
+    context: Annotated[int, Range(1, 10_000_000)] | None = None
+    prefix_cache_mb: Annotated[int, Range(0, 1_000_000)] = 64
+    speculation: bool = True
+    cache: bool = True
     """Whether to use the board cache."""
-    memory_limit_mb: int | None = _setting(None, int, 1, 10_000_000)
-    log_format: str = _setting("text", str)
-    max_timeout_s: float = _setting(300.0, float, 0.1, 86_400)
+    memory_limit_mb: Annotated[int, Range(1, 10_000_000)] | None = None
+    log_format: Literal["text", "json"] = "text"
+    max_timeout_s: Annotated[float, Range(0.1, 86_400)] = 300.0
     """Maximum and default time of a request, including the time in the queue."""
-    drain_s: float = _setting(10.0, float, 0, 3600)
+    drain_s: Annotated[float, Range(0, 3600)] = 10.0
     """How long running requests may go on after SIGTERM."""
-    reply_topics: tuple[str, ...] = _setting(("reply/#", "+/reply"), tuple)
+    reply_topics: _Texts = ("reply/#", "+/reply")
     """Topic filters of response topics for clients without a name, in addition to the board's own response topics."""
-    client_places: int | None = _setting(None, int, 1, 10_064)
+    client_places: Annotated[int, Range(1, 10_064)] | None = None
     """Maximum number of waiting and running requests of one client; None means half of `queue` + `max_batch`."""
-    client_rows: int | None = _setting(None, int, 1, 64)
+    client_rows: Annotated[int, Range(1, 64)] | None = None
     """Maximum number of requests of one client that are decoded together; None means `max_batch` - 1, at least 1."""
-    client_rate: float = _setting(100.0, float, 0.1, 100_000)
+    client_rate: Annotated[float, Range(0.1, 100_000)] = 100.0
     """Requests a second of one client; each 4 KiB of a message count as one more request."""
-    client_burst: int = _setting(200, int, 1, 100_000)
+    client_burst: Annotated[int, Range(1, 100_000)] = 200
     """Requests that one client may send at once."""
-    client_sessions: int = _setting(16, int, 1, 64)
+    client_sessions: Annotated[int, Range(1, 64)] = 16
     """Maximum number of stored sessions of one client."""
-    session_kb: int = _setting(512, int, 1, 1_000_000)
+    session_kb: Annotated[int, Range(1, 1_000_000)] = 512
     """Memory of one session's messages and tokens, in kB; at least 24 bytes for each token of the context."""
-    sessions_mb: int = _setting(16, int, 1, 100_000)
+    sessions_mb: Annotated[int, Range(1, 100_000)] = 16
     """Memory of all sessions of a model, in MB."""
-    share_unnamed: bool = _setting(False, bool)
+    share_unnamed: bool = False
     """Whether clients without a name may have sessions and share them and cached prefixes."""
-    password: str | None = field(default=None, repr=False, metadata={"kind": str})
+    password: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        for setting in dataclasses.fields(self):
-            _check(setting, getattr(self, setting.name))
+        try:
+            check(self)
+        except FieldError as error:
+            raise ConfigError(str(error)) from error
         check_topic_name("board", self.board)
-        if self.log_format not in {"text", "json"}:
-            raise ConfigError(f"log_format: {self.log_format!r} is not allowed; use text or json")
+        if self.password == "":
+            raise ConfigError("password must not be empty")
         if self.password and self.password_file:
             raise ConfigError("password_file: EDGELM_PASSWORD is also set; use only one of the two")
         url = BrokerUrl.parse(self.mqtt)
@@ -156,28 +158,6 @@ class ServeConfig:
 SETTINGS: Final = {setting.name: setting for setting in dataclasses.fields(ServeConfig)}
 
 
-def _check(setting: dataclasses.Field[Any], value: Any) -> None:
-    """Raise `ConfigError` if a value has the wrong type or is out of range."""
-    if value is None and setting.default is None:
-        return
-    kind, name = setting.metadata["kind"], setting.name
-    if kind == "names" and isinstance(value, str):
-        kind = str
-    if kind in (tuple, "names"):
-        if not isinstance(value, tuple) or not value or not all(isinstance(item, str) and item for item in value):
-            raise ConfigError(f"{name}: must be a list of non-empty strings")
-        return
-    allowed = (int, float) if kind is float else (kind,)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-        words = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
-        raise ConfigError(f"{name}: must be {words[kind]}, got {value!r}")
-    if kind is str and not value:
-        raise ConfigError(f"{name}: must not be empty")
-    low, high = setting.metadata.get("low"), setting.metadata.get("high")
-    if low is not None and high is not None and not low <= value <= high:
-        raise ConfigError(f"{name}: must be in [{low}, {high}], got {value}")
-
-
 def load_config(
     file: str | Path | None, environment: Mapping[str, str] | None, flags: Mapping[str, Any]
 ) -> ServeConfig:
@@ -219,39 +199,22 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    types = field_types(ServeConfig)
     given = {
         name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
         for name, value in environment.items()
         if name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(OTHER_VARIABLES)
     }
     unknown = sorted(name for name in given if name not in SETTINGS)
-    mistyped = {name: given[name] for name in unknown if difflib.get_close_matches(name, SETTINGS, 1, 0.8)}
+    mistyped = {name: given[name] for name in unknown if suggest_match(name, SETTINGS, 0.8)}
     _refuse_unknown(mistyped, set(SETTINGS), "environment EDGELM_*")
     if unknown:  # a cluster sets variables such as EDGELM_SERVICE_PORT for every service, so they are no error
         names = ", ".join(f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in unknown)
         LOG.warning("ignored unknown environment variables: %s", names)
-    return {name: _convert(name, value) for name, value in given.items() if name in SETTINGS}
+    return {name: parse_text(types[name], value) for name, value in given.items() if name in types}
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> None:
     for name in given:
         if name not in known:
-            raise ConfigError(f"{where}: unknown setting {name!r}; known are {', '.join(sorted(known))}")
-
-
-def _convert(name: str, text: str) -> Any:
-    """Convert the text of an environment variable to the type of its setting."""
-    kind = SETTINGS[name].metadata["kind"]
-    if kind == "names" and "," not in text:
-        return text
-    if kind in (tuple, "names"):
-        return tuple(item.strip() for item in text.split(","))
-    if kind is bool:
-        words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-        if text.lower() not in words:
-            raise ConfigError(f"{name}: must be true or false, got {text!r}")
-        return words[text.lower()]
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {text!r} is not {'a whole number' if kind is int else 'a number'}") from error
+            raise ConfigError(f"{where}: unknown setting {name!r:.60}{suggest_key(name, known)}")

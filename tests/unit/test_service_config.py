@@ -49,6 +49,16 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
         ("reply_topics = []", "reply_topics"),
         ("password = 'hunter2'", "password_file"),
         ("queue 1", "TOML"),
+        ("queue = " + "[" * 5000 + "]" * 5000, "TOML"),
+        ("queue = " + "9" * 10_000, "TOML"),
+        ("queue = 0x" + "f" * 10_000, "queue"),
+        ("queue = " + "[" * 90 + "]" * 90, "queue"),
+        ("drain_s = nan", "drain_s"),
+        ("drain_s = inf", "drain_s"),
+        ("model = ['a', 1]", r"model\[1\]"),
+        ("username = ''", "username"),
+        ("max_bach = 1", "max_batch"),
+        ('board = "a\\nb"', "board"),
     ],
 )
 def test_an_error_in_a_file_names_the_setting(tmp_path: Path, text: str, names: str) -> None:
@@ -57,6 +67,8 @@ def test_an_error_in_a_file_names_the_setting(tmp_path: Path, text: str, names: 
     with pytest.raises(ConfigError, match=names) as caught:
         load_config(file, {}, {})
     assert "hunter2" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(
