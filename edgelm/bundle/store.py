@@ -60,8 +60,8 @@ class BundleStore:
         """Return the directory of a stored bundle, or None."""
         if not MODEL_NAME_PATTERN.fullmatch(name) or name == BUILTIN:
             return None
-        place = self.bundle_path(name)
-        return place if place.is_dir() else None
+        folder = self.bundle_path(name)
+        return folder if folder.is_dir() else None
 
     def names(self) -> list[str]:
         """Return the names of all stored bundles, sorted."""
@@ -92,19 +92,19 @@ class BundleStore:
 
         Raises `EdgelmError` if there is no such bundle or it cannot be removed.
         """
-        place = self.bundle_path(name)
-        if not place.is_dir():
-            raise EdgelmError(f"there is no bundle {name!r} in {place.parent}")
-        freed = sum(path.lstat().st_size for path in place.rglob("*") if path.is_file())
+        folder = self.bundle_path(name)
+        if not folder.is_dir():
+            raise EdgelmError(f"there is no bundle {name!r} in {folder.parent}")
+        freed = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
         try:
-            aside = Path(tempfile.mkdtemp(prefix=".removing-", dir=place.parent))
-            place.rename(aside / name)  # in one step: a failure below leaves no half of a bundle
+            aside = Path(tempfile.mkdtemp(prefix=".removing-", dir=folder.parent))
+            folder.rename(aside / name)  # in one step: a failure below leaves no half of a bundle
             shutil.rmtree(aside)
             self._record(name).unlink(missing_ok=True)
-            for leftover in place.parent.glob(f".{name}.*"):  # from a `pull` that was killed
+            for leftover in folder.parent.glob(f".{name}.*"):  # from a `pull` that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
         except OSError as error:
-            raise EdgelmError(f"{place} cannot be removed: {error.strerror or error}") from error
+            raise EdgelmError(f"{folder} cannot be removed: {error.strerror or error}") from error
         return freed
 
     def _record(self, name: str) -> Path:

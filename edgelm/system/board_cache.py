@@ -5,8 +5,8 @@ a temporary directory and renamed, so a reader finds a complete entry or none, a
 that does not match its stamp is made again.
 
 Files of the cache are executed: shared libraries, and Numba's files, which are pickles. The cache is therefore used
-only if nobody but this user and root could have written it (`ownership`); else the program runs without it and logs why
-once.
+only if no user other than this one and root could have written it (`ownership`); else the program runs without it and
+logs the reason once.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class BoardCache:
         return cls(user_folder("cache"))
 
     def is_safe(self) -> bool:
-        """Whether nobody but this user and root can replace files of the folder; if not, the reason is logged once."""
+        """Whether only this user and root can replace files of the folder; if not, the reason is logged once."""
         return self._is_trusted(find_path_fault, self.folder)
 
     def prepare_numba_folder(self) -> Path | None:
@@ -137,23 +137,23 @@ class BoardCache:
         _touch(path / STAMP)
         return _read_entry(path)
 
-    def make(self, key: CacheKey, needs: int, fill: Callable[[Path], Mapping[str, Any]]) -> CacheEntry | None:
+    def make(self, key: CacheKey, expected_bytes: int, fill: Callable[[Path], Mapping[str, Any]]) -> CacheEntry | None:
         """Make an entry; return None if the folder cannot be used or is full, which is logged.
 
         `fill` writes the files into an empty directory and returns the metadata. An exception leaves no files; an
-        `OSError` is treated as a folder that cannot be used. `needs` is the approximate size in bytes.
+        `OSError` is treated as a folder that cannot be used. `expected_bytes` is approximate.
         """
-        place = self.folder / key.name
+        path = self.folder / key.name
         try:
             if not self.is_safe():
                 return None
             make_private(self.folder)
-            if not self.is_safe() or (os.path.lexists(place) and not self._may_use(place)):
+            if not self.is_safe() or (os.path.lexists(path) and not self._may_use(path)):
                 return None
             self._remove_expired()
             free = shutil.disk_usage(self.folder).free
-            if free < needs + MIN_FREE_BYTES:
-                space = f"about {needs / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+            if free < expected_bytes + MIN_FREE_BYTES:
+                space = f"about {expected_bytes / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
                 LOG.warning(NOT_USED, self.folder, space)
                 return None
             scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder))
@@ -164,12 +164,12 @@ class BoardCache:
             metadata = fill(scratch)
             _write_stamp(scratch, key, metadata)
             try:
-                scratch.rename(place)
+                scratch.rename(path)
             except OSError:  # another process was faster
-                if not self._may_use(place) or _find_fault(place, key) is not None:
+                if not self._may_use(path) or _find_fault(path, key) is not None:
                     raise
-            entry = _read_entry(place)
-            self._evict(place)
+            entry = _read_entry(path)
+            self._evict(path)
             return entry
         except OSError as error:
             LOG.warning(NOT_USED, self.folder, error.strerror or error)
@@ -192,7 +192,7 @@ class BoardCache:
 
     def entries(self) -> Iterator[CacheEntry]:
         """Yield every entry with a readable stamp, oldest first."""
-        found = [path for path in self._directories() if (path / STAMP).is_file()]
+        found = [path for path in self._list_directories() if (path / STAMP).is_file()]
         readable = [entry for entry in map(_read_entry, found) if entry is not None]
         yield from sorted(readable, key=lambda entry: entry.created_s)
 
@@ -207,17 +207,17 @@ class BoardCache:
         """Remove all entries and compiled kernels; return the freed bytes."""
         freed = self.numba_bytes()
         self._remove(self.numba_folder)
-        for path in self._directories():
-            freed += _size(path)
+        for path in self._list_directories():
+            freed += _measure_bytes(path)
             self._remove(path)
         return freed
 
     def numba_bytes(self) -> int:
         """Return the size of all kernels that Numba compiled."""
-        return _size(self.numba_folder)
+        return _measure_bytes(self.numba_folder)
 
     def _may_use(self, entry: Path) -> bool:
-        """Whether nobody but this user and root could have written an entry or the folder; if not, it is logged."""
+        """Whether only this user and root could have written an entry and the folder; if not, it is logged once."""
         return self.is_safe() and self._is_trusted(find_content_fault, entry)
 
     def _is_trusted(self, find_fault: Callable[[Path], str | None], path: Path) -> bool:
@@ -236,17 +236,17 @@ class BoardCache:
             )
         return fault is None
 
-    def _directories(self) -> list[Path]:
+    def _list_directories(self) -> list[Path]:
         """Return the directories of complete and incomplete entries; other files of the folder are left out."""
         if not self.folder.is_dir():
             return []
-        ours = (path for path in self.folder.iterdir() if path.is_dir() and not path.is_symlink())
-        return [path for path in ours if path.name.startswith(".making-") or (path / STAMP).exists()]
+        folders = (path for path in self.folder.iterdir() if path.is_dir() and not path.is_symlink())
+        return [path for path in folders if path.name.startswith(".making-") or (path / STAMP).exists()]
 
     def _remove_expired(self) -> None:
         """Remove unused entries and incomplete ones of dead processes."""
         now = time.time()
-        for path in self._directories():
+        for path in self._list_directories():
             scratch = path.name.startswith(".making-")
             try:
                 age = now - (path if scratch else path / STAMP).stat().st_mtime
@@ -261,17 +261,18 @@ class BoardCache:
         An entry in use keeps working: its files are mapped and exist until the last process unmaps them.
         """
         entries = sorted((used, path) for path, used in self._list_last_uses() if path != newest)
-        remaining = read_limit_mb() * 1_000_000 - _size(newest) - sum(_size(path) for _, path in entries)
+        used_bytes = _measure_bytes(newest) + sum(_measure_bytes(path) for _, path in entries)
+        remaining = read_limit_mb() * 1_000_000 - used_bytes
         for _, path in entries:
             if remaining >= 0:
                 break
-            remaining += _size(path)
+            remaining += _measure_bytes(path)
             LOG.info("the board cache is full: %s is removed (%s sets the limit)", path, LIMIT_VARIABLE)
             self._remove(path)
 
     def _list_last_uses(self) -> Iterator[tuple[Path, float]]:
         """Yield complete entries with the time of their last use, in seconds since the epoch."""
-        for path in self._directories():
+        for path in self._list_directories():
             if path.name.startswith(".making-"):
                 continue
             try:
@@ -368,12 +369,12 @@ def _read_entry(path: Path) -> CacheEntry | None:
     try:
         stamp = json.loads((path / STAMP).read_text("utf-8"))
         kind, hashes = CacheKey(**stamp["key"]).kind, dict(stamp["sha256"])
-        return CacheEntry(path, kind, dict(stamp["note"]), hashes, _size(path), float(stamp["made"]))
+        return CacheEntry(path, kind, dict(stamp["note"]), hashes, _measure_bytes(path), float(stamp["made"]))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
-def _size(path: Path) -> int:
+def _measure_bytes(path: Path) -> int:
     """Return the size of all files below a directory; 0 if it does not exist or is being removed."""
     try:
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole, and TOML files."""
+"""Atomic replacement of files, and reading of TOML files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def replace_file(path: Path, text: str, *, mode: int = 0o644, scratch: Path | None = None) -> None:
-    """Write a text file atomically: readers, and whoever looks after a power cut, see the old content or the new.
+    """Write a text file atomically: a reader sees the old or the new content, also after a power failure.
 
-    mode: permissions, which the umask may reduce. scratch: the file that is written first and then renamed, by default
-    one beside `path` that no other process uses. Raises `OSError`.
+    mode: permissions before the umask. scratch: the file that is written and then renamed, by default one beside `path`
+    that no other process uses. Raises `OSError`.
     """
     scratch = scratch or path.with_name(f".{path.name}-{os.getpid()}")
     descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
@@ -38,7 +38,7 @@ def sync(path: Path) -> None:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the table of a TOML file. Raises `OSError`, and `ValueError` if the file is not TOML."""
-    if sys.version_info >= (3, 11):  # here: few commands read TOML
+    if sys.version_info >= (3, 11):  # imported here: few commands need it
         import tomllib
     else:
         import tomli as tomllib

@@ -1,6 +1,6 @@
-"""What the kernel tells of the board's health: temperature and throttling. None where it does not tell.
+"""Temperature and throttling of the board, from the kernel's files; None if the kernel does not report a value.
 
-Every reader takes the root of the file system, where sys/ is.
+The parameter `root` is the root of the file system, which contains sys/.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ THROTTLED_BITS: Final = {
     2: "throttled",
     3: "soft temperature limit",
 }
-"""What the Raspberry Pi's firmware reports: these bits for now, the same 16 higher for since boot."""
+"""Bits of the Raspberry Pi firmware's report: these for the present, shifted by 16 for the time since boot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Throttling:
-    """What holds a Raspberry Pi back now, and what did since boot; values of `THROTTLED_BITS`."""
+    """Causes of throttling of a Raspberry Pi, now and since boot; values of `THROTTLED_BITS`."""
 
     now: tuple[str, ...]
     since_boot: tuple[str, ...]
 
 
 def read_temperature(root: Path = ROOT) -> float | None:
-    """Return the temperature of the processor in degrees Celsius: the hottest of its sensors, else of all."""
+    """Return the CPU temperature in degrees Celsius: the hottest CPU sensor, or the hottest of all."""
     found: list[tuple[bool, float]] = []
     for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
         kind, text = read_text(zone / "type") or "", read_text(zone / "temp")
-        # A sensor that is switched off reads as absurdly cold, or cannot be read at all.
+        # A disabled sensor reports an impossibly low value or cannot be read.
         if text and re.fullmatch(r"-?\d+", text) and int(text) > -100_000:
             found.append((any(word in kind.lower() for word in ("cpu", "pkg", "soc")), int(text) / 1000))
     of_processor = [celsius for is_processor, celsius in found if is_processor]
@@ -42,14 +42,14 @@ def read_temperature(root: Path = ROOT) -> float | None:
 
 
 def read_throttling(root: Path = ROOT) -> Throttling | None:
-    """Return what a Raspberry Pi's firmware says of throttling; None on any other machine."""
-    # soc/soc:firmware up to the Pi 4, soc@107c000000/soc@107c000000:firmware on the Pi 5.
+    """Return the throttling that a Raspberry Pi's firmware reports; None on other machines."""
+    # The path is soc/soc:firmware up to the Pi 4, soc@107c000000/soc@107c000000:firmware on the Pi 5.
     files = sorted((root / "sys/devices/platform").glob("soc*/*firmware/get_throttled"))
     return parse_throttling(next(filter(None, map(read_text, files)), ""))
 
 
 def parse_throttling(text: str) -> Throttling | None:
-    """Return what the firmware's hexadecimal number means; None where it is no number."""
+    """Return the meaning of the firmware's hexadecimal number; None if it is not a number."""
     try:
         bits = int(text, 16)
     except ValueError:
@@ -61,7 +61,7 @@ def parse_throttling(text: str) -> Throttling | None:
 
 
 def read_text(path: Path) -> str | None:
-    """Return a small file of the kernel's, stripped; None where it cannot be read or is empty."""
+    """Return a kernel file's text, stripped; None if it cannot be read or is empty."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n") or None
     except OSError:

@@ -59,7 +59,7 @@ class ChatTemplate:
     ) -> None:
         self._special_tokens = dict(special_tokens)
         self._special_token_finder = SpecialTokenFinder(control)
-        self._template = _compile(_choose(source))
+        self._template = _compile(_select_template(source))
         self._unusable: TemplateLimitError | None = None
         """Set once even a short message exceeds the limits."""
 
@@ -136,23 +136,23 @@ class ChatTemplate:
 
     def _adapt_messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Return the messages in the form that the template accepts."""
-        fitted = [_with_parsed_arguments(message) for message in messages]
-        if any(isinstance(message.get("content"), list) for message in fitted) and not self._takes_parts:
-            fitted = [_with_text(message) for message in fitted]
-        if fitted[0]["role"] == "system" and self._refuses_system:
-            fitted = _merge_system(fitted)
-        if self._takes_parts and not self._takes_text:
-            fitted = [_with_parts(message) for message in fitted]
-        return fitted
+        adapted = [_with_parsed_arguments(message) for message in messages]
+        if any(isinstance(message.get("content"), list) for message in adapted) and not self._accepts_parts:
+            adapted = [_with_text(message) for message in adapted]
+        if adapted[0]["role"] == "system" and self._refuses_system:
+            adapted = _merge_system(adapted)
+        if self._accepts_parts and not self._accepts_text:
+            adapted = [_with_parts(message) for message in adapted]
+        return adapted
 
     @cached_property
-    def _takes_text(self) -> bool:
-        return PROBE in (self._try([{"role": "user", "content": PROBE}]) or "")
+    def _accepts_text(self) -> bool:
+        return PROBE in (self._try_render([{"role": "user", "content": PROBE}]) or "")
 
     @cached_property
-    def _takes_parts(self) -> bool:
+    def _accepts_parts(self) -> bool:
         """Whether content may be a list of parts, of which the template writes only the texts."""
-        rendered = self._try([{"role": "user", "content": [{"type": "text", "text": PROBE}]}]) or ""
+        rendered = self._try_render([{"role": "user", "content": [{"type": "text", "text": PROBE}]}]) or ""
         return PROBE in rendered and "'text'" not in rendered
 
     @cached_property
@@ -161,16 +161,17 @@ class ChatTemplate:
 
         A template that silently omits the system message is used as it is, as in transformers.
         """
-        content: Any = [{"type": "text", "text": PROBE}] if self._takes_parts and not self._takes_text else PROBE
+        content: Any = [{"type": "text", "text": PROBE}] if self._accepts_parts and not self._accepts_text else PROBE
         user = {"role": "user", "content": content}
-        refuses = self._try([{"role": "system", "content": content}, user]) is None and self._try([user]) is not None
+        with_system = [{"role": "system", "content": content}, user]
+        refuses = self._try_render(with_system) is None and self._try_render([user]) is not None
         if refuses:
             LOG.warning(
                 "this model's chat template accepts no system message: its text is put before the first user message"
             )
         return refuses
 
-    def _try(self, messages: Sequence[Message]) -> str | None:
+    def _try_render(self, messages: Sequence[Message]) -> str | None:
         """Return the rendered messages; None if the template refuses them."""
         try:
             return self._render(messages, True, {"tools": None})
@@ -184,7 +185,7 @@ class ChatTemplate:
 def check_messages(messages: Any) -> None:
     """Raise `RequestError("bad_request")` unless each message is an object with a role and textual content."""
     if not messages:
-        raise RequestError("bad_request", "messages must hold at least one message")
+        raise RequestError("bad_request", "messages must have at least one message")
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise RequestError("bad_request", "each message must be an object with a string role and content")
@@ -216,10 +217,10 @@ def check_tools(tools: Any) -> list[Mapping[str, Any]] | None:
 def _with_parsed_arguments(message: Message) -> dict[str, Any]:
     """Return a message whose tool calls have arguments as objects: templates need objects, clients send JSON text."""
     calls = message.get("tool_calls")
-    fitted = {name: list(value) if isinstance(value, tuple) else value for name, value in message.items()}
+    adapted = {name: list(value) if isinstance(value, tuple) else value for name, value in message.items()}
     if isinstance(calls, (list, tuple)):
-        fitted["tool_calls"] = [_with_parsed_call(call) for call in calls]
-    return fitted
+        adapted["tool_calls"] = [_with_parsed_call(call) for call in calls]
+    return adapted
 
 
 def _with_parsed_call(call: Any) -> Any:
@@ -264,7 +265,7 @@ def _merge_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*rest[:at], {**rest[at], "content": text}, *rest[at + 1 :]]
 
 
-def _choose(source: str | Sequence[Mapping[str, str]]) -> str:
+def _select_template(source: str | Sequence[Mapping[str, str]]) -> str:
     if isinstance(source, str):
         return source
     named = {entry["name"]: entry["template"] for entry in source}

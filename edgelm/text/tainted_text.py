@@ -97,11 +97,11 @@ class TaintTracker:
     def taint(self, value: Any, *, ends: bool = True) -> Any:
         """Return JSON values with marks in their texts; values that need no marks are returned unchanged."""
         if isinstance(value, str):
-            marks = self._finder.find_taint_positions(value, ends=ends)
-            if not marks:
+            positions = self._finder.find_taint_positions(value, ends=ends)
+            if not positions:
                 return value
-            cuts = [0, *marks, len(value)]
-            return TaintedText(self.taint_mark.join(value[a:b] for a, b in pairwise(cuts)), self.taint_mark)
+            bounds = [0, *positions, len(value)]
+            return TaintedText(self.taint_mark.join(value[a:b] for a, b in pairwise(bounds)), self.taint_mark)
         if isinstance(value, Mapping):
             return {self.taint(name, ends=ends): self.taint(each, ends=ends) for name, each in value.items()}
         if isinstance(value, (list, tuple)):
@@ -144,11 +144,11 @@ class TaintedText(str):
     def _rewrap(self, value: str) -> str:
         return TaintedText(value, self._taint_mark) if self._taint_mark in value else value
 
-    def _cut(self, start: int, end: int) -> str:
+    def _slice(self, start: int, end: int) -> str:
         """Return the characters [start, end) of the plain text with their marks."""
-        return self._cuts([(start, end)])[0]
+        return self._slices([(start, end)])[0]
 
-    def _cuts(self, ranges: Iterable[tuple[int, int]]) -> list[str]:
+    def _slices(self, ranges: Iterable[tuple[int, int]]) -> list[str]:
         """Return the characters of several ranges; the marks are located once for all of them."""
         raw, offsets = super().__str__(), self._raw_offsets()
         return [self._rewrap(raw[offsets[start] : offsets[max(start, end)]]) for start, end in ranges]
@@ -183,17 +183,17 @@ class TaintedText(str):
         return isinstance(key, str) and _plain_text_of(key) in self.plain_text
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._cuts((i, i + 1) for i in range(len(self))))
+        return iter(self._slices((i, i + 1) for i in range(len(self))))
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         whole = range(len(self))
         if isinstance(key, slice):
             picked = whole[key]
             if picked.step == 1:
-                return self._cut(picked.start, picked.stop)
-            return self._rewrap("".join(map(str.__str__, self._cuts((i, i + 1) for i in picked))))
+                return self._slice(picked.start, picked.stop)
+            return self._rewrap("".join(map(str.__str__, self._slices((i, i + 1) for i in picked))))
         at = whole[key]
-        return self._cut(at, at + 1)
+        return self._slice(at, at + 1)
 
     def __add__(self, other: str) -> str:
         return self._rewrap(str.__add__(self, other))
@@ -204,15 +204,15 @@ class TaintedText(str):
     def strip(self, chars: str | None = None, /) -> str:
         """See `str.strip`."""
         start = len(self) - len(self.plain_text.lstrip(chars))
-        return self._cut(start, len(self.plain_text.rstrip(chars)))
+        return self._slice(start, len(self.plain_text.rstrip(chars)))
 
     def lstrip(self, chars: str | None = None, /) -> str:
         """See `str.lstrip`."""
-        return self._cut(len(self) - len(self.plain_text.lstrip(chars)), len(self))
+        return self._slice(len(self) - len(self.plain_text.lstrip(chars)), len(self))
 
     def rstrip(self, chars: str | None = None, /) -> str:
         """See `str.rstrip`."""
-        return self._cut(0, len(self.plain_text.rstrip(chars)))
+        return self._slice(0, len(self.plain_text.rstrip(chars)))
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """See `str.split`."""
@@ -228,27 +228,27 @@ class TaintedText(str):
         for line, kept in zip(lines, self.plain_text.splitlines(keepends), strict=True):
             ranges.append((at, at + len(kept)))
             at += len(line)
-        return self._cuts(ranges)
+        return self._slices(ranges)
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
         """See `str.partition`."""
         before, between, _ = self.plain_text.partition(_plain_text_of(sep))
         end = len(before) + len(between)
-        return self._cut(0, len(before)), self._cut(len(before), end), self._cut(end, len(self))
+        return self._slice(0, len(before)), self._slice(len(before), end), self._slice(end, len(self))
 
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         """See `str.rpartition`."""
         before, between, _ = self.plain_text.rpartition(_plain_text_of(sep))
         end = len(before) + len(between)
-        return self._cut(0, len(before)), self._cut(len(before), end), self._cut(end, len(self))
+        return self._slice(0, len(before)), self._slice(len(before), end), self._slice(end, len(self))
 
     def removeprefix(self, prefix: str, /) -> str:
         """See `str.removeprefix`."""
-        return self._cut(len(self) - len(self.plain_text.removeprefix(_plain_text_of(prefix))), len(self))
+        return self._slice(len(self) - len(self.plain_text.removeprefix(_plain_text_of(prefix))), len(self))
 
     def removesuffix(self, suffix: str, /) -> str:
         """See `str.removesuffix`."""
-        return self._cut(0, len(self.plain_text.removesuffix(_plain_text_of(suffix))))
+        return self._slice(0, len(self.plain_text.removesuffix(_plain_text_of(suffix))))
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
         """See `str.replace`."""
@@ -268,7 +268,7 @@ class TaintedText(str):
                 at += len(_plain_text_of(sep))
             ranges.append((at, at + len(piece)))
             at += len(piece)
-        return self._cuts(ranges)
+        return self._slices(ranges)
 
 
 def _plain_text_of(value: str) -> str:

@@ -103,14 +103,14 @@ class Tokenizer:
         BundleError
             If the file is missing or not a valid tokenizer.json.
         """
-        return cls(_read(path), chat_template, bos_token, eos_token)
+        return cls(_read_tokenizer(path), chat_template, bos_token, eos_token)
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Tokenizer:
         """Read a bundle's tokenizer and chat template. Raises `BundleError` if the tokenizer.json is not valid."""
         manifest = bundle.manifest
         return cls(
-            _read(bundle.tokenizer, manifest.vocab_size),
+            _read_tokenizer(bundle.tokenizer, manifest.vocab_size),
             manifest.chat_template,
             special_tokens=manifest.special_tokens,
             end_tokens=manifest.eos_tokens,
@@ -153,7 +153,7 @@ class Tokenizer:
             With code "bad_request" if the text has lone surrogates, or the tokenizer has no tokens for it.
         """
         _check_unicode(text)
-        return _ids(self._inner, text, add_special_tokens)
+        return _encode(self._inner, text, add_special_tokens)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Return the tokens of a text that continues another one: no special tokens are added, and no leading space.
@@ -181,12 +181,12 @@ class Tokenizer:
         if renamed is None:
             return self.encode(prompt.text, add_special_tokens=False)
         _check_unicode(renamed)
-        return _ids(self._renamed_tokenizer, renamed, False)
+        return _encode(self._renamed_tokenizer, renamed, False)
 
     def check_length(self, text: str, context: int) -> None:
         """Raise `RequestError` if a text surely has at least `context` tokens; it is not encoded.
 
-        Nothing is checked for tokenizers that may drop some of a text: see `tokenbytes`.
+        There is no check for tokenizers that may drop text: see `token_bytes`.
         """
         if len(text) <= max(context, SHORT_TEXT_LENGTH) or self._token_size_bound is None:
             return
@@ -206,7 +206,7 @@ class Tokenizer:
         """Whether the text has a special token while the renamed tokenizer is not built yet, which takes up to 1 s."""
         if "_renamed_tokenizer" in self.__dict__ or self._chat_template is None:
             return False
-        return any(token in self._placeholders for _, token in self._added.find(text))
+        return any(token in self._placeholders for _, token in self._added_token_finder.find(text))
 
     def _rename(self, prompt: RenderedPrompt) -> str | None:
         """Return the prompt with the template's special tokens renamed as in `_renamed_tokenizer`.
@@ -214,7 +214,7 @@ class Tokenizer:
         None if no message contains the text of a special token.
         """
         text, parts, kept, at, has_tainted_token = prompt.text, [], 0, 0, False
-        for start, token in self._added.find(text):
+        for start, token in self._added_token_finder.find(text):
             end = start + len(token)
             if start < at:
                 continue
@@ -228,7 +228,7 @@ class Tokenizer:
         return "".join([*parts, text[kept:]]) if has_tainted_token else None
 
     @cached_property
-    def _added(self) -> SpecialTokenFinder:
+    def _added_token_finder(self) -> SpecialTokenFinder:
         """Finder of all added tokens: the library searches for them before any other step."""
         return SpecialTokenFinder([token.content for token in self._inner.get_added_tokens_decoder().values()])
 
@@ -239,10 +239,10 @@ class Tokenizer:
         A message cannot contain a placeholder: each process draws a random number for it.
         """
         key = secrets.token_hex(8)
-        return {text: f"\ufdd0{key}.{i}\ufdd1" for i, text in enumerate(sorted(self._control))}
+        return {text: f"\ufdd0{key}.{i}\ufdd1" for i, text in enumerate(sorted(self._control_texts))}
 
     @cached_property
-    def _control(self) -> frozenset[str]:
+    def _control_texts(self) -> frozenset[str]:
         """Texts of control tokens: special tokens and those that end a completion."""
         named = set(self._special_tokens.values())
         return frozenset(
@@ -311,10 +311,10 @@ class Tokenizer:
 
     @cached_property
     def _chat(self) -> ChatTemplate:
-        return ChatTemplate(self._chat_template or "", self._special_tokens, self._control)
+        return ChatTemplate(self._chat_template or "", self._special_tokens, self._control_texts)
 
 
-def _read(path: str | Path, vocab_size: int | None = None) -> tokenizers.Tokenizer:
+def _read_tokenizer(path: str | Path, vocab_size: int | None = None) -> tokenizers.Tokenizer:
     """Read a tokenizer.json; with `vocab_size`, without added tokens outside it. Raises `BundleError`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it starts threads, and warns on fork
     from tokenizers import Tokenizer as Inner
@@ -327,19 +327,19 @@ def _read(path: str | Path, vocab_size: int | None = None) -> tokenizers.Tokeniz
             inner = Inner.from_file(str(path))
             if vocab_size is not None and max(inner.get_added_tokens_decoder(), default=0) >= vocab_size:
                 inner = Inner.from_str(sanitize_tokenizer(Path(path).read_text(encoding="utf-8"), vocab_size))
-            _check(inner)
+            _check_cost(inner)
     except Exception as error:  # the library raises plain Exception
         raise BundleError(f"{path}: not a valid tokenizer.json: {_in_one_line(error)}") from error
     return inner
 
 
-def _ids(inner: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+def _encode(inner: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
     """Return the tokens of a text. Only the library's call for several texts releases the GIL."""
     with _convert_panics():
         return list(inner.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
 
 
-def _check(inner: tokenizers.Tokenizer) -> None:
+def _check_cost(inner: tokenizers.Tokenizer) -> None:
     """Raise `ValueError` for a tokenizer that turns short texts into long ones, or is slow for short texts."""
     if inner.num_special_tokens_to_add(False) > MAX_ADDED_TOKENS:
         raise ValueError(f"it adds more than {MAX_ADDED_TOKENS} tokens around every text")
