@@ -4,9 +4,8 @@
 >>> with edgelm.load("builtin") as lm:
 ...     print(lm.generate("play some jazz by Miles Davis on spotify").text)
 
-Importing this package loads neither onnxruntime, numba nor paho: names are resolved when they are first used (PEP 562).
-It switches off what onnxruntime's and Hugging Face's libraries send to their makers; who sets their variables otherwise
-is obeyed.
+Importing this package loads neither onnxruntime, numba nor paho: names are imported when first used (PEP 562).
+It disables the telemetry of onnxruntime and of Hugging Face's libraries, unless their environment variables are set.
 """
 
 import os
@@ -42,10 +41,10 @@ __all__ = [
     "open_bundle",
 ]
 
-for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):  # read when those libraries are imported
+for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):  # read when the libraries are imported
     os.environ.setdefault(_variable, "1")
 
-_HOMES = {
+_MODULES = {
     **dict.fromkeys(("Bundle", "open_bundle"), "bundle.bundle_folder"),
     "Manifest": "bundle.manifest",
     **dict.fromkeys(("BundleError", "CheckpointError", "ConfigError", "EdgelmError", "RequestError"), "errors"),
@@ -55,6 +54,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'edgelm' has no attribute {name!r}")
-    return getattr(import_module(f"edgelm.{_HOMES[name]}"), name)
+    return getattr(import_module(f"edgelm.{_MODULES[name]}"), name)

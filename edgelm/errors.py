@@ -1,6 +1,6 @@
-"""What can go wrong, as types: one root, a few children, data as attributes.
+"""The errors that edgelm raises on purpose: one root class, a few subclasses with data as attributes.
 
-Knows nothing of how an error is shown: the command line prints one line, the MQTT service a JSON object.
+Knows nothing of how an error is presented: the command line prints one line, the MQTT service sends a JSON object.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Final
 
 MAX_MESSAGE_LENGTH: Final = 4000
-"""Characters of an error's text."""
+"""Maximum length of an error's text, in characters."""
 
 
 class EdgelmError(Exception):
-    """Root of every error that edgelm raises on purpose. Its text is one line for a person.
+    """Root of every error that edgelm raises on purpose. `str()` gives one line of limited length.
 
-    It often quotes a stranger's file, which may have lines and no end.
+    The message may quote an untrusted file, with line breaks and of any length.
     """
 
     def __str__(self) -> str:
@@ -23,15 +23,15 @@ class EdgelmError(Exception):
 
 
 class BundleError(EdgelmError):
-    """A bundle cannot be opened: missing, foreign, damaged, or of a newer schema."""
+    """A bundle cannot be opened: it is missing, not a bundle, damaged, or of a newer schema."""
 
 
 class CheckpointError(EdgelmError):
-    """A checkpoint cannot be exported: a file, tensor, shape or architecture is not what it should be."""
+    """A checkpoint cannot be exported: a file, tensor, shape or architecture is invalid or unsupported."""
 
 
 class UsageError(EdgelmError):
-    """A command was called with options that do not go together; exit code 2."""
+    """A command was called with options that cannot be combined; exit code 2."""
 
 
 class ConfigError(EdgelmError):
@@ -39,11 +39,11 @@ class ConfigError(EdgelmError):
 
 
 class DataError(EdgelmError):
-    """A data file cannot be read, or one of its lines is not what it should be."""
+    """A data file cannot be read, or one of its lines is invalid."""
 
 
 class TemplateLimitError(EdgelmError):
-    """A chat template takes longer, or makes more, than one may."""
+    """A chat template exceeds its limit of time or output."""
 
 
 class DeviceError(EdgelmError):
@@ -73,20 +73,20 @@ STATUS_OF_CODE: Final[dict[str, int]] = {
     "busy": 503,
     "draining": 503,
 }
-"""Every code a request can be refused or ended with, and its HTTP-like status."""
+"""Status, as in HTTP, of every code with which a request can be refused or can fail."""
 
 
 class RequestError(EdgelmError):
-    """A request cannot be served. `code` is a key of `STATUS_OF_CODE`.
+    """A request was refused or failed.
 
     Parameters
     ----------
     code
         A key of `STATUS_OF_CODE`.
     message
-        What was wrong, what was allowed, what to do next.
+        What is wrong, what is allowed, what to do next.
     retry_after_s
-        When trying again makes sense, in seconds; None where it does not.
+        Seconds after which to try again; None if trying again does not help.
     """
 
     def __init__(self, code: str, message: str, *, retry_after_s: float | None = None) -> None:

@@ -1,1 +1,1 @@
-"""Decoding many requests together: admission, scheduling, one step at a time, and the thread that owns it."""
+"""The engine: decodes many requests together, one step at a time, on the thread of a worker."""

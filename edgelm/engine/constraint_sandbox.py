@@ -1,10 +1,11 @@
-"""Constraints are tried in a process of its own before anyone compiles them here.
+"""Tries a constraint in a child process before it is compiled in this one.
 
-A JSON schema of 60 bytes can take minutes, gigabytes, or more stack than there is, in a library that cannot be
-interrupted. So each is compiled and followed for some tokens by a child with limits on time, memory and stack; what it
-does not survive is refused, and costs nobody else anything. A child serves until it fails or has grown.
+A JSON schema of 60 bytes can take minutes, gigabytes, or overflow the stack, in a library that cannot be interrupted.
+Therefore a child process with limits on time, memory and stack compiles each constraint and follows it for some tokens.
+If the child fails, the constraint is refused and other requests are not affected. A child is reused until it fails or
+its memory has grown.
 
-Nothing of the current folder is run by the child (see `edgelm.system.isolated_python`).
+The child runs no code from the current folder (see `edgelm.system.isolated_python`).
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ from edgelm.system.memory import read_process_memory
 from edgelm.types import Constraint
 
 CONSTRAINT_TIMEOUT_S: Final = 3.0
-"""How long a constraint may take, compiled and followed for `SAMPLED_TOKENS` tokens."""
-SPARE_CPU_S: Final = 10
-"""Processor time beside that, after which a child whose parent is gone ends by itself."""
-START_S: Final = 60.0
-"""How long a child may take to read the tokenizer."""
-MEMORY_BYTES: Final = 256_000_000
-"""How much a constraint may take beside what the child took before."""
+"""Time limit for compiling a constraint and following it for `SAMPLED_TOKENS` tokens."""
+CPU_MARGIN_S: Final = 10
+"""CPU time beyond that limit after which a child without a parent ends itself."""
+START_TIMEOUT_S: Final = 60.0
+"""Time limit for a child to load the tokenizer."""
+MAX_CONSTRAINT_BYTES: Final = 256_000_000
+"""Memory limit of one constraint, beyond the memory of an idle child."""
 STACK_BYTES: Final = 4 << 20
-"""Stack that it is tried with: half of what a thread here has."""
+"""Stack size of the trial: half of that of a thread in this process."""
 SAMPLED_TOKENS: Final = 24
-"""Tokens that it is followed for, each drawn from those that it allows."""
-GROWN_BYTES: Final = MEMORY_BYTES // 2
-"""A child that keeps more than so much is not used again."""
+"""Tokens of the trial, each drawn at random from the allowed ones."""
+MAX_GROWTH_BYTES: Final = MAX_CONSTRAINT_BYTES // 2
+"""A child that has grown by more is not used again."""
 
 
 class ConstraintSandbox:
-    """Tries constraints for one vocabulary; parameters as those of `ConstraintCompiler`.
+    """Tries constraints for one vocabulary; the parameters are those of `ConstraintCompiler`.
 
     Safe to call from several threads.
     """
@@ -56,23 +57,23 @@ class ConstraintSandbox:
         self._is_closed = False
 
     def run(self, constraint: Constraint) -> int:
-        """Return about how many bytes a constraint takes. Raises `RequestError` for one that does not survive."""
+        """Return the approximate bytes of a constraint. Raises `RequestError` if it is invalid or over a limit."""
         value = list(constraint.value) if isinstance(constraint.value, tuple) else constraint.value
         with self._lock:
             child = self._child if self._child is not None and self._child.poll() is None else self._start()
-            answer = _exchange(child, {"kind": constraint.kind, "value": value}, CONSTRAINT_TIMEOUT_S)
-            if not answer.get("goes_on"):
+            reply = _exchange(child, {"kind": constraint.kind, "value": value}, CONSTRAINT_TIMEOUT_S)
+            if not reply.get("is_reusable"):
                 self._stop()
-        if answer.get("error"):
-            raise RequestError("bad_request", f"{constraint.kind}: {answer['error']}")
-        return int(answer["bytes"])
+        if reply.get("error"):
+            raise RequestError("bad_request", f"{constraint.kind}: {reply['error']}")
+        return int(reply["bytes"])
 
     def close(self) -> None:
-        """End the child, if there is one, whatever it does."""
+        """Kill the child, if there is one, even during a trial."""
         self._is_closed = True
         child = self._child
         if child is not None:
-            child.kill()  # so that `run` ends, which may hold the lock
+            child.kill()  # ends a call of `run`, which holds the lock
         with self._lock:
             self._stop()
 
@@ -84,10 +85,10 @@ class ConstraintSandbox:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C at a terminal is not for it
+            start_new_session=True,  # so that Ctrl-C in a terminal does not stop it
         )
-        ready = _exchange(self._child, self._setup, START_S)
-        if not ready.get("goes_on"):
+        ready = _exchange(self._child, self._setup, START_TIMEOUT_S)
+        if not ready.get("is_reusable"):
             self._stop()
             raise RequestError("internal", f"constraints cannot be tried: {ready.get('error')}")
         return self._child
@@ -100,64 +101,64 @@ class ConstraintSandbox:
         self._child = None
 
 
-def _exchange(child: subprocess.Popen[bytes], question: dict[str, Any], limit_s: float) -> dict[str, Any]:
-    """Return a child's answer, or what its silence means."""
-    asked, answered = child.stdin, child.stdout
-    if asked is None or answered is None:
+def _exchange(child: subprocess.Popen[bytes], message: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    """Send a message to a child and return its reply, or an error if there is none."""
+    stdin, stdout = child.stdin, child.stdout
+    if stdin is None or stdout is None:
         raise AssertionError("a child has both pipes")
     try:
-        asked.write(json.dumps(question).encode() + b"\n")
-        asked.flush()
-        if not select.select([answered], [], [], limit_s)[0]:
-            return {"error": f"it takes longer than {limit_s:g} s to prepare: make it simpler"}
-        line = answered.readline()
+        stdin.write(json.dumps(message).encode() + b"\n")
+        stdin.flush()
+        if not select.select([stdout], [], [], timeout_s)[0]:
+            return {"error": f"it takes longer than {timeout_s:g} s to prepare: make it simpler"}
+        line = stdout.readline()
     except OSError:
         line = b""
     if not line:
-        return {"error": f"it takes more than {MEMORY_BYTES / 1e6:.0f} MB or too much stack: make it simpler"}
-    found: dict[str, Any] = json.loads(line)
-    return found
+        return {"error": f"it takes more than {MAX_CONSTRAINT_BYTES / 1e6:.0f} MB or too much stack: make it simpler"}
+    reply: dict[str, Any] = json.loads(line)
+    return reply
 
 
 # --- in the child ---
 
 
 def run_child() -> None:
-    """Answer a line for each line until the input ends: a JSON object with error, bytes and goes_on."""
+    """Reply to each line of standard input with a JSON object: error, bytes, is_reusable."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever a library prints is no answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # output of libraries must not mix with the replies
     from edgelm.text.grammar import ConstraintCompiler
 
     setup = json.loads(sys.stdin.readline())
-    grammar = ConstraintCompiler(setup["tokenizer"], setup["vocab_size"], setup["eos_tokens"])
-    _tell(out, {"goes_on": True})
+    compiler = ConstraintCompiler(setup["tokenizer"], setup["vocab_size"], setup["eos_tokens"])
+    _reply(out, {"is_reusable": True})
     before = read_process_memory().address_space
-    limit = before + MEMORY_BYTES
+    limit = before + MAX_CONSTRAINT_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     threading.stack_size(STACK_BYTES)
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
-        spent = int(used.ru_utime + used.ru_stime + CONSTRAINT_TIMEOUT_S) + SPARE_CPU_S
-        resource.setrlimit(resource.RLIMIT_CPU, (spent, resource.RLIM_INFINITY))  # should the parent be gone meanwhile
-        asked = json.loads(line)
-        value = tuple(asked["value"]) if isinstance(asked["value"], list) else asked["value"]
-        answer: dict[str, Any] = {}
-        thread = threading.Thread(target=_try, args=(grammar, Constraint(asked["kind"], value), answer))
+        cpu_limit_s = int(used.ru_utime + used.ru_stime + CONSTRAINT_TIMEOUT_S) + CPU_MARGIN_S
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit_s, resource.RLIM_INFINITY))  # if the parent dies
+        message = json.loads(line)
+        value = tuple(message["value"]) if isinstance(message["value"], list) else message["value"]
+        reply: dict[str, Any] = {}
+        thread = threading.Thread(target=_try, args=(compiler, Constraint(message["kind"], value), reply))
         start = read_process_memory().address_space
         thread.start()
         thread.join()
         now = read_process_memory().address_space
-        answer["bytes"] = max(now - start, len(line))
-        answer["goes_on"] = now < before + GROWN_BYTES
-        _tell(out, answer)
+        reply["bytes"] = max(now - start, len(line))
+        reply["is_reusable"] = now < before + MAX_GROWTH_BYTES
+        _reply(out, reply)
 
 
-def _try(grammar: Any, constraint: Constraint, answer: dict[str, Any]) -> None:
-    """Compile a constraint and follow it for some tokens."""
+def _try(compiler: Any, constraint: Constraint, reply: dict[str, Any]) -> None:
+    """Compile a constraint and follow it for `SAMPLED_TOKENS` tokens; write an error to `reply`."""
     generator = np.random.default_rng(0)
     try:
-        matcher = grammar.compile(constraint)
+        matcher = compiler.compile(constraint)
         for _ in range(SAMPLED_TOKENS):
             matcher.forced_tokens()
             bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")
@@ -168,13 +169,13 @@ def _try(grammar: Any, constraint: Constraint, answer: dict[str, Any]) -> None:
             if matcher.is_finished:
                 break
     except RequestError as error:
-        answer["error"] = error.message.removeprefix(f"{constraint.kind} ").removeprefix("is not valid: ")
+        reply["error"] = error.message.removeprefix(f"{constraint.kind} ").removeprefix("is not valid: ")
     except MemoryError:
-        answer["error"] = f"it takes more than {MEMORY_BYTES / 1e6:.0f} MB: make it simpler"
-    except Exception as error:  # noqa: BLE001  what is not understood is not let through
-        answer["error"] = f"it breaks its library: {error!r:.200}"
+        reply["error"] = f"it takes more than {MAX_CONSTRAINT_BYTES / 1e6:.0f} MB: make it simpler"
+    except Exception as error:  # noqa: BLE001  an unknown failure refuses the constraint
+        reply["error"] = f"it makes the grammar library fail: {error!r:.200}"
 
 
-def _tell(out: IO[str], answer: dict[str, Any]) -> None:
-    out.write(json.dumps(answer) + "\n")
+def _reply(out: IO[str], reply: dict[str, Any]) -> None:
+    out.write(json.dumps(reply) + "\n")
     out.flush()

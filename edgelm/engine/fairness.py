@@ -1,6 +1,6 @@
-"""Turns between those who wait: whose is next, so that many of one never keep one of another waiting.
+"""Fair order between clients: many items of one client do not delay an item of another.
 
-Knows names and what waits under them, neither requests nor threads.
+Knows names and items, neither requests nor threads.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class ClientLimits:
-    """What one client may have of an engine at a time; None is as much as there is.
+    """Limits of one client in one engine; None is no limit.
 
     Parameters
     ----------
     rows
-        Requests that are decoded at once, at least 1.
+        Requests decoded at the same time, at least 1.
     sessions
-        Sessions that are kept; one more takes the place of its own that was used longest ago.
+        Number of sessions; a further one replaces the client's least recently used one.
     session_bytes
         Bytes of a session's messages, text and tokens. A request that would exceed them is refused.
     all_sessions_bytes
-        The same for all clients' sessions together. Who holds most loses what it used longest ago.
+        The same for the sessions of all clients. The client that holds most loses its least recently used one.
     """
 
     rows: int | None = None
@@ -36,29 +36,29 @@ class ClientLimits:
 
 
 NO_CLIENT_LIMITS: Final = ClientLimits()
-"""Whoever comes may have all: a model within a program of one's own."""
+"""No limits: for a model inside a program, where all requests are its own."""
 
 
 class FairQueue(Generic[Item]):
-    """Items that wait under names, in turns: each name's oldest, one of every name before the next of the same."""
+    """A queue of named items, in round-robin order between names and first-in-first-out for each name."""
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[Hashable, deque[Item]] = OrderedDict()
         self._count = 0
 
     def __len__(self) -> int:
-        """Return how many items wait."""
+        """Return the number of items."""
         return self._count
 
     def put(self, name: Hashable, item: Item) -> None:
-        """Add an item; a name that has none waiting comes behind the others."""
+        """Add an item; a name without items gets its turn after the others."""
         self._waiting.setdefault(name, deque()).append(item)
         self._count += 1
 
     def get(self) -> Item:
-        """Return the next item. Raises `IndexError` where none waits."""
+        """Remove and return the next item. Raises `IndexError` if the queue is empty."""
         if not self._waiting:
-            raise IndexError("nothing waits")
+            raise IndexError("the queue is empty")
         name, items = self._waiting.popitem(last=False)
         item = items.popleft()
         if items:
@@ -68,52 +68,52 @@ class FairQueue(Generic[Item]):
 
 
 class FairnessPolicy:
-    """Whose is next: the name with the fewest running, of equals the one served longest ago; then its oldest request.
+    """Chooses the name with the fewest running items, among equals the least recently served; then its oldest item.
 
     Parameters
     ----------
-    most
-        How many of one name may run at a time; None is as many as there are.
+    max_running
+        Maximum number of running items of one name; None is no limit.
     """
 
-    def __init__(self, most: int | None = None) -> None:
-        self._most = most
+    def __init__(self, max_running: int | None = None) -> None:
+        self._max_running = max_running
         self._served: OrderedDict[Hashable, None] = OrderedDict()
-        """Names that were served, the one of longest ago first."""
+        """Names that were served, the least recently served first."""
 
     def choose(
         self, waiting: Iterable[Item], running: Iterable[Hashable], name_of: Callable[[Item], Hashable]
     ) -> Item | None:
-        """Return which of `waiting`, the oldest first, is next; None where none may begin.
+        """Return the next of the waiting items; None if none of them may start.
 
         Parameters
         ----------
         waiting
-            Those that could begin, the oldest first.
+            Items that could start, the oldest first.
         running
-            The names of those that run, one for each.
+            The name of each running item.
         name_of
-            Returns an item's name.
+            Returns the name of an item.
         """
         counts: dict[Hashable, int] = {}
         for name in running:
             counts[name] = counts.get(name, 0) + 1
         ranks = {name: rank for rank, name in enumerate(self._served, 1)}
-        best, least = None, (0, 0)
+        best, best_key = None, (0, 0)
         for item in waiting:
             name = name_of(item)
             count = counts.get(name, 0)
-            if self._most is not None and count >= self._most:
+            if self._max_running is not None and count >= self._max_running:
                 continue
             key = (count, ranks.get(name, 0))
-            if best is None or key < least:
-                best, least = item, key
+            if best is None or key < best_key:
+                best, best_key = item, key
         return best
 
     def record_served(self, name: Hashable, waiting: Iterable[Hashable]) -> None:
-        """Note that a request of `name` begins while others of the names `waiting` wait; other names are forgotten."""
-        kept = set(waiting)
+        """Record that an item of `name` starts. Names that are not in `waiting` are removed from the record."""
+        waiting_names = set(waiting)
         self._served.pop(name, None)
-        for other in [known for known in self._served if known not in kept]:
+        for other in [known for known in self._served if known not in waiting_names]:
             del self._served[other]
         self._served[name] = None

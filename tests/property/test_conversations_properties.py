@@ -147,7 +147,7 @@ def test_prompts_and_messages_do_not_mix(plain):
     typed = Request("1", SAMPLING, prompt="a", raw=True)
     for first, then, names in ((said, typed, "messages"), (typed, said, "plain text")):
         talked = SessionState().with_prompt(first, tokenizer).with_answer((), tokenizer)
-        with pytest.raises(RequestError, match=f"begun with {names}"):
+        with pytest.raises(RequestError, match=names):
             talked.with_prompt(then, tokenizer)
 
 
@@ -172,10 +172,10 @@ def test_a_conversation_keeps_the_system_message_that_it_began_with(plain):
     for system in (None, "Be brief."):
         again = talked.with_prompt(Request("1", SAMPLING, prompt="b", system=system), tokenizer)
         assert [message["role"] for message in again.messages] == ["system", "user", "assistant", "user"]
-    with pytest.raises(RequestError, match="end the session to change it"):
+    with pytest.raises(RequestError, match="system"):
         talked.with_prompt(Request("1", SAMPLING, prompt="b", system="Be long."), tokenizer)
     twice = ({"role": "system", "content": "a"}, *messages_of(["b"]))
-    with pytest.raises(RequestError, match="begin with a system message of their own"):
+    with pytest.raises(RequestError, match="system"):
         SessionState().with_prompt(Request("1", SAMPLING, messages=twice, system="Be brief."), tokenizer)
 
 
@@ -311,8 +311,7 @@ def test_a_session_is_bounded_in_bytes_whatever_the_template_leaves_out(sizes, p
         error = use(known, number, "a", "s", messages=messages)
         if error is not None and error.code != "bad_request":
             assert error.code == "too_large"
-            assert "end the session" in error.message
-        assert sum(each.bytes for each in known._known.values()) <= SHARES.session_bytes + 1000
+        assert sum(each.size_bytes for each in known._known.values()) <= SHARES.session_bytes + 1000
         held = sum(len(m["content"]) for each in known._known.values() for m in each.messages or ())
         assert held <= SHARES.session_bytes
 
@@ -323,5 +322,5 @@ def test_sessions_of_all_are_bounded_in_bytes_and_who_holds_most_loses(plain):
     for number in range(1, 12):
         messages = ({"role": "user", "content": "a" * 50_000}, {"role": "user", "content": "b"})
         assert use(known, number, f"loud {number % 4}", f"s{number}", messages=messages) is None
-        assert sum(each.bytes for each in known._known.values()) <= SHARES.all_sessions_bytes
+        assert sum(each.size_bytes for each in known._known.values()) <= SHARES.all_sessions_bytes
     assert list(known.token_counts("quiet")) == ["mine"]

@@ -40,7 +40,7 @@ def engine(opened, monkeypatch):
     """Guesses whenever there is something to guess: a longer pass costs it nothing."""
     engine = Engine(opened, EngineOptions(threads=1, max_batch=1))
     monkeypatch.setattr(engine._speculator, "_pass_time_s", {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
-    monkeypatch.setattr(engine._speculator, "_took", lambda tokens, seconds: None)
+    monkeypatch.setattr(engine._speculator, "_record_time", lambda tokens, seconds: None)
     entropy = np.random.default_rng(11)
     monkeypatch.setattr("edgelm.sampling.sampler.os.urandom", entropy.bytes)
     return engine

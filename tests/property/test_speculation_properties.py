@@ -142,7 +142,7 @@ def test_an_answer_that_repeats_itself_is_guessed(engines, monkeypatch):
 def measured_alike(engine, monkeypatch):
     """Passes cost the same on every machine, however busy."""
     monkeypatch.setattr(engine._speculator, "_pass_time_s", {1: 1.0, 2: 1.1, 4: 1.3, 8: 1.6})
-    monkeypatch.setattr(engine._speculator, "_took", lambda tokens, seconds: None)
+    monkeypatch.setattr(engine._speculator, "_record_time", lambda tokens, seconds: None)
 
 
 def repeating(call, cycle):

@@ -144,7 +144,7 @@ def test_what_is_kept_is_bounded_by_its_size(asked):
         patch.setattr(module, "CONSTRAINT_CACHE_BYTES", 100)
         made = ConstraintCache(Path("none"), 1, ())
         made._sandbox = Known()
-        made._compiled = lambda constraint: constraint
+        made._compile = lambda constraint: constraint
         model: dict[str, int] = {}
         for which, size in asked:
             name = str(which)
@@ -158,7 +158,7 @@ def test_what_is_kept_is_bounded_by_its_size(asked):
                 if sum(model.values()) <= 100 or other == name:
                     break
                 del model[other]
-            assert [constraint.value for _, constraint in made._kept] == list(model)
+            assert [constraint.value for _, constraint in made._entries] == list(model)
         made.close()
 
 
@@ -209,8 +209,8 @@ def test_nobody_waits_for_anothers_constraint(bundle):
 
 def test_what_a_trial_does_not_understand_is_not_let_through():
     class Broken:
-        def start(self, _):
-            raise ZeroDivisionError("nobody expects it")
+        def compile(self, _):
+            raise ZeroDivisionError("unexpected")
 
     answer = {}
     constraint_sandbox._try(Broken(), Constraint("regex", "a"), answer)
@@ -230,7 +230,7 @@ def test_what_one_owner_brought_is_compiled_again_for_another():
 
     made = ConstraintCache(Path("none"), 1, ())
     made._sandbox = Known()
-    made._compiled = lambda constraint: constraint
+    made._compile = lambda constraint: constraint
     for owner in ("a", "a", "b", None, None, UNCACHED_OWNER, UNCACHED_OWNER):
         made.prepare(Constraint("regex", "x"), owner).result(10)
     assert len(runs) == 5
@@ -251,7 +251,7 @@ def test_owners_constraints_are_tried_in_turns():
 
     made = ConstraintCache(Path("none"), 1, ())
     made._sandbox = Known()
-    made._compiled = lambda constraint: constraint
+    made._compile = lambda constraint: constraint
     many = [made.prepare(Constraint("regex", f"a{i}"), "a") for i in range(6)]
     one = made.prepare(Constraint("regex", "b"), "b")
     gate.set()

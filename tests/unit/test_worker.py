@@ -167,7 +167,7 @@ def test_closing_tells_everyone(start_worker):
         time.sleep(0.001)
     closer = threading.Thread(target=worker.close, args=(PATIENCE_S,))
     closer.start()
-    while not worker._closing:
+    while not worker._is_closing:
         time.sleep(0.001)
     running.gate.set()
     for client in (running, *waiting):
