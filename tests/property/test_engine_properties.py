@@ -1,4 +1,4 @@
-"""Requests that join and leave a batch at any time get the answers that each would get alone."""
+"""Requests that join and leave a batch at any step get the same answers as alone."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ MAX_BATCH = 3
 LONGEST = 16
 LENGTHS = [1, 2, 3, 5, 8, 17, 40, 63, 64, 65, 120, PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1, 300]
 GAPS = {"fp32": 0.02}
-"""Least difference of the two best log-probabilities: below it, rounding could decide in a batch of another size."""
+"""Minimum difference of the two largest log-probabilities; below it, rounding in another batch size could decide."""
 QUANTIZED_GAP = 0.1
 
 
 @dataclass(frozen=True)
 class Known:
-    """A prompt with the answer that it gets alone when at most `longest` tokens are asked for."""
+    """A prompt with its answer of up to `longest` tokens, computed alone."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
@@ -40,15 +40,15 @@ def opened(bundle):
     return open_bundle(bundle)
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["computed", "reused"])
+@pytest.fixture(scope="module", params=[0, 1], ids=["no prefix cache", "small prefix cache"])
 def engine(opened, request):
-    """Without a memory of earlier sequences, and with one too small for all of them."""
+    """Without a prefix cache, and with one that is too small for all sequences."""
     return Engine(opened, EngineOptions(threads=1, max_batch=MAX_BATCH, prefix_cache_mb=request.param))
 
 
 @pytest.fixture(scope="module")
 def known(opened):
-    """Prompts of many lengths whose greedy answers do not hang by a thread."""
+    """Prompts of many lengths, whose greedy answers do not depend on rounding."""
     alone = Engine(opened, EngineOptions(threads=1, max_batch=1))
     generator = np.random.default_rng(3)
     least = GAPS.get(opened.manifest.quant, QUANTIZED_GAP)
@@ -82,7 +82,7 @@ def run_alone(engine, request):
 
 @dataclass
 class Planned:
-    """A request of a schedule: it comes before step `start`, and is cancelled before step `cancel`."""
+    """A request that arrives before step `start` and is cancelled before step `cancel`."""
 
     which: int
     max_tokens: int
@@ -161,7 +161,7 @@ def check_answer(planned, expected, chunks):
 
 @settings(max_examples=15)
 @given(which=st.lists(st.integers(0, 999), min_size=1, max_size=5), seed=st.integers(0, 2**63 - 1))
-def test_a_seed_gives_the_same_answer_in_any_company(which, seed, engine, known, float32_bundle):
+def test_a_seed_gives_the_same_answer_in_any_batch(which, seed, engine, known, float32_bundle):
     sampling = SamplingParams(max_tokens=6, temperature=0.7, top_k=5, seed=seed)
     prompts = [known[i % len(known)].prompt for i in which]
     alone = [run_alone(engine, Request("one", sampling, tokens=prompt)).tokens for prompt in prompts]
@@ -175,7 +175,7 @@ def test_a_seed_gives_the_same_answer_in_any_company(which, seed, engine, known,
 
 @settings(max_examples=20)
 @given(cuts=st.lists(st.tuples(st.integers(0, 999), st.integers(1, 300)), min_size=2, max_size=8), whole=st.booleans())
-def test_what_a_prompt_shares_with_an_earlier_one_is_not_computed_again(cuts, whole, opened, known):
+def test_a_shared_prefix_is_not_computed_again(cuts, whole, opened, known):
     engine = Engine(opened, EngineOptions(threads=1, max_batch=MAX_BATCH, speculation=False))
     prefill = engine.runner.prefill
     computed, earlier = [], []
@@ -202,19 +202,19 @@ def common(one, other):
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def test_a_conversation_goes_on_where_it_ended(opened):
+def test_a_prompt_that_continues_an_answer_reuses_it(opened):
     engine = Engine(opened, EngineOptions(threads=1, max_batch=1))
     tokens, known_tokens = tuple(range(5, 25)), 0
     for turn in range(4):
         done = run_alone(engine, Request(str(turn), SamplingParams(max_tokens=5, ignore_eos=True), tokens=tokens))
         assert done.usage.cached_tokens == known_tokens
-        known_tokens = len(tokens) + len(done.tokens) - 1  # the last token was not looked at
+        known_tokens = len(tokens) + len(done.tokens) - 1  # the last token was never computed
         tokens = (*tokens, *done.tokens, *range(30 + turn, 40 + turn))
 
 
 @settings(max_examples=20)
 @given(length=st.integers(1, 40), cuts=st.lists(st.integers(1, 40), max_size=5))
-def test_a_row_begins_with_what_was_read_from_another(length, cuts, opened):
+def test_write_row_restores_what_read_row_returned(length, cuts, opened):
     session = open_runner(opened, rows=2, threads=1)
     tokens, following = np.arange(5, 5 + length), np.array([3])
     session.prefill(0, tokens, 0)
@@ -224,7 +224,7 @@ def test_a_row_begins_with_what_was_read_from_another(length, cuts, opened):
     assert np.array_equal(session.prefill(1, following, length), expected)
 
 
-def test_requests_that_arrive_together_share_what_the_first_computes(opened):
+def test_requests_that_arrive_together_share_a_prefix(opened):
     engine = Engine(opened, EngineOptions(threads=1, max_batch=MAX_BATCH))
     for i in range(MAX_BATCH):
         engine.add(Request(str(i), SamplingParams(max_tokens=4), tokens=(*range(5, 65), 70 + i)), time.monotonic())
@@ -236,7 +236,7 @@ def test_requests_that_arrive_together_share_what_the_first_computes(opened):
 
 @settings(max_examples=10)
 @given(which=st.integers(0, 999), length=st.integers(2, 200))
-def test_scores_do_not_disturb_what_runs(which, length, engine, known):
+def test_scoring_does_not_change_running_requests(which, length, engine, known):
     entry = known[which % len(known)]
     engine.add(Request("one", SamplingParams(max_tokens=entry.longest), tokens=entry.prompt), time.monotonic())
     scores, chunks = [], []

@@ -1,4 +1,4 @@
-"""The memory of earlier sequences against a plain list of them."""
+"""The radix tree compared with a plain list of sequences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ sequences = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=20)
 
 
 def piece_of(tokens, start, stop):
-    """Arrays that say at every position which tokens came up to it."""
+    """Return arrays whose values encode all tokens up to each position."""
     marks = [hash(tuple(tokens[: i + 1])) % 2**20 for i in range(start, stop)]
     return [
         np.broadcast_to(np.array(marks, np.float32)[None, :, None] + k, (3, stop - start, 5)).copy() for k in (0, 1)
@@ -39,7 +39,7 @@ def keep(prefixes, tokens):
 
 
 def found(prefixes, tokens, **options):
-    """The length found; its arrays are checked."""
+    """Return the length of the match; check its arrays."""
     pieces = prefixes.match_prefix(np.array(tokens, np.int32), **options)
     if not pieces:
         return 0
@@ -51,7 +51,7 @@ def found(prefixes, tokens, **options):
 
 
 def bytes_of(prefixes, owner=None):
-    """Of what is kept; what is pinned lies elsewhere."""
+    """Return the bytes of the tree without the pinned sequence."""
     kept = [node for node in prefixes._nodes(owner) if not node.is_pinned]
     return sum(array.nbytes for node in kept for array in (node.tokens, *node.piece))
 
@@ -73,7 +73,7 @@ def test_the_longest_known_prefix_is_found(kept, asked):
 
 
 @given(kept=sequences, room=st.integers(0, 30))
-def test_it_never_outgrows_its_room_and_the_newest_is_there(kept, room):
+def test_the_capacity_holds_and_the_newest_sequence_is_kept(kept, room):
     prefixes = cache_of(room)
     for tokens in kept:
         keep(prefixes, tokens)
@@ -84,7 +84,7 @@ def test_it_never_outgrows_its_room_and_the_newest_is_there(kept, room):
 
 
 @given(pinned=st.lists(st.integers(0, 2), min_size=1, max_size=12), kept=sequences, room=st.integers(0, 30))
-def test_what_is_pinned_stays_takes_no_room_and_is_not_copied(pinned, kept, room):
+def test_a_pinned_sequence_stays_uncounted_and_uncopied(pinned, kept, room):
     prefixes = cache_of(room)
     arrays = piece_of(pinned, 0, len(pinned))
     prefixes.pin(np.array(pinned, np.int32), arrays)
@@ -102,16 +102,16 @@ def test_what_is_pinned_stays_takes_no_room_and_is_not_copied(pinned, kept, room
     assert found(prefixes, pinned) == len(pinned)
 
 
-def test_what_was_not_used_for_longest_goes_first():
+def test_the_least_recently_used_leaf_is_evicted_first():
     prefixes = cache_of(9)
     for tokens in ([0, 1, 2], [1, 1, 1], [2, 2, 2]):
         keep(prefixes, tokens)
-    assert found(prefixes, [0, 1, 2]) == 3  # and so is used
+    assert found(prefixes, [0, 1, 2]) == 3  # which also uses it
     keep(prefixes, [3])
     assert [found(prefixes, tokens) for tokens in ([0, 1, 2], [1, 1, 1], [2, 2, 2], [3])] == [3, 0, 3, 1]
 
 
-def test_a_shared_beginning_outlives_its_ends():
+def test_a_shared_prefix_outlives_its_leaves():
     prefixes = cache_of(8)
     for end in range(3, 9):
         keep(prefixes, [0, 1, 2, end, end])
@@ -120,7 +120,7 @@ def test_a_shared_beginning_outlives_its_ends():
     assert found(prefixes, [0, 1, 2, 7, 7]) == 5
 
 
-def test_what_it_returns_and_keeps_are_copies():
+def test_entries_do_not_alias_their_source():
     prefixes = cache_of(100)
     rows = piece_of([1, 2, 3], 0, 3)
     prefixes.insert(np.array([1, 2, 3], np.int32), lambda start, stop: [array[:, start:stop].copy() for array in rows])
@@ -135,7 +135,7 @@ owners = st.sampled_from([None, "a", "b", "c"])
 
 
 @given(kept=st.lists(st.tuples(owners, st.lists(st.integers(0, 2), max_size=12)), max_size=20), asked=sequences)
-def test_an_owner_finds_its_own_sequences_and_the_pinned_one_and_nobody_elses(kept, asked):
+def test_an_owner_finds_only_its_own_and_the_pinned_sequence(kept, asked):
     prefixes, pinned = cache_of(1000), [0, 1, 1]
     prefixes.pin(np.array(pinned, np.int32), piece_of(pinned, 0, 3))
     for owner, tokens in kept:
@@ -150,7 +150,7 @@ def test_an_owner_finds_its_own_sequences_and_the_pinned_one_and_nobody_elses(ke
 
 
 @given(kept=st.lists(st.tuples(owners, st.lists(st.integers(0, 2), max_size=12)), max_size=30), room=st.integers(0, 30))
-def test_owners_share_the_room_and_only_who_holds_most_loses(kept, room):
+def test_owners_share_the_capacity_and_the_largest_loses(kept, room):
     prefixes, everyone = cache_of(room), (None, "a", "b", "c")
     for owner, tokens in kept:
         before = {each: prefixes.count_of(each) for each in everyone}
@@ -163,7 +163,7 @@ def test_owners_share_the_room_and_only_who_holds_most_loses(kept, room):
                 assert before[each] >= room // len(everyone), "whoever has its part or less keeps it"
 
 
-def test_nobodys_sequences_are_not_kept():
+def test_cache_isolated_sequences_are_not_kept():
     prefixes = cache_of(100)
     prefixes.insert(np.array([1, 2, 3], np.int32), lambda a, b: piece_of([1, 2, 3], a, b), UNCACHED_OWNER)
     assert prefixes.tokens == 0

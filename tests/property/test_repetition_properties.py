@@ -1,4 +1,4 @@
-"""Loops are found, whatever their period, soon after they begin; text that does not loop is let pass."""
+"""Loops of every period up to the maximum are detected; text without loops is not."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from edgelm.engine.repetition import MAX_PERIOD, MIN_COPIES, MIN_LOOP_TOKENS, Lo
 
 
 def ends_at(tokens):
-    """How many tokens it takes until a loop is found; None where none is."""
+    """Return the number of tokens until a loop is detected; None if there is none."""
     detector, answer = LoopDetector(), np.array(tokens, np.int32)
     return next((size for size in range(1, answer.size + 1) if detector.detect(answer[:size])), None)
 
 
 def plainly(tokens):
-    """The same by comparing slices."""
+    """The same result by comparing slices."""
     for size in range(1, len(tokens) + 1):
         for period in range(1, MAX_PERIOD + 1):
             whole = max(MIN_LOOP_TOKENS, MIN_COPIES * period)
@@ -33,22 +33,22 @@ def plainly(tokens):
     copies=st.integers(1, 9),
     behind=st.lists(st.integers(0, 3), max_size=10),
 )
-def test_a_loop_is_found_where_slices_find_it(before, passage, copies, behind):
+def test_detection_equals_comparing_slices(before, passage, copies, behind):
     tokens = [*before, *passage * copies, *behind]
     assert ends_at(tokens) == plainly(tokens)
 
 
 @pytest.mark.parametrize("period", [1, 2, 7, 40, MAX_PERIOD])
-def test_a_loop_ends_after_its_copies(period):
+def test_a_loop_is_detected_after_the_required_copies(period):
     beginning, passage = [1000, 1001], list(range(period))
     assert ends_at(beginning + passage * 100) == 2 + max(MIN_LOOP_TOKENS, MIN_COPIES * period)
 
 
 @pytest.mark.parametrize("period", [MAX_PERIOD + 1, 1000])
-def test_long_passages_are_let_pass(period):
+def test_passages_over_the_maximum_are_not_loops(period):
     assert ends_at(list(range(period)) * 6) is None
 
 
-def test_lists_of_different_entries_are_let_pass():
+def test_lists_of_different_entries_are_not_loops():
     tokens = [token for number in range(200) for token in (1, 2, 3, 100 + number)]
     assert ends_at(tokens) is None

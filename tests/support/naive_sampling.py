@@ -1,6 +1,6 @@
-"""Plain-loop twins of the sampling kernels: written for reading, in float64, as an independent oracle.
+"""Plain-loop twins of the sampling kernels, in float64, as an independent oracle.
 
-A decision that float64 and fixed-point weights could take differently has a small margin, which the twin reports.
+They also return a margin: it is small if float64 and fixed-point weights could decide differently.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from edgelm.types import SamplingParams
 
 
 def mask_logits(logits: Sequence[float], mask: Sequence[int]) -> list[float]:
-    """Return the logits with those of forbidden tokens at -inf."""
+    """Return the logits with those of forbidden tokens set to -inf."""
     masked = []
     for token, logit in enumerate(logits):
         allowed = int(mask[token // 32]) & 2 ** (token % 32)
@@ -24,7 +24,7 @@ def mask_logits(logits: Sequence[float], mask: Sequence[int]) -> list[float]:
 
 
 def penalize(logits: Sequence[float], history: Sequence[int], penalty: float) -> list[float]:
-    """Return the logits with those of the history's tokens made less likely, in float32 as the model's own."""
+    """Return the logits after the repetition penalty, computed in float32."""
     penalized = [float(logit) for logit in logits]
     for token in set(history):
         if 0 <= token < len(penalized):
@@ -35,13 +35,13 @@ def penalize(logits: Sequence[float], history: Sequence[int], penalty: float) ->
 
 @dataclass
 class Kept:
-    """What the filters leave: probabilities by token, and how far the closest decision was from the other way."""
+    """The tokens that the filters keep, with their probabilities, and the smallest distance of any decision."""
 
     probabilities: dict[int, float]
     margin: float
 
     def draw(self, uniform: float) -> int:
-        """Return the token at `uniform` of the line of kept tokens, ordered by id."""
+        """Return the token by inverse transform sampling over the kept tokens in order of their ids."""
         total = math.fsum(self.probabilities.values())
         position = 0.0
         for token in sorted(self.probabilities):
@@ -53,7 +53,7 @@ class Kept:
 
 
 def keep(logits: Sequence[float], params: SamplingParams) -> Kept:
-    """Return the tokens that temperature, top-k, top-p and min-p leave, in this order, with their probabilities."""
+    """Return the tokens that temperature, top-k, top-p and min-p keep, in this order, with their probabilities."""
     ranked = sorted((token for token, logit in enumerate(logits) if logit > -math.inf), key=lambda t: (-logits[t], t))
     if params.top_k > 0:
         ranked = ranked[: params.top_k]

@@ -1,4 +1,4 @@
-"""Prompts and kernels made ready beside the engine: the same answers, in order, and nobody else waits."""
+"""Preparation of prompts and kernels on background threads: same answers, same order, no other request waits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model() -> Iterator[Model]:
 
 
 class Held:
-    """The tokenizer's encoding, which does not end for a long text until `release`."""
+    """An `encode` that blocks for a long text until `release` is set."""
 
     def __init__(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.release = threading.Event(), threading.Event()
@@ -61,7 +61,7 @@ def held(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
 
 def ended(function: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
-    """A thread that calls, and where its result or error will be."""
+    """Start a thread that calls a function; return it and a list that gets the result or error."""
     results: list[object] = []
 
     def run() -> None:
@@ -75,14 +75,14 @@ def ended(function: Callable[[], object]) -> tuple[threading.Thread, list[object
     return thread, results
 
 
-def test_a_long_prompt_keeps_nobody_waiting(model: Model, held: Held) -> None:
+def test_a_long_prompt_does_not_delay_other_requests(model: Model, held: Held) -> None:
     thread, results = ended(lambda: model.generate(LONG, raw=True, max_tokens=2))
     assert held.begun.wait(PATIENCE_S)
-    assert model.generate("play jazz", max_tokens=2).text  # meanwhile
+    assert model.generate("play jazz", max_tokens=2).text  # while the other one is prepared
     assert not results
     held.release.set()
     thread.join(PATIENCE_S)
-    assert isinstance(results[0], RequestError)  # it is longer than the context
+    assert isinstance(results[0], RequestError)  # the prompt is longer than the context
     assert results[0].code == "bad_request"
     assert str(model.context) in results[0].message
     assert {"edgelm-prompts", "edgelm-worker"} == set(held.threads)
@@ -98,17 +98,17 @@ def test_requests_of_a_session_stay_in_order_behind_a_long_prompt(model: Model, 
     first.join(PATIENCE_S)
     second.join(PATIENCE_S)
     assert isinstance(failed[0], RequestError)
-    assert getattr(answered[0], "turn", None) == 1  # the failed one left the session as it was
+    assert getattr(answered[0], "turn", None) == 1  # the failed request did not change the session
 
 
-def test_a_request_ends_at_its_deadline_while_its_prompt_is_read(model: Model, held: Held) -> None:
+def test_a_request_ends_at_its_deadline_while_its_prompt_is_tokenized(model: Model, held: Held) -> None:
     done = model.generate(LONG, raw=True, session="a", max_tokens=2, timeout_s=0.3)
     assert (done.finish_reason, done.text) == ("deadline", "")
     held.release.set()
     assert model.generate("play jazz", raw=True, session="a", max_tokens=2).turn == 1
 
 
-def test_answers_are_the_same_whoever_reads_the_prompt(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_do_not_depend_on_the_thread_that_tokenizes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def answers(session: str) -> list[tuple[str, int | None]]:
         said = [model.generate("play some jazz", session=session, max_tokens=9) for _ in range(2)]
         said.append(model.generate(messages=[{"role": "user", "content": "set <|endoftext|> an alarm"}], max_tokens=9))
@@ -119,7 +119,7 @@ def test_answers_are_the_same_whoever_reads_the_prompt(model: Model, monkeypatch
     assert answers("b") == at_once
 
 
-def test_a_librarys_panic_fails_the_request_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_panic_of_the_tokenizer_fails_only_its_request(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     class Panic(BaseException):
         pass
 
@@ -135,7 +135,7 @@ def test_a_librarys_panic_fails_the_request_alone(model: Model, monkeypatch: pyt
     assert model.generate("play jazz", max_tokens=2).text
 
 
-def test_the_tokenizer_lets_other_threads_go_on(model: Model) -> None:
+def test_encoding_releases_the_gil(model: Model) -> None:
     tokenizer = model.tokenizer
     text = " " * 1_000_000
     begun = time.monotonic()
@@ -166,7 +166,7 @@ with edgelm.load("builtin", max_batch=2) as model:
     thread = threading.Thread(target=lambda: said.append(model.generate("play", temperature=0.7, max_tokens=2, seed=1)))
     thread.start()
     assert begun.wait(30)
-    assert model.generate("play jazz", max_tokens=2).tokens  # meanwhile
+    assert model.generate("play jazz", max_tokens=2).tokens  # while the other one is prepared
     assert not are_kernels_loaded() and not said
     release.set()
     thread.join(60)
@@ -174,7 +174,7 @@ with edgelm.load("builtin", max_batch=2) as model:
 """
 
 
-def test_the_first_sampled_request_keeps_nobody_waiting() -> None:
+def test_loading_the_kernels_does_not_delay_other_requests() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FIRST_SAMPLED], capture_output=True, text=True, timeout=120, check=False
     )
@@ -191,7 +191,7 @@ print(are_kernels_loaded(), "numba" in sys.modules, len(runs))
 """
 
 
-def test_a_greedy_service_compiles_at_its_first_start_and_loads_nothing(tmp_path: Path) -> None:
+def test_kernels_are_compiled_at_the_first_start_in_a_child_process(tmp_path: Path) -> None:
     def start(folder: Path) -> list[str]:
         environment = {"EDGELM_CACHE_DIR": str(folder), "PATH": "/usr/bin:/bin"}
         done = subprocess.run(

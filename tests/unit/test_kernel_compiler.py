@@ -1,4 +1,4 @@
-"""Kernels are compiled once for the board, and again when what was kept is damaged; never is a program the poorer."""
+"""Kernels are compiled once for the board, and again if a cached file is damaged; no program fails because of it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_kernel_is_compiled_once(cache):
 
 @pytest.mark.parametrize("ending", ["nbi", "nbc"])
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_half_a_file_is_compiled_again_and_said_once(cache, ending, share):
+def test_a_damaged_file_is_compiled_again_with_one_warning(cache, ending, share):
     sample(cache)
     for file in BoardCache(cache).numba_folder.rglob(f"*.{ending}"):
         content = file.read_bytes()
@@ -51,14 +51,14 @@ def test_half_a_file_is_compiled_again_and_said_once(cache, ending, share):
     assert sample(cache) == (True, "")
 
 
-def test_a_folder_that_cannot_be_written_costs_time_only(tmp_path):
+def test_kernels_work_without_a_writable_folder(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     _, said = sample(tmp_path / "file")
     assert said == ""
     sample(tmp_path / "file")
 
 
-def test_other_users_of_numba_keep_their_own_place():
+def test_other_users_of_numba_keep_their_cache_folder():
     from numba import config
 
     from edgelm.sampling import ranking
@@ -67,8 +67,8 @@ def test_other_users_of_numba_keep_their_own_place():
     assert str(BoardCache.default().numba_folder) != config.CACHE_DIR
 
 
-def test_without_numba_a_greedy_service_has_nothing_to_compile(monkeypatch):
-    """A board that never samples does without Numba."""
+def test_nothing_is_compiled_without_numba(monkeypatch):
+    """A board that never samples does not need Numba."""
     from edgelm.sampling import precompilation
 
     monkeypatch.setattr(precompilation, "find_spec", lambda name: None)

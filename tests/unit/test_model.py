@@ -1,4 +1,4 @@
-"""`edgelm.load()`: text in, text out, from any thread."""
+"""`edgelm.load()` and `Model`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgelm import RequestError
 PROMPT = "Once upon a time"
 LENGTH = 24
 GREEDY = {"max_tokens": LENGTH, "temperature": 0.0, "seed": 0}
-"""A seed keeps earlier prompts and guesses out, after which a quantized model rounds otherwise."""
+"""With a seed, neither prefix cache nor draft tokens are used, with which a quantized model rounds differently."""
 
 
 def wait_until(condition):
@@ -31,11 +31,11 @@ def wait_until(condition):
 
 @pytest.fixture(scope="module")
 def answer(model):
-    """A greedy answer to PROMPT, computed step by step, as every `GREEDY` one is."""
+    """A greedy answer to PROMPT, computed token by token, as every `GREEDY` one is."""
     return model.generate(PROMPT, raw=True, **GREEDY, ignore_eos=True)
 
 
-def test_an_answer_says_how_it_came_about(model, answer):
+def test_a_completion_has_usage_and_timing(model, answer):
     assert len(answer.tokens) == LENGTH
     assert answer.finish_reason == "length"
     assert answer.usage.completion_tokens == LENGTH
@@ -45,7 +45,7 @@ def test_an_answer_says_how_it_came_about(model, answer):
     assert answer.timing.tok_s > 0
 
 
-def test_text_tokens_and_messages_meet(model, answer):
+def test_prompt_tokens_and_messages_give_the_same_answer(model, answer):
     tokens = model.tokenizer.encode(PROMPT)
     assert model.generate(tokens=tokens, **GREEDY, ignore_eos=True).tokens == answer.tokens
     for options in ({}, {"prompt": "a", "tokens": [1]}):
@@ -57,7 +57,7 @@ def test_text_tokens_and_messages_meet(model, answer):
         model.generate(messages=[])
 
 
-def test_a_bare_prompt_is_a_message_where_there_is_a_chat_template(model, answer):
+def test_a_prompt_is_a_message_if_there_is_a_chat_template(model, answer):
     bare = model.generate(PROMPT, **GREEDY, ignore_eos=True)
     assert model.manifest.prompts_are_messages == (model.manifest.chat_template is not None)
     if not model.manifest.prompts_are_messages:
@@ -71,7 +71,7 @@ def test_a_bare_prompt_is_a_message_where_there_is_a_chat_template(model, answer
     assert model.generate(PROMPT, system="Be brief.", **GREEDY, ignore_eos=True).tokens == opened.tokens
 
 
-def test_choosing_an_answer_to_a_message(model):
+def test_choose_with_a_chat_template(model):
     if not model.manifest.prompts_are_messages:
         pytest.skip("this bundle completes text")
     tokenizer = model.tokenizer
@@ -115,7 +115,7 @@ def test_a_stop_string_ends_the_answer_before_it(model, answer):
 
 
 def test_an_end_token_ends_the_answer_and_is_not_in_it(model, answer):
-    """Take an end token to be the fifth token of the greedy answer."""
+    """The fifth token of the greedy answer is declared an end token."""
     fifth = answer.tokens[4]
     first_at = answer.tokens.index(fifth)
 
@@ -142,16 +142,16 @@ def test_a_full_context_ends_with_length(model):
 
 def test_a_shorter_context_is_enforced(bundle):
     with edgelm.load(bundle, threads=1, context=16) as model:
-        with pytest.raises(RequestError, match=r"17 tokens.*holds 16"):
+        with pytest.raises(RequestError, match=r"17.*16"):
             model.generate(tokens=[5] * 17)
         assert len(model.generate(tokens=[5] * 10, ignore_eos=True).tokens) == 6
-        with pytest.raises(RequestError, match=r"17 tokens.*holds 16"):
+        with pytest.raises(RequestError, match=r"17.*16"):
             model.score_tokens([5] * 17)
         assert len(model.score_tokens([5] * 16)) == 15
 
 
 @pytest.mark.parametrize("length", [2, 63, 64, 65, 66, 129, 200])
-def test_scores_are_what_sampling_reports(length, model):
+def test_scores_equal_the_logprobs_of_sampling(length, model):
     generator = np.random.default_rng(length)
     prompt = generator.integers(2, min(300, model.manifest.vocab_size), length).tolist()
     done = model.generate(tokens=prompt, max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=3)
@@ -163,12 +163,12 @@ def test_scores_are_what_sampling_reports(length, model):
     scores = model.score_tokens([*prompt, *done.tokens])
     assert len(scores) == length + 11
     assert (scores <= 0).all()
-    # Quantized activations jump a step where rounding falls the other way in a batch of another size.
+    # Quantized activations can differ by one step if a batch of another size rounds differently.
     tolerance = 1e-4 if model.manifest.quant == "fp32" else 0.1
     assert np.allclose(scores[-12:], [entry.logprob for entry in done.logprobs], atol=tolerance)
 
 
-def test_a_text_is_scored_with_the_start_token(model):
+def test_a_text_is_scored_after_the_start_token(model):
     tokenizer = model.tokenizer
     bos = model.manifest.bos_token
     ids = ([] if bos is None else [bos]) + tokenizer.encode(PROMPT, add_special_tokens=False)
@@ -178,7 +178,7 @@ def test_a_text_is_scored_with_the_start_token(model):
         model.score_tokens([5, model.manifest.vocab_size])
 
 
-def test_choosing_agrees_with_scoring(model):
+def test_choose_agrees_with_score(model):
     choices = [" yes", " no", " maybe so"]
     encode = model.tokenizer.encode
     asked = encode(PROMPT)
@@ -196,13 +196,13 @@ def test_choosing_agrees_with_scoring(model):
             model.choose(PROMPT, bad)
 
 
-def test_choosing_needs_something_to_continue(model, monkeypatch):
+def test_choose_refuses_a_prompt_without_tokens(model, monkeypatch):
     monkeypatch.setattr(model.tokenizer, "encode", lambda _text, **_: [])  # no text, no start token
     with pytest.raises(RequestError, match="prompt is empty"):
         model.choose("", ["yes", "no"])
 
 
-def test_seeds(model):
+def test_a_seed_repeats_an_answer(model):
     def sample(**options):
         return model.generate(PROMPT, max_tokens=30, temperature=1.5, ignore_eos=True, **options).tokens
 
@@ -211,14 +211,14 @@ def test_seeds(model):
     assert sample() != sample()
 
 
-@pytest.mark.parametrize("close", [True, False], ids=["closed", "forgotten"])
+@pytest.mark.parametrize("close", [True, False], ids=["closed", "garbage-collected"])
 def test_leaving_a_stream_early_ends_its_request(close, model, monkeypatch):
     steps, left = [], threading.Event()
     real = model.worker._engine.step
 
     def step():
         steps.append(1)
-        assert len(steps) < 3 or left.wait(60)  # the third step waits until the stream has been left
+        assert len(steps) < 3 or left.wait(60)  # the third step waits until the stream is closed
         return real()
 
     monkeypatch.setattr(model.worker._engine, "step", step)
@@ -235,29 +235,29 @@ def test_leaving_a_stream_early_ends_its_request(close, model, monkeypatch):
     assert model.worker.stats().active == 0
 
 
-def test_a_stream_that_is_not_read_asks_for_nothing(model):
+def test_a_stream_that_is_not_read_submits_nothing(model):
     completed = model.worker.stats().completed
     model.stream(PROMPT).close()
     model.generate(PROMPT, max_tokens=1)
     assert model.worker.stats().completed == completed + 1
 
 
-def test_a_bad_argument_raises_at_once(model):
+def test_an_invalid_argument_raises_at_the_call(model):
     for options in ({"temperature": -1}, {"temprature": 1}, {"max_tokens": 0}, {"choices": []}, {"stop": [""]}):
         with pytest.raises(RequestError, match=next(iter(options))):
             model.stream(PROMPT, **options)
-    with pytest.raises(RequestError, match="allowed: max_tokens, temperature"):
+    with pytest.raises(RequestError, match="temperature"):
         model.generate(PROMPT, temprature=1)
     with pytest.raises(RequestError, match="at most one"):
         model.generate(PROMPT, regex="a", choices=["b"])
 
 
-def test_a_timeout_gives_what_there_is(model):
+def test_a_timeout_ends_with_the_answer_so_far(model):
     done = model.generate(PROMPT, timeout_s=0.0, max_tokens=400, ignore_eos=True)
     assert (done.finish_reason, done.tokens) == ("deadline", ())
 
 
-def test_several_threads_get_their_own_answers(model, float32_bundle):
+def test_threads_get_their_own_answers(model, float32_bundle):
     prompts = [f"{PROMPT} number {i}" for i in range(12)]
     expected = [
         model.generate(prompt, max_tokens=20, temperature=0.9, seed=i).tokens for i, prompt in enumerate(prompts)
@@ -275,7 +275,7 @@ def test_several_threads_get_their_own_answers(model, float32_bundle):
     assert got == expected
 
 
-def test_a_closed_model_says_so(bundle):
+def test_a_closed_model_raises(bundle):
     model = edgelm.load(bundle, threads=1)
     stream = model.stream(PROMPT, max_tokens=400, ignore_eos=True)
     next(stream)
@@ -289,7 +289,7 @@ def test_a_closed_model_says_so(bundle):
         model.score(PROMPT)
 
 
-def test_constraints_hold(model):
+def test_answers_match_their_constraints(model):
     assert model.generate(PROMPT, choices=["yes", "no"], max_tokens=20).text in ("yes", "no")
     assert model.generate(PROMPT, regex="[0-9]{3}", max_tokens=20).text.isdigit()
     done = model.generate(PROMPT, regex=r'\{"on": (true|false)\}', max_tokens=100)
@@ -298,14 +298,14 @@ def test_constraints_hold(model):
 
 
 def test_bundles_that_cannot_be_loaded(bundle, tmp_path):
-    with pytest.raises(edgelm.BundleError, match="not a directory"):
+    with pytest.raises(edgelm.BundleError, match="nowhere"):
         edgelm.load(tmp_path / "nowhere")
     for options in ({"context": 0}, {"threads": 0}, {"max_batch": 0}):
         with pytest.raises(edgelm.EdgelmError, match=next(iter(options))):
             edgelm.load(bundle, **options)
 
 
-LEFT_OPEN = """
+NOT_CLOSED = """
 import sys, threading, edgelm
 lm = edgelm.load(sys.argv[1], threads=2)
 if sys.argv[2] == "asking":
@@ -314,9 +314,9 @@ if sys.argv[2] == "asking":
 
 
 @pytest.mark.parametrize("what", ["nothing", "asking"])
-def test_a_program_may_end_with_a_model_that_is_still_at_work(bundle, what):
+def test_a_program_can_end_without_closing_its_model(bundle, what):
     for _ in range(3):
-        command = [sys.executable, "-c", LEFT_OPEN, str(bundle), what]
+        command = [sys.executable, "-c", NOT_CLOSED, str(bundle), what]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "terminate" not in done.stderr

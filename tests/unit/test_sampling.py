@@ -1,4 +1,4 @@
-"""Sampling: its distribution, its stability across machines and compilers, and what it loads."""
+"""Sampling: its distribution, equality across machines and compilers, and imports."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CHAINS = (
 
 
 def make_logits(vocab_size: int, seed: int) -> np.ndarray:
-    """Return logits from integer arithmetic alone, so that every machine makes the same."""
+    """Return logits computed by integer arithmetic, which are the same on every machine."""
     raw = np.random.PCG64(seed).random_raw(vocab_size) >> np.uint64(40)
     return (raw.astype(np.float64) / 2**24 * 12.0 - 6.0).astype(np.float32)
 
 
 def choose_many() -> list[list[int]]:
-    """Return the tokens that each chain chooses, with a mask and a history, on rows that are not full blocks."""
+    """Return the tokens of each chain with a mask and a history; the vocabulary is no multiple of a block."""
     chosen = []
     for chain in CHAINS:
         sampler = Sampler(SamplingParams(seed=11, **chain), 333)
@@ -50,7 +50,7 @@ EXPECTED = [
     [67, 169, 174, 21, 27, 313, 13, 19],
     [26, 169, 224, 260, 178, 296, 68, 295],
 ]
-"""Made on x86-64 with Python 3.11; what it guards is that no machine, interpreter or compiler answers otherwise."""
+"""Made on x86-64 with Python 3.11. Every machine, interpreter and compiler must give the same."""
 
 
 def test_the_same_seed_gives_these_tokens_everywhere() -> None:
@@ -87,7 +87,7 @@ assert "numba" in sys.modules
 
 
 @pytest.mark.parametrize("chain", [chain for chain in CHAINS if chain["temperature"]])
-def test_tokens_are_distributed_as_the_model_says(chain: dict[str, float]) -> None:
+def test_tokens_have_the_distribution_of_the_model(chain: dict[str, float]) -> None:
     """Pearson's chi-square over 20,000 draws; the bound is 5 standard deviations above its mean."""
     draws = 20_000
     params = SamplingParams(seed=2024, **chain)
@@ -113,7 +113,7 @@ def test_without_a_seed_two_requests_differ() -> None:
     assert rows[0] != rows[1]
 
 
-def test_one_generator_gives_fresh_draws() -> None:
+def test_draws_of_one_sampler_differ() -> None:
     sampler = Sampler(SamplingParams(temperature=1.0, seed=1), 1000)
     assert len({sampler.sample(np.zeros(1000, dtype=np.float32)) for _ in range(20)}) > 15
 
@@ -133,7 +133,7 @@ def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
 
 
 def test_equal_logits_over_a_large_vocabulary() -> None:
-    """All in one histogram bin: the nucleus is the lowest ids, and the draw stays inside."""
+    """All are in one histogram bin: the nucleus has the lowest ids, and every draw lies in it."""
     sampler = Sampler(SamplingParams(temperature=1.0, top_p=0.25, seed=3), 4000)
     chosen = [sampler.sample(np.zeros(4000, dtype=np.float32)) for _ in range(300)]
     assert max(chosen) < 1000
@@ -164,7 +164,7 @@ def test_a_repeated_token_is_penalized_once(penalty: float, history: list[int], 
     assert sampler.sample(logits, None, np.array(history, dtype=np.int32)) == expected
 
 
-def test_a_penalty_below_one_favours_the_history() -> None:
+def test_a_penalty_below_one_makes_the_history_likelier() -> None:
     sampler = Sampler(SamplingParams(repetition_penalty=0.5), 3)
     assert sampler.sample(np.array([3.0, 2.0, 1.0], dtype=np.float32), None, np.array([1], dtype=np.int32)) == 1
 
@@ -176,6 +176,6 @@ def test_extreme_logits() -> None:
         assert sampler.sample(logits.copy()) in (0, 3)
 
 
-def test_warm_up_can_be_repeated() -> None:
+def test_load_kernels_can_be_repeated() -> None:
     load_kernels()
     load_kernels()

@@ -1,4 +1,4 @@
-"""The worker's thread: bounded, cancellable, and over when it is told to be."""
+"""The worker: bounded queue, cancelling, deadlines, draining, closing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgelm.errors import EdgelmError, RequestError
 from edgelm.types import Constraint
 
 
-def test_answers_come_in_pieces_and_are_counted(start_worker):
+def test_chunks_concatenate_to_answers_and_are_counted(start_worker):
     worker = start_worker(max_batch=2)
     clients = [ask(worker, f"r{i}", max_tokens=3 + i) for i in range(4)]
     for i, client in enumerate(clients):
@@ -30,7 +30,7 @@ def test_answers_come_in_pieces_and_are_counted(start_worker):
     assert worker.failure is None
 
 
-def test_a_full_queue_is_busy_and_says_when_to_come_back(start_worker):
+def test_a_full_queue_is_busy_with_retry_after_s(start_worker):
     worker = start_worker(max_batch=1, queue_size=2)
     running = occupy(worker)
     waiting = [ask(worker, f"w{i}") for i in range(2)]
@@ -45,7 +45,7 @@ def test_a_full_queue_is_busy_and_says_when_to_come_back(start_worker):
     assert ask(worker, "one too many").completion().finish_reason == "length"
 
 
-def test_a_request_id_is_taken_until_its_answer_is_complete(start_worker):
+def test_a_request_id_is_in_use_until_its_answer_is_complete(start_worker):
     worker = start_worker()
     running = occupy(worker, "same")
     with pytest.raises(RequestError) as caught:
@@ -73,12 +73,12 @@ def test_cancelling_ends_a_running_and_a_waiting_request(start_worker):
     assert not worker.cancel("busy")
 
 
-def test_a_late_cancel_does_not_meet_the_next_request_of_that_id(start_worker):
+def test_a_late_cancel_does_not_affect_the_next_request_with_the_id(start_worker):
     worker = start_worker()
     second = Client()
 
     def first(chunk):
-        if chunk.seq == 2:  # the last token; the final message is in the same step's chunks
+        if chunk.seq == 2:  # the last token; the last chunk belongs to the same step
             assert worker.cancel("same")
         if chunk.done:
             ask(worker, "same", client=second, max_tokens=7)
@@ -88,7 +88,7 @@ def test_a_late_cancel_does_not_meet_the_next_request_of_that_id(start_worker):
     assert (done.finish_reason, len(done.tokens)) == ("length", 7)
 
 
-def test_a_deadline_ends_a_running_request_with_what_it_has(start_worker):
+def test_a_deadline_ends_a_running_request_with_the_answer_so_far(start_worker):
     worker = start_worker()
     client = Client(gate=True)
     ask(worker, "late", client=client, max_tokens=400, deadline=time.monotonic() + 1)
@@ -101,7 +101,7 @@ def test_a_deadline_ends_a_running_request_with_what_it_has(start_worker):
     assert done.error is None
 
 
-def test_a_deadline_passes_in_the_queue_too(start_worker):
+def test_a_deadline_ends_a_waiting_request(start_worker):
     worker = start_worker(max_batch=1)
     running = occupy(worker)
     waiting = ask(worker, "late", deadline=time.monotonic() + 0.05)
@@ -124,19 +124,19 @@ def test_a_prompt_that_does_not_fit_states_both_lengths(start_worker):
 
 
 @pytest.mark.parametrize("prompt", [(), (-1,), (10**9,)])
-def test_a_prompt_of_no_or_unknown_tokens_is_refused(prompt, start_worker):
+def test_a_prompt_without_tokens_or_with_unknown_ones_is_refused(prompt, start_worker):
     done = ask(start_worker(), "odd", prompt=prompt).completion()
     assert (done.finish_reason, done.error.code) == ("error", "bad_request")
 
 
-def test_a_bad_constraint_is_the_requests_own_error(start_worker):
+def test_an_invalid_constraint_fails_only_its_request(start_worker):
     worker = start_worker()
     done = ask(worker, "bad", constraint=Constraint("regex", "(")).completion()
     assert done.error.code == "bad_request"
     assert ask(worker, "after").completion().finish_reason == "length"
 
 
-def test_draining_finishes_what_there_is_and_takes_no_more(start_worker):
+def test_draining_finishes_requests_and_refuses_new_ones(start_worker):
     worker = start_worker()
     running = occupy(worker)
     waiting = ask(worker, "waiting")
@@ -149,7 +149,7 @@ def test_draining_finishes_what_there_is_and_takes_no_more(start_worker):
     assert waiting.completion().finish_reason == "length"
 
 
-def test_closing_tells_everyone(start_worker):
+def test_closing_ends_every_request_and_call_with_an_error(start_worker):
     worker = start_worker(max_batch=1)
     running = occupy(worker)
     waiting = [ask(worker, f"w{i}") for i in range(3)]
@@ -179,10 +179,10 @@ def test_closing_tells_everyone(start_worker):
     for refused in (lambda: ask(worker, "new"), lambda: worker.call(lambda engine: 1)):
         with pytest.raises(EdgelmError):
             refused()
-    worker.close()  # twice is fine
+    worker.close()  # may be called again
 
 
-def test_a_call_runs_on_the_worker_and_brings_back_what_came_of_it(start_worker):
+def test_a_call_runs_on_the_thread_and_returns_or_raises(start_worker):
     worker = start_worker()
     assert worker.call(lambda engine: (engine, threading.current_thread().name)) == (worker._engine, "edgelm-worker")
     with pytest.raises(ZeroDivisionError):

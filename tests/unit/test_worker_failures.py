@@ -1,4 +1,4 @@
-"""What fails inside a step, a text or a receiver ends in errors for those concerned, and in nothing worse."""
+"""A failure in a step, a detokenizer or a callback ends only the affected requests, with an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from clients import ask, occupy
 
 
 @pytest.mark.parametrize("part", ["prefill", "decode"])
-def test_a_failing_step_ends_in_errors_and_the_next_request_works(part, start_worker):
+def test_a_failing_step_ends_requests_with_errors_and_the_next_works(part, start_worker):
     worker = start_worker(max_batch=2)
 
     def break_once(engine):
@@ -18,7 +18,7 @@ def test_a_failing_step_ends_in_errors_and_the_next_request_works(part, start_wo
 
         def fail(*given, **options):
             setattr(engine.runner, part, real)
-            raise OSError("the memory is on fire")
+            raise OSError("a fault on purpose")
 
         setattr(engine.runner, part, fail)
 
@@ -33,14 +33,14 @@ def test_a_failing_step_ends_in_errors_and_the_next_request_works(part, start_wo
     for client in (running, *waiting):
         done = client.completion()
         assert (done.finish_reason, done.error.code) == ("error", "internal")
-        assert "on fire" in done.error.message
+        assert "on purpose" in done.error.message
     caller.join()
     assert worker.failure is None
     assert worker.stats().active == worker.stats().queued == 0
     assert ask(worker, "after").completion().tokens == expected
 
 
-def test_a_failing_step_does_not_lose_the_last_chunk_of_another(start_worker):
+def test_a_failing_step_does_not_lose_chunks_that_were_ready(start_worker):
     worker = start_worker(max_batch=2)
     running = occupy(worker)
     other = ask(worker, "other", max_tokens=300)
@@ -50,7 +50,7 @@ def test_a_failing_step_does_not_lose_the_last_chunk_of_another(start_worker):
 
         def fail(*given):
             engine.runner.decode = real
-            raise OSError("the memory is on fire")
+            raise OSError("a fault on purpose")
 
         engine.runner.decode = fail
 
@@ -58,14 +58,14 @@ def test_a_failing_step_does_not_lose_the_last_chunk_of_another(start_worker):
     caller.start()
     while not worker._calls:
         time.sleep(0.001)
-    worker.cancel("busy")  # ended in the step that fails
+    worker.cancel("busy")  # takes effect in the step that fails
     running.gate.set()
     assert running.completion().finish_reason == "cancelled"
     assert other.completion().error.code == "internal"
     caller.join()
 
 
-def test_a_text_that_cannot_be_decoded_still_ends_everyone(start_worker):
+def test_requests_end_even_if_the_detokenizer_fails(start_worker):
     worker = start_worker(max_batch=2)
     running = occupy(worker)
     other = ask(worker, "other", max_tokens=300)
@@ -88,7 +88,7 @@ def test_a_text_that_cannot_be_decoded_still_ends_everyone(start_worker):
     assert ask(worker, "after").completion().finish_reason == "length"
 
 
-def test_a_receiver_that_fails_costs_nobody_else(start_worker, caplog):
+def test_a_failing_callback_does_not_affect_other_requests(start_worker, caplog):
     worker = start_worker(max_batch=2)
     running = occupy(worker)
 

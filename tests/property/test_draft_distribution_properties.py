@@ -1,8 +1,8 @@
-"""Sampled answers have the distribution of the model's own probabilities, guesses or not.
+"""Sampled answers have the distribution of the model's probabilities, with draft tokens too.
 
-Counts of whole answers stand against exact probabilities, multiplied out along every answer that the sampling settings
-allow. The significance is that of the likelihood ratio (the G-test's statistic) among counts drawn from these
-probabilities: exact for rare answers too. What is random is seeded, so the verdict is always the same.
+Counts of whole answers are compared with exact probabilities, the product along every answer that the sampling
+parameters allow. The significance is that of the likelihood ratio (the statistic of the G-test) among counts drawn from
+these probabilities, which is exact for rare answers too. All randomness is seeded, so the result is always the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgelm.types import Request, SamplingParams
 
 PROMPT = (5, 6, 7)
 LENGTH = 5
-ASKED = 3000
+ANSWERS = 3000
 SIGNIFICANCE = 0.001
 SETTINGS = [
     {"temperature": 1.0, "top_k": 3},
@@ -37,7 +37,7 @@ def opened(float32_bundle):
 
 @pytest.fixture
 def engine(opened, monkeypatch):
-    """Guesses whenever there is something to guess: a longer pass costs it nothing."""
+    """An engine that always proposes draft tokens if it can: longer passes are set to cost nothing."""
     engine = Engine(opened, EngineOptions(threads=1, max_batch=1))
     monkeypatch.setattr(engine._speculator, "_pass_time_s", {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
     monkeypatch.setattr(engine._speculator, "_record_time", lambda tokens, seconds: None)
@@ -46,15 +46,15 @@ def engine(opened, monkeypatch):
     return engine
 
 
-def probabilities(session, kind):
-    """Every possible answer, and how probable it is."""
+def probabilities(runner, kind):
+    """Return the probability of every possible answer."""
     found, open_ones = {}, {(): 1.0}
     while open_ones:
         answer, before = open_ones.popitem()
         if len(answer) == LENGTH:
             found[answer] = before
             continue
-        logits = session.prefill(0, np.array(PROMPT + answer), 0)[0].astype(np.float64)
+        logits = runner.prefill(0, np.array(PROMPT + answer), 0)[0].astype(np.float64)
         likeliest = np.argsort(-logits, kind="stable")[: kind["top_k"]]
         shares = np.exp((logits[likeliest] - logits.max()) / kind["temperature"])
         above = np.cumsum(shares) - shares
@@ -66,18 +66,18 @@ def probabilities(session, kind):
 
 
 def ask(engine, kind, monkeypatch):
-    """How often each answer came, and of how many tokens guessed how many were right."""
+    """Return the counts of answers, of draft tokens and of accepted draft tokens."""
     counts, guessed = Counter(), [0, 0]
-    learn = engine._speculator.record_pass
+    record_pass = engine._speculator.record_pass
 
-    def noting(draft_state, tokens, seconds, size, right):
+    def counted(draft_state, tokens, seconds, size, right):
         guessed[0] += size
         guessed[1] += right
-        learn(draft_state, tokens, seconds, size, right)
+        record_pass(draft_state, tokens, seconds, size, right)
 
-    monkeypatch.setattr(engine._speculator, "record_pass", noting)
+    monkeypatch.setattr(engine._speculator, "record_pass", counted)
     sampling = SamplingParams(max_tokens=LENGTH, ignore_eos=True, **kind)
-    for _ in range(ASKED):
+    for _ in range(ANSWERS):
         engine.add(Request("one", sampling, tokens=PROMPT), time.monotonic())
         while engine.queued or engine.active:
             for chunk in engine.step():
@@ -87,9 +87,9 @@ def ask(engine, kind, monkeypatch):
 
 
 def significance(counts, expected):
-    """The share of counts drawn from the expected probabilities that are at least as far from them."""
+    """Return the share of counts drawn from the expected probabilities that are at least as far from them."""
     if counts.keys() - expected.keys():
-        return 0.0  # what cannot be
+        return 0.0  # an impossible answer
     shares = np.array(list(expected.values()))
     drawn = np.random.default_rng(12).multinomial(counts.total(), shares / shares.sum(), 9999)
     found = np.array([counts[answer] for answer in expected])
@@ -99,29 +99,29 @@ def significance(counts, expected):
 
 
 @KINDS
-def test_guesses_keep_the_distribution(engine, kind, monkeypatch):
+def test_draft_tokens_keep_the_distribution(engine, kind, monkeypatch):
     expected = probabilities(engine.runner, kind)
     counts, guessed, right = ask(engine, kind, monkeypatch)
     assert len(expected) > 50
-    assert counts.total() == ASKED
-    assert min(right, guessed - right) > ASKED / 10  # true and false ones
+    assert counts.total() == ANSWERS
+    assert min(right, guessed - right) > ANSWERS / 10  # both accepted and rejected ones
     assert significance(counts, expected) > SIGNIFICANCE
 
 
 def accept(sample, wanted):
-    """Take every guess."""
+    """Accept every draft token."""
     return sample() if wanted is None else wanted
 
 
 def draw_again(sample, wanted):
-    """Give a guess that did not come true another chance, as who draws from the whole distribution after a refusal."""
+    """Sample again if the draft token is rejected, which is wrong: the rejected token may be drawn again."""
     token = sample()
     return token if wanted in (None, token) else sample()
 
 
 @KINDS
 @pytest.mark.parametrize("biased", [accept, draw_again])
-def test_biased_acceptance_is_found(engine, kind, biased, monkeypatch):
+def test_biased_acceptance_is_detected(engine, kind, biased, monkeypatch):
     expected = probabilities(engine.runner, kind)
     wanted = {}
     propose, sample = engine._speculator.propose, Sampler.sample

@@ -1,4 +1,4 @@
-"""Guesses and forced tokens save passes, and change nothing else."""
+"""Draft tokens and forced tokens save passes, and change no answer."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def opened(float32_bundle):
 
 @pytest.fixture(scope="module")
 def engines(opened):
-    """Without guesses and with them."""
+    """Without speculation and with it."""
     return [Engine(opened, EngineOptions(threads=1, max_batch=3, speculation=guesses)) for guesses in (False, True)]
 
 
 def run(engine, *requests):
-    """Chunks of each request, all asked at once."""
+    """Return the chunks of each of several simultaneous requests."""
     chunks = {request.id: [] for request in requests}
     for request in requests:
         engine.add(request, time.monotonic())
@@ -46,7 +46,7 @@ def run(engine, *requests):
 
 
 def passes(engine, monkeypatch):
-    """A list that grows by the number of tokens of every pass."""
+    """Return a list that gets the number of tokens of every pass."""
     sizes = []
     prefill, decode = engine.runner.prefill, engine.runner.decode
 
@@ -70,8 +70,8 @@ def passes(engine, monkeypatch):
     most_tokens=st.integers(1, 24),
     guesses=st.lists(st.tuples(st.integers(0, 7), st.none() | st.integers(0, 6)), min_size=1, max_size=24),
 )
-def test_no_guess_changes_an_answer(engines, seed, temperature, length, most_tokens, guesses):
-    """Guesses that are right up to a place, wherever it is."""
+def test_draft_tokens_do_not_change_an_answer(engines, seed, temperature, length, most_tokens, guesses):
+    """The draft tokens are right up to any position."""
     generator = np.random.default_rng(seed)
     prompt = tuple(generator.integers(2, 300, length).tolist())
     sampling = SamplingParams(max_tokens=most_tokens, temperature=temperature, top_p=0.9, logprobs=1)
@@ -100,7 +100,7 @@ def test_no_guess_changes_an_answer(engines, seed, temperature, length, most_tok
     np.testing.assert_allclose(*worth, atol=1e-4)
 
 
-def test_right_guesses_save_passes(engines, monkeypatch):
+def test_accepted_draft_tokens_save_passes(engines, monkeypatch):
     plain, guessing = engines
     request = Request("one", SamplingParams(max_tokens=24, ignore_eos=True), tokens=(5, 6, 7))
     expected = run(plain, request)[0]
@@ -112,11 +112,11 @@ def test_right_guesses_save_passes(engines, monkeypatch):
     )
     sizes = passes(guessing, monkeypatch)
     assert run(guessing, request)[0].tokens == expected.tokens
-    assert sizes[-3:] == [8, 8, 7]  # after the first, 24 tokens take three passes instead of 23
+    assert sizes[-3:] == [8, 8, 7]  # 23 tokens after the first take three passes
 
 
-def test_a_seeded_answer_is_computed_step_by_step(engines, monkeypatch):
-    """Passes of other lengths round otherwise, and a quantized model can choose otherwise then."""
+def test_a_seeded_answer_uses_no_draft_tokens(engines, monkeypatch):
+    """Passes of other lengths round differently, so a quantized model could choose another token."""
     _, guessing = engines
     sampling = SamplingParams(max_tokens=12, ignore_eos=True, seed=1)
     sizes = passes(guessing, monkeypatch)
@@ -127,7 +127,7 @@ def test_a_seeded_answer_is_computed_step_by_step(engines, monkeypatch):
         assert (sizes, done.usage.cached_tokens) == ([27, *[1] * 11], 0)
 
 
-def test_an_answer_that_repeats_itself_is_guessed(engines, monkeypatch):
+def test_a_repetitive_answer_takes_fewer_passes(engines, monkeypatch):
     _, guessing = engines
     request = Request("one", SamplingParams(max_tokens=100, ignore_eos=True), tokens=tuple([9, 8, 7, 6, 5] * 20))
     monkeypatch.setattr(guessing.runner, "prefill", repeating(guessing.runner.prefill, [9, 8, 7, 6, 5]))
@@ -140,13 +140,13 @@ def test_an_answer_that_repeats_itself_is_guessed(engines, monkeypatch):
 
 
 def measured_alike(engine, monkeypatch):
-    """Passes cost the same on every machine, however busy."""
+    """Replace the measured pass times, which depend on the load of the machine."""
     monkeypatch.setattr(engine._speculator, "_pass_time_s", {1: 1.0, 2: 1.1, 4: 1.3, 8: 1.6})
     monkeypatch.setattr(engine._speculator, "_record_time", lambda tokens, seconds: None)
 
 
 def repeating(call, cycle):
-    """The same call, whose logits say that each token is followed by the next of a cycle."""
+    """Return the call with logits in which each token is followed by the next one of a cycle."""
 
     def run_it(*args, **options):
         tokens = args[0] if len(args) == 2 else args[1]
@@ -158,7 +158,7 @@ def repeating(call, cycle):
     return run_it
 
 
-def test_an_earlier_answer_is_guessed_from(opened, monkeypatch):
+def test_draft_tokens_come_from_an_earlier_answer(opened, monkeypatch):
     engine = Engine(opened, EngineOptions(threads=1, max_batch=1, prefix_cache_mb=0))
     request = Request("one", SamplingParams(max_tokens=24, ignore_eos=True), tokens=(5, 6, 7))
     measured_alike(engine, monkeypatch)
@@ -169,7 +169,7 @@ def test_an_earlier_answer_is_guessed_from(opened, monkeypatch):
     assert len(sizes) - first < first
 
 
-# --- what a constraint leaves no choice about ---
+# --- forced tokens ---
 
 
 def test_many_forced_tokens_are_computed_in_chunks(engines, monkeypatch):
@@ -188,7 +188,7 @@ def test_with_logprobs_every_token_is_sampled(engines):
     assert [entry.token for entry in done.logprobs] == list(done.tokens)
 
 
-def test_a_constraint_that_fails_on_a_forced_token_loses_nothing(engines, monkeypatch):
+def test_a_failing_constraint_keeps_the_tokens_before(engines, monkeypatch):
     accept, left = Matcher.accept, [3]
 
     def failing(matcher, token):
@@ -204,7 +204,7 @@ def test_a_constraint_that_fails_on_a_forced_token_loses_nothing(engines, monkey
     assert 0 < len(done.text) < len("the dog ran home")
 
 
-def test_forced_tokens_take_no_pass_of_their_own(engines, monkeypatch):
+def test_forced_tokens_take_no_separate_pass(engines, monkeypatch):
     _, engine = engines
     constraint = Constraint("regex", r'\{"playful": "(park|kitchen)"\}')
     sizes = passes(engine, monkeypatch)
@@ -215,7 +215,7 @@ def test_forced_tokens_take_no_pass_of_their_own(engines, monkeypatch):
     assert len(sizes) <= done.usage.completion_tokens - done.usage.forced_tokens + 1
 
 
-def test_the_only_choice_takes_no_pass_at_all(engines, monkeypatch):
+def test_an_answer_of_forced_tokens_takes_no_pass(engines, monkeypatch):
     _, engine = engines
     sizes = passes(engine, monkeypatch)
     constraint = Constraint("choices", ("the dog ran",))
@@ -240,7 +240,7 @@ def test_limits_and_stops_hold_within_forced_tokens(engines, limit, stop, compan
             assert done.usage.completion_tokens == limit
 
 
-def test_answers_with_forced_tokens_are_the_same_in_company(engines):
+def test_answers_with_forced_tokens_are_the_same_in_a_batch(engines):
     _, engine = engines
     patterns = [
         "the dog (ran|sat) on the (mat|park)",

@@ -1,4 +1,4 @@
-"""No answer waits longer than a chunk, no prompt for the end of a longer one, and every request ends."""
+"""A step computes at most one prefill chunk, long prompts do not delay short ones, and every request ends."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from edgelm.types import Constraint, Request, SamplingParams
 
 MAX_BATCH = 3
 FORCED = Constraint("regex", "(yes|no)" + ", the dog" * 90 + " (home|away)")
-"""Several hundred tokens without a choice, once the first is chosen."""
+"""Several hundred forced tokens after the first token."""
 
 
 @pytest.fixture(scope="module")
 def engine(float32_bundle):
-    """Counts the tokens of every pass that is not one of decoding a batch."""
+    """An engine whose `passes` are the token counts of all calls of `prefill`."""
     engine = Engine(open_bundle(float32_bundle), EngineOptions(threads=1, max_batch=MAX_BATCH, prefix_cache_mb=0))
     prefill, engine.passes = engine.runner.prefill, []
 
@@ -38,11 +38,11 @@ def engine(float32_bundle):
 
 arrivals = st.lists(
     st.tuples(
-        st.integers(0, 30),  # the step before which it comes
+        st.integers(0, 30),  # step before which the request arrives
         st.sampled_from([1, 2, 9, 60, PREFILL_CHUNK, PREFILL_CHUNK + 1, 400]),
         st.integers(1, 20),
-        st.booleans(),  # whether it is forced to say much
-        st.none() | st.none() | st.integers(0, 40),  # the step before which it is cancelled
+        st.booleans(),  # whether its constraint forces many tokens
+        st.none() | st.none() | st.integers(0, 40),  # step before which it is cancelled
     ),
     min_size=1,
     max_size=10,
@@ -57,38 +57,38 @@ def make(name, length, most_tokens, is_forced):
 
 
 def clear(engine):
-    """End what an example before left over."""
+    """End the requests of the example before."""
     engine.fail_all(RequestError("internal", "left over"))
 
 
 @settings(max_examples=30)
 @given(plan=arrivals)
-def test_a_step_computes_a_chunk_at_most_and_nobody_is_overtaken_by_who_needs_as_much(plan, engine):
+def test_a_step_computes_at_most_one_chunk_and_prompts_of_equal_length_stay_in_order(plan, engine):
     clear(engine)
-    came, begun, ended, step = [], [], [], 0
+    arrived, started, ended, step = [], [], [], 0
     while step <= max(entry[0] for entry in plan) or engine.queued or engine.active:
         for i, (start, length, most_tokens, is_forced, cancel) in enumerate(plan):
             if start == step:
                 engine.add(make(str(i), length, most_tokens, is_forced), time.monotonic())
-                came.append(str(i))
+                arrived.append(str(i))
             if cancel == step:
                 engine.cancel(str(i))
         engine.passes.clear()
         for chunk in engine.step():
-            if chunk.token is not None and chunk.id not in begun:
-                begun.append(chunk.id)
+            if chunk.token is not None and chunk.id not in started:
+                started.append(chunk.id)
             if chunk.done:
                 ended.append(chunk.id)
-        assert sum(engine.passes) <= PREFILL_CHUNK + 1 + DRAFT_LENGTHS[0]  # guesses are a lone answer's own
+        assert sum(engine.passes) <= PREFILL_CHUNK + 1 + DRAFT_LENGTHS[0]  # draft tokens: only if one sequence runs
         assert engine.active <= MAX_BATCH
         step += 1
         assert step < 3000
-    assert sorted(ended) == sorted(came)
-    told = [name for name in came if name in begun and not plan[int(name)][3]]  # of the others, prompts are text
-    for i, first in enumerate(told):
-        for later in told[i + 1 :]:
+    assert sorted(ended) == sorted(arrived)
+    from_tokens = [name for name in arrived if name in started and not plan[int(name)][3]]  # others: text
+    for i, first in enumerate(from_tokens):
+        for later in from_tokens[i + 1 :]:
             if plan[int(first)][1] <= plan[int(later)][1]:
-                assert begun.index(first) < begun.index(later), "who needs no more and came first is answered first"
+                assert started.index(first) < started.index(later), "earlier and not longer: answered first"
 
 
 @settings(max_examples=20)
@@ -97,8 +97,8 @@ def test_a_step_computes_a_chunk_at_most_and_nobody_is_overtaken_by_who_needs_as
     most_tokens=st.integers(2, 40),
     others=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 8), st.booleans()), min_size=1, max_size=5),
 )
-def test_an_answer_gets_a_token_each_step_whoever_else_comes(length, most_tokens, others, engine):
-    """The others never cease to come."""
+def test_an_answer_gets_a_token_each_step_while_others_arrive(length, most_tokens, others, engine):
+    """Other requests arrive without end."""
     clear(engine)
     engine.add(make("one", length, most_tokens, False), time.monotonic())
     got, step = [], 0
@@ -112,7 +112,7 @@ def test_an_answer_gets_a_token_each_step_whoever_else_comes(length, most_tokens
         step += 1
     assert sum(got) == most_tokens
     waited = next(i for i, count in enumerate(got) if count)
-    assert waited <= 1, "the prompt is one chunk, and at most one that needs less goes first"
+    assert waited <= 1, "the prompt is one chunk, and at most one shorter prompt goes first"
     assert min(got[waited:-1], default=1) >= 1
 
 
@@ -131,7 +131,7 @@ def test_more_requests_than_rows_wait_and_are_all_answered(waiting, lengths, eng
     assert all(len(done[name].tokens) == 3 for name in names)
 
 
-def test_answers_that_are_forced_to_say_much_go_on_in_company_as_alone(engine):
+def test_answers_with_many_forced_tokens_are_the_same_in_a_batch(engine):
     def run(*names):
         done = {}
         for name in names:
@@ -150,11 +150,11 @@ SMALL_CHUNK = 8
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Prompts of the tests' length take many chunks."""
+    """Make the prompts of these tests take many chunks."""
     monkeypatch.setattr("edgelm.engine.engine.PREFILL_CHUNK", SMALL_CHUNK)
 
 
-def steps_until_begun(engine, name, before_each=lambda step: None):
+def steps_until_started(engine, name, before_each=lambda step: None):
     """Count the steps until a request's first token."""
     for step in range(3000):
         before_each(step)
@@ -163,18 +163,18 @@ def steps_until_begun(engine, name, before_each=lambda step: None):
     raise AssertionError(f"{name} never began")
 
 
-@pytest.mark.parametrize("begun", [1, 2, 5])
-def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one(engine, small_chunks, begun):
+@pytest.mark.parametrize("started", [1, 2, 5])
+def test_a_short_prompt_does_not_wait_for_a_long_one(engine, small_chunks, started):
     clear(engine)
     engine.add(make("long", 400, 3, False), time.monotonic())
-    for _ in range(begun):
+    for _ in range(started):
         engine.step()
     engine.add(make("short", SMALL_CHUNK, 3, False), time.monotonic())
-    assert steps_until_begun(engine, "short") <= 2
+    assert steps_until_started(engine, "short") <= 2
 
 
-def test_a_long_prompt_is_held_up_half_of_the_time_at_most(engine, small_chunks):
-    """Short ones never cease to come."""
+def test_a_long_prompt_gets_at_least_half_of_the_steps(engine, small_chunks):
+    """Short prompts arrive without end."""
     clear(engine)
     engine.add(make("long", 400, 3, False), time.monotonic())
 
@@ -182,7 +182,7 @@ def test_a_long_prompt_is_held_up_half_of_the_time_at_most(engine, small_chunks)
         if engine.queued + engine.active < MAX_BATCH:
             engine.add(make(f"short {step}", SMALL_CHUNK, 1, False), time.monotonic())
 
-    assert steps_until_begun(engine, "long", another) <= 2 * (400 // SMALL_CHUNK) + 1
+    assert steps_until_started(engine, "long", another) <= 2 * (400 // SMALL_CHUNK) + 1
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -193,8 +193,8 @@ def test_a_long_prompt_is_held_up_half_of_the_time_at_most(engine, small_chunks)
         max_size=7,
     )
 )
-def test_prompts_read_in_turns_are_answered_as_alone(engine, small_chunks, plan):
-    """Rows change hands whenever a short prompt overtakes, and when somebody leaves."""
+def test_interleaved_prompts_are_answered_as_alone(engine, small_chunks, plan):
+    """Sequences change rows if a short prompt overtakes, and if a request ends."""
 
     def ask(wanted):
         clear(engine)

@@ -1,6 +1,6 @@
-"""A request that runs alone gives the same answer again, to the last bit of its logits, whatever was asked before.
+"""With our kernels an answer does not depend on earlier requests, to the last bit of its logits.
 
-On our kernels no result depends on what is computed together.
+A token's result does not depend on what is computed in the same pass.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from edgelm.types import Constraint, Request, SamplingParams
 
 KINDS = ["int4", "int5", "int8"]
 SHARED = [int(token) for token in np.random.default_rng(0).integers(2, 300, 120)]
-"""What prompts begin with, more or less of it."""
+"""Prompts begin with a prefix of it."""
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, tiny_checkpoint, export_to_cache, tmp_path_factory):
-    """An engine that remembers and guesses, and one that does neither."""
+    """An engine with prefix cache and speculation, and one without."""
     path = export_to_cache(tiny_checkpoint(hidden=128, mlp=352, tied=False), quant=request.param)
     cache = BoardCache(tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch:
@@ -43,7 +43,7 @@ def pair(request, tiny_checkpoint, export_to_cache, tmp_path_factory):
 
 
 def run(engine, *requests):
-    """The completions, and the logits that each token of the first one was chosen by."""
+    """Return the completion of the first request, and the logits of each of its tokens."""
     seen = []
     advance = Sequence.advance
 
@@ -85,14 +85,14 @@ def requests(draw, name):
     chunk=st.sampled_from([16, 40, 256]),
     guesses=st.lists(st.tuples(st.integers(0, 7), st.none() | st.integers(0, 6)), min_size=1, max_size=9),
 )
-def test_an_answer_does_not_depend_on_what_was_asked_before(pair, asked, before, chunk, guesses):
+def test_an_answer_does_not_depend_on_earlier_requests(pair, asked, before, chunk, guesses):
     warm, cold = pair
     expected, logits = run(cold, asked)
     history = [*asked.tokens, *expected.tokens]
     turn = iter(guesses * 99)
 
     def propose(draft_state, tokens, most, owner=None):
-        """Right guesses up to a place."""
+        """Draft tokens that are right up to a position."""
         size, wrong = next(turn)
         guess = np.array([*history[len(tokens) :], *range(9)][: min(size, most)], np.int32)
         if wrong is not None and wrong < len(guess):
@@ -110,8 +110,8 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(pair, asked, before,
             assert np.array_equal(own, logits)
 
 
-def test_what_was_asked_before_is_used(pair):
-    """Else nothing would be shown here."""
+def test_the_prefix_cache_is_used(pair):
+    """Otherwise the test above would show nothing."""
     warm, _ = pair
     request = Request("one", SamplingParams(max_tokens=9, ignore_eos=True), tokens=tuple(range(2, 52)))
     for _ in range(2):
