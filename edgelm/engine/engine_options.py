@@ -28,7 +28,7 @@ class EngineOptions:
     prefix_cache_mb: int = PREFIX_CACHE_MB
     """Size of the prefix cache, in 10^6 bytes; 0 disables it."""
     speculation: bool = True
-    """Whether draft tokens are proposed where that saves time."""
+    """Whether draft tokens are proposed while that saves time."""
     board_cache: BoardCache | None = None
     """Where prepacked weights and compiled kernels are kept between runs; None keeps nothing."""
     memory_limit_mb: int | None = None

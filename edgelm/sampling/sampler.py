@@ -2,8 +2,8 @@
 
 Owns the scratch memory and the random state of one request. Knows nothing of models, batches or text.
 
-A further sampling method that changes logits before the draw is one file beside this one and three lines elsewhere: a
-field of `SamplingParams` (default, range and help, from which MQTT keys and flags are derived) and a name in
+To add a sampling method that changes logits before the draw: write one module beside this one, declare its field in
+`SamplingParams` (default, range and help, from which MQTT keys and command-line flags are derived), and add its name to
 `LOGIT_STEPS`.
 """
 

@@ -1,4 +1,4 @@
-"""The filters keep what transformers' logits processors keep, and the penalty is theirs to the last bit."""
+"""The filters keep the same tokens as transformers' logits processors; the penalty equals theirs to the last bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VOCAB_SIZES = [1, 2, 63, 64, 65, 1000, 32_000]
 
 
 def reference_scores(logits: np.ndarray, history: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """Return what transformers' own chain makes of the logits, in the order that `generate` puts it."""
+    """Return the logits after transformers' logits processors, in the order of `generate`."""
     ids, scores = torch.from_numpy(history.astype(np.int64))[None], torch.from_numpy(logits.copy())[None]
     chain: list[Any] = []
     if params.repetition_penalty != 1.0:
@@ -47,7 +47,7 @@ def reference_scores(logits: np.ndarray, history: np.ndarray, params: SamplingPa
 
 
 def draw(logits: np.ndarray, history: np.ndarray, params: SamplingParams, uniforms: np.ndarray) -> list[int]:
-    """Return the token that the kernels draw at each uniform number."""
+    """Return the token that the kernels draw for each uniform number."""
     logits = logits.copy()
     seen = np.zeros(-(-logits.size // 32), dtype=np.uint32)
     repetition_penalty.penalize(logits, history, seen, np.float32(params.repetition_penalty))
@@ -66,8 +66,8 @@ def draw(logits: np.ndarray, history: np.ndarray, params: SamplingParams, unifor
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_each_token_is_drawn_from_the_middle_of_its_share(case: dict[str, Any], vocab_size: int) -> None:
-    """One token too many or too few anywhere would shift the shares of all that follow."""
+def test_each_token_is_drawn_at_the_middle_of_its_share(case: dict[str, Any], vocab_size: int) -> None:
+    """A token too many or too few would shift the shares of all following tokens."""
     params = SamplingParams(**case)
     generator = np.random.default_rng(vocab_size)
     logits = (generator.standard_normal(vocab_size) * 3 + 1).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import naive_sampling
 import numpy as np
 import pytest
 
+from edgelm.cli.flags import add_sampling_flags
 from edgelm.errors import RequestError
-from edgelm.sampling import Sampler, load_kernels
-from edgelm.types import SamplingParams
+from edgelm.sampling import Sampler, load_kernels, needs_kernels
+from edgelm.sampling.sampler import LOGIT_STEPS
+from edgelm.types import RANGES, SamplingParams
 
 CHAINS = (
     {"temperature": 1.0},
@@ -71,8 +74,9 @@ def test_uncompiled_kernels_choose_the_same_tokens() -> None:
 def test_greedy_loads_no_numba() -> None:
     code = """
 import sys, numpy
-from edgelm.types import SamplingParams
-from edgelm.sampling import Sampler, load_kernels
+from edgelm.types import RANGES, SamplingParams
+from edgelm.sampling import Sampler, load_kernels, needs_kernels
+from edgelm.sampling.sampler import LOGIT_STEPS
 logits = numpy.arange(40, dtype=numpy.float32)
 sampler = Sampler(SamplingParams(logprobs=3), 40)
 assert sampler.sample(logits) == 39
@@ -179,3 +183,15 @@ def test_extreme_logits() -> None:
 def test_load_kernels_can_be_repeated() -> None:
     load_kernels()
     load_kernels()
+
+
+def test_each_number_has_a_flag_and_each_logit_step_a_field_and_a_module() -> None:
+    """A new sampling method is one module, one field of `SamplingParams` and one name in `LOGIT_STEPS`."""
+    parser = argparse.ArgumentParser()
+    add_sampling_flags(parser)
+    assert set(RANGES) <= set(vars(parser.parse_args([])))
+    for name in LOGIT_STEPS:
+        low, high = RANGES[name]
+        params = SamplingParams().replace(**{name: (low + high) / 2})
+        assert needs_kernels(params)
+        assert 0 <= Sampler(params, 40).sample(make_logits(40, 1), None, np.array([3], dtype=np.int32)) < 40
