@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from edgelm.errors import RequestError
+from edgelm.validation import FieldError, Length, Range, check, field_ranges
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled", "deadline", "error"]
 
@@ -29,12 +29,12 @@ MAX_SESSION_LENGTH: Final = 128
 """Maximum length of a session's name, in characters."""
 
 
-def _number(default: float | None, low: float, high: float, summary: str) -> Any:
-    """Declare a number of `SamplingParams` with both ends of its range; integers if the ends are.
+_Share = Annotated[float, Range(0.0, 1.0)]
 
-    `summary` is the help text of its command-line flag.
-    """
-    return field(default=default, metadata={"range": (low, high), "summary": summary})
+
+def _option(default: float | None, summary: str) -> Any:
+    """Declare a number of `SamplingParams`; `summary` is the help text of its command-line flag."""
+    return field(default=default, metadata={"summary": summary})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,46 +45,38 @@ class SamplingParams:
     each number. Raises `RequestError("bad_request")` if a value has the wrong type or is out of range.
     """
 
-    max_tokens: int = _number(256, 1, 1_000_000, "maximum tokens of the answer; the default is 256")
-    temperature: float = _number(0.0, 0.0, 100.0, "0 is greedy")
-    top_k: int = _number(0, 0, 10_000_000, "sample from the N likeliest tokens; 0 is all")
-    top_p: float = _number(1.0, 0.0, 1.0, "sample from the likeliest tokens with total probability X; 1 is all")
-    min_p: float = _number(0.0, 0.0, 1.0, "drop tokens less likely than X times the likeliest; 0 is none")
-    repetition_penalty: float = _number(1.0, 0.01, 100.0, "above 1 reduces repetition; 1 is off")
-    seed: int | None = _number(None, 0, 2**63 - 1, "the same seed gives the same answer")
-    stop: tuple[str, ...] = ()
-    logprobs: int = _number(0, 0, 20, "log-probability of each token, with the N likeliest alternatives")
+    max_tokens: Annotated[int, Range(1, 1_000_000)] = _option(256, "maximum tokens of the answer; the default is 256")
+    temperature: Annotated[float, Range(0.0, 100.0)] = _option(0.0, "0 is greedy")
+    top_k: Annotated[int, Range(0, 10_000_000)] = _option(0, "sample from the N likeliest tokens; 0 is all")
+    top_p: Annotated[float, Range(0.0, 1.0)] = _option(
+        1.0, "sample from the likeliest tokens with total probability X; 1 is all"
+    )
+    min_p: Annotated[float, Range(0.0, 1.0)] = _option(
+        0.0, "drop tokens less likely than X times the likeliest; 0 is none"
+    )
+    repetition_penalty: Annotated[float, Range(0.01, 100.0)] = _option(1.0, "above 1 reduces repetition; 1 is off")
+    seed: Annotated[int, Range(0, 2**63 - 1)] | None = _option(None, "the same seed gives the same answer")
+    stop: Annotated[tuple[Annotated[str, Length(1)], ...], Length(0, MAX_STOPS)] = ()
+    logprobs: Annotated[int, Range(0, 20)] = _option(
+        0, "log-probability of each token, with the N likeliest alternatives"
+    )
     ignore_eos: bool = False
     repetition_guard: bool = True
     """Whether an answer that repeats one passage ends with `finish_reason` "repetition" (`edgelm.engine.repetition`).
     It does not apply to constrained answers and those with `ignore_eos`."""
 
     def __post_init__(self) -> None:
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is None and name == "seed":
-                continue
-            is_integer = isinstance(low, int)
-            kinds = (int,) if is_integer else (int, float)
-            is_finite = not isinstance(value, float) or math.isfinite(value)  # isfinite overflows on a huge int
-            if isinstance(value, bool) or not isinstance(value, kinds) or not is_finite:
-                raise RequestError("bad_request", f"{name} must be {'an integer' if is_integer else 'a number'}")
-            if not low <= value <= high:
-                raise RequestError("bad_request", f"{name} must lie in [{low}, {high}], got {value}")
-        for name in ("ignore_eos", "repetition_guard"):
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError("bad_request", f"{name} must be true or false")
-        if len(self.stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in self.stop):
-            raise RequestError("bad_request", f"stop must be at most {MAX_STOPS} non-empty strings")
+        try:
+            check(self)
+        except FieldError as error:
+            raise RequestError("bad_request", str(error)) from error
 
     def replace(self, **changes: Any) -> SamplingParams:
         """Return a copy with some values changed, validated again."""
         return dataclasses.replace(self, **changes)
 
 
-RANGES: Final[dict[str, tuple[float, float]]] = {
-    each.name: each.metadata["range"] for each in dataclasses.fields(SamplingParams) if "range" in each.metadata
-}
+RANGES: Final = {name: (limit.low, limit.high) for name, limit in field_ranges(SamplingParams).items()}
 """Allowed values of each number of `SamplingParams`, both ends included."""
 
 

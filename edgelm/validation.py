@@ -9,7 +9,6 @@ not do: they name neither the value nor the range. Supported are dataclasses, `t
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -46,10 +45,10 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """Allowed number of characters or entries, both ends included."""
+    """Allowed number of characters or entries, both ends included; None is no upper end."""
 
     low: int
-    high: int
+    high: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +107,16 @@ def field_types(kind: Any) -> Mapping[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
+def field_ranges(kind: Any) -> Mapping[str, Range]:
+    """Return the ranges of a dataclass's numbers by name."""
+    limits = {name: getattr(_choices(hint)[0], "__metadata__", ()) for name, hint in field_types(kind).items()}
+    return {name: limit for name, found in limits.items() for limit in found if isinstance(limit, Range)}
+
+
 def suggest_match(word: str, known: Iterable[str], cutoff: float = 0.7, *, otherwise: str = "") -> str:
     """Return a suggestion to append to an error about an unknown word; `otherwise` if no known word is similar."""
+    import difflib
+
     close = difflib.get_close_matches(word[:_MAX_SHOWN], list(known), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]}?" if close else otherwise
 
@@ -136,17 +143,19 @@ def describe(hint: Any) -> str:
     if len(choices) > 1:
         return " or ".join(map(describe, choices))
     if get_origin(choices[0]) is Annotated:
-        return describe(_bare(choices[0])) + "".join(map(_describe_limit, choices[0].__metadata__))
+        inner = describe(_bare(choices[0]))
+        return inner + "".join(_describe_limit(limit, inner) for limit in choices[0].__metadata__)
     if get_origin(choices[0]) is Literal:
         return f"one of {', '.join(map(str, get_args(choices[0])))}"
     return _WORDS.get(choices[0]) or ("a list" if get_origin(choices[0]) is tuple else "a table")
 
 
-def _describe_limit(limit: Range | Length | Pattern) -> str:
+def _describe_limit(limit: Range | Length | Pattern, what: str) -> str:
     if isinstance(limit, Range):
         return f" in {limit}"
     if isinstance(limit, Length):
-        return f" of a length in [{limit.low}, {limit.high}]"
+        size = f"at least {limit.low}" if limit.high is None else f"{limit.low} to {limit.high}"
+        return f" of {size} {'characters' if what == 'text' else 'entries'}"
     return f", {limit.meaning}"
 
 
@@ -248,7 +257,7 @@ def _find_fault(hint: Any, value: Any, path: str) -> str:
         if not _is_allowed(inner, part):
             return _find_fault(inner, part, place)
     allowed = describe(hint)
-    size = f" of length {len(value)}" if "length" in allowed and isinstance(value, (str, list, tuple, dict)) else ""
+    size = f" of length {len(value)}" if " to " in allowed and isinstance(value, (str, list, tuple, dict)) else ""
     return f"{path or 'the value'} must be {allowed}, got {show_value(value)}{size}"
 
 

@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from edgelm.errors import EdgelmError
 from edgelm.system.files import read_toml
+from edgelm.validation import read
 
 CATALOGUE_FILE: Final = Path(__file__).with_name("catalogue.toml")
 
@@ -71,13 +72,8 @@ class CatalogueModel:
 def load_catalogue() -> Mapping[str, CatalogueModel]:
     """Return the models by name, smallest first."""
     entries = read_toml(CATALOGUE_FILE)
-    models = (_parse_entry(name, entry) for name, entry in entries.items())
+    models = [read(CatalogueModel, {**entry, "name": name}, name) for name, entry in entries.items()]
     return {model.name: model for model in sorted(models, key=lambda model: model.parameters)}
-
-
-def _parse_entry(name: str, entry: Mapping[str, Any]) -> CatalogueModel:
-    variants = tuple(ModelVariant(**variant) for variant in entry["variants"])
-    return CatalogueModel(**{**entry, "name": name, "variants": variants})
 
 
 def check_name(name: str) -> None:

@@ -17,7 +17,7 @@ from edgelm.bundle.catalogue import MODEL_NAME_PATTERN, check_name, load_catalog
 from edgelm.errors import BundleError, EdgelmError
 from edgelm.system.files import replace_file
 from edgelm.system.user_folders import user_folder
-from edgelm.validation import suggest_match
+from edgelm.validation import read, suggest_match
 
 DATA_DIR_VARIABLE: Final = "EDGELM_DATA_DIR"
 """Environment variable that names the folder."""
@@ -76,12 +76,9 @@ class BundleStore:
         """Return the origin of a bundle; None if it has no readable record."""
         try:
             found = json.loads(self._record(name).read_text("utf-8"))
-            source, revision = found["source"], found["revision"]
+            return read(Origin, {name: found[name] for name in ("source", "revision")})
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
-        if not isinstance(source, str) or not isinstance(revision, str | None):
-            return None
-        return Origin(source, revision)
 
     def write_origin(self, name: str, origin: Origin) -> None:
         """Record the origin of a bundle."""
