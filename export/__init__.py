@@ -1,6 +1,6 @@
 """From a Hugging Face checkpoint to a bundle: `edgelm_export.export(...)`."""
 
-import edgelm  # noqa: F401  before onnxruntime: it switches telemetry off
+import edgelm  # noqa: F401 before onnxruntime: it switches telemetry off
 
 from .compare import compare
 from .pipeline import export, outline

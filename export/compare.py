@@ -1,4 +1,4 @@
-"""A finished bundle beside the checkpoint it came from: what `edgelm eval --reference` measures."""
+"""Compares a bundle with its checkpoint: `edgelm eval --reference`."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ def compare(
     context: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Measure a bundle beside an unquantized checkpoint, merged with `adapter` if one is given.
+    """Measure a bundle against an unquantized checkpoint, merged with `adapter` if one is given.
 
-    `text` is a file of documents, cut into pieces of at most 1,024 tokens and `context`, by default the bundle's; of
-    more than 65,536 tokens so many are taken evenly, and `left_out_tokens` counts the others. Returns what `--verify`
-    writes into a manifest: text, tokens, perplexity, reference_perplexity, kl_mean, kl_p99 in nats, top1_agreement in
-    [0, 1]. Raises `EdgelmError` when the two do not belong together or a file cannot be read.
+    `text` is a file of documents. They are cut into sequences of at most 1,024 tokens and `context` (default: the
+    bundle's). Of more than 65,536 tokens, as many are chosen at even distances, and `left_out_tokens` counts the rest.
+    Returns the quality entry of a manifest: text, tokens, perplexity, reference_perplexity, kl_mean and kl_p99 in nats,
+    top1_agreement in [0, 1]. Raises `EdgelmError` if bundle and checkpoint do not belong together or a file cannot be
+    read.
     """
     opened = open_bundle(bundle)
-    manifest, told = opened.manifest, progress or ignore_progress
+    manifest, on_progress = opened.manifest, progress or ignore_progress
     if manifest.adapter is not None and adapter is None:
-        raise EdgelmError(f"{opened.path} has the adapter {manifest.adapter} merged: name it with --adapter")
+        raise EdgelmError(f"{opened.path} has the adapter {manifest.adapter} merged: pass it with --adapter")
     length = manifest.context if context is None else context
     measured = evaluation_documents(
         read_text(text, "--text"), Tokenizer.from_file(opened.tokenizer), manifest.bos_token, length
@@ -48,19 +49,22 @@ def compare(
     if manifest.via == "optimum":
         from .optimum.via_optimum import reference_bundle  # heavy: torch, transformers
 
-        with tempfile.TemporaryDirectory() as folder, reference_bundle(checkpoint, Path(folder), length, told) as other:
-            found = measure_agreement(opened, BundlePredictor(other), measured.documents, told)
-            return quality_facts(found, Path(text).name, measured.left_out)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            reference_bundle(checkpoint, Path(folder), length, on_progress) as other,
+        ):
+            found = measure_agreement(opened, BundlePredictor(other), measured.documents, on_progress)
+            return quality_facts(found, Path(text).name, measured.left_out_tokens)
     model = open_source_model(checkpoint, adapter)
     if manifest.vocabulary is not None:
         model = with_vocabulary(model, _kept(opened))
     if model.decoder.vocab_size != manifest.vocab_size:
         raise EdgelmError(
-            f"{opened.path} has a vocabulary of {manifest.vocab_size}, {checkpoint} one of {model.decoder.vocab_size}:"
+            f"{opened.path} has a vocabulary of {manifest.vocab_size}, {checkpoint} of {model.decoder.vocab_size}:"
             " they do not belong together"
         )
-    found = measure_agreement(opened, CheckpointPredictor(model.weights, told), measured.documents, told)
-    return quality_facts(found, Path(text).name, measured.left_out)
+    found = measure_agreement(opened, CheckpointPredictor(model.weights, on_progress), measured.documents, on_progress)
+    return quality_facts(found, Path(text).name, measured.left_out_tokens)
 
 
 def _kept(bundle: Bundle) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -1,4 +1,4 @@
-"""The road of a model: checkpoint -> plan -> matrices and graph -> manifest -> measured -> renamed into place."""
+"""The export as one function: checkpoint -> plan -> matrices and graph -> manifest -> checks -> rename into place."""
 
 from __future__ import annotations
 
@@ -52,72 +52,71 @@ def export(
         A Hugging Face directory, a GGUF file (the first part of a split one), `ollama:NAME[:TAG]` of a local Ollama
         store, or a hub id (owner/name).
     out
-        The bundle's directory; a failed export leaves nothing behind.
+        The bundle's directory. A failed export leaves nothing behind.
     force
-        Replace an existing bundle, and write one that fails the self-check.
+        Replace an existing bundle, and write a bundle that fails the self-check.
     progress
         Called with (what, done, of).
     quant
-        `int4` (the default), whose embedding and head have 5 bits; `int5` (the default with `fast`), `int6`, `int8`,
-        `fp32`; `mixed`: 4 to 8 bits, each matrix by its measured sensitivity, at most 5.5 bits a weight unless
-        `max_bytes` or `max_kl` says otherwise; or `keep`: the Q4_0 and Q8_0 blocks of a GGUF file as they are, int8
-        where a matrix has another format.
+        `int4` (the default; embedding and head have 5 bits), `int5` (the default with `fast`), `int6`, `int8`, `fp32`;
+        `mixed`: 4 to 8 bits by the measured sensitivity of each matrix, at most 5.5 bits per weight unless
+        `max_bytes` or `max_kl` is given; `keep`: copy the Q4_0 and Q8_0 blocks of a GGUF file, int8 for matrices in
+        other formats.
     block_size, symmetric
-        Weights that share a scale: 16, 32 (the default), 64 or 128; and whether blocks have no zero point (True).
+        Weights that share a scale: 16, 32 (the default), 64 or 128. Whether blocks have no zero point (True).
     method
-        How codes are chosen: `rtn` rounds to nearest, `clip` searches the scale of least squared error, `hqq` is
-        half-quadratic quantization, `gptq` is second-order and calibrated. `auto`: gptq, clip with `fast`; rtn for
+        How codes are chosen: a module of `edgelm_export.quantize.methods`, or `auto`: gptq; clip with `fast`; rtn for
         int8.
     calibrate
-        A text file like what the model will see; or `self`, the default but for int8: self-generated text.
+        A text file similar to the model's later inputs, or `self`: self-generated text, the default except for int8.
     fast
         Quantize without calibration: seconds instead of minutes.
     embedding_bits
         Bits of embedding and head: 4, 5, 6 or 8.
     context
-        Positions of the longest conversation; the default is the checkpoint's, at most 4096.
+        Maximum positions of a conversation. Default: the checkpoint's, at most 4096.
     adapter
-        A LoRA adapter of PEFT's format to merge: a directory or a hub id.
+        A LoRA adapter in PEFT's format to merge: a directory or a hub id.
     vocab, vocab_size
-        A text file of the domain, and how many tokens to keep for it.
+        A text file of the domain, and the number of tokens to keep for it.
     verify, max_kl, min_agreement
-        A text file to measure the bundle on beside the checkpoint, and what it must reach: the mean KL divergence in
-        nats, the share of positions in (0, 1] with the same likeliest token. `max_kl` is also a budget: matrices of an
-        int4 export are upgraded until it is met.
+        A text file on which the bundle is compared with the checkpoint, and limits for the result: the mean KL
+        divergence in nats, and the share in (0, 1] of positions with the same most likely token. `max_kl` is also a
+        budget: matrices of an int4 export get more bits until it is met.
     max_bytes
-        Size that the bundle's files may have together.
+        Maximum size of the bundle's files together.
     prefix
-        A file of what prompts will begin with, text or messages: `edgelm.text.static_prompt`. Its keys and values
-        become a part of the bundle.
+        A file with the beginning of every prompt, text or messages (`edgelm.text.static_prompt`). Its keys and values
+        become part of the bundle.
     report
-        Whether to plot each matrix's error and size into report.svg.
+        Plot the error and size of each matrix into report.svg.
     kv
-        `fp32` (the default) or `int8`: how keys and values are kept while the model runs. int8 takes a quarter of the
-        memory; its scales come from `calibrate`, else from 8,192 self-generated tokens.
+        Storage of keys and values at run time: `fp32` (the default) or `int8`, a quarter of the memory. The scales of
+        int8 come from `calibrate`, otherwise from 8,192 self-generated tokens.
     via
-        `native` builds the graph itself; `optimum` converts optimum's export of any causal model.
+        `native` builds the graph; `optimum` converts optimum's export of any causal model.
 
     Raises
     ------
     CheckpointError
         The checkpoint is incomplete, damaged or of an unsupported architecture.
     SelfCheckError
-        The bundle predicts so much worse than the checkpoint that it is of no use.
+        The bundle predicts so much worse than the checkpoint that it is unusable.
     EdgelmError
-        The target exists, cannot be written, an option is out of range, or a limit is not met.
+        The target exists or cannot be written, an option is out of range, or a limit is not met.
     """
     chosen = _checked(options)
-    told = progress or ignore_progress
+    on_progress = progress or ignore_progress
     opening = None if chosen.prefix is None else read_prefix_text(chosen.prefix)
-    with staged_directory(Path(out), force=force, replaceable=lambda path: (path / MANIFEST).is_file()) as stage:
+    with staged_directory(Path(out), force=force, is_replaceable=lambda path: (path / MANIFEST).is_file()) as stage:
         if chosen.via == "optimum":
             from .optimum.via_optimum import export_via_optimum  # heavy: torch, transformers
 
-            export_via_optimum(checkpoint, stage, chosen, told, force=force)
+            export_via_optimum(checkpoint, stage, chosen, on_progress, force=force)
         else:
-            _export(checkpoint, stage, chosen, opening, told, force=force)
+            _export(checkpoint, stage, chosen, opening, on_progress, force=force)
         if opening is not None:
-            told("static prefix", 0, 1)
+            on_progress("static prefix", 0, 1)
             written = open_bundle(stage, verify=False)
             add_prefix(written, tokenize_prefix(opening, Tokenizer.of_bundle(written)))
         size = open_bundle(stage, verify=False).bytes
@@ -130,13 +129,13 @@ def outline(checkpoint: str | Path, *, progress: ProgressCallback | None = None,
     """Return what `export` with the same options would write, without writing it. Raises as `export` does."""
     chosen = _checked(options)
     if chosen.via == "optimum":
-        raise EdgelmError("--dry-run does not go with --via optimum: only optimum's export shows what it will be")
+        raise EdgelmError("--dry-run does not go with --via optimum: the size is known only after optimum's export")
     model = _open(checkpoint, chosen)
     length = choose_context(chosen.context, model.decoder.context)
     if chosen.prefix is not None:
         model = with_static_prefix(model, read_prefix_text(chosen.prefix), length)
-    told = progress or ignore_progress
-    return make_plan(model, chosen, length, _calibration(model, chosen, length, told), told)[1]
+    on_progress = progress or ignore_progress
+    return make_plan(model, chosen, length, _calibration(model, chosen, length, on_progress), on_progress)[1]
 
 
 def _checked(given: Mapping[str, Any]) -> ExportOptions:
@@ -167,7 +166,9 @@ def _export(
     length = choose_context(options.context, model.decoder.context)
     if opening is not None:
         model = with_static_prefix(model, opening, length)
-    measured = _evaluation_text(model, options, length)  # first: whether the text can be read is known at once
+    measured = _evaluation_text(
+        model, options, length
+    )  # before the long work, so that an unreadable text fails at once
     documents = _calibration(model, options, length, progress, stage)
     plan, outline = make_plan(model, options, length, documents, progress)
     manifest = write_bundle(
@@ -182,7 +183,9 @@ def _export(
         report=options.report,
     )
     if options.kv == "int8":
-        text = documents if options.chosen_calibration is not None else None  # a budget may look at --verify's text
+        text = (
+            documents if options.chosen_calibration is not None else None
+        )  # with a budget, documents may be the text of --verify
         manifest = quantize_kv_cache(stage, manifest, model, text, progress)
     manifest = write_manifest(stage, manifest)
     reference = CheckpointPredictor(model.weights, progress)
@@ -194,14 +197,14 @@ def _export(
     if measured is not None and options.verify is not None:
         agreement = measure_agreement(Bundle(stage, manifest), reference, measured.documents, progress)
         check_agreement(agreement, options.max_kl, options.min_agreement)
-        found = quality_facts(agreement, Path(options.verify).name, measured.left_out)
+        found = quality_facts(agreement, Path(options.verify).name, measured.left_out_tokens)
         write_manifest(stage, replace(manifest, quality=found))
 
 
 def _calibration(
     model: SourceModel, options: ExportOptions, context: int, progress: ProgressCallback, beside: Path | None = None
 ) -> Sequence[Document] | None:
-    """Return the documents that calibration and sensitivity look at, where either is wanted."""
+    """Return the documents for calibration and sensitivity; None if neither is needed."""
     chosen = options.chosen_calibration
     if not options.has_budget and chosen is None:
         return None

@@ -1,4 +1,4 @@
-"""What an export is going to write, before it writes anything: the plan of every matrix, and what it adds up to."""
+"""Plans an export before it is written: the storage of every matrix, and the total size."""
 
 from __future__ import annotations
 
@@ -30,25 +30,26 @@ from .quantize.spec import KEEP, QuantSpec
 from .source_model import SourceModel
 from .write.matrix_store import planned_matrix
 
-SLACK: Final = 512
-"""Bytes of a bundle that are known only when it is written."""
+MARGIN_BYTES: Final = 512
+"""Margin for the bytes of a bundle that are known only after it is written."""
 
 SENSITIVITY_TOKENS: Final = 256
-"""Positions that sensitivity is measured on: every matrix has its own hidden states of all of them, in every layer."""
+"""Positions on which sensitivity is measured; each matrix has its own hidden states of all of them, in every layer."""
 
 MAX_SENSITIVITY_DOCUMENT_TOKENS: Final = 64
-"""Most of them from one document."""
+"""Maximum of these positions from one document."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportOutline:
-    """What an export would write: `bytes` of all files, within a few; how each matrix is stored, in the graph's order.
+    """What an export would write.
 
-    `kl` is the divergence in nats that the matrices were measured to add up to, where a budget was given.
+    matrices: how each is stored, in the graph's order. total_bytes: size of all files, within a few bytes. kl: expected
+    divergence in nats, if a budget was given.
     """
 
     matrices: tuple[Matrix, ...]
-    bytes: int
+    total_bytes: int
     kl: float | None
 
     @property
@@ -58,7 +59,7 @@ class ExportOutline:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a weight over all matrices, scales and zero points included."""
+        """Stored bits per weight of all matrices, with scales and zero points."""
         return 8 * self.matrix_bytes / sum(matrix.rows * matrix.columns for matrix in self.matrices)
 
 
@@ -69,10 +70,10 @@ def make_plan(
     documents: Sequence[Document] | None,
     progress: ProgressCallback,
 ) -> tuple[QuantPlan, ExportOutline]:
-    """Return how each matrix is to be stored, and what that comes to.
+    """Return how each matrix is stored, and the resulting size.
 
-    `documents` are what sensitivity is measured on, where there is a budget. Raises `EdgelmError` for a budget that
-    cannot be met.
+    documents: the text for measuring sensitivity, if there is a budget. Raises `EdgelmError` for a budget that cannot
+    be met.
     """
     plan, kl = _base_plan(model, options), None
     if options.has_budget and documents is not None:
@@ -82,16 +83,16 @@ def make_plan(
 
 
 def _base_plan(model: SourceModel, options: ExportOptions) -> QuantPlan:
-    """Return the options' plan, with blocks of 16 where blocks of 32 would leave half of a row's last one empty.
+    """Return the plan of the options, with blocks of 16 for rows whose last block of 32 would be at most half full.
 
-    The codes that this saves nearly pay for the scales it adds. Only where no block size is asked for.
+    The codes saved nearly pay for the additional scales. Only if no block size is given.
     """
     if options.quant == "keep":
         return plan_kept_blocks(model.weights)
     plan = options.plan
     if options.block_size is not None or plan.default is None or plan.default.bits != 4:
         return plan
-    short = [name for name, (_, columns) in model.weights.shapes() if 0 < columns % 32 <= 16]
+    short = [name for name, (_, columns) in model.weights.matrix_shapes() if 0 < columns % 32 <= 16]
     finer = {name: dataclasses.replace(spec, block_size=16) for name in short if (spec := plan.spec(name)) is not None}
     return QuantPlan(
         plan.default, {**plan.exceptions, **{name: spec for name, spec in finer.items() if spec.bits == 4}}
@@ -105,7 +106,7 @@ def _plan_within_budget(
     if base.default is None:
         raise AssertionError("a budget without quantization")
     layers = ReferenceModel(model.weights, max(len(document) for document in documents))
-    probe = QuantPlan(base.default)  # alike for all, so that what is measured stands out from what is not
+    probe = QuantPlan(base.default)  # the same for all matrices, so that their divergences can be compared
     measured = measure_sensitivity(layers, _sensitivity_documents(documents), probe, progress)
     candidates = _candidates(base.default, options)
     choices: dict[str, list[StorageOption]] = {}
@@ -126,26 +127,30 @@ def _plan_within_budget(
         chosen = choose_options(choices, max_bytes=limit, max_kl=options.max_kl)
         plan = QuantPlan(base.default, {name: option.spec for name, option in chosen.items()})
         excess = (
-            0 if options.max_bytes is None else _bundle_bytes(model, plan, context, options) + SLACK - options.max_bytes
+            0
+            if options.max_bytes is None
+            else _bundle_bytes(model, plan, context, options) + MARGIN_BYTES - options.max_bytes
         )
         if excess <= 0 or limit is None:
             return plan, sum(option.kl for option in chosen.values())
-        limit -= excess  # page boundaries fall otherwise
+        limit -= excess  # the alignment to pages changes with the plan
 
 
 def _matrix_budget_bytes(model: SourceModel, plan: QuantPlan, options: ExportOptions, context: int) -> int:
-    """Return the bytes that are left for matrices. Raises `EdgelmError` where there are none."""
+    """Return the bytes left for matrices. Raises `EdgelmError` if there are none."""
     max_bytes = options.max_bytes or 0
     others = (
-        _bundle_bytes(model, plan, context, options) - sum(matrix.bytes() for matrix in _matrices(model, plan)) + SLACK
+        _bundle_bytes(model, plan, context, options)
+        - sum(matrix.bytes() for matrix in _matrices(model, plan))
+        + MARGIN_BYTES
     )
     if others >= max_bytes:
-        raise EdgelmError(f"--max-bytes {max_bytes}: tokenizer, norms, tables, graph and prefix take {others} already")
+        raise EdgelmError(f"--max-bytes {max_bytes}: tokenizer, norms, tables, graph and prefix take {others} bytes")
     return max_bytes - others
 
 
 def _candidates(base: QuantSpec, options: ExportOptions) -> list[QuantSpec]:
-    """Return how a matrix may be stored under a budget: the method stays, bits and block size may change."""
+    """Return the storage choices under a budget: the method stays; bits and block size vary."""
     sizes = [options.block_size] if options.block_size is not None else [16, 32, 64, 128]
     bits = [8] if options.quant == "int8" else QUANTIZED_BITS
     return list(
@@ -154,7 +159,7 @@ def _candidates(base: QuantSpec, options: ExportOptions) -> list[QuantSpec]:
 
 
 def _matrices(model: SourceModel, plan: QuantPlan) -> list[Matrix]:
-    matrices = [planned_matrix(name, *shape, plan.spec(name)) for name, shape in model.weights.shapes()]
+    matrices = [planned_matrix(name, *shape, plan.spec(name)) for name, shape in model.weights.matrix_shapes()]
     return [
         dataclasses.replace(matrix, scale_bits=scale_bits(model.decoder, matrix.name))
         if matrix.method == KEEP
@@ -164,7 +169,7 @@ def _matrices(model: SourceModel, plan: QuantPlan) -> list[Matrix]:
 
 
 def _bundle_bytes(model: SourceModel, plan: QuantPlan, context: int, options: ExportOptions) -> int:
-    """Return the bytes of the files that a plan comes to, but for a few that depend on the weights."""
+    """Return the bytes of a plan's files, except for a few bytes that depend on the weights."""
     constants = CountedInitializers("model.onnx.data")
     matrices = {matrix.name: matrix for matrix in _matrices(model, plan)}
     for matrix in matrices.values():
@@ -175,13 +180,13 @@ def _bundle_bytes(model: SourceModel, plan: QuantPlan, context: int, options: Ex
         d = model.decoder
         ones = np.ones((d.kv_heads, d.padded_head_size), np.float32)
         convert_cache_to_int8(graph, [CacheScales(ones, ones)] * len(d.layers))
-    vocabulary = 0 if model.vocabulary is None else len(json.dumps(model.vocabulary.kept.tolist()))
-    prefix = len(model.prefix) * model.decoder.cache.bytes_per_token()
-    return constants.bytes + int(graph.ByteSize()) + len(model.tokenizer_text.encode()) + vocabulary + prefix
+    vocabulary = 0 if model.vocabulary is None else len(json.dumps(model.vocabulary.kept_ids.tolist()))
+    prefix = len(model.prefix_tokens) * model.decoder.cache.bytes_per_token()
+    return constants.total_bytes + int(graph.ByteSize()) + len(model.tokenizer_text.encode()) + vocabulary + prefix
 
 
 def _sensitivity_documents(documents: Sequence[Document]) -> list[Document]:
-    """Return the beginnings of some documents, evenly from the first to the last, of `SENSITIVITY_TOKENS` together."""
+    """Return beginnings of documents at even distances, `SENSITIVITY_TOKENS` tokens in total."""
     count = min(len(documents), SENSITIVITY_TOKENS // MAX_SENSITIVITY_DOCUMENT_TOKENS)
     length = max(MAX_SENSITIVITY_DOCUMENT_TOKENS, SENSITIVITY_TOKENS // count)
     return [documents[i * len(documents) // count][:length] for i in range(count)]

@@ -1,13 +1,13 @@
-"""Who is told how far an export has come."""
+"""The callback that reports the progress of an export."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 ProgressCallback = Callable[[str, int, int], None]
-"""Called with (what, done, of): steps, or bytes."""
+"""Called with (what, done, of); the numbers count steps or bytes."""
 
 
 def ignore_progress(what: str, done: int, of: int) -> None:
-    """Tell nobody."""
+    """Do nothing."""
     del what, done, of

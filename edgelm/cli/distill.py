@@ -108,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
             device=pipeline.choose_device(args.device),
             resume=args.resume,
             force=args.force,
-            report=lambda state: bar(state.summary, round(100 * state.share), 100),
-            told=lambda what: bar(what, 0, 1),
+            report=lambda state: bar(state.summary, round(100 * state.fraction_done), 100),
+            on_message=lambda what: bar(what, 0, 1),
         )
     progress, settings, score = outcome.progress, outcome.settings, outcome.score
     result = {

@@ -1,6 +1,6 @@
-"""Model families: how each one's configuration and weight names map onto the decoder.
+"""Model architectures: how the configuration and tensor names of each one map onto the decoder.
 
-One file a family: a module here with a `ARCHITECTURE` is found by itself.
+One module for each architecture. A module with an `ARCHITECTURE` is found by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the families' configurations share: one reader of shapes, with each family's own options on top."""
+"""Reads the options that architectures share; each architecture adds its own on top."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .rope import RopeConfig
 
 
 class Architecture(NamedTuple):
-    """One model family: its `model_type`, what reads its config.json, and where its checkpoints keep each tensor."""
+    """One architecture: its `model_type`, the reader of its config.json, and its checkpoints' tensor names."""
 
     model_type: str
-    decoder: Callable[[Mapping[str, Any]], DecoderConfig]
-    names: TensorNames
+    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
+    tensor_names: TensorNames
 
 
 class ModelShape(NamedTuple):
-    """What a config.json says of sizes; `context` is the checkpoint's own limit."""
+    """Sizes in a config.json. `context` is the checkpoint's own limit."""
 
     hidden: int
     layers: int
@@ -51,15 +51,17 @@ def read_shape(
     context: int = 2048,
     partial: bool = False,
 ) -> ModelShape:
-    """Read the sizes; numbers are the family's defaults, `partial` means heads may rotate in part.
+    """Read the sizes. kv_heads, head_size, context: the architecture's defaults. partial: heads may rotate in part.
 
     Raises `CheckpointError`.
     """
     hidden = read_positive_int(config, "hidden_size")
-    heads = read_positive_int(config, "num_attention_heads", most=MAX_HEADS)
+    heads = read_positive_int(config, "num_attention_heads", maximum=MAX_HEADS)
     if "num_key_value_heads" in config:
-        kv_heads = None  # null there means one for each head
-    groups = read_positive_int(config, "num_key_value_heads", heads if kv_heads is None else kv_heads, most=MAX_HEADS)
+        kv_heads = None  # null means one for each head
+    groups = read_positive_int(
+        config, "num_key_value_heads", heads if kv_heads is None else kv_heads, maximum=MAX_HEADS
+    )
     if "head_dim" in config and config["head_dim"] is None:
         head_size = None
     if config.get("head_dim") is None and head_size is None and hidden % heads:
@@ -69,13 +71,13 @@ def read_shape(
             f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
         )
     size = read_positive_int(
-        config, "head_dim", hidden // heads if head_size is None else head_size, most=MAX_HEAD_SIZE
+        config, "head_dim", hidden // heads if head_size is None else head_size, maximum=MAX_HEAD_SIZE
     )
-    rotary = int(size * read_partial_rotary_factor(config, built=partial))
+    rotary = int(size * read_partial_rotary_factor(config, is_supported=partial))
     if rotary % 2 or not rotary:
         raise CheckpointError(f"config.json: head_dim must be even for rotary embedding, got {rotary} that rotate")
-    length = read_positive_int(config, "max_position_embeddings", context, most=MAX_POSITIONS)
-    layers = read_positive_int(config, "num_hidden_layers", most=MAX_LAYERS)
+    length = read_positive_int(config, "max_position_embeddings", context, maximum=MAX_POSITIONS)
+    layers = read_positive_int(config, "num_hidden_layers", maximum=MAX_LAYERS)
     return ModelShape(hidden, layers, heads, groups, size, rotary, length)
 
 
@@ -86,17 +88,17 @@ def read_decoder_config(
     layers: Sequence[LayerConfig] | None = None,
     theta: float = 10000.0,
     norm_epsilon: float = 1e-6,
-    tied: bool = False,
+    has_tied_head: bool = False,
     attention_scale: float | None = None,
     **options: Any,
 ) -> DecoderConfig:
     """Read a config.json into a decoder.
 
-    `layers` are all alike, with the configured rope and no window, unless given; `theta`, `norm_epsilon` and `tied` are
-    what the family takes where the configuration says nothing; `options` are fields of `DecoderConfig`. Raises
-    `CheckpointError` for a bad value or an option that is not built.
+    layers: if None, all layers have the configured rope and no window. theta, norm_epsilon, has_tied_head: the
+    architecture's defaults. options: other fields of `DecoderConfig`. Raises `CheckpointError` for a bad value or an
+    unsupported option.
     """
-    if config.get("quantization_config") is not None:  # who opens a checkpoint takes it out once it is read
+    if config.get("quantization_config") is not None:  # opening a quantized checkpoint removes it
         raise CheckpointError("config.json: quantization_config is not supported here: the weights are taken as floats")
     shape = read_shape(config) if shape is None else shape
     if layers is None:
@@ -111,7 +113,7 @@ def read_decoder_config(
         mlp_size=read_positive_int(config, "intermediate_size"),
         context=shape.context,
         norm_epsilon=read_positive_number(config, "rms_norm_eps", norm_epsilon),
-        tied=read_bool(config, "tie_word_embeddings", tied),
+        has_tied_head=read_bool(config, "tie_word_embeddings", has_tied_head),
         attention_scale=shape.head_size**-0.5 if attention_scale is None else attention_scale,
         rotary_size=shape.rotary_size,
         **{"activation": read_activation(config, "hidden_act"), **options},
@@ -119,34 +121,34 @@ def read_decoder_config(
 
 
 def read_shared_rope(config: Mapping[str, Any], shape: ModelShape, theta: float = 10000.0) -> RopeConfig:
-    """Read the rope that all layers of a checkpoint share."""
+    """Read the rope that all layers share."""
     return read_rope(config, shape.context, shape.rotary_size, theta=theta)
 
 
 def read_sliding_layers(config: Mapping[str, Any], layers: int, default: Sequence[bool]) -> list[bool]:
-    """Tell which layers see only a window: those that `layer_types` says, else `default`."""
+    """Return which layers are sliding: by `layer_types`, otherwise `default`."""
     kinds = read_layer_list(config, "layer_types", layers, (FULL_ATTENTION, SLIDING_ATTENTION))
     return list(default) if kinds is None else [kind == SLIDING_ATTENTION for kind in kinds]
 
 
 def read_windows(config: Mapping[str, Any], sliding: Sequence[bool], default: int | None = None) -> list[int | None]:
-    """Return each layer's window of `sliding_window` positions, None where it sees everything.
+    """Return the window of each layer, `sliding_window` positions; None for full attention.
 
-    Raises `CheckpointError` when layers slide and no window is given.
+    Raises `CheckpointError` if layers are sliding and there is no `sliding_window`.
     """
     if not any(sliding):
         return [None] * len(sliding)
     if config.get("sliding_window", default) is None:
         raise CheckpointError("config.json: layer_types has sliding_attention, but sliding_window is not set")
-    window = read_positive_int(config, "sliding_window", default, most=MAX_POSITIONS)
+    window = read_positive_int(config, "sliding_window", default, maximum=MAX_POSITIONS)
     return [window if slides else None for slides in sliding]
 
 
 def check_no_window(config: Mapping[str, Any], shape: ModelShape) -> None:
-    """Raise `CheckpointError` for a `sliding_window` in a family that has none, unless it changes nothing.
+    """Raise `CheckpointError` for a `sliding_window` in an architecture without windows, unless it has no effect.
 
-    Idle is one that is null or 0, at least as long as the context, switched off by use_sliding_window, or used by no
-    layer of layer_types.
+    It has no effect if it is null, 0 or at least the context, disabled by use_sliding_window, or used by no layer of
+    layer_types.
     """
     window = config.get("sliding_window")
     if window is None or window == 0 or not read_bool(config, "use_sliding_window", True):
@@ -154,20 +156,20 @@ def check_no_window(config: Mapping[str, Any], shape: ModelShape) -> None:
     kinds = read_layer_list(config, "layer_types", shape.layers, (FULL_ATTENTION, SLIDING_ATTENTION))
     if kinds is not None and SLIDING_ATTENTION not in kinds:
         return
-    if read_positive_int(config, "sliding_window", most=MAX_POSITIONS) < shape.context:
+    if read_positive_int(config, "sliding_window", maximum=MAX_POSITIONS) < shape.context:
         raise CheckpointError(
-            f"config.json: sliding_window = {window} is not supported in this family: expected null, or at least"
+            f"config.json: sliding_window = {window} is not supported for this model_type: expected null, or at least"
             f" max_position_embeddings {shape.context}"
         )
 
 
 def read_optional_windows(config: Mapping[str, Any], shape: ModelShape, max_window_layers: int) -> list[int | None]:
-    """Return the windows of families that slide only with `use_sliding_window`, from a layer on (Qwen)."""
+    """Return the windows of architectures whose layers slide only with `use_sliding_window`, from a layer on (Qwen)."""
     slides = read_bool(config, "use_sliding_window") and config.get("sliding_window", 4096) is not None
     first = config.get("max_window_layers")
     first = max_window_layers if first is None else first
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-        raise CheckpointError(f"config.json: max_window_layers must be a number of layers, got {first!r}")
+        raise CheckpointError(f"config.json: max_window_layers must be an integer of at least 0, got {first!r}")
     sliding = read_sliding_layers(config, shape.layers, [slides and i >= first for i in range(shape.layers)])
     if any(sliding) and not slides:
         raise CheckpointError("config.json: layer_types has sliding_attention, but use_sliding_window is off")

@@ -1,6 +1,6 @@
-"""What a decoder-only transformer is, as numbers: the shapes and options that every family maps onto.
+"""The shapes and options of a decoder-only transformer that every architecture maps onto.
 
-Knows neither Hugging Face names nor ONNX.
+Knows neither Hugging Face's names nor ONNX.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from .rope import RopeConfig
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 ROTARY_MULTIPLE: Final = 16
-"""The attention kernel rotates by itself where what rotates is a multiple of this."""
+"""The attention kernel can rotate if the number of rotating elements is a multiple of this."""
 
 HEAD_SIZE_MULTIPLE: Final = 8
-"""The attention kernel wants head sizes that are a multiple of this."""
+"""The attention kernel requires head sizes that are a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerConfig:
-    """What may differ between layers: `window` positions are seen, a token's own included; None rotates nothing."""
+    """Options of a layer. rope None: no rotation. window: positions visible to a token, itself included; None: all."""
 
     rope: RopeConfig | None
     window: int | None = None
@@ -31,13 +31,13 @@ class LayerConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """Shapes and options of a gated, grouped-query decoder.
+    """Shapes and options of a gated decoder with grouped-query attention.
 
-    Widths count elements; `context` counts positions. A branch (attention, MLP) reads the residual stream through a
-    norm (`pre_norm`), and its result may be normed before it is added (`post_norm`). Norms are RMS norms (Zhang &
-    Sennrich 2019, arXiv:1910.07467) times `norm_offset` + the stored weight. `qk_norm` norms queries and keys before
-    rotation, each head by itself or the whole projection. Soft caps bound a score x to cap * tanh(x / cap). Scales
-    multiply embeddings, each branch, and the logits.
+    Widths count elements, `context` counts positions. A branch (attention, MLP) reads the residual stream through a
+    norm (`pre_norm`); its result may be normed before it is added (`post_norm`). Norms are RMS norms (Zhang & Sennrich
+    2019, arXiv:1910.07467) times `norm_offset` + the stored weight. `qk_norm` norms queries and keys before rotation,
+    each head separately or the whole projection. A soft cap limits a score x to cap * tanh(x / cap). Scales multiply
+    embeddings, each branch, and logits.
     """
 
     vocab_size: int
@@ -49,7 +49,7 @@ class DecoderConfig:
     mlp_size: int
     context: int
     norm_epsilon: float
-    tied: bool
+    has_tied_head: bool
     attention_scale: float
     rotary_size: int
     activation: Activation = "silu"
@@ -68,17 +68,17 @@ class DecoderConfig:
 
     @property
     def padded_head_size(self) -> int:
-        """Head size in the graph, a multiple of what the attention kernel takes."""
+        """Head size in the graph: padded to a multiple of `HEAD_SIZE_MULTIPLE`."""
         return -(-self.head_size // HEAD_SIZE_MULTIPLE) * HEAD_SIZE_MULTIPLE
 
     @property
     def cache(self) -> KVCacheShape:
-        """Keys and values as the graph keeps them."""
+        """Shape of the KV cache."""
         return KVCacheShape("shared", len(self.layers), self.kv_heads, self.padded_head_size)
 
     @property
     def has_fused_rotary(self) -> bool:
-        """Whether the attention kernel can rotate; if not, a node before it does."""
+        """Whether the attention kernel rotates; otherwise nodes before it do."""
         return self.rotary_size % ROTARY_MULTIPLE == 0 and self.padded_head_size % ROTARY_MULTIPLE == 0
 
     @property
@@ -88,26 +88,27 @@ class DecoderConfig:
 
     @property
     def parameters(self) -> int:
-        """Number of weights of the checkpoint, padding not counted, a tied head once."""
+        """Number of weights of the checkpoint, without padding; a tied head counts once."""
         heads = (self.heads + 2 * self.kv_heads) * self.head_size
         layer = self.hidden_size * (heads + self.heads * self.head_size + 3 * self.mlp_size)
         layer += self.hidden_size * 2 * (self.pre_norm + self.post_norm)
         layer += {None: 0, "head": 2, "projection": self.heads + self.kv_heads}[self.qk_norm] * self.head_size
         layer += self.qkv_bias * heads + self.output_bias * self.hidden_size
         layer += self.mlp_bias * (2 * self.mlp_size + self.hidden_size)
-        tables = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        tables = self.vocab_size * self.hidden_size * (1 if self.has_tied_head else 2)
         return tables + len(self.layers) * layer + self.hidden_size
 
     def long_from(self, context: int) -> int | None:
-        """Return the length past which sequences need long factors, where a rope of this context has them."""
-        return next((switch for rope in self.ropes if (switch := rope.switch(context)) is not None), None)
+        """Return the length above which sequences need long factors; None if no rope has them at this context."""
+        return next((switch for rope in self.ropes if (switch := rope.long_from(context)) is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorNames:
-    """Where a checkpoint keeps each tensor; `{i}` stands for the layer. A bias is its weight's name with `.bias`.
+    """A checkpoint's tensor names; `{i}` is the layer. The name of a bias is its weight's with `.bias`.
 
-    Empty names are tensors that the family does not have. `qkv` and `gate_up` name projections stored as one.
+    An empty name is a tensor that the architecture does not have. `qkv` and `gate_up` name projections stored as one
+    tensor.
     """
 
     embedding: str = "model.embed_tokens.weight"

@@ -1,4 +1,4 @@
-"""Reading a config.json with care: types checked, unsupported options named and refused, never ignored."""
+"""Reads fields of a config.json: checks types, and refuses unsupported options instead of ignoring them."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ ACTIVATIONS: Final[dict[str, Activation]] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-"""Names in transformers, and what they compute."""
+"""transformers' names of activations, and ours."""
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
 
 MAX_WIDTH: Final = 1 << 24
-"""Of a hidden state, a vocabulary and the like: a hundred times what published models have."""
+"""Maximum width of a hidden state, a vocabulary and similar sizes: 100 times those of published models."""
 MAX_POSITIONS: Final = 1 << 40
-"""Some configurations say so that there is no limit."""
+"""Some configurations use such a number for "no limit"."""
 
 
 def read_positive_int(
-    config: Mapping[str, Any], name: str, default: int | None = None, *, most: int = MAX_WIDTH
+    config: Mapping[str, Any], name: str, default: int | None = None, *, maximum: int = MAX_WIDTH
 ) -> int:
-    """Return an integer in [1, most] of the configuration; a missing or null one is `default`."""
+    """Return an integer in [1, maximum] of the configuration; `default` if it is missing or null."""
     value = config.get(name)
     if value is None:
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {name} must be a positive integer, got {config.get(name)!r:.80}")
-    if value > most:
-        raise CheckpointError(f"config.json: {name} must be {most} at most, got {value!r:.80}")
+    if value > maximum:
+        raise CheckpointError(f"config.json: {name} must be {maximum} at most, got {value!r:.80}")
     return value
 
 
 def read_positive_number(config: Mapping[str, Any], name: str, default: float) -> float:
-    """Return a positive number of the configuration; a missing or null one is `default`."""
+    """Return a positive number of the configuration; `default` if it is missing or null."""
     value = read_optional_number(config, name)
     return default if value is None else value
 
 
 def read_optional_number(config: Mapping[str, Any], name: str) -> float | None:
-    """Return a positive number of the configuration, or None where it is missing or null."""
+    """Return a positive number of the configuration; None if it is missing or null."""
     value = config.get(name)
     if value is None:
         return None
@@ -59,7 +59,7 @@ def read_optional_number(config: Mapping[str, Any], name: str) -> float | None:
 
 
 def read_bool(config: Mapping[str, Any], name: str, default: bool = False) -> bool:
-    """Return a switch of the configuration; a missing or null one is `default`."""
+    """Return a boolean of the configuration; `default` if it is missing or null."""
     value = config.get(name)
     if value is not None and not isinstance(value, bool):
         raise CheckpointError(f"config.json: {name} must be true or false, got {value!r}")
@@ -67,7 +67,7 @@ def read_bool(config: Mapping[str, Any], name: str, default: bool = False) -> bo
 
 
 def read_activation(config: Mapping[str, Any], *names: str) -> Activation:
-    """Return what the first of the names that is present says; SiLU where none is."""
+    """Return the activation in the first of the named fields that is present; SiLU if none is."""
     name = next((name for name in names if config.get(name) is not None), None)
     if name is None:
         return "silu"
@@ -78,7 +78,7 @@ def read_activation(config: Mapping[str, Any], *names: str) -> Activation:
 
 
 def check_supported(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise `CheckpointError` for an option that is present with a value we do not build."""
+    """Raise `CheckpointError` if an option is present with a value that is not supported."""
     for name, values in allowed.items():
         if name in config and config[name] not in values:
             raise CheckpointError(
@@ -87,7 +87,7 @@ def check_supported(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, 
 
 
 def read_layer_list(config: Mapping[str, Any], name: str, layers: int, allowed: tuple[Any, ...]) -> list[Any] | None:
-    """Return a list with one entry of `allowed` for each layer, or None where it is missing or null."""
+    """Return a list with one value of `allowed` for each layer; None if it is missing or null."""
     values = config.get(name)
     if values is None:
         return None

@@ -1,4 +1,4 @@
-"""Gemma 2: norms before and after each branch, soft caps, every other layer local (arXiv:2408.00118, section 2)."""
+"""Gemma 2: norms before and after each branch, soft caps, every second layer sliding (arXiv:2408.00118, section 2)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES: Final = TensorNames(
 )
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderConfig:
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Gemma 2 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     shape = read_shape(config, kv_heads=4, head_size=256, context=8192)
     rope = read_shared_rope(config, shape)
@@ -42,7 +42,7 @@ def read_gemma_config(
     logit_softcap: float | None,
     **options: Any,
 ) -> DecoderConfig:
-    """Read what Gemma 2 and 3 share; the soft caps are defaults, null in config.json means none."""
+    """Read the options that Gemma 2 and 3 share. Soft caps are defaults; null in config.json means none."""
     check_supported(config, {"use_bidirectional_attention": (None, False)})
     caps = {"attn_logit_softcapping": attention_softcap, "final_logit_softcapping": logit_softcap, **config}
     bias = read_bool(config, "attention_bias")
@@ -50,7 +50,7 @@ def read_gemma_config(
         config,
         shape=shape,
         layers=layers,
-        tied=True,
+        has_tied_head=True,
         activation=read_activation(
             {"hidden_activation": "gelu_pytorch_tanh", **config}, "hidden_activation", "hidden_act"
         ),
@@ -66,4 +66,4 @@ def read_gemma_config(
     )
 
 
-ARCHITECTURE: Final = Architecture("gemma2", decoder, NAMES)
+ARCHITECTURE: Final = Architecture("gemma2", read_config, NAMES)

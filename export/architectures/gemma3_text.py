@@ -1,4 +1,4 @@
-"""Gemma 3, text only: Gemma 2 with query and key norms, and a rope of their own for local layers (arXiv:2503.19786)."""
+"""Gemma 3, text only: Gemma 2 with query and key norms, and another rope for sliding layers (arXiv:2503.19786)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ GLOBAL_THETA: Final = 1_000_000.0
 LOCAL_THETA: Final = 10_000.0
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderConfig:
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Gemma 3 text config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
-    # transformers reads a soft cap of the scores here but never applies it: what was trained is anyone's guess
+    # transformers reads this soft cap but does not apply it, so it is unknown whether the model was trained with it
     check_supported(config, {"attn_logit_softcapping": (None,)})
     shape = read_shape(config, kv_heads=4, head_size=256, context=131_072)
     pattern = read_positive_int(config, "sliding_window_pattern", 6)
@@ -31,7 +31,7 @@ def decoder(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _ropes(config: Mapping[str, Any], shape: ModelShape) -> tuple[RopeConfig, RopeConfig]:
-    """Return the ropes of global and local layers; transformers 5 has one object of options for each."""
+    """Return the ropes of full and sliding layers; transformers 5 has one object of options for each."""
     parameters, local_options = config.get("rope_parameters"), {}
     if isinstance(parameters, dict) and (FULL_ATTENTION in parameters or SLIDING_ATTENTION in parameters):
         unknown = sorted(set(parameters) - {FULL_ATTENTION, SLIDING_ATTENTION})
@@ -41,7 +41,7 @@ def _ropes(config: Mapping[str, Any], shape: ModelShape) -> tuple[RopeConfig, Ro
         config = {**config, "rope_parameters": parameters.get(FULL_ATTENTION)}
     options = merge_rope_options(config)
     for each in (options, local_options):
-        read_partial_rotary_factor(each, built=False)
+        read_partial_rotary_factor(each, is_supported=False)
     local = {"rope_theta": read_positive_number(config, "rope_local_base_freq", LOCAL_THETA)}
     return (
         read_rope(config, shape.context, shape.rotary_size, theta=GLOBAL_THETA, options=options),
@@ -49,4 +49,4 @@ def _ropes(config: Mapping[str, Any], shape: ModelShape) -> tuple[RopeConfig, Ro
     )
 
 
-ARCHITECTURE: Final = Architecture("gemma3_text", decoder, NAMES)
+ARCHITECTURE: Final = Architecture("gemma3_text", read_config, NAMES)

@@ -10,7 +10,7 @@ from .decoder import DecoderConfig, TensorNames
 from .fields import read_bool, read_positive_number
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderConfig:
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Granite config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     bias = read_bool(config, "attention_bias")
     return read_decoder_config(
@@ -25,4 +25,4 @@ def decoder(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-ARCHITECTURE: Final = Architecture("granite", decoder, TensorNames())
+ARCHITECTURE: Final = Architecture("granite", read_config, TensorNames())

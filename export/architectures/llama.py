@@ -1,4 +1,4 @@
-"""Llama 1 to 3.x and everything that saves itself as `model_type: llama` (SmolLM2, TinyLlama, ...)."""
+"""Llama 1 to 3.x and other models with `model_type: llama` (SmolLM2, TinyLlama and more)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .decoder import DecoderConfig, TensorNames
 from .fields import read_bool
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderConfig:
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Llama config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     shape = read_shape(config)
     check_no_window(config, shape)
@@ -20,4 +20,4 @@ def decoder(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-ARCHITECTURE: Final = Architecture("llama", decoder, TensorNames())
+ARCHITECTURE: Final = Architecture("llama", read_config, TensorNames())

@@ -1,4 +1,4 @@
-"""Mistral: a Llama whose layers may all see only a window of positions."""
+"""Mistral: a Llama whose layers may all have a sliding window."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from .decoder import DecoderConfig, LayerConfig, TensorNames
 from .fields import FULL_ATTENTION, check_supported
 
 WINDOW: Final = 4096
-"""Where config.json does not say; null there means none."""
+"""Default of sliding_window; null means no window."""
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderConfig:
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Mistral config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     shape = read_shape(config, kv_heads=8, context=131_072)
     rope = read_shared_rope(config, shape)
     slides = config.get("sliding_window", WINDOW) is not None
     if (
         slides or config.get("layer_types") != [FULL_ATTENTION] * shape.layers
-    ):  # idle where it says what the missing window does
+    ):  # full_attention in every layer is the same as no window
         check_supported(config, {"layer_types": (None,)})
     layers = [LayerConfig(rope, window) for window in read_windows(config, [slides] * shape.layers, WINDOW)]
     return read_decoder_config(config, shape=shape, layers=layers)
 
 
-ARCHITECTURE: Final = Architecture("mistral", decoder, TensorNames())
+ARCHITECTURE: Final = Architecture("mistral", read_config, TensorNames())

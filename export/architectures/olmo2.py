@@ -1,4 +1,4 @@
-"""OLMo 2: branches are normed after, not before; queries and keys as whole projections (arXiv:2501.00656, 3.1)."""
+"""OLMo 2: norms after branches, not before; norms of whole query and key projections (arXiv:2501.00656, 3.1)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES: Final = TensorNames(
 )
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderConfig:
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read an OLMo 2 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     bias = read_bool(config, "attention_bias")
     return read_decoder_config(
@@ -31,4 +31,4 @@ def decoder(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-ARCHITECTURE: Final = Architecture("olmo2", decoder, NAMES)
+ARCHITECTURE: Final = Architecture("olmo2", read_config, NAMES)

@@ -11,19 +11,19 @@ from .fields import MAX_POSITIONS, read_positive_int
 from .positions import merge_rope_options, read_rope
 
 LEGACY_ROPE_KINDS: Final = {"su": "longrope", "yarn": "longrope"}
-"""What early checkpoints call LongRoPE."""
+"""Names of LongRoPE in early checkpoints."""
 
 NAMES: Final = TensorNames(
     qkv="model.layers.{i}.self_attn.qkv_proj.weight", gate_up="model.layers.{i}.mlp.gate_up_proj.weight"
 )
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderConfig:
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Phi 3 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     shape = read_shape(config, context=4096, partial=True)
     original = {
         "original_max_position_embeddings": read_positive_int(
-            config, "original_max_position_embeddings", 4096, most=MAX_POSITIONS
+            config, "original_max_position_embeddings", 4096, maximum=MAX_POSITIONS
         )
     }
     rope = read_rope(
@@ -38,4 +38,4 @@ def decoder(config: Mapping[str, Any]) -> DecoderConfig:
     return read_decoder_config(config, shape=shape, layers=layers, norm_epsilon=1e-5)
 
 
-ARCHITECTURE: Final = Architecture("phi3", decoder, NAMES)
+ARCHITECTURE: Final = Architecture("phi3", read_config, NAMES)

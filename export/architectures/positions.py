@@ -1,4 +1,4 @@
-"""Reading how a config.json stretches rotary positions: rope_scaling (transformers 4) or rope_parameters (5)."""
+"""Reads the rotary position options of a config.json: rope_scaling (transformers 4), rope_parameters (5)."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ ROPE_OPTIONS: Final[dict[str, frozenset[str]]] = {
         {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}
     ),
 }
-"""Options that each kind reads, or that are idle beside it; another one is refused."""
+"""Options of each kind that are read, or have no effect with it. Others are refused."""
 
 COMMON: Final = frozenset(
     {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
 )
-"""What stands beside any kind. Sections of multimodal rotation are idle: a text's positions are the same in each."""
+"""Options allowed with every kind. Sections of multimodal rotation have no effect: text has one position in all."""
 
 ALIASES: Final = {"mrope": "default"}
-"""Kinds under another name: on text, rotation in sections is the plain one (Qwen2-VL, arXiv:2409.12191)."""
+"""Other names of kinds. On text, rotation in sections equals the default (Qwen2-VL, arXiv:2409.12191)."""
 
 
 def merge_rope_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of rope_scaling and rope_parameters as one."""
+    """Return the options of rope_scaling and rope_parameters, merged."""
     merged: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         options = config.get(name)
@@ -53,11 +53,11 @@ def merge_rope_options(config: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def read_partial_rotary_factor(config: Mapping[str, Any], *, built: bool) -> float:
-    """Return the share of each head that rotates, in (0, 1]; 1 where a family has no other `built`."""
+def read_partial_rotary_factor(config: Mapping[str, Any], *, is_supported: bool) -> float:
+    """Return the share of each head that rotates, in (0, 1]. Raises if it is below 1 and not `is_supported`."""
     share = read_positive_number({**config, **merge_rope_options(config)}, "partial_rotary_factor", 1.0)
-    if share > 1 or (share < 1 and not built):
-        limit = "at most 1" if built else "1 in this family"
+    if share > 1 or (share < 1 and not is_supported):
+        limit = "at most 1" if is_supported else "1 for this model_type"
         raise CheckpointError(f"config.json: partial_rotary_factor must be {limit}, got {share}")
     return share
 
@@ -71,9 +71,9 @@ def read_rope(
     options: Mapping[str, Any] | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> RopeConfig:
-    """Read how positions rotate; `size` is how much of a head does, `aliases` are a family's old names of kinds.
+    """Read the rotary options. `size`: rotating elements of a head. `aliases`: an architecture's old names of kinds.
 
-    Raises `CheckpointError` for a kind or an option that is not built.
+    Raises `CheckpointError` for a kind or an option that is not supported.
     """
     given = merge_rope_options(config) if options is None else dict(options)
     base = read_positive_number({**config, **given}, "rope_theta", theta)
@@ -81,17 +81,19 @@ def read_rope(
     kind = {**ALIASES, **(aliases or {})}.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in ROPE_KINDS:
         raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
-    unknown = sorted({name for name in given if given[name] is not None} - ROPE_OPTIONS[kind] - COMMON)  # null is idle
+    unknown = sorted(
+        {name for name in given if given[name] is not None} - ROPE_OPTIONS[kind] - COMMON
+    )  # null has no effect
     if kind == "default" and ("rope_type" in given or "type" in given):
         unknown = sorted(
             set(unknown).difference(*ROPE_OPTIONS.values())
-        )  # what other kinds read is idle beside this one
+        )  # options of other kinds have no effect with this one
     if unknown:
         raise CheckpointError(f"config.json: {unknown[0]} of rope_type {kind!r} is not supported")
     if kind in ("linear", "dynamic", "llama3", "yarn") and given.get("factor") is None:
         raise CheckpointError("config.json: rope_scaling has no factor")
     factor = read_positive_number(given, "factor", 1.0)
-    original = read_positive_int(given, "original_max_position_embeddings", context, most=MAX_POSITIONS)
+    original = read_positive_int(given, "original_max_position_embeddings", context, maximum=MAX_POSITIONS)
     if kind == "llama3":
         low = read_positive_number(given, "low_freq_factor", 1.0)
         high = read_positive_number(given, "high_freq_factor", 4.0)
@@ -121,7 +123,7 @@ def read_rope(
 
 def _longrope(config: Mapping[str, Any], given: Mapping[str, Any], base: float, context: int, size: int) -> RopeConfig:
     merged = {**given, **{k: v for k, v in config.items() if k == "original_max_position_embeddings" and v is not None}}
-    original = read_positive_int(merged, "original_max_position_embeddings", context, most=MAX_POSITIONS)
+    original = read_positive_int(merged, "original_max_position_embeddings", context, maximum=MAX_POSITIONS)
     factor = read_positive_number(given, "factor", context / original)
     scale = read_optional_number(given, "attention_factor")
     factors = {}

@@ -1,4 +1,4 @@
-"""Qwen 1.5, 2 and 2.5: biases on queries, keys and values; later layers may see only a window."""
+"""Qwen 1.5, 2 and 2.5: biases on queries, keys and values; later layers may have a sliding window."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .common import Architecture, read_decoder_config, read_optional_windows, re
 from .decoder import DecoderConfig, LayerConfig, TensorNames
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderConfig:
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Qwen2 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     shape = read_shape(config, kv_heads=32, context=32_768)
     rope = read_shared_rope(config, shape)
@@ -17,4 +17,4 @@ def decoder(config: Mapping[str, Any]) -> DecoderConfig:
     return read_decoder_config(config, shape=shape, layers=layers, qkv_bias=True)
 
 
-ARCHITECTURE: Final = Architecture("qwen2", decoder, TensorNames())
+ARCHITECTURE: Final = Architecture("qwen2", read_config, TensorNames())

@@ -1,4 +1,4 @@
-"""Qwen 3: each head's queries and keys are normed before they rotate; heads have a size of their own."""
+"""Qwen 3: queries and keys are normed per head before rotation; the head size is configured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .decoder import DecoderConfig, LayerConfig, TensorNames
 from .fields import read_bool
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderConfig:
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Qwen3 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     shape = read_shape(config, kv_heads=32, head_size=128, context=32_768)
     rope = read_shared_rope(config, shape)
@@ -19,4 +19,4 @@ def decoder(config: Mapping[str, Any]) -> DecoderConfig:
     return read_decoder_config(config, shape=shape, layers=layers, qkv_bias=bias, output_bias=bias, qk_norm="head")
 
 
-ARCHITECTURE: Final = Architecture("qwen3", decoder, TensorNames())
+ARCHITECTURE: Final = Architecture("qwen3", read_config, TensorNames())

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864, section 3.2.2) and the ways to stretch it, as tables."""
+"""Tables of rotary position embedding (Su et al. 2021, arXiv:2104.09864, section 3.2.2) and its context extensions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ Array = NDArray[np.float32]
 class RopeConfig:
     """How positions become angles.
 
-    `linear` divides positions by `factor` (Chen et al. 2023, arXiv:2306.15595). `dynamic` stretches only past the
-    checkpoint's own context, which a bundle never exceeds: inside it is the default. `llama3` divides the low
-    frequencies and interpolates between, by wavelength relative to `original_context` (Llama 3.1's rule). `yarn`
-    interpolates by the number of turns within `original_context` and scales the tables by `attention_factor` (Peng
-    et al. 2023, arXiv:2309.00071, section 3). `longrope` divides each frequency by a factor of its own, from
-    `short_factors` while a sequence fits `original_context` and from `long_factors` after (Ding et al. 2024,
-    arXiv:2402.13753, section 3).
+    `linear` divides positions by `factor` (Chen et al. 2023, arXiv:2306.15595). `dynamic` changes only positions past
+    the checkpoint's own context, which a bundle never exceeds, so it equals `default`. `llama3` divides low frequencies
+    and interpolates between, by wavelength relative to `original_context` (Llama 3.1's rule). `yarn` interpolates by
+    the number of turns within `original_context` and scales the tables by `attention_factor` (Peng et al. 2023,
+    arXiv:2309.00071, section 3). `longrope` divides each frequency by its own factor: from `short_factors` while a
+    sequence fits `original_context`, from `long_factors` after that (Ding et al. 2024, arXiv:2402.13753, section 3).
     """
 
     theta: float
@@ -41,17 +40,18 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
 
-    def switch(self, context: int) -> int | None:
-        """Return the length past which a sequence needs the long factors, if a context can exceed it."""
+    def long_from(self, context: int) -> int | None:
+        """Return the length above which a sequence needs the long factors; None if this context cannot exceed it."""
         return self.original_context if self.kind == "longrope" and context > self.original_context else None
 
     def tables(self, context: int, size: int) -> tuple[Array, Array]:
-        """Cosines and sines, float32 [context, size / 2] each; `size` is how much of a head rotates.
+        """Return cosines and sines, float32 [context, size / 2] each. `size`: rotating elements of a head.
 
-        Where `switch` is not None, [2 * context, size / 2]: those of the long factors follow those of the short ones.
+        [2 * context, size / 2] if `long_from` is not None: the tables of the short factors, then those of the long
+        ones.
         """
         parts = [self._frequencies(size, self.short_factors)]
-        if self.switch(context) is not None:
+        if self.long_from(context) is not None:
             parts.append(self._frequencies(size, self.long_factors))
         positions = np.arange(context, dtype=np.float32)[:, None]
         angles: Array = np.concatenate([positions * frequencies for frequencies in parts])
@@ -61,7 +61,7 @@ class RopeConfig:
         return cosines, sines
 
     def _frequencies(self, size: int, factors: tuple[float, ...]) -> Array:
-        """Radians a position, float32 [size / 2], computed in float32 as models were trained."""
+        """Return radians per position, float32 [size / 2], computed in float32 as in training."""
         exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
         wavelengths: Array = np.power(np.float32(self.theta), exponents)
         if self.kind == "longrope":
@@ -78,12 +78,12 @@ class RopeConfig:
         return frequencies
 
     def _blend(self, frequencies: Array, kept: Array) -> Array:
-        """Divide by `factor` where `kept` is 0, not where it is 1, and in between by share."""
+        """Divide by `factor` where `kept` is 0 and not where it is 1; interpolate between."""
         blended: Array = ((1 - kept) * frequencies / self.factor + kept * frequencies).astype(np.float32)
         return blended
 
     def _ramp(self, size: int) -> Array:
-        """0 for dimensions that turn more than `beta_fast` times within the original context, 1 below `beta_slow`."""
+        """Return 0 for dimensions with over `beta_fast` turns in the original context, 1 with under `beta_slow`."""
         first, last = (
             size * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
             for turns in (self.beta_fast, self.beta_slow)
@@ -97,7 +97,7 @@ class RopeConfig:
 
 
 def yarn_attention_factor(factor: float, mscale: float | None, mscale_all: float | None) -> float:
-    """Return the scale of the tables that YaRN recommends (section 3.4), 0.1 ln(factor) + 1 by default."""
+    """Return YaRN's recommended scale of the tables (section 3.4); 0.1 ln(factor) + 1 by default."""
 
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

@@ -1,4 +1,4 @@
-"""SmolLM3: a Llama in which every fourth layer does without rotary embedding (NoPE, arXiv:2501.18795)."""
+"""SmolLM3: a Llama with no rotary embedding in every fourth layer (NoPE, arXiv:2501.18795)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .fields import read_bool, read_layer_list, read_positive_int
 THETA: Final = 2_000_000.0
 
 
-def decoder(config: Mapping[str, Any]) -> DecoderConfig:
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a SmolLM3 config.json. Raises `CheckpointError` for a bad value or an unsupported option."""
     shape = read_shape(config, kv_heads=4, context=32_768)
     rope = read_shared_rope(config, shape, THETA)
-    rotates = read_layer_list(config, "no_rope_layers", shape.layers, (0, 1))  # 1 means that it does rotate
+    rotates = read_layer_list(config, "no_rope_layers", shape.layers, (0, 1))  # 1: the layer rotates
     if rotates is None:
         interval = read_positive_int(config, "no_rope_layer_interval", 4)
         rotates = [int((i + 1) % interval != 0) for i in range(shape.layers)]
@@ -35,11 +35,11 @@ def decoder(config: Mapping[str, Any]) -> DecoderConfig:
         config,
         shape=shape,
         layers=layers,
-        tied=True,
+        has_tied_head=True,
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=read_bool(config, "mlp_bias"),
     )
 
 
-ARCHITECTURE: Final = Architecture("smollm3", decoder, TensorNames())
+ARCHITECTURE: Final = Architecture("smollm3", read_config, TensorNames())

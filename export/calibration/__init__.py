@@ -1,1 +1,1 @@
-"""What text says of a matrix's inputs, and what each matrix costs when it is quantized."""
+"""Statistics of each matrix's inputs on text, and the cost of quantizing each matrix."""

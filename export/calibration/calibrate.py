@@ -1,7 +1,7 @@
-"""Calibration: every matrix is quantized on what reaches it through the already quantized ones before it.
+"""Calibration: each matrix is quantized for its inputs in the partly quantized model.
 
-Two streams of hidden states run side by side, one through the unquantized model and one through the quantized, a layer
-at a time: the second gives a matrix's input moments, the difference of both says what it is to make up for.
+Two streams of hidden states are computed layer by layer, one in the unquantized and one in the quantized model. The
+quantized stream gives a matrix's input moments; the difference of the two is the drift to compensate.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from .release_memory import release_free_memory
 from .text_samples import Document
 
 MIN_HEAD_TOKENS: Final = 2048
-"""Positions, at least, that tell the moments of a tied head, for which the unquantized model has to run once more; at
-least four times as many as the head has inputs."""
+"""Minimum positions for the moments of a tied head, and at least four times its inputs. The unquantized model runs once
+more for them."""
 
-WIDE: Final = 2048
-"""A matrix with more inputs than this has its moments summed in float32, and from `WIDE_TOKENS` positions or twice as
-many as it has inputs: they cost inputs squared."""
+MAX_FLOAT64_COLUMNS: Final = 2048
+"""A matrix with more inputs has its moments summed in float32, over `WIDE_MATRIX_TOKENS` positions or twice its
+inputs: the cost grows with the square of the inputs."""
 
-WIDE_TOKENS: Final = 8192
+WIDE_MATRIX_TOKENS: Final = 8192
 
-HELD_OUT_EVERY: Final = 8
-"""One of so many documents is held back from the sums: what calibration makes of a matrix is tried on it."""
+HELD_OUT_INTERVAL: Final = 8
+"""One of this many documents is held out: not in the sums, but used to check the calibrated matrix."""
 
 MAX_HELD_OUT_TOKENS: Final = 1024
-"""Positions held back, about, at most."""
+"""Approximate maximum of held-out positions."""
 
 MAX_FLOAT32_STATE_BYTES: Final = 256 << 20
-"""Most bytes of a stream's states in float32; where they are more, they are kept in float16."""
+"""Maximum bytes of a stream's hidden states in float32; above that they are kept as float16."""
 
 MAX_INNER_BYTES: Final = 256 << 20
-"""Most bytes of an MLP's inner activations in each stream; where they are more, they are computed again."""
+"""Maximum bytes of an MLP's inner activations in each stream; above that they are computed again when needed."""
 
 Array = NDArray[np.float32]
 
 
 class MatrixSink(Protocol):
-    """What quantizes a matrix and puts it away."""
+    """Quantizes and stores matrices."""
 
     def __call__(self, name: str, rows: LazyMatrix, moments: Moments | None) -> LazyMatrix:
-        """Store a matrix [N, K], calibrated if there are moments; return it as it will be read."""
+        """Store a matrix [N, K], calibrated if there are moments; return it as it reads back."""
 
     def is_calibrated(self, name: str) -> bool:
-        """Whether a matrix is to be calibrated, so that its moments are wanted."""
+        """Return whether a matrix is calibrated, so that its moments are needed."""
 
 
 def calibrate(
@@ -65,43 +65,43 @@ def calibrate(
 
 
 class _CalibrationStream:
-    """A model's hidden states of all documents, and what the matrix whose turn it is multiplies in each."""
+    """A model's hidden states of all documents, and the inputs of the current matrix."""
 
     def __init__(self, hidden: Sequence[Array], *, is_float16: bool, keeps_inner: bool) -> None:
         self.hidden = HiddenStates(enumerate(hidden), is_float16=is_float16)
-        self.values = HiddenStates()
-        self._narrow = is_float16
+        self.matrix_inputs = HiddenStates()
+        self._is_float16 = is_float16
         self._keeps_inner = keeps_inner
         self._inner: LayerSubgraph | None = None
-        """What computes an MLP's inner activations from its input, where these are not kept."""
+        """Computes an MLP's inner activations from its input, if these are not kept."""
 
-    def start(self, piece: LayerSubgraph) -> None:
-        """Begin a layer."""
+    def start_layer(self, piece: LayerSubgraph) -> None:
+        """Begin a layer: compute the inputs of its first matrix."""
         self._inner = None
         values = ((n, _next(piece, None, self.hidden[n])) for n in range(len(self.hidden)))
-        self.values = HiddenStates(values, is_float16=self._narrow)
+        self.matrix_inputs = HiddenStates(values, is_float16=self._is_float16)
 
-    def value(self, n: int) -> Array:
-        """Return what the matrix multiplies, [positions, inputs]."""
-        value = self.values[n]
+    def matrix_input(self, n: int) -> Array:
+        """Return the inputs of the current matrix for document n, float32 [positions, inputs]."""
+        value = self.matrix_inputs[n]
         return value if self._inner is None else _next(self._inner, value, self.hidden[n])
 
-    def move(self, n: int, piece: LayerSubgraph, value: Array) -> Array:
-        """Run a document through a piece whose matrix multiplies `value`; return its hidden state after that."""
+    def advance(self, n: int, piece: LayerSubgraph, value: Array) -> Array:
+        """Run document n through the part whose matrix has the input `value`; return the residual stream after it."""
         following, residual = piece.run(value, self.hidden[n])
         if piece.name in ("output", "down"):
             self.hidden[n] = residual
         if following is not None:
-            self.values[n] = following
+            self.matrix_inputs[n] = following
         return residual
 
     def pass_gate_up(self, piece: LayerSubgraph) -> None:
-        """Go on from an MLP's input to its inner activations, at once or where they are asked for."""
+        """Continue from an MLP's input to its inner activations, now or when they are needed."""
         if not self._keeps_inner:
             self._inner = piece
             return
         for n in range(len(self.hidden)):
-            self.move(n, piece, self.values[n])
+            self.advance(n, piece, self.matrix_inputs[n])
 
 
 class _Calibrator:
@@ -113,10 +113,10 @@ class _Calibrator:
         self._documents = documents
         self._store = store
         self._progress = progress
-        self._held = _held_out_documents(documents)
+        self._held_out = _held_out_documents(documents)
 
     def run(self) -> None:
-        layers, weights, tied = self._layers, self._layers.weights, self._decoder.tied
+        layers, weights, tied = self._layers, self._layers.weights, self._decoder.has_tied_head
         table = self._store("embedding", weights.embedding(), self._tied_moments() if tied else None)
         positions, d = sum(map(len, self._documents)), self._decoder
         is_float16 = (
@@ -126,10 +126,10 @@ class _Calibrator:
         self._unquantized = _CalibrationStream(
             layers.embed(self._documents), is_float16=is_float16, keeps_inner=keeps_inner
         )
-        self._own = _CalibrationStream(
+        self._quantized = _CalibrationStream(
             layers.embed(self._documents, table), is_float16=is_float16, keeps_inner=keeps_inner
         )
-        del table  # what is not needed any more is large
+        del table  # it is large
         release_free_memory()
         for i in range(len(self._decoder.layers)):
             self._layer(i)
@@ -137,7 +137,7 @@ class _Calibrator:
             self._store("head", weights.head(), self._head_moments())
 
     def _tied_moments(self) -> Moments | None:
-        """Return the moments of what the head multiplies, widened for the lookup's sake."""
+        """Return the moments of the tied head, with the lookup weight added; None if it is not calibrated."""
         if not self._store.is_calibrated("embedding"):
             return None
         layers, width = self._layers, self._decoder.hidden_size
@@ -145,73 +145,80 @@ class _Calibrator:
         hidden, count = layers.embed(documents), len(self._decoder.layers)
         for i in range(count):
             self._progress("calibrating the head", i, count)
-            hidden = layers.layer(i).step(hidden)
+            hidden = layers.load_layer(i).forward(hidden)
         sums = MomentAccumulator((self._decoder.vocab_size, width))
         for number, states in enumerate(hidden):
-            sums.add(layers.final(states), is_held_out=number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
+            sums.add(layers.apply_final_norm(states), is_held_out=number % HELD_OUT_INTERVAL == HELD_OUT_INTERVAL - 1)
         return add_lookup_weight(sums.moments())
 
     def _head_moments(self) -> Moments:
         sums = MomentAccumulator((self._decoder.vocab_size, self._decoder.hidden_size))
         for n in range(len(self._documents)):
-            sums.add(self._layers.final(self._own.hidden[n]), self._layers.final(self._unquantized.hidden[n]))
+            sums.add(
+                self._layers.apply_final_norm(self._quantized.hidden[n]),
+                self._layers.apply_final_norm(self._unquantized.hidden[n]),
+            )
         return sums.moments()
 
     def _layer(self, i: int) -> None:
-        start = self._layers.part(i, "start")
-        self._unquantized.start(start)
-        self._own.start(start)
+        start = self._layers.load_part(i, "start")
+        self._unquantized.start_layer(start)
+        self._quantized.start_layer(start)
         is_last = i + 1 == len(self._decoder.layers)
         for part in LAYER_PARTS:
             weight = self._layers.weights.layer(i, part)
-            piece = self._layers.part(i, part, weight)
+            piece = self._layers.load_part(i, part, weight)
             moments = self._moments(part, weight, piece)
-            stored = self._store(f"layer.{i}.{part}", LazyMatrix.of(weight), moments).whole()
+            stored = self._store(f"layer.{i}.{part}", LazyMatrix.from_array(weight), moments).read_all()
             del moments, weight
             release_free_memory()
-            own = self._layers.part(i, part, stored)
+            own = self._layers.load_part(i, part, stored)
             del stored
             if part == "gate_up":
                 self._unquantized.pass_gate_up(piece)
-                self._own.pass_gate_up(own)
-            elif not (part == "down" and is_last and self._decoder.tied):  # nothing would read that
+                self._quantized.pass_gate_up(own)
+            elif not (part == "down" and is_last and self._decoder.has_tied_head):  # nothing reads the result
                 for n in range(len(self._documents)):
-                    self._own.move(n, own, self._own.value(n))
+                    self._quantized.advance(n, own, self._quantized.matrix_input(n))
 
     def _moments(self, part: str, weight: Array, piece: LayerSubgraph) -> Moments:
-        """Return a matrix's moments; the unquantized model goes on to the next matrix, but for gate and up."""
+        """Return a matrix's moments. The unquantized stream advances to the next matrix, except for gate_up."""
         rows, columns = weight.shape
-        sums = MomentAccumulator((rows, columns), weight, wide=columns > WIDE)
-        summed = set(self._spread(max(WIDE_TOKENS, 2 * columns)) if columns > WIDE else range(len(self._documents)))
+        sums = MomentAccumulator((rows, columns), weight, sums_float32=columns > MAX_FLOAT64_COLUMNS)
+        summed = set(
+            self._sample_numbers(max(WIDE_MATRIX_TOKENS, 2 * columns))
+            if columns > MAX_FLOAT64_COLUMNS
+            else range(len(self._documents))
+        )
         adds = part in ("output", "down")
         for n in range(len(self._documents)):
-            full, before = self._unquantized.value(n), self._unquantized.hidden[n]
-            after = before if part == "gate_up" else self._unquantized.move(n, piece, full)
-            held = n in self._held
+            full, before = self._unquantized.matrix_input(n), self._unquantized.hidden[n]
+            after = before if part == "gate_up" else self._unquantized.advance(n, piece, full)
+            held = n in self._held_out
             if n not in summed and not held:
                 continue
             drift = weights = None
             if adds and self._decoder.post_norm:
                 weights = _inverse_mean_square(full @ weight.T)
             elif adds:
-                drift, weights = before - self._own.hidden[n], _inverse_mean_square(after)
-            sums.add(self._own.value(n), full, drift, weights, is_held_out=held)
+                drift, weights = before - self._quantized.hidden[n], _inverse_mean_square(after)
+            sums.add(self._quantized.matrix_input(n), full, drift, weights, is_held_out=held)
         return sums.moments()
 
-    def _spread(self, tokens: int) -> range:
-        """Return the numbers of documents evenly from the first to the last, of about so many tokens in all."""
+    def _sample_numbers(self, tokens: int) -> range:
+        """Return numbers of documents at even distances, with about `tokens` tokens in total."""
         return range(0, len(self._documents), max(1, sum(map(len, self._documents)) // tokens))
 
     def _sample(self, tokens: int) -> list[Document]:
-        """Return the documents of `_spread`."""
-        return [self._documents[n] for n in self._spread(tokens)]
+        """Return the documents of `_sample_numbers`."""
+        return [self._documents[n] for n in self._sample_numbers(tokens)]
 
 
 def _held_out_documents(documents: Sequence[Document]) -> set[int]:
-    """Return the numbers of the documents that are held back; none where there are too few."""
+    """Return the numbers of the held-out documents; none if there are too few documents."""
     held: set[int] = set()
     tokens = 0
-    for n in range(HELD_OUT_EVERY - 1, len(documents), HELD_OUT_EVERY):
+    for n in range(HELD_OUT_INTERVAL - 1, len(documents), HELD_OUT_INTERVAL):
         if tokens >= MAX_HELD_OUT_TOKENS:
             break
         held.add(n)
@@ -220,7 +227,7 @@ def _held_out_documents(documents: Sequence[Document]) -> set[int]:
 
 
 def _inverse_mean_square(values: Array) -> Array:
-    """Return 1 / mean square of each position [n, width] -> [n]: what an error there weighs once a norm has read it."""
+    """Return 1 / mean square of each position, [n, width] -> [n]: the weight of an error before a norm."""
     mean_square = np.mean(np.square(values, dtype=np.float32), axis=1)
     weights: Array = np.float32(1) / np.maximum(mean_square, np.float32(1e-12))
     return weights

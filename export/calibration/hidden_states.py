@@ -1,4 +1,4 @@
-"""Hidden states of many documents, as they are or in half the memory: float16 with one scale a position."""
+"""Hidden states of many documents, as float32, or in half the memory as float16 with one scale for each position."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ Array = NDArray[np.float32]
 
 
 class HiddenStates:
-    """One float32 [n, width] for each numbered document.
+    """One float32 array [n, width] for each numbered document.
 
-    With `is_float16` each is kept to 11 significant bits, whatever its size: half the memory, but converting takes
-    longer
-    than many a product.
+    With `is_float16` values keep 11 significant bits at any magnitude: half the memory, but the conversion takes longer
+    than many matrix products.
     """
 
     def __init__(self, arrays: Iterable[tuple[int, Array]] = (), *, is_float16: bool = False) -> None:
-        self._narrow = is_float16
+        self._is_float16 = is_float16
         self._stored: dict[int, tuple[NDArray[np.float16], Array] | Array] = {}
         for document, array in arrays:
             self[document] = array
@@ -38,7 +37,7 @@ class HiddenStates:
         return halves.astype(np.float32) * scales
 
     def __setitem__(self, document: int, array: Array) -> None:
-        if not self._narrow:
+        if not self._is_float16:
             self._stored[document] = array
             return
         scales = np.maximum(np.abs(array).max(axis=1, keepdims=True), np.float32(1e-30))

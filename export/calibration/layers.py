@@ -1,7 +1,7 @@
-"""The unquantized model run piece by piece: its own float32 graph, one matrix in memory at a time.
+"""Runs the unquantized model part by part, as float32 graphs with one matrix in memory at a time.
 
-What calibration, sensitivity and the quality gate look at. Documents are sequences of token ids, each at most the
-context long, and a document's hidden states are float32 [n, width].
+Calibration, sensitivity and the quality gate use it. Documents are sequences of token ids, at most `length` long; the
+hidden states of a document are float32 [n, width].
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from .text_samples import Document
 Array = NDArray[np.float32]
 
 PARTS: Final = ("start", *LAYER_PARTS)
-"""Pieces of a layer: what comes before its first matrix, then each matrix with what follows it."""
+"""Parts of a layer: the nodes before its first matrix, then each matrix with the nodes after it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceModel:
-    """A decoder over documents of at most `length` tokens. Every method raises `CheckpointError` for a bad tensor."""
+    """A decoder that runs on documents of at most `length` tokens. Methods raise `CheckpointError` for a bad tensor."""
 
     weights: DecoderWeights
     length: int
     threads: int = field(default_factory=default_threads)
 
     def embed(self, documents: Sequence[Document], table: LazyMatrix | None = None) -> list[Array]:
-        """Return the embeddings [n, hidden] of each document; of another table [vocab, hidden] if given."""
+        """Return the embeddings of each document, float32 [n, hidden]; from another table [vocab, hidden] if given."""
         table = self.weights.embedding() if table is None else table
         tokens = np.concatenate(documents)
         hidden = np.empty((len(tokens), table.shape[1]), np.float32)
@@ -52,34 +52,34 @@ class ReferenceModel:
         hidden *= np.float32(self.weights.decoder.embedding_scale)
         return np.split(hidden, np.cumsum([len(document) for document in documents])[:-1])
 
-    def part(self, i: int, part: str, weight: Array | None = None) -> LayerSubgraph:
-        """Load a piece of layer `i`, with another matrix than the checkpoint's where `weight` is given."""
+    def load_part(self, i: int, part: str, weight: Array | None = None) -> LayerSubgraph:
+        """Load a part of layer `i`, with `weight` in place of the checkpoint's matrix if given."""
         return LayerSubgraph(self, i, part, weight)
 
-    def layer(self, i: int) -> LoadedLayer:
+    def load_layer(self, i: int) -> LoadedLayer:
         """Load layer `i`."""
-        return LoadedLayer([self.part(i, part) for part in PARTS])
+        return LoadedLayer([self.load_part(i, part) for part in PARTS])
 
-    def final(self, hidden: Array) -> Array:
-        """Return what the head multiplies: [n, hidden] -> [n, hidden]."""
+    def apply_final_norm(self, hidden: Array) -> Array:
+        """Apply the last norm: [n, hidden] -> [n, hidden]."""
         d = self.weights.decoder
         mean_square = np.mean(np.square(hidden, dtype=np.float32), axis=-1, keepdims=True)
         normed: Array = hidden / np.sqrt(mean_square + np.float32(d.norm_epsilon)) * self.weights.final_norm()
         return normed
 
     def logits(self, final: Array, head: Array) -> Array:
-        """Return logits [n, vocab] of what the head multiplies; head: [vocab, hidden]."""
+        """Return logits [n, vocab] of normed hidden states; head: [vocab, hidden]."""
         product: Array = final @ head.T
         cap = self.weights.decoder.logit_softcap
         return product if cap is None else np.tanh(product) * np.float32(cap)
 
     def head(self) -> LazyMatrix:
-        """Return the matrix that gives the logits, [vocab, hidden]."""
-        return self.weights.embedding() if self.weights.decoder.tied else self.weights.head()
+        """Return the head, or the embedding if they are tied, [vocab, hidden]."""
+        return self.weights.embedding() if self.weights.decoder.has_tied_head else self.weights.head()
 
 
 class LayerSubgraph:
-    """One piece of a layer, loaded."""
+    """One loaded part of a layer."""
 
     def __init__(self, layers: ReferenceModel, i: int, part: str, weight: Array | None) -> None:
         self.name = part
@@ -100,7 +100,7 @@ class LayerSubgraph:
         self._graph = load_graph(model.SerializeToString(), layers.threads, spin=False)
         self._past = np.zeros((1, d.kv_heads, 0, d.padded_head_size), np.float32)
         self._long_from = d.long_from(layers.length)
-        self._positions = needs_positions(d, layers.length)
+        self._needs_positions = needs_positions(d, layers.length)
 
     def run(self, value: Array | None, residual: Array) -> tuple[Array | None, Array]:
         """Return (next value, residual) of one document; see `DecoderGraphBuilder.build_part`."""
@@ -125,7 +125,7 @@ class LayerSubgraph:
             f"past.{self._i}.key": self._past,
             f"past.{self._i}.value": self._past,
         }
-        if self._positions:
+        if self._needs_positions:
             late = self._long_from is not None and count > self._long_from
             first = self._length if late else 0
             feeds["positions"] = np.arange(first, first + count, dtype=np.int64)[None]
@@ -134,11 +134,11 @@ class LayerSubgraph:
 
 @dataclass(frozen=True, slots=True)
 class LoadedLayer:
-    """A whole layer, loaded."""
+    """A loaded layer."""
 
     parts: Sequence[LayerSubgraph]
 
-    def step(self, hidden: Iterable[Array]) -> list[Array]:
+    def forward(self, hidden: Iterable[Array]) -> list[Array]:
         """Return the hidden states [n, hidden] of each document after the layer."""
         stepped = []
         for residual in hidden:
@@ -148,6 +148,6 @@ class LoadedLayer:
             stepped.append(residual)
         return stepped
 
-    def replaced(self, part: LayerSubgraph) -> LoadedLayer:
-        """Return the layer with another piece in the place of its own."""
+    def with_part(self, part: LayerSubgraph) -> LoadedLayer:
+        """Return the layer with one part replaced."""
         return LoadedLayer([part if each.name == part.name else each for each in self.parts])

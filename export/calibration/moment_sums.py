@@ -26,10 +26,10 @@ class MomentAccumulator:
     one long product is faster than many short ones and evicts less of what else is in the CPU's caches.
     """
 
-    def __init__(self, shape: tuple[int, int], weight: Array | None = None, *, wide: bool = False) -> None:
-        """`weight`: float32 [rows, columns], required if rows < columns. `wide`: sum in float32, else in float64."""
+    def __init__(self, shape: tuple[int, int], weight: Array | None = None, *, sums_float32: bool = False) -> None:
+        """`weight`: float32 [rows, columns], required if rows < columns. `sums_float32`: not float64."""
         rows, columns = shape
-        kind = np.dtype(np.float32 if wide else np.float64)
+        kind = np.dtype(np.float32 if sums_float32 else np.float64)
         self._weight = weight
         self._hessian: NDArray[Any] = np.zeros((columns, columns), kind)
         self._input_drift: NDArray[Any] | None = np.zeros((columns, columns), kind) if columns <= rows else None

@@ -1,4 +1,4 @@
-"""What was freed, given back to the system: the C library keeps it where smaller things lie above it."""
+"""Returns freed memory to the operating system; the C library keeps it if smaller allocations lie above it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 
 
 def release_free_memory() -> None:
-    """Return freed memory to the system, where the C library has a call for it (glibc's malloc_trim); a few ms."""
+    """Return freed memory to the system if the C library has glibc's malloc_trim. Takes a few ms."""
     if _trim is not None:
         _trim(0)
 

@@ -1,7 +1,7 @@
-"""How much each matrix costs when it alone is quantized: KL divergence of the whole model, measured, not guessed.
+"""Measures the sensitivity of each matrix: the KL divergence of the whole model if only that matrix is quantized.
 
-Per-matrix measurement over the real network, rather than an error of the weights, is what mixed-precision methods since
-HAWQ (Dong et al. 2019, arXiv:1905.03696) argue for; here the network is small enough to simply try.
+Mixed-precision methods since HAWQ (Dong et al. 2019, arXiv:1905.03696) recommend a per-matrix measure of the network's
+output over the error of the weights; these networks are small enough to measure it directly.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .layers import ReferenceModel
 from .text_samples import Document, position_ranges
 
 SAMPLED_ROWS: Final = 1024
-"""Rows that an estimate of a matrix's error looks at, at least."""
+"""Minimum rows that an estimate of a matrix's error is measured on."""
 
 
 def measure_sensitivity(
     layers: ReferenceModel, documents: Sequence[Document], plan: QuantPlan, progress: ProgressCallback
 ) -> dict[str, float]:
-    """Return the mean KL divergence, in nats, from each matrix by itself stored as the plan says, by name.
+    """Return the mean KL divergence in nats for each matrix quantized alone by the plan, by matrix name.
 
-    Every layer is loaded once; hidden states are kept once for every matrix below.
+    Each layer is loaded once. The hidden states of every variant are in memory.
     """
     weights, count = layers.weights, len(layers.weights.decoder.layers)
     streams = {
@@ -41,16 +41,18 @@ def measure_sensitivity(
     base = layers.embed(documents)
     for i in range(count):
         progress("sensitivity", i, count)
-        plain = layers.layer(i)
-        streams = {name: plain.step(hidden) for name, hidden in streams.items()}
+        plain = layers.load_layer(i)
+        streams = {name: plain.forward(hidden) for name, hidden in streams.items()}
         for part in LAYER_PARTS:
             name = f"layer.{i}.{part}"
-            rounded = _quantize_and_dequantize(LazyMatrix.of(weights.layer(i, part)), plan.spec(name)).whole()
-            streams[name] = plain.replaced(layers.part(i, part, rounded)).step(base)
-        base = plain.step(base)
-    head = layers.head().whole()
-    tied = weights.decoder.tied
-    rounded = _quantize_and_dequantize(layers.head(), plan.spec("embedding" if tied else "head")).whole()
+            rounded = _quantize_and_dequantize(
+                LazyMatrix.from_array(weights.layer(i, part)), plan.spec(name)
+            ).read_all()
+            streams[name] = plain.with_part(layers.load_part(i, part, rounded)).forward(base)
+        base = plain.forward(base)
+    head = layers.head().read_all()
+    tied = weights.decoder.has_tied_head
+    rounded = _quantize_and_dequantize(layers.head(), plan.spec("embedding" if tied else "head")).read_all()
     heads = {name: rounded if tied and name == "embedding" else head for name in streams}
     if not tied:
         streams["head"], heads["head"] = base, rounded
@@ -58,15 +60,15 @@ def measure_sensitivity(
     for number, document in enumerate(documents):
         for start, stop in position_ranges(document):
             following = document[start + 1 : stop + 1]
-            expected = layers.logits(layers.final(base[number][start:stop]), head)
+            expected = layers.logits(layers.apply_final_norm(base[number][start:stop]), head)
             for name, hidden in streams.items():
-                found = layers.logits(layers.final(hidden[number][start:stop]), heads[name])
+                found = layers.logits(layers.apply_final_norm(hidden[number][start:stop]), heads[name])
                 divergences[name].add(expected, found, following)
     return {name: divergence.result().kl_mean for name, divergence in divergences.items()}
 
 
 def relative_error(rows: LazyMatrix, spec: QuantSpec | None) -> float:
-    """Return the squared error of a matrix, stored so, over its squared size; by a sample of rows where it is large."""
+    """Return the squared error of a quantized matrix divided by its squared size; large matrices are sampled."""
     if spec is None:
         return 0.0
     step = max(1, rows.shape[0] // SAMPLED_ROWS)
@@ -76,7 +78,7 @@ def relative_error(rows: LazyMatrix, spec: QuantSpec | None) -> float:
 
 
 def _quantize_and_dequantize(rows: LazyMatrix, spec: QuantSpec | None) -> LazyMatrix:
-    """Return a matrix as it is read back when stored so."""
+    """Return a matrix as it reads back after quantization."""
     if spec is None:
         return rows
     quantizer = Quantizer(without_calibration(spec))

@@ -1,4 +1,4 @@
-"""Text to calibrate on and to measure with: documents, divided by lines that hold only `<|endoftext|>`, as tokens."""
+"""Text for calibration and measurement: documents, separated by lines `<|endoftext|>`, as token ids."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from edgelm.text.documents import split_documents
 from edgelm.text.tokenizer import Tokenizer
 
 CALIBRATION_DOCUMENT_TOKENS: Final = 512
-"""Tokens of one calibration sequence."""
+"""Maximum tokens of one calibration sequence."""
 
 MAX_CALIBRATION_TOKENS: Final = 128 * CALIBRATION_DOCUMENT_TOKENS
-"""Calibration tokens put to use at most; GPTQ (arXiv:2210.17323, section 4) takes 128 segments too, of 2,048 each."""
+"""Maximum calibration tokens. GPTQ (arXiv:2210.17323, section 4) also uses 128 segments, of 2,048 tokens each."""
 
 CALIBRATION_WORK: Final = 1.75e12
-"""Weights times tokens from which on fewer tokens are put to use, for the sake of time: at least 12,288 of them."""
+"""Maximum of weights times calibration tokens, to limit the time; but at least 12,288 tokens are used."""
 
 EVALUATION_DOCUMENT_TOKENS: Final = 1024
-"""Tokens of one sequence to measure on: logits of a whole one are in memory."""
+"""Maximum tokens of one sequence to measure on; its logits are in memory."""
 
 MAX_EVALUATION_TOKENS: Final = 64 * EVALUATION_DOCUMENT_TOKENS
-"""Tokens measured on at most: minutes with a model of a billion weights."""
+"""Maximum tokens to measure on: minutes for a model with 10^9 weights."""
 
 MAX_READ_RATIO: Final = 16
-"""So many times the calibration tokens are read of a long text, to be chosen from."""
+"""Tokens read of a long text, as a multiple of the calibration tokens that are chosen from them."""
 
 MIN_CALIBRATION_TOKENS: Final = 512
-"""Fewer say too little of what a model sees."""
+"""Fewer calibration tokens are refused."""
 
 CHUNK_POSITIONS: Final = 64
-"""Positions compared at once: bounds the logits in memory."""
+"""Positions compared at a time; limits the logits in memory."""
 
 Document = NDArray[np.int64]
 
 
 def calibration_token_count(parameters: int) -> int:
-    """Return how many tokens a model of so many weights is calibrated on."""
+    """Return the number of calibration tokens for a model with this many weights."""
     wanted = int(CALIBRATION_WORK / max(parameters, 1)) // CALIBRATION_DOCUMENT_TOKENS * CALIBRATION_DOCUMENT_TOKENS
     return min(max(wanted, MAX_CALIBRATION_TOKENS * 3 // 16), MAX_CALIBRATION_TOKENS)
 
@@ -49,10 +49,10 @@ def calibration_token_count(parameters: int) -> int:
 def calibration_documents(
     text: str, tokenizer: Tokenizer, bos: int | None, context: int, limit: int, option: str = "--calibrate"
 ) -> list[Document]:
-    """Cut documents into sequences of at most 512 tokens, and return those of `limit` tokens.
+    """Cut documents into sequences of at most `CALIBRATION_DOCUMENT_TOKENS`; return about `limit` tokens of them.
 
-    Where there are more, sequences are taken evenly from the whole text. `option` names the text in errors. Raises
-    `EdgelmError` for a text of fewer than `MIN_CALIBRATION_TOKENS` tokens.
+    A longer text is sampled at even distances. `option` names the text in errors. Raises `EdgelmError` if the text has
+    fewer than `MIN_CALIBRATION_TOKENS` tokens.
     """
     length = min(CALIBRATION_DOCUMENT_TOKENS, context)
     found: list[Document] = []
@@ -64,8 +64,8 @@ def calibration_documents(
             break
     if total < MIN_CALIBRATION_TOKENS:
         raise EdgelmError(
-            f"{option}: the text has {total} tokens; at least {MIN_CALIBRATION_TOKENS} are needed, and"
-            f" {limit} are put to use"
+            f"{option}: the text has {total} tokens; at least {MIN_CALIBRATION_TOKENS} are required,"
+            f" at most {limit} are used"
         )
     if total <= limit:
         return found
@@ -74,25 +74,24 @@ def calibration_documents(
 
 
 def position_ranges(document: Document) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of a document's positions that have a next token, `CHUNK_POSITIONS` at a time."""
+    """Yield (start, stop) of a document's positions with a next token, `CHUNK_POSITIONS` at a time."""
     for start in range(0, len(document) - 1, CHUNK_POSITIONS):
         yield start, min(start + CHUNK_POSITIONS, len(document) - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationText:
-    """Sequences to measure on, and how many tokens of the text are not among them."""
+    """Sequences to measure on, and the number of the text's tokens that are not in them."""
 
     documents: list[Document]
-    left_out: int
+    left_out_tokens: int
 
 
 def evaluation_documents(text: str, tokenizer: Tokenizer, bos: int | None, context: int) -> EvaluationText:
-    """Cut documents into sequences of at most `EVALUATION_DOCUMENT_TOKENS` tokens, each with one to predict.
+    """Cut documents into sequences of at most `EVALUATION_DOCUMENT_TOKENS` tokens, each with a token to predict.
 
-    Of more than `MAX_EVALUATION_TOKENS` tokens, sequences are taken evenly from the whole text. Each begins with the
-    start
-    token where there is one. Raises `EdgelmError` when nothing is left.
+    Sequences are chosen at even distances if the text has more than `MAX_EVALUATION_TOKENS` tokens. Each begins with
+    the start token if there is one. Raises `EdgelmError` if no sequence is left.
     """
     first = [] if bos is None else [bos]
     length = min(EVALUATION_DOCUMENT_TOKENS, context) - len(first)

@@ -1,4 +1,4 @@
-"""Where weights, configuration and tokenizer of a model come from: one module for each form of checkpoint."""
+"""Opens checkpoints: weights, configuration and tokenizer. One module for each form of checkpoint."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = [
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Open a Hugging Face directory, a GGUF file, `ollama:NAME[:TAG]` of a local store, or download a hub id.
+    """Open a Hugging Face directory, a GGUF file or `ollama:NAME[:TAG]` of a local store, or download a hub id.
 
-    A hub id is such as `HuggingFaceTB/SmolLM2-135M-Instruct`; of a split GGUF file the first part is given. Raises
-    `CheckpointError` when there is no such file, directory, model or repository, a file is missing, or one is damaged.
+    A hub id is for example `HuggingFaceTB/SmolLM2-135M-Instruct`. Of a split GGUF file, pass the first part. Raises
+    `CheckpointError` if the file, directory, model or repository does not exist, or a file is missing or damaged.
     """
     path = Path(source)
     if isinstance(source, str) and source.startswith(OLLAMA_SCHEME):
@@ -40,5 +40,5 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if path.is_dir() and not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))
         if files:
-            raise CheckpointError(f"{path} is a directory with {files[0].name}: export that file, {files[0]}")
+            raise CheckpointError(f"{path} is a directory with a GGUF file: export the file {files[0]}")
     return open_huggingface(source)

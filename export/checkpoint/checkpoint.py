@@ -1,6 +1,6 @@
-"""An opened checkpoint, whatever form it came in: configuration and tokenizer in Hugging Face's terms, tensors by name.
+"""An opened checkpoint of any form: configuration and tokenizer in Hugging Face's terms, tensors by name.
 
-A form (a Hugging Face directory, a GGUF file) is a module of its own, which reads its files into a `Checkpoint`.
+Each form (a Hugging Face directory, a GGUF file) is a module that reads its files into a `Checkpoint`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from numpy.typing import NDArray
 
 
 class TensorSource(Protocol):
-    """Where a model's weights come from."""
+    """A source of a model's weights."""
 
     def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
         """See `CheckpointTensors.tensor`."""
 
 
 class CheckpointTensors(TensorSource, Protocol):
-    """The tensors of one form of checkpoint, under Hugging Face's names."""
+    """The tensors of a checkpoint, by Hugging Face's names."""
 
     @property
     def names(self) -> Collection[str]:
         """Every tensor's name."""
 
     def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
-        """Return one tensor as float32 [*shape], or some of its rows (of the first dimension; step 1).
+        """Return one tensor as float32 [*shape], or some of its rows (first dimension, step 1).
 
-        Raises `CheckpointError` when it is missing, of another shape, not floating point, or holds NaN or infinity.
+        Raises `CheckpointError` if it is missing, has another shape, is not floating point, or holds NaN or infinity.
         """
 
 
@@ -39,15 +39,15 @@ class CheckpointTensors(TensorSource, Protocol):
 class Checkpoint:
     """An opened checkpoint.
 
-    path: what was opened, for messages. config, generation, tokenizer_config: the contents of config.json,
-    generation_config.json and tokenizer_config.json. tokenizer_text: that of tokenizer.json. notes: sentences for a
-    person, of what the export leaves out or reads otherwise. is_quantized: whether tensors were published quantized.
-    read_with: versions of the libraries that the weights depend on, for the manifest.
+    path: what was opened, for messages. config, generation_config, tokenizer_config: the contents of config.json,
+    generation_config.json and tokenizer_config.json. tokenizer_text: the text of tokenizer.json. notes: sentences for
+    the user on parts that the export leaves out or reads differently. is_quantized: the tensors were published
+    quantized. library_versions: versions of libraries that the weights depend on, for the manifest.
     """
 
     path: Path
     config: Mapping[str, Any]
-    generation: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
     tokenizer_config: Mapping[str, Any]
     tokenizer_text: str
     tensors: CheckpointTensors
@@ -56,8 +56,8 @@ class Checkpoint:
     library_versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def tokenizer(self) -> Path:
-        """The file that the tokenizer was read from, for messages."""
+    def tokenizer_path(self) -> Path:
+        """The file with the tokenizer, for messages."""
         return self.path / "tokenizer.json" if self.path.is_dir() else self.path
 
     @property

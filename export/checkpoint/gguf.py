@@ -1,4 +1,4 @@
-"""A GGUF file, whole or in parts, as a checkpoint: weights are dequantized a few rows at a time as they are read."""
+"""A GGUF file, whole or in parts, as a checkpoint. Weights are dequantized a few rows at a time when they are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .gguf_file import GgufFile, GgufMetadata, import_gguf
 from .gguf_tokenizer import read_gguf_tokenizer
 
 DEQUANTIZE_CHUNK_BYTES: Final = 4 << 20
-"""Bytes of float32 dequantized at once: what the library needs beside the result is a few times as much."""
+"""Bytes of float32 dequantized at a time; the library needs a few times as much in addition."""
 
 PART: Final = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
@@ -31,7 +31,7 @@ SAMPLING: Final = {
     "general.sampling.min_p": "min_p",
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
-"""Keys of the metadata, and the fields of generation_config.json that mean the same."""
+"""Keys of the metadata, and the equivalent fields of generation_config.json."""
 
 GGUF_BLOCK_SIZE: Final = 32
 """Weights that share a scale in Q4_0 and Q8_0."""
@@ -43,7 +43,7 @@ Array = NDArray[np.float32]
 class GgufBlocks:
     """Rows as the file stores them: weight = (code - 2^(bits-1)) * scale.
 
-    codes: uint8 [n, K], below 2^bits. scales: float16 [n, K / 32], of either sign, one for every 32 weights of a row.
+    codes: uint8 [n, K], below 2^bits. scales: float16 [n, K / 32], of either sign, one for 32 weights of a row.
     """
 
     codes: NDArray[np.uint8]
@@ -53,7 +53,7 @@ class GgufBlocks:
 
 @dataclass(frozen=True, slots=True)
 class GgufTensors:
-    """The tensors of a model's files. `stored` says under Hugging Face's names where each lies."""
+    """The tensors of a model's files. `stored`: the location of each, by Hugging Face's name."""
 
     path: Path
     files: Sequence[GgufFile]
@@ -65,7 +65,7 @@ class GgufTensors:
         return self.stored.keys()
 
     def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Array:
-        """See `Tensors.tensor`."""
+        """See `CheckpointTensors.tensor`."""
         stored, file = self._stored(name, shape), self._file(name)
         values = _in_order(stored, rows, lambda start, stop: dequantize_rows(file, stored.name, start, stop))
         if not np.isfinite(values).all():
@@ -73,11 +73,11 @@ class GgufTensors:
         return values if stored.offset == 0 else values - np.float32(stored.offset)
 
     def kind(self, name: str) -> str:
-        """Return the type that a tensor is stored in, such as "Q4_0"."""
+        """Return the type of a stored tensor, such as "Q4_0"."""
         return self._file(name).tensors[self.stored[name].name].kind
 
     def blocks(self, name: str, shape: tuple[int, int], rows: slice | None = None) -> GgufBlocks | None:
-        """Return a matrix as it is stored, or some of its rows; None where it is neither Q4_0 nor Q8_0.
+        """Return a matrix, or some of its rows, in its stored blocks; None if it is neither Q4_0 nor Q8_0.
 
         Raises `CheckpointError` as `tensor` does.
         """
@@ -91,8 +91,8 @@ class GgufTensors:
         scales = np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0]
         if not np.isfinite(scales).all():
             raise CheckpointError(f"{stored.name} in {self.path} holds NaN or infinite values")
-        codes = blocks[:, :, 2:] ^ np.uint8(0x80)  # signed to unsigned, 128 for zero
-        if bits == 4:  # the low halves are a block's first 16 weights
+        codes = blocks[:, :, 2:] ^ np.uint8(0x80)  # from signed to unsigned: 128 is zero
+        if bits == 4:  # the low halves are the first 16 weights of a block
             codes = np.concatenate([blocks[:, :, 2:] & 0xF, blocks[:, :, 2:] >> 4], axis=2)
         return GgufBlocks(codes.reshape(len(raw), -1), scales.astype(np.float16), bits)
 
@@ -111,10 +111,10 @@ class GgufTensors:
 
 
 def open_gguf(path: Path, defaults: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Open a GGUF file, or a split one by its first part.
+    """Open a GGUF file; of a split one, the first part.
 
-    `defaults` are fields of a generation_config.json that take precedence over the file's own. Raises `CheckpointError`
-    for a file that is damaged, incomplete, or of a kind that is not supported.
+    `defaults` are fields of generation_config.json that override the file's own. Raises `CheckpointError` for a file
+    that is damaged, incomplete, or not supported.
     """
     files = _parts(path)
     metadata = GgufMetadata(path, files[0].metadata)
@@ -124,17 +124,17 @@ def open_gguf(path: Path, defaults: Mapping[str, Any] | None = None) -> Checkpoi
     tokenizer = read_gguf_tokenizer(metadata)
     generation = {**_sampling(metadata), **(defaults or {})}
     stops = generation.get("stop_strings", [])
-    ends = [*tokenizer.ends, *(tokenizer.control[text] for text in stops if text in tokenizer.control)]
+    ends = [*tokenizer.end_ids, *(tokenizer.control[text] for text in stops if text in tokenizer.control)]
     return Checkpoint(
         path=path,
         config={**config, "bos_token_id": tokenizer.bos, "pad_token_id": tokenizer.pad},
-        generation={
+        generation_config={
             **generation,
             "eos_token_id": list(dict.fromkeys(ends)),
             "stop_strings": [text for text in stops if text not in tokenizer.control],
         },
         tokenizer_config=tokenizer.config,
-        tokenizer_text=tokenizer.text,
+        tokenizer_text=tokenizer.tokenizer_text,
         tensors=GgufTensors(path, files, stored),
         library_versions={"gguf": version("gguf")},
     )
@@ -146,7 +146,7 @@ def dequantize_rows(file: GgufFile, name: str, start: int, stop: int) -> Array:
     kind = gguf.GGMLQuantizationType[tensor.kind]
     values = np.empty((stop - start, tensor.shape[-1]), np.float32)
     step = max(1, DEQUANTIZE_CHUNK_BYTES // (4 * tensor.shape[-1]))
-    with np.errstate(all="ignore"):  # a damaged scale overflows, which is found in what comes out
+    with np.errstate(all="ignore"):  # a damaged scale overflows; the result is checked
         for at in range(start, stop, step):
             end = min(at + step, stop)
             values[at - start : end - start] = gguf.dequantize(file.rows(name, at, end), kind)
@@ -154,7 +154,7 @@ def dequantize_rows(file: GgufFile, name: str, start: int, stop: int) -> Array:
 
 
 def _in_order(stored: StoredTensor, rows: slice | None, read: Callable[[int, int], NDArray[Any]]) -> NDArray[Any]:
-    """Return some rows of a tensor in Hugging Face's order; `read` returns a range of them in the file's."""
+    """Return rows of a tensor in Hugging Face's order. `read` returns a range of rows in the file's order."""
     if len(stored.shape) == 2 and not stored.heads:
         start, stop, _ = (rows or slice(None)).indices(stored.shape[0])
         return read(start, stop)
@@ -166,7 +166,7 @@ def _in_order(stored: StoredTensor, rows: slice | None, read: Callable[[int, int
 
 
 def _read_whole(files: Sequence[GgufFile], name: str) -> Array:
-    """Read a vector. Raises `CheckpointError` where it holds NaN or infinity."""
+    """Read a vector. Raises `CheckpointError` if it holds NaN or infinity."""
     file = next(file for file in files if name in file.tensors)
     values: Array = dequantize_rows(file, name, 0, 1)[0]
     if not np.isfinite(values).all():
@@ -175,7 +175,7 @@ def _read_whole(files: Sequence[GgufFile], name: str) -> Array:
 
 
 def _parts(path: Path) -> list[GgufFile]:
-    """Open a file and, where it is the first of several, the others beside it."""
+    """Open a file and, if it is the first part of several, the other parts beside it."""
     first = GgufFile(path)
     metadata = GgufMetadata(path, first.metadata)
     count = metadata.integer("split.count", 1)
@@ -183,22 +183,20 @@ def _parts(path: Path) -> list[GgufFile]:
         return [first]
     named = PART.fullmatch(path.name)
     if named is None or int(named["count"]) != count:
-        raise CheckpointError(
-            f"{path} is one of {count} parts, which are read by their names NAME-00001-of-{count:05}.gguf"
-        )
+        raise CheckpointError(f"{path} is one of {count} parts; their names must be NAME-00001-of-{count:05}.gguf")
 
     def part(i: int) -> Path:
         return path.with_name(f"{named['name']}-{i + 1:05}-of-{count:05}.gguf")
 
-    if metadata.integer("split.no", least=0) != 0:
-        raise CheckpointError(f"{path} is not the first of its {count} parts: give {part(0)}")
+    if metadata.integer("split.no", minimum=0) != 0:
+        raise CheckpointError(f"{path} is not the first of its {count} parts: pass {part(0)}")
     files = [first]
     for i in range(1, count):
         if not part(i).is_file():
             raise CheckpointError(f"{part(i)} is missing: {path} is the first of {count} parts")
         file = GgufFile(part(i))
-        if GgufMetadata(file.path, file.metadata).integer("split.no", least=0) != i:
-            raise CheckpointError(f"{file.path} is not what its name says, part {i + 1} of {count}")
+        if GgufMetadata(file.path, file.metadata).integer("split.no", minimum=0) != i:
+            raise CheckpointError(f"{file.path} is not part {i + 1} of {count}, as its name says")
         files.append(file)
     names = [name for file in files for name in file.tensors]
     if len(set(names)) < len(names) or metadata.integer("split.tensors.count", len(names)) != len(names):
@@ -207,8 +205,8 @@ def _parts(path: Path) -> list[GgufFile]:
 
 
 def _sampling(metadata: GgufMetadata) -> dict[str, Any]:
-    """Return the default sampling as fields of generation_config.json; nothing where the file says nothing."""
-    found = {ours: metadata.number(key) for key, ours in SAMPLING.items() if metadata.has(key)}
+    """Return the default sampling as fields of generation_config.json; empty if the file has none."""
+    found = {ours: metadata.number(key) for key, ours in SAMPLING.items() if metadata.has_key(key)}
     if not found:
         return {}
     if "top_k" in found:

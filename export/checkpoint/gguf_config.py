@@ -1,7 +1,7 @@
-"""What GGUF says of a model in llama.cpp's terms, as a config.json and as names of tensors in Hugging Face's.
+"""Converts GGUF metadata to a config.json, and GGUF tensor names to Hugging Face's.
 
-Keys and tensor names are those of llama.cpp's `gguf-py/gguf/constants.py`; what its converter (`conversion/*.py`) does
-to the weights on the way into the file is undone here: it interleaves the rows of llama's queries and keys, which
+Keys and tensor names are those of llama.cpp's `gguf-py/gguf/constants.py`. The changes that its converter
+(`conversion/*.py`) makes to weights are undone here: it interleaves the rows of Llama's queries and keys, which
 llama.cpp rotates in neighbouring pairs, and adds 1 to the factors of Gemma's norms.
 """
 
@@ -20,7 +20,7 @@ from edgelm.errors import CheckpointError
 from .gguf_file import GgufMetadata, GgufTensor
 
 Read = Callable[[str], NDArray[np.float32]]
-"""Reads a small tensor whole."""
+"""Reads a whole small tensor."""
 
 ATTENTION: Final = {
     "attn_q": "self_attn.q_proj",
@@ -44,18 +44,18 @@ PHI: Final = {
 }
 
 SLIDING_WINDOW_PATTERNS: Final = {"gemma2": 2, "gemma3": 6}
-"""Families with local layers, and how many layers one that sees everything comes in, unless the file says."""
+"""Architectures with sliding layers, and the period of layers with full attention if the file has none."""
 
 LAYERS_OF_27B: Final = {"gemma2": 46, "gemma3": 62}
-"""Layers of Gemma's 27B, whose attention scale is that of hidden size / heads; the others' is the head size's."""
+"""Layers of Gemma's 27B, whose attention scale uses hidden size / heads; the other models use the head size."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufArchitecture:
-    """How llama.cpp stores a family: `model_type` of its config.json, `layer` its name of a weight -> Hugging Face's.
+    """How llama.cpp stores an architecture.
 
-    interleaved: queries and keys are stored in the order in which llama.cpp rotates them. norm_offset: what the file's
-    norms have added.
+    model_type: that of config.json. layer: llama.cpp's name of a weight -> Hugging Face's. interleaved: rows of queries
+    and keys are in llama.cpp's rotation order. norm_offset: value added to the stored norm factors.
     """
 
     model_type: str
@@ -88,9 +88,9 @@ FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rop
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of the file under Hugging Face's name: `heads` is how many heads' rows are interleaved, 0 where none.
+    """The location of a tensor with Hugging Face's name.
 
-    offset: what has been added to every element. shape: what the configuration says.
+    shape: from the configuration. heads: heads with interleaved rows, 0 if none. offset: value added to every element.
     """
 
     name: str
@@ -101,7 +101,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class _GgufModel:
-    """A file's metadata and tensors; keys of the architecture are given without its name before them."""
+    """A file's metadata and tensors. Keys are relative to the architecture's name."""
 
     metadata: GgufMetadata
     name: str
@@ -111,8 +111,8 @@ class _GgufModel:
     def key(self, rest: str) -> str:
         return f"{self.name}.{rest}"
 
-    def integer(self, rest: str, default: int | None = None, *, least: int = 1) -> int:
-        return self.metadata.integer(self.key(rest), default, least=least)
+    def integer(self, rest: str, default: int | None = None, *, minimum: int = 1) -> int:
+        return self.metadata.integer(self.key(rest), default, minimum=minimum)
 
     def number(self, rest: str, default: float | None = None) -> float:
         return self.metadata.number(self.key(rest), default)
@@ -120,18 +120,18 @@ class _GgufModel:
     def flag(self, rest: str, default: bool) -> bool:
         return self.metadata.flag(self.key(rest), default)
 
-    def has(self, rest: str) -> bool:
-        return self.metadata.has(self.key(rest))
+    def has_key(self, rest: str) -> bool:
+        return self.metadata.has_key(self.key(rest))
 
     def error(self, text: str) -> CheckpointError:
         return CheckpointError(f"{self.metadata.path}: {text}")
 
 
 def read_gguf_config(metadata: GgufMetadata, tensors: Mapping[str, GgufTensor], read: Read) -> dict[str, Any]:
-    """Return the config.json of the model in a file.
+    """Return the config.json of a file's model.
 
-    Raises `CheckpointError` for an architecture that is not supported (with those that are), for missing or wrong
-    metadata, and for what llama.cpp knows and this family's decoder does not.
+    Raises `CheckpointError` for an unsupported architecture, for missing or wrong metadata, and for options of
+    llama.cpp that the decoder does not have.
     """
     name, family = _architecture(metadata)
     model = _GgufModel(metadata, name, tensors, read)
@@ -163,7 +163,7 @@ def read_gguf_config(metadata: GgufMetadata, tensors: Mapping[str, GgufTensor], 
     if name in LAYERS_OF_27B:
         config["query_pre_attn_scalar"] = hidden // heads if layers == LAYERS_OF_27B[name] else head_size
         for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-            if model.has(cap):
+            if model.has_key(cap):
                 config[cap] = model.number(cap) or None
     if name == "granite":
         config.update(_multipliers(model, head_size))
@@ -173,10 +173,10 @@ def read_gguf_config(metadata: GgufMetadata, tensors: Mapping[str, GgufTensor], 
 def stored_tensors(
     config: Mapping[str, Any], metadata: GgufMetadata, tensors: Mapping[str, GgufTensor]
 ) -> dict[str, StoredTensor]:
-    """Return where each tensor lies, by Hugging Face's name.
+    """Return the location of each tensor, by Hugging Face's name.
 
-    Raises `CheckpointError` for a tensor that has another shape than the configuration says, and for one that the
-    family does not have: leaving it out would give another model.
+    Raises `CheckpointError` for a tensor whose shape differs from the configuration, and for an unknown tensor: leaving
+    it out would give another model.
     """
     _, family = _architecture(metadata)
     found: dict[str, StoredTensor] = {}
@@ -205,26 +205,26 @@ def _architecture(metadata: GgufMetadata) -> tuple[str, GgufArchitecture]:
     name = metadata.text("general.architecture")
     if name not in GGUF_ARCHITECTURES:
         raise CheckpointError(
-            f"{metadata.path}: architecture {name[:80]!r} is not supported; of GGUF files those with"
-            f" {', '.join(sorted(GGUF_ARCHITECTURES))} are"
+            f"{metadata.path}: architecture {name[:80]!r} is not supported; supported in GGUF files:"
+            f" {', '.join(sorted(GGUF_ARCHITECTURES))}"
         )
     return name, GGUF_ARCHITECTURES[name]
 
 
 def _refuse(model: _GgufModel) -> None:
-    """Raise `CheckpointError` for what would change the arithmetic and is not built."""
-    if model.integer("expert_count", 0, least=0):
+    """Raise `CheckpointError` for options that change the arithmetic and are not supported."""
+    if model.integer("expert_count", 0, minimum=0):
         raise model.error("a mixture of experts is not supported")
     if not model.flag("attention.causal", True):
-        raise model.error("it is an encoder, not a model that continues text")
+        raise model.error("it is an encoder, not a causal language model")
     if model.name == "granite" and not model.flag("rope.scaling.finetuned", True):
         raise model.error("granite without rotary positions is not supported")
-    if model.name == "olmo2" and model.integer("attention.sliding_window", 0, least=0):
+    if model.name == "olmo2" and model.integer("attention.sliding_window", 0, minimum=0):
         raise model.error("olmo2 with a sliding window (OLMo 3) is not supported")
 
 
 def _multipliers(model: _GgufModel, head_size: int) -> dict[str, Any]:
-    """Read Granite's; 0 stands for the default, as in llama.cpp."""
+    """Read Granite's multipliers; 0 means the default, as in llama.cpp."""
     return {
         "attention_multiplier": model.number("attention.scale", 0.0) or head_size**-0.5,
         "embedding_multiplier": model.number("embedding_scale", 0.0) or 1.0,
@@ -237,7 +237,7 @@ def _multipliers(model: _GgufModel, head_size: int) -> dict[str, Any]:
 
 
 def _rope(model: _GgufModel, head_size: int) -> dict[str, Any]:
-    """Read how positions rotate: rope_theta, rope_scaling, partial_rotary_factor."""
+    """Read the rotary options: rope_theta, rope_scaling, partial_rotary_factor."""
     size = model.integer("rope.dimension_count", head_size)
     if size > head_size or (size != head_size and model.name != "phi3"):
         raise model.error(f"{model.key('rope.dimension_count')} must be the head size {head_size}, got {size}")
@@ -264,15 +264,15 @@ def _rope(model: _GgufModel, head_size: int) -> dict[str, Any]:
 
 
 def _share(size: int, head_size: int) -> float:
-    """Return a float whose product with the head size is `size` when it is cut to a whole number."""
+    """Return a float whose product with the head size, truncated to an integer, is `size`."""
     share = size / head_size
     return share if int(head_size * share) == size else math.nextafter(share, 1.0)
 
 
 def _factors(model: _GgufModel, size: int) -> dict[str, Any]:
-    """Read what the wavelengths of each pair are multiplied by: Llama 3's as one list, LongRoPE's as two.
+    """Read the factors of each pair's wavelength: one list for Llama 3, two for LongRoPE.
 
-    Llama 3's rule is not stored, only what comes of it: the same factors for every length.
+    Llama 3's rule is not stored, only its result: the same factors for every length.
     """
     context = model.integer("context_length")
     names = (FREQUENCIES, FREQUENCIES) if FREQUENCIES in model.tensors else (SHORT, LONG)
@@ -284,7 +284,7 @@ def _factors(model: _GgufModel, size: int) -> dict[str, Any]:
     options: dict[str, Any] = {"rope_type": "longrope", "short_factor": values[0], "long_factor": values[1]}
     if FREQUENCIES in model.tensors:
         return {"rope_scaling": {**options, "attention_factor": 1.0}, "original_max_position_embeddings": context}
-    if model.has("rope.scaling.attn_factor"):
+    if model.has_key("rope.scaling.attn_factor"):
         options["attention_factor"] = model.number("rope.scaling.attn_factor")
     original = model.integer("rope.scaling.original_context_length", context)
     return {"rope_scaling": options, "original_max_position_embeddings": original}
@@ -302,14 +302,14 @@ def _yarn(model: _GgufModel, factor: float) -> dict[str, Any]:
         "beta_fast": model.number("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": model.number("rope.scaling.yarn_beta_slow", 1.0),
     }
-    if model.has("rope.scaling.yarn_attn_factor"):
+    if model.has_key("rope.scaling.yarn_attn_factor"):
         options["attention_factor"] = model.number("rope.scaling.yarn_attn_factor")
     return options
 
 
 def _windows(model: _GgufModel, layers: int) -> dict[str, Any]:
-    """Read which layers see only a window; the pattern is a number of layers or a list with one entry a layer."""
-    window = model.integer("attention.sliding_window", 4096 if model.name == "gemma2" else 0, least=0)
+    """Read which layers have a sliding window; the pattern is a number of layers or a list with one entry per layer."""
+    window = model.integer("attention.sliding_window", 4096 if model.name == "gemma2" else 0, minimum=0)
     if model.name in ("phi3", "mistral"):
         return {"sliding_window": window or None}
     if model.name not in SLIDING_WINDOW_PATTERNS:
@@ -330,7 +330,7 @@ def _windows(model: _GgufModel, layers: int) -> dict[str, Any]:
 
 
 def _names(config: Mapping[str, Any], family: GgufArchitecture) -> Iterator[tuple[str, str, int]]:
-    """Yield every tensor's name in the file, in Hugging Face's terms, and how many heads' rows are interleaved."""
+    """Yield every tensor's name in the file, Hugging Face's name, and the number of heads with interleaved rows."""
     for name, theirs in GLOBAL.items():
         yield name, theirs, 0
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -342,7 +342,7 @@ def _names(config: Mapping[str, Any], family: GgufArchitecture) -> Iterator[tupl
 
 
 def _expected(config: Mapping[str, Any], theirs: str) -> tuple[int, ...]:
-    """Return the shape of a tensor under Hugging Face's name."""
+    """Return the shape of a tensor by Hugging Face's name."""
     hidden, mlp, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = size * config["num_attention_heads"], size * config["num_key_value_heads"]
     *_, kind, part = theirs.split(".")

@@ -1,9 +1,9 @@
-"""The container format GGUF, versions 2 and 3 (docs/gguf.md of ggml): metadata and tensors of a file, read lazily.
+"""Reads the GGUF container format, versions 2 and 3 (docs/gguf.md of ggml): metadata and tensors, lazily.
 
-Knows the format and nothing of models. The metadata is parsed here and not by `gguf.GGUFReader`, which keeps several
-array objects for every element of a list: 160 MB and seconds for a vocabulary of 49,152 tokens, where a hostile count
-would cost gigabytes. What a block of each type holds comes from the package `gguf`. Every count, length and offset is
-checked against the file's size before anything is read.
+Knows the format, not models. The metadata is parsed here and not by `gguf.GGUFReader`, which creates several array
+objects for every element of a list: 160 MB and seconds for a vocabulary of 49,152 tokens, and gigabytes for a hostile
+count. Block layouts come from the package `gguf`. Every count, length and offset is checked against the file's size
+before anything is read.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 MAX_DIMENSIONS: Final = 4
 MAX_ELEMENTS: Final = 1 << 23
-"""Of a list of strings, each of which becomes an object; the largest vocabularies have half a million merges."""
+"""Maximum strings in a list; each becomes an object. The largest vocabularies have half a million merges."""
 
 MAX_NAME: Final = 256
-"""Bytes of a key or a tensor's name: the format allows 65,535 of a key, and none in use has a fourth of this."""
+"""Maximum bytes of a key or a tensor's name. The format allows 65,535 for a key; none in use has a quarter of this."""
 
 MAX_ALIGNMENT: Final = 1 << 20
 
@@ -38,24 +38,25 @@ TYPES: Final = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
 )
-"""Types of tensors that are read."""
+"""Tensor types that can be read."""
 
 SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""Number of a type of metadata -> its letter in `struct`; 8 is a string, 9 a list."""
+"""Metadata type number -> format character of `struct`; 8 is a string, 9 a list."""
 
 STRING, LIST = 8, 9
 MIN_ENTRY_BYTES: Final = 13
-"""Bytes of a key of no letters, its type and a value of one byte."""
+"""Bytes of an entry with an empty key and a one-byte value."""
 
 MIN_TENSOR_BYTES: Final = 32
-"""Bytes of a tensor's entry with a name of no letters and one dimension."""
+"""Bytes of a tensor's entry with an empty name and one dimension."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor lies: `shape` as numpy has it (slowest dimension first), `offset` in bytes from the file's begin.
+    """Location of a tensor.
 
-    kind: its type's name, such as "Q4_0". block: elements that are stored together, in block_bytes bytes.
+    shape: slowest dimension first, as in numpy. kind: name of its type, such as "Q4_0". block: elements stored
+    together, in block_bytes bytes. offset: bytes from the start of the file.
     """
 
     shape: tuple[int, ...]
@@ -66,7 +67,7 @@ class GgufTensor:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row, along the last dimension."""
+        """Bytes of one row, along the last dimension."""
         return self.shape[-1] // self.block * self.block_bytes
 
     @property
@@ -78,9 +79,8 @@ class GgufTensor:
 class GgufFile:
     """One GGUF file, mapped into memory.
 
-    `metadata` holds numbers, booleans, numpy arrays, and strings as they lie in the file: bytes. `tensors` are by name.
-
-    Raises `CheckpointError` where the file is no GGUF, of another version or byte order, cut off, or inconsistent.
+    `metadata`: numbers, booleans, numpy arrays, and strings as bytes. `tensors`: by name. Raises `CheckpointError` if
+    the file is not GGUF, has another version or byte order, is truncated, or is inconsistent.
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,13 +106,13 @@ class GgufFile:
 
 @dataclass(frozen=True, slots=True)
 class GgufMetadata:
-    """Typed access to a file's metadata. Every method raises `CheckpointError` naming the key for a wrong value."""
+    """Typed access to a file's metadata. Methods raise `CheckpointError` with the key if a value is wrong."""
 
     path: Path
     values: Mapping[str, Any]
 
-    def has(self, key: str) -> bool:
-        """Whether there is such a key."""
+    def has_key(self, key: str) -> bool:
+        """Return whether the key exists."""
         return key in self.values
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -124,17 +124,17 @@ class GgufMetadata:
             raise self._wrong(key, "a string")
         return value
 
-    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """Return a whole number in [least, 2^31), or what all elements of a list of one a layer are."""
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+        """Return an integer in [minimum, 2^31); of a list with one entry per layer, the entry if all are equal."""
         value = self._value(key, default)
         if isinstance(value, np.ndarray) and value.ndim and len(value) and (value == value[0]).all():
             value = value[0].item()
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
-            raise self._wrong(key, f"a whole number of at least {least}, the same for all layers")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 1 << 31:
+            raise self._wrong(key, f"a whole number of at least {minimum}, the same for all layers")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Return a finite number; one stored in float32 as the shortest decimal that gives it, as it was configured."""
+        """Return a finite number; of a float32 the shortest decimal that rounds to it, as it was configured."""
         value = self._value(key, default)
         if isinstance(value, np.float32):
             value = float(str(value))
@@ -157,7 +157,7 @@ class GgufMetadata:
         return [self._decoded(key, each) for each in value]
 
     def numbers(self, key: str, count: int) -> NDArray[Any]:
-        """Return a list of `count` finite numbers or booleans, one dimension."""
+        """Return a list with `count` finite numbers or booleans, one dimension."""
         value = self._value(key, None)
         if not isinstance(value, np.ndarray) or len(value) != count or not np.isfinite(value).all():
             raise self._wrong(key, f"a list of {count} finite numbers")
@@ -179,7 +179,7 @@ class GgufMetadata:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as a GGUF file does."""
+    """Return whether a file starts as a GGUF file does."""
     if not path.is_file():
         return False
     try:
@@ -190,7 +190,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def import_gguf() -> ModuleType:
-    """Return the package `gguf`. Raises `MissingExtraError` where it is not installed."""
+    """Return the package `gguf`. Raises `MissingExtraError` if it is not installed."""
     try:
         import gguf
     except ModuleNotFoundError as error:
@@ -200,7 +200,7 @@ def import_gguf() -> ModuleType:
 
 
 class _Reader:
-    """Reads values one after the other, and never past the end of the file."""
+    """Reads values in sequence, and never past the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
@@ -209,14 +209,14 @@ class _Reader:
 
     @property
     def left(self) -> int:
-        """Bytes that follow."""
+        """Bytes after the position."""
         return len(self._data) - self.at
 
     def skip(self, count: int, what: str) -> int:
-        """Pass over some bytes; return where they begin."""
+        """Skip bytes; return the position of the first."""
         if count > self.left:
             raise CheckpointError(
-                f"{self.path} is damaged or cut off: {what} has {count} bytes, and the file ends after {self.left}"
+                f"{self.path} is damaged or cut off: {what} has {count} bytes, but the file ends after {self.left}"
             )
         self.at += count
         return self.at - count
@@ -239,7 +239,7 @@ class _Reader:
             raise CheckpointError(f"{self.path} is damaged: {what} has {length} bytes, at most {MAX_NAME} are read")
         name = self.take(length, what).decode(errors="replace")
         if not name.isprintable() or "\ufffd" in name:
-            raise CheckpointError(f"{self.path} is damaged: {what} is no printable text")
+            raise CheckpointError(f"{self.path} is damaged: {what} is not printable text")
         return name
 
     def value(self, key: str) -> Any:
@@ -270,25 +270,27 @@ def _map(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as stream:
             return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: nothing to map
+    except (OSError, ValueError) as error:  # ValueError: an empty file
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _read_header(cursor: _Reader) -> tuple[int, int]:
-    """Return the number of entries of the metadata, and that of tensors."""
+    """Return the number of metadata entries, and of tensors."""
     path = cursor.path
     magic = cursor.take(min(4, cursor.left), "the header")
     if magic != MAGIC:
         pointer = magic == b"vers" and cursor.take(min(40, cursor.left), "the header").startswith(
             b"ion https://git-lfs"
         )
-        hint = ": it is a pointer of Git LFS, `git lfs pull` fetches the file itself" if pointer else ""
-        raise CheckpointError(f"{path} is no GGUF file, which begins with the letters GGUF{hint}")
+        hint = ": it is a Git LFS pointer, run `git lfs pull` to download the file" if pointer else ""
+        raise CheckpointError(f"{path} is not a GGUF file, which starts with the letters GGUF{hint}")
     version = cursor.scalar("I", "the header")
     if version & 0xFFFF == 0 and version:
         raise CheckpointError(f"{path} is a big-endian GGUF file; convert the model again for little-endian machines")
     if version not in VERSIONS:
-        raise CheckpointError(f"{path} is GGUF version {version}; versions 2 and 3 are read: convert the model again")
+        raise CheckpointError(
+            f"{path} is GGUF version {version}; versions 2 and 3 can be read: convert the model again"
+        )
     tensors, entries = cursor.scalar("Q", "the header"), cursor.scalar("Q", "the header")
     if entries * MIN_ENTRY_BYTES + tensors * MIN_TENSOR_BYTES > cursor.left:
         raise CheckpointError(
@@ -319,7 +321,7 @@ def _read_tensors(cursor: _Reader, count: int, alignment: int) -> dict[str, Gguf
         kind, block, block_bytes = sizes.get(cursor.scalar("I", name), ("of an unknown type", 1, 1))
         if kind not in TYPES:
             raise CheckpointError(
-                f"{path}: {name} is {kind}, which is not read here (readable: {', '.join(TYPES)}): use another"
+                f"{path}: {name} is {kind}, which cannot be read (supported: {', '.join(TYPES)}): use another"
                 " quantization of the model"
             )
         if name in found or 0 in shape or shape[-1] % block:

@@ -1,9 +1,9 @@
-"""The tokenizer in a GGUF file's metadata, as a tokenizer.json.
+"""Converts the tokenizer in a GGUF file's metadata to a tokenizer.json.
 
-Two models: `gpt2`, byte-level BPE with one of several ways to split text before it (`tokenizer.ggml.pre`), and `llama`,
+Two models: `gpt2`, byte-level BPE with one of several ways to split text first (`tokenizer.ggml.pre`), and `llama`,
 SentencePiece's BPE, whose merges follow from the pieces' scores. Kinds and defaults are those of llama.cpp
-(`src/llama-vocab.cpp`), so that text gives the tokens that llama.cpp gives it; where llama.cpp quotes a pattern of
-the original tokenizer beside an approximation of its own, the original is taken. Like llama.cpp, nothing normalizes.
+(`src/llama-vocab.cpp`), so that a text has the same tokens as in llama.cpp; if llama.cpp quotes a pattern of the
+original tokenizer beside its own approximation, the original is used. As in llama.cpp, text is not normalized.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens."""
 
 SPACE: Final = "▁"
-"""SentencePiece's sign for a space."""
+"""SentencePiece's character for a space."""
 
 TAIL: Final = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORDS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -36,9 +36,9 @@ GPT2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizerConfig:
-    """How a kind of `tokenizer.ggml.pre` splits text: by each pattern in turn, matches and what lies between.
+    """How one kind of `tokenizer.ggml.pre` splits text: by each pattern in turn, into matches and the text between.
 
-    ignore_merges: a piece that is a token stays whole. add_bos: where the file does not say.
+    ignore_merges: a piece that is a token stays whole. add_bos: default if the file has no value.
     """
 
     patterns: tuple[str, ...]
@@ -70,7 +70,7 @@ PRE_TOKENIZERS: Final[dict[str, PreTokenizerConfig]] = {
     "tekken": _TEKKEN,
     "deepseek-coder": PreTokenizerConfig(_DEEPSEEK_CODER),
 }
-"""Kinds of `tokenizer.ggml.pre` that are known; several names stand for the same patterns."""
+"""Known kinds of `tokenizer.ggml.pre`; several names may have the same patterns."""
 
 SPECIAL_TOKEN_KEYS: Final = {
     "bos": "tokenizer.ggml.bos_token_id",
@@ -86,7 +86,7 @@ SENTENCEPIECE_IDS: Final = {
     "tokenizer.ggml.bos_token_id": 1,
     "tokenizer.ggml.eos_token_id": 2,
 }
-"""What a `llama` tokenizer has where the file does not say."""
+"""Default ids of a `llama` tokenizer."""
 
 END_TEXTS: Final = frozenset(
     {
@@ -94,31 +94,32 @@ END_TEXTS: Final = frozenset(
         *("</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "<end_of_utterance>", "<eos>", "<｜end▁of▁sentence｜>"),
     }
 )
-"""Tokens that end an answer whether or not the metadata says so, which often names one of several. An ordinary piece
-of text does not: Qwen has an HTML tag `</s>`."""
+"""Tokens that end an answer even if the metadata, which often names only one of several, does not list them. Not if
+they are ordinary tokens: Qwen has an HTML tag `</s>`."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTokenizer:
-    """What the metadata says of tokens.
+    """The tokenizer in the metadata.
 
-    text: the tokenizer.json. config: special tokens and chat template, as in tokenizer_config.json. bos, pad: their
-    ids. ends: the ids that end an answer, the file's own eos first. control: the ids of control tokens by text.
+    tokenizer_text: the tokenizer.json. config: special tokens and chat template, as in tokenizer_config.json. bos, pad:
+    their ids. end_ids: the ids that end an answer, the file's own eos first. control: the ids of control tokens by
+    text.
     """
 
-    text: str
+    tokenizer_text: str
     config: Mapping[str, Any]
     bos: int | None
     pad: int | None
-    ends: Sequence[int]
+    end_ids: Sequence[int]
     control: Mapping[str, int]
 
 
 def read_gguf_tokenizer(metadata: GgufMetadata) -> GgufTokenizer:
     """Read the tokenizer of a file.
 
-    Raises `CheckpointError` for a model or a kind of splitting that is not known, and for tokens, scores, types and
-    merges that do not belong together.
+    Raises `CheckpointError` for an unknown model or kind of splitting, and for tokens, scores, types and merges that do
+    not fit each other.
     """
     model = metadata.text("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
@@ -137,17 +138,17 @@ def read_gguf_tokenizer(metadata: GgufMetadata) -> GgufTokenizer:
         raise CheckpointError(f"{metadata.path}: the tokenizers library numbers the tokens of this file in another way")
     _add_special(inner, tokens, metadata, add_bos, ids)
     return GgufTokenizer(
-        text=inner.to_str(),
+        tokenizer_text=inner.to_str(),
         config=_config(metadata, tokens, ids),
         bos=ids["bos"],
         pad=ids["pad"],
-        ends=[token for token in dict.fromkeys(ends) if token is not None],
+        end_ids=[token for token in dict.fromkeys(ends) if token is not None],
         control={text: token for token, text in enumerate(tokens) if types[token] == CONTROL},
     )
 
 
 def _tokens(metadata: GgufMetadata) -> list[str]:
-    """Return every token's text, all different; llama.cpp's name for one without any."""
+    """Return the text of every token, all different. A token without text gets llama.cpp's name for it."""
     tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(metadata.texts("tokenizer.ggml.tokens"))]
     if not tokens or len(set(tokens)) < len(tokens):
         raise CheckpointError(f"{metadata.path}: tokenizer.ggml.tokens must hold tokens, each once")
@@ -156,13 +157,13 @@ def _tokens(metadata: GgufMetadata) -> list[str]:
 
 def _types(metadata: GgufMetadata, tokens: Sequence[str]) -> list[int]:
     key = "tokenizer.ggml.token_type"
-    if not metadata.has(key):
+    if not metadata.has_key(key):
         return [NORMAL] * len(tokens)
     return [int(kind) for kind in metadata.numbers(key, len(tokens))]
 
 
 def _special(metadata: GgufMetadata, key: str, count: int, model: str) -> int | None:
-    """Return a special token's id; None where there is none, or where it is no token's, as -1 often is."""
+    """Return a special token's id; None if it is missing or out of range, as -1 often is."""
     value = metadata.values.get(key, SENTENCEPIECE_IDS.get(key) if model == "llama" else None)
     if isinstance(value, bool) or not isinstance(value, int):
         if value is not None:
@@ -172,7 +173,7 @@ def _special(metadata: GgufMetadata, key: str, count: int, model: str) -> int | 
 
 
 def _byte_level(metadata: GgufMetadata, tokens: Sequence[str]) -> tuple[tokenizers.Tokenizer, bool]:
-    """Build a byte-level BPE; also whether text begins with bos where the file does not say."""
+    """Build a byte-level BPE; also return the default of adding bos."""
     kind = metadata.text("tokenizer.ggml.pre", "default")
     if kind not in PRE_TOKENIZERS:
         raise CheckpointError(
@@ -182,7 +183,7 @@ def _byte_level(metadata: GgufMetadata, tokens: Sequence[str]) -> tuple[tokenize
     splitting = PRE_TOKENIZERS[kind]
     merges = []
     for merge in metadata.texts("tokenizer.ggml.merges"):
-        at = merge.find(" ", 1)  # a first part may be a space itself
+        at = merge.find(" ", 1)  # the first part may itself start with a space
         merges.append((merge[:at], merge[at + 1 :]))
     inner = _bpe(metadata, tokens, merges, ignore_merges=splitting.ignore_merges)
     *before, last = splitting.patterns
@@ -201,10 +202,9 @@ def _byte_level(metadata: GgufMetadata, tokens: Sequence[str]) -> tuple[tokenize
 def _sentencepiece(
     metadata: GgufMetadata, tokens: Sequence[str], types: Sequence[int], ids: Mapping[str, int | None]
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    """Build SentencePiece's BPE (Kudo & Richardson 2018, arXiv:1808.06226): pieces of higher scores are made first.
+    """Build SentencePiece's BPE (Kudo & Richardson 2018, arXiv:1808.06226): pieces with higher scores are made first.
 
-    A piece may be made of any two others, which gives one merge for each way to cut it. Control tokens and unused ones
-    are not made of text.
+    A piece may be made of any two others, so each way to cut it gives a merge. Control and unused tokens are not made.
     """
     scores = metadata.numbers("tokenizer.ggml.scores", len(tokens))
     made = {text: i for i, text in enumerate(tokens) if types[i] in (NORMAL, USER_DEFINED)}
@@ -234,8 +234,8 @@ def _bpe(
 
 
 def _added(metadata: GgufMetadata, tokens: Sequence[str], types: Sequence[int]) -> list[tokenizers.AddedToken]:
-    """Return the tokens that are found in text before anything else."""
-    # the file does not store which tokens swallow the spaces after them: llama.cpp knows it of Phi 3 by name
+    """Return the tokens that are matched in text before anything else."""
+    # the file does not store which tokens strip the spaces after them; like llama.cpp, detect Phi 3 by its name
     phi3 = any(name in metadata.text("general.name", "").lower() for name in ("phi-3", "phi3"))
     strips = phi3 and metadata.text("tokenizer.ggml.model") == "llama"
     return [
@@ -257,7 +257,7 @@ def _add_special(
     add_bos: bool,
     ids: Mapping[str, int | None],
 ) -> None:
-    """Let encoding add bos and eos where the file says so."""
+    """Make encoding add bos and eos as the file requires."""
     wanted = {
         "bos": metadata.flag("tokenizer.ggml.add_bos_token", add_bos),
         "eos": metadata.flag("tokenizer.ggml.add_eos_token", False),
@@ -273,10 +273,10 @@ def _add_special(
 
 
 def _config(metadata: GgufMetadata, tokens: Sequence[str], ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """Return special tokens and chat template as tokenizer_config.json has them."""
+    """Return special tokens and chat template in the form of tokenizer_config.json."""
     config: dict[str, Any] = {
         f"{name}_token": tokens[token] for name in ("bos", "eos", "unk", "pad") if (token := ids[name]) is not None
     }
-    if metadata.has("tokenizer.chat_template"):
+    if metadata.has_key("tokenizer.chat_template"):
         config["chat_template"] = metadata.text("tokenizer.chat_template")
     return config

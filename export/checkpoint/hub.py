@@ -1,6 +1,6 @@
-"""Checkpoints of the Hugging Face hub: downloading one, and what to do where that fails.
+"""Downloads checkpoints from the Hugging Face hub, with advice if that fails.
 
-Two variables of its library count: HF_ENDPOINT is another hub, HF_TOKEN an account that has accepted a licence.
+Environment variables of its library: HF_ENDPOINT selects another hub, HF_TOKEN an account that has accepted a licence.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Final
 from edgelm.errors import CheckpointError
 
 HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
-"""owner/name: a whole match."""
+"""owner/name, to be matched as a whole."""
 
 FILES: Final = ["*.json", "*.safetensors", "*.jinja"]
-"""What an export reads."""
+"""Files that an export reads."""
 
 UNREACHABLE: Final = {
     "ConnectError",
@@ -26,24 +26,24 @@ UNREACHABLE: Final = {
     "Timeout",
     "TimeoutException",
 }
-"""Errors of the library, of requests and of httpx where the hub does not answer."""
+"""Error types of the library, of requests and of httpx for a hub that does not answer."""
 
 OFFLINE_ADVICE: Final = "give it instead of the id"
-"""What to do with a model's files once they came here another way."""
+"""What to do with a model's files that were copied here by other means."""
 
 
 def download(
     hub_id: str, revision: str | None = None, folder: Path | None = None, *, offline_advice: str = OFFLINE_ADVICE
 ) -> Path:
-    """Return where a model's files lie once they are fetched: the library's cache, or `folder`.
+    """Download a model's files; return their directory: in the library's cache, or `folder`.
 
-    What is there already is not fetched again; a broken download goes on where it was. `revision` is a commit, branch
-    or tag; `offline_advice` ends the advice where the hub does not answer. Raises `CheckpointError`, with the remedy.
+    Existing files are not downloaded again; a partial download continues. `revision` is a commit, branch or tag.
+    `offline_advice` ends the advice given if the hub does not answer. Raises `CheckpointError` with advice.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # it would tell of every further try, over many lines
+    logging.set_verbosity_error()  # it would log every retry, over many lines
     try:
         return Path(
             snapshot_download(
@@ -59,7 +59,7 @@ def download(
 
 
 def resolve_commit(hub_id: str, revision: str | None = None, *, offline_advice: str = OFFLINE_ADVICE) -> str:
-    """Return the commit that a revision, or the newest one, stands for. Raises `CheckpointError` as `download`."""
+    """Return the commit of a revision, by default the newest. Raises `CheckpointError` as `download` does."""
     from huggingface_hub import HfApi
 
     try:
@@ -70,26 +70,26 @@ def resolve_commit(hub_id: str, revision: str | None = None, *, offline_advice: 
 
 def _refusal(error: Exception, hub_id: str, offline_advice: str) -> CheckpointError:
     reason = _reason(error, hub_id, offline_advice)
-    return CheckpointError(f"{hub_id} is not here, and cannot be fetched from the hub: {reason}")
+    return CheckpointError(f"{hub_id} is not on this machine and cannot be downloaded from the hub: {reason}")
 
 
 def _reason(error: Exception, hub_id: str, offline_advice: str) -> str:
-    """Return what was wrong and what helps, from an error of the library or of what it uses."""
+    """Return the cause and advice for an error of the library or of the libraries that it uses."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "GatedRepoError" in kinds:
         return (
-            f"it asks for an account that has accepted its licence: do so at https://huggingface.co/{hub_id}, then set"
-            " HF_TOKEN to a token of that account"
+            f"its licence must be accepted: do so at https://huggingface.co/{hub_id}, then set"
+            " HF_TOKEN to a token of your account"
         )
     if "RevisionNotFoundError" in kinds:
-        return "it has no such revision"
+        return "the revision does not exist"
     if "RepositoryNotFoundError" in kinds:
-        return "there is no such model, or it is private and HF_TOKEN is not set"
+        return "the model does not exist, or it is private and HF_TOKEN is not set"
     if kinds & UNREACHABLE:
         return (
-            f"there is no way to it from here. On a machine with a network: hf download {hub_id} --local-dir model/;"
+            f"the hub cannot be reached. On a machine with a network: hf download {hub_id} --local-dir model/;"
             f" then copy that folder here and {offline_advice}"
         )
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"  # a full disk, a folder that cannot be written
+        return f"{error.filename}: {error.strerror}"  # a full disk, or a folder without write permission
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint on disk or on the hub: configuration, tokenizer files, weights read lazily.
 
-Knows the file formats and nothing of architectures. Weights are memory-mapped; one tensor is in memory at a time.
+Knows the file formats, not architectures. Weights are memory-mapped; one tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors then returns
+import ml_dtypes  # noqa: F401 registers bfloat16 with numpy, for safetensors
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -30,12 +30,12 @@ SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 FLOATS: Final = {"F32", "F16", "BF16", "F64"}
 FLOAT8_TYPES: Final = {"F8_E4M3"}
-"""Types that numpy does not have; they are read as their bytes."""
+"""Types that numpy does not have; they are read as bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Safetensors:
-    """The tensors of a directory. `files` names the safetensors file that holds each one."""
+    """The tensors of a directory. `files`: the safetensors file of each tensor."""
 
     path: Path
     files: Mapping[str, Path]
@@ -46,7 +46,7 @@ class Safetensors:
         return self.files.keys()
 
     def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
-        """See `Tensors.tensor`."""
+        """See `CheckpointTensors.tensor`."""
         if name not in self.files:
             raise CheckpointError(f"{self.path} has no tensor {name}; is the checkpoint complete?")
         file = self.files[name]
@@ -61,7 +61,7 @@ class Safetensors:
         return values
 
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Return a tensor's type as safetensors spells it, and its shape. Raises `CheckpointError`."""
+        """Return a tensor's type in safetensors' spelling, and its shape. Raises `CheckpointError`."""
         if name not in self.files:
             raise CheckpointError(f"{self.path} has no tensor {name}; is the checkpoint complete?")
         try:
@@ -72,7 +72,7 @@ class Safetensors:
             raise CheckpointError(f"{self.files[name]} cannot be read: {error}") from error
 
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> NDArray[Any]:
-        """Return a tensor as it is stored, or some of its rows and columns (step 1); 8-bit floats as uint8.
+        """Return a tensor with its stored dtype, or some of its rows and columns (step 1); 8-bit floats as uint8.
 
         Raises `CheckpointError`.
         """
@@ -98,7 +98,7 @@ class Safetensors:
 def open_huggingface(source: str | Path) -> Checkpoint:
     """Open a directory, or download a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
 
-    Raises `CheckpointError` when there is no such directory or repository, a file is missing, or one is damaged.
+    Raises `CheckpointError` if the directory or repository does not exist, or a file is missing or damaged.
     """
     path = resolve_directory(source)
     if not (path / "config.json").is_file():
@@ -117,7 +117,7 @@ def open_huggingface(source: str | Path) -> Checkpoint:
         Checkpoint(
             path=path,
             config=text.config,
-            generation=read_json(path / "generation_config.json", optional=True),
+            generation_config=read_json(path / "generation_config.json", optional=True),
             tokenizer_config=tokenizer_config,
             tokenizer_text=read_text(path / "tokenizer.json"),
             tensors=text.tensors,
@@ -128,7 +128,7 @@ def open_huggingface(source: str | Path) -> Checkpoint:
 
 
 def _offset(file: Path, name: str) -> int:
-    """Return where a tensor's bytes begin. The header is a length, uint64, and JSON; safetensors has checked both."""
+    """Return the position of a tensor's bytes. The header is its length, uint64, and JSON; safetensors checked both."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
@@ -136,7 +136,7 @@ def _offset(file: Path, name: str) -> int:
 
 
 def resolve_directory(source: str | Path) -> Path:
-    """Return a directory, or where a hub id was downloaded to. Raises `CheckpointError`."""
+    """Return a directory; for a hub id, the directory of its download. Raises `CheckpointError`."""
     path = Path(source)
     if path.is_dir():
         return path
@@ -153,8 +153,8 @@ def resolve_directory(source: str | Path) -> Path:
 def _tokenizer_config(path: Path) -> dict[str, Any]:
     """Read tokenizer_config.json with the special tokens of special_tokens_map.json.
 
-    A chat_template.jinja beside it takes precedence, as in transformers; the chat_template.json of a multimodal
-    checkpoint counts where nothing else says.
+    A chat_template.jinja overrides its chat template, as in transformers; the chat_template.json of a multimodal
+    checkpoint is used if there is no other.
     """
     config = read_json(path / "tokenizer_config.json", optional=True)
     config = with_special_tokens(config, read_json(path / "special_tokens_map.json", optional=True))
@@ -168,10 +168,10 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
-    """Map each tensor to its file: model.safetensors, else the shards that the index names, as transformers does.
+    """Return each tensor's file: model.safetensors, otherwise the shards that the index lists, as in transformers.
 
-    Other *.safetensors files of the directory are not the model's: earlier stages, states of a training. Raises
-    `CheckpointError` where these files are missing or not safetensors.
+    Other *.safetensors files of the directory are not used; they may be earlier versions or training states. Raises
+    `CheckpointError` if files are missing or not safetensors.
     """
     files: dict[str, Path] = {}
     for name in [SINGLE] if (path / SINGLE).is_file() else _shards(path):
@@ -185,7 +185,7 @@ def tensor_files(path: Path) -> dict[str, Path]:
 
 
 def _shards(path: Path) -> list[str]:
-    """Return the names of the files that the index lists. Raises `CheckpointError` where one is not there."""
+    """Return the names of the files that the index lists. Raises `CheckpointError` if one is missing."""
     index = path / INDEX
     if not index.is_file():
         raise CheckpointError(_without_weights(path))
@@ -205,13 +205,13 @@ def _shards(path: Path) -> list[str]:
 
 
 def _without_weights(path: Path) -> str:
-    """Say what is there in the place of a model's weights."""
+    """Return the error for a directory without weights, with the files found instead."""
     expected = f"expected {SINGLE}, or {INDEX} and the shards it names"
     found = sorted(file.name for file in path.glob("*.safetensors"))
     if "adapter_model.safetensors" in found:
         return f"{path} holds a LoRA adapter, not a model: export its base model with --adapter {path}"
     if any(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) for name in found):
-        return f"{path} has shards such as {found[0]} but no {INDEX}, which says what belongs together; {expected}"
+        return f"{path} has shards such as {found[0]} but no {INDEX}, which lists the shards of the model; {expected}"
     if found:
         names = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
         return f"{path} has no {SINGLE}, but {names}; {expected}: if it is the model's weights, rename it to {SINGLE}"

@@ -1,7 +1,7 @@
-"""LoRA adapters of PEFT's format, added to the checkpoint's weights as they are read.
+"""LoRA adapters in PEFT's format, added to the checkpoint's weights when they are read.
 
-File and tensor names as PEFT 0.21 writes them; what is added is said in `adapter_options`. The sum is taken in float32,
-whatever the adapter was stored in.
+File and tensor names are those of PEFT 0.21; `lora_config` documents the arithmetic. Sums are computed in float32,
+whatever the adapter's dtype.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FACTORS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class LoraProduct:
-    """scale * B @ A; of an embedding its transpose. `a` and `b` are tensor names in the adapter."""
+    """scale * B @ A, or its transpose for an embedding. `a` and `b` are names of the adapter's tensors."""
 
     a: str
     b: str
@@ -47,55 +47,55 @@ class LoraProduct:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An opened adapter: what it adds to, and what it puts in the place of, tensors of the base.
+    """An opened adapter: the changes that it adds to tensors of the base, and the tensors that it replaces.
 
-    `products` and `replacements` are keyed by the base's tensor names; `shapes` are those of the adapter's tensors.
+    Keys of `products` and `replacements` are the base's tensor names; `shapes` are those of the adapter's tensors.
     """
 
     weights: Safetensors
     products: Mapping[str, LoraProduct]
     replacements: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
-    tied: bool | None
+    is_tied: bool | None
     ties_embedding: bool
 
     @property
-    def changed(self) -> list[str]:
-        """The base's tensors that it changes, sorted."""
+    def changed_tensors(self) -> list[str]:
+        """The names of the base's tensors that the adapter changes, sorted."""
         return sorted({*self.products, *self.replacements})
 
     def check(self, names: Collection[str]) -> None:
-        """See that it belongs to a base with tensors of these names.
+        """Check that the adapter belongs to a base with tensors of these names.
 
-        Raises `CheckpointError` when one that it changes is not there, or when it would change only one of an
-        embedding and a head that the base keeps as one matrix.
+        Raises `CheckpointError` if a changed tensor is missing, or if only one of embedding and head would change in a
+        base that stores them as one matrix.
         """
-        tied = HEAD not in names if self.tied is None else self.tied
-        missing = [name for name in self.changed if name not in names and not (tied and name == HEAD)]
+        tied = HEAD not in names if self.is_tied is None else self.is_tied
+        missing = [name for name in self.changed_tensors if name not in names and not (tied and name == HEAD)]
         if missing:
             raise CheckpointError(
                 f"{self.weights.path} is an adapter for another base: it changes {missing[0]}, which the checkpoint"
-                f" does not have ({len(missing)} of {len(self.changed)} tensors are missing)"
+                f" does not have ({len(missing)} of {len(self.changed_tensors)} tensors are missing)"
             )
         if tied:
             self._check_tied()
 
     def apply(self, name: str, weight: Array, rows: slice | None = None) -> Array:
-        """Return the adapted tensor: a new one, or `weight` itself where nothing changes.
+        """Return the adapted tensor: a new array, or `weight` itself if nothing changes.
 
         Parameters
         ----------
         name
-            Of a tensor of the base.
+            Name of a tensor of the base.
         weight
-            float32 [N, K], or those of its rows that `rows` names; not changed.
+            float32 [N, K], or its rows `rows`; not changed.
         rows
-            Which rows `weight` holds (step 1); all by default.
+            The rows in `weight` (step 1); None means all.
 
         Raises
         ------
         CheckpointError
-            When the adapter's tensors do not fit, cannot be read, or hold NaN or infinite values.
+            The adapter's tensors do not fit, cannot be read, or hold NaN or infinite values.
         """
         if name in self.replacements:
             whole = self._read(self.replacements[name], rows)
@@ -115,7 +115,7 @@ class Adapter:
         return weight
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise `CheckpointError` when what it does to a tensor of the base is not of that tensor's shape."""
+        """Raise `CheckpointError` if the change of a base tensor does not have this shape."""
         if name in self.replacements:
             self._expect(name, self.shapes[self.replacements[name]], shape)
         if name in self.products:
@@ -134,12 +134,12 @@ class Adapter:
         return self.weights.tensor(key, self.shapes[key], rows)
 
     def _check_tied(self) -> None:
-        """See that a matrix that is both embedding and head is changed as both, alike; it is then changed once.
+        """Check that a matrix that is both embedding and head is changed equally as both; it is then changed once.
 
-        peft 0.21 merges the change of either into the one matrix, and both of `ensure_weight_tying` twice.
+        PEFT 0.21 merges the change of either one into the matrix, and with `ensure_weight_tying` both, twice.
         """
-        embedding = next((name for name in self.changed if name.endswith(EMBEDDING)), None)
-        if embedding is None and HEAD not in self.changed:
+        embedding = next((name for name in self.changed_tensors if name.endswith(EMBEDDING)), None)
+        if embedding is None and HEAD not in self.changed_tensors:
             return
         if embedding is not None and self.ties_embedding:
             return
@@ -155,7 +155,7 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class AdaptedWeights:
-    """A checkpoint's weights with an adapter's changes: a `TensorSource` like the checkpoint itself."""
+    """A checkpoint's weights with an adapter's changes; a `TensorSource` like the checkpoint itself."""
 
     base: TensorSource
     adapter: Adapter
@@ -172,14 +172,14 @@ def open_adapter(path: str | Path, config: Mapping[str, Any]) -> Adapter:
     Parameters
     ----------
     path
-        Where it is.
+        The directory or hub id.
     config
         The base's config.json.
 
     Raises
     ------
     CheckpointError
-        When a file is missing or damaged, half of a pair is missing, or an option is not one that can be merged.
+        A file is missing or damaged, one of a pair of factors is missing, or an option cannot be merged.
     """
     folder = resolve_directory(path)
     options = read_options(folder)
@@ -193,9 +193,10 @@ def open_adapter(path: str | Path, config: Mapping[str, Any]) -> Adapter:
             replacements[module.replace(".base_layer.", ".")] = key
         else:
             halves.setdefault(module, {})[kind] = key
-    settings = options.settings(list(halves))
+    ranks_and_scales = options.ranks_and_scales(list(halves))
     products = {
-        f"{module}.weight": _product(file, module, found, shapes, *settings[module]) for module, found in halves.items()
+        f"{module}.weight": _product(file, module, found, shapes, *ranks_and_scales[module])
+        for module, found in halves.items()
     }
     _check_replacements(file, options, replacements)
     if not products and not replacements:
@@ -219,7 +220,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _split(key: str) -> tuple[str, str | None]:
-    """Return (module, which factor) of a tensor of the adapter, or (the base's tensor, None)."""
+    """Return (module, kind of factor) of a tensor of the adapter, or (name of the base's tensor, None)."""
     name = key.removeprefix(PREFIX)
     for ending, kind in FACTORS.items():
         if name.endswith("." + ending):
@@ -230,7 +231,7 @@ def _split(key: str) -> tuple[str, str | None]:
 def _product(
     file: Path, module: str, found: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], rank: int, scale: float
 ) -> LoraProduct:
-    """Pair the two factors of a module; they must agree with each other and with the rank of the options."""
+    """Return the product of a module's two factors. They must fit each other and the configured rank."""
     is_embedding = any(kind.startswith("embedding") for kind in found)
     kinds = ("embedding A", "embedding B") if is_embedding else ("A", "B")
     if set(found) != set(kinds):
@@ -245,7 +246,7 @@ def _product(
 
 
 def _check_replacements(file: Path, options: AdapterOptions, replacements: Collection[str]) -> None:
-    """See that every full tensor is one that PEFT saves whole, and that none of those is missing."""
+    """Check that every full tensor is one that PEFT saves whole, and that none of these is missing."""
     for name in replacements:
         whole = any(_is_within(name, module) for module in options.modules_to_save)
         if not whole and not f".{name}".endswith((f".{EMBEDDING}", f".{HEAD}")):
@@ -256,5 +257,5 @@ def _check_replacements(file: Path, options: AdapterOptions, replacements: Colle
 
 
 def _is_within(name: str, module: str) -> bool:
-    """Whether a tensor lies in a module whose path ends so; PEFT lets `norm` stand for `input_layernorm` too."""
+    """Return whether a tensor is in a module with this name suffix; as in PEFT, `norm` matches `input_layernorm`."""
     return f"{module}." in name

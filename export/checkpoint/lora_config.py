@@ -1,8 +1,8 @@
-"""adapter_config.json: ranks and scales by module; everything that would change the arithmetic is refused by its name.
+"""Reads adapter_config.json: rank and scale of each module. Options that would change the arithmetic are refused.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1: W + (alpha / r) B A; with
 `use_rslora` W + (alpha / sqrt(r)) B A (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with
-LoRA", section 3). Options and their meaning as in PEFT 0.21.
+LoRA", section 3). Options are those of PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ SUPPORTED_OPTIONS: Final = {
     "use_rslora",
 }
 IGNORED_OPTIONS: Final = {
-    # what it was made for and from
+    # origin and purpose
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
-    # which modules were adapted: the tensors say so
+    # which modules were adapted: the tensors show it
     *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),
-    # training, starting values, and settings of options that are themselves refused
+    # training, initial values, and parameters of options that are refused themselves
     *("corda_config", "eva_config", "lora_dropout", "lora_ga_config", "loftq_config", "megatron_core"),
     *("qalora_group_size", "runtime_config"),
 }
 PLAIN_INITIALIZATIONS: Final = (True, False, "gaussian", "eva", "orthogonal")
-"""Ways to start an adapter that leave the base as it was."""
+"""Initializations of an adapter that do not change the base."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterOptions:
-    """The options of an adapter that can be merged. `modules_to_save` are stored whole."""
+    """The options of an adapter that can be merged. The modules `modules_to_save` are stored whole."""
 
     file: Path
     r: int
@@ -57,10 +57,10 @@ class AdapterOptions:
     modules_to_save: tuple[str, ...]
     ensure_weight_tying: bool
 
-    def settings(self, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
-        """Return for each module the rank of its factors and what their product is multiplied with.
+    def ranks_and_scales(self, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """Return the rank and scale of each module's factors.
 
-        Raises `CheckpointError` for a pattern that cannot be read, and where matching takes too long.
+        Raises `CheckpointError` if a pattern is invalid or matching takes too long.
         """
         ranks = self._matching("rank_pattern", self.rank_pattern, self.r, modules)
         alphas = self._matching("alpha_pattern", self.alpha_pattern, self.lora_alpha, modules)
@@ -72,13 +72,13 @@ class AdapterOptions:
     def _matching(
         self, option: str, patterns: Mapping[str, float], default: float, modules: Sequence[str]
     ) -> list[float]:
-        """Return for each module the value of the first pattern that is its name or the end of it."""
+        """Return for each module the value of the first pattern that matches its name or the end of it."""
         values = list(patterns.values())
         try:
             found = first_matches(list(patterns), modules)
         except PatternError as error:
             raise CheckpointError(
-                f"{self.file}: {option}: {error}; write the modules' names, such as q_proj, in their place"
+                f"{self.file}: {option}: {error}; use names of modules instead, such as q_proj"
             ) from error
         return [default if i is None else values[i] for i in found]
 
@@ -86,7 +86,7 @@ class AdapterOptions:
 def read_options(folder: Path) -> AdapterOptions:
     """Read an adapter's options.
 
-    Raises `CheckpointError` when there are none, or one is not what plain LoRA allows.
+    Raises `CheckpointError` if the file is missing or an option is not supported.
     """
     file = folder / CONFIG
     if not file.is_file():
@@ -116,13 +116,13 @@ def read_options(folder: Path) -> AdapterOptions:
 
 
 def _refuse_variants(file: Path, options: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` for any option that we would not merge as PEFT does."""
+    """Raise `CheckpointError` for an option that would not be merged as PEFT does."""
     if options.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type is {options.get('peft_type')}; only LORA can be merged")
     start = options.get("init_lora_weights", True)
     if start not in PLAIN_INITIALIZATIONS:
         raise CheckpointError(
-            f"{file}: init_lora_weights {start!r} has changed the base; save the adapter converted to plain LoRA"
+            f"{file}: init_lora_weights {start!r} changes the base; save the adapter converted to plain LoRA"
             " (path_initial_model_for_weight_conversion of peft's save_pretrained)"
         )
     if options.get("bias", "none") != "none":

@@ -1,7 +1,7 @@
-"""Which of an adapter's patterns a module's name matches: as PEFT matches them, in bounded time.
+"""Matches an adapter's patterns with module names as PEFT does, in bounded time.
 
-A pattern is a regular expression, and one of ten characters can take longer than anyone waits. Names, as PEFT writes
-them, are compared here; what has more in it is matched by a child process with limits on time and memory.
+A pattern is a regular expression; even one of ten characters can take exponential time. Patterns that are plain names,
+as PEFT writes them, are compared here. Others are matched in a child process with limits on time and memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Final
 
 MATCH_TIMEOUT_S: Final = 10.0
-"""How long all patterns of an adapter may take with all its modules, the child's start included."""
+"""Maximum seconds for all patterns of an adapter and all its modules, with the start of the child process."""
 MEMORY_BYTES: Final = 512_000_000
 LITERAL_PATTERN: Final = re.compile(r"[A-Za-z0-9_.]+")
 
@@ -22,7 +22,7 @@ CHILD: Final = """
 import json, re, resource, sys
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), int(sys.argv[1])))
-resource.setrlimit(resource.RLIMIT_CPU, (60, 60))  # were its parent killed, it would go on for ever
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))  # it must end if its parent is killed
 asked = json.load(sys.stdin)
 found, patterns = [None] * len(asked["names"]), []
 try:
@@ -38,13 +38,13 @@ print(json.dumps({"found": found}))
 
 
 class PatternError(ValueError):
-    """A pattern cannot be read, or all together take too long."""
+    """A pattern is invalid, or matching takes too much time or memory."""
 
 
 def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
-    """Return for each name the index of the first pattern that is the name or the end of it, or None.
+    """Return for each name the index of the first pattern that matches the name or its end, or None.
 
-    `a.b` ends in `b`; a pattern is a regular expression, as in PEFT. Raises `PatternError`.
+    `b` matches the end of `a.b`. A pattern is a regular expression, as in PEFT. Raises `PatternError`.
     """
     if not patterns or not names:
         return [None] * len(names)
@@ -59,7 +59,7 @@ def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | N
             text=True,
             timeout=MATCH_TIMEOUT_S,
             check=False,
-            start_new_session=True,  # Ctrl-C at a terminal is not for it
+            start_new_session=True,  # Ctrl-C at the terminal does not interrupt it
         )
     except subprocess.TimeoutExpired:
         raise PatternError(f"the patterns take longer than {MATCH_TIMEOUT_S:g} s to match") from None
@@ -73,7 +73,7 @@ def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | N
 
 
 def _is_end(pattern: str, name: str) -> bool:
-    """Whether a name is a pattern of letters, digits, _ and ., or ends in it behind a dot; a dot is any character."""
+    """Return whether a name is the pattern or ends in it after a dot; a dot in the pattern matches any character."""
     before = len(name) - len(pattern)
     if before < 0 or (before > 0 and name[before - 1] != "."):
         return False

@@ -1,4 +1,4 @@
-"""A matrix read a few rows at a time, so that the largest ones never stand in memory as float32."""
+"""Matrices that are read a few rows at a time, so that large ones are never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 CHUNK_BYTES: Final = 32 << 20
-"""Most bytes of float32 that one piece of a matrix takes."""
+"""Maximum bytes of one chunk of a matrix in float32."""
 
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class LazyMatrix:
-    """A matrix float32 [N, K]; `read(start, stop)` returns some of its rows."""
+    """A matrix float32 [N, K] that is not read yet; `read(start, stop)` returns rows [start, stop)."""
 
     shape: tuple[int, int]
     read: Callable[[int, int], Array]
 
     @classmethod
-    def of(cls, array: Array) -> LazyMatrix:
+    def from_array(cls, array: Array) -> LazyMatrix:
         """Wrap a matrix that is in memory."""
         return cls((array.shape[0], array.shape[1]), lambda start, stop: array[start:stop])
 
-    def whole(self) -> Array:
+    def read_all(self) -> Array:
         """Return all rows."""
         return self.read(0, self.shape[0])
 
     def chunks(self) -> Iterator[Array]:
-        """Yield the rows in order, in pieces of at most `CHUNK_BYTES`."""
+        """Yield the rows in order, in chunks of at most `CHUNK_BYTES`."""
         rows, columns = self.shape
         step = max(1, CHUNK_BYTES // (4 * columns))
         for start in range(0, rows, step):

@@ -1,4 +1,4 @@
-"""What a checkpoint says beside its weights: special tokens, chat template, default sampling."""
+"""Reads the parts of a checkpoint besides its weights: special tokens, chat template, default sampling."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ PROBE_QUESTION: Final = "What is on the table?"
 PROBE_ANSWER: Final = "A cup of tea."
 
 
-def made_with() -> dict[str, str]:
-    """Versions of what writes a bundle."""
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that write a bundle."""
     return {"edgelm": __version__, **{name: version(name) for name in ("numpy", "onnx", "onnxruntime")}}
 
 
 def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the text of each special token that the tokenizer's files name."""
+    """Return the text of each special token in the tokenizer's files."""
     found = {name: special_token(checkpoint.tokenizer_config, name) for name in SPECIAL_TOKENS}
     return {name: token for name, token in found.items() if token is not None}
 
 
 def check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:
-    """Raise `CheckpointError` when the tokenizer cannot be read, or gives tokens that the model does not have.
+    """Raise `CheckpointError` if the tokenizer cannot be read, or has tokens that the model does not have.
 
-    Added tokens past the vocabulary are let pass: a bundle's tokenizer leaves them out.
+    Added tokens past the vocabulary are allowed: a bundle's tokenizer leaves them out.
     """
     try:
         inner = _load_tokenizer(checkpoint.tokenizer_text)
         tokenizer = Tokenizer(inner)
     except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{checkpoint.tokenizer}: not a tokenizer that we can read: {error}") from error
+        raise CheckpointError(f"{checkpoint.tokenizer_path}: not a supported tokenizer: {error}") from error
     if tokenizer.base_vocab_size > vocab_size:
         raise CheckpointError(
-            f"{checkpoint.tokenizer} has {tokenizer.base_vocab_size} tokens, the configuration a vocab_size of"
+            f"{checkpoint.tokenizer_path} has {tokenizer.base_vocab_size} tokens, the configuration a vocab_size of"
             f" {vocab_size}: they do not belong together"
         )
     highest = max(inner.get_vocab(with_added_tokens=False).values(), default=0)
     if highest >= vocab_size:
         raise CheckpointError(
-            f"{checkpoint.tokenizer} has the token {highest}, the configuration a vocab_size of {vocab_size}: they do"
-            " not belong together"
+            f"{checkpoint.tokenizer_path} has the token {highest}, the configuration a vocab_size of {vocab_size}:"
+            " they do not belong together"
         )
 
 
 def bos_token(checkpoint: Checkpoint) -> int | None:
-    """Return the id that starts a text, where the checkpoint has one."""
+    """Return the id that starts a text; None if the checkpoint has none."""
     ids = _ids(checkpoint, "bos_token_id")
     return ids[0] if ids else None
 
@@ -66,10 +66,10 @@ def bos_token(checkpoint: Checkpoint) -> int | None:
 def eos_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Return the ids that end an answer.
 
-    Those of generation_config.json and config.json, the tokenizer's eos, and the token with which the chat template
-    ends what the assistant says: each is missing in some published checkpoint.
+    They are those of generation_config.json and config.json, the tokenizer's eos, and the token with which the chat
+    template ends an assistant message: published checkpoints may lack any of these.
     """
-    ids = [*_checked_ids(checkpoint, "eos_token_id", checkpoint.generation.get("eos_token_id"))]
+    ids = [*_checked_ids(checkpoint, "eos_token_id", checkpoint.generation_config.get("eos_token_id"))]
     ids += _checked_ids(checkpoint, "eos_token_id", checkpoint.config.get("eos_token_id"))
     inner = _load_tokenizer(checkpoint.tokenizer_text)
     for token in (special_token(checkpoint.tokenizer_config, "eos_token"), end_of_turn(checkpoint)):
@@ -80,14 +80,14 @@ def eos_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def end_of_turn(checkpoint: Checkpoint) -> str | None:
-    """Return the added token that the chat template writes behind an answer; None where it writes none."""
+    """Return the added token that the chat template writes after an answer, or None."""
     template = chat_template(checkpoint)
     if template is None:
         return None
     messages = [{"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}]
     try:
         text = ChatTemplate(template, special_tokens(checkpoint)).render(messages, generation_prompt=False).text
-    except RequestError:  # a template that cannot be used is told of where it is used
+    except RequestError:  # reported where the template is used
         return None
     behind = text.rpartition(PROBE_ANSWER)[2].lstrip() if PROBE_ANSWER in text else ""
     added = {token.content for token in _load_tokenizer(checkpoint.tokenizer_text).get_added_tokens_decoder().values()}
@@ -95,13 +95,13 @@ def end_of_turn(checkpoint: Checkpoint) -> str | None:
 
 
 def required_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return the ids that a smaller vocabulary must keep: those that start, end and pad a text."""
+    """Return the ids that a pruned vocabulary must keep: those that start, end and pad a text."""
     bos, pad = bos_token(checkpoint), _pad_token(checkpoint)
     return tuple(token for token in (bos, *eos_tokens(checkpoint), pad) if token is not None)
 
 
 def chat_template(checkpoint: Checkpoint) -> str | None:
-    """Return the Jinja text that renders a conversation; of several named ones the one named `default`."""
+    """Return the Jinja chat template, of several the one named `default`; None if there is none."""
     template = checkpoint.tokenizer_config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
@@ -112,10 +112,10 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
 
 
 def bare_prompt(checkpoint: Checkpoint) -> Literal["message", "text"] | None:
-    """Return what a prompt is that comes alone; None where there is no chat template.
+    """Return how a prompt without a conversation is handled; None if there is no chat template.
 
-    It stays text where the tokenizer writes around it what the chat template writes around one message, as that of a
-    distilled student does: such a model answers sentences and takes no conversation.
+    It is plain text if the tokenizer adds the same tokens around it as the chat template around one message, as for a
+    distilled student: such a model answers single sentences.
     """
     template = chat_template(checkpoint)
     if template is None:
@@ -131,11 +131,11 @@ def bare_prompt(checkpoint: Checkpoint) -> Literal["message", "text"] | None:
 
 
 def sampling(checkpoint: Checkpoint) -> SamplingParams:
-    """Return the default sampling of generation_config.json, with transformers' meaning: greedy unless do_sample.
+    """Return the default sampling of generation_config.json with transformers' meaning: greedy unless do_sample.
 
-    null is an option that is off, as a missing one is; only a missing top_k is transformers' own 50.
+    A null option is off, like a missing one; only a missing top_k is transformers' default of 50.
     """
-    generation = checkpoint.generation
+    generation = checkpoint.generation_config
     chosen: dict[str, Any] = {}
     if generation.get("do_sample"):
         top_k = generation.get("top_k", 50)
@@ -160,14 +160,14 @@ def _given(options: Mapping[str, Any], name: str, off: float) -> Any:
 
 
 def _pad_token(checkpoint: Checkpoint) -> int | None:
-    """Return the padding token, where the model has a row for it: -1 or vocab_size say that it has none."""
-    found = [checkpoint.generation.get("pad_token_id"), checkpoint.config.get("pad_token_id")]
+    """Return the padding token if the model has a row for it; -1 and vocab_size mean that it has none."""
+    found = [checkpoint.generation_config.get("pad_token_id"), checkpoint.config.get("pad_token_id")]
     ids = [token for token in found if isinstance(token, int) and not isinstance(token, bool)]
     return next((token for token in ids if 0 <= token < _vocab_size(checkpoint)), None)
 
 
 def _ids(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    value = checkpoint.generation.get(name)
+    value = checkpoint.generation_config.get(name)
     return _checked_ids(checkpoint, name, checkpoint.config.get(name) if value is None else value)
 
 
@@ -183,12 +183,12 @@ def _checked_ids(checkpoint: Checkpoint, name: str, value: Any) -> tuple[int, ..
 
 
 def _vocab_size(checkpoint: Checkpoint) -> float:
-    """Return how many tokens the model has; infinity where the configuration does not say."""
+    """Return the model's vocab_size; infinity if the configuration has none."""
     value = checkpoint.config.get("vocab_size")
     return value if isinstance(value, int) and not isinstance(value, bool) else inf
 
 
 @lru_cache(maxsize=2)
 def _load_tokenizer(tokenizer_text: str) -> tokenizers.Tokenizer:
-    """Return the library's tokenizer, kept for the next question about it."""
+    """Return the library's tokenizer; the last two are cached."""
     return tokenizers.Tokenizer.from_str(tokenizer_text)

@@ -1,7 +1,7 @@
-"""The text half of a multimodal checkpoint: its configuration and tensors as those of a model of text alone.
+"""Extracts the text model of a multimodal checkpoint: its configuration and tensors as those of a text-only model.
 
-Positions of a text are the same in every dimension, so that rotary embeddings with sections for time, height and width
-(Qwen2-VL, arXiv:2409.12191, section 2.1) are the plain ones.
+A text position is the same in all dimensions, so rotary embeddings with sections for time, height and width (Qwen2-VL,
+arXiv:2409.12191, section 2.1) equal the plain ones.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ TEXT_TYPES: Final = {
     "qwen3_vl": "qwen3",
     "smolvlm": "llama",
 }
-"""Multimodal model types, and what their text model is where text_config does not say."""
+"""Multimodal model types, and their text model's type if text_config has none."""
 
 MODEL_TYPE_ALIASES: Final = {"qwen2_5_vl_text": "qwen2", "qwen2_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-"""Model types of text halves, and the family that computes the same on text."""
+"""Model types of text models, and the architecture that computes the same on text."""
 
 DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "gemma3_text": {
@@ -58,18 +58,18 @@ DEFAULTS: Final[dict[str, dict[str, Any]]] = {
         "num_attention_heads": 32,
     },
 }
-"""Sizes that a text_config leaves out where they are those of transformers' configuration class."""
+"""Sizes that a text_config omits if they are the defaults of transformers' configuration class."""
 
 SHARED_KEYS: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
-"""What the whole model's configuration says of its text where text_config does not."""
+"""Options that the whole model's configuration may hold instead of text_config."""
 
 BODIES: Final = ("language_model.model.", "model.language_model.", "language_model.", "model.text_model.", "model.")
 HEADS: Final = ("language_model.lm_head.", "lm_head.", "model.lm_head.")
-"""Where the layers and the head are, in the layouts of transformers 4 before and after 4.52."""
+"""Prefixes of the layers and the head in transformers 4 before and after 4.52."""
 
 
 class TextModel(NamedTuple):
-    """Configuration and tensors of a model of text, and a sentence that says what was left out."""
+    """Configuration and tensors of a text model, and a note for the user on the parts left out."""
 
     config: Mapping[str, Any]
     tensors: CheckpointTensors
@@ -77,11 +77,10 @@ class TextModel(NamedTuple):
 
 
 def extract_text_model(tensors: CheckpointTensors, config: Mapping[str, Any]) -> TextModel:
-    """Return the text half of a multimodal checkpoint; a checkpoint of text alone comes back as it is.
+    """Return the text model of a multimodal checkpoint; a text-only checkpoint unchanged.
 
-    The configuration has no quantization_config any more: the tensors are unquantized by now.
-
-    Raises `CheckpointError` where the text half is not found.
+    quantization_config is removed from the configuration: the tensors are already dequantized. Raises `CheckpointError`
+    if the text model is not found.
     """
     whole = {name: value for name, value in config.items() if name not in ("quantization_config", "compression_config")}
     kind = config.get("model_type")
@@ -89,7 +88,9 @@ def extract_text_model(tensors: CheckpointTensors, config: Mapping[str, Any]) ->
         return TextModel(whole, tensors)
     given = config.get("text_config")
     if given is None:
-        given = whole if "hidden_size" in config else {}  # Qwen2-VL's first form: the text's sizes stand by themselves
+        given = (
+            whole if "hidden_size" in config else {}
+        )  # Qwen2-VL's first form: the text model's sizes are at the top level
     if not isinstance(given, Mapping):
         raise CheckpointError(f"config.json: text_config must be an object, got {str(given)[:80]!r}")
     text_type = given.get("model_type") or TEXT_TYPES[kind]
@@ -105,26 +106,26 @@ def extract_text_model(tensors: CheckpointTensors, config: Mapping[str, Any]) ->
     body = _prefix(tensors.names, BODIES, "embed_tokens.weight")
     if body is None:
         raise CheckpointError(
-            f"this {kind} checkpoint has no tensor *embed_tokens.weight under {', '.join(BODIES)}: its text half is not"
-            " found"
+            f"this {kind} checkpoint has no tensor *embed_tokens.weight under {', '.join(BODIES)}: its text model"
+            " is not found"
         )
     head = _prefix(tensors.names, HEADS, "weight")
     if head is None:
         text["tie_word_embeddings"] = True
-    note = f"a {kind} checkpoint: only its text half ({text_type}) is exported, without images or sound"
+    note = f"a {kind} checkpoint: only its text model ({text_type}) is exported, without images or sound"
     return TextModel(text, RenamedTensors(tensors, {"model.": body, "lm_head.": head or "lm_head."}), note)
 
 
 @dataclass(frozen=True, slots=True)
 class RenamedTensors:
-    """Tensors whose names begin otherwise. `prefixes`: how a name begins -> how the checkpoint has it."""
+    """Tensors with other name prefixes. `prefixes`: new prefix -> the checkpoint's prefix."""
 
     tensors: CheckpointTensors
     prefixes: Mapping[str, str]
 
     @property
     def names(self) -> Collection[str]:
-        """Names of the text half's tensors."""
+        """Names of the text model's tensors."""
         return {
             plain + name.removeprefix(stored)
             for plain, stored in self.prefixes.items()

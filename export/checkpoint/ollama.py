@@ -1,7 +1,7 @@
-"""A model of a local Ollama store: manifests name blobs, files called by their SHA-256, one of which is the GGUF file.
+"""Opens a model of a local Ollama store. Manifests name blobs, files named by their SHA-256; one is the GGUF file.
 
-The layout is that of Ollama 0.1 to 0.12: `manifests/HOST/NAMESPACE/MODEL/TAG` and `blobs/sha256-HEX` in the folder that
-OLLAMA_MODELS names, else ~/.ollama/models, else the service's. Nothing is fetched, and no server asked.
+The layout is that of Ollama 0.1 to 0.12: `manifests/HOST/NAMESPACE/MODEL/TAG` and `blobs/sha256-HEX`, in the folder
+OLLAMA_MODELS, otherwise ~/.ollama/models or the service's folder. Nothing is downloaded and no server is contacted.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from .reading import read_json
 
 OLLAMA_SCHEME: Final = "ollama:"
 SERVICE: Final = Path("/usr/share/ollama/.ollama/models")
-"""Where the service of a Linux installation keeps models."""
+"""The folder of the service of a Linux installation."""
 
 NAME: Final = re.compile(
     r"(?:(?:(?P<host>[A-Za-z0-9][\w.-]{,200}(?::[0-9]{1,5})?)/)?(?P<namespace>[A-Za-z0-9][\w.-]{,79})/)?"
     r"(?P<model>[A-Za-z0-9][\w.-]{,79})(?::(?P<tag>[A-Za-z0-9][\w.-]{,79}))?",
     re.ASCII,
 )
-"""No part can be `..` or hold a slash, so that no name leads out of the store."""
+"""No part can be `..` or contain a slash, so no name leads out of the store."""
 
 DIGEST: Final = re.compile(r"sha256:([0-9a-f]{64})")
 MEDIA_TYPE_PREFIX: Final = "application/vnd.ollama.image."
 MAX_JSON: Final = 1 << 20
 LISTED: Final = 20
-"""Models that an error lists at most."""
+"""Maximum number of models that an error lists."""
 
 TEMPERATURE: Final = 0.8
-"""Ollama's own, where a model says how to sample and does not say this."""
+"""Ollama's default, for a model with sampling parameters but without this one."""
 
 PARAMETERS: Final = {
     "temperature": "temperature",
@@ -47,18 +47,18 @@ PARAMETERS: Final = {
     "num_predict": "max_new_tokens",
     "stop": "stop_strings",
 }
-"""Ollama's names, and the fields of generation_config.json that mean the same; others are left out."""
+"""Ollama's parameters, and the equivalent fields of generation_config.json; others are ignored."""
 
 
 def open_ollama(source: str) -> Checkpoint:
-    """Open `ollama:[[HOST/]NAMESPACE/]MODEL[:TAG]`; the tag is `latest` unless given.
+    """Open `ollama:[[HOST/]NAMESPACE/]MODEL[:TAG]`; the default tag is `latest`.
 
-    The chat template is that of the GGUF file, since Ollama's is not Jinja. Raises `CheckpointError` for a name that is
-    none, a model that is not there (with those that are), and a store that is damaged.
+    The chat template is that of the GGUF file, because Ollama's is not Jinja. Raises `CheckpointError` for an invalid
+    name, a missing model (with those present), and a damaged store.
     """
     found = NAME.fullmatch(source.removeprefix(OLLAMA_SCHEME))
     if found is None:
-        raise CheckpointError(f"{source[:200]!r} is no model's name; expected ollama:NAME or ollama:NAME:TAG")
+        raise CheckpointError(f"{source[:200]!r} is not a model name; expected ollama:NAME or ollama:NAME:TAG")
     parts = [
         found["host"] or "registry.ollama.ai",
         found["namespace"] or "library",
@@ -80,7 +80,7 @@ def open_ollama(source: str) -> Checkpoint:
 
 
 def _roots() -> list[Path]:
-    """Return the folders that may hold a store, the first to be looked at first."""
+    """Return the folders that may hold a store, in the order of search."""
     given = os.environ.get("OLLAMA_MODELS")
     if given:
         return [Path(given)]
@@ -93,17 +93,17 @@ def _roots() -> list[Path]:
 def _listing(roots: list[Path]) -> str:
     names = sorted({name for root in roots for name in _models(root)})
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"there are {', '.join(names[:LISTED])}{more}" if names else "there is no model there"
+    return f"there are {', '.join(names[:LISTED])}{more}" if names else "no models found"
 
 
 def _models(root: Path) -> Iterator[str]:
-    """Yield the names of all models of a store, as short as they can be written."""
+    """Yield the shortest names of all models of a store."""
     try:
         for file in root.glob("manifests/*/*/*/*"):
             host, namespace, model, tag = file.parts[-4:]
             shown = [part for part in (host, namespace) if part not in ("registry.ollama.ai", "library")]
             yield "/".join([*([host, namespace] if host in shown else shown), f"{model}:{tag}"])
-    except OSError:  # another user's store, which may not be listed
+    except OSError:  # the store of another user, without read permission
         return
 
 
@@ -121,13 +121,13 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _blob(root: Path, manifest: Path, layer: Mapping[str, Any]) -> Path:
-    """Return the file of a layer. Its name is its digest and its size the manifest's; its content is not hashed."""
+    """Return the file of a layer. Its name and size are checked against the manifest; its content is not hashed."""
     digest = DIGEST.fullmatch(str(layer.get("digest")))
     if digest is None:
-        raise CheckpointError(f"{manifest} is damaged: {str(layer.get('digest'))[:80]!r} is no SHA-256 digest")
+        raise CheckpointError(f"{manifest} is damaged: {str(layer.get('digest'))[:80]!r} is not a SHA-256 digest")
     file = root / "blobs" / f"sha256-{digest[1]}"
     if not file.is_file():
-        raise CheckpointError(f"{file} is missing, which {manifest} names: `ollama pull` the model again")
+        raise CheckpointError(f"{file} is missing but listed in {manifest}: `ollama pull` the model again")
     size = file.stat().st_size
     if size != layer.get("size"):
         raise CheckpointError(f"{file} has {size} bytes, {manifest} says {layer.get('size')}: it is damaged")
@@ -135,9 +135,9 @@ def _blob(root: Path, manifest: Path, layer: Mapping[str, Any]) -> Path:
 
 
 def _generation(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's parameters as fields of generation_config.json; wrong values are refused where they are used."""
+    """Return a model's parameters as fields of generation_config.json. Their values are checked where they are used."""
     found = {ours: parameters[theirs] for theirs, ours in PARAMETERS.items() if parameters.get(theirs) is not None}
-    if found.get("max_new_tokens") in (-1, -2):  # without a limit, or until the context is full
+    if found.get("max_new_tokens") in (-1, -2):  # no limit, or until the context is full
         del found["max_new_tokens"]
     stops = found.get("stop_strings", [])
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):

@@ -1,7 +1,7 @@
-"""Checkpoints whose matrices were published quantized: read as float32, a tensor or some of its rows at a time.
+"""Reads checkpoints that were published quantized as float32, whole tensors or some of their rows.
 
-Read are FP8 (e4m3, with a scale for each matrix, row or block), GPTQ of 2, 4 and 8 bits, and AWQ of 4 bits in its
-`gemm` layout. Others are refused with the name of the unquantized checkpoint, as far as it can be told.
+Supported: FP8 (e4m3, with a scale per matrix, row or block), GPTQ with 2, 4 and 8 bits, AWQ with 4 bits in its `gemm`
+layout. Other formats are refused; the error names the unquantized checkpoint if it can be guessed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Codes = NDArray[np.uint8]
 WEIGHT: Final = ".weight"
 PACKED: Final = ".qweight"
 SCALES: Final = (".weight_scale_inv", ".weight_scale")
-"""What a matrix of 8 bits is multiplied by. The first is called an inverse where it is published, but is none."""
+"""Scales of a matrix of 8 bits. The first name says "inverse", but its values are multiplied like the second's."""
 
 AUXILIARY_SUFFIXES: Final = (
     ".qzeros",
@@ -42,19 +42,19 @@ AUXILIARY_SUFFIXES: Final = (
     ".k_scale",
     ".v_scale",
 )
-"""Ends of the names of tensors that only say how others are to be read, or how activations were quantized."""
+"""Name suffixes of tensors that describe how to read others, or how activations were quantized."""
 
 CONFIGS: Final = ("quantize_config.json", "quant_config.json")
-"""Where early GPTQ and AWQ checkpoints keep what config.json has today."""
+"""Files in which early GPTQ and AWQ checkpoints store what is in config.json today."""
 
 FLOAT8_VALUES: Final[Array] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 """The value of each byte (Micikevicius et al. 2022, arXiv:2209.05433, E4M3)."""
 
 UNSUPPORTED_MARKERS: Final = {".quant_state.bitsandbytes__": "bitsandbytes", ".biases": "MLX"}
-"""Parts of tensors' names that tell of a format which config.json may not name."""
+"""Parts of tensor names that identify a format which config.json may not name."""
 
 AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
-"""AutoAWQ's gemm layout: the column, of eight, that each 4 bits of a word hold, from the lowest bits on."""
+"""AutoAWQ's gemm layout: the column, of eight, in each 4 bits of a word, from the lowest bits up."""
 
 QUANTIZED_NAME_SUFFIX: Final = re.compile(
     r"[-_.](gptq|awq|fp8|f8|bnb|bitsandbytes|unsloth|eetq|hqq|aqlm|quip\w*|marlin|exl[23]|spqr|vptq|higgs|quanto|torchao|"
@@ -62,35 +62,35 @@ QUANTIZED_NAME_SUFFIX: Final = re.compile(
     r"(?:int|w|q|u?int)?[2348]-?bits?|int[2348]|w\d+a\d+|g\d+|[2348]bpw)$",
     re.IGNORECASE,
 )
-"""What names of quantized checkpoints end with, after the name of what they were made from."""
+"""Suffixes of the names of quantized checkpoints, after the name of the original."""
 
 
 class RawTensors(CheckpointTensors, Protocol):
-    """Tensors that can also be read as they are stored."""
+    """Tensors that can also be read with their stored dtype."""
 
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Return a tensor's type as safetensors spells it, and its shape."""
+        """Return a tensor's type in safetensors' spelling, and its shape."""
 
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> NDArray[Any]:
-        """Return a tensor as it is stored, or some of its rows and columns (step 1); 8-bit floats as uint8."""
+        """Return a tensor with its stored dtype, or some of its rows and columns (step 1); 8-bit floats as uint8."""
 
 
 class QuantizedLayout(Protocol):
-    """How the matrices of one format are stored."""
+    """The storage of one format's matrices."""
 
-    def holds(self, base: str) -> bool:
-        """Whether a matrix, without `.weight`, is stored so."""
+    def has_matrix(self, base: str) -> bool:
+        """Return whether a matrix (name without `.weight`) is stored in this format."""
 
     def rows(self, base: str, shape: tuple[int, ...], rows: slice) -> Array:
-        """Return rows [start, stop) of a matrix of this shape. Raises `CheckpointError`."""
+        """Return rows [start, stop) of a matrix with this shape. Raises `CheckpointError`."""
 
 
 def dequantize_tensors(
     stored: RawTensors, config: Mapping[str, Any], path: Path
 ) -> tuple[CheckpointTensors, str | None]:
-    """Return the tensors of a checkpoint unquantized, and a sentence that says so; themselves where they are floats.
+    """Return the dequantized tensors of a checkpoint and a note for the user; float tensors unchanged and None.
 
-    Raises `CheckpointError` for a format that is not read, or a quantization_config that is not one.
+    Raises `CheckpointError` for an unsupported format or an invalid quantization_config.
     """
     advice = _UnsupportedFormat(path, config)
     for name in stored.names:
@@ -100,28 +100,26 @@ def dequantize_tensors(
     if settings is None:
         return stored, None
     layout, what = _layout(stored, settings, advice)
-    return DequantizedTensors(
-        stored, layout
-    ), f"the weights were published quantized ({what}) and are read back from that"
+    return DequantizedTensors(stored, layout), f"the weights were published quantized ({what}) and are dequantized"
 
 
 @dataclass(frozen=True, slots=True)
 class DequantizedTensors:
-    """The tensors of a quantized checkpoint as floats. Matrices that were left unquantized are read as they are."""
+    """The tensors of a quantized checkpoint as floats. Unquantized matrices are read unchanged."""
 
     stored: RawTensors
     layout: QuantizedLayout
 
     @property
     def names(self) -> Collection[str]:
-        """Every tensor's name, matrices by that of the weight they stand for."""
+        """Every tensor's name; of quantized matrices the name of the weight."""
         kept = (name for name in self.stored.names if not name.endswith(AUXILIARY_SUFFIXES))
         return {name.removesuffix(PACKED) + WEIGHT if name.endswith(PACKED) else name for name in kept}
 
     def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Array:
         """See `CheckpointTensors.tensor`."""
         base = name.removesuffix(WEIGHT)
-        if not name.endswith(WEIGHT) or not self.layout.holds(base):
+        if not name.endswith(WEIGHT) or not self.layout.has_matrix(base):
             return self.stored.tensor(name, shape, rows)
         if len(shape) != 2:
             raise CheckpointError(f"{name} is stored quantized as a matrix, expected {list(shape)}")
@@ -134,10 +132,10 @@ class DequantizedTensors:
 
 @dataclass(frozen=True)
 class Float8Layout:
-    """Bytes e4m3 (or int8) times scales: one, one for each row, or one for each block of [block rows, block columns].
+    """Bytes e4m3 (or int8) times scales: one per matrix, one per row, or one per block of [block rows, block columns].
 
-    As transformers' `fp8` (`weight_scale_inv`, DeepSeek-V3's layout, arXiv:2412.19437, section 3.3), `fbgemm_fp8` and
-    compressed-tensors' `float-quantized` and `int-quantized` write them.
+    The formats of transformers' `fp8` (`weight_scale_inv`, DeepSeek-V3's layout, arXiv:2412.19437, section 3.3) and
+    `fbgemm_fp8`, and of compressed-tensors' `float-quantized` and `int-quantized`.
     """
 
     stored: RawTensors
@@ -148,8 +146,8 @@ class Float8Layout:
     def _names(self) -> frozenset[str]:
         return frozenset(self.stored.names)
 
-    def holds(self, base: str) -> bool:
-        """See `QuantizedLayout.holds`."""
+    def has_matrix(self, base: str) -> bool:
+        """See `QuantizedLayout.has_matrix`."""
         if base + WEIGHT not in self._names:
             return False
         kind = self.stored.layout(base + WEIGHT)[0]
@@ -173,7 +171,7 @@ class Float8Layout:
         return values
 
     def _scales(self, base: str, shape: tuple[int, ...]) -> Array:
-        """Return the scales as [1, 1], [rows, 1] or [blocks down, blocks across]."""
+        """Return the scales as [1, 1], [rows, 1] or [row blocks, column blocks]."""
         name = next((base + end for end in SCALES if base + end in self._names), None)
         if name is None:
             raise CheckpointError(
@@ -195,11 +193,11 @@ class Float8Layout:
 
 @dataclass(frozen=True)
 class GptqLayout:
-    """Words of 32 bits that each hold 32 / bits rows of a transposed matrix, as AutoGPTQ and GPTQModel write them.
+    """Words of 32 bits with 32 / bits rows of a transposed matrix each, the format of AutoGPTQ and GPTQModel.
 
-    `qweight` int32 [K * bits / 32, N], the lowest bits first; `scales` [groups, N]; `qzeros` int32
-    [groups, N * bits / 32], less 1 in `checkpoint_format` "gptq" and not in "gptq_v2"; `g_idx` int [K], the group of
-    each input. w[n, k] = scales[g_idx[k], n] * (code[k, n] - zero[g_idx[k], n]).
+    `qweight` int32 [K * bits / 32, N], lowest bits first; `scales` [groups, N]; `qzeros` int32 [groups, N * bits / 32],
+    reduced by 1 in `checkpoint_format` "gptq" but not in "gptq_v2"; `g_idx` int [K], the group of each input. w[n, k] =
+    scales[g_idx[k], n] * (code[k, n] - zero[g_idx[k], n]).
     """
 
     stored: RawTensors
@@ -211,8 +209,8 @@ class GptqLayout:
     def _names(self) -> frozenset[str]:
         return frozenset(self.stored.names)
 
-    def holds(self, base: str) -> bool:
-        """See `QuantizedLayout.holds`."""
+    def has_matrix(self, base: str) -> bool:
+        """See `QuantizedLayout.has_matrix`."""
         return base + PACKED in self._names
 
     def rows(self, base: str, shape: tuple[int, ...], rows: slice) -> Array:
@@ -222,7 +220,7 @@ class GptqLayout:
         size = inputs if self.group_size == -1 else self.group_size
         groups = -(-inputs // size)
         if inputs % each or outputs % each:
-            raise CheckpointError(f"{base}{PACKED}: a matrix {list(shape)} does not part into words of {each} codes")
+            raise CheckpointError(f"{base}{PACKED}: a matrix {list(shape)} cannot be split into words of {each} codes")
         words = _integers(self.stored, base + PACKED, (inputs // each, outputs), None, rows)
         zeros = _integers(self.stored, base + ".qzeros", (groups, outputs // each))
         codes = _unpack(words, self.bits).transpose(0, 2, 1).reshape(inputs, -1)
@@ -252,10 +250,10 @@ class GptqLayout:
 
 @dataclass(frozen=True)
 class AwqLayout:
-    """Words of 32 bits that each hold eight columns of a transposed matrix, interleaved, as AutoAWQ's `gemm` writes.
+    """Words of 32 bits with eight interleaved columns of a transposed matrix each, AutoAWQ's format `gemm`.
 
-    `qweight` int32 [K, N / 8], `qzeros` int32 [K / group, N / 8], `scales` [K / group, N]:
-    w[n, k] = scales[k // group, n] * (code[k, n] - zero[k // group, n]) (Lin et al. 2023, arXiv:2306.00978).
+    `qweight` int32 [K, N / 8], `qzeros` int32 [K / group, N / 8], `scales` [K / group, N]: w[n, k] = scales[k // group,
+    n] * (code[k, n] - zero[k // group, n]) (Lin et al. 2023, arXiv:2306.00978).
     """
 
     stored: RawTensors
@@ -265,8 +263,8 @@ class AwqLayout:
     def _names(self) -> frozenset[str]:
         return frozenset(self.stored.names)
 
-    def holds(self, base: str) -> bool:
-        """See `QuantizedLayout.holds`."""
+    def has_matrix(self, base: str) -> bool:
+        """See `QuantizedLayout.has_matrix`."""
         return base + PACKED in self._names
 
     def rows(self, base: str, shape: tuple[int, ...], rows: slice) -> Array:
@@ -275,7 +273,7 @@ class AwqLayout:
         size = inputs if self.group_size == -1 else self.group_size
         if outputs % 8 or inputs % size:
             raise CheckpointError(
-                f"{base}{PACKED}: a matrix {list(shape)} does not part into words of 8 codes in groups of {size}"
+                f"{base}{PACKED}: a matrix {list(shape)} cannot be split into words of 8 codes in groups of {size}"
             )
         words = slice(rows.start // 8, -(-rows.stop // 8))
         inside = slice(rows.start - 8 * words.start, rows.stop - 8 * words.start)
@@ -297,7 +295,7 @@ class AwqLayout:
 def _integers(
     stored: RawTensors, name: str, shape: tuple[int, ...], rows: slice | None = None, columns: slice | None = None
 ) -> Integers:
-    """Return an int32 tensor of a known shape, or some of its rows and columns."""
+    """Return an int32 tensor with a known shape, or some of its rows and columns."""
     kind, found = stored.layout(name)
     if kind != "I32" or found != shape:
         raise CheckpointError(f"{name} is {kind} {list(found)}; expected I32 {list(shape)}")
@@ -305,18 +303,18 @@ def _integers(
 
 
 def _unpack(words: Integers, bits: int) -> Codes:
-    """Return the codes in each word, the lowest bits first: [..., 32 / bits]."""
+    """Return the codes of each word, lowest bits first: [..., 32 / bits]."""
     codes = np.empty((*words.shape, 32 // bits), np.uint8)
     for i in range(32 // bits):
-        codes[..., i] = (words >> (i * bits)) & ((1 << bits) - 1)  # the mask undoes the sign's extension
+        codes[..., i] = (words >> (i * bits)) & ((1 << bits) - 1)  # the mask removes the sign extension
     return codes
 
 
-# --- which format it is ---
+# --- finding the format ---
 
 
 def _settings(stored: RawTensors, config: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
-    """Return what the checkpoint says of its quantization; None where it has none."""
+    """Return the checkpoint's quantization settings; None if it has none."""
     text = config.get("text_config")
     holders = [config, *([text] if isinstance(text, Mapping) else [])]
     for holder in holders:
@@ -333,9 +331,7 @@ def _settings(stored: RawTensors, config: Mapping[str, Any], path: Path) -> Mapp
             beside = read_json(path / file, optional=True)
             if beside:
                 return {"quant_method": "awq" if "w_bit" in beside else "gptq", **beside}
-        raise CheckpointError(
-            f"{path} has packed weights (*.qweight) but no quantization_config in config.json that says how"
-        )
+        raise CheckpointError(f"{path} has packed weights (*.qweight) but no quantization_config in config.json")
     if any(name.endswith(SCALES) for name in stored.names):
         return {"quant_method": "fp8"}
     return None
@@ -361,9 +357,9 @@ def _gptq(stored: RawTensors, settings: Mapping[str, Any], advice: _UnsupportedF
     if settings.get("is_marlin_format"):
         form = "marlin"
     if bits not in (2, 4, 8) or isinstance(bits, bool):
-        raise advice.refusal(f"GPTQ with bits {bits!r} (2, 4 and 8 are read)")
+        raise advice.refusal(f"GPTQ with bits {bits!r} (supported: 2, 4 and 8)")
     if form not in ("gptq", "gptq_v2"):
-        raise advice.refusal(f"GPTQ in the checkpoint_format {form!r} ('gptq' and 'gptq_v2' are read)")
+        raise advice.refusal(f"GPTQ in the checkpoint_format {form!r} (supported: 'gptq' and 'gptq_v2')")
     return GptqLayout(stored, bits, _group_size(settings), 1 if form == "gptq" else 0), f"GPTQ, {bits} bits"
 
 
@@ -371,9 +367,9 @@ def _awq(stored: RawTensors, settings: Mapping[str, Any], advice: _UnsupportedFo
     bits = settings.get("bits", settings.get("w_bit"))
     version = str(settings.get("version") or "gemm").lower()
     if bits != 4 or isinstance(bits, bool):
-        raise advice.refusal(f"AWQ with bits {bits!r} (4 are read)")
+        raise advice.refusal(f"AWQ with bits {bits!r} (supported: 4)")
     if version not in ("gemm", "ipex"):
-        raise advice.refusal(f"AWQ of version {version!r} ('gemm' is read)")
+        raise advice.refusal(f"AWQ of version {version!r} (supported: 'gemm')")
     return AwqLayout(stored, _group_size(settings)), "AWQ, 4 bits"
 
 
@@ -384,7 +380,7 @@ def _compressed(
     form = settings.get("format")
     if form not in ("float-quantized", "int-quantized", "naive-quantized"):
         raise advice.refusal(
-            f"compressed-tensors of the format {form!r} ('float-quantized' and 'int-quantized' are read)"
+            f"compressed-tensors of the format {form!r} (supported: 'float-quantized' and 'int-quantized')"
         )
     sparsity = settings.get("sparsity_config")
     if isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense"):
@@ -428,7 +424,7 @@ def _group_size(settings: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _UnsupportedFormat:
-    """What to tell of a format that is not read."""
+    """Builds the error for an unsupported format."""
 
     path: Path
     config: Mapping[str, Any]
@@ -437,14 +433,14 @@ class _UnsupportedFormat:
         sibling = guess_unquantized_name(self.path, self.config)
         named = "" if sibling is None else f", perhaps {sibling}"
         return CheckpointError(
-            f"{self.path} is already quantized in a way that is not read (quantization_config: {what}): export the"
+            f"{self.path} is already quantized in an unsupported format (quantization_config: {what}): export the"
             f" unquantized checkpoint that it was made from{named}"
         )
 
 
 def guess_unquantized_name(path: Path, config: Mapping[str, Any]) -> str | None:
-    """Return what the checkpoint that a quantized one was made from is probably called; None where nothing tells."""
-    folder = next((part for part in path.parts if part.startswith("models--")), path.name)  # a hub's cache
+    """Return the probable name of the checkpoint that a quantized one was made from, or None."""
+    folder = next((part for part in path.parts if part.startswith("models--")), path.name)  # the hub's cache
     found = folder.removeprefix("models--").replace("--", "/")
     given = config.get("_name_or_path")
     for name in (found, given if isinstance(given, str) else ""):

@@ -1,4 +1,4 @@
-"""Files of a checkpoint as text and JSON, and what lies there in their place when a download went wrong."""
+"""Reads a checkpoint's text and JSON files, and detects what a failed download leaves in their place."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Final
 from edgelm.errors import CheckpointError
 
 PEEK_BYTES: Final = 512
-"""Bytes at the start of a file that tell what it is."""
+"""Bytes at the start of a file that are examined."""
 
 POINTERS: Final = {
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the file itself: run `git lfs pull` in its"
     " directory, or download the checkpoint with `hf download`",
     b"/annex/objects/": "a git-annex pointer, not the file itself: run `git annex get` in its directory",
 }
-"""How a file begins that only stands for another one."""
+"""The first bytes of pointer files."""
 
 PAGES: Final = (b"<!doctype html", b"<html", b"<head", b"<body")
 MESSAGES: Final = (
@@ -27,24 +27,22 @@ MESSAGES: Final = (
     b"access denied",
     b"unauthorized",
 )
-"""What a hub answers in place of a file, in lower case."""
+"""Answers of a hub in place of a file, in lower case."""
 
 
 def check_file_content(file: Path) -> None:
-    """Raise `CheckpointError` for a file that is not what its name says: an LFS pointer, a web page, nothing at all.
+    """Raise `CheckpointError` for a file with other content than its name says: a pointer, a web page, or no content.
 
-    A file that is missing or cannot be read is let pass: whoever reads it says so.
+    A file that is missing or unreadable passes; reading it raises.
     """
-    if (
-        file.exists() and not file.is_file() and not file.is_dir()
-    ):  # a named pipe would keep the reader waiting for ever
-        raise CheckpointError(f"{file} is no regular file: download it again")
+    if file.exists() and not file.is_file() and not file.is_dir():  # opening a named pipe would block
+        raise CheckpointError(f"{file} is not a regular file: download it again")
     try:
         with file.open("rb") as stream:
             start = stream.read(PEEK_BYTES)
     except OSError:
         return
-    what = next((told for begins, told in POINTERS.items() if start.startswith(begins)), None)
+    what = next((meaning for begins, meaning in POINTERS.items() if start.startswith(begins)), None)
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(PAGES) or (text.startswith(b"<?xml") and b"<html" in text):
         what = "an HTML page, such as a login or error page saved under the file's name: download the file again"
@@ -57,7 +55,7 @@ def check_file_content(file: Path) -> None:
 
 
 def read_text(file: Path) -> str:
-    """Return a UTF-8 text, without the byte order mark that some editors put first. Raises `CheckpointError`."""
+    """Return a UTF-8 text without a byte order mark, which some editors add. Raises `CheckpointError`."""
     check_file_content(file)
     try:
         return file.read_text(encoding="utf-8-sig")
@@ -66,7 +64,7 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
-    """Return the object in a file; an empty one where `optional` and missing. Raises `CheckpointError`."""
+    """Return a file's JSON object; an empty one if the file is missing and `optional`. Raises `CheckpointError`."""
     if optional and not file.is_file():
         return {}
     try:

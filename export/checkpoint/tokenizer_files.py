@@ -1,7 +1,7 @@
-"""A checkpoint's tokenizer as its class makes it: special tokens from every file, bos and eos as the class adds them.
+"""Builds a checkpoint's tokenizer as its class in transformers does: special tokens from all files, bos and eos added.
 
-The rules are those of transformers 4.57: `PreTrainedTokenizerBase._from_pretrained` for the special tokens, and
-`update_post_processor` of LlamaTokenizerFast, GemmaTokenizerFast and their like for what begins and ends a text.
+The rules are those of transformers 4.57: `PreTrainedTokenizerBase._from_pretrained` for special tokens, and
+`update_post_processor` of LlamaTokenizerFast, GemmaTokenizerFast and others for the start and end of a text.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CLASS_TOKENS: Final[dict[str, dict[str, str]]] = {
     "GPT2Tokenizer": GPT2,
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
 }
-"""Special tokens that a class has where no file names them."""
+"""Special tokens of a class if no file names them."""
 
 ADDS_BOS: Final = {
     "LlamaTokenizer": True,
@@ -45,7 +45,7 @@ ADDS_BOS: Final = {
     "CohereTokenizer": True,
     "GPTNeoXTokenizer": False,
 }
-"""Classes that write the post-processor themselves, whatever tokenizer.json has, and their default of add_bos_token."""
+"""Classes that replace the post-processor of tokenizer.json, and their default of add_bos_token."""
 
 CLASS_OF_MODEL_TYPE: Final = {
     "gemma2": "GemmaTokenizer",
@@ -55,26 +55,26 @@ CLASS_OF_MODEL_TYPE: Final = {
     "olmo2": "GPTNeoXTokenizer",
     "phi3": "LlamaTokenizer",
 }
-"""The class of a model type, where the files set add_bos_token or add_eos_token but name no class."""
+"""The class for a model type, if the files set add_bos_token or add_eos_token but name no class."""
 
 
 def with_special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, Any]:
     """Return tokenizer_config.json with the special tokens of special_tokens_map.json.
 
-    The map takes precedence over a tokenizer_config.json of the older form, which has no `added_tokens_decoder`; beside
-    the newer form it only adds what that leaves out.
+    The map overrides a tokenizer_config.json of the older form, without `added_tokens_decoder`. To the newer form it
+    only adds missing tokens.
     """
     given = {name: special_map[name] for name in SPECIAL_TOKENS if special_map.get(name) is not None}
     return {**given, **config} if "added_tokens_decoder" in config else {**config, **given}
 
 
 def apply_tokenizer_class(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint with the tokenizer that a bundle carries.
+    """Return the checkpoint with the bundle's tokenizer.
 
-    tokenizer.json has no padding, no truncation, no added token without a row in the model, and a post-processor that
-    adds bos and eos as the tokenizer's class does. tokenizer_config has the special tokens of the class where the files
-    name none. Raises `CheckpointError` for a switch that is not true or false, and for numbers that take all
-    memory; another tokenizer.json that cannot be read is left as it is.
+    tokenizer_text has no padding, no truncation, no added token without a row in the model, and a post-processor that
+    adds bos and eos as the tokenizer's class does. tokenizer_config has the special tokens of the class if the files
+    name none. Raises `CheckpointError` for a switch that is not a boolean, and for numbers that would exhaust memory; a
+    tokenizer.json that cannot be read for other reasons is left unchanged.
     """
     vocab_size = checkpoint.config.get("vocab_size")
     text = checkpoint.tokenizer_text
@@ -85,10 +85,10 @@ def apply_tokenizer_class(checkpoint: Checkpoint) -> Checkpoint:
     except json.JSONDecodeError:
         return checkpoint
     except ValueError as error:
-        raise CheckpointError(f"{checkpoint.tokenizer}: not a tokenizer.json that we can read: {error}") from error
+        raise CheckpointError(f"{checkpoint.tokenizer_path}: not a supported tokenizer.json: {error}") from error
     try:
         inner = tokenizers.Tokenizer.from_str(text)
-    except Exception:  # noqa: BLE001  the library raises plain Exception; `check_tokenizer` tells what is wrong
+    except Exception:  # noqa: BLE001 the library raises plain Exception; `check_tokenizer` reports the reason
         return checkpoint
     inner.no_padding()
     inner.no_truncation()
@@ -103,7 +103,7 @@ def apply_tokenizer_class(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def special_token(config: Mapping[str, Any], name: str) -> str | None:
-    """Return the text of a special token of a tokenizer_config.json."""
+    """Return the text of a special token in a tokenizer_config.json."""
     token = config.get(name)
     if isinstance(token, Mapping):
         token = token.get("content")
@@ -113,7 +113,7 @@ def special_token(config: Mapping[str, Any], name: str) -> str | None:
 def _post_processor(
     checkpoint: Checkpoint, config: Mapping[str, Any], inner: tokenizers.Tokenizer
 ) -> dict[str, Any] | None:
-    """Return what is to take the place of tokenizer.json's post-processor; None where that does the same."""
+    """Return the replacement of tokenizer.json's post-processor; None if that already does the same."""
     add_bos, add_eos = (_switch(checkpoint, config, name) for name in ("add_bos_token", "add_eos_token"))
     kind = _class_of(checkpoint, fallback=add_bos is not None or add_eos is not None)
     bos, eos = (_token(checkpoint, config, inner, name) for name in ("bos_token", "eos_token"))
@@ -121,7 +121,7 @@ def _post_processor(
     if kind in ADDS_BOS:
         adds = ADDS_BOS[kind] if add_bos is None else add_bos
         if (adds and bos is None) or (add_eos and eos is None):
-            return None  # there is no such token to add: tokenizer.json knows better
+            return None  # there is no such token to add; keep that of tokenizer.json
         starts, ends = bos if adds else None, eos if add_eos else None
     elif add_bos and bos is not None and full[:1] != [bos[1]]:
         starts = bos
@@ -134,7 +134,7 @@ def _post_processor(
 
 
 def _template(starts: tuple[str, int] | None, ends: tuple[str, int] | None) -> dict[str, Any]:
-    """Return the TemplateProcessing of tokenizer.json that puts tokens, as text and id, around each text."""
+    """Return the TemplateProcessing of a tokenizer.json that puts tokens, (text, id), around each text."""
 
     def part(sequence: str, type_id: int) -> list[dict[str, Any]]:
         around = [
@@ -154,7 +154,7 @@ def _template(starts: tuple[str, int] | None, ends: tuple[str, int] | None) -> d
 
 
 def _class_of(checkpoint: Checkpoint, *, fallback: bool) -> str | None:
-    """Return the tokenizer's class without `Fast`; with `fallback` that of the model type, where none is named."""
+    """Return the tokenizer's class without `Fast`; with `fallback`, that of the model type if none is named."""
     named = checkpoint.tokenizer_config.get("tokenizer_class") or checkpoint.config.get("tokenizer_class")
     if isinstance(named, str):
         return named.removesuffix("Fast")
@@ -173,7 +173,7 @@ def _switch(checkpoint: Checkpoint, config: Mapping[str, Any], name: str) -> boo
 def _token(
     checkpoint: Checkpoint, config: Mapping[str, Any], inner: tokenizers.Tokenizer, name: str
 ) -> tuple[str, int] | None:
-    """Return a special token's text and id, where tokenizer and model have it."""
+    """Return a special token's (text, id) if both the tokenizer and the model have it."""
     text = special_token(config, name)
     found = None if text is None else inner.token_to_id(text)
     vocab_size = checkpoint.config.get("vocab_size")

@@ -1,8 +1,8 @@
-"""Opening a checkpoint with transformers so that nothing in it is run: plain configuration, safetensors, no network.
+"""Opens a checkpoint with transformers without running code from it: plain configuration, safetensors, no network.
 
-`trust_remote_code=False` is not enough: up to transformers 5.2 a configuration's `_attn_implementation_internal` names
-a repository whose code is loaded all the same (CVE-2026-4372), and an adapter's names a model to load instead. So the
-configuration is read here, and what could name code is left out of it before transformers sees it.
+`trust_remote_code=False` is not enough. Up to transformers 5.2, a configuration's `_attn_implementation_internal` can
+name a repository whose code is loaded anyway (CVE-2026-4372), and an adapter's configuration can name another model to
+load. So the configuration is read here, and fields that can name code are removed before transformers reads it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .huggingface import tensor_files
 from .reading import read_json
 
 SAFE_LOAD_OPTIONS: Final = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
-"""What every `from_pretrained` of a model is called with, beside a configuration of `read_safe_config`."""
+"""Options of every `from_pretrained` of a model, together with a configuration of `read_safe_config`."""
 
 CODE_FIELDS: Final = {
     "attn_implementation",
@@ -29,36 +29,36 @@ CODE_FIELDS: Final = {
     "transformers_weights",
     "use_kernels",
 }
-"""Fields that can name code, or files outside the directory. So can those that begin with an underscore."""
+"""Fields that can name code or files outside the directory. So can fields that begin with an underscore."""
 ALLOWED_PRIVATE_FIELDS: Final = {"_sliding_window_pattern"}
-"""The one of those that belongs to a model (Gemma 3) and not to transformers."""
+"""The only field with an underscore that belongs to a model (Gemma 3)."""
 
 
 def read_safe_config(transformers: Any, directory: Path) -> Any:
-    """Return a checkpoint's configuration as transformers' own class for its `model_type`, without what names code.
+    """Return a configuration as transformers' class for its `model_type`, without fields that can name code.
 
-    Raises `CheckpointError` for a directory without one, for a type that transformers does not have itself, for an
-    adapter, and for one whose weights are not safetensors.
+    Raises `CheckpointError` for a directory without a configuration, a type that transformers does not have, an
+    adapter, and weights that are not safetensors.
     """
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(f"{directory} has an adapter_config.json: merge the adapter into its model first")
-    tensor_files(directory)  # whatever an index names is opened as safetensors
+    tensor_files(directory)  # checks that all weights are safetensors
     fields = read_json(directory / "config.json")
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
-        own = "; the code that comes with a checkpoint is never run" if "auto_map" in fields else ""
+        own = "; code in a checkpoint is never run" if "auto_map" in fields else ""
         raise CheckpointError(
             f"{directory / 'config.json'}: model_type {kind!r:.80} is not one of transformers"
             f" {transformers.__version__}{own}"
         )
     try:
         return transformers.CONFIG_MAPPING[kind].from_dict(_without_code(fields))
-    except Exception as error:  # each class checks its fields in its own way
+    except Exception as error:  # each class checks its fields differently
         raise CheckpointError(f"{directory / 'config.json'} cannot be read: {error!s:.300}") from error
 
 
 def _without_code(value: Any) -> Any:
-    """Return a JSON value without the fields that can name code, all the way down."""
+    """Return a JSON value without fields that can name code, recursively."""
     if isinstance(value, list):
         return [_without_code(each) for each in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Augmentation: new utterances from those given, with their slots still marked, so that answers stay right."""
+"""Augmentation: new utterances from given ones, with slots still marked, so that the answers stay right."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SHARED: Final = {
     "state": "state",
     "playlist": "playlist",
 }
-"""Slots whose values mean the same in every intent; the values of other slots stay within their intent."""
+"""Slots whose values have the same meaning in every intent; values of other slots stay within their intent."""
 
 FREE_TEXT_SLOTS: Final = frozenset(
     {"album", "artist", "entity_name", "movie_name", "object_name", "playlist", "restaurant_name", "track"}
 )
-"""Slots that can hold any words, so that a blend of two values is as good as a value."""
+"""Slots that can hold any words, so that a blend of two values is a valid value."""
 
 PREFIXES: Final = ("please ", "hey ", "ok ", "hi, ", "Please ", "Hey, ")
 SUFFIXES: Final = (" please", " thanks", ", please", " thank you")
@@ -31,20 +31,20 @@ SUFFIXES: Final = (" please", " thanks", ", please", " thank you")
 
 @dataclass(frozen=True, slots=True)
 class AugmentationRates:
-    """How often each change is made, 0 to 1.
+    """Probability of each change, 0 to 1.
 
     Parameters
     ----------
     swap
-        Of a slot's value for another value seen in that slot.
+        Replace a slot's value by another value seen in that slot.
     blend
-        Of a swapped title for the beginning of one value and the end of another.
+        Replace a swapped title by the beginning of one value and the end of another.
     case
-        Of the sentence's case: lower mostly, else upper, capitalized, or every word capitalized.
+        Change the sentence's case: mostly to lower, else upper, capitalized, or every word capitalized.
     mark
-        Of the closing mark: taken away, or one put there.
+        Remove or add the closing punctuation mark.
     polite
-        Of a word of courtesy put before or after.
+        Add a word of courtesy before or after.
     """
 
     swap: float = 0.5
@@ -58,7 +58,7 @@ Pieces = list[tuple[str | None, str]]
 
 
 class Augmenter:
-    """Makes new utterances from those given; slots stay marked, so the answer stays right."""
+    """Makes new utterances from given ones. Slots stay marked, so the answer stays right."""
 
     def __init__(self, utterances: Sequence[Utterance], noise: AugmentationRates) -> None:
         self.noise = noise
@@ -73,7 +73,7 @@ class Augmenter:
         return SHARED.get(name) or f"{intent}.{name}"
 
     def __call__(self, utterance: Utterance, rng: np.random.Generator) -> Utterance:
-        """Return a changed copy; every value of its answer still stands in its text."""
+        """Return a changed copy; every value of its answer is still in its text."""
         pieces: Pieces = [
             (name, self._swap(utterance.intent, name, text, rng)) if name else (None, text)
             for name, text in utterance.pieces
@@ -90,8 +90,8 @@ class Augmenter:
         if rng.random() >= self.noise.swap:
             return value
         pool = self._slot_key(intent, name)
-        # As often as seen half of the time, each distinct value alike the other half: a common value stays
-        # common, a rare one is met.
+        # Half of the time by frequency, else each distinct value with equal probability: common values stay common,
+        # and rare ones occur.
         values = (self._seen if rng.random() < 0.5 else self._distinct)[pool]
         chosen = values[rng.integers(len(values))]
         if name in FREE_TEXT_SLOTS and rng.random() < self.noise.blend:

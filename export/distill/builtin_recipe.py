@@ -1,4 +1,4 @@
-"""The recipe of the built-in model: spoken commands to JSON, from nothing but the SNIPS training data.
+"""The recipe of the built-in model: spoken commands to JSON, trained on the SNIPS data only.
 
 python -m edgelm_export.distill.builtin_recipe --data train.jsonl --out checkpoint/
 """
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from edgelm.errors import EdgelmError
-from edgelm.system.progress_bar import ProgressBar as Bar
+from edgelm.system.progress_bar import ProgressBar
 
 from .augment import AugmentationRates, Augmenter
 from .data import EncodedExample, encode_tasks
 from .distill import InitialStudent, hash_parts, prepare_target, train_into
-from .score_student import evaluate
+from .score_student import evaluate_student
 from .settings import TrainingProgress, TrainingSettings
 from .shape import StudentShape, parse_shape
 from .snips import Utterance, answer_pieces, read_utterances
@@ -31,12 +31,12 @@ from .student_tokenizer import BOS, EOS, save_tokenizer, train_tokenizer
 from .trainer import Dataset
 
 CONTEXT_TOKENS: Final = 256
-"""Positions of the model; the longest training example takes 213 tokens."""
+"""Positions of the model; the longest training example has 213 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that decides what comes out, next to the data."""
+    """All settings that, with the data, determine the result."""
 
     shape: StudentShape
     settings: TrainingSettings
@@ -59,7 +59,7 @@ BUILTIN_RECIPE: Final = Recipe(
         bf16=True,
     ),
 )
-"""What the bundle in the package was made with."""
+"""The recipe of the built-in bundle."""
 
 
 def make_initial_student(utterances: Sequence[Utterance], recipe: Recipe) -> InitialStudent:
@@ -72,14 +72,14 @@ def make_initial_student(utterances: Sequence[Utterance], recipe: Recipe) -> Ini
 
 
 def make_dataset(utterances: Sequence[Utterance], start: InitialStudent, recipe: Recipe) -> Dataset:
-    """Return the examples of each epoch, augmented anew; those that outgrow a row are left out."""
+    """Return the examples of each epoch, augmented anew; those longer than a row are left out."""
     augment = Augmenter(utterances, recipe.noise)
     row_length = recipe.settings.row_length
 
     def examples(epoch: int) -> list[EncodedExample]:
         rng = np.random.default_rng([recipe.settings.seed, epoch, 1])
         tasks = [augment(utterance, rng).to_task() for utterance in utterances]
-        encoded = encode_tasks(start.tokenizer, tasks, start.eos[0], 4 * CONTEXT_TOKENS)
+        encoded = encode_tasks(start.tokenizer, tasks, start.eos_ids[0], 4 * CONTEXT_TOKENS)
         return [example for example in encoded if len(example.tokens) <= row_length]
 
     return examples
@@ -114,32 +114,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe from the command line; print a JSON object with the figures."""
     parser = argparse.ArgumentParser(prog="python -m edgelm_export.distill.builtin_recipe", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="train.jsonl of the SNIPS data")
-    parser.add_argument("--dev", type=Path, help="dev.jsonl, to score the result; never trained on")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to make")
+    parser.add_argument("--dev", type=Path, help="dev.jsonl, to score the result; not used for training")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to create")
     parser.add_argument("--shape", default=SHAPE, help="(%(default)s)")
     parser.add_argument("--epochs", type=int, default=BUILTIN_RECIPE.settings.epochs, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=BUILTIN_RECIPE.settings.seed, help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="processor threads (all cores)")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--force", action="store_true", help="replace OUT")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
         recipe = Recipe(parse_shape(args.shape), replace(BUILTIN_RECIPE.settings, epochs=args.epochs, seed=args.seed))
-        with Bar() as bar:
+        with ProgressBar() as bar:
             start, progress = train_builtin(
                 args.data,
                 args.out,
                 recipe,
                 resume=args.resume,
                 force=args.force,
-                report=lambda state: bar(state.summary, round(100 * state.share), 100),
+                report=lambda state: bar(state.summary, round(100 * state.fraction_done), 100),
             )
         result: dict[str, object] = {"steps": progress.step, "loss": progress.loss, "elapsed_s": progress.elapsed_s}
         if args.dev:
             tasks = [utterance.to_task() for utterance in read_utterances(args.dev)]
-            result["dev"] = evaluate(start.model, start.tokenizer, tasks).to_dict()
+            result["dev"] = evaluate_student(start.model, start.tokenizer, tasks).to_dict()
     except EdgelmError as error:
         sys.stderr.write(f"{error}\n")
         return 1

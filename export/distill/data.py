@@ -1,8 +1,8 @@
-"""Training data: tokens of prompt and target, packed into rows of one length.
+"""Training data: tokens of prompt and target, packed into rows of equal length.
 
-Several examples share a row, since most are far shorter than a row; attention never crosses from one to another
-(`Row.segments` says which position belongs to which) and each starts at position 0, so that a packed example gets
-exactly the logits that it gets alone. Knows nothing of torch.
+Most examples are much shorter than a row, so several share one. Attention does not cross examples (`Batch.segments`
+identifies them) and each starts at position 0, so a packed example gets exactly the logits that it gets alone. Does not
+import torch.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from edgelm.errors import DataError
 from edgelm.evaluation.tasks import Task
 
 IGNORED_LABEL: Final = -100
-"""The label of a position that is not learned: prompts and padding."""
+"""The label of a position that is not trained on: prompts and padding."""
 
 PADDING_SEGMENT: Final = -1
-"""The segment of a position that belongs to no example."""
+"""The segment of padding."""
 
 OPEN_ROWS: Final = 32
-"""How many unfinished rows an example may choose from: more pack tighter, fewer keep the shuffled order."""
+"""Number of unfinished rows that an example may be added to: more pack tighter, fewer keep the shuffled order."""
 
 
 class Encoding(Protocol):
-    """What a tokenizer returns: token numbers."""
+    """The result of a tokenizer."""
 
     @property
     def ids(self) -> list[int]:
-        """The token numbers."""
+        """The token ids."""
         ...
 
 
 class Encoder(Protocol):
-    """The part of `tokenizers.Tokenizer` that is needed here."""
+    """The part of `tokenizers.Tokenizer` that is used here."""
 
     def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[Encoding]:
         """Tokenize each text."""
@@ -46,7 +46,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TeacherTargets:
-    """What a teacher expects at each target token: its k best tokens. What it gives to all others is the rest to 1.
+    """A teacher's k best tokens at each target token. All other tokens share the remaining probability.
 
     Parameters
     ----------
@@ -62,21 +62,21 @@ class TeacherTargets:
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """One example as tokens: prompt, then target, then the end token.
+    """One example as tokens: prompt, target, end token.
 
     Parameters
     ----------
     tokens
         int32 [n].
     target_start
-        Index of the target's first token; at least 1, since the first token has nothing that predicts it.
-    soft
-        For each target token, where a teacher was asked before training.
+        Index of the target's first token; at least 1, since nothing predicts the first token.
+    teacher_targets
+        One entry per target token, if the teacher was run before training.
     """
 
     tokens: NDArray[np.int32]
     target_start: int
-    soft: TeacherTargets | None = None
+    teacher_targets: TeacherTargets | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +86,22 @@ class Batch:
     Parameters
     ----------
     tokens
-        What the model reads; padding holds token 0.
+        The model's input; padding is token 0.
     labels
-        The token that follows, where that token belongs to a target; `IGNORED_LABEL` elsewhere.
+        The next token if it belongs to a target, otherwise `IGNORED_LABEL`.
     positions
-        Counted from 0 within each example.
+        From 0 within each example.
     segments
-        Which example of its row a position belongs to, from 0; `PADDING_SEGMENT` where none.
-    soft
-        For each label in order of rows and positions, where every example has it.
+        Index of the position's example in its row; `PADDING_SEGMENT` for padding.
+    teacher_targets
+        One entry per label, in the order of rows and positions, if every example has them.
     """
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
     positions: NDArray[np.int64]
     segments: NDArray[np.int64]
-    soft: TeacherTargets | None = None
+    teacher_targets: TeacherTargets | None = None
 
 
 def encode_tasks(encoder: Encoder, tasks: Sequence[Task], end_token: int, length: int) -> list[EncodedExample]:
@@ -110,7 +110,7 @@ def encode_tasks(encoder: Encoder, tasks: Sequence[Task], end_token: int, length
     Raises
     ------
     DataError
-        A task needs more than `length` tokens, or its prompt gives none; its line is named.
+        A task has more than `length` tokens, or its prompt none; the error names its line.
     """
     prompts = encoder.encode_batch([task.prompt for task in tasks], add_special_tokens=True)
     targets = encoder.encode_batch([task.target for task in tasks], add_special_tokens=False)
@@ -119,15 +119,15 @@ def encode_tasks(encoder: Encoder, tasks: Sequence[Task], end_token: int, length
         where = f"line {task.line}" if task.line else f"example {at}"
         tokens = np.array([*prompt.ids, *target.ids, end_token], np.int32)
         if len(tokens) > length:
-            raise DataError(f"{where} takes {len(tokens)} tokens, a row holds {length}: shorten it or lengthen the row")
+            raise DataError(f"{where} has {len(tokens)} tokens, a row holds {length}: shorten it or use longer rows")
         if not prompt.ids:
-            raise DataError(f"{where}: the prompt gives no token")
+            raise DataError(f"{where}: the prompt has no tokens")
         encoded.append(EncodedExample(tokens, len(prompt.ids)))
     return encoded
 
 
 def pack_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Distribute examples over rows: first fit into the last `OPEN_ROWS` rows, in the order given.
+    """Distribute examples over rows: first fit into the last `OPEN_ROWS` rows, in the given order.
 
     Parameters
     ----------
@@ -156,16 +156,20 @@ def pack_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 def collate(rows: Iterable[Sequence[EncodedExample]], length: int) -> Batch:
-    """Lay examples side by side into rows of `length` positions; see `Batch`."""
+    """Pack examples into rows with `length` positions; see `Batch`."""
     listed = list(rows)
     shape = (len(listed), length)
-    soft = [example.soft for examples in listed for example in examples if example.soft is not None]
+    soft = [
+        example.teacher_targets for examples in listed for example in examples if example.teacher_targets is not None
+    ]
     batch = Batch(
         tokens=np.zeros(shape, np.int64),
         labels=np.full(shape, IGNORED_LABEL, np.int64),
         positions=np.zeros(shape, np.int64),
         segments=np.full(shape, PADDING_SEGMENT, np.int64),
-        soft=TeacherTargets(np.concatenate([s.log_probs for s in soft]), np.concatenate([s.tokens for s in soft]))
+        teacher_targets=TeacherTargets(
+            np.concatenate([s.log_probs for s in soft]), np.concatenate([s.tokens for s in soft])
+        )
         if soft and len(soft) == sum(map(len, listed))
         else None,
     )
@@ -186,7 +190,7 @@ def collate(rows: Iterable[Sequence[EncodedExample]], length: int) -> Batch:
 def make_batches(
     examples: Sequence[EncodedExample], row_length: int, rows_per_batch: int, rng: np.random.Generator
 ) -> list[Batch]:
-    """Shuffle, pack and cut into batches; the same `rng` state gives the same batches."""
+    """Shuffle, pack and split into batches; the same `rng` state gives the same batches."""
     shuffled = [examples[index] for index in rng.permutation(len(examples))]
     rows = pack_rows([len(example.tokens) for example in shuffled], row_length)
     order = rng.permutation(len(rows))

@@ -1,6 +1,6 @@
-"""From a data file to a checkpoint directory: tokenizer, student, training, and only then a name in OUT.
+"""Distillation from a data file to a checkpoint directory: tokenizer, student, training.
 
-While training, everything lives in `OUT.partial`, beside OUT; OUT appears complete, by one rename.
+During training, all files are in `OUT.partial` beside OUT; OUT appears complete, by one rename.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from edgelm.evaluation.tasks import Task, TaskScore, read_tasks
 from ..write.staging import check_target, staged_directory
 from .data import Batch, EncodedExample, encode_tasks, make_batches
 from .losses import cross_entropy
-from .score_student import evaluate
+from .score_student import evaluate_student
 from .settings import TrainingProgress, TrainingSettings, fit_settings
 from .shape import StudentShape, parse_shape
 from .student import inherit_layers, load_transformers_model, make_student, save_student
@@ -40,12 +40,12 @@ TOKENIZER_FILES: Final = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-"""What is copied from a teacher's or student's directory, where it is there; the first must be."""
+"""Files copied from a teacher's or student's directory if they exist; the first is required."""
 
 
 @dataclass(frozen=True, slots=True)
 class InitialStudent:
-    """What training starts from.
+    """A student before training.
 
     Parameters
     ----------
@@ -53,21 +53,21 @@ class InitialStudent:
         The student, fp32.
     tokenizer
         Its tokenizer.
-    eos
-        Tokens that end an answer; the first is trained.
+    eos_ids
+        Tokens that end an answer; the first is used in training.
     write_tokenizer
         Writes the tokenizer's files into a directory.
     """
 
     model: Any
     tokenizer: Tokenizer
-    eos: list[int]
+    eos_ids: list[int]
     write_tokenizer: Callable[[Path], None]
 
 
 @dataclass(frozen=True, slots=True)
 class DistillResult:
-    """What a run came to. `score` is on examples that were held out of training; None where there were none."""
+    """The result of a run. `score` is on held-out examples; None if there are none."""
 
     progress: TrainingProgress
     settings: TrainingSettings
@@ -75,21 +75,21 @@ class DistillResult:
 
 
 MIN_EXAMPLES_FOR_HOLD_OUT: Final = 40
-"""From so many examples on some are held out: a tenth, at most `MAX_HELD_OUT`."""
+"""With at least this many examples some are held out: a tenth, at most `MAX_HELD_OUT`."""
 MAX_HELD_OUT: Final = 500
 
 
 def split_held_out(tasks: Sequence[Task], count: int | None, seed: int) -> tuple[list[Task], list[Task]]:
-    """Divide tasks into those to train on and `count` to score with, drawn by the seed; None is a tenth of enough.
+    """Return training tasks and `count` held-out ones, chosen by the seed; None: a tenth if there are enough.
 
-    No prompt is in both: of several tasks with one prompt that is drawn, the first counts. Raises `ConfigError` where
-    nothing would be left to train on.
+    No prompt is in both. If several tasks share a held-out prompt, the first is used. Raises `ConfigError` if no task
+    is left for training.
     """
     prompts = list(dict.fromkeys(task.prompt for task in tasks))
     if count is None:
         count = min(len(prompts) // 10, MAX_HELD_OUT) if len(prompts) >= MIN_EXAMPLES_FOR_HOLD_OUT else 0
     if not 0 <= count < len(prompts):
-        raise ConfigError(f"held-out {count}: of {len(prompts)} prompts at least one must be left to train on")
+        raise ConfigError(f"held-out {count}: of {len(prompts)} prompts at least one must be left for training")
     drawn = {prompts[i] for i in np.random.default_rng([seed, 2]).permutation(len(prompts))[:count]}
     unseen = {task.prompt: task for task in reversed(tasks) if task.prompt in drawn}
     return [task for task in tasks if task.prompt not in drawn], list(unseen.values())
@@ -99,7 +99,7 @@ def distill(
     student: str,
     data: Path,
     out: Path,
-    given: Mapping[str, Any],
+    setting_overrides: Mapping[str, Any],
     *,
     held_out: int | None = None,
     threads: int | None = None,
@@ -109,56 +109,56 @@ def distill(
     resume: bool = False,
     force: bool = False,
     report: Callable[[TrainingProgress], None] = lambda _: None,
-    told: Callable[[str], None] = lambda _: None,
+    on_message: Callable[[str], None] = lambda _: None,
 ) -> DistillResult:
     """Train a student on tasks and write it to `out` as a Hugging Face directory.
 
     Parameters
     ----------
     student
-        A checkpoint directory to go on from, or a shape (see `parse_shape`) to start from random weights. A new
-        student shares the teacher's tokenizer, and its weights where it differs in the number of layers alone (see
-        `inherit_layers`); without a teacher it gets a tokenizer of its own, trained on the data.
+        A checkpoint directory to continue from, or a shape (see `parse_shape`) for random weights. A new student has
+        the teacher's tokenizer, and its weights if only the number of layers differs (see `inherit_layers`); without a
+        teacher it gets a new tokenizer, trained on the data.
     data
         JSONL of `{"prompt", "target"}`; see `edgelm.evaluation.tasks.read_tasks`.
     out
-        Directory to make.
-    given
-        Fields of `TrainingSettings`; row length, batch and epochs that are not among them are chosen to suit the data.
+        Directory to create.
+    setting_overrides
+        Fields of `TrainingSettings`; row length, batch size and epochs are chosen for the data if missing.
     held_out
-        How many examples are kept from training, to score the student with; see `split_held_out`.
+        Number of examples held out of training, to score the student with; see `split_held_out`.
     threads
-        Threads to multiply with; None measures which number is quickest. Sums differ in their last digits with it.
+        Threads of torch; None measures which number is fastest. It changes the last digits of sums.
     teacher
-        Checkpoint directory whose logits the student follows; None: plain supervised training.
+        Checkpoint directory of the teacher; None: supervised training.
     vocab_size
-        Of a newly trained tokenizer.
+        Size of a new tokenizer.
     resume
-        Go on from `out`.partial where there is one.
+        Continue from `out`.partial if it exists.
     force
         Replace `out` and discard `out`.partial.
-    report, told
-        Called with where the run stands, and with a line on what is being done beside training.
+    report, on_message
+        Called with the progress, and with a line on other work.
 
     Raises
     ------
     DataError, CheckpointError, ConfigError
-        Something given is not what it should be; `out` is then as it was.
+        An argument or a file is invalid; `out` is unchanged.
     """
     prepare_target(out, resume=resume, force=force)
-    tasks, unseen = split_held_out(read_tasks(data), held_out, int(given.get("seed") or 0))
+    tasks, unseen = split_held_out(read_tasks(data), held_out, int(setting_overrides.get("seed") or 0))
     teacher_model = load_transformers_model(teacher, "teacher") if teacher else None
     tokenizer = _tokenizer(student, tasks, teacher, vocab_size)
     lengths = [len(each.tokens) for each in encode_tasks(tokenizer, tasks, 0, sys.maxsize)]
-    settings = fit_settings(lengths, given)
+    settings = fit_settings(lengths, setting_overrides)
     start = _start(student, tokenizer, teacher, settings)
     if teacher is not None:
         _check_same_vocabulary(start, teacher, teacher_model)
-    examples = encode_tasks(start.tokenizer, tasks, start.eos[0], settings.row_length)
+    examples = encode_tasks(start.tokenizer, tasks, start.eos_ids[0], settings.row_length)
     if teacher_model is not None and settings.teacher_top_k:
         examples = add_teacher_targets(teacher_model, examples, settings, device)
         teacher_model = None
-    torch.set_num_threads(threads or _best_threads(start.model, examples, settings, device, told))
+    torch.set_num_threads(threads or _best_threads(start.model, examples, settings, device, on_message))
     identity = hash_parts(
         data.read_bytes(),
         str(len(unseen)),
@@ -173,18 +173,22 @@ def distill(
     )  # fmt: skip
     if not unseen:
         return DistillResult(progress, settings, None)
-    told(f"answering {len(unseen)} held-out prompts")
-    return DistillResult(progress, settings, evaluate(start.model, start.tokenizer, unseen))
+    on_message(f"answering {len(unseen)} held-out prompts")
+    return DistillResult(progress, settings, evaluate_student(start.model, start.tokenizer, unseen))
 
 
 def _best_threads(
-    model: Any, examples: Sequence[EncodedExample], settings: TrainingSettings, device: str, told: Callable[[str], None]
+    model: Any,
+    examples: Sequence[EncodedExample],
+    settings: TrainingSettings,
+    device: str,
+    on_message: Callable[[str], None],
 ) -> int:
-    """Return the number of threads with which a step takes least time now, beside whatever else runs here."""
+    """Return the number of threads with the fastest training step, at the machine's current load."""
     most = int(torch.get_num_threads())
     if device != "cpu" or most == 1:
         return most
-    told("measuring how many threads are quickest")
+    on_message("measuring the fastest number of threads")
     rows = max(1, settings.batch_tokens // settings.row_length)
     batch = make_batches(examples, settings.row_length, rows, np.random.default_rng(0))[0]
     seconds: dict[int, float] = {}
@@ -192,7 +196,7 @@ def _best_threads(
         torch.set_num_threads(count)
         seconds[count] = min(_step_seconds(model, batch) for _ in range(3))
         if seconds[count] > 1.5 * min(seconds.values()):
-            break  # more will not help either
+            break  # more threads will not be faster
     model.zero_grad(set_to_none=True)
     best: int = min(seconds, key=lambda count: seconds[count])
     return best
@@ -230,31 +234,31 @@ def train_into(
     if resume and checkpoint.exists():
         trainer.resume()
     trainer.run(report)
-    with staged_directory(out, force=True, replaceable=_is_checkpoint) as stage:  # claimed before
-        save_student(start.model, stage, start.eos)
+    with staged_directory(out, force=True, is_replaceable=_is_checkpoint) as stage:  # checked in prepare_target
+        save_student(start.model, stage, start.eos_ids)
         start.write_tokenizer(stage)
     shutil.rmtree(partial)
     return trainer.progress
 
 
 def partial_directory(out: Path) -> Path:
-    """Return the directory that holds a run's checkpoint until it is done."""
+    """Return the directory that holds a run's checkpoint while it trains."""
     return out.with_name(out.name + ".partial")
 
 
 def prepare_target(out: Path, *, resume: bool, force: bool) -> None:
-    """Refuse an existing `out`, and the remains of a run, unless told what to do with them.
+    """Refuse an existing `out` or an unfinished run, unless `force` or `resume` covers it.
 
     Raises
     ------
     EdgelmError
-        There is something that neither `resume` nor `force` covers.
+        Something exists that neither `resume` nor `force` covers.
     """
-    check_target(out, force=force, replaceable=_is_checkpoint)
+    check_target(out, force=force, is_replaceable=_is_checkpoint)
     partial = partial_directory(out)
     if partial.exists() and not resume:
         if not force:
-            raise ConfigError(f"{partial} holds an unfinished run: --resume goes on with it, --force discards it")
+            raise ConfigError(f"{partial} holds an unfinished run: --resume continues it, --force discards it")
         shutil.rmtree(partial)
 
 
@@ -263,7 +267,7 @@ def _is_checkpoint(directory: Path) -> bool:
 
 
 def hash_parts(*parts: str | bytes) -> str:
-    """Return the SHA-256 of all parts, hex; it names a run's data and settings."""
+    """Return the SHA-256 of all parts, hex: the identity of a run's data and settings."""
     digest = hashlib.sha256()
     for part in parts:
         encoded = part.encode() if isinstance(part, str) else part
@@ -272,7 +276,7 @@ def hash_parts(*parts: str | bytes) -> str:
 
 
 def _tokenizer(student: str, tasks: Sequence[Task], teacher: Path | None, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer of the student that is named, of the teacher, or a new one."""
+    """Return the tokenizer of the student's directory, of the teacher, or a new one."""
     if Path(student).is_dir():
         return open_tokenizer(Path(student))
     if "=" not in student:
@@ -284,7 +288,7 @@ def _tokenizer(student: str, tasks: Sequence[Task], teacher: Path | None, vocab_
 
 
 def _start(student: str, tokenizer: Tokenizer, teacher: Path | None, settings: TrainingSettings) -> InitialStudent:
-    """Open the student that is named, or make the one that is described."""
+    """Open the student's directory, or make a student with the shape."""
     directory = Path(student)
     if directory.is_dir():
         model = load_transformers_model(directory, "student")
@@ -309,12 +313,12 @@ def _make(shape: StudentShape, vocab_size: int, context: int, bos: int, eos: int
 
 
 def _from_directory(model: Any, directory: Path, owner: Any, tokenizer: Tokenizer) -> InitialStudent:
-    """Take the tokenizer's files and end tokens from `directory`, whose model is `owner`."""
+    """Use the tokenizer's files and end tokens of `directory`, whose model is `owner`."""
     eos = owner.generation_config.eos_token_id
     if eos is None:
         eos = owner.config.eos_token_id
     if eos is None:
-        raise CheckpointError(f"{directory} names no end token: eos_token_id in generation_config.json is missing")
+        raise CheckpointError(f"{directory} has no end token: eos_token_id in generation_config.json is missing")
 
     def copy(to: Path) -> None:
         for name in TOKENIZER_FILES:
@@ -328,7 +332,7 @@ def open_tokenizer(directory: Path) -> Tokenizer:
     """Open tokenizer.json of a checkpoint directory, without truncation or padding."""
     try:
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{directory / 'tokenizer.json'} cannot be read: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -344,9 +348,9 @@ def _check_same_vocabulary(start: InitialStudent, teacher: Path, model: Any) -> 
 
 
 def choose_device(name: str) -> str:
-    """Return `name`, or for "auto" cuda where there is one, else cpu."""
+    """Return `name`; for "auto" cuda if available, otherwise cpu."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r}: this torch sees no CUDA device; use --device cpu")
+        raise ConfigError(f"device {name!r}: torch finds no CUDA device; use --device cpu")
     return name

@@ -1,4 +1,4 @@
-"""What training minimizes, over target positions only.
+"""The training loss, over target positions only.
 
 Cross-entropy with the data's tokens, and the forward Kullback-Leibler divergence from the teacher's softened
 distribution (Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2).
@@ -43,14 +43,14 @@ def forward_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def forward_kl_top_k(student: Tensor, log_probs: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Return `forward_kl` with all tokens but the teacher's k best taken as one: never more than the whole.
+    """Return `forward_kl` with all tokens except the teacher's k best as one; never more than the full KL.
 
     Parameters
     ----------
     student
         float logits [n, vocabulary].
     log_probs, tokens
-        float and int64 [n, k]: the teacher's best tokens, softened by the same temperature.
+        float and int64 [n, k]: the teacher's best tokens, softened with the same temperature.
     temperature
         T, over 0.
     """

@@ -1,4 +1,4 @@
-"""Greedy answers of a transformers model to many prompts, batched, to score a student while it is still torch."""
+"""Scores a student during training: greedy answers of a transformers model to many prompts, in batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgelm.evaluation.tasks import Task, TaskScore, score_tasks
 def answer_greedily(
     model: Any, tokenizer: Tokenizer, prompts: Sequence[str], *, max_tokens: int = 128, batch: int = 100
 ) -> list[str]:
-    """Return the text that follows each prompt, up to the end token or `max_tokens`."""
+    """Return the answer to each prompt, up to the end token or `max_tokens`."""
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(prompts))]
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     answers = [""] * len(encoded)
@@ -36,6 +36,6 @@ def answer_greedily(
     return answers
 
 
-def evaluate(model: Any, tokenizer: Tokenizer, tasks: Sequence[Task]) -> TaskScore:
+def evaluate_student(model: Any, tokenizer: Tokenizer, tasks: Sequence[Task]) -> TaskScore:
     """Answer every task greedily and score the answers."""
     return score_tasks(tasks, answer_greedily(model, tokenizer, [task.prompt for task in tasks]))

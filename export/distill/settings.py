@@ -1,4 +1,4 @@
-"""How a run trains, where it stands, and the learning rate in between. Knows nothing of torch."""
+"""Settings of a training run, its progress, and the learning rate schedule. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgelm.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """How to train.
+    """Settings of a training run.
 
     Parameters
     ----------
@@ -20,27 +20,27 @@ class TrainingSettings:
         Passes over the data, at least 1.
     batch_tokens, row_length
         Tokens in a batch and in each of its rows.
-    lr, warmup, weight_decay, clip
-        Peak learning rate, share of the run spent warming up (0 to 1), AdamW's decay, largest gradient norm.
+    lr, warmup, weight_decay, max_grad_norm
+        Peak learning rate, fraction of the run for warm-up (0 to 1), AdamW's decay, largest gradient norm.
     muon
-        Orthogonalize the updates of the layers' matrices: fewer steps to the same loss, each somewhat dearer.
+        Orthogonalize the updates of the layers' matrices: fewer but slower steps to the same loss.
     dropout, smoothing
-        0 to 1: of what each attention and MLP adds to the residual; of the labels, over the vocabulary.
+        0 to 1: dropout on the output of each attention and MLP; label smoothing over the vocabulary.
     averaging
         Decay of the exponential moving average of the weights, 0 to 1; the average is the result. 0: off.
     kl_weight, temperature
-        With a teacher: loss = (1 - kl_weight) * cross-entropy + kl_weight * T^2 KL at temperature T. A teacher that
-        was trained with smoothing is best followed at 1: what it spreads over the vocabulary grows with T until it
-        outweighs what it knows.
+        With a teacher: loss = (1 - kl_weight) * cross-entropy + kl_weight * T^2 KL at temperature T. Use T = 1 for a
+        teacher trained with label smoothing: the probability that it spreads over the vocabulary grows with T until it
+        dominates.
     teacher_top_k
-        How many of the teacher's best tokens are kept for each target token, where it is asked once before
-        training, as `distill` does for data that stays the same. 0: it is asked at every step, for all tokens.
+        Number of the teacher's best tokens stored for each target token, if it is run once before training, as
+        `distill` does for data that does not change. 0: the teacher is run at every step, for all tokens.
     seed
-        Start of everything random.
+        Seed of all randomness.
     bf16
         Multiply matrices in bfloat16; weights, sums and updates stay fp32.
     max_s
-        Stop after this many seconds of training; the learning rate runs down in time. None: no limit.
+        Stop after this many seconds of training; the learning rate follows the time. None: no limit.
     save_every_s
         Seconds between checkpoints.
     """
@@ -51,7 +51,7 @@ class TrainingSettings:
     lr: float = 2e-3
     warmup: float = 0.05
     weight_decay: float = 0.1
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     muon: bool = False
     dropout: float = 0.0
     smoothing: float = 0.0
@@ -84,19 +84,18 @@ class TrainingSettings:
 
 
 STEPS_PER_EPOCH: Final = 32
-"""So many batches the data are divided into, where that makes none of them smaller or larger than these bounds."""
+"""Batches per epoch, if the batches then have a size within `BATCH_TOKENS_RANGE`."""
 BATCH_TOKENS_RANGE: Final = (512, 4096)
 MIN_STEPS: Final = 1000
-"""What a new student needs at least: fewer leave it where it began, however little data there are."""
+"""Minimum steps of a new student; with fewer it stays close to its initial weights, for any amount of data."""
 EPOCHS_RANGE: Final = (10, 60)
 
 
 def fit_settings(lengths: Sequence[int], given: Mapping[str, Any]) -> TrainingSettings:
-    """Return settings for data: what is given, and row length, batch and epochs chosen to suit where they are not.
+    """Return settings: the given ones, and row length, batch size and epochs chosen for the data if not given.
 
-    lengths: tokens of each example; given: fields of `TrainingSettings`. A row holds the longest example. Raises
-    `ConfigError`
-    for a value out of range.
+    lengths: tokens of each example. given: fields of `TrainingSettings`. A row holds the longest example. Raises
+    `ConfigError` for a value out of range.
     """
     longest, total = max(lengths), sum(lengths)
     row_length = given.get("row_length") or -(-longest // 16) * 16
@@ -112,23 +111,23 @@ def fit_settings(lengths: Sequence[int], given: Mapping[str, Any]) -> TrainingSe
 
 @dataclass(frozen=True, slots=True)
 class TrainingProgress:
-    """Where a run stands.
+    """The progress of a run.
 
     Parameters
     ----------
-    share
-        Of the run that is done, 0 to 1.
+    fraction_done
+        0 to 1.
     epoch, step
-        Counted from 0 and over the whole run.
+        From 0; `step` counts over the whole run.
     loss
-        Mean of the last steps, in nats per target token.
+        Moving average over recent steps, in nats per target token.
     tokens
-        Trained on so far, without padding.
+        Tokens trained on so far, without padding.
     elapsed_s
-        Of training, earlier parts of a resumed run included.
+        Seconds of training, with earlier parts of a resumed run.
     """
 
-    share: float
+    fraction_done: float
     epoch: int
     step: int
     loss: float
@@ -137,13 +136,13 @@ class TrainingProgress:
 
     @property
     def summary(self) -> str:
-        """Epoch, counted from 1, and loss, for a progress bar."""
+        """Epoch, from 1, and loss, for a progress bar."""
         return f"epoch {self.epoch + 1}, loss {self.loss:.3f}"
 
 
-def learning_rate(share: float, settings: TrainingSettings) -> float:
-    """Return the rate at `share` of the run: linear warm-up, then a cosine down to 1 % of the peak."""
-    if share < settings.warmup:
-        return settings.lr * max(share / settings.warmup, 1e-3)
-    done = (min(share, 1.0) - settings.warmup) / (1 - settings.warmup)
+def learning_rate(fraction_done: float, settings: TrainingSettings) -> float:
+    """Return the learning rate: linear warm-up, then a cosine down to 1 % of the peak."""
+    if fraction_done < settings.warmup:
+        return settings.lr * max(fraction_done / settings.warmup, 1e-3)
+    done = (min(fraction_done, 1.0) - settings.warmup) / (1 - settings.warmup)
     return settings.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))

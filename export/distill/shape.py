@@ -1,4 +1,4 @@
-"""The shape of a student: a short text such as `hidden=192,layers=6,heads=6,kv-heads=2,mlp=512`."""
+"""The shape of a student, from a short text such as `hidden=192,layers=6,heads=6,kv-heads=2,mlp=512`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class StudentShape:
     Parameters
     ----------
     hidden, mlp
-        Widths; multiples of 32, the smallest block of int4.
+        Widths; multiples of 32, the default block size of int4.
     layers, heads, kv_heads
         Counts; `heads` is a multiple of `kv_heads`.
     head
-        Size of a head, a multiple of 16, which rotary positions in GroupQueryAttention need.
+        Head size, a multiple of 16, as required by rotary positions in GroupQueryAttention.
     """
 
     hidden: int = 192
@@ -26,12 +26,12 @@ class StudentShape:
     heads: int = 6
     kv_heads: int = 2
     mlp: int = 512
-    head: int = 0  # 0: hidden / heads
+    head: int = 0  # 0 means hidden / heads
 
     def __post_init__(self) -> None:
         if not self.head:
             if self.hidden % self.heads:
-                raise ConfigError(f"hidden={self.hidden} is no multiple of heads={self.heads}: give head=SIZE as well")
+                raise ConfigError(f"hidden={self.hidden} is not a multiple of heads={self.heads}: add head=SIZE")
             object.__setattr__(self, "head", self.hidden // self.heads)
         for name, value, multiple in (
             ("hidden", self.hidden, 32),
@@ -44,12 +44,12 @@ class StudentShape:
 
 
 def parse_shape(text: str) -> StudentShape:
-    """Parse `name=number,...`; names left out keep their defaults.
+    """Parse `name=number,...`; missing names have their defaults.
 
     Raises
     ------
     ConfigError
-        A name is unknown, a value is not a whole number over 0, or the numbers do not fit each other.
+        A name is unknown, a value is not a positive integer, or the numbers do not fit each other.
     """
     names = {field.replace("_", "-"): field for field in StudentShape.__dataclass_fields__}
     values: dict[str, int] = {}
@@ -61,6 +61,6 @@ def parse_shape(text: str) -> StudentShape:
                 "as in hidden=192,layers=6,heads=6,kv-heads=2,mlp=512"
             )
         if not value.isdecimal() or not int(value):
-            raise ConfigError(f"student shape {text!r}: {name} must be a whole number over 0, not {value!r}")
+            raise ConfigError(f"student shape {text!r}: {name} must be a positive integer, got {value!r}")
         values[names[name]] = int(value)
     return StudentShape(**values)

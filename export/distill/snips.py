@@ -1,7 +1,7 @@
 """The SNIPS data (Coucke et al. 2018, arXiv:1805.10190, CC0) as spoken commands and JSON answers.
 
-Owns the form of the answer and the tokens that spell it. Knows nothing of training.
-`python -m edgelm_export.distill.snips dev.jsonl > tasks.jsonl` makes the tasks that `edgelm eval --task` reads.
+Defines the form of the answer and the tokens that spell it. Knows nothing of training. `python -m
+edgelm_export.distill.snips dev.jsonl > tasks.jsonl` makes tasks for `edgelm eval --task`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Utterance:
     Parameters
     ----------
     intent
-        What is wanted, such as "PlayMusic".
+        The intent, such as "PlayMusic".
     pieces
-        The sentence cut into (slot name or None, text); joined texts give the sentence.
+        The sentence as (slot name or None, text); the joined texts are the sentence.
     """
 
     intent: str
@@ -43,7 +43,7 @@ class Utterance:
         return [(name, text) for name, text in self.pieces if name is not None]
 
     def to_task(self) -> Task:
-        """Return the sentence and its answer: slots in text order, a list where a name occurs twice."""
+        """Return the sentence and its answer: slots in text order, a list for a name that occurs twice."""
         values: dict[str, list[str]] = {}
         for name, value in self.slots:
             values.setdefault(name, []).append(value)
@@ -57,7 +57,7 @@ def read_utterances(path: Path) -> list[Utterance]:
     Raises
     ------
     DataError
-        The file cannot be read or a line is not such an object; the line is named.
+        The file cannot be read, or a line is not such an object; the error names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -84,7 +84,7 @@ def _parse(row: dict[str, object]) -> Utterance:
     end = 0
     for slot in slots:
         if slot["start"] < end or text[slot["start"] : slot["end"]] != slot["value"]:
-            raise ValueError(f"slot {slot['name']!r} does not lie where it says")
+            raise ValueError(f"slot {slot['name']!r} is not at its position in the text")
         pieces.append((None, text[end : slot["start"]]))
         pieces.append((slot["name"], slot["value"]))
         end = slot["end"]
@@ -93,10 +93,10 @@ def _parse(row: dict[str, object]) -> Utterance:
 
 
 def answer_pieces(utterances: Sequence[Utterance]) -> list[str]:
-    """Return the texts that spell the JSON around the values, each to become one token.
+    """Return the texts around the values in the JSON answers; each becomes one token.
 
-    An answer is an opening that states the intent, then for each slot a name, its value and a joint or the end:
-    `{"intent": "PlayMusic", "slots": {"` `artist": "` Miles Davis `", "` `service": "` spotify `"}}`.
+    An answer is a start with the intent, then for each slot a name, its value, and a separator or the end: `{"intent":
+    "PlayMusic", "slots": {"` `artist": "` Miles Davis `", "` `service": "` spotify `"}}`.
     """
     intents = sorted({utterance.intent for utterance in utterances})
     names = sorted({name for utterance in utterances for name, _ in utterance.slots})

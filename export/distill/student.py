@@ -18,7 +18,7 @@ from .shape import StudentShape
 
 
 def make_student(shape: StudentShape, vocab_size: int, context: int, bos: int, eos: int, seed: int) -> Any:
-    """Return a Llama of random weights with a tied head."""
+    """Return a Llama with random weights and a tied head."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -36,7 +36,9 @@ def make_student(shape: StudentShape, vocab_size: int, context: int, bos: int, e
         attn_implementation="eager",
     )
     model = LlamaForCausalLM(config)
-    depth = (2 * shape.layers) ** -0.5  # as GPT-2: what each layer adds to the residual shrinks with their number
+    depth = (
+        2 * shape.layers
+    ) ** -0.5  # as in GPT-2: the initial output of each layer shrinks with the number of layers
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             nn.init.normal_(weight, std=config.initializer_range * depth)
@@ -44,16 +46,16 @@ def make_student(shape: StudentShape, vocab_size: int, context: int, bos: int, e
 
 
 def inherit_layers(student: Any, teacher: Any) -> bool:
-    """Begin with the teacher's weights where the student differs from it in the number of layers alone.
+    """Start from the teacher's weights if the student differs from it only in the number of layers.
 
-    The student's layers take the teacher's at even distances, the first and the last among them, as in DistilBERT
-    (Sanh et al. 2019, arXiv:1910.01108, section 3, which takes one layer out of two). Return whether the shapes allow
-    it; where they do not, the student is left as it was.
+    The student's layers get the teacher's at even distances, including the first and the last, as in DistilBERT (Sanh
+    et al. 2019, arXiv:1910.01108, section 3, which takes one layer of two). Returns False if the shapes differ; the
+    student is then unchanged.
     """
-    deep, few = teacher.config.num_hidden_layers, student.config.num_hidden_layers
-    if few > deep:
+    teacher_layers, student_layers = teacher.config.num_hidden_layers, student.config.num_hidden_layers
+    if student_layers > teacher_layers:
         return False
-    taken = [round(i * (deep - 1) / max(few - 1, 1)) for i in range(few)]
+    taken = [round(i * (teacher_layers - 1) / max(student_layers - 1, 1)) for i in range(student_layers)]
     theirs, inherited = teacher.state_dict(), {}
     for name, weight in student.state_dict().items():
         source = re.sub(r"(?<=\.layers\.)\d+", lambda found: str(taken[int(found[0])]), name)
@@ -70,11 +72,10 @@ def load_transformers_model(directory: Path, what: str) -> Any:
     Raises
     ------
     CheckpointError
-        The directory is no checkpoint that transformers can read, or its weights are not safetensors; code that
-        comes with it is never run.
+        transformers cannot read the directory, or its weights are not safetensors. Code in it is never run.
     """
     if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{what} {directory} has no config.json: a Hugging Face directory is expected")
+        raise CheckpointError(f"{what} {directory} has no config.json; expected a Hugging Face directory")
     config = read_safe_config(transformers, directory)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(

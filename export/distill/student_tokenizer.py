@@ -1,7 +1,7 @@
 """A student's own tokenizer: byte-level BPE, saved as a Hugging Face tokenizer directory.
 
-A prompt is wrapped by the tokenizer itself as `<bos> prompt <answer>`, so `encode(prompt)` is all that a runtime
-needs before it generates; the answer ends with `<eos>`.
+The tokenizer itself wraps a prompt as `<bos> prompt <answer>`, so a runtime only needs `encode(prompt)`. The answer
+ends with `<eos>`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EOS: Final = "<eos>"
 BOS: Final = "<bos>"
 ANSWER: Final = "<answer>"
 SPECIAL_TOKENS: Final = (EOS, BOS, ANSWER)
-"""Tokens 0, 1 and 2; they never show in decoded text."""
+"""Tokens 0, 1 and 2; not part of decoded text."""
 
 CHAT_TEMPLATE: Final = BOS + "{{ messages[-1]['content'] }}" + ANSWER
 
@@ -25,19 +25,19 @@ CHAT_TEMPLATE: Final = BOS + "{{ messages[-1]['content'] }}" + ANSWER
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, pieces: Sequence[str] = (), *, spaces_apart: bool = False
 ) -> Tokenizer:
-    """Train a byte-level BPE tokenizer in which any text can be encoded and decoded unchanged.
+    """Train a byte-level BPE tokenizer that encodes and decodes any text unchanged.
 
     Parameters
     ----------
     texts
-        What to learn merges from.
+        Texts to learn merges from.
     vocab_size
-        Number of tokens in all: special tokens, 256 bytes, merges and `pieces`.
+        Number of all tokens: special tokens, 256 bytes, merges and `pieces`.
     pieces
         Texts that are one token each wherever they occur, and decode to themselves.
     spaces_apart
-        Make each space a token of its own, so that a word is the same tokens wherever it stands; else a word
-        after a space is other tokens than the same word after a quote.
+        Make each space a token of its own, so that a word has the same tokens everywhere; otherwise a word after a
+        space has other tokens than after a quote.
     """
     tokenizer = Tokenizer(models.BPE())
     separate = Regex(r"\p{N}| ") if spaces_apart else Regex(r"\p{N}")
@@ -61,7 +61,7 @@ def train_tokenizer(
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path, context: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
+    """Write tokenizer.json and tokenizer_config.json in the form that transformers' AutoTokenizer reads."""
     tokenizer.save(str(directory / "tokenizer.json"))
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,6 +1,6 @@
-"""A teacher asked once: what it expects at each target token, kept with the examples.
+"""A teacher that is run once: its targets for each token are stored with the examples.
 
-The teacher is the larger model, so asking it again in every epoch would cost more than training the student.
+The teacher is larger than the student, so running it in every epoch would cost more than the training itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def add_teacher_targets(
     teacher
         A transformers causal language model with the examples' vocabulary.
     report
-        Called with rows done and rows in all.
+        Called with (rows done, rows in total).
     """
     teacher = teacher.to(device).eval()
     asked = list(examples)
@@ -50,6 +50,6 @@ def add_teacher_targets(
         ends = np.cumsum(counts)[:-1]
         values, names = np.split(log_probs.cpu().numpy(), ends), np.split(tokens.to(torch.int32).cpu().numpy(), ends)
         for at, index in enumerate(order):
-            asked[index] = replace(asked[index], soft=TeacherTargets(values[at].copy(), names[at].copy()))
+            asked[index] = replace(asked[index], teacher_targets=TeacherTargets(values[at].copy(), names[at].copy()))
         report(min(start + per_batch, len(rows)), len(rows))
     return asked

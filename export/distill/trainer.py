@@ -1,7 +1,7 @@
-"""The training loop: AdamW, warm-up and cosine, clipping, averaging of weights, checkpoints, exact resume.
+"""The training loop: AdamW, warm-up and cosine schedule, clipping, averaged weights, checkpoints, exact resume.
 
-Everything random comes from the seed, the epoch and torch's generator, whose state is in every checkpoint, so a
-run that was interrupted ends with the weights of one that was not. Knows nothing of files other than its checkpoint.
+All randomness comes from the seed, the epoch and torch's generator, whose state is in every checkpoint. So an
+interrupted and resumed run ends with the same weights as an uninterrupted one. Knows no files except its checkpoint.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .losses import cross_entropy, forward_kl, forward_kl_top_k
 from .settings import TrainingProgress, TrainingSettings, learning_rate
 
 Dataset = Callable[[int], Sequence[EncodedExample]]
-"""The examples of an epoch; the same epoch number must give the same examples."""
+"""Returns the examples of an epoch; the same for the same epoch number."""
 
 
 def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what is added to attention scores: 0 within an example and not ahead, else a very low number.
+    """Return the mask added to attention scores: 0 for earlier positions of the same example, else very low.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     Returns
     -------
     Tensor
-        [rows, 1, length, length] of `dtype`. Padding sees padding, so that no row of scores is empty.
+        [rows, 1, length, length] of `dtype`. Padding attends to padding, so that no row of scores is empty.
     """
     length = segments.shape[1]
     same = segments[:, :, None] == segments[:, None, :]
@@ -49,7 +49,7 @@ def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def target_logits(model: Any, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
-    """Run a packed batch; return logits [n, vocabulary] and labels [n] of its target positions only."""
+    """Run a packed batch; return logits [n, vocabulary] and labels [n] of its target positions."""
     tokens, labels, positions, segments = (
         torch.from_numpy(array).to(device) for array in (batch.tokens, batch.labels, batch.positions, batch.segments)
     )
@@ -66,8 +66,8 @@ def target_logits(model: Any, batch: Batch, device: str) -> tuple[Tensor, Tensor
 def make_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
     """Return AdamW for all weights, or Muon (Jordan et al. 2024) for the layers' matrices and AdamW for the rest.
 
-    Muon's step is scaled as in Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2, so that one
-    learning rate and decay serve both.
+    Muon's step is scaled as in Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2, so that both use the
+    same learning rate and decay.
     """
     weights = dict(model.named_parameters())
     inner = {name for name, weight in weights.items() if settings.muon and weight.ndim == 2 and ".layers." in name}
@@ -88,7 +88,7 @@ def make_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch.
 
 
 class Trainer:
-    """One run: model, optimizer, average and position. `run` trains to the end from wherever it stands.
+    """One training run: model, optimizers, averaged weights and position. `run` trains from the position to the end.
 
     Parameters
     ----------
@@ -99,16 +99,16 @@ class Trainer:
     settings
         See `TrainingSettings`.
     teacher
-        A model with the same vocabulary that is asked at every step; None where there is none or the examples
-        hold what it said.
+        A model with the same vocabulary that is run at every step; None without a teacher, or if the examples hold its
+        targets.
     checkpoint
-        The file that `run` saves to and `resume` reads; None: neither.
+        The file that `run` saves to and `resume` reads; None: no checkpoint.
     device
         Such as "cpu" or "cuda".
     identity
-        Names the data and settings; a checkpoint of another identity is refused.
+        Identifies data and settings; a checkpoint with another identity is refused.
     clock
-        Seconds, to measure the run by.
+        Returns seconds.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
 
     def run(self, report: Callable[[TrainingProgress], None] = lambda _: None) -> None:
-        """Train to the end; the model holds the result, the averaged weights where averaging is on."""
+        """Train to the end. The model then has the final weights, the averaged ones if averaging is on."""
         settings, start = self.settings, self._clock() - self.progress.elapsed_s
         saved = self._clock()
         self.model.train()
@@ -169,7 +169,7 @@ class Trainer:
                     weight.copy_(average)
 
     def _batches(self) -> Iterator[tuple[int, Batch, float]]:
-        """Yield (epoch, batch, share of the run) from where the run stands."""
+        """Yield (epoch, batch, fraction of the run) from the current position."""
         settings = self.settings
         rows = max(1, settings.batch_tokens // settings.row_length)
         for epoch in range(self.progress.epoch, settings.epochs):
@@ -190,11 +190,11 @@ class Trainer:
             raise ConfigError(f"the loss became {loss.item()} at step {self.progress.step}: lower the learning rate")
         self.model.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
         for optimizer in self._optimizers:
             optimizer.step()
         if self._average:
-            # Early on the average follows closely: it would otherwise hold on to the random start.
+            # A smaller decay in early steps, so that the average forgets the random initial weights.
             decay = min(settings.averaging, (1 + self.progress.step) / (10 + self.progress.step))
             torch._foreach_lerp_(self._average, [w.detach() for w in self.model.parameters()], 1 - decay)
         return loss.item()
@@ -209,16 +209,16 @@ class Trainer:
         loss = cross_entropy(logits, labels, settings.smoothing)
         if self.teacher is not None:
             kl = forward_kl(logits, wanted, settings.temperature)
-        elif batch.soft is not None:
-            log_probs = torch.from_numpy(batch.soft.log_probs).to(self._device)
-            tokens = torch.from_numpy(batch.soft.tokens).to(self._device, torch.int64)
+        elif batch.teacher_targets is not None:
+            log_probs = torch.from_numpy(batch.teacher_targets.log_probs).to(self._device)
+            tokens = torch.from_numpy(batch.teacher_targets.tokens).to(self._device, torch.int64)
             kl = forward_kl_top_k(logits, log_probs, tokens, settings.temperature)
         else:
             return loss
         return (1 - settings.kl_weight) * loss + settings.kl_weight * kl
 
     def save(self) -> None:
-        """Write the checkpoint; an earlier one stays whole until the new one is complete.
+        """Write the checkpoint. The earlier one is replaced only when the new one is complete.
 
         Raises
         ------
@@ -240,7 +240,7 @@ class Trainer:
         try:
             torch.save(state, partial)
             partial.replace(self._checkpoint)
-        except (OSError, RuntimeError) as error:  # torch raises the latter for a full disk
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             raise EdgelmError(f"{self._checkpoint} cannot be written: {error}") from error
 
     def resume(self) -> None:
@@ -252,15 +252,15 @@ class Trainer:
             It cannot be read, or was made with other data, shapes or settings.
         """
         if self._checkpoint is None:
-            raise CheckpointError("this run keeps no checkpoint to resume from")
+            raise CheckpointError("this run has no checkpoint to resume from")
         try:
             state = torch.load(self._checkpoint, map_location=self._device, weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
+        except Exception as error:  # torch raises many types for a damaged file
             raise CheckpointError(f"cannot resume from {self._checkpoint}: {error}") from error
         if state["identity"] != self._identity:
             raise CheckpointError(
-                f"{self._checkpoint} is of another run (other data, shapes or settings): "
-                "start again with --force, or repeat that run's options"
+                f"{self._checkpoint} is from another run (other data, shapes or settings): "
+                "restart with --force, or use the options of that run"
             )
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
@@ -273,7 +273,7 @@ class Trainer:
 
 @contextmanager
 def _residual_dropout(model: nn.Module, rate: float) -> Iterator[None]:
-    """Drop parts of what each attention and MLP adds to the residual; Llama has no such dropout of its own."""
+    """Apply dropout to the output of each attention and MLP; Llama has no dropout there itself."""
 
     def drop(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         return functional.dropout(output, rate)

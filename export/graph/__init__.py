@@ -1,1 +1,1 @@
-"""ONNX graphs: their nodes, constants and matrices, the decoder written as one, and others read."""
+"""ONNX graphs: nodes, constants and matrices, the decoder as a graph, and reading other graphs."""

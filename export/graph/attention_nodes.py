@@ -1,4 +1,4 @@
-"""Attention as ONNX nodes: packed projections in, one kernel that rotates, caches, masks and attends."""
+"""Attention as ONNX nodes: packed projections go into one operator that rotates, caches, masks and attends."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .nodes import MICROSOFT_DOMAIN, GraphBuilder
 
 
 def needs_positions(decoder: DecoderConfig, context: int) -> bool:
-    """Tell whether the graph has the input `positions`: where the kernel does not rotate, or tables switch."""
+    """Return whether the graph has the input `positions`: the kernel does not rotate, or the rotary tables change."""
     return bool(decoder.ropes) and (not decoder.has_fused_rotary or decoder.long_from(context) is not None)
 
 
 class AttentionBuilder:
-    """Writes the attention of each layer; rotary tables are stored when a layer first needs them."""
+    """Adds the attention of each layer. Rotary tables are stored when the first layer needs them."""
 
     def __init__(self, weights: DecoderWeights, context: int, nodes: GraphBuilder) -> None:
         self._weights = weights
@@ -26,8 +26,8 @@ class AttentionBuilder:
         self._context = context
         self._nodes = nodes
 
-    def add(self, i: int, packed: str) -> str:
-        """Attend in layer `i`: packed [B, S, (heads + 2 kv_heads) * size] -> [B, S, heads * size]."""
+    def add_layer(self, i: int, packed: str) -> str:
+        """Add the attention of layer `i`: packed [B, S, (heads + 2 kv_heads) * size] -> [B, S, heads * size]."""
         d, layer, name = self._decoder, self._decoder.layers[i], f"layer.{i}"
         rope, inside = layer.rope, self._decoder.has_fused_rotary
         if d.qk_norm is None and (rope is None or inside):
@@ -66,7 +66,7 @@ class AttentionBuilder:
         )[0]
 
     def cache_values(self, i: int) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:
-        """Return what a layer reads as past and writes as present."""
+        """Return the graph inputs (past) and outputs (present) of a layer's KV cache."""
         d = self._decoder
         shape: list[str | int | None] = ["batch", d.kv_heads, "capacity", d.padded_head_size]
         value = helper.make_tensor_value_info
@@ -77,16 +77,16 @@ class AttentionBuilder:
         return past, present
 
     def _split(self, i: int, packed: str) -> list[str]:
-        """Packed projections -> query, key and value, the first two normed where the decoder does that."""
+        """Split packed projections into query, key and value; norm query and key if the decoder does."""
         d, nodes, name = self._decoder, self._nodes, f"layer.{i}"
         sizes = [heads * d.padded_head_size for heads in (d.heads, d.kv_heads, d.kv_heads)]
         parts = [f"{name}.{part}" for part in ("query", "key", "value")]
         query, key, value = nodes.add_node_with_outputs(
-            "Split", [packed, nodes.integers("qkv.sizes", sizes)], parts, axis=-1
+            "Split", [packed, nodes.int64_constant("qkv.sizes", sizes)], parts, axis=-1
         )
         if d.qk_norm is None:
             return [query, key, value]
-        names = self._weights.names
+        names = self._weights.tensor_names
         return [
             self._norm(i, query, names.query_norm, d.heads),
             self._norm(i, key, names.key_norm, d.kv_heads),
@@ -99,21 +99,21 @@ class AttentionBuilder:
         epsilon = self._weights.head_norm_epsilon
         if d.qk_norm == "projection":
             return nodes.rms_norm(value, factors, f"{value}.normed", epsilon)
-        split = nodes.integers(f"heads.{heads}", [0, 0, heads, d.padded_head_size])
-        joined = nodes.integers(f"heads.{heads}.joined", [0, 0, heads * d.padded_head_size])
-        by_head = nodes.add("Reshape", [value, split], f"{value}.heads")
+        split = nodes.int64_constant(f"heads.{heads}", [0, 0, heads, d.padded_head_size])
+        joined = nodes.int64_constant(f"heads.{heads}.joined", [0, 0, heads * d.padded_head_size])
+        by_head = nodes.add_node("Reshape", [value, split], f"{value}.heads")
         normed = nodes.rms_norm(by_head, factors, f"{value}.heads.normed", epsilon)
-        return nodes.add("Reshape", [normed, joined], f"{value}.normed")
+        return nodes.add_node("Reshape", [normed, joined], f"{value}.normed")
 
     def _rotate(self, i: int, projections: list[str], rope: RopeConfig) -> list[str]:
-        """Rotate queries and keys in nodes of their own."""
+        """Rotate queries and keys in nodes before the attention operator."""
         d = self._decoder
         tables = self._tables(rope)
         rotated = []
         for part, heads, value in zip(("query", "key"), (d.heads, d.kv_heads), projections[:2], strict=True):
             inputs = [value, "positions", *tables]
             rotated.append(
-                self._nodes.add(
+                self._nodes.add_node(
                     "RotaryEmbedding",
                     inputs,
                     f"layer.{i}.{part}.rotated",

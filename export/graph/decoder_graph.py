@@ -1,11 +1,11 @@
-"""The decoder as ONNX nodes, in as few and as large ones as the CPU kernels offer.
+"""The decoder as ONNX nodes, few and large ones as far as the CPU kernels allow.
 
-Knows the operators of onnxruntime's `com.microsoft` domain (ContribOperators.md) and nothing of checkpoints. Batch B,
-sequence S, chosen rows R:
+Knows the operators of onnxruntime's `com.microsoft` domain (ContribOperators.md), not checkpoints. Batch B, sequence S,
+selected rows R:
 
 inputs   input_ids int64 [B, S]; seqlens_k int32 [B], total length - 1; total_sequence_length int32 [1];
-         rows int64 [R], indices into the flattened [B * S] positions whose logits are wanted;
-         positions int64 [B, S], rows of the rotary tables, only where the attention kernel cannot tell them itself;
+         rows int64 [R], indices into the flattened [B * S] positions whose logits are computed;
+         positions int64 [B, S], rows of the rotary tables, only if the attention kernel cannot derive them;
          past.{i}.key and .value float32 [B, kv_heads, capacity, head_size]
 outputs  logits float32 [R, vocab]; present.{i}.key and .value, to be bound to the same memory as past
 """
@@ -26,7 +26,7 @@ from .matrices import add_lookup, add_matmul, add_table_matmul
 from .nodes import MICROSOFT_DOMAIN, GraphBuilder
 
 ACTIVATIONS: Final[dict[Activation, tuple[str, str, dict[str, float]]]] = {
-    # QuickGelu with alpha 1 is x * sigmoid(x), SiLU, as one node.
+    # QuickGelu with alpha 1 is x * sigmoid(x), that is SiLU, in one node.
     "silu": ("QuickGelu", MICROSOFT_DOMAIN, {"alpha": 1.0}),
     "gelu": ("Gelu", MICROSOFT_DOMAIN, {}),
     "gelu_tanh": ("FastGelu", MICROSOFT_DOMAIN, {}),
@@ -35,7 +35,7 @@ ACTIVATIONS: Final[dict[Activation, tuple[str, str, dict[str, float]]]] = {
 
 
 class DecoderGraphBuilder:
-    """Writes the nodes of one decoder, whose matrices are stored already. Call `build` or `build_part` once."""
+    """Adds the nodes of one decoder whose matrices are already stored. Call `build` or `build_part` once."""
 
     def __init__(
         self, weights: DecoderWeights, matrices: Mapping[str, Matrix], context: int, nodes: GraphBuilder
@@ -52,7 +52,7 @@ class DecoderGraphBuilder:
         d, last = self._decoder, len(self._decoder.layers) - 1
         residual, branch = self._embed(), ""
         for i in range(len(d.layers)):
-            residual, branch = self._layer(i, residual, branch, chosen=i == last)
+            residual, branch = self._layer(i, residual, branch, selects_rows=i == last)
         factors = self._nodes.constants.add("norm.final", self._weights.final_norm())
         normed, _ = self._norm("final", residual, branch, factors)
         self._head(normed)
@@ -66,33 +66,33 @@ class DecoderGraphBuilder:
             past, present = self._attention.cache_values(i)
             inputs += past
             outputs += present
-        return self._nodes.model("decoder", inputs, outputs)
+        return self._nodes.build_model("decoder", inputs, outputs)
 
     def build_part(self, i: int, part: str) -> ModelProto:
-        """Return a piece of layer `i`: from what one matrix multiplies to what the next one does.
+        """Return the part of layer `i` from the input of one matrix to the input of the next.
 
-        `start` reads `residual` [B, S, hidden], the others read `value` [B, S, K], what the matrix of that name
-        multiplies, and `output` and `down` also `residual`. They give `next`, what the following matrix multiplies, and
-        `output` and `down` also `after`, the residual stream; `down` only that. With `qkv` come the inputs above but
-        input_ids and rows, and the layer's past and present.
+        `start` has the input `residual` [B, S, hidden]; the others have `value` [B, S, K], the input of the matrix they
+        are named after, and `output` and `down` also `residual`. The output `next` is the input of the next matrix (not
+        for `down`); `output` and `down` also return `after`, the residual stream. `qkv` also has the graph's inputs
+        above except input_ids and rows, and the layer's past and present.
         """
-        d, names, layer = self._decoder, self._weights.names, f"layer.{i}"
+        d, names, layer = self._decoder, self._weights.tensor_names, f"layer.{i}"
         after: str | None = None
         following: str | None = None
         if part == "start":
-            following, _ = self._read(f"{layer}.attention", "residual", "", names.attention_norm, i)
+            following, _ = self._add_branch_and_norm(f"{layer}.attention", "residual", "", names.attention_norm, i)
         elif part == "qkv":
-            following = self._attention.add(i, self._linear(i, part, "value"))
+            following = self._attention.add_layer(i, self._linear(i, part, "value"))
         elif part == "output":
             branch = self._post_norm(
                 f"{layer}.attention.post", self._linear(i, part, "value"), names.attention_post_norm, i
             )
-            following, after = self._read(f"{layer}.mlp", "residual", branch, names.mlp_norm, i)
+            following, after = self._add_branch_and_norm(f"{layer}.mlp", "residual", branch, names.mlp_norm, i)
         elif part == "gate_up":
             following = self._gated(i, "value")
         else:
             branch = self._post_norm(f"{layer}.mlp.post", self._linear(i, part, "value"), names.mlp_post_norm, i)
-            after = self._nodes.add("Add", ["residual", branch], "sum")
+            after = self._nodes.add_node("Add", ["residual", branch], "sum")
         value = helper.make_tensor_value_info
         widths = {"qkv": d.hidden_size, "output": d.heads * d.padded_head_size, "gate_up": d.hidden_size}
         inputs, outputs = [], []
@@ -102,12 +102,12 @@ class DecoderGraphBuilder:
             inputs.append(value("residual", TensorProto.FLOAT, ["batch", "sequence", d.hidden_size]))
         for name, made in (("next", following), ("after", after)):
             if made is not None:
-                outputs.append(value(self._nodes.add("Identity", [made], name), TensorProto.FLOAT, None))
+                outputs.append(value(self._nodes.add_node("Identity", [made], name), TensorProto.FLOAT, None))
         if part == "qkv":
             past, present = self._attention.cache_values(i)
             inputs += [*self._lengths(), *past]
             outputs += present
-        return self._nodes.model(part, inputs, outputs)
+        return self._nodes.build_model(part, inputs, outputs)
 
     # --- parts of the decoder ---
 
@@ -116,25 +116,25 @@ class DecoderGraphBuilder:
         embedded = add_lookup(self._nodes, self._matrices["embedding"], "input_ids", "embedded")
         if not scaled:
             return embedded
-        return self._nodes.add(
-            "Mul", [embedded, self._nodes.number("embedding.scale", self._decoder.embedding_scale)], "hidden"
+        return self._nodes.add_node(
+            "Mul", [embedded, self._nodes.float_constant("embedding.scale", self._decoder.embedding_scale)], "hidden"
         )
 
-    def _layer(self, i: int, residual: str, branch: str, *, chosen: bool) -> tuple[str, str]:
-        """Add a layer to the residual stream; return the stream and a branch that is still to be added to it.
+    def _layer(self, i: int, residual: str, branch: str, *, selects_rows: bool) -> tuple[str, str]:
+        """Add a layer; return the residual stream and a branch that is not yet added to it.
 
-        With `chosen` only the wanted rows go on after attention.
+        With `selects_rows` only the selected rows are computed after attention.
         """
-        names, d, layer = self._weights.names, self._decoder, f"layer.{i}"
-        normed, residual = self._read(f"{layer}.attention", residual, branch, names.attention_norm, i)
+        names, d, layer = self._weights.tensor_names, self._decoder, f"layer.{i}"
+        normed, residual = self._add_branch_and_norm(f"{layer}.attention", residual, branch, names.attention_norm, i)
         packed = self._linear(i, "qkv", normed)
-        branch = self._attention.add(i, packed)
-        if chosen:
-            branch = self._choose(branch, "attention", d.heads * d.padded_head_size)
-            residual = self._choose(residual, "residual", d.hidden_size)
+        branch = self._attention.add_layer(i, packed)
+        if selects_rows:
+            branch = self._select_rows(branch, "attention", d.heads * d.padded_head_size)
+            residual = self._select_rows(residual, "residual", d.hidden_size)
         branch = self._linear(i, "output", branch)
         branch = self._post_norm(f"{layer}.attention.post", branch, names.attention_post_norm, i)
-        normed, residual = self._read(f"{layer}.mlp", residual, branch, names.mlp_norm, i)
+        normed, residual = self._add_branch_and_norm(f"{layer}.mlp", residual, branch, names.mlp_norm, i)
         branch = self._linear(i, "down", self._gated(i, normed))
         return residual, self._post_norm(f"{layer}.mlp.post", branch, names.mlp_post_norm, i)
 
@@ -143,29 +143,34 @@ class DecoderGraphBuilder:
         parts = [f"layer.{i}.gate", f"layer.{i}.up"]
         gate, up = self._nodes.add_node_with_outputs("Split", [packed], parts, axis=-1, num_outputs=2)
         operator, domain, attributes = ACTIVATIONS[self._decoder.activation]
-        active = self._nodes.add(operator, [gate], f"layer.{i}.active", domain=domain, **attributes)
-        return self._nodes.add("Mul", [active, up], f"layer.{i}.gated")
+        active = self._nodes.add_node(operator, [gate], f"layer.{i}.active", domain=domain, **attributes)
+        return self._nodes.add_node("Mul", [active, up], f"layer.{i}.gated")
 
     def _head(self, normed: str) -> None:
-        matrix, cap = self._matrices["embedding" if self._decoder.tied else "head"], self._decoder.logit_softcap
+        matrix, cap = (
+            self._matrices["embedding" if self._decoder.has_tied_head else "head"],
+            self._decoder.logit_softcap,
+        )
         if cap is None:
             add_table_matmul(self._nodes, matrix, normed, "logits")
             return
-        bounded = self._nodes.add("Tanh", [add_table_matmul(self._nodes, matrix, normed, "head.out")], "head.bounded")
-        self._nodes.add("Mul", [bounded, self._nodes.number("head.cap", cap)], "logits")
+        bounded = self._nodes.add_node(
+            "Tanh", [add_table_matmul(self._nodes, matrix, normed, "head.out")], "head.bounded"
+        )
+        self._nodes.add_node("Mul", [bounded, self._nodes.float_constant("head.cap", cap)], "logits")
 
     # --- the residual stream ---
 
-    def _read(self, name: str, residual: str, branch: str, norm: str, i: int) -> tuple[str, str]:
-        """Add the pending branch and read the stream, through a norm where the decoder has one before branches."""
+    def _add_branch_and_norm(self, name: str, residual: str, branch: str, norm: str, i: int) -> tuple[str, str]:
+        """Add the pending branch to the residual stream and norm it if the decoder has pre-norms."""
         if self._decoder.pre_norm:
             return self._norm(name, residual, branch, self._factors(f"norm.{name}", norm, i))
         if branch:
-            residual = self._nodes.add("Add", [residual, branch], f"{name}.residual")
+            residual = self._nodes.add_node("Add", [residual, branch], f"{name}.residual")
         return residual, residual
 
     def _norm(self, name: str, residual: str, branch: str, factors: str) -> tuple[str, str]:
-        """Return (normed, residual + branch); an empty branch adds nothing."""
+        """Return (normed, residual + branch). An empty name as `branch` adds nothing."""
         epsilon = self._decoder.norm_epsilon
         if not branch:
             return self._nodes.rms_norm(residual, factors, f"{name}.normed", epsilon), residual
@@ -194,10 +199,12 @@ class DecoderGraphBuilder:
         bias_name = None if bias is None else self._nodes.constants.add(f"{name}.bias", bias)
         return add_matmul(self._nodes, self._matrices[name], value, bias_name, f"{name}.out")
 
-    def _choose(self, value: str, name: str, width: int) -> str:
-        """[B, S, width] -> the chosen rows [R, width]."""
-        flat = self._nodes.add("Reshape", [value, self._nodes.integers(f"{name}.shape", [-1, width])], f"{name}.flat")
-        return self._nodes.add("Gather", [flat, "rows"], f"{name}.chosen", axis=0)
+    def _select_rows(self, value: str, name: str, width: int) -> str:
+        """Select rows: [B, S, width] -> [R, width]."""
+        flat = self._nodes.add_node(
+            "Reshape", [value, self._nodes.int64_constant(f"{name}.shape", [-1, width])], f"{name}.flat"
+        )
+        return self._nodes.add_node("Gather", [flat, "rows"], f"{name}.chosen", axis=0)
 
     def _lengths(self) -> list[ValueInfoProto]:
         value = helper.make_tensor_value_info

@@ -1,4 +1,4 @@
-"""Constants of the graph: small ones inside model.onnx, large ones appended to one external data file."""
+"""Constants of a graph: small ones inside model.onnx, large ones appended to one external data file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALIGNMENT: Final = 4096
 
 
 class FileInitializers:
-    """Collects tensors by name; writes each large one to the data file at once and forgets it."""
+    """Collects tensors by name. A large array is written to the data file at once and not kept in memory."""
 
     def __init__(self, data_file: Path) -> None:
         self._path = data_file
@@ -48,13 +48,13 @@ class FileInitializers:
         return name
 
     def alias(self, name: str, of: str, shape: tuple[int, ...]) -> str:
-        """Name the bytes of another tensor under another shape: stored once, mapped once."""
+        """Give the bytes of another tensor a second name and shape. They are stored and mapped once."""
         self.tensors[name] = alias_tensor(self.tensors[of], name, shape)
         return name
 
 
 class InlineInitializers:
-    """Constants of a graph that stays in memory."""
+    """Constants of a graph that is only loaded from memory."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, TensorProto] = {}
@@ -65,17 +65,17 @@ class InlineInitializers:
         return name
 
     def alias(self, name: str, of: str, shape: tuple[int, ...]) -> str:
-        """Name another tensor's bytes under another shape: a graph in memory has no tables in few bits."""
+        """Not supported: a graph in memory has no tables of packed codes."""
         raise AssertionError(f"{name} of {of} {shape} needs a data file")
 
 
 class CountedInitializers:
-    """Constants that are only counted: `bytes` is what they take beside the graph that names them."""
+    """Counts the bytes of constants without storing them: `total_bytes`, without the graph's own entries for them."""
 
     def __init__(self, location: str) -> None:
         self._location = location
         self.tensors: dict[str, TensorProto] = {}
-        self.bytes = 0
+        self.total_bytes = 0
         self._end = 0
 
     def add(self, name: str, array: NDArray[Any]) -> str:
@@ -86,17 +86,17 @@ class CountedInitializers:
         """Count an array of a shape under a new name and return the name."""
         length = dtype.itemsize * math.prod(shape)
         if length <= INLINE_BYTES:
-            self.bytes += length + 4  # its own length comes before it
+            self.total_bytes += length + 4  # the length field before it
             self.tensors[name] = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(dtype), dims=shape)
             return name
         offset = -(-self._end // ALIGNMENT) * ALIGNMENT
-        self.bytes += offset + length - self._end
+        self.total_bytes += offset + length - self._end
         self._end = offset + length
         self.tensors[name] = external_tensor(name, dtype, shape, self._location, offset, length)
         return name
 
     def alias(self, name: str, of: str, shape: tuple[int, ...]) -> str:
-        """Name another tensor's bytes under another shape, which costs only the name."""
+        """Give the bytes of another tensor a second name and shape, which adds no bytes."""
         self.tensors[name] = alias_tensor(self.tensors[of], name, shape)
         return name
 
@@ -104,7 +104,7 @@ class CountedInitializers:
 def external_tensor(
     name: str, dtype: np.dtype[Any], shape: tuple[int, ...], location: str, offset: int, length: int
 ) -> TensorProto:
-    """Return a tensor whose bytes lie in another file."""
+    """Return a tensor whose bytes are in another file."""
     tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(dtype), dims=shape)
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):

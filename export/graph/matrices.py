@@ -1,8 +1,8 @@
-"""Weight matrices in a graph: how each is stored, and the nodes that multiply by it or look rows up in it.
+"""Weight matrices in a graph: how each is stored, and the nodes that multiply by it or look up its rows.
 
-Scales are stored as float16 where that loses nothing that matters, and turned into float32 once, when the graph is
-loaded: half the bytes on disk for the same kernels. Codes of 5 and 6 bits are stored as their low halves and the bits
-above, and joined to the 8-bit codes that onnxruntime's operators read, once as well: it folds these nodes of constants.
+Scales are stored as float16 if that loses no relevant precision, and cast to float32 once, when the graph is loaded:
+half the bytes on disk for the same kernels. Codes of 5 and 6 bits are stored as the low 4 bits and the bits above, and
+joined to the 8-bit codes that onnxruntime's operators read. onnxruntime folds these nodes when it loads the graph.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Array = NDArray[np.float32]
 
 
 def store_float(initializers: FileInitializers, name: str, rows: LazyMatrix, *, table: bool) -> Matrix:
-    """Write a matrix as float32: [N, K] for a `table` of rows, else transposed, as MatMul reads it."""
-    whole = rows.whole()
+    """Write a matrix as float32: [N, K] if it is a `table` of rows, otherwise transposed, as MatMul reads it."""
+    whole = rows.read_all()
     initializers.add(_weight(name), whole if table else np.ascontiguousarray(whole.T))
     return Matrix(name, *rows.shape, 32)
 
 
 def store_packed(initializers: FileInitializers, name: str, packed: PackedMatrix, spec: QuantSpec) -> Matrix:
-    """Write a quantized matrix: codes, scales and, if it has them, zero points."""
+    """Write a quantized matrix: codes, scales and zero points if it has them."""
     initializers.add(_low_codes(name) if packed.high_bits is not None else _codes(name), packed.data)
     if packed.high_bits is not None:
         initializers.add(_high_codes(name), packed.high_bits)
@@ -57,7 +57,7 @@ def store_packed(initializers: FileInitializers, name: str, packed: PackedMatrix
 
 
 def matrix_tensors(matrix: Matrix) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
-    """Yield name, type and shape of the tensors that a matrix is stored in, in the order they are written."""
+    """Yield name, dtype and shape of the tensors that store a matrix, in the order they are written."""
     rows, columns = matrix.rows, matrix.columns
     if matrix.block_size is None:
         yield _weight(matrix.name), np.dtype(np.float32), (columns, rows)
@@ -79,13 +79,13 @@ def add_matmul(nodes: GraphBuilder, matrix: Matrix, value: str, bias: str | None
     """Value [..., K] -> value @ matrix.T + bias, [..., N]; `bias` names a float32 [N]."""
     if matrix.bits == 32:
         product = output if bias is None else f"{output}.product"
-        nodes.add("MatMul", [value, _weight(matrix.name)], product)
-        return product if bias is None else nodes.add("Add", [product, bias], output)
+        nodes.add_node("MatMul", [value, _weight(matrix.name)], product)
+        return product if bias is None else nodes.add_node("Add", [product, bias], output)
     zero_points = "" if matrix.symmetric else _zero_points(matrix.name)
     inputs = [value, _read_codes(nodes, matrix), _read_scales(nodes, matrix), zero_points, "", bias or ""]
     while not inputs[-1]:
         inputs.pop()
-    return nodes.add(
+    return nodes.add_node(
         "MatMulNBits",
         inputs,
         output,
@@ -101,27 +101,27 @@ def add_matmul(nodes: GraphBuilder, matrix: Matrix, value: str, bias: str | None
 def add_table_matmul(nodes: GraphBuilder, matrix: Matrix, value: str, output: str) -> str:
     """Multiply by a matrix stored as a table of rows: value [R, K] -> [R, N]."""
     if matrix.bits == 32:
-        return nodes.add("Gemm", [value, _weight(matrix.name)], output, transB=1)
+        return nodes.add_node("Gemm", [value, _weight(matrix.name)], output, transB=1)
     return add_matmul(nodes, matrix, value, None, output)
 
 
 def add_lookup(nodes: GraphBuilder, matrix: Matrix, indices: str, output: str) -> str:
-    """Rows of a table: int64 [...] -> float32 [..., K]. The codes are those that `add_matmul` reads, stored once."""
+    """Look up rows of a table: int64 [...] -> float32 [..., K]. Reads the same stored codes as `add_matmul`."""
     if matrix.bits == 32 or matrix.block_size is None:
-        return nodes.add("Gather", [_weight(matrix.name), indices], output, axis=0)
+        return nodes.add_node("Gather", [_weight(matrix.name), indices], output, axis=0)
     blocks = -(-matrix.columns // matrix.block_size)
     width = blocks * matrix.block_size
     table = f"{matrix.name}.rows"
     if has_split_codes(matrix):
-        shape = nodes.integers(f"{table}.shape", [matrix.rows, width])
-        nodes.add("Reshape", [_read_codes(nodes, matrix), shape], table)
+        shape = nodes.int64_constant(f"{table}.shape", [matrix.rows, width])
+        nodes.add_node("Reshape", [_read_codes(nodes, matrix), shape], table)
     elif table not in nodes.constants.tensors:
         nodes.constants.alias(table, _codes(matrix.name), (matrix.rows, width * matrix.bits // 8))
     inputs = [table, indices, _read_scales(nodes, matrix)]
     if not matrix.symmetric:
         inputs.append(_zero_points(matrix.name))
     looked_up = output if width == matrix.columns else f"{output}.padded"
-    nodes.add(
+    nodes.add_node(
         "GatherBlockQuantized",
         inputs,
         looked_up,
@@ -133,20 +133,20 @@ def add_lookup(nodes: GraphBuilder, matrix: Matrix, indices: str, output: str) -
     )
     if width == matrix.columns:
         return looked_up
-    bounds = [nodes.integers(f"{output}.{name}", [at]) for name, at in (("from", 0), ("to", matrix.columns))]
-    return nodes.add("Slice", [looked_up, *bounds, nodes.integers("last_axis", [-1])], output)
+    bounds = [nodes.int64_constant(f"{output}.{name}", [at]) for name, at in (("from", 0), ("to", matrix.columns))]
+    return nodes.add_node("Slice", [looked_up, *bounds, nodes.int64_constant("last_axis", [-1])], output)
 
 
 def _read_scales(nodes: GraphBuilder, matrix: Matrix) -> str:
-    """Return the name of a matrix's float32 scales, cast from float16 once where they are stored so."""
+    """Return the name of a matrix's float32 scales. Adds one Cast if they are stored as float16."""
     name = _scales(matrix.name)
-    if matrix.scale_bits == 16 and not nodes.has(name):
-        nodes.add("Cast", [_stored_scales(matrix.name)], name, to=FLOAT32_TYPE)
+    if matrix.scale_bits == 16 and not nodes.has_output(name):
+        nodes.add_node("Cast", [_stored_scales(matrix.name)], name, to=FLOAT32_TYPE)
     return name
 
 
 def has_split_codes(matrix: Matrix) -> bool:
-    """Whether a matrix's codes are stored as their low halves and the bits above."""
+    """Return whether codes are stored as the low 4 bits and the bits above."""
     return matrix.bits in (5, 6)
 
 
@@ -158,39 +158,41 @@ def _read_bits(matrix: Matrix) -> int:
 def _read_codes(nodes: GraphBuilder, matrix: Matrix) -> str:
     """Return the name of a matrix's codes as the operators read them.
 
-    With 5 and 6 bits they are joined from their parts: a code's distance from its zero point 2^(bits-1) becomes the
-    same distance from 128. With the top bit repeated upwards that is an exclusive or: of 5 bits h and xxxx, hhhhxxxx ^
-    01110000; of 6 bits hg and xxxx, hhhgxxxx ^ 01100000.
+    Codes of 5 and 6 bits are joined from their parts: the distance of a code from its zero point 2^(bits-1) becomes the
+    same distance from 128. That is the top bit repeated upwards, then an exclusive or: for 5 bits h and xxxx, hhhhxxxx
+    ^ 01110000; for 6 bits hg and xxxx, hhhgxxxx ^ 01100000.
     """
     name = _codes(matrix.name)
-    if not has_split_codes(matrix) or nodes.has(name):
+    if not has_split_codes(matrix) or nodes.has_output(name):
         return name
     bits = matrix.bits - 4
     shape = [matrix.rows, -(-matrix.columns // (matrix.block_size or 1)), matrix.block_size or 1]
 
     def parts(source: str, width: int) -> str:
-        """Split every byte into values of some bits each, the lowest first: [N, blocks, block_size]."""
-        shifts = nodes.bytes(f"codes.shifts.{width}", list(range(0, 8, width)))
-        mask = nodes.bytes(f"codes.mask.{width}", [(1 << width) - 1])
-        last = nodes.integers("last_axis", [-1])
-        apart = nodes.add("Unsqueeze", [source, last], f"{source}.bytes")
-        shifted = nodes.add("BitShift", [apart, shifts], f"{source}.shifted", direction="RIGHT")
-        masked = nodes.add("BitwiseAnd", [shifted, mask], f"{source}.parts")
-        return nodes.add("Reshape", [masked, nodes.integers(f"{name}.shape", shape)], f"{source}.codes")
+        """Split each byte into values of `width` bits, the lowest first: [N, blocks, block_size]."""
+        shifts = nodes.uint8_constant(f"codes.shifts.{width}", list(range(0, 8, width)))
+        mask = nodes.uint8_constant(f"codes.mask.{width}", [(1 << width) - 1])
+        last = nodes.int64_constant("last_axis", [-1])
+        apart = nodes.add_node("Unsqueeze", [source, last], f"{source}.bytes")
+        shifted = nodes.add_node("BitShift", [apart, shifts], f"{source}.shifted", direction="RIGHT")
+        masked = nodes.add_node("BitwiseAnd", [shifted, mask], f"{source}.parts")
+        return nodes.add_node("Reshape", [masked, nodes.int64_constant(f"{name}.shape", shape)], f"{source}.codes")
 
     joined = parts(_low_codes(matrix.name), 4)
     high = parts(_high_codes(matrix.name), bits)
-    moved = nodes.add("BitShift", [high, nodes.bytes("codes.shift.4", [4])], f"{name}.high.moved", direction="LEFT")
-    joined = nodes.add("BitwiseOr", [joined, moved], f"{name}.joined.{bits + 3}")
+    moved = nodes.add_node(
+        "BitShift", [high, nodes.uint8_constant("codes.shift.4", [4])], f"{name}.high.moved", direction="LEFT"
+    )
+    joined = nodes.add_node("BitwiseOr", [joined, moved], f"{name}.joined.{bits + 3}")
     top = moved
-    if bits == 2:  # the upper of the two bits alone
-        top = nodes.add("BitwiseAnd", [moved, nodes.bytes("codes.top", [32])], f"{name}.top")
+    if bits == 2:  # only the upper of the two bits
+        top = nodes.add_node("BitwiseAnd", [moved, nodes.uint8_constant("codes.top", [32])], f"{name}.top")
     for bit in range(bits + 4, 8):
-        shift = nodes.bytes(f"codes.shift.{bit - bits - 3}", [bit - bits - 3])
-        repeated = nodes.add("BitShift", [top, shift], f"{name}.top.{bit}", direction="LEFT")
-        joined = nodes.add("BitwiseOr", [joined, repeated], f"{name}.joined.{bit}")
-    flipped = nodes.bytes(f"codes.flip.{bits}", [0x70 if bits == 1 else 0x60])
-    return nodes.add("BitwiseXor", [joined, flipped], name)
+        shift = nodes.uint8_constant(f"codes.shift.{bit - bits - 3}", [bit - bits - 3])
+        repeated = nodes.add_node("BitShift", [top, shift], f"{name}.top.{bit}", direction="LEFT")
+        joined = nodes.add_node("BitwiseOr", [joined, repeated], f"{name}.joined.{bit}")
+    flipped = nodes.uint8_constant(f"codes.flip.{bits}", [0x70 if bits == 1 else 0x60])
+    return nodes.add_node("BitwiseXor", [joined, flipped], name)
 
 
 def _weight(name: str) -> str:

@@ -1,6 +1,6 @@
-"""An ONNX file as something to look things up in: who computes a name, what is constant, what is still needed.
+"""Queries on an ONNX file: the producer of a name, constants, and the nodes that outputs depend on.
 
-Knows the file format and a few operators that pass values through; nothing of quantization.
+Knows the file format and a few operators that pass values through, not quantization.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper
 from edgelm.errors import CheckpointError
 
 PASS_THROUGH_OPERATORS: Final = {"Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten"}
-"""Operators that pass token ids on as they are."""
+"""Operators that do not change token ids."""
 
 
 class OnnxGraph:
-    """A file's nodes and constants. Large tensors stay on disk until they are asked for."""
+    """The nodes and constants of a file. Large tensors stay on disk until `array` reads them."""
 
     def __init__(self, file: Path) -> None:
         self._directory = file.parent
@@ -40,13 +40,13 @@ class OnnxGraph:
         return self._producers.get(name)
 
     def sole_consumer(self, name: str) -> NodeProto | None:
-        """Return the node that reads a name, where exactly one does and the name is no output."""
+        """Return the only node that reads a name; None if there are several or the name is a graph output."""
         if self._uses[name] != 1 or name in self.outputs:
             return None
         return next((node for node in self.nodes if name in node.input), None)
 
     def constant(self, name: str) -> TensorProto | None:
-        """Return the tensor behind a name, where it is one."""
+        """Return the tensor of a constant name, otherwise None."""
         if name in self._tensors:
             return self._tensors[name]
         node = self.producer(name)
@@ -60,21 +60,21 @@ class OnnxGraph:
         return None
 
     def matrix(self, name: str) -> TensorProto | None:
-        """Return the float32 tensor of two dimensions behind a name, where it is one."""
+        """Return the float32 tensor with two dimensions of a constant name, otherwise None."""
         tensor = self.constant(name)
         return (
             tensor if tensor is not None and tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 else None
         )
 
     def array(self, tensor: TensorProto) -> NDArray[Any]:
-        """Read a tensor. Raises `CheckpointError` when it holds NaN; a mask may hold infinity."""
+        """Read a tensor. Raises `CheckpointError` if it holds NaN; infinity is allowed, masks use it."""
         values: NDArray[Any] = numpy_helper.to_array(tensor, str(self._directory))
         if values.dtype.kind == "f" and np.isnan(values).any():
             raise CheckpointError(f"the tensor {tensor.name} holds NaN")
         return values
 
     def is_token_ids(self, name: str) -> bool:
-        """Tell whether a name is the graph's token ids, perhaps in another shape."""
+        """Return whether a name is the graph's token ids, possibly in another shape."""
         while name != "input_ids":
             node = self.producer(name)
             if node is None or node.op_type not in PASS_THROUGH_OPERATORS:
@@ -83,7 +83,7 @@ class OnnxGraph:
         return True
 
     def initializers(self, names: Iterable[str]) -> Iterator[tuple[str, TensorProto]]:
-        """Yield those of the names that are tensors of the graph itself, in its order."""
+        """Yield the named tensors of the graph itself, in the graph's order."""
         wanted = set(names)
         for name, tensor in self._tensors.items():
             if name in wanted:
@@ -91,7 +91,7 @@ class OnnxGraph:
 
 
 def node_inputs(node: NodeProto) -> Iterator[str]:
-    """Yield every name a node reads, those read inside its branches and loops included."""
+    """Yield every name that a node reads, including names read inside its branches and loops."""
     yield from (name for name in node.input if name)
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
@@ -106,7 +106,7 @@ def node_attributes(node: NodeProto) -> dict[str, Any]:
 
 
 def required_nodes(nodes: list[NodeProto], outputs: Iterable[str]) -> tuple[list[NodeProto], set[str]]:
-    """Return the nodes that the outputs depend on, in their order, and every name these read."""
+    """Return the nodes that the outputs depend on, in their order, and every name that these nodes read."""
     names = set(outputs)
     kept: list[NodeProto] = []
     for node in reversed(nodes):
@@ -116,6 +116,6 @@ def required_nodes(nodes: list[NodeProto], outputs: Iterable[str]) -> tuple[list
     return kept[::-1], names
 
 
-def dims(value: onnx.ValueInfoProto) -> list[int | None]:
-    """Return an input's or output's shape, None where it is free."""
+def value_shape(value: onnx.ValueInfoProto) -> list[int | None]:
+    """Return the shape of an input or output; None for a free dimension."""
     return [d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim]

@@ -1,1 +1,1 @@
-"""Keys and values in int8: their scales, and the graph that uses them."""
+"""The int8 KV cache: its scales, and the graph that uses them."""

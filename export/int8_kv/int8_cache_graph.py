@@ -1,8 +1,8 @@
-"""A decoder's graph with its key/value memory in int8: each channel of a head has one scale, whatever the position.
+"""Converts a decoder's graph to an int8 KV cache: one scale for each channel of a head, for all positions.
 
-The attention kernel of onnxruntime rounds keys and values as it writes them, to nearest and symmetrically, and
-multiplies by the scales as it reads; what it computes a step with has been through int8 too, so that an answer does
-not depend on how its prompt was cut.
+onnxruntime's attention kernel rounds keys and values when it writes them, to nearest and symmetrically, and multiplies
+by the scales when it reads them. The keys and values of the current step are rounded too, so that an answer does not
+depend on the chunks of its prompt.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 MIN_ONNXRUNTIME: Final = "1.28"
-"""onnxruntime 1.27 has the kernel too, but rows of different lengths in one batch come out wrong there."""
+"""onnxruntime 1.27 has the kernel, but gives wrong results for rows of different lengths in one batch."""
 
 PAST_KEY_INPUT: Final = 3
-"""Input of GroupQueryAttention that names the layer's past keys."""
+"""Index of GroupQueryAttention's input for the layer's past keys."""
 
 KEY_SCALE_INPUT: Final = 12
-"""Its first input of scales: the keys'; the values' follow."""
+"""Index of its first input for scales: those of keys; those of values follow."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheScales:
-    """What a code of 1 stands for in each channel of a layer, float32 [kv_heads, head_size], all positive."""
+    """The value of code 1 for each channel of a layer, float32 [kv_heads, head_size], positive."""
 
     key: NDArray[np.float32]
     value: NDArray[np.float32]
 
 
 def convert_cache_to_int8(model: ModelProto, scales: Sequence[CacheScales]) -> ModelProto:
-    """Change a decoder's graph to keep keys and values in int8, one entry of `scales` a layer; return it."""
+    """Change a decoder's graph to keep keys and values as int8, with one entry of `scales` per layer; return it."""
     graph = model.graph
     for node in graph.node:
         if node.op_type != "GroupQueryAttention":

@@ -1,4 +1,4 @@
-"""The key/value memory of a written bundle, turned into int8."""
+"""Converts the KV cache of a written bundle to int8."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def quantize_kv_cache(
     documents: Sequence[Document] | None,
     progress: ProgressCallback,
 ) -> Manifest:
-    """Change the graph of an unsealed bundle, whose cache is float32, to one in int8; return its manifest.
+    """Convert the graph of a bundle with a float32 KV cache; return the new manifest, not written yet.
 
-    Scales are those of what the bundle itself keeps of the documents, or of self-generated text where there are none.
+    Scales come from the keys and values that the bundle computes for the documents, or for self-generated text if
+    `documents` is None.
     """
     scales = measure_cache_scales(Bundle(folder, manifest), model, documents, progress)
     file = folder / manifest.graph

@@ -1,4 +1,4 @@
-"""How large the cached keys and values of a model become, channel by channel: the scales of an int8 cache."""
+"""Measures the ranges of a model's keys and values, channel by channel: the scales of an int8 KV cache."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..source_model import SourceModel
 from .int8_cache_graph import CacheScales
 
 READ_TOKENS: Final = 16384
-"""Calibration tokens, about, whose keys and values are looked at."""
+"""Approximate number of calibration tokens to measure on."""
 
 MAX_CODE: Final = 127
 
 MIN_SCALE_SHARE: Final = 1e-3
-"""A channel that stays smaller than this share of its layer's largest, or is padding, has the scale of this share."""
+"""Least scale of a channel, as a share of its layer's largest; channels of padding get this scale."""
 
 Array = NDArray[np.float32]
 
@@ -35,8 +35,8 @@ def measure_cache_scales(
 ) -> list[CacheScales]:
     """Return the scales of each layer: the largest value of a channel gets the largest code.
 
-    `bundle` keeps its cache in float32, and reads the documents, or 8,192 self-generated tokens. Keys are cached
-    rotated, and count as if each had stood at every position of the context; see `max_over_positions`.
+    `bundle` has a float32 KV cache. It reads the documents, or 8,192 self-generated tokens if there are none. Keys are
+    cached rotated; their range is taken over all positions of the context, see `max_over_positions`.
     """
     d = model.decoder
     shape = 2 * len(d.layers), d.kv_heads, d.padded_head_size
@@ -58,43 +58,43 @@ def measure_cache_scales(
 def _read_caches(
     bundle: Bundle, model: SourceModel, documents: Sequence[Document] | None, progress: ProgressCallback
 ) -> Iterator[KvSegment]:
-    """Yield keys and values of every layer, float32 [kv_heads, n, head_size] each, of one document after the other."""
+    """Yield the keys and values of all layers, float32 [kv_heads, n, head_size] each, for one document at a time."""
     if documents is None:
-        session, written = generate_documents(bundle, model)
+        runner, written = generate_documents(bundle, model)
         for row, document in enumerate(written):
-            yield session.read_row(row, 0, len(document))
+            yield runner.read_row(row, 0, len(document))
         return
     chosen = documents[:: max(1, sum(map(len, documents)) // READ_TOKENS)]
-    session = open_runner(bundle, rows=1, context=max(map(len, chosen)))
+    runner = open_runner(bundle, rows=1, context=max(map(len, chosen)))
     for number, document in enumerate(chosen):
         progress("ranges of keys and values: document", number + 1, len(chosen))
-        session.prefill(0, document, 0)
-        yield session.read_row(0, 0, len(document))
+        runner.prefill(0, document, 0)
+        yield runner.read_row(0, 0, len(document))
 
 
 def max_over_positions(keys: Array, rope: RopeConfig, context: int, rotary_size: int) -> Array:
-    """Return the largest size that each channel has at any position of the context.
+    """Return the largest magnitude that each channel has at any position of the context.
 
-    keys: float32 [kv_heads, n, head_size], rotated to the positions 0 .. n - 1; so is what is returned. Two channels
-    that rotate together turn on a circle, slow ones a part of it: a scale for the whole circle would be coarser for
-    one of the two (stories260K: KL .0040 instead of .0012). LongRoPE, whose keys turn at either of two speeds, gets
-    the whole circle.
+    keys: float32 [kv_heads, n, head_size], rotated to positions 0 .. n - 1, not changed; the result has the same shape.
+    Two channels that rotate together move on a circle, slow ones on an arc of it. A scale for the whole circle would be
+    coarser for one of the two (stories260K: KL .0040 instead of .0012). LongRoPE, whose keys rotate at one of two
+    speeds, gets the whole circle.
     """
     size, half = np.abs(keys), rotary_size // 2
     first, second = keys[..., :half].astype(np.float64), keys[..., half : 2 * half].astype(np.float64)
     radius = np.hypot(first, second)
-    if rope.switch(context) is not None:
+    if rope.long_from(context) is not None:
         size[..., :half] = size[..., half : 2 * half] = radius
         return size
     cosines, sines = rope.tables(2, rotary_size)
-    step = np.arctan2(sines[1], cosines[1]).astype(np.float64)  # radians a position, [half]
+    step = np.arctan2(sines[1], cosines[1]).astype(np.float64)  # radians per position, [half]
     start = np.arctan2(second, first) - np.arange(keys.shape[1])[:, None] * step
     size[..., :half] = radius * _max_abs_cosine(start, (context - 1) * step)
     size[..., half : 2 * half] = radius * _max_abs_cosine(start - np.pi / 2, (context - 1) * step)
     return size
 
 
-def _max_abs_cosine(start: NDArray[np.float64], turn: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the largest |cos| on the arcs [start, start + turn]: 1 where one passes a multiple of pi."""
-    passes = np.floor(start / np.pi) < np.floor((start + turn) / np.pi)
-    return np.where(passes, 1.0, np.maximum(np.abs(np.cos(start)), np.abs(np.cos(start + turn))))
+def _max_abs_cosine(start: NDArray[np.float64], arc: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the largest |cos| on the arcs [start, start + arc]: 1 if one contains a multiple of pi."""
+    passes = np.floor(start / np.pi) < np.floor((start + arc) / np.pi)
+    return np.where(passes, 1.0, np.maximum(np.abs(np.cos(start)), np.abs(np.cos(start + arc))))

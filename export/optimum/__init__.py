@@ -1,1 +1,1 @@
-"""Architectures without a file of their own: optimum's export, then our quantizer."""
+"""Architectures without a module of their own: optimum's export, then our quantizer."""

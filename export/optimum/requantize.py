@@ -1,9 +1,9 @@
-"""Quantizes a finished ONNX graph: its matrices go through the same quantizer as those of a graph of our own.
+"""Quantizes a finished ONNX graph with the same quantizer as the graphs that we build.
 
-A MatMul or Gemm with a constant matrix becomes a MatMulNBits that takes the bias too; the table that token ids look
-up becomes a GatherBlockQuantized, on the same bytes as a tied head. Where nothing but elementwise nodes follows the
-head, it computes only the positions that the new input `rows` (int64 [R], into the flattened positions) asks for, and
-`logits` becomes [R, vocab]. Position tables, norms and everything else stay as they are.
+A MatMul or Gemm with a constant matrix becomes a MatMulNBits with the bias included. The table that token ids look up
+becomes a GatherBlockQuantized, on the same bytes as a tied head. If only elementwise nodes follow the head, it computes
+only the positions in the new input `rows` (int64 [R], indices into the flattened positions), and `logits` becomes [R,
+vocab]. Position tables, norms and all other nodes stay unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..quantize.matrix_plan import QuantPlan
 from ..write.matrix_store import quantize_matrix
 
 ELEMENTWISE: Final = {"Add", "Mul", "Div", "Sub", "Tanh", "Cast", "Identity"}
-"""Operators between head and logits that do not mind which positions they see."""
+"""Operators between head and logits whose result at a position depends on that position alone."""
 
 Array = NDArray[np.float32]
 
@@ -86,7 +86,7 @@ class OnnxQuantizer:
             raise CheckpointError("the exported graph has no matrix that could be quantized")
         return self._model(chosen=head is not None)
 
-    # --- finding ---
+    # --- finding matrices ---
 
     def _find_head(self) -> NodeProto | None:
         """Return the product that gives the logits, if only elementwise nodes with small constants follow it."""
@@ -114,7 +114,7 @@ class OnnxQuantizer:
         )
 
     def _linear(self, node: NodeProto) -> _Linear | None:
-        """Read a node as a product with a constant matrix, if it is one."""
+        """Return a node as a product with a constant matrix; None if it is not one."""
         if node.op_type not in ("MatMul", "Gemm"):
             return None
         tensor = self._graph.matrix(node.input[1])
@@ -152,7 +152,7 @@ class OnnxQuantizer:
         return values
 
     def _name(self, node: NodeProto) -> str:
-        """Name a matrix after its place: `/transformer/h.0/attn/c_attn/Gemm` -> `transformer.h.0.attn.c_attn`."""
+        """Return a matrix name for a node: `/transformer/h.0/attn/c_attn/Gemm` -> `transformer.h.0.attn.c_attn`."""
         parts = [part for part in node.name.split("/") if part]
         name = ".".join(parts[:-1])
         if not name or name in self._names:
@@ -160,10 +160,10 @@ class OnnxQuantizer:
         self._names.add(name)
         return name
 
-    # --- writing ---
+    # --- adding nodes ---
 
     def _look_up(self, node: NodeProto) -> None:
-        """Token ids -> rows of the table."""
+        """Look up the rows of token ids in a table."""
         tensor = self._graph.matrix(node.input[0])
         if tensor is None:
             raise AssertionError("a table is a matrix")
@@ -176,10 +176,10 @@ class OnnxQuantizer:
             add_lookup(self._nodes, stored, node.input[1], node.output[0])
 
     def _multiply(self, node: NodeProto, linear: _Linear, *, is_head: bool) -> None:
-        value = self._choose(linear.value, linear.weight.shape[1]) if is_head else linear.value
+        value = self._select_rows(linear.value, linear.weight.shape[1]) if is_head else linear.value
         table = self._tables.get(_digest(linear.weight)) if is_head else None
-        if table is not None:  # a tied head in float32: the same tensor, read the other way
-            self._nodes.add("Gemm", [value, table], node.output[0], transB=1)
+        if table is not None:  # a tied head in float32: the same tensor, transposed
+            self._nodes.add_node("Gemm", [value, table], node.output[0], transB=1)
             return
         stored = self._store(linear.name, linear.weight)
         if stored.bits == 32:
@@ -193,20 +193,22 @@ class OnnxQuantizer:
             self._absorbed.add(linear.output)
         add_matmul(self._nodes, stored, value, bias, linear.output)
 
-    def _choose(self, value: str, width: int) -> str:
-        """[B, S, width] -> the chosen rows [R, width]."""
-        flat = self._nodes.add("Reshape", [value, self._nodes.integers("head.shape", [-1, width])], "head.flat")
-        return self._nodes.add("Gather", [flat, "rows"], "head.chosen", axis=0)
+    def _select_rows(self, value: str, width: int) -> str:
+        """Select rows: [B, S, width] -> [R, width]."""
+        flat = self._nodes.add_node(
+            "Reshape", [value, self._nodes.int64_constant("head.shape", [-1, width])], "head.flat"
+        )
+        return self._nodes.add_node("Gather", [flat, "rows"], "head.chosen", axis=0)
 
     def _store(self, name: str, weight: Array) -> Matrix:
-        """Store a quantized matrix, the same one once; one in float32 stays where the graph has it."""
+        """Store a quantized matrix, identical ones once. A float32 matrix stays where the graph has it."""
         spec = self._plan.spec(name)
         if spec is None:
             self.matrices.append(Matrix(name, weight.shape[0], weight.shape[1], 32))
             return self.matrices[-1]
         key = _digest(weight)
         if key not in self._stored:
-            packed = quantize_matrix(LazyMatrix.of(weight), spec)
+            packed = quantize_matrix(LazyMatrix.from_array(weight), spec)
             self._stored[key] = store_packed(self._initializers, name, packed, spec)
             self.matrices.append(self._stored[key])
         return self._stored[key]

@@ -1,7 +1,7 @@
-"""The road for architectures without a file in `architectures/`: optimum's export, then our quantizer.
+"""Exports architectures without a module in `architectures/`: optimum's export, then our quantizer.
 
-Needs torch, transformers and optimum-onnx, and holds the whole model in float32. The graph keeps optimum's nodes and
-its growing cache, so it is larger and slower than one of our own.
+Needs torch, transformers and optimum-onnx, and holds the whole model in memory as float32. The graph keeps optimum's
+nodes and its growing KV cache, so it is larger and slower than the graphs that we build.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..calibration.text_samples import evaluation_documents
 from ..checkpoint import Checkpoint, Safetensors, metadata, open_checkpoint
 from ..checkpoint.transformers_config import SAFE_LOAD_OPTIONS, read_safe_config
 from ..graph.initializers import FileInitializers
-from ..graph.onnx_graph import OnnxGraph, dims
+from ..graph.onnx_graph import OnnxGraph, value_shape
 from ..options import DEFAULT_CONTEXT, ExportOptions, choose_context
 from ..progress_callback import ProgressCallback
 from ..quantize.matrix_plan import Quant, QuantPlan
@@ -42,10 +42,10 @@ from .requantize import OnnxQuantizer
 
 TASK: Final = "text-generation-with-past"
 SUPPORTED_INPUTS: Final = {"input_ids", "attention_mask", "position_ids"}
-"""Inputs, beside the cache, that the runtime's growing session knows how to feed."""
+"""Inputs besides the KV cache that the runtime's dynamic runner can feed."""
 
 CONTEXT_ATTRIBUTES: Final = ("max_position_embeddings", "max_seq_len", "seq_length")
-"""Attributes of a configuration that say how many positions a model knows; the first that is there counts."""
+"""Attributes of a configuration that may hold the number of positions; the first one present is used."""
 
 SHAPES: Final = {
     "hidden_size": "hidden_size",
@@ -53,7 +53,7 @@ SHAPES: Final = {
     "heads": "num_attention_heads",
     "mlp_size": "intermediate_size",
 }
-"""Names in a manifest, and the attributes of a transformers configuration they are read from."""
+"""Names in a manifest, and the attributes of a transformers configuration with these values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class _Libraries:
 def export_via_optimum(
     source: str | Path, stage: Path, options: ExportOptions, progress: ProgressCallback, *, force: bool
 ) -> None:
-    """Write a whole bundle into `stage`, measured where the options say so. Raises as `edgelm_export.export` does."""
+    """Write a whole bundle into `stage` and check it as the options require. Raises as `edgelm_export.export` does."""
     manifest = write_manifest(
         stage, convert_checkpoint(source, stage, options.plan, options.quant, options.context, progress)
     )
@@ -89,13 +89,13 @@ def export_via_optimum(
         if documents is not None and options.verify is not None:
             agreement = measure_agreement(bundle, reference, documents.documents, progress)
             check_agreement(agreement, options.max_kl, options.min_agreement)
-            measured["quality"] = quality_facts(agreement, Path(options.verify).name, documents.left_out)
+            measured["quality"] = quality_facts(agreement, Path(options.verify).name, documents.left_out_tokens)
     write_manifest(stage, replace(manifest, **measured))
 
 
 @contextmanager
 def reference_bundle(source: str | Path, beside: Path, context: int, progress: ProgressCallback) -> Iterator[Bundle]:
-    """Yield the float32 bundle of a checkpoint, in a directory that goes again."""
+    """Yield the float32 bundle of a checkpoint in a temporary directory."""
     with tempfile.TemporaryDirectory(prefix=".reference.", dir=beside) as folder:
         path = Path(folder)
         yield Bundle(
@@ -108,8 +108,8 @@ def convert_checkpoint(
 ) -> Manifest:
     """Write model.onnx, its data and tokenizer.json into `stage`; return the manifest.
 
-    Raises `CheckpointError` for a checkpoint that optimum cannot export or the runtime could not feed, and
-    `MissingExtraError` where optimum-onnx, transformers or torch is not installed.
+    Raises `CheckpointError` for a checkpoint that optimum cannot export or the runtime cannot feed, and
+    `MissingExtraError` if optimum-onnx, transformers or torch is not installed.
     """
     checkpoint = open_checkpoint(source)
     if checkpoint.is_quantized:
@@ -123,7 +123,7 @@ def convert_checkpoint(
         model = _load(checkpoint, libraries)
     parameters, config = int(model.num_parameters()), model.config
     length = _context(config, context)
-    progress("tracing", 0, 1)  # the longest part, and optimum does not say how far it is
+    progress("tracing", 0, 1)  # the longest part; optimum does not report progress
     with tempfile.TemporaryDirectory(prefix="optimum.", dir=stage) as traced:
         with _quiet():
             file = _trace(model, Path(traced), libraries)
@@ -157,7 +157,7 @@ def convert_checkpoint(
         bare_prompt=metadata.bare_prompt(checkpoint),
         special_tokens=metadata.special_tokens(checkpoint),
         made_with={
-            **metadata.made_with(),
+            **metadata.library_versions(),
             **{name: version(name) for name in ("optimum", "optimum-onnx", "torch", "transformers")},
         },
         via="optimum",
@@ -175,7 +175,7 @@ def _import() -> _Libraries:
 
 
 def _load(checkpoint: Checkpoint, libraries: _Libraries) -> Any:
-    """Return the checkpoint as a model of transformers, in float32."""
+    """Return the checkpoint as a float32 transformers model."""
     kind = checkpoint.config.get("model_type")
     supported = sorted(libraries.configs.TasksManager.get_supported_model_type_for_task(TASK, "onnx"))
     if not isinstance(kind, str) or kind.replace("_", "-") not in {name.replace("_", "-") for name in supported}:
@@ -191,7 +191,7 @@ def _load(checkpoint: Checkpoint, libraries: _Libraries) -> Any:
     except Exception as error:  # the libraries raise many unrelated types
         raise CheckpointError(f"transformers cannot load {checkpoint.path}: {_reason(error)}") from error
     for what, key in (("has no tensor", "missing_keys"), ("has another shape for", "mismatched_keys")):
-        if found := sorted(map(str, loading.get(key, ()))):  # transformers would go on with random weights
+        if found := sorted(map(str, loading.get(key, ()))):  # transformers would continue with random weights
             raise CheckpointError(f"{checkpoint.path} {what} {found[0]} ({len(found)} in all); is it complete?")
     return model
 
@@ -204,7 +204,7 @@ def _trace(model: Any, out: Path, libraries: _Libraries) -> Path:
         libraries.exporter.onnx_export_from_model(
             model=model, output=out, task=TASK, do_validation=False, no_post_process=True
         )
-    except Exception as error:  # as above
+    except Exception as error:  # the libraries raise many unrelated types
         raise CheckpointError(f"optimum cannot export the {kind} model: {_reason(error)}") from error
     file = out / "model.onnx"
     if not file.is_file():
@@ -213,7 +213,7 @@ def _trace(model: Any, out: Path, libraries: _Libraries) -> Path:
 
 
 def _cache(graph: OnnxGraph) -> KVCacheShape:
-    """Read the cache's shape off the graph. Raises `CheckpointError` for inputs that the runtime could not feed."""
+    """Return the KV cache's shape in the graph. Raises `CheckpointError` for inputs that the runtime cannot feed."""
     past = [name for name in graph.inputs if name.startswith("past_key_values.")]
     layers = len(past) // 2
     expected = {f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")}
@@ -222,7 +222,7 @@ def _cache(graph: OnnxGraph) -> KVCacheShape:
         raise CheckpointError(
             f"the exported graph has inputs that edgelm cannot feed: {', '.join(unknown) or 'no cache'}"
         )
-    shapes = {tuple(dims(graph.inputs[name])) for name in past}
+    shapes = {tuple(value_shape(graph.inputs[name])) for name in past}
     kinds = {graph.inputs[name].type.tensor_type.elem_type for name in past}
     shape = shapes.pop()
     if shapes or kinds != {TensorProto.FLOAT} or len(shape) != 4 or shape[1] is None or shape[3] is None:
@@ -233,14 +233,14 @@ def _cache(graph: OnnxGraph) -> KVCacheShape:
 
 
 def _vocab_size(graph: OnnxGraph) -> int:
-    size = dims(graph.outputs["logits"])[-1] if "logits" in graph.outputs else None
+    size = value_shape(graph.outputs["logits"])[-1] if "logits" in graph.outputs else None
     if size is None:
         raise CheckpointError("the exported graph has no output logits of a known width")
     return size
 
 
 def _context(config: Any, wanted: int | None) -> int:
-    """Return the bundle's context; positions past a sliding window would need a cache that drops the oldest."""
+    """Return the bundle's context. It ends before a sliding window does: the cache cannot drop old positions."""
     limit = next(
         (value for name in CONTEXT_ATTRIBUTES if isinstance(value := getattr(config, name, None), int)), DEFAULT_CONTEXT
     )
@@ -255,14 +255,14 @@ def _shapes(config: Any, cache: KVCacheShape) -> dict[str, int]:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first sentence of a library's message, as one line of at most 200 characters."""
+    """Return the first sentence of a library's message, one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.partition(". ")[0].rstrip(".")[:200]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' log lines, warnings and progress bars off the terminal. Holds for the whole process."""
+    """Suppress the libraries' log lines, warnings and progress bars, for the whole process."""
     level = logging.root.manager.disable
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -1,1 +1,1 @@
-"""Weights in few bits: rounding methods, the packed layout of onnxruntime's kernels, and the plan for a model."""
+"""Quantization: methods that choose codes, the packed layout of onnxruntime's kernels, and the plan of a model."""

@@ -1,7 +1,7 @@
-"""`--quant keep`: matrices that a GGUF file stores in blocks like ours are carried over code by code.
+"""`--quant keep`: copies the codes of matrices that a GGUF file stores in compatible blocks.
 
-Q4_0 and Q8_0 are symmetric blocks of 32 weights with a float16 scale, which is what `quantize.pack` stores. A matrix of
-the graph is kept where all tensors that it is made of have one of the two formats; others are rounded to int8.
+Q4_0 and Q8_0 are symmetric blocks of 32 weights with a float16 scale, which `quantize.pack` can store. A matrix of the
+graph is kept if all its tensors have the same one of these formats; other matrices are rounded to int8.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from .pack import PackedMatrix, pack_codes
 from .spec import KEEP, QuantSpec
 
 FORMATS: Final = {"Q4_0": 4, "Q8_0": 8}
-"""Formats that are kept, and their bits."""
+"""GGUF formats that are kept, and their bits."""
 
 MIN_FLOAT16_SCALE: Final = 2.0**-24
-"""Scale of a block of zeros: the least that float16 holds, since a scale may not be zero."""
+"""Scale stored for a block of zeros: the least float16, because a scale may not be zero."""
 
 
 def plan_kept_blocks(weights: DecoderWeights) -> QuantPlan:
-    """Return the plan that keeps what can be kept. Raises `EdgelmError` where that is nothing."""
+    """Return the plan that keeps every matrix that can be kept. Raises `EdgelmError` if there is none."""
     kept: dict[str, QuantSpec | None] = {}
-    for name, _ in weights.shapes():
+    for name, _ in weights.matrix_shapes():
         bits = _bits(weights, name)
         if bits is not None:
             kept[name] = QuantSpec(bits, DEFAULT_BLOCK_SIZE, method=KEEP)
     if not kept:
         kinds = Counter(
-            _kind(weights.source, part) for name, _ in weights.shapes() for part, _ in _parts(weights, name)
+            _kind(weights.source, part) for name, _ in weights.matrix_shapes() for part, _ in _parts(weights, name)
         )
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         raise EdgelmError(
@@ -49,7 +49,7 @@ def plan_kept_blocks(weights: DecoderWeights) -> QuantPlan:
 
 
 def read_kept_matrix(weights: DecoderWeights, name: str) -> PackedMatrix:
-    """Return a matrix as it is stored, some rows at a time. Raises `CheckpointError` for a damaged one."""
+    """Return a kept matrix; reads some rows at a time. Raises `CheckpointError` for a damaged one."""
     pieces = []
     for part, shape in _parts(weights, name):
         step = max(1, CHUNK_BYTES // (4 * shape[1]))
@@ -64,7 +64,7 @@ def read_kept_matrix(weights: DecoderWeights, name: str) -> PackedMatrix:
 
 
 def scale_bits(decoder: DecoderConfig, name: str) -> int:
-    """Return the bits of each scale of a kept matrix: 32 where the decoder multiplies it by a number of its own."""
+    """Return the bits of each scale of a kept matrix: 32 if the decoder multiplies the matrix by a residual scale."""
     return 32 if _is_scaled(decoder, name) else 16
 
 
@@ -78,10 +78,10 @@ def _packed(blocks: GgufBlocks, factor: float | None) -> PackedMatrix:
 
 
 def _bits(weights: DecoderWeights, name: str) -> int | None:
-    """Return the bits of a matrix that can be kept, else None."""
+    """Return the bits of a matrix that can be kept, otherwise None."""
     d = weights.decoder
     if d.padded_head_size != d.head_size and name.endswith((".qkv", ".output")):
-        return None  # zeros come between its rows or columns
+        return None  # padding would be inserted between its rows or columns
     kinds = {_kind(weights.source, part) for part, _ in _parts(weights, name)}
     return FORMATS.get(kinds.pop()) if len(kinds) == 1 else None
 
@@ -91,8 +91,8 @@ def _is_scaled(d: DecoderConfig, name: str) -> bool:
 
 
 def _parts(weights: DecoderWeights, name: str) -> list[tuple[str, tuple[int, int]]]:
-    """Return the tensors whose rows, one after the other, are a matrix, with their shapes."""
-    d, n = weights.decoder, weights.names
+    """Return the tensors whose rows, concatenated, are a matrix, with their shapes."""
+    d, n = weights.decoder, weights.tensor_names
     if name in ("embedding", "head"):
         return [(n.embedding if name == "embedding" else n.head, (d.vocab_size, d.hidden_size))]
     _, i, part = name.split(".")
@@ -110,7 +110,7 @@ def _parts(weights: DecoderWeights, name: str) -> list[tuple[str, tuple[int, int
 
 
 def _kind(source: TensorSource, name: str) -> str:
-    """Return the format that a tensor is stored in."""
+    """Return the name of a tensor's storage format."""
     if isinstance(source, PrunedWeights):
         return _kind(source.source, name)
     tensors = source.tensors if isinstance(source, Checkpoint) else source
@@ -118,11 +118,11 @@ def _kind(source: TensorSource, name: str) -> str:
 
 
 def _blocks(source: TensorSource, name: str, shape: tuple[int, int], rows: slice) -> GgufBlocks | None:
-    """Return some rows of a tensor as they are stored."""
+    """Return rows of a tensor in their stored blocks; None if they are not stored in such blocks."""
     if isinstance(source, PrunedWeights):
         if name not in source.names:
             return _blocks(source.source, name, shape, rows)
-        old = source.kept[rows]
+        old = source.kept_ids[rows]
         first = int(old.min())
         found = _blocks(source.source, name, (source.rows, shape[1]), slice(first, int(old.max()) + 1))
         return found and GgufBlocks(found.codes[old - first], found.scales[old - first], found.bits)

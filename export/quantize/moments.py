@@ -16,24 +16,24 @@ from . import triangular
 Array = NDArray[np.float32]
 
 DAMPING: Final = 0.05
-"""Share of a channel's own second moment, or of the channels' median where that is more, that is added to it. GPTQ's
-step 3 adds one per cent of their mean, which a single channel of outliers makes larger than what all others say. Here
-the moments of a large model come from 8,000 to 12,000 positions, not 262,144: one per cent follows their noise."""
+"""Damping of the second moments: the share of a channel's own moment, or of the median if that is larger, added to it.
+GPTQ's step 3 adds 1 % of the mean, but one channel of outliers makes that larger than the moments of all others. The
+moments of a large model come from only 8,000 to 12,000 positions, not GPTQ's 262,144: with 1 % the result follows their
+noise."""
 
 DRIFT_DAMPING: Final = 0.1
-"""Share for `compensate_drift`, which would otherwise trust directions that the text hardly used."""
+"""Damping in `compensate_drift`; with less it would follow directions that hardly occur in the text."""
 
 LOOKUP_WEIGHT: Final = 0.3
-"""How much the lookup weighs in a tied embedding beside the head."""
+"""Weight of the lookup relative to the head in a tied embedding."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Calibration positions that a matrix [N, K] is tried on and not fitted to.
+    """Calibration positions that are used to check a matrix [N, K], not to fit it.
 
-    inputs: float32 [n, K], what the matrix multiplies in the quantized model. target: float32 [n, N], what its output
-    is to be there, or None where that is the unquantized matrix's output for the same inputs. Both are weighted as the
-    sums of `Moments` are.
+    inputs: float32 [n, K], the matrix's inputs in the quantized model. target: float32 [n, N], the wanted outputs; None
+    means the unquantized matrix's outputs for the same inputs. Both are weighted like the sums of `Moments`.
     """
 
     inputs: Array
@@ -44,11 +44,11 @@ class HeldOut:
 class Moments:
     """Weighted sums over calibration positions for a matrix [N, K] with inputs x.
 
-    second: float32 or float64 [K, K], of x x^T where x is what the matrix sees behind the quantized matrices before it:
-    the Hessian of its squared output error. cross: [K, K], of (x_full - x) x^T, x_full being the input in the
-    unquantized model; None: not known, or no difference. residual: [N, K], of (h_full - h) x^T where the matrix's
-    output is added to a residual stream h; None: not added, or not known. All three are sums over the same positions.
-    count: positions summed over. held_back: positions that are in none of the sums.
+    hessian: float32 or float64 [K, K], the sum of x x^T with x the input in the partly quantized model: the Hessian of
+    the squared output error. input_drift: [K, K], the sum of (x_full - x) x^T with x_full the input in the unquantized
+    model; None if unknown or zero. residual_drift: [N, K], the sum of (h_full - h) x^T if the output is added to a
+    residual stream h; otherwise None. All are sums over the same positions. count: number of positions. held_out:
+    positions in none of the sums.
     """
 
     hessian: NDArray[Any]
@@ -58,14 +58,14 @@ class Moments:
     held_out: HeldOut | None = None
 
     def damped_hessian(self, share: float = DAMPING) -> Array:
-        """Return float32 [K, K], the second moments with `share` of each on the diagonal added to it."""
+        """Return float32 [K, K]: the second moments with the damped diagonal."""
         hessian = np.array(self.hessian, np.float32)
         diagonal = np.arange(len(hessian))
         hessian[diagonal, diagonal] = self.damped_diagonal(share)
         return hessian
 
     def damped_diagonal(self, share: float = DAMPING) -> Array:
-        """Return float32 [K], the diagonal of `damped`; no channel is dead."""
+        """Return float32 [K]: the diagonal of the second moments, damped; always positive."""
         diagonal = np.diag(self.hessian).astype(np.float64)
         used = diagonal[diagonal > 0]
         typical = float(np.median(used)) if len(used) else 1.0
@@ -74,13 +74,12 @@ class Moments:
 
 
 def compensate_drift(weight: Array, moments: Moments) -> Array:
-    """Return float32 [N, K], the weights that on the quantized model's inputs come closest to the unquantized model.
+    """Return float32 [N, K]: weights that compensate for the drift of the matrix's inputs.
 
-    Minimizes |W' x - (W x_full + h_full - h)|^2 over the calibration positions, damped towards W: asymmetric
-    calibration, the objective of GPTAQ (Li et al. 2025, arXiv:2504.02692), here solved before rounding instead of
-    column by column, and with the drift of the residual stream that the matrix adds to. Where there are held-back
-    positions, W moves only as far towards W' as serves them best, and not at all where it does not. weight: float32
-    [N, K], unchanged, all N rows.
+    Minimizes |W' x - (W x_full + h_full - h)|^2 over the calibration positions, damped towards W. This is asymmetric
+    calibration, the objective of GPTAQ (Li et al. 2025, arXiv:2504.02692), solved before rounding instead of column by
+    column, with the drift of the residual stream included. If there are held-out positions, W moves towards W' by the
+    fraction in [0, 1] that gives the least error on them. weight: float32 [N, K], all N rows, not changed.
     """
     moved = np.zeros(weight.shape, np.float64)
     if moments.input_drift is not None:
@@ -90,11 +89,11 @@ def compensate_drift(weight: Array, moments: Moments) -> Array:
     if not moved.any():
         return weight
     inverse = moments.damped_hessian(DRIFT_DAMPING)
-    scale = 1 / np.sqrt(np.diag(inverse))  # factors of a matrix with ones on its diagonal
+    scale = 1 / np.sqrt(np.diag(inverse))  # scaled to ones on the diagonal
     inverse *= scale[:, None]
     inverse *= scale
     triangular.factor_cholesky(inverse)
-    triangular.invert_lower_triangle(inverse)  # of a lower triangle L with L L^T = the scaled moments
+    triangular.invert_lower_triangle(inverse)  # inverse of L with L L^T = the scaled moments
     move: Array = np.matmul((moved * scale).astype(np.float32) @ inverse.T, inverse, dtype=np.float32)
     move *= scale
     if moments.held_out is not None:
@@ -103,7 +102,7 @@ def compensate_drift(weight: Array, moments: Moments) -> Array:
 
 
 def _step_length(weight: Array, move: Array, held: HeldOut) -> float:
-    """Return the share in [0, 1] of a move that brings a matrix's output closest to the target."""
+    """Return the fraction in [0, 1] of a move that brings a matrix's output closest to the target."""
     target = held.inputs @ weight.T if held.target is None else held.target
     missing = target - held.inputs @ weight.T
     step = held.inputs @ move.T
@@ -114,17 +113,17 @@ def _step_length(weight: Array, move: Array, held: HeldOut) -> float:
 
 
 def output_error(weight: Array, held: HeldOut, read: Array) -> float:
-    """Return the squared output error, on the held-back positions, of rows of a matrix stored as `read` [n, K]."""
+    """Return the squared output error on held-out positions of rows that read back as `read` [n, K]."""
     found = held.inputs @ read.T
     expected = held.inputs @ weight.T if held.target is None else held.target
     return float(np.square(found - expected, dtype=np.float64).sum())
 
 
 def add_lookup_weight(head: Moments, share: float = LOOKUP_WEIGHT) -> Moments:
-    """Return a tied embedding's moments: those of the head's inputs, with `share` of their mean added to each.
+    """Return the moments of a tied embedding: the head's, with `share` of their mean added to the diagonal.
 
-    A row is read as it is where its token is the input and multiplied with the inputs of the head elsewhere, so an
-    error in any direction costs something.
+    A row is used as a lookup result for its token and multiplied with the head's inputs for all others, so an error in
+    any direction has a cost.
     """
     hessian = np.array(head.hessian)
     diagonal = np.arange(len(hessian))

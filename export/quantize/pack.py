@@ -1,8 +1,8 @@
 """The packed layout of quantized matrices.
 
-With 4 and 8 bits it is what onnxruntime's MatMulNBits and GatherBlockQuantized read (ContribOperators.md). With 5 and 6
-bits the low halves lie as 4-bit codes do, and the bits above them in a second array: `graph.matrices` joins both to
-8-bit codes for onnxruntime when a graph is loaded.
+For 4 and 8 bits it is the layout of onnxruntime's MatMulNBits and GatherBlockQuantized (ContribOperators.md). For 5 and
+6 bits the low 4 bits are stored like 4-bit codes, and the bits above in a second array; `graph.matrices` adds nodes
+that join both to 8-bit codes when onnxruntime loads the graph.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A quantized matrix [N, K], 4, 5, 6 or 8 bits a code.
+    """A quantized matrix [N, K] with codes of 4, 5, 6 or 8 bits.
 
-    data: uint8 [N, blocks, block_size * bits / 8], two 4-bit codes a byte, the first in the low half; with 5 and 6 bits
-    only the low halves of the codes. high: with 5 and 6 bits uint8 [N, blocks, block_size * (bits - 4) / 8], the rest
-    of each code, that of the first code in the lowest bits of a byte; else None. scales: float16 or float32 [N,
-    blocks], never zero; a float16 one is to be cast to float32 for the operators. zero_points: uint8 [N, ceil(blocks *
-    bits / 8)], packed like codes, the last half byte 0 where blocks are odd; None: 2^(bits-1), the operators' default
-    for unsigned codes, and always so with 5 and 6 bits. Codes past column K are those of zero.
+    data: uint8 [N, blocks, block_size * bits / 8], two 4-bit codes per byte, the first in the low half; for 5 and 6
+    bits only the low 4 bits of the codes. high_bits: for 5 and 6 bits uint8 [N, blocks, block_size * (bits - 4) / 8],
+    the rest of each code, the first code in the lowest bits of a byte; otherwise None. scales: float16 or float32 [N,
+    blocks], never zero; float16 scales must be cast to float32 for the operators. zero_points: uint8 [N, ceil(blocks *
+    bits / 8)], packed like codes, the last half byte 0 if the number of blocks is odd; None means 2^(bits-1), the
+    operators' default for unsigned codes; always None for 5 and 6 bits. Codes past column K are the zero point.
     """
 
     data: NDArray[np.uint8]
@@ -36,7 +36,7 @@ class PackedMatrix:
     high_bits: NDArray[np.uint8] | None = None
 
     def rows(self, start: int, stop: int) -> PackedMatrix:
-        """Return rows [start, stop) as a matrix of their own."""
+        """Return rows [start, stop) as a matrix."""
         points = None if self.zero_points is None else self.zero_points[start:stop]
         high = None if self.high_bits is None else self.high_bits[start:stop]
         return replace(
@@ -45,7 +45,7 @@ class PackedMatrix:
 
     @classmethod
     def join_rows(cls, parts: Sequence[PackedMatrix]) -> PackedMatrix:
-        """Return the matrix whose rows are those of the parts, which are stored alike."""
+        """Concatenate the rows of matrices with the same layout."""
         points = [part.zero_points for part in parts if part.zero_points is not None]
         high = [part.high_bits for part in parts if part.high_bits is not None]
         return replace(
@@ -96,7 +96,7 @@ def dequantize(packed: PackedMatrix) -> NDArray[np.float32]:
 
 
 def _pack_nibbles(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """[N, n] -> two 4-bit values a byte, the first in the low half; 8-bit ones as they are."""
+    """[N, n] -> two 4-bit values per byte, the first in the low half; 8-bit values unchanged."""
     if bits == 8:
         return values
     if values.shape[1] % 2:
@@ -109,7 +109,7 @@ def _unpack_nibbles(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def _pack_bits(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """[N, n] of 1 or 2 bits -> as many a byte as fit, the first in the lowest bits."""
+    """[N, n] values of 1 or 2 bits -> as many per byte as fit, the first in the lowest bits."""
     parts = values.reshape(len(values), -1, 8 // bits)
     joined = np.zeros(parts.shape[:2], np.uint8)
     for i in range(8 // bits):
@@ -118,7 +118,7 @@ def _pack_bits(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def _unpack_bits(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Undo `_pack_bits`."""
+    """Invert `_pack_bits`."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     parts: NDArray[np.uint8] = (values[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
     return parts.reshape(len(values), -1)

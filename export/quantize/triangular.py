@@ -1,4 +1,4 @@
-"""Triangular factors of large float32 matrices, in their own memory: numpy's own work in float64 and on copies."""
+"""Triangular factors of large float32 matrices in place; numpy's functions would copy them to float64."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 PANEL: Final = 256
-"""Columns worked on at once."""
+"""Columns processed at a time."""
 
 MAX_DIRECT_SIZE: Final = 64
-"""Up to this size a triangle is inverted by numpy."""
+"""Triangles up to this size are inverted by numpy."""
 
 Array = NDArray[np.float32]
 
 
 def factor_cholesky(matrix: Array) -> None:
-    """Replace a symmetric matrix [n, n], of which the lower half is read, by the lower L with L L^T = it, zeros above.
+    """Replace a symmetric matrix [n, n] by the lower triangular L with L L^T = matrix; zeros above the diagonal.
 
-    Blocks of columns in turn: each is factored, and what it explains is taken off the rest. Raises numpy's LinAlgError
-    where the matrix is not positive definite.
+    Reads only the lower half. Panels of columns are factored in turn, and their product is subtracted from the rest.
+    Raises numpy's LinAlgError if the matrix is not positive definite.
     """
     size = len(matrix)
     for start in range(0, size, PANEL):
@@ -31,13 +31,13 @@ def factor_cholesky(matrix: Array) -> None:
         invert_lower_triangle(corner)
         below = matrix[stop:, start:stop] @ corner.T
         matrix[stop:, start:stop] = below
-        for first in range(stop, size, PANEL):  # the lower half of the rest, a few columns at a time
+        for first in range(stop, size, PANEL):  # the lower half of the rest, one panel at a time
             last = min(first + PANEL, size)
             matrix[first:, first:last] -= below[first - stop :] @ below[first - stop : last - stop].T
 
 
 def invert_lower_triangle(lower: Array) -> None:
-    """Replace a lower triangle [n, n] by its inverse, halves at a time."""
+    """Replace a lower triangle [n, n] by its inverse, recursively by halves."""
     size = len(lower)
     if size <= MAX_DIRECT_SIZE:
         lower[:] = np.tril(np.linalg.inv(lower))
@@ -49,7 +49,7 @@ def invert_lower_triangle(lower: Array) -> None:
 
 
 def write_inverse_transpose(lower: Array) -> None:
-    """Write -L^-T above the diagonal of a lower triangle L [n, n], halves at a time."""
+    """Write -L^-T above the diagonal of a lower triangle L [n, n], recursively by halves."""
     size = len(lower)
     if size <= MAX_DIRECT_SIZE:
         lower -= np.triu(np.linalg.inv(lower).T, 1)
@@ -65,7 +65,7 @@ def write_inverse_transpose(lower: Array) -> None:
 
 
 def flip_antidiagonal(matrix: Array) -> None:
-    """Mirror a matrix [n, n] along its other diagonal: the transposed, read backwards both ways."""
+    """Mirror a matrix [n, n] along its antidiagonal, in place."""
     last = len(matrix) - 1
     for k in range(last):
         row, column = matrix[k, : last - k], matrix[k + 1 :, last - k][::-1]
@@ -73,7 +73,7 @@ def flip_antidiagonal(matrix: Array) -> None:
 
 
 def _inverse_rows(filled: Array, start: int, stop: int) -> Array:
-    """Return rows [start, stop) of L^-1 [n, n], out of an L with -L^-T above its diagonal."""
+    """Return rows [start, stop) of L^-1 [n, n] from an L with -L^-T above its diagonal."""
     rows = -np.tril(filled[:, start:stop].T, start - 1)
     diagonal = np.arange(start, start + len(rows))
     rows[diagonal - start, diagonal] = 1 / filled[diagonal, diagonal]

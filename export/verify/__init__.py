@@ -1,1 +1,1 @@
-"""The quality gate and the self-check: a new bundle beside the unquantized model."""
+"""The quality gate and the self-check: a new bundle compared with the unquantized model."""

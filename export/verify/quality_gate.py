@@ -1,4 +1,4 @@
-"""The quality gate: a new bundle beside the unquantized checkpoint it was made from, on the same text."""
+"""The quality gate: compares a new bundle with its unquantized checkpoint on the same text."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ Array = NDArray[np.float32]
 
 
 class Predictor(Protocol):
-    """Something that predicts documents."""
+    """A source of logits for documents."""
 
     def logits(self, documents: Sequence[Document]) -> Iterator[Array]:
-        """Yield float32 [n, V] for pieces of `CHUNK_POSITIONS` positions, in the order of `position_ranges`."""
+        """Yield float32 [n, V] for each range of `position_ranges`, in order."""
 
 
 class CheckpointPredictor:
-    """The unquantized checkpoint, through our own float32 graph, a layer at a time."""
+    """The unquantized checkpoint, run by our own float32 graph, one layer at a time."""
 
     def __init__(self, weights: DecoderWeights, progress: ProgressCallback) -> None:
         self._weights = weights
         self._progress = progress
 
     def logits(self, documents: Sequence[Document]) -> Iterator[Array]:
-        """See `Predictor`. All documents' hidden states are in memory, and the head's matrix."""
+        """See `Predictor`. The hidden states of all documents and the head's matrix are in memory."""
         layers = ReferenceModel(self._weights, max(len(document) for document in documents))
         hidden, count = layers.embed(documents), len(self._weights.decoder.layers)
         for i in range(count):
             self._progress("reference layers", i, count)
-            hidden = layers.layer(i).step(hidden)
-        head = layers.head().whole()
+            hidden = layers.load_layer(i).forward(hidden)
+        head = layers.head().read_all()
         for document, states in zip(documents, hidden, strict=True):
             for start, stop in position_ranges(document):
-                yield layers.logits(layers.final(states[start:stop]), head)
+                yield layers.logits(layers.apply_final_norm(states[start:stop]), head)
 
 
 class BundlePredictor:
-    """Another bundle."""
+    """A bundle."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
 
     def logits(self, documents: Sequence[Document]) -> Iterator[Array]:
         """See `Predictor`."""
-        session = open_runner(self._bundle, rows=1, context=max(len(document) for document in documents))
+        runner = open_runner(self._bundle, rows=1, context=max(len(document) for document in documents))
         for document in documents:
             for start, stop in position_ranges(document):
-                yield session.prefill(0, document[start:stop], start, all_logits=True, final_length=len(document))
+                yield runner.prefill(0, document[start:stop], start, all_logits=True, final_length=len(document))
 
 
 def measure_agreement(
@@ -69,9 +69,9 @@ def measure_agreement(
     progress: ProgressCallback,
     what: str = "verify",
 ) -> DivergenceReport:
-    """Compare a bundle with its reference at every position that has a next token; `what` is told of the progress.
+    """Compare a bundle with its reference at every position with a next token. `what` names the progress.
 
-    Raises `EdgelmError` when the two do not have the same vocabulary.
+    Raises `EdgelmError` if the vocabularies differ.
     """
     divergence = DivergenceMeter()
     expected, found = reference.logits(documents), BundlePredictor(bundle).logits(documents)
@@ -89,7 +89,7 @@ def measure_agreement(
 
 
 def check_agreement(agreement: DivergenceReport, max_kl: float | None, min_agreement: float | None) -> None:
-    """Raise `EdgelmError` when a bundle is further from its checkpoint than asked for."""
+    """Raise `EdgelmError` if a bundle does not reach the limits."""
     if max_kl is not None and agreement.kl_mean > max_kl:
         raise EdgelmError(
             f"the bundle's mean KL divergence is {agreement.kl_mean:.4f}, --max-kl allows {max_kl}: calibrate with"
@@ -104,7 +104,7 @@ def check_agreement(agreement: DivergenceReport, max_kl: float | None, min_agree
 
 
 def quality_facts(agreement: DivergenceReport, name: str, left_out: int = 0) -> dict[str, Any]:
-    """Return what goes into the manifest; `name` is the text's file name, of which `left_out` tokens were left out."""
+    """Return the manifest's quality entry. `name`: the text's file name; `left_out`: its tokens not measured."""
     return {
         "text": name,
         "tokens": agreement.tokens,

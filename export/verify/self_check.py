@@ -1,7 +1,7 @@
-"""The self-check of a quantized export: the new bundle beside the unquantized model, on some hundred tokens.
+"""The self-check of a quantized export: compares the bundle with the unquantized model on a few hundred tokens.
 
-It takes seconds and needs no text of the user's, and says whether the bundle works at all. `verify` measures how good
-it is on a text of its own.
+It takes seconds and needs no text from the user. It shows whether the bundle works at all; `quality_gate` measures how
+good it is.
 """
 
 from __future__ import annotations
@@ -19,48 +19,49 @@ from ..progress_callback import ProgressCallback
 from .quality_gate import Predictor, measure_agreement, quality_facts
 
 SAMPLE_FILE: Final = Path(__file__).with_name("sample.txt")
-"""Five short texts of different kinds that come with the program."""
+"""Five short texts of different kinds, part of the package."""
 
 CHECKED_TOKENS: Final = 128
-"""Tokens of each text that are looked at."""
+"""Tokens of each text that are compared."""
 
 MAX_KL: Final = 1.0
-"""Mean KL divergence in nats from which on a bundle counts as broken. int4 without calibration stays below 0.5."""
+"""Mean KL divergence in nats above which a bundle counts as broken. int4 without calibration stays below 0.5."""
 
 MAX_PERPLEXITY_RATIO: Final = 3.0
-"""Perplexity beside the unquantized model's from which on a bundle counts as broken."""
+"""Ratio to the unquantized model's perplexity above which a bundle counts as broken."""
 
 
 class SelfCheckError(EdgelmError):
-    """A new bundle predicts so much worse than the model it was made from that it is of no use."""
+    """A new bundle predicts so much worse than its checkpoint that it is unusable."""
 
 
 def self_check(
     bundle: Bundle, reference: Predictor, tokenizer: Tokenizer, progress: ProgressCallback
 ) -> dict[str, Any]:
-    """Return what a bundle loses on the sample text beside its reference; keys as in `Manifest.quality_facts`.
+    """Return the quality facts of a bundle on the sample text; keys as in `quality_facts`.
 
-    Raises `EdgelmError` where the bundle's logits are not numbers; see `raise_if_broken` for bounds.
+    Raises `EdgelmError` if the logits are not finite. `raise_if_broken` checks the limits.
     """
     documents = sample_documents(bundle, tokenizer)
     return quality_facts(measure_agreement(bundle, reference, documents, progress, "self-check"), SAMPLE_FILE.name)
 
 
 def sample_documents(bundle: Bundle, tokenizer: Tokenizer) -> list[Document]:
-    """Return the sample text as token ids, a document each, cut at `CHECKED_TOKENS` or the bundle's context."""
+    """Return the sample texts as token ids, cut at `CHECKED_TOKENS` or the bundle's context."""
     manifest = bundle.manifest
     length = min(CHECKED_TOKENS, manifest.context)
     return document_starts(SAMPLE_FILE.read_text(encoding="utf-8"), tokenizer, manifest.bos_token, length)
 
 
 def raise_if_broken(found: Mapping[str, Any]) -> None:
-    """Raise `SelfCheckError` for a self-check whose figures exceed `MAX_KL` or `MAX_PERPLEXITY_RATIO`."""
+    """Raise `SelfCheckError` if the figures exceed `MAX_KL` or `MAX_PERPLEXITY_RATIO`."""
     ratio = found["perplexity"] / found["reference_perplexity"]
     if found["kl_mean"] <= MAX_KL and ratio <= MAX_PERPLEXITY_RATIO:
         return
     raise SelfCheckError(
         f"the self-check failed: on {found['tokens']} tokens of sample text the bundle's perplexity is"
-        f" {found['perplexity']:.4g} where the unquantized model's is {found['reference_perplexity']:.4g}, mean KL"
-        f" divergence {found['kl_mean']:.3g} nats; allowed are {MAX_PERPLEXITY_RATIO:g} times as much and {MAX_KL:g}."
-        " Take more bits (--quant int8, --quant mixed) or other calibration text; --force writes the bundle as it is"
+        f" {found['perplexity']:.4g}, the unquantized model's {found['reference_perplexity']:.4g}, the mean KL"
+        f" divergence {found['kl_mean']:.3g} nats; the limits are {MAX_PERPLEXITY_RATIO:g} times the perplexity and"
+        f" {MAX_KL:g}."
+        " Use more bits (--quant int8, --quant mixed) or other calibration text; --force writes the bundle anyway"
     )

@@ -1,7 +1,7 @@
-"""A smaller vocabulary for one domain: tokenizer, embedding and head shrink together.
+"""A smaller vocabulary for one domain: tokenizer, embedding and head are pruned together.
 
-`prune_vocabulary` chooses the tokens and rewrites tokenizer.json; `PrunedWeights` reads the rows of the weights that
-belong to them.
+`prune_vocabulary` chooses the tokens and rewrites tokenizer.json. `PrunedWeights` reads the matching rows of the
+weights.
 """
 
 from .kept_rows import PrunedWeights

@@ -1,9 +1,9 @@
-"""Byte-pair encoding, seen from its merges: which tokens a token is made of on the way, and what remains without some.
+"""Byte-pair encoding by its merges: the tokens that a token is made of, and the model without some tokens.
 
-Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", section 3.2: the encoder joins
-the adjacent pair of lowest rank until none is left. What happens inside a finished token never looked outside it, so
-its own text alone gives the tokens it passed through. With all of those kept, and with merges only taken away, a text
-whose tokens are all kept is encoded as before.
+Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", section 3.2: the encoder joins the
+adjacent pair of lowest rank until none is left. The merges inside a finished token do not depend on the text around it,
+so encoding its own text alone gives all tokens that it was made of. If all of them are kept and merges are only
+removed, a text whose tokens are all kept is encoded as before.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 
 class BpeModel:
-    """The model of a tokenizer.json in the library's own form. Ids are those of that file.
+    """The BPE model of a tokenizer.json. Ids are those of that file.
 
     Parameters
     ----------
     model
-        Its "model" object: vocab, merges as pairs.
+        The object "model": vocab, merges as pairs.
     atoms
-        Tokens that are joined by no merge and made of nothing, such as the bytes of a byte fallback.
+        Tokens that no merge makes and that have no parts, such as the bytes of a byte fallback.
     """
 
     def __init__(self, model: Mapping[str, Any], atoms: Iterable[int] = ()) -> None:
@@ -31,10 +31,10 @@ class BpeModel:
         self._ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
         self._parts: dict[int, tuple[int, ...]] = dict.fromkeys(atoms, ())
 
-    def parts(self, token: int) -> tuple[int, ...]:
-        """Return the tokens that its encoding passes through, as often as it does, itself not among them.
+    def component_ids(self, token: int) -> tuple[int, ...]:
+        """Return the tokens that its encoding makes on the way, with repetitions, without the token itself.
 
-        Empty for a single symbol and for a token that no merges reach: that one is found whole or not at all.
+        Empty for a single symbol, and for a token that no merges make: that one is matched whole or not at all.
         """
         if token not in self._parts:
             name = self._names.get(token, "")
@@ -44,11 +44,11 @@ class BpeModel:
         return self._parts[token]
 
     def length(self, token: int) -> int:
-        """Return the symbols in a token; every part of it has fewer."""
+        """Return the number of symbols of a token. Each component has fewer."""
         return len(self._names.get(token, ""))
 
     def ids_by_merge_order(self) -> list[int]:
-        """Return every token of the model, the earliest merged first, those that no merge makes last."""
+        """Return every token id of the model, in the order of merges; tokens that no merge makes are last."""
         made: dict[str, int] = {}
         for (left, right), rank in self._ranks.items():
             made.setdefault(left + right, rank)
@@ -56,7 +56,7 @@ class BpeModel:
         return sorted(self._names, key=lambda token: (made.get(self._names[token], never), token))
 
     def pruned(self, new: Mapping[int, int]) -> dict[str, Any]:
-        """Return the "model" object of the kept tokens alone; `new` maps their ids, ascending, to the new ones."""
+        """Return the object "model" with the kept tokens only; `new` maps their old ids, ascending, to new ones."""
         vocab = {self._names[old]: token for old, token in new.items() if old in self._names}
         merges = [
             [left, right] for left, right in self._ranks if left in vocab and right in vocab and left + right in vocab
@@ -64,7 +64,7 @@ class BpeModel:
         return {**self._model, "vocab": vocab, "merges": merges}
 
     def _derive(self, name: str) -> list[str]:
-        """Encode a text alone; return its symbols, then every token made, in order."""
+        """Encode a text alone; return its symbols, then each token made, in order. Empty if it stays several tokens."""
         symbols = list(name)
         steps = list(symbols)
         never = len(self._ranks)

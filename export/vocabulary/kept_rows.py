@@ -1,4 +1,4 @@
-"""The rows of an embedding and of a head that a pruned vocabulary kept."""
+"""The rows of embedding and head that a pruned vocabulary kept."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ..checkpoint import TensorSource
 
 @dataclass(frozen=True, slots=True)
 class PrunedWeights:
-    """A checkpoint's weights with fewer rows in some tensors: a `TensorSource` like the checkpoint itself.
+    """A checkpoint's weights with fewer rows in some tensors; a `TensorSource` like the checkpoint itself.
 
     Parameters
     ----------
     source
-        Where the weights come from.
-    kept
-        int64 [new vocabulary]: the old row of each new one, such as `PrunedVocabulary.kept`.
+        The unpruned weights.
+    kept_ids
+        int64 [new vocabulary]: the old row of each new row, such as `PrunedVocabulary.kept_ids`.
     rows
-        How many there were: the checkpoint's vocab_size.
+        Number of old rows: the checkpoint's vocab_size.
     names
-        The tensors with a row for each token.
+        The tensors with one row for each token.
     chunk
-        Kept rows gathered at once, so that the whole matrix is never in memory beside them.
+        Kept rows gathered at a time, so that the old matrix is never in memory as a whole.
     """
 
     source: TensorSource
-    kept: NDArray[np.int64]
+    kept_ids: NDArray[np.int64]
     rows: int
     names: Collection[str]
     chunk: int = 1024
@@ -38,11 +38,11 @@ class PrunedWeights:
     def tensor(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> NDArray[np.float32]:
         """Return one tensor as float32 [*shape], or some of its rows (step 1). Raises as `Checkpoint.tensor` does.
 
-        The first of `shape` is the new vocabulary for the tensors of `names`, and `rows` counts in it.
+        For the tensors in `names`, the first number of `shape` and `rows` refer to the new vocabulary.
         """
         if name not in self.names:
             return self.source.tensor(name, shape, rows)
-        old = self.kept if rows is None else self.kept[rows]
+        old = self.kept_ids if rows is None else self.kept_ids[rows]
         values = np.empty((len(old), *shape[1:]), np.float32)
         for start in range(0, len(old), self.chunk):
             wanted = old[start : start + self.chunk]

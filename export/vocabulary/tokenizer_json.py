@@ -1,6 +1,6 @@
-"""tokenizer.json as the library reads it: its tokens, where it names ids, and whether pruning can keep every text.
+"""A tokenizer.json for pruning: its tokens, its references to ids, and whether pruning can preserve every text.
 
-Knows the format. Which tokens to keep is decided elsewhere.
+Knows the file format. Does not decide which tokens are kept.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .unigram import UnigramModel
 
 BYTE_TOKENS: Final = tuple(f"<0x{byte:02X}>" for byte in range(256))
 DECODERS: Final = {"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
-"""What may decode beside byte fallback: none of them looks at where one token ends and the next begins."""
+"""Decoders allowed with byte fallback: none of them depends on where one token ends and the next begins."""
 WITHOUT_IDS: Final = {"ByteLevel"}
 
 
@@ -30,29 +30,30 @@ WITHOUT_IDS: Final = {"ByteLevel"}
 class TokenizerJson:
     """A tokenizer that can be pruned.
 
-    `content` is the file in the library's own form, `model` its model, `ids` every token's id by name, added tokens
-    included, `base` the ids of the model's own, and `basis` those without which some text could not be spelled.
+    content: the file as the library writes it. model: its model. ids: the id of every token by its text, added tokens
+    included. model_ids: ids of the model's own tokens. required_ids: tokens without which some text could not be
+    encoded.
     """
 
     path: Path
-    inner: tokenizers.Tokenizer
+    tokenizer: tokenizers.Tokenizer
     content: Mapping[str, Any]
     model: BpeModel | UnigramModel
     ids: Mapping[str, int]
-    base: frozenset[int]
-    basis: frozenset[int]
+    model_ids: frozenset[int]
+    required_ids: frozenset[int]
 
     @property
-    def added(self) -> list[int]:
-        """Ids of the added tokens, special or not, in ascending order. Those not in `base` follow the model's own."""
+    def added_ids(self) -> list[int]:
+        """Ids of the added tokens, special or not, ascending. Those not in `model_ids` follow the model's own."""
         return sorted(token["id"] for token in self.content["added_tokens"])
 
-    def named(self) -> set[int]:
-        """Return the ids that padding and post-processor write."""
+    def referenced_ids(self) -> set[int]:
+        """Return the ids that padding and post-processor refer to."""
         return {holder[key] for holder, key in _id_references(self.content)}
 
     def pruned(self, new: Mapping[int, int]) -> str:
-        """Return the text of the tokenizer.json of the kept tokens; `new` maps their ids to the new ones, in order."""
+        """Return the text of a tokenizer.json with the kept tokens; `new` maps their old ids to new ones, in order."""
         content = deepcopy({name: value for name, value in self.content.items() if name != "model"})
         for holder, key in _id_references(content):
             holder[key] = new[holder[key]]
@@ -63,10 +64,10 @@ class TokenizerJson:
 
 
 def read_tokenizer_json(path: str | Path, text: str | None = None) -> TokenizerJson:
-    """Read a tokenizer.json that is to be pruned; where its `text` is given, `path` is only what messages call it.
+    """Read a tokenizer.json for pruning. If `text` is given, `path` is only its name in messages.
 
-    Raises `CheckpointError` when it cannot be read, or when texts would be lost: it spells no bytes, or decodes in a
-    way that hangs on where tokens end.
+    Raises `CheckpointError` if it cannot be read, or if texts would be lost: it cannot spell bytes, or its decoding
+    depends on where tokens end.
     """
     try:
         if text is None:
@@ -91,7 +92,7 @@ def read_tokenizer_json(path: str | Path, text: str | None = None) -> TokenizerJ
         basis |= {ids[unknown]} if unknown in ids else set()
     else:
         model = UnigramModel(content["model"], basis)
-        basis |= model.basis()
+        basis |= model.required_ids()
     try:
         lost = {holder[key] for holder, key in _id_references(content)} - set(ids.values())
     except ValueError as error:
@@ -103,7 +104,7 @@ def read_tokenizer_json(path: str | Path, text: str | None = None) -> TokenizerJ
 
 
 def _obstacle(content: Mapping[str, Any], ids: Mapping[str, int]) -> str | None:
-    """Return why texts would not survive, or None."""
+    """Return why some texts would not survive pruning; None if all would."""
     model = content["model"]
     kind = model["type"]
     if kind not in ("BPE", "Unigram"):
@@ -131,7 +132,7 @@ def _obstacle(content: Mapping[str, Any], ids: Mapping[str, int]) -> str | None:
 
 
 def _spelling(content: Mapping[str, Any], ids: Mapping[str, int]) -> set[int]:
-    """Return the tokens that spell any text: the bytes, and the signs that decode to something else than themselves."""
+    """Return the tokens that spell any text: the bytes, and the signs that decode to something else."""
     if _is_byte_level(content):
         return {ids[letter] for letter in tokenizers.pre_tokenizers.ByteLevel.alphabet() if letter in ids}
     return {ids[name] for name in (*BYTE_TOKENS, *_signs(content["decoder"])) if name in ids}
@@ -142,7 +143,7 @@ def _is_byte_level(content: Mapping[str, Any]) -> bool:
 
 
 def _flat(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Return the steps of a sequence within sequences, in order."""
+    """Return the steps of nested sequences in order."""
     if step is None:
         return []
     for name in ("decoders", "pretokenizers", "normalizers", "processors"):
@@ -156,7 +157,7 @@ def _types(step: Mapping[str, Any] | None) -> list[str]:
 
 
 def _signs(decoder: Mapping[str, Any] | None) -> list[str]:
-    """Return what a decoder replaces, such as the sign for a space; a pattern that is no string as the empty one."""
+    """Return the strings that a decoder replaces, such as the sign for a space; "" for a regular expression."""
     found = []
     for step in _flat(decoder):
         if step["type"] == "Replace":
@@ -167,9 +168,9 @@ def _signs(decoder: Mapping[str, Any] | None) -> list[str]:
 
 
 def _id_references(content: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Yield (object, key) of every token id outside the model and the list of added tokens.
+    """Yield (object, key) for every token id outside the model and the list of added tokens.
 
-    Raises `ValueError` for a post-processor that is not known.
+    Raises `ValueError` for an unknown post-processor.
     """
     if content["padding"] is not None:
         yield content["padding"], "pad_id"

@@ -1,1 +1,1 @@
-"""A bundle on disk: matrices, graph and manifest, staged_directory and renamed into place."""
+"""Writing a bundle: matrices, graph and manifest, in a staging directory that is renamed into place."""

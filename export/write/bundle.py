@@ -1,4 +1,4 @@
-"""Matrices, graph and tokenizer of a bundle into a directory, and the manifest that says what they are."""
+"""Writes the matrices, graph and tokenizer of a bundle, and builds its manifest."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def write_bundle(
     documents: Sequence[Document] | None = None,
     report: bool = False,
 ) -> Manifest:
-    """Write everything of a bundle but the manifest, which is returned without hashes.
+    """Write all files of a bundle except the manifest; return the manifest without hashes.
 
-    `total` are the matrices' bytes to be, for the progress; calibrated plans need `documents`. Raises as
-    `edgelm_export.export` does.
+    total: expected bytes of all matrices, for the progress. documents: required if the plan has calibrated matrices.
+    Raises as `edgelm_export.export` does.
     """
     (folder / "tokenizer.json").write_text(model.tokenizer_text, encoding="utf-8")
     if model.vocabulary is not None:
-        (folder / VOCABULARY).write_text(json.dumps(model.vocabulary.kept.tolist()), encoding="utf-8")
+        (folder / VOCABULARY).write_text(json.dumps(model.vocabulary.kept_ids.tolist()), encoding="utf-8")
     with FileInitializers(folder / "model.onnx.data") as initializers:
         store = MatrixWriter(model.weights, plan, initializers, progress, total, measure=report)
         store_matrices(store, documents if plan.is_calibrated else None)
@@ -73,16 +73,16 @@ def _manifest(model: SourceModel, quant: Quant, context: int, store: MatrixWrite
         chat_template=metadata.chat_template(checkpoint),
         bare_prompt=metadata.bare_prompt(checkpoint),
         special_tokens=metadata.special_tokens(checkpoint),
-        made_with={**metadata.made_with(), **checkpoint.library_versions},
+        made_with={**metadata.library_versions(), **checkpoint.library_versions},
         vocabulary=vocabulary_facts(model, sum(matrix.bytes() for matrix in tables) / d.vocab_size),
-        adapter=model.adapter,
+        adapter=model.adapter_name,
         long_from=d.long_from(context),
         notes=checkpoint.notes,
     )
 
 
 def _precision(quant: Quant, matrices: Sequence[Matrix]) -> str:
-    """Return what the manifest calls the precision of all matrices together, embedding and head left out."""
+    """Return the manifest's precision of all matrices except embedding and head."""
     bits = {matrix.bits for matrix in matrices if matrix.name not in TOKEN_MATRICES}
     if len(bits) > 1:
         return "mixed"

@@ -1,4 +1,4 @@
-"""Every matrix of a decoder into the data file, each as the plan says, one at a time."""
+"""Quantizes the matrices of a decoder by the plan and writes them to the data file, one at a time."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from ..quantize.quantizer import Quantizer, choose_scale_dtype
 from ..quantize.spec import KEEP, QuantSpec
 
 MAX_WEIGHT_GROWTH: Final = 4
-"""How many times as large as a matrix's largest weight a calibrated one's may be. A channel that hardly varies takes up
-others' errors by large weights, which the text that calibrated it justifies and another one may not."""
+"""Largest ratio of a calibrated matrix's largest weight to the original's. GPTQ can correct errors by large weights in
+a channel that hardly varies in the calibration text but may vary in other text."""
 
 
 def planned_matrix(name: str, rows: int, columns: int, spec: QuantSpec | None) -> Matrix:
-    """Return how a matrix is going to be stored, if its scales fit float16."""
+    """Return how a matrix will be stored, if its scales fit float16."""
     if spec is None:
         return Matrix(name, rows, columns, 32)
     return Matrix(name, rows, columns, spec.bits, spec.block_size, spec.symmetric, spec.accuracy_level, spec.method, 16)
@@ -41,9 +41,9 @@ def planned_matrix(name: str, rows: int, columns: int, spec: QuantSpec | None) -
 
 @dataclass(slots=True)
 class MatrixWriter:
-    """Quantizes matrices by a plan and writes them; `matrices` says how each is stored, in the order they came.
+    """Quantizes matrices by a plan and writes them. `matrices`: how each is stored, by name, in the order of the calls.
 
-    With `measure` the relative root mean square error of each goes into `errors`.
+    With `measure`, the relative root mean square error of each is in `errors`.
     """
 
     weights: DecoderWeights
@@ -57,7 +57,7 @@ class MatrixWriter:
     _done: int = 0
 
     def __call__(self, name: str, rows: LazyMatrix, moments: Moments | None = None) -> LazyMatrix:
-        """Store a matrix; return it as it will be read. See `calibrate.Store`."""
+        """Store a matrix; return it as it reads back. See `calibrate.MatrixSink`."""
         self.progress("quantizing", self._done, self.total)
         spec = self.plan.spec(name)
         if spec is None:
@@ -76,14 +76,14 @@ class MatrixWriter:
         return read
 
     def is_calibrated(self, name: str) -> bool:
-        """See `calibrate.Store`."""
+        """See `calibrate.MatrixSink`."""
         spec = self.plan.spec(name)
         return spec is not None and needs_calibration(spec.method)
 
     def _quantize(
         self, name: str, rows: LazyMatrix, spec: QuantSpec, moments: Moments | None
     ) -> tuple[PackedMatrix, QuantSpec]:
-        """Return the packed matrix and the spec that was used: without calibration if that is better or inevitable."""
+        """Return the packed matrix and its spec: without calibration if there are no moments or it loses more."""
         method = load_method(spec.method)
         importance = self.weights.importance(name) if method.uses_importance else None
         if method.needs_moments:
@@ -95,7 +95,7 @@ class MatrixWriter:
 
 
 def store_matrices(store: MatrixWriter, documents: Sequence[Document] | None = None) -> dict[str, Matrix]:
-    """Quantize and write all matrices, calibrated where there are documents; return how each is stored, by name."""
+    """Quantize and write all matrices, calibrated if there are documents; return how each is stored, by name."""
     if documents is None:
         for name, rows in store.weights.matrices():
             store(name, rows)
@@ -108,7 +108,7 @@ def store_matrices(store: MatrixWriter, documents: Sequence[Document] | None = N
 def quantize_matrix(
     rows: LazyMatrix, spec: QuantSpec, moments: Moments | None = None, importance: NDArray[np.float32] | None = None
 ) -> PackedMatrix:
-    """Quantize a matrix, a piece at a time where nothing but its own rows counts; see `Quantizer`."""
+    """Quantize a matrix in chunks of rows, which do not depend on each other; see `Quantizer`."""
     largest = max(float(np.abs(chunk).max()) for chunk in rows.chunks())
     quantizer = Quantizer(
         spec, importance=importance, moments=moments, scale_dtype=choose_scale_dtype(largest, spec.bits)
@@ -119,14 +119,14 @@ def quantize_matrix(
 def quantize_calibrated(
     rows: LazyMatrix, spec: QuantSpec, moments: Moments, importance: NDArray[np.float32] | None
 ) -> PackedMatrix | None:
-    """Quantize a matrix with what calibration says of its inputs, first moved to make up for earlier errors.
+    """Quantize a matrix with moments, after its weights are moved to compensate for the drift of its inputs.
 
-    Returns None where the result serves the held-back positions no better than a matrix quantized without calibration,
-    or has a value more than `MAX_WEIGHT_GROWTH` times as large as the matrix has.
+    Returns None if the result has a larger output error on held-out positions than the matrix quantized without
+    calibration, or a value more than `MAX_WEIGHT_GROWTH` times the matrix's largest.
     """
     moved = rows
     if moments.input_drift is not None or moments.residual_drift is not None:
-        moved = LazyMatrix.of(compensate_drift(rows.whole(), moments))
+        moved = LazyMatrix.from_array(compensate_drift(rows.read_all(), moments))
     packed = quantize_matrix(moved, spec, moments)
     if moments.held_out is None:
         return packed
@@ -136,7 +136,7 @@ def quantize_calibrated(
 
 
 def _held_out_error(rows: LazyMatrix, packed: PackedMatrix, held: HeldOut) -> tuple[float, float]:
-    """Return the output error on held-back positions, and how many times as large the largest value has become."""
+    """Return the output error on held-out positions, and the ratio of the largest values after and before."""
     error, start, before, after = 0.0, 0, 0.0, 0.0
     for chunk in rows.chunks():
         stop = start + len(chunk)

@@ -1,4 +1,4 @@
-"""A picture of an export: what each matrix lost, and what it takes, layer by layer."""
+"""A plot of an export: the error and size of each matrix, layer by layer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from edgelm.bundle.manifest import Matrix
 from ..architectures.weights import LAYER_PARTS
 
 COLOURS = {"qkv": "#4477aa", "output": "#ee6677", "gate_up": "#228833", "down": "#ccbb44"}
-"""Paul Tol's bright scheme, which is told apart without colour vision too."""
+"""Paul Tol's "bright" scheme, distinguishable with colour blindness."""
 TABLE_COLOUR = "#555555"
 
 
 def plot_report(file: Path, matrices: Sequence[Matrix], errors: Mapping[str, float]) -> None:
-    """Draw relative error (lines) over size (stacked bars) for every layer; the same input gives the same bytes.
+    """Plot relative error (lines) and size (stacked bars) of every layer. The same input gives the same bytes.
 
     `errors` are relative root mean square errors of the weights, by matrix name.
     """
@@ -41,7 +41,7 @@ def plot_report(file: Path, matrices: Sequence[Matrix], errors: Mapping[str, flo
 
 
 def _places(matrices: Sequence[Matrix]) -> dict[str, int]:
-    """Return where each layer, the embedding first and the head last, stands on the horizontal axis."""
+    """Return the horizontal position of each layer: the embedding first, the head last."""
     labels = [matrix.name.split(".")[1] if "." in matrix.name else matrix.name for matrix in matrices]
     return {label: at for at, label in enumerate(dict.fromkeys(labels))}
 

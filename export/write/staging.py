@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all: built beside its target, then renamed into place."""
+"""A directory that is written completely or not at all: built beside its target, then renamed into place."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from typing import Final
 from edgelm.errors import EdgelmError
 
 ABANDONED_S: Final = 900
-"""What nothing was written to for so long was left by a run that was killed."""
+"""A staging directory without a write for this many seconds was left by a killed run."""
 MIN_FREE_BYTES: Final = 2_000_000
-"""A disk with less room counts as full."""
+"""A disk with less free space counts as full."""
 
 
-def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
-    """Raise `EdgelmError` where `staged_directory` would refuse `target`: to know before long work, not after it."""
+def check_target(target: Path, *, force: bool, is_replaceable: Callable[[Path], bool]) -> None:
+    """Raise `EdgelmError` if `staged_directory` would refuse `target`. Call it before long work."""
     exists = target.exists() and not (target.is_dir() and not any(target.iterdir()))
     if exists and not force:
         raise EdgelmError(f"{target} exists; --force replaces it")
-    if exists and not replaceable(target):
+    if exists and not is_replaceable(target):
         raise EdgelmError(f"{target} exists and is not something this command wrote; remove it by hand")
 
 
 @contextmanager
-def staged_directory(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
-    """Yield an empty directory that becomes `target` when the block ends well and vanishes when it does not.
+def staged_directory(target: Path, *, force: bool, is_replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yield an empty directory that becomes `target` if the block succeeds, and is removed otherwise.
 
-    An existing target is refused unless it is an empty directory or `force` is given and `replaceable(target)` holds;
-    it is replaced only at the end. Parents that had to be made go again with a failure. Raises `EdgelmError`.
+    An existing target is refused, unless it is an empty directory, or `force` is given and `is_replaceable(target)`
+    holds; it is replaced only at the end. Parent directories that were created are removed on failure. Raises
+    `EdgelmError`.
     """
     target = target.absolute()
     stage: Path | None = None
@@ -42,7 +43,7 @@ def staged_directory(target: Path, *, force: bool, replaceable: Callable[[Path],
         exists = target.exists() and not (target.is_dir() and not any(target.iterdir()))
         if exists and not force:
             raise EdgelmError(f"{target} exists; --force replaces it")
-        if exists and not replaceable(target):
+        if exists and not is_replaceable(target):
             raise EdgelmError(f"{target} exists and is not something this command wrote; remove it by hand")
         missing = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,10 +52,12 @@ def staged_directory(target: Path, *, force: bool, replaceable: Callable[[Path],
         yield stage
         _rename_into_place(stage, target)
     except BaseException as error:
-        is_full = isinstance(error, OSError) and _is_full(target.parent)  # before what was written goes again
+        is_full = isinstance(error, OSError) and _is_full(
+            target.parent
+        )  # check before the staging directory is removed
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
-        for parent in missing:  # the innermost first; one that someone else uses by now stays
+        for parent in missing:  # innermost first; one that is in use by now stays
             with suppress(OSError):
                 parent.rmdir()
         if isinstance(error, OSError):
@@ -64,19 +67,19 @@ def staged_directory(target: Path, *, force: bool, replaceable: Callable[[Path],
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what killed runs left beside the target: what nobody has written to lately."""
+    """Remove staging directories of killed runs beside the target: those not written to for `ABANDONED_S`."""
     for remains in target.parent.glob(f".{target.name}.*"):
         try:
             files = [remains, *remains.rglob("*")]
             is_old = time.time() - max(file.lstat().st_mtime for file in files) > ABANDONED_S
-        except OSError:  # someone else's, and at work
+        except OSError:  # in use by another process, or not accessible
             continue
         if remains.is_dir() and not remains.is_symlink() and is_old:
             shutil.rmtree(remains, ignore_errors=True)
 
 
 def _is_full(folder: Path) -> bool:
-    """Whether there is no room left where a folder lies."""
+    """Return whether the disk of a folder is full."""
     try:
         return shutil.disk_usage(folder).free < MIN_FREE_BYTES
     except OSError:
@@ -84,7 +87,7 @@ def _is_full(folder: Path) -> bool:
 
 
 def _rename_into_place(stage: Path, target: Path) -> None:
-    """Rename the stage to the target; what stood there is removed after, or put back on failure."""
+    """Rename the stage to the target. An old target is removed afterwards, or restored on failure."""
     if not target.exists():
         stage.rename(target)
         return

@@ -35,8 +35,8 @@ LICENCES = {"Llama 3.2 Community": "llama3.2", "Gemma Terms of Use": "gemma"}
 def sized(model: CatalogueModel, variant: ModelVariant) -> tuple[int, int]:
     """Return a variant's size on disk and what it takes in memory, both in 10^6 bytes."""
     config, parameters = PUBLISHED[CATALOGUE[model.name]]
-    decoder = find_architecture(config).decoder(config)
-    outside = decoder.vocab_size * decoder.hidden_size * (1 if decoder.tied else 2)
+    decoder = find_architecture(config).read_config(config)
+    outside = decoder.vocab_size * decoder.hidden_size * (1 if decoder.has_tied_head else 2)
     inner, outer = BITS[variant.quant]
     weights = ((parameters - outside) * inner + outside * outer) / 8
     keys = 2 * TOKENS * decoder.cache.bytes_per_token()  # of the request, and of one being scored

@@ -22,7 +22,7 @@ import torch
 from edgelm_export.distill.builtin_recipe import BUILTIN_RECIPE
 from edgelm_export.distill.data import encode_tasks
 from edgelm_export.distill.distill import open_tokenizer
-from edgelm_export.distill.score_student import evaluate
+from edgelm_export.distill.score_student import evaluate_student
 from edgelm_export.distill.shape import parse_shape
 from edgelm_export.distill.snips import read_utterances
 from edgelm_export.distill.student import inherit_layers, load_transformers_model, make_student
@@ -96,7 +96,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> Arm:
     trainer = Trainer(student, lambda _: examples, limited, clock=time.process_time)
     trainer.run()
     total = time.process_time() - start
-    score = evaluate(student, tokenizer, [utterance.to_task() for utterance in read_utterances(args.dev)])
+    score = evaluate_student(student, tokenizer, [utterance.to_task() for utterance in read_utterances(args.dev)])
     return Arm(name, seed, trainer.progress.step, asking, total, score)
 
 

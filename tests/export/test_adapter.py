@@ -113,7 +113,7 @@ def test_the_sum_is_the_plain_one(
 
 def test_other_tensors_are_as_they_were(base: Checkpoint, folder: Path) -> None:
     adapter = opened(save(folder, factors(QUERY, 4)))
-    assert adapter.changed == [f"{QUERY}.weight"]
+    assert adapter.changed_tensors == [f"{QUERY}.weight"]
     for name, weight in BASE.tensors().items():
         if name != f"{QUERY}.weight":
             assert adapter.apply(name, weight) is weight

@@ -159,7 +159,9 @@ def test_training_lowers_the_loss_and_averaging_gives_other_weights():
 
 
 def test_dropout_ends_with_the_training_and_clipping_bounds_a_step():
-    settings = TrainingSettings(epochs=1, batch_tokens=64, row_length=32, dropout=0.5, clip=1e-12, weight_decay=0.0)
+    settings = TrainingSettings(
+        epochs=1, batch_tokens=64, row_length=32, dropout=0.5, max_grad_norm=1e-12, weight_decay=0.0
+    )
     trainer = Trainer(tiny_model(), lambda _: random_examples(20), settings)
     before = weights_of(trainer)
     trainer.run()
@@ -216,7 +218,7 @@ def test_a_teacher_asked_once_says_what_it_says_at_every_step():
     at_every_step.run()
     kept = replace(every, teacher_top_k=VOCABULARY)
     asked = add_teacher_targets(tiny_model(7), examples, kept)
-    assert all(example.soft is not None for example in asked)
+    assert all(example.teacher_targets is not None for example in asked)
     once = Trainer(tiny_model(), lambda _: asked, kept)
     once.run()
     assert once.progress.loss == pytest.approx(at_every_step.progress.loss, abs=1e-4)
@@ -231,7 +233,7 @@ def test_a_time_limit_ends_the_run_with_the_rate_run_down():
     trainer.run()
     assert 20 <= trainer.progress.step <= 45
     assert trainer.progress.elapsed_s >= 40
-    assert learning_rate(trainer.progress.share, settings) < 0.1 * settings.lr
+    assert learning_rate(trainer.progress.fraction_done, settings) < 0.1 * settings.lr
 
 
 @given(share=st.floats(0, 1), warmup=st.floats(0, 0.9))

@@ -118,9 +118,9 @@ def test_the_bundle_says_what_the_file_says(tmp_path, export_to_cache):
 
 def test_sampling_that_the_file_does_not_mention_is_greedy(tmp_path):
     checkpoint = open_checkpoint(write(tmp_path / "model.gguf"))
-    assert not checkpoint.generation.get("do_sample")
+    assert not checkpoint.generation_config.get("do_sample")
     file = write(tmp_path / "cold.gguf", metadata={"general.sampling.temp": 0.0})
-    assert open_checkpoint(file).generation["do_sample"] is False
+    assert open_checkpoint(file).generation_config["do_sample"] is False
 
 
 def test_numbers_in_float32_are_those_that_were_configured(tmp_path):
@@ -192,11 +192,11 @@ def test_parts_that_are_not_as_they_should_be(spoil, message, parts):
 def kept_and_stored(file):
     """Yield each kept matrix's name, what the bundle has, and what the file says."""
     model = open_source_model(file)
-    weights = DecoderWeights(model.checkpoint, model.decoder, model.weights.names)
+    weights = DecoderWeights(model.checkpoint, model.decoder, model.weights.tensor_names)
     for name, rows in weights.matrices():
         kinds = {model.checkpoint.tensors.kind(part) for part in model.checkpoint.names if _is_part(part, name)}
         if len(kinds) == 1 and kinds <= {"Q4_0", "Q8_0"}:
-            yield name, dequantize(read_kept_matrix(weights, name)), rows.whole()
+            yield name, dequantize(read_kept_matrix(weights, name)), rows.read_all()
 
 
 def _is_part(tensor, matrix):
@@ -230,7 +230,7 @@ def test_blocks_without_a_scale_are_zeros(kind, tmp_path):
         content[start : start + 2] = np.float16([0.0, -0.0][i > 0]).tobytes()
     file.write_bytes(content)
     weights = open_source_model(file).weights
-    packed, expected = read_kept_matrix(weights, "embedding"), weights.embedding().whole()
+    packed, expected = read_kept_matrix(weights, "embedding"), weights.embedding().read_all()
     assert not expected[0, :32].any()
     assert not expected[1, 32:].any()
     assert np.array_equal(dequantize(packed), expected)
@@ -284,7 +284,7 @@ def test_a_pruned_vocabulary_keeps_the_rows_blocks(tmp_path):
     model = open_source_model(file)
     small = edgelm_export.source_model.with_vocabulary(model, np.array(kept))
     found = dequantize(read_kept_matrix(small.weights, "embedding"))
-    assert np.array_equal(found, model.weights.embedding().whole()[kept])
+    assert np.array_equal(found, model.weights.embedding().read_all()[kept])
 
 
 @pytest.mark.parametrize(
@@ -354,13 +354,13 @@ def test_the_real_model_is_read_as_it_is(smollm2_gguf):
     assert isinstance(checkpoint.tensors, GgufTensors)
     assert checkpoint.config["model_type"] == "llama"
     assert checkpoint.config["tie_word_embeddings"]
-    assert checkpoint.generation["eos_token_id"] == [2, 0]
+    assert checkpoint.generation_config["eos_token_id"] == [2, 0]
     assert checkpoint.tokenizer_config["chat_template"].startswith("{% for message in messages %}")
 
 
 def test_the_real_models_kept_embedding_is_the_files(smollm2_gguf):
     weights = open_source_model(smollm2_gguf).weights
-    assert np.array_equal(dequantize(read_kept_matrix(weights, "embedding")), weights.embedding().whole())
+    assert np.array_equal(dequantize(read_kept_matrix(weights, "embedding")), weights.embedding().read_all())
 
 
 def test_the_writer_of_the_tests_is_the_converters_inverse(tmp_path):

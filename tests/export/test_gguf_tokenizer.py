@@ -139,7 +139,7 @@ def read(values):
 
 
 def inner(values):
-    return tokenizers.Tokenizer.from_str(read(values).text)
+    return tokenizers.Tokenizer.from_str(read(values).tokenizer_text)
 
 
 # --- byte-level BPE ---
@@ -230,7 +230,7 @@ def test_a_piece_that_is_a_token_stays_whole_where_the_kind_says_so(pre, whole):
 def test_a_file_without_a_kind_has_the_default():
     values = {**byte_level("default")}
     del values["tokenizer.ggml.pre"]
-    assert json.loads(read(values).text) == json.loads(read(byte_level("default")).text)
+    assert json.loads(read(values).tokenizer_text) == json.loads(read(byte_level("default")).tokenizer_text)
 
 
 # --- special tokens ---
@@ -265,21 +265,21 @@ def test_bos_and_eos_are_added_where_the_file_or_the_kind_says_so(pre, add_bos, 
 def test_what_ends_an_answer():
     values = dict(byte_level())
     count = len(values["tokenizer.ggml.tokens"])
-    assert list(read(values).ends) == [count - 4]
+    assert list(read(values).end_ids) == [count - 4]
     values["tokenizer.ggml.eot_token_id"] = count - 2
     values["tokenizer.ggml.eom_token_id"] = count - 3
     found = read(values)
-    assert list(found.ends) == [count - 4, count - 2, count - 3]
+    assert list(found.end_ids) == [count - 4, count - 2, count - 3]
     assert found.control.keys() == {"<|end|>", "<user>", "[PAD]", "<|bos|>"}
     del values["tokenizer.ggml.eos_token_id"]
-    assert list(read(values).ends) == [count - 2, count - 3, count - 4]  # <|end|> by its name
+    assert list(read(values).end_ids) == [count - 2, count - 3, count - 4]  # <|end|> by its name
 
 
 def test_a_piece_of_text_that_is_called_like_an_end_is_none():
     values = dict(byte_level())
     values["tokenizer.ggml.tokens"] = [*values["tokenizer.ggml.tokens"], b"</s>"]
     values["tokenizer.ggml.token_type"] = np.append(values["tokenizer.ggml.token_type"], NORMAL)
-    assert len(read(values).ends) == 1
+    assert len(read(values).end_ids) == 1
 
 
 def test_ids_that_are_no_tokens_are_left_out():
@@ -380,7 +380,7 @@ def spoken(prefix):
 
 def test_sentencepieces_special_tokens_have_ids_by_default():
     found = read(sentencepiece())
-    assert (found.bos, found.pad, list(found.ends)) == (1, None, [2])
+    assert (found.bos, found.pad, list(found.end_ids)) == (1, None, [2])
     assert found.config == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     assert spoken(True).encode("<s>ab</s><|user|>ab").tokens == ["<s>", "<s>", "▁", "ab", "</s>", "<|user|>", "▁", "ab"]
 

@@ -31,7 +31,7 @@ def byte_level(merges: list[tuple[str, str]], letters: list[str] = LETTERS, **op
 
 
 def names(result: PrunedVocabulary) -> set[str]:
-    return set(tokenizers.Tokenizer.from_str(result.tokenizer).get_vocab())
+    return set(tokenizers.Tokenizer.from_str(result.tokenizer_text).get_vocab())
 
 
 def test_the_most_applied_merges_stay(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_word_found_whole_needs_no_merges(tmp_path: Path) -> None:
     made = byte_level([("k", "i")], first=["kitchen"], ignore_merges=True)
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), made.pre_tokenizer])
     result = prune_vocabulary(write(tmp_path, made), "kitchen " * 200, 257, model_vocab_size=ALL)
-    after = tokenizers.Tokenizer.from_str(result.tokenizer)
+    after = tokenizers.Tokenizer.from_str(result.tokenizer_text)
     assert names(result) - set(LETTERS) == {"kitchen"}
     assert after.encode("kitchen").ids == [result.new_id(0)]
 
@@ -98,7 +98,7 @@ def test_the_unknown_token_stays(tmp_path: Path) -> None:
     """A vocabulary trained without an initial alphabet lacks bytes, and says so with this token."""
     made = byte_level([("a", "b"), ("c", "d")], list("abcd"), first=["ab", "cd", "<unk>"], unk_token="<unk>")
     result = prune_vocabulary(write(tmp_path, made), "abcd" * 100, 6, model_vocab_size=ALL)
-    before, after = made.encode("abxcd"), tokenizers.Tokenizer.from_str(result.tokenizer).encode("abxcd")
+    before, after = made.encode("abxcd"), tokenizers.Tokenizer.from_str(result.tokenizer_text).encode("abxcd")
     assert before.tokens == ["ab", "<unk>", "cd"]
     assert after.tokens == ["ab", "<unk>", "c", "d"]
 
@@ -118,7 +118,7 @@ def test_an_unknown_character_costs_what_it_did(tmp_path: Path) -> None:
     path = write(tmp_path, made)
     for size in range(260, 262):
         after = tokenizers.Tokenizer.from_str(
-            prune_vocabulary(path, "ab" * 99 + "bb" * 99, size, model_vocab_size=ALL).tokenizer
+            prune_vocabulary(path, "ab" * 99 + "bb" * 99, size, model_vocab_size=ALL).tokenizer_text
         )
         assert after.token_to_id("é") is not None
         assert after.decode(after.encode("abéab").ids) == "abéab"
@@ -130,7 +130,7 @@ def test_ids_move_wherever_they_are_written(tmp_path: Path) -> None:
     end = content["padding"]["pad_id"]
     path = write(tmp_path, "gpt2")
     result = prune_vocabulary(path, DOMAIN, 300, model_vocab_size=ALL)
-    moved = json.loads(result.tokenizer)
+    moved = json.loads(result.tokenizer_text)
     added = {token["content"]: token["id"] for token in moved["added_tokens"]}
     assert added == {token["content"]: result.new_id(token["id"]) for token in content["added_tokens"]}
     assert moved["padding"] == {**content["padding"], "pad_id": result.new_id(end)}
@@ -140,7 +140,7 @@ def test_ids_move_wherever_they_are_written(tmp_path: Path) -> None:
 
 
 def test_truncation_and_the_other_processors_stay(tmp_path: Path) -> None:
-    moved = json.loads(prune_vocabulary(write(tmp_path, "llama2"), DOMAIN, 300, model_vocab_size=ALL).tokenizer)
+    moved = json.loads(prune_vocabulary(write(tmp_path, "llama2"), DOMAIN, 300, model_vocab_size=ALL).tokenizer_text)
     before = json.loads(tokenizer_json("llama2"))
     for name in ("truncation", "normalizer", "pre_tokenizer", "decoder", "post_processor", "version"):
         assert moved[name] == before[name]
@@ -152,8 +152,8 @@ def test_rows_without_tokens_are_dropped(tmp_path: Path) -> None:
     path = write(tmp_path, "llama3")
     total = tokenizers.Tokenizer.from_file(str(path)).get_vocab_size()
     result = prune_vocabulary(path, DOMAIN, total, model_vocab_size=total + 271)
-    assert result.kept.tolist() == list(range(total))
-    assert json.loads(result.tokenizer)["model"] == json.loads(path.read_text("utf-8"))["model"]
+    assert result.kept_ids.tolist() == list(range(total))
+    assert json.loads(result.tokenizer_text)["model"] == json.loads(path.read_text("utf-8"))["model"]
 
 
 def test_added_tokens_without_a_row_are_dropped(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_added_tokens_without_a_row_are_dropped(tmp_path: Path) -> None:
     before = tokenizers.Tokenizer.from_file(str(path))
     reserved = before.token_to_id("<|reserved|>")
     result = prune_vocabulary(path, DOMAIN, 300, model_vocab_size=reserved)
-    after = tokenizers.Tokenizer.from_str(result.tokenizer)
+    after = tokenizers.Tokenizer.from_str(result.tokenizer_text)
     assert after.token_to_id("<|reserved|>") is None
     assert result.new_id(before.token_to_id("<|eot|>")) == 299
     assert after.decode(after.encode("<|reserved|>").ids) == "<|reserved|>"
@@ -175,9 +175,9 @@ def test_tokens_numbered_out_of_order(tmp_path: Path) -> None:
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     ]
     result = prune_vocabulary(write(tmp_path, made), "abc" * 200, 259, model_vocab_size=401)
-    after = tokenizers.Tokenizer.from_str(result.tokenizer)
-    assert result.kept[-3:].tolist() == [256, 400, 258]
-    assert result.kept[after.encode("abc<s>").ids].tolist() == [400, 258]
+    after = tokenizers.Tokenizer.from_str(result.tokenizer_text)
+    assert result.kept_ids[-3:].tolist() == [256, 400, 258]
+    assert result.kept_ids[after.encode("abc<s>").ids].tolist() == [400, 258]
 
 
 def test_long_texts_are_counted_in_parts(tmp_path: Path) -> None:
@@ -192,8 +192,8 @@ def test_long_texts_are_counted_in_parts(tmp_path: Path) -> None:
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     path = write(tmp_path, "unigram")
     first, second = (prune_vocabulary(path, DOMAIN, 300, model_vocab_size=ALL) for _ in range(2))
-    assert first.tokenizer == second.tokenizer
-    assert first.kept.tolist() == second.kept.tolist()
+    assert first.tokenizer_text == second.tokenizer_text
+    assert first.kept_ids.tolist() == second.kept_ids.tolist()
 
 
 def test_stories_for_stories(stories_checkpoint: Path, shared: Path) -> None:

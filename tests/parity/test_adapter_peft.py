@@ -67,7 +67,7 @@ def test_the_sum_is_that_of_peft(train: Callable[..., Any], options: dict[str, A
         found = AdaptedWeights(base, adapter).tensor(name, weight.shape)
         np.testing.assert_allclose(found, expected[name].numpy(), rtol=1e-6, atol=1e-6)
         changed += not np.array_equal(found, weight)
-    assert changed == len(adapter.changed) > 0
+    assert changed == len(adapter.changed_tensors) > 0
 
 
 @pytest.mark.parametrize("options", [{"target_modules": ["embed_tokens", "q_proj"]}, {"modules_to_save": ["lm_head"]}])

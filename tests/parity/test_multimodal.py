@@ -175,7 +175,7 @@ def test_what_the_text_half_leaves_out_is_the_class_s(tmp_path):
         "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
     }
     text = extract_text_model(Named(), published)
-    decoder = find_architecture(text.config).decoder(text.config)
+    decoder = find_architecture(text.config).read_config(text.config)
     assert (decoder.heads, decoder.kv_heads, decoder.head_size, decoder.vocab_size) == (8, 4, 256, 262_208)
     assert decoder.parameters == 4_300_079_472 - 416_866_032 - 2_950_272  # the whole, its vision tower, its projector
     assert text.config["eos_token_id"] == [1, 106]

@@ -29,7 +29,7 @@ MODELS = st.dictionaries(st.sampled_from("abcd"), OPTIONS, min_size=1)
 
 
 def total(chosen):
-    return sum(each.bytes for each in chosen), sum(each.kl for each in chosen)
+    return sum(each.size_bytes for each in chosen), sum(each.kl for each in chosen)
 
 
 def combinations(options):
@@ -58,11 +58,11 @@ def test_bytes_are_spent_within_the_limit_and_to_some_use(options, max_bytes):
     assert size <= max_bytes
     # No single matrix could be stored better with what is left.
     for name, option in chosen.items():
-        room = max_bytes - size + option.bytes
-        better = [each for each in options[name] if each.bytes <= room and each.kl < option.kl - 1e-9]
+        room = max_bytes - size + option.size_bytes
+        better = [each for each in options[name] if each.size_bytes <= room and each.kl < option.kl - 1e-9]
         assert (
             not better
-            or size + min(each.bytes for each in better) - option.bytes > max_bytes
+            or size + min(each.size_bytes for each in better) - option.size_bytes > max_bytes
             or _off_hull(options[name], better)
         )
     smallest = min((s, k) for s, k in combinations(options))
@@ -72,8 +72,9 @@ def test_bytes_are_spent_within_the_limit_and_to_some_use(options, max_bytes):
 def _off_hull(options, better):
     """Whether what would fit lies above the line between two others, where the hull does not stop."""
     return any(
-        first.bytes < each.bytes < last.bytes
-        and (each.kl - last.kl) * (last.bytes - first.bytes) >= (first.kl - last.kl) * (last.bytes - each.bytes) - 1e-9
+        first.size_bytes < each.size_bytes < last.bytes
+        and (each.kl - last.kl) * (last.bytes - first.size_bytes)
+        >= (first.kl - last.kl) * (last.bytes - each.size_bytes) - 1e-9
         for each in better
         for first in options
         for last in options

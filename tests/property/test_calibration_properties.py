@@ -58,10 +58,10 @@ def test_a_calibrated_matrix_is_no_worse_on_new_positions_of_the_same_kind(given
         sums.add(own, full, drift if adds else None, weights, is_held_out=number % 4 == 3)
     moments = sums.moments()
     spec = QuantSpec(bits, 32, True, "gptq")
-    packed = quantize_calibrated(LazyMatrix.of(weight), spec, moments, None)
+    packed = quantize_calibrated(LazyMatrix.from_array(weight), spec, moments, None)
     if packed is None:  # the uncalibrated form stays
         return
-    plain = quantize_matrix(LazyMatrix.of(weight), QuantSpec(bits, 32, True, "clip"))
+    plain = quantize_matrix(LazyMatrix.from_array(weight), QuantSpec(bits, 32, True, "clip"))
     held = moments.held_out
     errors = [np.square(held.inputs @ dequantize(each).T - held.target).sum() for each in (packed, plain)]
     assert errors[0] < errors[1]

@@ -118,7 +118,7 @@ def test_a_graph_multiplies_and_gathers_the_stored_weights(shape, spec, dtype, s
         name: wanted for name, _, wanted in matrix_tensors(matrix)
     }
     value = helper.make_tensor_value_info
-    model = nodes.model(
+    model = nodes.build_model(
         "one",
         [value("x", TensorProto.FLOAT, x.shape), value("ids", TensorProto.INT64, ids.shape)],
         [value(name, TensorProto.FLOAT, None) for name in ("product", "rows")],

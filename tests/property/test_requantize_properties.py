@@ -60,7 +60,7 @@ def rewrite(nodes, inputs, outputs, tensors, plan, feed):
 
 def seen_as(weight, plan):
     """The weight that a runtime computes with."""
-    return weight if plan.default is None else dequantize(quantize_matrix(LazyMatrix.of(weight), plan.default))
+    return weight if plan.default is None else dequantize(quantize_matrix(LazyMatrix.from_array(weight), plan.default))
 
 
 def bits_of(plan):

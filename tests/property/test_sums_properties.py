@@ -31,15 +31,15 @@ def passes(draw):
     ]
 
 
-@given(given_passes=passes(), batch=st.integers(1, 100), columns=st.integers(1, 9), wide=st.booleans())
+@given(given_passes=passes(), batch=st.integers(1, 100), columns=st.integers(1, 9), float32=st.booleans())
 @pytest.mark.parametrize("drifts", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_sums_equal_those_of_all_documents(given_passes, batch, columns, wide, drifts, weighted):
+def test_sums_equal_those_of_all_documents(given_passes, batch, columns, float32, drifts, weighted):
     weight, documents = given_passes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moment_sums, "MIN_BATCH_VALUES", batch)
         patch.setattr(moment_sums, "COLUMN_CHUNK", columns)
-        found = moment_sums.MomentAccumulator(weight.shape, weight, wide=wide)
+        found = moment_sums.MomentAccumulator(weight.shape, weight, sums_float32=float32)
         for own, full, drift, weights, held in documents:
             found.add(own, full, drift if drifts else None, weights if weighted else None, is_held_out=held)
         moments = found.moments()

@@ -76,7 +76,7 @@ def pruned(path: Path, share: float) -> tuple[PrunedVocabulary, tokenizers.Token
     rows = total(tokenizers.Tokenizer.from_file(str(path)))
     low = least(path, rows)
     result = prune_vocabulary(path, DOMAIN, low + round(share * (rows - low)), model_vocab_size=rows + 7)
-    return result, plain(tokenizers.Tokenizer.from_str(result.tokenizer))
+    return result, plain(tokenizers.Tokenizer.from_str(result.tokenizer_text))
 
 
 @given(text=TEXT, share=SHARES, special=st.booleans())
@@ -96,8 +96,8 @@ def test_a_text_of_kept_tokens_is_encoded_as_before(original: Original, text: st
     result, after = pruned(path, share)
     ids = after.encode(text, add_special_tokens=special).ids
     old = before.encode(text, add_special_tokens=special).ids
-    if set(old) <= set(result.kept.tolist()):
-        assert result.kept[ids].tolist() == old
+    if set(old) <= set(result.kept_ids.tolist()):
+        assert result.kept_ids[ids].tolist() == old
     else:
         assert len(ids) >= len(old)
 
@@ -107,24 +107,24 @@ def test_parts_of_the_text_that_are_kept_stay(original: Original, share: float, 
     """A sentence made of kept tokens alone, drawn rather than hoped for."""
     path, before = original
     result, after = pruned(path, share)
-    kept = set(result.kept.tolist())
+    kept = set(result.kept_ids.tolist())
     words = [word for word in WORDS if set(before.encode(word, add_special_tokens=False).ids) <= kept]
     text = " ".join(data.draw(st.lists(st.sampled_from(words), min_size=1, max_size=8))) if words else ""
     old = before.encode(text, add_special_tokens=False).ids
     if set(old) <= kept:
-        assert result.kept[after.encode(text, add_special_tokens=False).ids].tolist() == old
+        assert result.kept_ids[after.encode(text, add_special_tokens=False).ids].tolist() == old
 
 
 @given(share=SHARES)
 def test_the_size_is_met_and_names_stay(original: Original, share: float) -> None:
     path, before = original
     result, after = pruned(path, share)
-    assert total(after) == result.size == len(set(result.kept.tolist()))
-    assert result.kept.tolist() == sorted(result.kept.tolist())
-    for new, old in enumerate(result.kept.tolist()):
+    assert total(after) == result.size == len(set(result.kept_ids.tolist()))
+    assert result.kept_ids.tolist() == sorted(result.kept_ids.tolist())
+    for new, old in enumerate(result.kept_ids.tolist()):
         assert after.id_to_token(new) == before.id_to_token(old)
         assert result.new_id(old) == new
-    dropped = set(range(total(before))) - set(result.kept.tolist())
+    dropped = set(range(total(before))) - set(result.kept_ids.tolist())
     assert all(result.new_id(old) is None for old in dropped)
 
 
@@ -152,7 +152,7 @@ def test_what_is_required_stays(original: Original, required: set[int]) -> None:
     size = least(path, rows, wanted)
     result = prune_vocabulary(path, DOMAIN, size, model_vocab_size=rows, required=wanted)
     assert result.size == size
-    assert wanted <= set(result.kept.tolist())
+    assert wanted <= set(result.kept_ids.tolist())
 
 
 @given(share=SHARES)

@@ -52,7 +52,7 @@ SCALED = [(family, kind) for family in ALL for kind in ROPE_SCALINGS if (family,
 def read(family, **options):
     """A decoder of the small shape; an option that is ... is left out."""
     config = {**SMALL, "model_type": family, **options}
-    return find_architecture(config).decoder({name: value for name, value in config.items() if value is not ...})
+    return find_architecture(config).read_config({name: value for name, value in config.items() if value is not ...})
 
 
 def windows(decoder):
@@ -80,7 +80,7 @@ DEFAULTS = {
 def test_missing_keys_take_the_family_defaults(family):
     options, kv_heads, head_size, tied, epsilon, theta, seen = DEFAULTS[family]
     decoder = read(family, num_key_value_heads=..., **options)
-    assert (decoder.kv_heads, decoder.head_size, decoder.tied) == (kv_heads, head_size, tied)
+    assert (decoder.kv_heads, decoder.head_size, decoder.has_tied_head) == (kv_heads, head_size, tied)
     assert decoder.norm_epsilon == epsilon
     assert decoder.layers[0].rope.theta == theta
     assert decoder.layers[0].rope.kind == "default"

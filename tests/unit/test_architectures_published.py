@@ -30,6 +30,6 @@ def as_transformers_5_saves_it(config):
 @pytest.mark.parametrize(("config", "parameters"), PUBLISHED.values(), ids=PUBLISHED)
 def test_a_published_configuration_is_read(config, parameters):
     family = find_architecture(config)
-    decoder = family.decoder(config)
+    decoder = family.read_config(config)
     assert decoder.parameters == parameters
-    assert family.decoder(as_transformers_5_saves_it(config)) == decoder
+    assert family.read_config(as_transformers_5_saves_it(config)) == decoder

@@ -37,7 +37,7 @@ def test_every_token_is_measured_once_where_there_are_not_too_many(lengths, bos,
         assert bos is None
         assert max(lengths) == 1
         return
-    assert found.left_out == 0
+    assert found.left_out_tokens == 0
     own = 0 if bos is None else 1
     said = "".join(chr(token) for document in found.documents for token in document[own:])
     lost = sum(map(len, texts)) - len(said)
@@ -54,7 +54,7 @@ def test_of_a_long_text_pieces_are_taken_evenly_and_the_rest_is_counted():
     found = evaluation_documents(text, Letters(), None, 4096)
     taken = sum(map(len, found.documents))
     assert taken == MAX_EVALUATION_TOKENS
-    assert found.left_out == len(text) - taken
+    assert found.left_out_tokens == len(text) - taken
     assert all(isinstance(document, np.ndarray) for document in found.documents)
 
 

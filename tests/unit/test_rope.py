@@ -79,7 +79,7 @@ def ropes(draw, kinds=ROPE_KINDS):
 def test_every_pair_lies_on_the_circle_of_the_attention_factor(drawn, context):
     size, rope = drawn
     cosines, sines = rope.tables(context, size)
-    rows = context * (1 if rope.switch(context) is None else 2)
+    rows = context * (1 if rope.long_from(context) is None else 2)
     assert cosines.shape == sines.shape == (rows, size // 2)
     assert cosines.dtype == sines.dtype == np.float32
     np.testing.assert_allclose(np.hypot(cosines, sines), rope.attention_factor, rtol=1e-6)
@@ -90,7 +90,7 @@ def test_every_pair_lies_on_the_circle_of_the_attention_factor(drawn, context):
 @given(ropes(), st.integers(2, 400))
 def test_the_tables_are_those_of_the_plain_formulas(drawn, context):
     size, rope = drawn
-    parts = [False] if rope.switch(context) is None else [False, True]
+    parts = [False] if rope.long_from(context) is None else [False, True]
     angles = [
         p * naive_frequency(rope, i, size, long) for long in parts for p in range(context) for i in range(size // 2)
     ]
@@ -111,16 +111,16 @@ def test_longrope_keeps_both_halves_where_a_sequence_can_need_them(drawn, contex
     for which, table in enumerate((cosines, sines)):
         np.testing.assert_array_equal(table[:context], short.tables(context, size)[which] * scale)
         if context > rope.original_context:
-            assert rope.switch(context) == rope.original_context
+            assert rope.long_from(context) == rope.original_context
             np.testing.assert_array_equal(table[context:], long.tables(context, size)[which] * scale)
         else:
-            assert rope.switch(context) is None
+            assert rope.long_from(context) is None
             assert len(table) == context
 
 
 @given(ropes(kinds=[kind for kind in ROPE_KINDS if kind != "longrope"]), st.integers(1, 100_000))
 def test_no_other_kind_switches(drawn, context):
-    assert drawn[1].switch(context) is None
+    assert drawn[1].long_from(context) is None
 
 
 @given(ropes(kinds=("linear", "llama3", "yarn")))
