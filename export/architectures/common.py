@@ -65,10 +65,10 @@ def read_shape(
     if "head_dim" in config and config["head_dim"] is None:
         head_size = None
     if config.get("head_dim") is None and head_size is None and hidden % heads:
-        raise CheckpointError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     if heads % groups:
         raise CheckpointError(
-            f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
         )
     size = read_positive_int(
         config, "head_dim", hidden // heads if head_size is None else head_size, maximum=MAX_HEAD_SIZE

@@ -129,9 +129,9 @@ def test_a_budget_of_bytes_is_kept_and_used(texts, tiny_checkpoint, tmp_path):
     kl = [each.manifest.quality["kl_mean"] for each in (most, bundle, least)]
     assert kl[0] < kl[1] < kl[2]
     others = least.bytes - sum(matrix.bytes() for matrix in least.manifest.matrices)
-    with pytest.raises(EdgelmError, match=r"at least [0-9]+ bytes, [0-9]+ are left"):
+    with pytest.raises(EdgelmError, match=r"--max-bytes.* [0-9]+ .*[0-9]+"):
         edgelm_export.export(checkpoint, tmp_path / "none", **options, max_bytes=others + 9000)
-    with pytest.raises(EdgelmError, match=r"take [0-9]+ already"):
+    with pytest.raises(EdgelmError, match=r"--max-bytes.* [0-9]+"):
         edgelm_export.export(checkpoint, tmp_path / "none", **options, max_bytes=1000)
     assert not (tmp_path / "none").exists()
 
@@ -146,9 +146,9 @@ def test_a_limit_of_divergence_upgrades_until_it_is_met(texts, tiny_checkpoint, 
     )
     assert bundle.manifest.quality["kl_mean"] <= limit
     assert plain.bits_per_weight < bundle.manifest.bits_per_weight < 8.5
-    with pytest.raises(EdgelmError, match=r"mean KL divergence is .*, --max-kl allows 1e-09"):
+    with pytest.raises(EdgelmError, match=r"--max-kl .*1e-09"):
         edgelm_export.export(checkpoint, tmp_path / "none", verify=verify, max_kl=1e-9)
-    with pytest.raises(EdgelmError, match=r"--min-agreement asks for 1\.0"):
+    with pytest.raises(EdgelmError, match=r"--min-agreement .*1\.0"):
         edgelm_export.export(checkpoint, tmp_path / "none", verify=verify, min_agreement=1.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["better", "int4"]
 
@@ -222,14 +222,14 @@ def test_texts_that_do_not_do_are_refused_and_nothing_is_left(texts, tiny_checkp
     before = sorted(tmp_path.iterdir())
     good = str(texts / "verify.txt")
     for options, message in (
-        ({"calibrate": short}, "--calibrate: the text has [0-9]+ tokens; at least 512 are needed"),
-        ({"calibrate": empty}, "--calibrate: .*empty.txt is empty"),
-        ({"calibrate": binary}, "--calibrate: .*binary.txt cannot be read: it is not UTF-8"),
-        ({"calibrate": tmp_path / "none.txt"}, "--calibrate: .*none.txt cannot be read: No such file"),
-        ({"verify": tmp_path / "none.txt"}, "--verify: .*none.txt cannot be read"),
-        ({"verify": empty}, "--verify: .*empty.txt is empty"),
-        ({"vocab": empty, "vocab_size": 300}, "--vocab: .*empty.txt is empty"),
-        ({"vocab": good, "vocab_size": 9}, "least"),
+        ({"calibrate": short}, "--calibrate: .*[0-9]+ tokens.* 512"),
+        ({"calibrate": empty}, "--calibrate: .*empty.txt"),
+        ({"calibrate": binary}, "--calibrate: .*binary.txt.*UTF-8"),
+        ({"calibrate": tmp_path / "none.txt"}, "--calibrate: .*none.txt"),
+        ({"verify": tmp_path / "none.txt"}, "--verify: .*none.txt"),
+        ({"verify": empty}, "--verify: .*empty.txt"),
+        ({"vocab": empty, "vocab_size": 300}, "--vocab: .*empty.txt"),
+        ({"vocab": good, "vocab_size": 9}, " 9 "),
         ({"adapter": tmp_path}, "adapter_config.json"),
     ):
         with pytest.raises(EdgelmError, match=message):
@@ -239,7 +239,7 @@ def test_texts_that_do_not_do_are_refused_and_nothing_is_left(texts, tiny_checkp
 
 def test_a_reference_that_does_not_belong_is_refused(texts, tiny_checkpoint, export_to_cache):
     bundle = export_to_cache(tiny_checkpoint(**SHAPE))
-    with pytest.raises(EdgelmError, match="do not belong together"):
+    with pytest.raises(EdgelmError, match=r"331.*400|400.*331"):
         edgelm_export.compare(bundle, tiny_checkpoint(vocab=400), texts / "verify.txt")
 
 

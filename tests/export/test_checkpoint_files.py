@@ -57,7 +57,7 @@ def test_a_single_file_beside_a_stale_index(checkpoint, shards):
     "name",
     ["model_before_dpo.safetensors", "training_state.safetensors", "zzz.safetensors", "adapter_model.safetensors"],
 )
-def test_a_second_file_is_not_the_model_s(checkpoint, name):
+def test_other_files_than_the_models_are_not_read(checkpoint, name):
     other_weights(checkpoint, name)
     assert np.array_equal(embedding(checkpoint), TinyLlama().tensors()[NAME])
 
@@ -71,20 +71,20 @@ def test_shards_are_those_of_the_index(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model_before_dpo.safetensors", r"no model.safetensors, but model_before_dpo.safetensors; expected .*rename"),
+        ("model_before_dpo.safetensors", r"model\.safetensors.* model_before_dpo\.safetensors.*rename"),
         (
             "weights.safetensors",
-            r"but weights.safetensors; expected model.safetensors, or model.safetensors.index.json",
+            r" weights\.safetensors.* model\.safetensors.* model\.safetensors\.index\.json",
         ),
         (
             "model-00001-of-00001.safetensors",
-            r"shards such as model-00001-of-00001.safetensors but no model.safetensors",
+            r" model-00001-of-00001\.safetensors.* model\.safetensors\.index\.json",
         ),
-        ("adapter_model.safetensors", r"holds a LoRA adapter, not a model: export its base model with --adapter"),
-        ("pytorch_model.bin", r"no \*.safetensors file; pickled weights are not read"),
+        ("adapter_model.safetensors", r"LoRA adapter.*--adapter"),
+        ("pytorch_model.bin", r"\*\.safetensors.*pickled"),
     ],
 )
-def test_weights_under_another_name_are_told_with_what_was_expected(checkpoint, name, message):
+def test_the_error_for_weights_with_another_name_lists_the_expected_names(checkpoint, name, message):
     (checkpoint / "model.safetensors").rename(checkpoint / name)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(checkpoint)
@@ -94,7 +94,7 @@ def test_all_missing_shards_are_counted(tmp_path):
     checkpoint = TinyLlama(shards=3).write(tmp_path / "c")
     for i in (2, 3):
         (checkpoint / f"model-0000{i}-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00003.*2 of 3 shards are missing.*download") as raised:
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003.*2 of 3") as raised:
         open_checkpoint(checkpoint)
     assert "\n" not in str(raised.value)
 
@@ -105,7 +105,7 @@ FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_c
 @pytest.mark.parametrize("name", [*FILES, "special_tokens_map.json", "chat_template.jinja", "chat_template.json"])
 def test_a_git_lfs_pointer_is_named(checkpoint, name):
     (checkpoint / name).write_bytes(POINTER)
-    with pytest.raises(CheckpointError, match=r"is a Git LFS pointer, .*git lfs pull") as raised:
+    with pytest.raises(CheckpointError, match=r"Git LFS pointer.*git lfs pull") as raised:
         open_checkpoint(checkpoint)
     assert str(checkpoint / name) in str(raised.value)
 
@@ -123,25 +123,25 @@ def test_a_pointer_in_the_place_of_an_index_or_a_shard(tmp_path):
     for name in ("model.safetensors.index.json", "model-00002-of-00003.safetensors"):
         checkpoint = TinyLlama(shards=3).write(tmp_path / name)
         (checkpoint / name).write_bytes(POINTER)
-        with pytest.raises(CheckpointError, match=f"{name} is a Git LFS pointer"):
+        with pytest.raises(CheckpointError, match=f"{name}.*Git LFS pointer"):
             open_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("content", PAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_a_page_in_the_place_of_a_file_is_named(checkpoint, name, content):
+def test_an_html_page_in_place_of_a_file_is_named(checkpoint, name, content):
     (checkpoint / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"is an HTML page, .*download") as raised:
+    with pytest.raises(CheckpointError, match=r"HTML page.*download") as raised:
         open_checkpoint(checkpoint)
     assert str(checkpoint / name) in str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is an empty file"), (b"Entry not found", "message of the server, 'Entry not found'")],
+    [(b"", "empty file"), (b"Entry not found", "'Entry not found'")],
 )
 @pytest.mark.parametrize("name", FILES)
-def test_other_stand_ins(checkpoint, name, content, message):
+def test_empty_files_and_messages_are_named(checkpoint, name, content, message):
     (checkpoint / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(checkpoint)
@@ -156,11 +156,11 @@ def test_a_pointer_in_an_adapter(checkpoint, name, tmp_path):
     )
     (adapter / "adapter_model.safetensors").write_bytes(b"")
     (adapter / name).write_bytes(POINTER)
-    with pytest.raises(CheckpointError, match=f"{name} is a Git LFS pointer"):
+    with pytest.raises(CheckpointError, match=f"{name}.*Git LFS pointer"):
         edgelm_export.export(checkpoint, tmp_path / "out", adapter=adapter)
 
 
-def test_a_byte_order_mark_is_no_fault(checkpoint):
+def test_a_byte_order_mark_is_allowed(checkpoint):
     for name in ("config.json", "tokenizer_config.json"):
         (checkpoint / name).write_bytes(b"\xef\xbb\xbf" + (checkpoint / name).read_bytes())
     assert open_checkpoint(checkpoint).config["model_type"] == "llama"

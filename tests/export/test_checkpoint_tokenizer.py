@@ -111,7 +111,7 @@ def test_as_transformers_loads_it(stories, kind, bos, eos):
 
 def test_a_switch_that_is_none_is_named(stories):
     change(stories / "tokenizer_config.json", tokenizer_class="LlamaTokenizer", add_bos_token="yes")
-    with pytest.raises(CheckpointError, match="add_bos_token must be true, false or null, got 'yes'"):
+    with pytest.raises(CheckpointError, match=r"add_bos_token.*'yes'"):
         open_checkpoint(stories)
 
 

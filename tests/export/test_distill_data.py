@@ -114,18 +114,18 @@ def test_a_task_is_prompt_target_end(tokenizer):
 
 
 def test_an_example_longer_than_a_row_is_named_by_its_line(tokenizer):
-    with pytest.raises(DataError, match=r"line 7 takes .* tokens, a row holds 8"):
+    with pytest.raises(DataError, match=r"line 7 .*tokens.* 8"):
         encode_tasks(tokenizer, [Task("a", "b"), Task("a b c d e f", "g h i", 7)], 0, 8)
 
 
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("{", "line 2: not JSON"),
-        ("[1]", "line 2: list instead of an object"),
-        ('{"prompt": "a"}', "line 2: 'target' must be a non-empty string"),
-        ('{"prompt": "", "target": "b"}', "line 2: 'prompt' must be a non-empty string"),
-        ('{"prompt": 1, "target": "b"}', "line 2: 'prompt' must be"),
+        ("{", "line 2: .*JSON"),
+        ("[1]", "line 2: .*list"),
+        ('{"prompt": "a"}', "line 2: 'target'"),
+        ('{"prompt": "", "target": "b"}', "line 2: 'prompt'"),
+        ('{"prompt": 1, "target": "b"}', "line 2: 'prompt'"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, complaint):
@@ -179,13 +179,13 @@ def test_a_shape_is_parsed_with_its_defaults():
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("width=64", "unknown name 'width'; known: hidden, layers"),
-        ("hidden=a", "hidden must be a whole number over 0, not 'a'"),
-        ("layers=0", "layers must be"),
-        ("hidden=100,heads=4", "head=25 must be a multiple of 16|hidden=100 must be a multiple of 32"),
-        ("hidden=192,heads=5", "no multiple of heads=5"),
-        ("heads=6,kv-heads=4", "heads=6 must be a multiple of 4"),
-        ("mlp=100", "mlp=100 must be a multiple of 32"),
+        ("width=64", "'width'.* hidden, layers"),
+        ("hidden=a", "hidden.*'a'"),
+        ("layers=0", "layers.*'0'"),
+        ("hidden=100,heads=4", "head=25.* 16|hidden=100.* 32"),
+        ("hidden=192,heads=5", "heads=5"),
+        ("heads=6,kv-heads=4", "heads=6.* 4"),
+        ("mlp=100", "mlp=100.* 32"),
     ],
 )
 def test_a_bad_shape_is_refused(text, complaint):
@@ -285,5 +285,5 @@ def test_utterances_are_read_and_a_misplaced_slot_is_named(tmp_path: Path):
     assert read_utterances(path) == [Utterance("PlayMusic", ((None, "play "), ("artist", "Ella")))]
     good["slots"][0]["start"] = 4
     path.write_text("\n" + json.dumps(good) + "\n")
-    with pytest.raises(DataError, match=r"line 2: .*'artist' does not lie where it says"):
+    with pytest.raises(DataError, match=r"line 2: .*'artist'"):
         read_utterances(path)

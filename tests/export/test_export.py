@@ -154,7 +154,7 @@ def test_force_replaces_a_bundle_and_only_a_bundle(tiny_checkpoint, tmp_path):
     file = tmp_path / "file"
     file.write_text("keep me")
     for precious in (notes, file):
-        with pytest.raises(EdgelmError, match="not something this command wrote"):
+        with pytest.raises(EdgelmError, match="by hand"):
             edgelm_export.export(checkpoint, precious, force=True)
     assert (notes / "diary.txt").read_text() == "dear diary"
     assert file.read_text() == "keep me"

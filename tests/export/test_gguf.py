@@ -1,4 +1,4 @@
-"""GGUF files as checkpoints: every type of tensor, split files, blocks kept as they are, and a real model."""
+"""GGUF files as checkpoints: every tensor type, split files, kept blocks, and a real model."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_every_type_is_dequantized_as_the_library_does(kind, tmp_path, monkeypat
 @pytest.mark.parametrize("kind", ["IQ2_XXS", "TQ1_0"])
 def test_another_type_is_refused_by_its_name(kind, tmp_path):
     file = write(tmp_path / "model.gguf", kinds={"ffn_down.weight": Kind[kind]})
-    with pytest.raises(CheckpointError, match=rf"ffn_down.weight is {kind}, .*readable: F32, .*IQ4_XS"):
+    with pytest.raises(CheckpointError, match=rf"ffn_down.weight .*{kind}.* F32, .*IQ4_XS"):
         open_checkpoint(file)
 
 
@@ -165,21 +165,21 @@ def test_a_split_file_is_read_by_its_first_part(parts, tmp_path):
         assert np.array_equal(split.tensor(name, value.shape), value)
 
 
-def test_another_part_names_the_first(parts):
-    with pytest.raises(CheckpointError, match=f"not the first of its 3 parts: give .*{parts[0].name}"):
+def test_the_error_for_another_part_names_the_first(parts):
+    with pytest.raises(CheckpointError, match=f"3 parts.*{parts[0].name}"):
         open_checkpoint(parts[1])
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda parts: parts[1].unlink(), "00002-of-00003.gguf is missing"),
-        (lambda parts: shutil.copy(parts[1], parts[2]), "not what its name says, part 3 of 3"),
-        (lambda parts: parts[0].rename(parts[0].with_name("other.gguf")), "one of 3 parts"),
+        (lambda parts: parts[1].unlink(), "00002-of-00003.gguf"),
+        (lambda parts: shutil.copy(parts[1], parts[2]), "00003-of-00003.gguf.* 3 of 3"),
+        (lambda parts: parts[0].rename(parts[0].with_name("other.gguf")), "3 parts.*00001-of-00003"),
     ],
     ids=["missing", "twice", "renamed"],
 )
-def test_parts_that_are_not_as_they_should_be(spoil, message, parts):
+def test_missing_and_wrong_parts_are_refused(spoil, message, parts):
     first = parts[0]
     spoil(parts)
     with pytest.raises(CheckpointError, match=message):
@@ -248,7 +248,7 @@ def test_matrices_in_other_formats_are_rounded_to_int8(tmp_path, run):
     file = write(tmp_path / "model.gguf", kind=Kind.Q4_0, kinds=kinds)
     code, printed, error = run("export", file, tmp_path / "out", "--quant", "keep")
     assert code == 0, error
-    assert "kept as they were: 7 of 9 matrices" in printed
+    assert "7 of 9" in printed
     assert "embedding, layer.0.gate_up" in printed
     manifest = open_bundle(tmp_path / "out").manifest
     assert manifest.quant == "mixed"
@@ -287,10 +287,8 @@ def test_a_pruned_vocabulary_keeps_the_rows_blocks(tmp_path):
     assert np.array_equal(found, model.weights.embedding().read_all()[kept])
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"), [(Kind.Q4_1, r"none of the matrices .*Q4_1"), (Kind.F32, "F32")], ids=["Q4_1", "F32"]
-)
-def test_nothing_to_keep_is_one_error(kind, message, tmp_path):
+@pytest.mark.parametrize(("kind", "message"), [(Kind.Q4_1, "Q4_0.*Q8_0.*Q4_1"), (Kind.F32, "F32")], ids=["Q4_1", "F32"])
+def test_a_file_without_blocks_to_keep_is_refused(kind, message, tmp_path):
     file = write(tmp_path / "model.gguf", kind=kind)
     with pytest.raises(EdgelmError, match=message):
         edgelm_export.export(file, tmp_path / "out", quant="keep")
@@ -298,7 +296,7 @@ def test_nothing_to_keep_is_one_error(kind, message, tmp_path):
 
 
 def test_a_hugging_face_checkpoint_has_nothing_to_keep(tiny_checkpoint, tmp_path):
-    with pytest.raises(EdgelmError, match="no GGUF file"):
+    with pytest.raises(EdgelmError, match="GGUF"):
         edgelm_export.export(tiny_checkpoint(), tmp_path / "out", quant="keep")
 
 
@@ -308,7 +306,7 @@ def test_a_hugging_face_checkpoint_has_nothing_to_keep(tiny_checkpoint, tmp_path
     ids=str,
 )
 def test_options_that_would_change_the_blocks_are_refused(options, tmp_path):
-    with pytest.raises(EdgelmError, match="does not go with --quant keep"):
+    with pytest.raises(EdgelmError, match="--quant keep"):
         edgelm_export.export(tmp_path / "model.gguf", tmp_path / "out", quant="keep", **options)
 
 
@@ -317,13 +315,13 @@ def test_options_that_would_change_the_blocks_are_refused(options, tmp_path):
 
 def test_a_directory_with_a_gguf_file_names_the_file(tmp_path):
     write(tmp_path / "model.gguf", TinyLlama())
-    with pytest.raises(CheckpointError, match=r"export that file, .*model\.gguf"):
+    with pytest.raises(CheckpointError, match=r"model\.gguf"):
         open_checkpoint(tmp_path)
 
 
 def test_optimum_takes_no_gguf(tmp_path):
     file = write(tmp_path / "model.gguf", TinyLlama())
-    with pytest.raises(CheckpointError, match="--via optimum reads Hugging Face checkpoints"):
+    with pytest.raises(CheckpointError, match=r"--via optimum.*Hugging Face"):
         edgelm_export.export(file, tmp_path / "out", via="optimum", quant="int8")
 
 

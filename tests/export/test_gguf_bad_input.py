@@ -85,37 +85,37 @@ def entry(key, kind, value):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot be read"),
-        (b"GG", "no GGUF file"),
+        (b"", "model.gguf"),
+        (b"GG", "GGUF file"),
         (b"GGUF", "cut off"),
-        (b"ggjt\x03\x00\x00\x00" * 9, "no GGUF file"),
+        (b"ggjt\x03\x00\x00\x00" * 9, "GGUF file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "git lfs pull"),
-        (b"<!DOCTYPE html><html></html>" * 9, "no GGUF file"),
+        (b"<!DOCTYPE html><html></html>" * 9, "GGUF file"),
         (header(version=1), "version 1"),
         (header(version=0), "version 0"),
         (header(version=77), "version 77"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
-        (header(entries=2**63), "cannot hold"),
-        (header(tensors=2**64 - 1), "cannot hold"),
-        (header(entries=1) + struct.pack("<Q", 2**60) + b"x" * 20, "bytes, at most 256 are read"),
+        (header(entries=2**63), "damaged"),
+        (header(tensors=2**64 - 1), "damaged"),
+        (header(entries=1) + struct.pack("<Q", 2**60) + b"x" * 20, "256"),
         (header(entries=1) + entry(b"a", 8, struct.pack("<Q", 2**62)), "cut off"),
-        (header(entries=1) + entry(b"a", 99, b"\0" * 8), "unknown type 99"),
-        (header(entries=1) + entry(b"\xff\xfe", 0, b"\0"), "no printable text"),
-        (header(entries=1) + entry(b"a", 9, struct.pack("<IQ", 8, 2**61)), "cannot be a list"),
+        (header(entries=1) + entry(b"a", 99, b"\0" * 8), "99"),
+        (header(entries=1) + entry(b"\xff\xfe", 0, b"\0"), "printable"),
+        (header(entries=1) + entry(b"a", 9, struct.pack("<IQ", 8, 2**61)), str(2**61)),
         (header(entries=1) + entry(b"a", 9, struct.pack("<IQ", 0, 2**61)), "cut off"),
-        (header(entries=1) + entry(b"a", 9, struct.pack("<IQ", 9, 2**61)), "unknown type 9"),
-        (header(entries=2) + entry(b"a", 0, b"\0") * 2, "there twice"),
-        (header(), "has no general.architecture"),
+        (header(entries=1) + entry(b"a", 9, struct.pack("<IQ", 9, 2**61)), " 9"),
+        (header(entries=2) + entry(b"a", 0, b"\0") * 2, "twice"),
+        (header(), "general.architecture"),
         (header(entries=1) + entry(b"general.alignment", 4, struct.pack("<I", 0)), "general.alignment"),
-        (header(entries=1) + entry(b"general.alignment", 4, struct.pack("<I", 48)), "power of two"),
-        (header(entries=1) + entry(b"general.alignment", 4, struct.pack("<I", 2**30)), "power of two"),
+        (header(entries=1) + entry(b"general.alignment", 4, struct.pack("<I", 48)), "general.alignment"),
+        (header(entries=1) + entry(b"general.alignment", 4, struct.pack("<I", 2**30)), "general.alignment"),
         (header(tensors=1) + text(b"a") + struct.pack("<I", 2**31) + b"\0" * 40, "dimensions"),
-        (header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 0, 0, 0) + b"\0" * 40, "cannot be"),
-        (header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 33, 8, 0) + b"\0" * 40, "cannot be"),
-        (header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 2**63, 0, 0) + b"\0" * 40, "ends at byte"),
-        (header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 8, 0, 2**63) + b"\0" * 40, "ends at byte"),
-        (header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 8, 0, 7) + b"\0" * 60, "ends at byte"),
-        (header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 8, 1000, 0) + b"\0" * 60, "of an unknown type"),
+        (header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 0, 0, 0) + b"\0" * 40, "damaged"),
+        (header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 33, 8, 0) + b"\0" * 40, "damaged"),
+        (header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 2**63, 0, 0) + b"\0" * 40, "damaged"),
+        (header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 8, 0, 2**63) + b"\0" * 40, "damaged"),
+        (header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 8, 0, 7) + b"\0" * 60, "damaged"),
+        (header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 8, 1000, 0) + b"\0" * 60, "unknown type"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -124,7 +124,7 @@ def test_a_damaged_container_is_named(content, message, refused):
 
 
 def test_huge_counts_cost_neither_memory_nor_time(tmp_path):
-    """A file of 64 MB that says it holds as many strings as fit is read in its own process, with little memory."""
+    """A file of 64 MB with as many strings as fit is read in a child process, with little memory."""
     path = tmp_path / "model.gguf"
     strings = 8_000_000
     path.write_bytes(header(entries=1) + entry(b"a", 9, struct.pack("<IQ", 8, strings)) + bytes(8 * strings))
@@ -137,7 +137,7 @@ def test_huge_counts_cost_neither_memory_nor_time(tmp_path):
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     message, peak = found.stdout.splitlines()
-    assert "has no general.architecture" in message
+    assert "general.architecture" in message
     assert int(peak) < 1_500_000
 
 
@@ -160,33 +160,33 @@ def test_a_cut_file_is_named(share, model, refused):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported; .*gemma2, .*smollm3 are"),
-        ({"llama.block_count": 0}, "llama.block_count must be a whole number"),
-        ({"llama.block_count": 2**31 - 1}, "too few for 2147483647 layers"),
-        ({"llama.block_count": "two"}, "llama.block_count must be"),
-        ({"llama.block_count": [1, 2]}, "llama.block_count must be .*same for all layers"),
-        ({"llama.embedding_length": 2**30}, "must be the head size"),
-        ({"llama.attention.head_count": 2**30}, "must be the head size"),
-        ({"llama.attention.head_count_kv": 3}, "has shape"),
-        ({"llama.feed_forward_length": 64}, "has shape"),
-        ({"llama.attention.key_length": 2**30}, "must be the head size"),
-        ({"llama.attention.value_length": 8}, "different sizes"),
-        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "finite number"),
-        ({"llama.attention.layer_norm_rms_epsilon": -1.0}, "rms_norm_eps must be a positive number"),
-        ({"llama.rope.freq_base": 0.0}, "rope_theta must be a positive number"),
-        ({"llama.rope.dimension_count": 8}, "must be the head size 16, got 8"),
-        ({"llama.rope.scaling.type": "alibi"}, "rope.scaling.type 'alibi' is not supported"),
+        ({"general.architecture": "mamba"}, "'mamba'.*gemma2, .*smollm3"),
+        ({"llama.block_count": 0}, "llama.block_count"),
+        ({"llama.block_count": 2**31 - 1}, "2147483647 layers"),
+        ({"llama.block_count": "two"}, "llama.block_count"),
+        ({"llama.block_count": [1, 2]}, "llama.block_count"),
+        ({"llama.embedding_length": 2**30}, "head size|dimension_count"),
+        ({"llama.attention.head_count": 2**30}, "head size|dimension_count"),
+        ({"llama.attention.head_count_kv": 3}, "blk.0.attn_k.weight"),
+        ({"llama.feed_forward_length": 64}, "blk.0.ffn_"),
+        ({"llama.attention.key_length": 2**30}, "head size|dimension_count"),
+        ({"llama.attention.value_length": 8}, "sizes"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon"),
+        ({"llama.attention.layer_norm_rms_epsilon": -1.0}, "rms_norm_eps"),
+        ({"llama.rope.freq_base": 0.0}, "rope_theta"),
+        ({"llama.rope.dimension_count": 8}, "16.* 8"),
+        ({"llama.rope.scaling.type": "alibi"}, "rope.scaling.type 'alibi'"),
         ({"llama.rope.scaling.type": "longrope"}, "rope_factors_long.weight"),
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier"),
         ({"llama.expert_count": 8}, "mixture of experts"),
         ({"llama.attention.causal": False}, "encoder"),
         ({"llama.context_length": 0}, "llama.context_length"),
-        ({"split.count": 2}, "one of 2 parts"),
-        ({"tokenizer.ggml.eos_token_id": -1.5}, "must be a token's id"),
+        ({"split.count": 2}, "2 parts"),
+        ({"tokenizer.ggml.eos_token_id": -1.5}, "tokenizer.ggml.eos_token_id"),
     ],
     ids=str,
 )
-def test_metadata_that_makes_no_model_is_named(metadata, message, tmp_path):
+def test_bad_metadata_is_refused_by_key(metadata, message, tmp_path):
     path = tmp_path / "model.gguf"
     keyed = {key: value for key, value in metadata.items() if key != "general.architecture"}
     writer = GGUFWriter(path, metadata.get("general.architecture", "llama"))
@@ -205,7 +205,7 @@ def test_metadata_that_makes_no_model_is_named(metadata, message, tmp_path):
 )
 def test_missing_metadata_is_named(missing, tmp_path):
     path = write(tmp_path / "model.gguf", metadata={missing: None})
-    with pytest.raises(CheckpointError, match=f"has no {missing}"):
+    with pytest.raises(CheckpointError, match=missing):
         open_checkpoint(path)
 
 
@@ -213,7 +213,7 @@ def test_granite_without_positions_is_refused(tmp_path):
     multipliers = dict.fromkeys(("attention_multiplier", "embedding_multiplier", "residual_multiplier"), 0.5)
     config = {"model_type": "granite", "logits_scaling": 2.0, **multipliers}
     path = write(tmp_path / "model.gguf", config, metadata={"granite.rope.scaling.finetuned": False})
-    with pytest.raises(CheckpointError, match="without rotary positions"):
+    with pytest.raises(CheckpointError, match=r"granite.*rotary"):
         open_checkpoint(path)
 
 
@@ -230,40 +230,40 @@ def test_missing_tensors_are_named(tmp_path):
     tensors = SHAPE.tensors()
     del tensors["model.layers.0.mlp.up_proj.weight"]
     path = write_gguf(tmp_path / "model.gguf", SHAPE.config(), tensors, tokenizer=tokenizer_json())
-    with pytest.raises(CheckpointError, match=r"no tensor for model.layers.0.mlp.up_proj.weight"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
         edgelm_export.export(path, tmp_path / "out", quant="int8")
     del tensors["model.embed_tokens.weight"]
     path = write_gguf(tmp_path / "other.gguf", SHAPE.config(), tensors, tokenizer=tokenizer_json())
-    with pytest.raises(CheckpointError, match="too few"):
+    with pytest.raises(CheckpointError, match="embedding"):
         open_checkpoint(path)
 
 
-def test_a_tensor_without_a_place_is_named(tmp_path):
+def test_an_unknown_tensor_is_refused_by_name(tmp_path):
     path = tmp_path / "model.gguf"
     writer = GGUFWriter(path, "llama")
     writer.add_tensor("blk.0.attn_q_norm.weight", np.ones(16, np.float32))
     write(path, writer=writer)
-    with pytest.raises(CheckpointError, match=r"blk.0.attn_q_norm.weight \(1 such in all\) has no place in a llama"):
+    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_q_norm\.weight.*llama"):
         open_checkpoint(path)
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16])
-def test_weights_that_are_no_numbers_are_named(kind, value, tmp_path):
+def test_weights_with_nan_or_infinity_are_refused_by_name(kind, value, tmp_path):
     broken = SHAPE.tensors()["model.layers.0.mlp.down_proj.weight"]
     broken[5, 7] = value
     path = write(tmp_path / "model.gguf", None, {"model.layers.0.mlp.down_proj.weight": broken}, kind=kind)
-    with pytest.raises(CheckpointError, match=r"blk.0.ffn_down.weight in .* holds NaN or infinite values"):
+    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_down\.weight.*NaN"):
         edgelm_export.export(path, tmp_path / "out", quant="int8")
 
 
 @pytest.mark.parametrize("quant", ["keep", "int8"])
-def test_scales_that_are_no_numbers_are_named(quant, tmp_path):
+def test_scales_with_infinity_are_refused(quant, tmp_path):
     path = write(tmp_path / "model.gguf", kind=Kind.Q4_0)
     content, at = bytearray(path.read_bytes()), GgufFile(path).tensors["blk.0.ffn_down.weight"].offset
     content[at : at + 2] = np.float16(np.inf).tobytes()
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="NaN or infinite"):
+    with pytest.raises(CheckpointError, match="NaN"):
         edgelm_export.export(path, tmp_path / "out", quant=quant)
 
 
@@ -303,7 +303,7 @@ def test_any_change_of_a_file_gives_one_error_or_a_bundle(data, model, folders):
 
 
 class OneLine(Exception):
-    """An error that says in one line what is wrong; anything else is a failure."""
+    """An error of one line; anything else is a failure."""
 
     def __init__(self, error):
         super().__init__(str(error))

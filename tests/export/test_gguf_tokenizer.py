@@ -275,7 +275,7 @@ def test_what_ends_an_answer():
     assert list(read(values).end_ids) == [count - 2, count - 3, count - 4]  # <|end|> by its name
 
 
-def test_a_piece_of_text_that_is_called_like_an_end_is_none():
+def test_an_ordinary_token_spelled_like_an_end_token_is_not_one():
     values = dict(byte_level())
     values["tokenizer.ggml.tokens"] = [*values["tokenizer.ggml.tokens"], b"</s>"]
     values["tokenizer.ggml.token_type"] = np.append(values["tokenizer.ggml.token_type"], NORMAL)
@@ -385,7 +385,7 @@ def test_sentencepieces_special_tokens_have_ids_by_default():
     assert spoken(True).encode("<s>ab</s><|user|>ab").tokens == ["<s>", "<s>", "▁", "ab", "</s>", "<|user|>", "▁", "ab"]
 
 
-def test_phi_3s_tokens_swallow_the_spaces_after_them():
+def test_phi_3s_tokens_strip_the_spaces_after_them():
     values = {**sentencepiece(), "general.name": b"Phi-3 mini", "tokenizer.ggml.add_space_prefix": False}
     tokenizer = inner(values)
 
@@ -429,33 +429,33 @@ def test_the_real_models_tokens_are_llama_cpps(smollm2_gguf):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer.ggml.model": b"bert"}, r"tokenizer 'bert' is not supported; gpt2 and llama"),
-        ({"tokenizer.ggml.model": b"no_vocab"}, "tokenizer 'no_vocab'"),
-        ({"tokenizer.ggml.pre": b"poro-chat"}, r"pre 'poro-chat' is not supported; .*qwen2.*smollm"),
-        ({"tokenizer.ggml.tokens": [b"a", b"a"]}, "each once"),
-        ({"tokenizer.ggml.tokens": []}, "must hold tokens"),
-        ({"tokenizer.ggml.tokens": [b"\xff"]}, "not valid UTF-8"),
-        ({"tokenizer.ggml.tokens": b"text"}, "must be a list of strings"),
-        ({"tokenizer.ggml.merges": [b"x y"]}, "do not belong together"),
-        ({"tokenizer.ggml.merges": [b"nothing"]}, "do not belong together"),
-        ({"tokenizer.ggml.merges": None}, "has no tokenizer.ggml.merges"),
-        ({"tokenizer.ggml.token_type": np.array([1])}, r"list of \d+"),
-        ({"tokenizer.ggml.eos_token_id": b"</s>"}, "must be a token's id"),
-        ({"tokenizer.ggml.eos_token_id": np.array([1, 2])}, "must be a token's id"),
-        ({"tokenizer.chat_template": 5}, "must be a string"),
-        ({"tokenizer.chat_template": b"\xff"}, "not valid UTF-8"),
-        ({"tokenizer.ggml.add_bos_token": 1}, "must be true or false"),
+        ({"tokenizer.ggml.model": b"bert"}, "'bert'.*gpt2.*llama"),
+        ({"tokenizer.ggml.model": b"no_vocab"}, "'no_vocab'"),
+        ({"tokenizer.ggml.pre": b"poro-chat"}, "'poro-chat'.*qwen2.*smollm"),
+        ({"tokenizer.ggml.tokens": [b"a", b"a"]}, "tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.tokens": []}, "tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.tokens": [b"\xff"]}, "tokenizer.ggml.tokens.*UTF-8"),
+        ({"tokenizer.ggml.tokens": b"text"}, "tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.merges": [b"x y"]}, "merges"),
+        ({"tokenizer.ggml.merges": [b"nothing"]}, "merges"),
+        ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.token_type": np.array([1])}, r"tokenizer.ggml.token_type.* \d+"),
+        ({"tokenizer.ggml.eos_token_id": b"</s>"}, "tokenizer.ggml.eos_token_id"),
+        ({"tokenizer.ggml.eos_token_id": np.array([1, 2])}, "tokenizer.ggml.eos_token_id"),
+        ({"tokenizer.chat_template": 5}, "tokenizer.chat_template"),
+        ({"tokenizer.chat_template": b"\xff"}, "tokenizer.chat_template.*UTF-8"),
+        ({"tokenizer.ggml.add_bos_token": 1}, "tokenizer.ggml.add_bos_token"),
     ],
     ids=str,
 )
-def test_what_makes_no_tokenizer_is_one_error(changes, message):
+def test_a_bad_tokenizer_is_refused_by_key(changes, message):
     values = {key: value for key, value in {**byte_level(), **changes}.items() if value is not None}
     with pytest.raises(CheckpointError, match=message):
         read(values)
 
 
 @pytest.mark.parametrize("scores", [None, [1.0], [float("nan")] * 338, b"x"], ids=["none", "few", "nan", "text"])
-def test_pieces_need_scores(scores):
+def test_sentencepiece_needs_scores(scores):
     values = dict(sentencepiece())
     assert len(values["tokenizer.ggml.tokens"]) == 338
     del values["tokenizer.ggml.scores"]

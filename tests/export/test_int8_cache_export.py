@@ -95,6 +95,6 @@ def test_info_shows_it(tiny_checkpoint, tmp_path, run):
 
 def test_an_older_runtime_is_refused_before_any_work(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("edgelm.runtime.ort.ORT_RELEASE", (1, 23))
-    with pytest.raises(EdgelmError, match=f"--kv int8 needs onnxruntime {MIN_ONNXRUNTIME} or newer"):
+    with pytest.raises(EdgelmError, match=f"--kv int8.*onnxruntime {MIN_ONNXRUNTIME}"):
         edgelm_export.export(tiny_checkpoint(), tmp_path / "out", kv="int8")
     assert not (tmp_path / "out").exists()

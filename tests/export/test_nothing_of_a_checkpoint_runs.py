@@ -73,7 +73,7 @@ def test_they_are_left_out_at_any_depth(hostile):
 
 def test_an_architecture_that_is_its_own_code_is_refused(hostile, mark):
     change(hostile, model_type="own", auto_map=AUTO_MAP, architectures=["M"])
-    with pytest.raises(CheckpointError, match=r"model_type 'own' is not one of transformers.* never run"):
+    with pytest.raises(CheckpointError, match=r"model_type 'own'.*transformers"):
         load_transformers_model(hostile, "teacher")
     assert not mark.exists()
 
@@ -99,7 +99,7 @@ def test_pickled_weights_are_refused(hostile, mark, named):
         if named == "in the index":
             index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": "pytorch_model.bin"}}
             (hostile / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"pickled weights are not read|cannot be read|adapter_config"):
+    with pytest.raises(CheckpointError, match=r"pickled|cannot be read|adapter_config"):
         load_transformers_model(hostile, "student")
     assert not mark.exists()
 

@@ -99,11 +99,11 @@ def test_the_users_own_store_is_looked_into(tmp_path, monkeypatch, model):
 
 
 def test_a_missing_model_lists_what_is_there(store, model):
-    with pytest.raises(CheckpointError, match="no model there"):
+    with pytest.raises(CheckpointError, match="models"):
         open_checkpoint("ollama:tiny")
     for name in ("registry.ollama.ai/library/tiny/latest", "registry.ollama.ai/me/other/1b", "hf.co/a/b/Q8_0"):
         store.pull(model, name=name)
-    with pytest.raises(CheckpointError, match=r"there are hf.co/a/b:Q8_0, me/other:1b, tiny:latest$"):
+    with pytest.raises(CheckpointError, match=r"hf\.co/a/b:Q8_0, me/other:1b, tiny:latest$"):
         open_checkpoint("ollama:nothing:7b")
 
 
@@ -115,7 +115,7 @@ def test_a_missing_model_lists_what_is_there(store, model):
     ],
 )
 def test_no_name_leads_out_of_the_store(source, store):
-    with pytest.raises(CheckpointError, match="no model's name"):
+    with pytest.raises(CheckpointError, match="ollama:NAME:TAG"):
         open_checkpoint(source)
 
 
@@ -126,7 +126,7 @@ def test_no_name_leads_out_of_the_store(source, store):
 def test_no_digest_leads_out_of_the_store(digest, store):
     layers = [{"mediaType": IMAGE + "model", "digest": digest, "size": 5}]
     store.manifest("registry.ollama.ai/library/tiny/latest", {"layers": layers})
-    with pytest.raises(CheckpointError, match="no SHA-256 digest"):
+    with pytest.raises(CheckpointError, match="SHA-256"):
         open_checkpoint("ollama:tiny")
 
 
@@ -143,17 +143,17 @@ def test_a_missing_and_a_cut_blob_are_named(store, model):
     store.pull(model)
     (blob,) = (store.root / "blobs").iterdir()
     os.truncate(blob, 1000)
-    with pytest.raises(CheckpointError, match=r"has 1000 bytes, .* says"):
+    with pytest.raises(CheckpointError, match=r"1000 bytes"):
         open_checkpoint("ollama:tiny")
     blob.unlink()
-    with pytest.raises(CheckpointError, match=r"is missing, .* pull"):
+    with pytest.raises(CheckpointError, match=r"missing.*ollama pull"):
         open_checkpoint("ollama:tiny")
 
 
 def test_an_adapter_and_no_model_are_refused(store, model):
     store.pull(model, adapter=b"x")
-    with pytest.raises(CheckpointError, match="not one GGUF file"):
+    with pytest.raises(CheckpointError, match="GGUF"):
         open_checkpoint("ollama:tiny")
     store.manifest("registry.ollama.ai/library/tiny/latest", {"layers": [store.blob(b"x", "license")]})
-    with pytest.raises(CheckpointError, match="not one GGUF file"):
+    with pytest.raises(CheckpointError, match="GGUF"):
         open_checkpoint("ollama:tiny")

@@ -175,7 +175,8 @@ def test_an_export_is_that_of_the_same_weights_as_floats(tmp_path):
         edgelm_export.export(source, tmp_path / f"{source.name}-out", quant="int4")
     one, other = (open_bundle(tmp_path / f"{name}-out") for name in ("quantized", "plain"))
     assert one.manifest.weights_digest == other.manifest.weights_digest
-    assert one.manifest.notes == ("the weights were published quantized (GPTQ, 4 bits) and are read back from that",)
+    (note,) = one.manifest.notes
+    assert "GPTQ, 4 bits" in note
     assert other.manifest.notes == ()
     with edgelm.load(one.path, threads=1) as model:
         assert model.generate("Once", max_tokens=2, ignore_eos=True).tokens
@@ -185,7 +186,7 @@ def test_the_settings_may_lie_in_a_file_of_their_own(tmp_path):
     rng = np.random.default_rng(5)
     tensors, expected = all_layers(lambda shape: gptq_layer(rng, shape, 4, 32))
     folder = write(tmp_path / "c", None, tensors)
-    with pytest.raises(CheckpointError, match=r"packed weights \(\*\.qweight\) but no quantization_config"):
+    with pytest.raises(CheckpointError, match=r"\*\.qweight.*quantization_config"):
         open_checkpoint(folder)
     write_json(folder / "quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": False, "sym": True})
     check(folder, expected)
@@ -240,22 +241,22 @@ REFUSED = [
     ({"quant_method": "exl2", "bits": 4.0}, "'exl2'"),
     ({"quant_method": "mxfp4"}, "'mxfp4'"),
     ({"bits": 4}, "no quant_method"),
-    ({**GPTQ, "bits": 3}, "GPTQ with bits 3"),
-    ({**GPTQ, "bits": None}, "GPTQ with bits None"),
+    ({**GPTQ, "bits": 3}, "bits 3"),
+    ({**GPTQ, "bits": None}, "bits None"),
     ({**GPTQ, "checkpoint_format": "marlin"}, "'marlin'"),
     ({**GPTQ, "is_marlin_format": True}, "'marlin'"),
     ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'gemv'"),
-    ({"quant_method": "awq", "bits": 8}, "AWQ with bits 8"),
+    ({"quant_method": "awq", "bits": 8}, "bits 8"),
     ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'"),
     (
         {"quant_method": "compressed-tensors", "format": "float-quantized", "sparsity_config": {"format": "sparse-24"}},
         "'sparse-24'",
     ),
-    ({**GPTQ, "group_size": 0}, "group_size must be"),
-    ({**GPTQ, "group_size": "all"}, "group_size must be"),
-    ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size must be"),
-    ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size must be"),
-    ("gptq", "must be an object or null"),
+    ({**GPTQ, "group_size": 0}, "group_size"),
+    ({**GPTQ, "group_size": "all"}, "group_size"),
+    ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
+    ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size"),
+    ("gptq", "'gptq'"),
 ]
 
 
@@ -270,8 +271,8 @@ def test_what_is_not_read_is_refused_with_advice(tmp_path, settings_, message):
     assert "quantization_config" in line
     assert "\n" not in line
     assert len(line) < 400 + len(str(folder))
-    if "not read" in line:
-        assert "perhaps Tiny-Llama-Instruct" in line
+    if " must be " not in line:
+        assert "Tiny-Llama-Instruct" in line.replace(str(folder), "")
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def test_what_is_not_read_is_refused_with_advice(tmp_path, settings_, message):
 def test_a_format_that_only_the_tensors_tell(tmp_path, part, message):
     folder = SHAPE.write(tmp_path / "Tiny-4bit")
     save_tensors(folder, {**SHAPE.tensors(), f"model.layers.0.mlp.up_proj.{part}": np.ones(4, np.float32)})
-    with pytest.raises(CheckpointError, match=rf"\({message}\): .*perhaps Tiny"):
+    with pytest.raises(CheckpointError, match=rf"{message}.*Tiny"):
         open_checkpoint(folder)
 
 
@@ -356,7 +357,7 @@ def test_hostile_gptq(tmp_path, change, message):
         (lambda t, b: t.update({f"{b}.weight_scale": np.ones((3, 5), np.float32)}), "weight_scale"),
         (lambda t, b: t.update({f"{b}.weight_scale": np.full((1,), np.inf, np.float32)}), "weight_scale"),
         (lambda t, b: t.update({f"{b}.weight": np.full(SHAPE.tensors()[f"{b}.weight"].shape, 0x7F, np.uint8)}), "NaN"),
-        (lambda t, b: t.update({f"{b}.weight": t[f"{b}.weight"][:-1]}), "has shape"),
+        (lambda t, b: t.update({f"{b}.weight": t[f"{b}.weight"][:-1]}), "weight"),
     ],
 )
 def test_hostile_float8(tmp_path, change, message):

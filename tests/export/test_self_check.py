@@ -45,13 +45,13 @@ def test_float32_needs_no_check(tiny_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("options", [{"quant": "int8"}, {"fast": True}], ids=str)
 def test_a_broken_bundle_is_not_written(options, broken, stories_checkpoint, tmp_path, run):
-    with pytest.raises(SelfCheckError, match=r"self-check failed.*--force"):
+    with pytest.raises(SelfCheckError, match=r"self-check.*--force"):
         edgelm_export.export(stories_checkpoint, tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
     flags = ["--fast"] if "fast" in options else ["--quant", "int8"]
     code, out, err = run("export", stories_checkpoint, tmp_path / "out", *flags)
     assert (code, out) == (1, "")
-    assert "self-check failed" in err
+    assert "self-check" in err
     assert len(err.strip().splitlines()) == 1
 
 

@@ -100,7 +100,7 @@ def test_a_static_prefix_is_for_the_original_context(tmp_path, export_to_cache):
     with edgelm.load(bundle, threads=1, max_batch=1, prefix_cache_mb=0, speculation=False) as model:
         expected = [model.generate(tokens=prompt[:n], max_tokens=8, ignore_eos=True).tokens for n in (40, 60, 64, 65)]
     shutil.copytree(bundle, tmp_path / "prefixed")
-    with pytest.raises(EdgelmError, match="has 64 tokens; the context leaves room for 63"):
+    with pytest.raises(EdgelmError, match=r"64 tokens.* 63"):
         add_prefix(open_bundle(tmp_path / "prefixed"), prompt[:64])
     add_prefix(open_bundle(tmp_path / "prefixed"), prompt[:63])
     with edgelm.load(tmp_path / "prefixed", threads=1, max_batch=1, speculation=False) as model:

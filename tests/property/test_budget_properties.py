@@ -48,7 +48,7 @@ def test_no_combination_of_as_few_bytes_is_better(options, max_kl):
 def test_bytes_are_spent_within_the_limit_and_to_some_use(options, max_bytes):
     least = min(size for size, _ in combinations(options))
     if least > max_bytes:
-        with pytest.raises(EdgelmError, match=f"at least {least} bytes, {max_bytes} are left"):
+        with pytest.raises(EdgelmError, match=f" {least} bytes.* {max_bytes} "):
             choose_options(options, max_bytes=max_bytes)
         return
     chosen = choose_options(options, max_bytes=max_bytes)

@@ -182,5 +182,5 @@ def test_the_kept_rows_are_the_old_ones(checkpoint: Checkpoint, data: st.DataObj
 def test_kept_rows_of_another_shape_are_refused(checkpoint: Checkpoint) -> None:
     name = "model.embed_tokens.weight"
     for rows, columns in ((330, 64), (331, 63)):
-        with pytest.raises(CheckpointError, match=r"has shape \[331, 64\], expected"):
+        with pytest.raises(CheckpointError, match=r"\[331, 64\]"):
             PrunedWeights(checkpoint, np.arange(9), rows, {name}).tensor(name, (9, columns))

@@ -104,7 +104,7 @@ def test_a_missing_context_is_the_family_default():
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])
 def test_sizes_have_no_default(family, name):
-    with pytest.raises(CheckpointError, match=rf"{name} must be a positive integer, got None"):
+    with pytest.raises(CheckpointError, match=rf"{name} .*None"):
         read(family, **{name: ...})
 
 
