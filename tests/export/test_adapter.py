@@ -1,4 +1,4 @@
-"""What an adapter adds, against plain sums; what it refuses."""
+"""LoRA adapters: adapted weights against plain sums, and what is refused."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each example overwrites it."""
+    """A directory that each example overwrites."""
     return tmp_path_factory.mktemp("adapter")
 
 
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
     data=st.data(),
 )
-def test_the_sum_is_the_plain_one(
+def test_adapted_weights_equal_plain_sums(
     base: Checkpoint,
     folder: Path,
     module: str,
@@ -111,7 +111,7 @@ def test_the_sum_is_the_plain_one(
     np.testing.assert_array_equal(adapted.tensor(name, weight.shape), found)
 
 
-def test_other_tensors_are_as_they_were(base: Checkpoint, folder: Path) -> None:
+def test_other_tensors_are_unchanged(base: Checkpoint, folder: Path) -> None:
     adapter = opened(save(folder, factors(QUERY, 4)))
     assert adapter.changed_tensors == [f"{QUERY}.weight"]
     for name, weight in BASE.tensors().items():
@@ -120,8 +120,8 @@ def test_other_tensors_are_as_they_were(base: Checkpoint, folder: Path) -> None:
             np.testing.assert_array_equal(AdaptedWeights(base, adapter).tensor(name, weight.shape), weight)
 
 
-def test_patterns_give_a_module_its_own_rank_and_alpha(folder: Path) -> None:
-    """A pattern is a name's end or an expression for it; the first that fits counts."""
+def test_patterns_set_rank_and_alpha_of_a_module(folder: Path) -> None:
+    """A pattern is the end of a name or a regular expression; the first match counts."""
     stored = {**factors(QUERY, 2), **factors(DOWN, 4)}
     options = {
         "rank_pattern": {"q_proj": 2},
@@ -158,7 +158,7 @@ def test_patterns_match_as_peft_matches_them(patterns: list[str], names: list[st
     "pattern",
     ["(_|[a-z]+)+$x", "((.*)*)*y", "(.|_)*(.|_)*(.|_)*(.|_)*(.|_)*(.|_)*(.|_)*9", "q_proj_" + "(a|aa)" * 40 + "b"],
 )
-def test_a_pattern_that_never_ends_is_refused(
+def test_a_pattern_of_exponential_time_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, option: str, pattern: str
 ) -> None:
     monkeypatch.setattr("edgelm_export.checkpoint.lora_patterns.MATCH_TIMEOUT_S", 1.0)
@@ -172,12 +172,12 @@ def test_a_pattern_that_never_ends_is_refused(
 
 
 @pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "layers_pattern"])
-def test_expressions_of_what_was_adapted_are_not_matched(folder: Path, option: str) -> None:
-    """The tensors say what was adapted."""
+def test_expressions_of_target_modules_are_not_matched(folder: Path, option: str) -> None:
+    """The tensors show which modules were adapted."""
     opened(save(folder, factors(QUERY, 4), **{option: "(a+)+$" * 20 + "("})).check(NAMES)
 
 
-def test_a_module_saved_whole_takes_the_place_of_the_bases(folder: Path) -> None:
+def test_a_module_saved_whole_replaces_that_of_the_base(folder: Path) -> None:
     head, norm = (BASE.tensors()[name] * 3 for name in ("lm_head.weight", "model.norm.weight"))
     stored = {"base_model.model.lm_head.weight": head, "base_model.model.model.norm.weight": norm, **factors(QUERY, 4)}
     adapter = opened(save(folder, stored, modules_to_save=["lm_head", "norm"]))
@@ -187,8 +187,8 @@ def test_a_module_saved_whole_takes_the_place_of_the_bases(folder: Path) -> None
     np.testing.assert_array_equal(adapter.apply("model.norm.weight", norm / 3), norm)
 
 
-def test_an_embedding_saved_with_its_factors_is_both(folder: Path) -> None:
-    """So peft saves an embedding that is adapted, base included."""
+def test_an_embedding_saved_with_its_factors_is_replaced_and_adapted(folder: Path) -> None:
+    """peft saves an adapted embedding together with its base."""
     moved = BASE.tensors()[f"{EMBEDDING}.weight"] + 1
     stored = {f"base_model.model.{EMBEDDING}.base_layer.weight": moved, **factors(EMBEDDING, 4)}
     found = opened(save(folder, stored)).apply(f"{EMBEDDING}.weight", moved - 1)
@@ -197,7 +197,7 @@ def test_an_embedding_saved_with_its_factors_is_both(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, None])
-def test_a_tied_matrix_is_changed_only_as_both(folder: Path, tied: bool | None) -> None:
+def test_a_tied_matrix_must_change_as_embedding_and_head(folder: Path, tied: bool | None) -> None:
     names = NAMES - {"lm_head.weight"}
     weight = BASE.tensors()[f"{EMBEDDING}.weight"]
     both = {f"base_model.model.{module}.weight": weight for module in (EMBEDDING, "lm_head")}
@@ -266,11 +266,11 @@ def test_options_that_change_the_arithmetic_are_named(folder: Path, option: dict
         ({"modules_to_save": "lm_head"}, "modules_to_save"),
     ],
 )
-def test_options_that_cannot_be_are_refused(folder: Path, options: dict[str, Any], reason: str) -> None:
+def test_invalid_options_are_refused(folder: Path, options: dict[str, Any], reason: str) -> None:
     assert reason in refused(save(folder, factors(QUERY, 4), **options))
 
 
-def test_options_left_at_their_defaults_are_no_obstacle(folder: Path) -> None:
+def test_options_at_their_defaults_are_allowed(folder: Path) -> None:
     options = {
         "use_dora": False,
         "target_parameters": None,
@@ -316,7 +316,7 @@ def test_half_an_adapter_is_refused(folder: Path) -> None:
         assert f"{QUERY} needs both LoRA factors, A and B; found {half}" in refused(save(folder, only))
 
 
-def test_values_that_are_no_numbers_are_refused(folder: Path) -> None:
+def test_nan_and_infinity_are_refused(folder: Path) -> None:
     for value in (np.nan, np.inf):
         stored = factors(QUERY, 4)
         next(iter(stored.values()))[1, 2] = value

@@ -1,4 +1,4 @@
-"""Calibration, budgets, the quality gate and the report: what they promise of a bundle, on real and random weights."""
+"""Calibration, budgets, the quality gate and the report, on real and random weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def stories_texts(shared, tmp_path_factory):
 
 
 def test_the_layers_give_the_logits_of_the_runtime(tiny_checkpoint, export_to_cache):
-    """The reference of every measurement, in pieces, is the float32 bundle."""
+    """ReferenceModel, layer by layer, equals the float32 bundle."""
     for fields in ({"tied": False, "attention_bias": True, "mlp_bias": True}, {"head_size": 24, "kv_heads": 1}):
         checkpoint = tiny_checkpoint(**fields)
         documents = [np.arange(length, dtype=np.int64) % 300 for length in (1, 7, 130)]
@@ -61,7 +61,7 @@ def test_the_layers_give_the_logits_of_the_runtime(tiny_checkpoint, export_to_ca
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_calibration_keeps_more_than_the_search(tied, texts, tiny_checkpoint, tmp_path):
+def test_calibration_loses_less_than_the_search(tied, texts, tiny_checkpoint, tmp_path):
     checkpoint = tiny_checkpoint(**SHAPE, tied=tied)
     options = {"block_size": 32, "verify": texts / "verify.txt"}
     plain = edgelm_export.export(checkpoint, tmp_path / "plain", **options, quant="int4", fast=True).manifest
@@ -118,7 +118,7 @@ def test_the_manifest_has_what_eval_measures(stories_checkpoint, stories_texts, 
     assert f"{100 * quality['top1_agreement']:.2f} %" in out
 
 
-def test_a_budget_of_bytes_is_kept_and_used(texts, tiny_checkpoint, tmp_path):
+def test_a_limit_of_bytes_is_met_and_used(texts, tiny_checkpoint, tmp_path):
     checkpoint = tiny_checkpoint(**SHAPE)
     options = {"calibrate": texts / "calibrate.txt", "verify": texts / "verify.txt", "method": "clip"}
     least = edgelm_export.export(checkpoint, tmp_path / "int4", verify=texts / "verify.txt")
@@ -136,7 +136,7 @@ def test_a_budget_of_bytes_is_kept_and_used(texts, tiny_checkpoint, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_limit_of_divergence_upgrades_until_it_is_met(texts, tiny_checkpoint, tmp_path):
+def test_matrices_are_upgraded_until_max_kl_is_met(texts, tiny_checkpoint, tmp_path):
     checkpoint = tiny_checkpoint(**SHAPE)
     verify = texts / "verify.txt"
     plain = edgelm_export.export(checkpoint, tmp_path / "int4", verify=verify).manifest
@@ -153,7 +153,7 @@ def test_a_limit_of_divergence_upgrades_until_it_is_met(texts, tiny_checkpoint, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["better", "int4"]
 
 
-def test_the_outline_is_what_is_then_written(texts, tiny_checkpoint, tmp_path):
+def test_the_outline_equals_the_written_bundle(texts, tiny_checkpoint, tmp_path):
     checkpoint = tiny_checkpoint(**SHAPE, tied=False)
     for options in ({}, {"quant": "fp32"}, {"quant": "mixed", "calibrate": texts / "calibrate.txt"}):
         outline = edgelm_export.outline(checkpoint, **options)
@@ -190,7 +190,7 @@ def test_the_report_shows_every_matrix(texts, tiny_checkpoint, tmp_path):
     assert "report.svg" not in without.manifest.files
 
 
-def test_a_smaller_vocabulary_leaves_the_model_as_it_was(texts, tiny_checkpoint, tmp_path):
+def test_a_pruned_vocabulary_gives_the_same_logits(texts, tiny_checkpoint, tmp_path):
     checkpoint = tiny_checkpoint(**SHAPE)
     text = (texts / "calibrate.txt").read_text("utf-8")
     whole = edgelm_export.export(checkpoint, tmp_path / "whole", quant="fp32")
@@ -213,7 +213,7 @@ def test_a_smaller_vocabulary_leaves_the_model_as_it_was(texts, tiny_checkpoint,
     assert measured["kl_mean"] < 1e-9
 
 
-def test_texts_that_do_not_do_are_refused_and_nothing_is_left(texts, tiny_checkpoint, tmp_path):
+def test_bad_texts_are_refused_and_leave_nothing(texts, tiny_checkpoint, tmp_path):
     checkpoint = tiny_checkpoint(**SHAPE)
     short, empty, binary = (tmp_path / name for name in ("short.txt", "empty.txt", "binary.txt"))
     short.write_text("Too short.", encoding="utf-8")
@@ -237,13 +237,13 @@ def test_texts_that_do_not_do_are_refused_and_nothing_is_left(texts, tiny_checkp
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_reference_that_does_not_belong_is_refused(texts, tiny_checkpoint, export_to_cache):
+def test_a_reference_with_another_vocabulary_is_refused(texts, tiny_checkpoint, export_to_cache):
     bundle = export_to_cache(tiny_checkpoint(**SHAPE))
     with pytest.raises(EdgelmError, match=r"331.*400|400.*331"):
         edgelm_export.compare(bundle, tiny_checkpoint(vocab=400), texts / "verify.txt")
 
 
-def test_a_model_calibrates_on_what_it_makes_up(stories_checkpoint, stories_texts, tmp_path):
+def test_calibration_on_self_generated_text(stories_checkpoint, stories_texts, tmp_path):
     dev = stories_texts / "dev.txt"
     plain = edgelm_export.export(stories_checkpoint, tmp_path / "clip", quant="int4", fast=True, verify=dev)
     texts = {"a": {}, "b": {"calibrate": "self"}}
@@ -253,7 +253,7 @@ def test_a_model_calibrates_on_what_it_makes_up(stories_checkpoint, stories_text
     assert sorted(path.name for path in made[0].path.iterdir()) == sorted([*made[0].manifest.files, "manifest.json"])
 
 
-def test_made_up_documents_start_well_and_do_not_end(tiny_checkpoint):
+def test_self_generated_documents_start_with_bos_and_have_no_end_tokens(tiny_checkpoint):
     for bos in (True, False):
         model = open_source_model(tiny_checkpoint(bos=bos, tied=False))
         documents = sample_calibration_documents(model, 40, lambda _what, _done, _of: None, None)

@@ -24,7 +24,7 @@ def test_sizes_are_computed_from_shapes(name):
         assert (variant.mb, variant.memory_mb) == sized(model, variant)
 
 
-def test_a_real_bundle_is_as_large_as_the_catalogue_says(smollm2_gguf, tmp_path):
+def test_a_real_bundle_has_the_size_in_the_catalogue(smollm2_gguf, tmp_path):
     import edgelm_export
 
     variant = next(variant for variant in load_catalogue()["smollm2-135m"].variants if variant.quant == "int8")

@@ -1,4 +1,4 @@
-"""Files of a checkpoint as people have them: which weights are read, and what lies there in the place of a file."""
+"""Files of real checkpoints: which weights are read, and wrong content in place of a file."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_git_lfs_pointer_is_named(checkpoint, name):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_named_pipe_is_not_waited_for(checkpoint, name):
+def test_a_named_pipe_does_not_block(checkpoint, name):
     """An archive may hold one."""
     (checkpoint / name).unlink()
     os.mkfifo(checkpoint / name)
@@ -188,7 +188,7 @@ IDLE = {
 
 
 @pytest.mark.parametrize("name", IDLE)
-def test_an_idle_key_changes_nothing(name, checkpoint, tmp_path):
+def test_a_key_without_effect_changes_nothing(name, checkpoint, tmp_path):
     for out, changes in (("plain", {}), ("idle", {name: IDLE[name]})):
         write_json(checkpoint / "config.json", {**TinyLlama().config(), **changes})
         edgelm_export.export(checkpoint, tmp_path / out, quant="fp32")
@@ -198,7 +198,7 @@ def test_an_idle_key_changes_nothing(name, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("value", [-1, 331, 100_000, None])
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_a_padding_token_without_a_row_is_none(value, file, checkpoint, tmp_path):
+def test_a_padding_token_without_a_row_is_ignored(value, file, checkpoint, tmp_path):
     base = TinyLlama().config() if file == "config.json" else {}
     write_json(checkpoint / file, {**base, "pad_token_id": value})
     corpus = tmp_path / "text"
@@ -229,7 +229,7 @@ def test_sampling_that_is_null_is_off(generation, expected, checkpoint, tmp_path
 
 
 @pytest.mark.parametrize("changes", [{"sliding_window": 100}, {"max_window_layers": -1, "model_type": "qwen2"}])
-def test_what_would_change_results_stays_refused(changes, checkpoint, tmp_path):
+def test_options_that_change_results_are_refused(changes, checkpoint, tmp_path):
     write_json(checkpoint / "config.json", {**TinyLlama().config(), **changes})
     with pytest.raises(EdgelmError, match=next(iter(changes))):
         edgelm_export.export(checkpoint, tmp_path / "out")

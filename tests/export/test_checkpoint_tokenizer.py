@@ -1,4 +1,4 @@
-"""What a checkpoint's files say of its tokenizer: bos and eos as the class adds them, end tokens, special tokens."""
+"""The tokenizer of a checkpoint: bos and eos as its class adds them, end tokens, special tokens."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ PROCESSORS = {"none": None, "bos": ..., "wrong": {"type": "ByteLevel", "add_pref
     ],
 )
 def test_bos_and_eos_as_the_class_adds_them(stories, processor, kind, switches, expected):
-    """stories260K has add_bos_token true, as it comes."""
+    """stories260K has add_bos_token true."""
     if PROCESSORS[processor] is not ...:
         change(stories / "tokenizer.json", post_processor=PROCESSORS[processor])
     change(stories / "tokenizer_config.json", tokenizer_class=kind, **switches)
@@ -79,7 +79,7 @@ def test_bos_and_eos_as_the_class_adds_them(stories, processor, kind, switches, 
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer", ...])
 @pytest.mark.parametrize("switch", [False, None, ...])
-def test_other_classes_leave_it_to_the_file(tiny, kind, switch):
+def test_other_classes_use_the_post_processor_of_the_file(tiny, kind, switch):
     change(tiny / "tokenizer_config.json", tokenizer_class=kind, add_bos_token=switch)
     change(tiny / "config.json", model_type="qwen2")
     before = tokenizers.Tokenizer.from_str(tokenizer_json()).encode("hello").ids
@@ -109,13 +109,13 @@ def test_as_transformers_loads_it(stories, kind, bos, eos):
         assert ids(stories, text) == reference.encode(text)
 
 
-def test_a_switch_that_is_none_is_named(stories):
+def test_a_bad_switch_is_named(stories):
     change(stories / "tokenizer_config.json", tokenizer_class="LlamaTokenizer", add_bos_token="yes")
     with pytest.raises(CheckpointError, match=r"add_bos_token.*'yes'"):
         open_checkpoint(stories)
 
 
-def test_the_bundle_has_it_also_with_fewer_tokens(stories, tmp_path):
+def test_the_bundle_adds_bos_also_with_a_pruned_vocabulary(stories, tmp_path):
     change(stories / "tokenizer.json", post_processor=None)
     change(stories / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     corpus = tmp_path / "text"
@@ -134,7 +134,7 @@ def test_the_bundle_has_it_also_with_fewer_tokens(stories, tmp_path):
 
 @pytest.mark.parametrize("newer", [False, True])
 def test_special_tokens_map(tiny, newer):
-    """It overrules tokenizer_config.json, unless that is of the newer form, which lists added tokens too."""
+    """It overrides tokenizer_config.json, unless that has the newer form, which also lists added tokens."""
     decoder = {"added_tokens_decoder": {}} if newer else {}
     change(tiny / "tokenizer_config.json", bos_token="<s>", eos_token=..., **decoder)
     write_json(
@@ -151,7 +151,7 @@ def test_special_tokens_map(tiny, newer):
     assert found == {"bos_token": bos, "eos_token": "</s>", "pad_token": "<s>", "unk_token": "<u>"}
 
 
-def test_all_four_reach_the_template(tiny, tmp_path):
+def test_all_four_special_tokens_reach_the_template(tiny, tmp_path):
     template = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}|{{ messages[0].content }}"
     write_json(tiny / "special_tokens_map.json", {"pad_token": "<pad>", "unk_token": {"content": "<unk>"}})
     change(tiny / "tokenizer_config.json", chat_template=template)
@@ -160,7 +160,7 @@ def test_all_four_reach_the_template(tiny, tmp_path):
     assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == "<s>|</s>|<pad>|<unk>|x"
 
 
-def test_tokens_that_only_the_class_knows(stories):
+def test_special_tokens_of_the_class_alone(stories):
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         (stories / file).unlink(missing_ok=True)
     write_json(stories / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
@@ -214,8 +214,8 @@ def test_the_token_with_which_a_template_ends_an_answer(tiny, template, expected
     assert metadata.end_of_turn(open_checkpoint(tiny)) == expected
 
 
-def test_the_answer_ends_there(tiny, tmp_path):
-    """A base model's configuration with a chat template put over it: the turn ends nevertheless."""
+def test_an_answer_ends_at_the_end_token_of_the_template(tiny, tmp_path):
+    """A base model's configuration with a chat template added: the turn still ends."""
     first = with_added(tiny, "<|im_start|>", "<|im_end|>")
     change(tiny / "tokenizer_config.json", chat_template=CHATML)
     edgelm_export.export(tiny, tmp_path / "out", quant="fp32")

@@ -85,7 +85,7 @@ def test_a_student_is_distilled_from_a_teacher_with_its_tokenizer(tmp_path, sent
     assert (out / "tokenizer.json").read_bytes() == (student / "tokenizer.json").read_bytes()
 
 
-def test_a_student_goes_on_from_a_directory(tmp_path, sentences, student):
+def test_a_student_continues_from_a_directory(tmp_path, sentences, student):
     out = tmp_path / "again"
     command = ["distill", "--student", str(student), "--data", str(sentences), "--out", str(out), *QUICK]
     assert main(command) == 0
@@ -100,7 +100,7 @@ def refusal(capsys, *options: str) -> str:
     return error
 
 
-def test_what_is_wrong_is_named_and_leaves_nothing(tmp_path, sentences, student, capsys):
+def test_an_error_is_named_and_leaves_nothing(tmp_path, sentences, student, capsys):
     out, data = tmp_path / "out", str(sentences)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "target": "b"}\n{"prompt": "a"}\n')
@@ -118,7 +118,7 @@ def test_what_is_wrong_is_named_and_leaves_nothing(tmp_path, sentences, student,
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_the_remains_of_a_run_are_kept_until_told(tmp_path, sentences, capsys):
+def test_an_unfinished_run_is_kept_without_force_or_resume(tmp_path, sentences, capsys):
     out = tmp_path / "out"
     (tmp_path / "out.partial").mkdir()
     command = ["--out", str(out), "--student", SHAPE, "--data", str(sentences), *QUICK]
@@ -213,7 +213,7 @@ def test_held_out_prompts_are_drawn_once_and_never_trained_on(size, count, seed,
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """Sentences made of parts, and the JSON that says which: all that a small student has to find out."""
+    """Sentences made of parts, and the JSON that lists the parts: easy for a small student."""
     path = tmp_path_factory.mktemp("commands") / "tasks.jsonl"
     actions, devices, rooms = ("open", "close", "dim"), ("blinds", "light", "door"), ("kitchen", "garage", "attic")
     forms = ("{a} the {d} in the {r}", "please {a} the {r} {d}", "{a} {r} {d}", "the {r} {d}: {a} it")
@@ -223,7 +223,7 @@ def commands(tmp_path_factory):
     return path
 
 
-def test_without_any_settings_a_student_learns_what_there_is_to_learn(tmp_path, commands, capsys):
+def test_a_student_learns_the_task_with_default_settings(tmp_path, commands, capsys):
     out = tmp_path / "out"
     command = ["distill", "--student", "hidden=64,layers=2,heads=2,kv-heads=1,mlp=128", "--data", str(commands)]
     assert main([*command, "--out", str(out), "--vocab-size", "300", "--threads", "1"]) == 0
@@ -235,7 +235,7 @@ def test_without_any_settings_a_student_learns_what_there_is_to_learn(tmp_path, 
     assert printed.err == f"next: edgelm export {out} {out}-bundle --quant int8\n"
 
 
-def test_a_run_that_learnt_nothing_says_so(tmp_path, commands, capsys):
+def test_a_run_that_learned_nothing_is_reported(tmp_path, commands, capsys):
     options = ["--student", SHAPE, "--data", str(commands), "--out", str(tmp_path / "out"), *QUICK, "--lr", "1e-7"]
     assert main(["distill", *options, "--row-length", "64", "--held-out", "9", "--json"]) == 0
     printed = capsys.readouterr()

@@ -99,7 +99,7 @@ def test_a_piece_is_one_token_that_decodes_to_itself(tokenizer):
     assert tokenizer.decode(encoding.ids) == answer
 
 
-def test_apart_a_word_is_the_same_tokens_wherever_it_stands():
+def test_with_spaces_apart_a_word_has_the_same_tokens_everywhere():
     tokenizer = train_tokenizer(SENTENCES, 330, spaces_apart=True)
     word = tokenizer.encode("weather", add_special_tokens=False).ids
     inside = tokenizer.encode("the weather", add_special_tokens=False).ids
@@ -149,7 +149,7 @@ frames = st.builds(lambda intent, slots: {"intent": intent, "slots": slots}, st.
 
 
 @given(frames=st.lists(frames, min_size=1, max_size=10))
-def test_right_answers_score_one_and_key_order_counts_for_exact_alone(frames):
+def test_right_answers_score_one_and_key_order_only_matters_for_exact(frames):
     tasks = [Task("p", json.dumps(frame)) for frame in frames]
     assert set(score_tasks(tasks, [task.target for task in tasks]).to_dict().values()) <= {1.0, len(tasks)}
     turned = [json.dumps(dict(reversed(frame.items()))) for frame in frames]
@@ -230,7 +230,7 @@ chances = st.floats(0, 1)
     seed=st.integers(0, 2**32),
     utterance=st.sampled_from(UTTERANCES),
 )
-def test_augmented_values_stand_in_the_prompt(noise, seed, utterance):
+def test_augmented_values_are_in_the_prompt(noise, seed, utterance):
     changed = Augmenter(UTTERANCES, noise)(utterance, np.random.default_rng(seed))
     task = changed.to_task()
     answer = json.loads(task.target)
@@ -246,7 +246,7 @@ def test_no_noise_changes_nothing():
     assert [augment(u, np.random.default_rng(0)) for u in UTTERANCES] == UTTERANCES
 
 
-def test_courtesy_and_marks_leave_values_as_they_are():
+def test_courtesy_and_marks_do_not_change_values():
     augment = Augmenter(UTTERANCES, AugmentationRates(swap=0, blend=0, case=0, mark=1, polite=1))
     rng = np.random.default_rng(0)
     for utterance in UTTERANCES * 20:

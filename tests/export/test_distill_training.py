@@ -40,13 +40,13 @@ def log_softmax(row: np.ndarray) -> np.ndarray:
 
 
 @given(logits=logits, labels=st.lists(st.integers(0, 6), min_size=5, max_size=5))
-def test_cross_entropy_meets_a_plain_loop(logits, labels):
+def test_cross_entropy_equals_a_plain_loop(logits, labels):
     plain = -sum(log_softmax(row)[label] for row, label in zip(logits, labels, strict=True)) / 5
     assert cross_entropy(torch.from_numpy(logits), torch.tensor(labels)).item() == pytest.approx(plain, abs=1e-4)
 
 
 @given(student=logits, teacher=logits, temperature=st.floats(0.5, 8))
-def test_kl_meets_a_plain_loop_and_is_never_negative(student, teacher, temperature):
+def test_kl_equals_a_plain_loop_and_is_never_negative(student, teacher, temperature):
     plain = 0.0
     for given_row, wanted_row in zip(student, teacher, strict=True):
         given_log, wanted_log = log_softmax(given_row / temperature), log_softmax(wanted_row / temperature)
@@ -173,7 +173,7 @@ def test_dropout_ends_with_the_training_and_clipping_bounds_a_step():
         assert torch.equal(trainer.model(tokens).logits, trainer.model(tokens).logits)
 
 
-def test_a_student_comes_closer_to_its_teacher():
+def test_training_brings_a_student_closer_to_its_teacher():
     examples = random_examples(40)
     teacher = tiny_model(7)
     batch = collate([[example] for example in examples], 32)
@@ -191,7 +191,7 @@ def test_a_student_comes_closer_to_its_teacher():
     assert distance(student) < 0.5 * before
 
 
-def test_a_student_of_fewer_layers_begins_with_every_other_layer_of_its_teacher():
+def test_a_student_with_fewer_layers_starts_with_every_second_layer_of_its_teacher():
     teacher = make_student(replace(TINY, layers=5), VOCABULARY, 32, 1, 0, seed=1)
     student = make_student(replace(TINY, layers=3), VOCABULARY, 32, 1, 0, seed=2)
     assert inherit_layers(student, teacher)
@@ -203,7 +203,7 @@ def test_a_student_of_fewer_layers_begins_with_every_other_layer_of_its_teacher(
 
 
 @pytest.mark.parametrize("shape", [replace(TINY, layers=3), replace(TINY, mlp=64), replace(TINY, hidden=64)])
-def test_a_student_of_another_shape_is_left_as_it_was(shape):
+def test_a_student_of_another_shape_is_unchanged(shape):
     teacher = make_student(TINY, VOCABULARY, 32, 1, 0, seed=1)
     student = make_student(shape, VOCABULARY, 32, 1, 0, seed=2)
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
@@ -211,7 +211,7 @@ def test_a_student_of_another_shape_is_left_as_it_was(shape):
     assert all(torch.equal(weight, before[name]) for name, weight in student.state_dict().items())
 
 
-def test_a_teacher_asked_once_says_what_it_says_at_every_step():
+def test_stored_teacher_targets_equal_those_of_every_step():
     examples = random_examples(30)
     every = replace(SETTINGS, dropout=0.0, kl_weight=1.0, smoothing=0.0, teacher_top_k=0)
     at_every_step = Trainer(tiny_model(), lambda _: examples, every, teacher=tiny_model(7))
@@ -226,7 +226,7 @@ def test_a_teacher_asked_once_says_what_it_says_at_every_step():
         torch.testing.assert_close(weight, weights_of(at_every_step)[name], atol=1e-3, rtol=0)
 
 
-def test_a_time_limit_ends_the_run_with_the_rate_run_down():
+def test_a_time_limit_ends_the_run_with_a_low_learning_rate():
     ticks = iter(range(10_000))
     settings = TrainingSettings(epochs=1000, batch_tokens=64, row_length=32, max_s=40, warmup=0.1)
     trainer = Trainer(tiny_model(), lambda _: random_examples(20), settings, clock=lambda: float(next(ticks)))

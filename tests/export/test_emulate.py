@@ -67,20 +67,20 @@ def test_a_processor_that_qemu_does_not_know_is_one_error(cache: Path, bundle: P
     assert "the smoke test on the emulated board gave no report" in err
 
 
-def test_a_missing_bundle_is_said_once(cache: Path, capsys):
+def test_a_missing_bundle_is_one_error(cache: Path, capsys):
     assert main(["devices", "emulate", "pi5", "--bundle", "no/such/bundle"]) == 1
     out = capsys.readouterr().out
     assert "FAILED" in out
     assert "no/such/bundle" in out
 
 
-def test_without_qemu_it_says_what_to_install(tmp_path: Path, monkeypatch, capsys):
+def test_without_qemu_the_error_names_the_package(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["devices", "emulate", "pi5"]) == 1
     assert "apt-get install qemu-user-static" in capsys.readouterr().err
 
 
-def test_elsewhere_than_debian_it_says_so(tmp_path: Path, monkeypatch):
+def test_other_systems_than_debian_are_refused(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(rootfs.platform, "freedesktop_os_release", lambda: UBUNTU)
     with pytest.raises(DeviceError, match=r"Debian.*found Ubuntu 24\.04"):
         rootfs.prepare_rootfs(tmp_path, print)

@@ -1,4 +1,4 @@
-"""What an export writes: a bundle that says what it is, the same bytes for the same input, nothing else anywhere."""
+"""Exports: the manifest, the same bytes for the same input, and no other files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_shards_and_precisions_of_the_same_weights_give_the_same_graph(tmp_path)
 @pytest.mark.parametrize(
     ("quant", "block_size"), [("fp32", 32), ("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)]
 )
-def test_the_manifest_tells_what_is_stored(quant, block_size, tied, tiny_checkpoint, export_to_cache):
+def test_the_manifest_lists_what_is_stored(quant, block_size, tied, tiny_checkpoint, export_to_cache):
     checkpoint = tiny_checkpoint(tied=tied, hidden=160, heads=5, kv_heads=1, mlp=172, attention_bias=True)
     path = export_to_cache(checkpoint, quant=quant, block_size=block_size)
     manifest = open_bundle(path).manifest
@@ -111,7 +111,7 @@ def test_generation_config_gives_defaults_and_end_tokens(tiny_checkpoint, tmp_pa
     assert edgelm_export.export(checkpoint, tmp_path / "greedy").manifest.sampling.temperature == 0
 
 
-def test_the_chat_template_comes_along(tmp_path):
+def test_the_chat_template_is_part_of_the_bundle(tmp_path):
     checkpoint = TinyLlama().write(tmp_path / "checkpoint")
     (checkpoint / "chat_template.jinja").write_text(
         "{{ messages[0].content }}!"
@@ -124,7 +124,7 @@ def test_the_chat_template_comes_along(tmp_path):
         assert said.tokens == model.generate(tokens=ids, max_tokens=4, ignore_eos=True).tokens
 
 
-def test_the_context_is_what_was_asked_for(tiny_checkpoint, export_to_cache, tmp_path):
+def test_the_context_is_the_given_one(tiny_checkpoint, export_to_cache, tmp_path):
     path = export_to_cache(tiny_checkpoint(), quant="fp32", context=48)
     with edgelm.load(path, threads=1) as model:
         assert model.manifest.context == 48
@@ -135,7 +135,7 @@ def test_the_context_is_what_was_asked_for(tiny_checkpoint, export_to_cache, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_long_context_is_limited_unless_asked_for(tiny_checkpoint, tmp_path):
+def test_a_long_context_is_limited_by_default(tiny_checkpoint, tmp_path):
     checkpoint = tiny_checkpoint(context=32768)
     assert edgelm_export.export(checkpoint, tmp_path / "default").manifest.context == 4096
     assert edgelm_export.export(checkpoint, tmp_path / "asked", context=9000).manifest.context == 9000
@@ -168,7 +168,7 @@ def test_an_empty_directory_and_missing_parents_are_filled(tiny_checkpoint, tmp_
     assert open_bundle(tmp_path / "empty").manifest == open_bundle(tmp_path / "a" / "b" / "c").manifest
 
 
-def test_a_failed_replacement_keeps_what_was_there(tiny_checkpoint, tmp_path):
+def test_a_failed_replacement_keeps_the_old_bundle(tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     edgelm_export.export(tiny_checkpoint(), out)
     before = contents(out)
@@ -195,7 +195,7 @@ def test_progress_counts_the_bytes_of_every_matrix(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_the_command_says_what_it_wrote(options, tiny_checkpoint, tmp_path):
+def test_the_command_prints_what_it_wrote(options, tiny_checkpoint, tmp_path):
     command = [sys.executable, "-m", "edgelm", "export", str(tiny_checkpoint()), str(tmp_path / "out")]
     command += ["--quant", "int8", "--block-size", "64", "--context", "100", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""What a bad checkpoint gets: one line that says what was wrong, exit 1, and nothing left behind."""
+"""Bad checkpoints: one line with the cause, exit code 1, and no files left."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def checkpoint(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _keep_handlers():
-    """The command listens to SIGTERM for its own process's life; here it shares the tests' process."""
+    """Restore the handler of SIGTERM, which the command replaces for the rest of its process."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
 
 
 def refusal(source, capsys, *options):
-    """Export, expect failure; return the line, having looked for debris."""
+    """Export, expect failure without files left; return the error line."""
     home = source.parent
     before = sorted(str(path) for path in home.rglob("*"))
     code = main(["export", str(source), str(home / "new" / "out"), *options])
@@ -108,7 +108,7 @@ def test_a_missing_tensor_is_named(name, checkpoint, capsys):
     assert name in refusal(checkpoint, capsys)
 
 
-def test_a_wrong_shape_is_told_with_the_expected_one(checkpoint, capsys):
+def test_the_error_for_a_wrong_shape_has_both_shapes(checkpoint, capsys):
     name = "model.layers.0.mlp.down_proj.weight"
     replace_tensors(checkpoint, lambda tensors: tensors.update({name: tensors[name].T.copy()}))
     line = refusal(checkpoint, capsys)
@@ -211,7 +211,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(tmp_path, capsys):
     assert "tokenizer.json" in line
 
 
-def test_an_added_token_past_the_vocabulary_is_text_like_any_other(tmp_path):
+def test_an_added_token_past_the_vocabulary_is_ordinary_text(tmp_path):
     vocab = json.loads(tokenizer_json())["model"]["vocab"]
     checkpoint = TinyLlama(vocab=len(vocab)).write(tmp_path / "checkpoint")
     tokenizer = json.loads(tokenizer_json())
@@ -252,7 +252,7 @@ LENGTHS = {
 @pytest.mark.parametrize("name", LENGTHS)
 @pytest.mark.parametrize("where", ["checkpoint", "bundle"])
 def test_constraints_work_with_padding_or_truncation_left_on(name, where, tmp_path):
-    """As without: the grammar forces tokens, which padding and truncation would change."""
+    """The answers equal those without: padding and truncation would change the tokens that the grammar forces."""
     checkpoint = TinyLlama(tied=False).write(tmp_path / "checkpoint")
     asked = {"prompt": "Turn", "choices": ["the kitchen light", "the dog in the park"], "max_tokens": 40}
     answers = []

@@ -1,4 +1,4 @@
-"""What a person sees of `edgelm export`: the dry run, the tables, the one line of an error."""
+"""The output of `edgelm export`: the dry run, the tables, one line for an error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_checkpoint, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_measured_is_printed(tiny_checkpoint, tmp_path, text, run):
+def test_measurements_are_printed(tiny_checkpoint, tmp_path, text, run):
     options = ["--verify", text, "--vocab", text, "--vocab-size", 300]
     code, out, _ = run("export", tiny_checkpoint(), tmp_path / "out", *options)
     assert code == 0

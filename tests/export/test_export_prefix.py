@@ -1,4 +1,4 @@
-"""`edgelm export --prefix`: what prompts begin with comes with the bundle."""
+"""`edgelm export --prefix`: a bundle with a static prefix."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def system(tmp_path):
     return file
 
 
-def test_the_first_answer_begins_with_it(tiny_checkpoint, tmp_path, system, run):
+def test_the_first_answer_uses_the_prefix(tiny_checkpoint, tmp_path, system, run):
     code, out, _ = run("export", tiny_checkpoint(), tmp_path / "out", "--prefix", system)
     manifest = open_bundle(tmp_path / "out").manifest
     count = len(manifest.prefix.tokens)
@@ -43,7 +43,7 @@ def test_the_first_answer_begins_with_it(tiny_checkpoint, tmp_path, system, run)
     assert (code, json.loads(out)["prefix_tokens"]) == (0, count)
 
 
-def test_it_is_of_the_pruned_vocabulary_and_within_the_bytes(tiny_checkpoint, tmp_path, system):
+def test_the_prefix_uses_the_pruned_vocabulary_and_counts_in_max_bytes(tiny_checkpoint, tmp_path, system):
     text = tmp_path / "text.txt"
     text.write_text("\n<|endoftext|>\n".join(TEXT * 12), encoding="utf-8")
     options = {"vocab": text, "vocab_size": 300, "calibrate": text, "prefix": system}
@@ -67,7 +67,7 @@ def test_it_is_of_the_pruned_vocabulary_and_within_the_bytes(tiny_checkpoint, tm
         (None, "opening.txt"),
     ],
 )
-def test_a_bad_one_leaves_nothing_behind(content, reason, tiny_checkpoint, tmp_path):
+def test_a_bad_prefix_leaves_nothing(content, reason, tiny_checkpoint, tmp_path):
     file = tmp_path / "opening.txt"
     if content is not None:
         file.write_text(content, encoding="utf-8")

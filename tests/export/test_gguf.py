@@ -28,7 +28,7 @@ from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.errors import CheckpointError, EdgelmError
 
 SHAPE = TinyLlama(vocab=331, hidden=256, layers=2, heads=4, kv_heads=2, mlp=512)
-"""Rows of whole blocks of 256, which K-quants need."""
+"""A shape whose rows are whole blocks of 256, as K-quants require."""
 
 QUERY, KEY = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
 
@@ -62,13 +62,13 @@ def test_every_type_is_dequantized_as_the_library_does(kind, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["IQ2_XXS", "TQ1_0"])
-def test_another_type_is_refused_by_its_name(kind, tmp_path):
+def test_an_unsupported_tensor_type_is_refused_by_name(kind, tmp_path):
     file = write(tmp_path / "model.gguf", kinds={"ffn_down.weight": Kind[kind]})
     with pytest.raises(CheckpointError, match=rf"ffn_down.weight .*{kind}.* F32, .*IQ4_XS"):
         open_checkpoint(file)
 
 
-def test_a_quantized_file_gives_nearly_the_models_logits(tmp_path, export_to_cache):
+def test_a_quantized_file_gives_logits_close_to_the_models(tmp_path, export_to_cache):
     exact = export_to_cache(write(tmp_path / "exact.gguf"), quant="fp32")
     for kind, limit in ((Kind.F16, 0.002), (Kind.BF16, 0.02), (Kind.Q8_0, 0.05), (Kind.Q5_1, 0.3)):
         bundle = export_to_cache(write(tmp_path / f"{kind.name}.gguf", kind=kind), quant="fp32")
@@ -76,7 +76,7 @@ def test_a_quantized_file_gives_nearly_the_models_logits(tmp_path, export_to_cac
 
 
 def distance(bundle, other):
-    """How far the logits of two bundles are apart, as a share of the second's size."""
+    """The difference of two bundles' logits, relative to the second's."""
     expected = logits(other)
     return np.linalg.norm(logits(bundle) - expected) / np.linalg.norm(expected)
 
@@ -93,7 +93,7 @@ def logits(bundle, tokens=tuple(range(7, 47))):
 # --- metadata ---
 
 
-def test_the_bundle_says_what_the_file_says(tmp_path, export_to_cache):
+def test_the_manifest_has_the_metadata_of_the_file(tmp_path, export_to_cache):
     file = write(
         tmp_path / "model.gguf",
         metadata={
@@ -123,7 +123,7 @@ def test_sampling_that_the_file_does_not_mention_is_greedy(tmp_path):
     assert open_checkpoint(file).generation_config["do_sample"] is False
 
 
-def test_numbers_in_float32_are_those_that_were_configured(tmp_path):
+def test_float32_numbers_are_read_as_they_were_configured(tmp_path):
     config = open_checkpoint(write(tmp_path / "model.gguf")).config
     assert (config["rms_norm_eps"], config["rope_theta"]) == (1e-5, 10000.0)
 
@@ -136,7 +136,7 @@ def test_granites_multipliers_have_defaults(tmp_path):
     assert [found[name] for name in names] == [64**-0.5, 1.0, 1.0, 1.0]
 
 
-def test_the_share_that_rotates_gives_the_size_again():
+def test_the_partial_rotary_factor_gives_the_rotary_size():
     for head_size in range(2, 300):
         for size in range(2, head_size + 1, 2):
             assert int(head_size * _share(size, head_size)) == size
@@ -190,7 +190,7 @@ def test_missing_and_wrong_parts_are_refused(spoil, message, parts):
 
 
 def kept_and_stored(file):
-    """Yield each kept matrix's name, what the bundle has, and what the file says."""
+    """Yield each kept matrix's name, the bundle's values, and the file's."""
     model = open_source_model(file)
     weights = DecoderWeights(model.checkpoint, model.decoder, model.weights.tensor_names)
     for name, rows in weights.matrices():
@@ -209,7 +209,7 @@ def _is_part(tensor, matrix):
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0])
-def test_kept_blocks_are_the_files_bit_for_bit(kind, tmp_path, export_to_cache):
+def test_kept_blocks_equal_those_of_the_file(kind, tmp_path, export_to_cache):
     file = write(tmp_path / "model.gguf", TinyLlama(tied=False), kind=kind)
     found = list(kept_and_stored(file))
     assert len(found) == 10  # two tables and two layers of four
@@ -237,7 +237,7 @@ def test_blocks_without_a_scale_are_zeros(kind, tmp_path):
     assert packed.scales.all()
 
 
-def test_logits_of_kept_blocks_are_those_of_the_dequantized_model(tmp_path, export_to_cache):
+def test_kept_blocks_give_the_logits_of_the_dequantized_model(tmp_path, export_to_cache):
     file = write(tmp_path / "model.gguf", kind=Kind.Q8_0)
     apart = distance(export_to_cache(file, quant="keep"), export_to_cache(file, quant="fp32"))
     assert apart < 0.05  # activations are rounded to int8 too
@@ -257,7 +257,7 @@ def test_matrices_in_other_formats_are_rounded_to_int8(tmp_path, run):
     assert stored["layer.0.qkv"] == (4, "keep")
 
 
-def test_granites_multiplier_is_folded_into_the_scales(tmp_path, export_to_cache):
+def test_granites_multiplier_is_part_of_the_scales(tmp_path, export_to_cache):
     config = {
         **SHAPE.config(),
         "model_type": "granite",
@@ -336,7 +336,7 @@ def test_the_library_is_loaded_only_for_gguf(tiny_checkpoint):
 # --- a real model ---
 
 
-def test_the_real_models_weights_are_transformers(smollm2_gguf):
+def test_the_real_models_weights_equal_those_of_transformers(smollm2_gguf):
     transformers = pytest.importorskip("transformers", reason="needs pip install 'edgelm[distill]'")
     pytest.importorskip("torch", reason="needs pip install 'edgelm[distill]'")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
@@ -347,7 +347,7 @@ def test_the_real_models_weights_are_transformers(smollm2_gguf):
         assert np.array_equal(checkpoint.tensor(name, value.shape), value), name
 
 
-def test_the_real_model_is_read_as_it_is(smollm2_gguf):
+def test_the_real_models_configuration_is_read(smollm2_gguf):
     checkpoint = open_checkpoint(smollm2_gguf)
     assert isinstance(checkpoint.tensors, GgufTensors)
     assert checkpoint.config["model_type"] == "llama"
@@ -356,13 +356,13 @@ def test_the_real_model_is_read_as_it_is(smollm2_gguf):
     assert checkpoint.tokenizer_config["chat_template"].startswith("{% for message in messages %}")
 
 
-def test_the_real_models_kept_embedding_is_the_files(smollm2_gguf):
+def test_the_real_models_kept_embedding_equals_that_of_the_file(smollm2_gguf):
     weights = open_source_model(smollm2_gguf).weights
     assert np.array_equal(dequantize(read_kept_matrix(weights, "embedding")), weights.embedding().read_all())
 
 
-def test_the_writer_of_the_tests_is_the_converters_inverse(tmp_path):
-    """The queries of a file differ from the model's, else the order of rows would be tested by nothing."""
+def test_the_tests_writer_reorders_query_rows_like_the_converter(tmp_path):
+    """The queries in a file must differ from the model's; otherwise no test would cover the order of rows."""
     tensors = converted("llama", "llama", SHAPE.config(), SHAPE.tensors())
     assert not np.array_equal(tensors["blk.0.attn_q.weight"], SHAPE.tensors()[QUERY])
 

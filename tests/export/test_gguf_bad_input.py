@@ -1,4 +1,4 @@
-"""GGUF files that are damaged, made by an enemy, or of a kind that is not supported: one error, no traceback."""
+"""Damaged, hostile and unsupported GGUF files: one error, no traceback."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Ever new folders."""
+    """Yield new folders."""
     root = tmp_path_factory.mktemp("changed")
 
     def new():
@@ -51,7 +51,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def refused(tmp_path, run):
-    """Export some bytes; return the one line that says why not."""
+    """Export a file with these bytes; return the error line."""
 
     def export(content, name="model.gguf"):
         path = tmp_path / name

@@ -87,7 +87,7 @@ def alphabet():
 
 @cache
 def byte_level(pre="gpt-2"):
-    """Metadata of a byte-level tokenizer whose merges make words and numbers of what is often together."""
+    """Metadata of a byte-level tokenizer whose merges make words and numbers of frequent pairs."""
     letters = alphabet()
 
     def spell(text):
@@ -146,7 +146,7 @@ def inner(values):
 
 
 def pieces(text, patterns):
-    """Split by each pattern in turn; what lies between matches is a piece too."""
+    """Split by each pattern in turn; the text between matches is a piece too."""
     parts = [text]
     for pattern in patterns:
         parts = [part for old in parts for part in isolated(old, pattern)]
@@ -262,7 +262,7 @@ def test_bos_and_eos_are_added_where_the_file_or_the_kind_says_so(pre, add_bos, 
     assert inner(values).encode("a", add_special_tokens=False).tokens == ["a"]
 
 
-def test_what_ends_an_answer():
+def test_the_tokens_that_end_an_answer():
     values = dict(byte_level())
     count = len(values["tokenizer.ggml.tokens"])
     assert list(read(values).end_ids) == [count - 4]
@@ -282,7 +282,7 @@ def test_an_ordinary_token_spelled_like_an_end_token_is_not_one():
     assert len(read(values).end_ids) == 1
 
 
-def test_ids_that_are_no_tokens_are_left_out():
+def test_ids_out_of_range_are_ignored():
     values = {**byte_level(), "tokenizer.ggml.padding_token_id": 2**32 - 1, "tokenizer.ggml.unknown_token_id": 10**6}
     found = read(values)
     assert found.pad is None
@@ -323,7 +323,7 @@ def sentencepiece():
 
 
 def by_score(text, values):
-    """Merge the neighbours that make the piece of the highest score, the leftmost of equals; then spell bytes."""
+    """Merge the neighbours that make the piece with the highest score, the leftmost of equals; then spell bytes."""
     tokens = [token.decode() for token in values["tokenizer.ggml.tokens"]]
     scores = dict(zip(tokens, values["tokenizer.ggml.scores"].tolist(), strict=True))
     ids = {token: i for i, token in enumerate(tokens)}
@@ -413,10 +413,10 @@ REAL = [
         [1604, 275, 24, 104, 727, 472, 1003, 1792, 1903, 216, 34, 907, 216, 33, 34, 30, 37, 21],
     ),
 ]
-"""What llama.cpp makes of some texts, bos and special tokens included (SmolLM2, whose bos is not added)."""
+"""Tokens of llama.cpp for some texts, with bos and special tokens (SmolLM2, which adds no bos)."""
 
 
-def test_the_real_models_tokens_are_llama_cpps(smollm2_gguf):
+def test_the_real_models_tokens_equal_those_of_llama_cpp(smollm2_gguf):
     tokenizer = tokenizers.Tokenizer.from_str(open_checkpoint(smollm2_gguf).tokenizer_text)
     for text, expected in REAL:
         assert tokenizer.encode(text).ids == expected, text

@@ -1,4 +1,4 @@
-"""Exports with key/value memory in int8: scales, sizes, the quality gate, families with odd attention."""
+"""Exports with an int8 KV cache: scales, sizes, the quality gate, architectures with unusual attention."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def scales_of(bundle):
 
 @needs_runtime
 @pytest.mark.parametrize("fields", [{}, {"head_size": 12}, {"head_size": 8, "kv_heads": 4}], ids=str)
-def test_no_value_of_the_calibration_text_exceeds_its_scale(fields, text, tiny_checkpoint, tmp_path):
+def test_no_value_on_the_calibration_text_exceeds_its_scale(fields, text, tiny_checkpoint, tmp_path):
     checkpoint = tiny_checkpoint(**fields)
     options = {"quant": "fp32", "calibrate": text, "verify": text}
     bundle = edgelm_export.export(checkpoint, tmp_path / "int8", kv="int8", **options)
@@ -72,7 +72,7 @@ def test_no_value_of_the_calibration_text_exceeds_its_scale(fields, text, tiny_c
 
 
 @needs_runtime
-def test_the_size_is_known_before(text, tiny_checkpoint, tmp_path):
+def test_the_outline_has_the_size_of_an_int8_cache(text, tiny_checkpoint, tmp_path):
     for options in ({}, {"quant": "mixed", "calibrate": text}):
         outline = edgelm_export.outline(tiny_checkpoint(), kv="int8", **options)
         bundle = edgelm_export.export(tiny_checkpoint(), tmp_path / "out", kv="int8", force=True, **options)
@@ -81,7 +81,7 @@ def test_the_size_is_known_before(text, tiny_checkpoint, tmp_path):
 
 
 @needs_runtime
-def test_info_shows_it(tiny_checkpoint, tmp_path, run):
+def test_info_shows_the_int8_cache(tiny_checkpoint, tmp_path, run):
     code, out, err = run("export", tiny_checkpoint(), tmp_path / "out", "--kv", "int8", "--json")
     assert (code, json.loads(out)["quant"]) == (0, "int4"), err
     code, out, _ = run("info", tmp_path / "out")

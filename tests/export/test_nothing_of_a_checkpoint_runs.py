@@ -1,4 +1,4 @@
-"""What lies in a stranger's checkpoint is never run: not its Python, its pickles, nor a repository that it names."""
+"""Code in an untrusted checkpoint is never run: Python files, pickles, or a repository that it names."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ MODULE = "own.py"
 
 @pytest.fixture
 def mark(tmp_path):
-    """A file that exists as soon as anything of the checkpoint has run."""
+    """A file that exists after code of the checkpoint has run."""
     return tmp_path / "it-ran"
 
 
 @pytest.fixture
 def hostile(tmp_path, tiny_checkpoint, mark, monkeypatch):
-    """A checkpoint of a known type with code beside it, where the directory is the current one too."""
+    """A checkpoint of a known type with code beside it; its directory is the current one."""
     path = shutil.copytree(tiny_checkpoint(), tmp_path / "hostile")
     code = f"open({str(mark)!r}, 'w').close()\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
     (path / MODULE).write_text(code)
@@ -55,7 +55,7 @@ FIELDS = [
 
 
 @pytest.mark.parametrize("fields", FIELDS, ids=lambda fields: next(iter(fields)))
-def test_fields_that_name_code_are_left_out(hostile, mark, fields, monkeypatch):
+def test_fields_that_name_code_are_removed(hostile, mark, fields, monkeypatch):
     monkeypatch.setattr(transformers.modeling_utils, "load_and_register_kernel", lambda *_: mark.touch())
     monkeypatch.setattr(transformers.modeling_utils, "is_kernel", lambda name: name is not None and "/" in name)
     change(hostile, **fields)
@@ -66,12 +66,12 @@ def test_fields_that_name_code_are_left_out(hostile, mark, fields, monkeypatch):
     assert not mark.exists()
 
 
-def test_they_are_left_out_at_any_depth(hostile):
+def test_such_fields_are_removed_at_any_depth(hostile):
     change(hostile, text_config=[{"auto_map": AUTO_MAP, "_attn_implementation": "a/b", "kept": 1}])
     assert read_safe_config(transformers, hostile).text_config == [{"kept": 1}]
 
 
-def test_an_architecture_that_is_its_own_code_is_refused(hostile, mark):
+def test_an_architecture_that_exists_only_as_code_in_the_checkpoint_is_refused(hostile, mark):
     change(hostile, model_type="own", auto_map=AUTO_MAP, architectures=["M"])
     with pytest.raises(CheckpointError, match=r"model_type 'own'.*transformers"):
         load_transformers_model(hostile, "teacher")
@@ -104,7 +104,7 @@ def test_pickled_weights_are_refused(hostile, mark, named):
     assert not mark.exists()
 
 
-def test_the_road_over_optimum_runs_nothing_of_a_checkpoint(hostile, mark, tmp_path, capsys):
+def test_an_export_via_optimum_runs_no_code_of_a_checkpoint(hostile, mark, tmp_path, capsys):
     pytest.importorskip("optimum.exporters.onnx", reason="needs pip install 'edgelm[optimum]'")
     from edgelm.cli import main
 
@@ -116,8 +116,8 @@ def test_the_road_over_optimum_runs_nothing_of_a_checkpoint(hostile, mark, tmp_p
     assert not mark.exists()
 
 
-def test_every_call_that_loads_says_so():
-    """Whoever adds a `from_pretrained` or a `torch.load` has to say that it runs nothing."""
+def test_every_loading_call_has_safe_options():
+    """Every `from_pretrained` and `torch.load` must have options that prevent running code."""
     found = 0
     for folder in ("edgelm", "export", "devices", "examples"):
         for file in (REPO / folder).rglob("*.py"):

@@ -18,7 +18,7 @@ IMAGE = "application/vnd.ollama.image."
 
 
 class Store:
-    """A store in a folder; `pull` puts a model into it."""
+    """A store in a folder; `pull` adds a model."""
 
     def __init__(self, root):
         self.root = root
@@ -91,7 +91,7 @@ def test_parameters_of_a_wrong_type_are_one_error(parameters, store, model):
         metadata.sampling(open_checkpoint("ollama:tiny"))
 
 
-def test_the_users_own_store_is_looked_into(tmp_path, monkeypatch, model):
+def test_the_users_own_store_is_searched(tmp_path, monkeypatch, model):
     monkeypatch.delenv("OLLAMA_MODELS", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     Store(tmp_path / ".ollama" / "models").pull(model)
@@ -139,7 +139,7 @@ def test_a_damaged_manifest_is_named(content, store):
         open_checkpoint("ollama:tiny")
 
 
-def test_a_missing_and_a_cut_blob_are_named(store, model):
+def test_missing_and_truncated_blobs_are_named(store, model):
     store.pull(model)
     (blob,) = (store.root / "blobs").iterdir()
     os.truncate(blob, 1000)
@@ -150,7 +150,7 @@ def test_a_missing_and_a_cut_blob_are_named(store, model):
         open_checkpoint("ollama:tiny")
 
 
-def test_an_adapter_and_no_model_are_refused(store, model):
+def test_an_adapter_and_a_missing_model_are_refused(store, model):
     store.pull(model, adapter=b"x")
     with pytest.raises(CheckpointError, match="GGUF"):
         open_checkpoint("ollama:tiny")

@@ -1,4 +1,4 @@
-"""Architectures without a builder here, by way of optimum: our quantizer and runtime against transformers."""
+"""Exports via optimum: our quantizer and runtime against transformers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def true_logits(model, tokens) -> np.ndarray:
 
 
 def greedy(model, prompt, count) -> list[int]:
-    """Transformers' greedy tokens, each from the whole text anew."""
+    """Transformers' greedy tokens, each computed from the whole text."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(int(true_logits(model, tokens)[-1].argmax()))
@@ -72,7 +72,7 @@ def our_logits(bundle: Path, prompt, following) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_float32_logits_are_those_of_transformers(kind, bundle_of):
+def test_float32_logits_equal_those_of_transformers(kind, bundle_of):
     prompt = PROMPTS[0]
     following = greedy(model_of(kind), prompt, NEW)
     want = true_logits(model_of(kind), prompt + following)
@@ -81,12 +81,12 @@ def test_float32_logits_are_those_of_transformers(kind, bundle_of):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
-def test_greedy_tokens_are_those_of_transformers(prompt, gpt2):
+def test_greedy_tokens_equal_those_of_transformers(prompt, gpt2):
     done = gpt2.generate(tokens=prompt, max_tokens=NEW, temperature=0.0, ignore_eos=True)
     assert list(done.tokens) == greedy(model_of("gpt2"), prompt, NEW)
 
 
-def test_a_longer_prompt_goes_on_from_a_shorter_one(gpt2):
+def test_a_longer_prompt_reuses_a_shorter_one(gpt2):
     prompt = PROMPTS[0]
     gpt2.generate(tokens=prompt[:9], max_tokens=1)
     done = gpt2.generate(tokens=prompt, max_tokens=NEW, temperature=0.0, ignore_eos=True)
@@ -94,7 +94,7 @@ def test_a_longer_prompt_goes_on_from_a_shorter_one(gpt2):
     assert done.usage.cached_tokens >= 9
 
 
-def test_scores_are_those_of_transformers(gpt2):
+def test_scores_equal_those_of_transformers(gpt2):
     tokens = PROMPTS[0] + PROMPTS[3] + PROMPTS[1]  # more than one pass of the engine
     logits = torch.tensor(true_logits(model_of("gpt2"), tokens)).double()
     want = logits.log_softmax(-1)[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])]
@@ -118,7 +118,7 @@ def test_int4_answers_and_differs_more(bundle_of):
     assert done.finish_reason == "length"
 
 
-def test_the_manifest_tells_what_was_done(checkpoint, bundle_of):
+def test_the_manifest_of_an_export_via_optimum(checkpoint, bundle_of):
     opened = open_bundle(bundle_of("gpt2", "int4"))
     manifest = opened.manifest
     assert (manifest.via, manifest.cache.kind, manifest.architecture) == ("optimum", "growing", "gpt2")
@@ -165,8 +165,8 @@ def test_each_weight_is_stored_once(quant, bundle_of):
         assert sum(len(node.input) == 6 for node in graph.node if node.op_type == "MatMulNBits") == 8  # with a bias
 
 
-def test_answers_do_not_depend_on_neighbours(gpt2):
-    """Six threads with prompts of four lengths, on four rows, get what each prompt gets alone."""
+def test_answers_do_not_depend_on_the_batch(gpt2):
+    """Six threads with prompts of four lengths, on four rows, get the same answers as each prompt alone."""
     jobs = [(prompt, count) for prompt in PROMPTS for count in (3, NEW, 11)]
     options = {"temperature": 0.8, "seed": 5, "ignore_eos": True}
     alone = [gpt2.generate(tokens=prompt, max_tokens=count, **options).tokens for prompt, count in jobs]
@@ -201,11 +201,11 @@ def test_the_command_is_quiet_and_repeatable(checkpoint, bundle_of, tmp_path):
 
 
 def test_the_context_stays_within_a_sliding_window(bundle_of):
-    """A cache that dropped its oldest positions would no longer be as long as the runtime believes."""
+    """A cache that drops its oldest positions would be shorter than the runtime expects."""
     assert open_bundle(bundle_of("mistral", "fp32")).manifest.context == SHAPES["mistral"]["sliding_window"] - 1
 
 
-def test_the_gate_measures_against_optimums_own_float32_graph(checkpoint, tmp_path):
+def test_the_quality_gate_compares_with_optimums_float32_graph(checkpoint, tmp_path):
     import edgelm_export
 
     text = tmp_path / "text.txt"

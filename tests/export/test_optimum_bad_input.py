@@ -1,4 +1,4 @@
-"""What `--via optimum` refuses: in one line, leaving nothing behind."""
+"""Errors of `--via optimum`: one line, and no files left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def checkpoint(tmp_path_factory):
 
 
 def refuse(source: Path, tmp_path: Path, error: type[EdgelmError], match: str, **options) -> None:
-    """Expect one line, and nothing left behind."""
+    """Expect an error of one line, and no files left."""
     target = tmp_path / "out"
     before = sorted(tmp_path.iterdir())
     with pytest.raises(error, match=match) as caught:

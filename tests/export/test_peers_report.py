@@ -1,4 +1,4 @@
-"""The comparison with other runtimes: which way its ratios point, and what its tables hold."""
+"""The comparison with other runtimes: the direction of its ratios, and the content of its tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIDES = all_sides(EDGELM)
 
 
 def measured(advantage: float, rounds: int = 3) -> dict[str, Any]:
-    """A report in which edgelm does everything `advantage` times as well as every peer."""
+    """A report in which edgelm is `advantage` times as good as every peer in everything."""
     base = dict.fromkeys(RATES, 1.0) | dict.fromkeys(TIMES, 1.0)
     ours = dict.fromkeys(RATES, advantage) | dict.fromkeys(TIMES, 1 / advantage)
     sides = {name: ours if side.program == "edgelm" else base for name, side in SIDES.items()}
@@ -45,7 +45,7 @@ def measured(advantage: float, rounds: int = 3) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_targets_are_met_by_who_is_better_and_missed_by_who_is_worse(name: str) -> None:
+def test_better_results_meet_targets_and_worse_ones_miss_them(name: str) -> None:
     assert all(each.met for each in verdicts(name, measured(20.0), None))
     worse = [each for each in verdicts(name, measured(0.5), None) if "KL" not in each.what]
     assert worse
@@ -66,7 +66,7 @@ def test_ratios_of_speed_and_of_cost(advantage: float) -> None:
         assert ratios(shape, "edgelm-int4", "genai", column) == pytest.approx([wanted] * 3)
 
 
-def test_a_round_without_one_of_both_has_no_ratio() -> None:
+def test_a_round_without_one_side_has_no_ratio() -> None:
     shape = measured(2.0, rounds=1)
     shape["rounds"][0]["sides"]["genai"] = {}
     assert ratios(shape, "edgelm-int4", "genai", COLUMNS["decode 256"]) == []
@@ -82,7 +82,7 @@ def test_the_side_that_is_judged() -> None:
     assert judge_side(shape, None) == "edgelm-int8"
 
 
-def test_tables_are_whole_and_tell_what_is_missing() -> None:
+def test_tables_are_complete_and_mark_missing_values() -> None:
     text = markdown({"shapes": {"135m": measured(2.0), "stories": measured(2.0)}}, None)
     for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
         assert len({line.count("|") for line in block.splitlines()}) == 1
@@ -91,7 +91,7 @@ def test_tables_are_whole_and_tell_what_is_missing() -> None:
 
 
 @given(context=st.integers(64, 4096), new_tokens=st.integers(2, 128), side=st.sampled_from([*SIDES.values()]))
-def test_no_job_asks_for_more_than_a_model_holds(context: int, new_tokens: int, side: Any) -> None:
+def test_no_job_exceeds_the_context_of_a_model(context: int, new_tokens: int, side: Any) -> None:
     facts = Facts(context, 1, 1, True, 1, 1)
     for measure in MEASURES:
         job = job_of(measure, side, "model", facts, Settings(1, new_tokens, 1), 0)
@@ -99,6 +99,6 @@ def test_no_job_asks_for_more_than_a_model_holds(context: int, new_tokens: int, 
             assert length + job["new_tokens"] <= job["context"] <= context
 
 
-def test_every_peer_stands_in_a_target() -> None:
+def test_every_peer_has_a_target() -> None:
     unjudged = {"llama-q4_k_m", "llama-q8_0"}  # of other sizes than four bits
     assert {peer.name for peer in PEERS} - unjudged == {target.peer for target in TARGETS}

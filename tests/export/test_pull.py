@@ -1,4 +1,4 @@
-"""`edgelm pull`: from a checkpoint here, and from a hub, which is a small server of its protocol on this machine."""
+"""`edgelm pull` from a local checkpoint, and from a local server with the hub's protocol."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OLDER = "f" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers what huggingface_hub asks of a model's repository: its commit, its files, one of them."""
+    """Answers huggingface_hub's requests for a model's repository: its commit, its list of files, a file."""
 
     def do_GET(self):
         server = self.server
@@ -60,7 +60,7 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *_):
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def server(tiny_checkpoint):
 
 @pytest.fixture
 def hub(server, monkeypatch):
-    """The server as the library's hub. `asked` is what it was asked for, `fails` a file that it has lost."""
+    """The server as the library's hub. `asked`: requested paths; `fails`: a file that it does not have."""
     server.asked, server.fails = [], None
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     return server
@@ -104,7 +104,7 @@ def memory(monkeypatch, mb):
 
 
 @pytest.mark.parametrize(("mb", "quant"), [(16_000, "int8"), (4_000, "int4"), (None, "int8")])
-def test_the_catalogue_says_which_commit_and_which_form(hub, store, known, monkeypatch, run, mb, quant):
+def test_the_catalogue_selects_commit_and_precision(hub, store, known, monkeypatch, run, mb, quant):
     memory(monkeypatch, mb)
     code, out, err = run("pull", "tiny")
     assert code == 0, err
@@ -121,7 +121,7 @@ def test_the_catalogue_says_which_commit_and_which_form(hub, store, known, monke
     assert "--force" in out
 
 
-def test_any_model_of_the_hub_has_its_ids_last_part_as_its_name(hub, store, run):
+def test_a_model_of_the_hub_is_named_after_the_last_part_of_its_id(hub, store, run):
     code, out, err = run("pull", "owner/tiny", "--quant", "int8", "--json")
     assert code == 0, err
     facts = json.loads(out)
@@ -129,7 +129,7 @@ def test_any_model_of_the_hub_has_its_ids_last_part_as_its_name(hub, store, run)
     assert store.names() == ["tiny"]
 
 
-def test_a_board_that_is_too_small_is_told_so_before_anything_is_fetched(hub, store, known, monkeypatch, run):
+def test_a_board_with_too_little_memory_is_refused_before_the_download(hub, store, known, monkeypatch, run):
     memory(monkeypatch, 900)
     code, out, err = run("pull", "tiny")
     assert (code, out, err.count("\n"), hub.asked) == (1, "", 1, [])
@@ -139,7 +139,7 @@ def test_a_board_that_is_too_small_is_told_so_before_anything_is_fetched(hub, st
     assert code == 0
 
 
-def test_a_broken_download_leaves_no_bundle_and_goes_on_later(hub, store, run):
+def test_a_broken_download_leaves_no_bundle_and_continues_later(hub, store, run):
     hub.fails = "model.safetensors"
     code, out, err = run("pull", "owner/tiny", "--fast")
     assert (code, out) == (1, "")
@@ -152,7 +152,7 @@ def test_a_broken_download_leaves_no_bundle_and_goes_on_later(hub, store, run):
     assert ("GET", f"/owner/tiny/resolve/{COMMIT}/tokenizer.json") not in hub.asked[before:]
 
 
-def test_a_model_behind_a_licence_and_one_that_is_not_there(hub, store, run):
+def test_gated_and_missing_models_are_refused(hub, store, run):
     code, _, err = run("pull", "owner/gated")
     assert (code, err.count("\n")) == (1, 1)
     assert "accepted its licence" in err
@@ -162,7 +162,7 @@ def test_a_model_behind_a_licence_and_one_that_is_not_there(hub, store, run):
     assert "no such model" in err
 
 
-def test_without_a_network_one_line_says_what_to_do(store, known, monkeypatch, run):
+def test_without_a_network_one_line_has_advice(store, known, monkeypatch, run):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     code, out, err = run("pull", "tiny")
     assert (code, out, err.count("\n")) == (1, "", 1)
@@ -170,7 +170,7 @@ def test_without_a_network_one_line_says_what_to_do(store, known, monkeypatch, r
     assert "edgelm pull tiny --from model/" in err
 
 
-def test_from_a_checkpoint_here(store, known, monkeypatch, tiny_checkpoint, run):
+def test_pull_from_a_local_checkpoint(store, known, monkeypatch, tiny_checkpoint, run):
     memory(monkeypatch, 16_000)
     checkpoint = tiny_checkpoint()
     code, _, err = run("pull", "tiny", "--from", checkpoint)
@@ -185,7 +185,7 @@ def test_from_a_checkpoint_here(store, known, monkeypatch, tiny_checkpoint, run)
     assert open_bundle("mine").manifest.quant == "int8"
 
 
-def test_a_damaged_model_is_made_again(store, tiny_checkpoint, run):
+def test_a_damaged_model_is_converted_again(store, tiny_checkpoint, run):
     checkpoint = tiny_checkpoint()
     assert run("pull", "mine", "--from", checkpoint, "--fast")[0] == 0
     for damage in ("cut", "no manifest"):
@@ -200,7 +200,7 @@ def test_a_damaged_model_is_made_again(store, tiny_checkpoint, run):
         assert open_bundle("mine")
 
 
-def test_what_killed_runs_left_goes_with_the_next_one(store, tiny_checkpoint, run):
+def test_the_next_run_removes_what_killed_runs_left(store, tiny_checkpoint, run):
     folder = store.folder / "bundles"
     for name in (".mine.old1", ".mine.young", ".mine2.old2"):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Checkpoints that were published quantized: read as what their codes stand for, or refused with advice."""
+"""Checkpoints that were published quantized: dequantized, or refused with advice."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write(folder, settings_, tensors, kept=None, types=None):
 
 
 def gptq_layer(rng, shape, bits, size, *, act_order=False, v2=False):
-    """Random codes of a matrix: the tensors, and what they stand for."""
+    """Random codes of a matrix: the stored tensors, and the dequantized matrix."""
     outputs, inputs = shape
     groups = -(-inputs // size)
     codes = rng.integers(0, 2**bits, (outputs, inputs))
@@ -67,7 +67,7 @@ def all_layers(make):
 
 
 def check(folder, expected):
-    """Every matrix, whole and in rows, equals what the packer was given; the export equals one of those matrices."""
+    """Check that every matrix, whole and in rows, equals the packer's input, and so does the export."""
     checkpoint = open_checkpoint(folder)
     assert set(checkpoint.names) == set(SHAPE.tensors())
     for name, weight in expected.items():
@@ -153,7 +153,7 @@ def test_float8(tmp_path, name):
     check(write(tmp_path / "c", settings_, tensors), expected)
 
 
-def test_bytes_that_are_integers(tmp_path):
+def test_int8_matrices_of_compressed_tensors(tmp_path):
     rng = np.random.default_rng(3)
 
     def make(shape):
@@ -165,7 +165,7 @@ def test_bytes_that_are_integers(tmp_path):
     check(write(tmp_path / "c", {"quant_method": "compressed-tensors", "format": "int-quantized"}, tensors), expected)
 
 
-def test_an_export_is_that_of_the_same_weights_as_floats(tmp_path):
+def test_an_export_equals_that_of_the_same_weights_as_floats(tmp_path):
     rng = np.random.default_rng(4)
     tensors, expected = all_layers(lambda shape: gptq_layer(rng, shape, 4, 32))
     quantized = write(tmp_path / "quantized", {"quant_method": "gptq", "bits": 4, "group_size": 32}, tensors)
@@ -182,7 +182,7 @@ def test_an_export_is_that_of_the_same_weights_as_floats(tmp_path):
         assert model.generate("Once", max_tokens=2, ignore_eos=True).tokens
 
 
-def test_the_settings_may_lie_in_a_file_of_their_own(tmp_path):
+def test_settings_in_a_separate_file(tmp_path):
     rng = np.random.default_rng(5)
     tensors, expected = all_layers(lambda shape: gptq_layer(rng, shape, 4, 32))
     folder = write(tmp_path / "c", None, tensors)
@@ -200,7 +200,7 @@ def test_the_settings_may_lie_in_a_file_of_their_own(tmp_path):
     rows=st.tuples(st.integers(0, 40), st.integers(0, 40)),
 )
 def test_rows_of_any_shape(shape, size, seed, rows):
-    """Without files: the layout alone, in every cut."""
+    """The layout alone, without files, for all ranges of rows."""
     from edgelm_export.checkpoint.published_quantization import GptqLayout
 
     packed, weight = gptq_layer(np.random.default_rng(seed), shape, 4, size, act_order=True)
@@ -261,7 +261,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("settings_", "message"), REFUSED, ids=lambda value: str(value)[:40])
-def test_what_is_not_read_is_refused_with_advice(tmp_path, settings_, message):
+def test_unsupported_formats_are_refused_with_advice(tmp_path, settings_, message):
     folder = SHAPE.write(tmp_path / "Tiny-Llama-Instruct-bnb-4bit")
     write_json(folder / "config.json", {**SHAPE.config(), "quantization_config": settings_})
     with pytest.raises(CheckpointError) as raised:
@@ -282,7 +282,7 @@ def test_what_is_not_read_is_refused_with_advice(tmp_path, settings_, message):
         ("biases", "quantization_config: MLX"),
     ],
 )
-def test_a_format_that_only_the_tensors_tell(tmp_path, part, message):
+def test_a_format_recognized_by_tensor_names(tmp_path, part, message):
     folder = SHAPE.write(tmp_path / "Tiny-4bit")
     save_tensors(folder, {**SHAPE.tensors(), f"model.layers.0.mlp.up_proj.{part}": np.ones(4, np.float32)})
     with pytest.raises(CheckpointError, match=rf"{message}.*Tiny"):
@@ -304,7 +304,7 @@ def test_a_format_that_only_the_tensors_tell(tmp_path, part, message):
         ("SmolLM2-135M", None),
     ],
 )
-def test_the_name_without_what_tells_of_quantization(tmp_path, name, bare):
+def test_the_unquantized_name_is_guessed(tmp_path, name, bare):
     assert guess_unquantized_name(tmp_path / name, {}) == bare
     hub = tmp_path / f"models--owner--{name}" / "snapshots" / "0123"
     assert guess_unquantized_name(hub, {}) == (None if bare is None else f"owner/{bare}")
@@ -366,7 +366,7 @@ def test_hostile_float8(tmp_path, change, message):
         edgelm_export.export(folder, tmp_path / "out")
 
 
-def test_a_matrix_that_was_left_as_it_is(tmp_path):
+def test_an_unquantized_matrix_in_a_quantized_checkpoint(tmp_path):
     rng = np.random.default_rng(7)
     tensors, expected = all_layers(lambda shape: gptq_layer(rng, shape, 4, 32))
     left = MATRICES[2]

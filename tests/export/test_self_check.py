@@ -1,4 +1,4 @@
-"""The self-check: every quantized export measures itself, and a bundle that is of no use is not written in silence."""
+"""The self-check: every quantized export has one, and an unusable bundle is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GOOD = {"tokens": 100, "perplexity": 22.0, "reference_perplexity": 20.0, "kl_mea
 
 @pytest.fixture
 def broken(monkeypatch):
-    """Let a quantizer mix up the rows of what it stores."""
+    """Make the quantizer store rows in a wrong order."""
     quantize = matrix_store.quantize_matrix
 
     def mixed_up(rows, *given, **known):
@@ -32,7 +32,7 @@ def broken(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"quant": "int8"}, {"fast": True}, {"quant": "int4"}, {"quant": "mixed"}], ids=str)
-def test_every_quantized_export_says_what_it_lost(options, stories_checkpoint, tmp_path):
+def test_every_quantized_export_reports_its_loss(options, stories_checkpoint, tmp_path):
     found = edgelm_export.export(stories_checkpoint, tmp_path / "out", **options).manifest.self_check
     assert found["kl_mean"] < 0.25
     assert 100 < found["tokens"] <= 5 * (CHECKED_TOKENS - 1)
@@ -65,7 +65,7 @@ def test_force_writes_a_broken_bundle_with_its_figures(broken, stories_checkpoin
 @pytest.mark.parametrize(
     "worse", [{"kl_mean": 1.2}, {"perplexity": 61.0}, {"perplexity": float("inf")}, {"kl_mean": float("nan")}], ids=str
 )
-def test_either_figure_counts(worse):
+def test_each_figure_alone_can_fail_the_check(worse):
     raise_if_broken(GOOD)
     with pytest.raises(SelfCheckError):
         raise_if_broken(GOOD | worse)

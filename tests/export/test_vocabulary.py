@@ -1,4 +1,4 @@
-"""What pruning keeps first, and what it writes into tokenizer.json."""
+"""Pruning: which tokens are kept first, and the new tokenizer.json."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALL = 10_000
 
 
 def byte_level(merges: list[tuple[str, str]], letters: list[str] = LETTERS, **options: Any) -> tokenizers.Tokenizer:
-    """A byte-level BPE of these merges, splitting at nothing."""
+    """A byte-level BPE with these merges, without splitting."""
     names = [*options.pop("first", ()), *sorted(letters), *("".join(pair) for pair in merges)]
     vocab = {name: token for token, name in enumerate(dict.fromkeys(names))}
     made = tokenizers.Tokenizer(models.BPE(vocab, merges, **options))
@@ -51,7 +51,7 @@ def test_the_most_applied_merges_stay(tmp_path: Path) -> None:
     assert prune_vocabulary(path, text, 256, model_vocab_size=262).tokens_after == len(text)
 
 
-def test_the_earliest_merges_fill_what_the_text_leaves(tmp_path: Path) -> None:
+def test_the_earliest_merges_fill_the_rest_of_the_size(tmp_path: Path) -> None:
     made = byte_level([("q", "r"), ("a", "b"), ("qr", "s"), ("t", "u")], first=["tu"])
     path = write(tmp_path, made)
     assert names(prune_vocabulary(path, "ab" * 200, 258, model_vocab_size=ALL)) - set(LETTERS) == {"ab", "qr"}
@@ -59,7 +59,7 @@ def test_the_earliest_merges_fill_what_the_text_leaves(tmp_path: Path) -> None:
 
 
 def test_a_character_outweighs_a_merge(tmp_path: Path) -> None:
-    """Bytes spell it as well, but not in tokens that the model knows."""
+    """Bytes can spell it too, but the model has rarely seen them."""
     vocab = {name: token for token, name in enumerate([*BYTES, "t", "h", "e", "th", "the", "ñ"])}
     made = tokenizers.Tokenizer(models.BPE(vocab, [("t", "h"), ("th", "e")], byte_fallback=True))
     made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
@@ -68,8 +68,8 @@ def test_a_character_outweighs_a_merge(tmp_path: Path) -> None:
     assert (result.tokens_lost, result.sufficient_size) == (200, 262)
 
 
-def test_a_filler_comes_with_what_it_is_made_of(tmp_path: Path) -> None:
-    """The list names `abc` before its part `bc`: alone it would be a row that no text reaches."""
+def test_a_filling_token_is_kept_with_its_components(tmp_path: Path) -> None:
+    """The list has `abc` before its part `bc`; without `bc` no text would be encoded as `abc`."""
     made = byte_level([("a", "bc"), ("x", "y"), ("b", "c")])
     assert names(prune_vocabulary(write(tmp_path, made), "z" * 200, 257, model_vocab_size=ALL)) - set(LETTERS) == {"xy"}
     assert names(prune_vocabulary(write(tmp_path, made), "z" * 200, 258, model_vocab_size=ALL)) - set(LETTERS) == {
@@ -79,7 +79,7 @@ def test_a_filler_comes_with_what_it_is_made_of(tmp_path: Path) -> None:
 
 
 def test_equal_pairs_join_from_the_left(tmp_path: Path) -> None:
-    """`aaa` passes through `aa`, `a`: from the right it would not be reached, and seem to need nothing."""
+    """`aaa` is made of `aa`, `a`; merged from the right it would not be made, and seem to need no other token."""
     made = byte_level([("x", "y"), ("a", "a"), ("aa", "a")])
     result = prune_vocabulary(write(tmp_path, made), "aaa." * 100, 257, model_vocab_size=ALL)
     assert names(result) - set(LETTERS) == {"aa"}
@@ -95,7 +95,7 @@ def test_a_word_found_whole_needs_no_merges(tmp_path: Path) -> None:
 
 
 def test_the_unknown_token_stays(tmp_path: Path) -> None:
-    """A vocabulary trained without an initial alphabet lacks bytes, and says so with this token."""
+    """A vocabulary trained without an initial alphabet lacks bytes; its unknown token stands for them."""
     made = byte_level([("a", "b"), ("c", "d")], list("abcd"), first=["ab", "cd", "<unk>"], unk_token="<unk>")
     result = prune_vocabulary(write(tmp_path, made), "abcd" * 100, 6, model_vocab_size=ALL)
     before, after = made.encode("abxcd"), tokenizers.Tokenizer.from_str(result.tokenizer_text).encode("abxcd")
@@ -103,8 +103,8 @@ def test_the_unknown_token_stays(tmp_path: Path) -> None:
     assert after.tokens == ["ab", "<unk>", "c", "d"]
 
 
-def test_an_unknown_character_costs_what_it_did(tmp_path: Path) -> None:
-    """The penalty hangs on the lowest score: with `é` gone from the scores, bytes would beat the pieces of a text."""
+def test_the_score_of_an_unknown_character_is_unchanged(tmp_path: Path) -> None:
+    """The penalty depends on the lowest score: without `é` in the scores, bytes would win over the text's pieces."""
     pieces = [
         ("<unk>", 0.0),
         *((name, 0.0) for name in BYTES),
@@ -125,7 +125,7 @@ def test_an_unknown_character_costs_what_it_did(tmp_path: Path) -> None:
         assert [token for token in after.encode("ab" * 2).tokens if token.startswith("<")] == []
 
 
-def test_ids_move_wherever_they_are_written(tmp_path: Path) -> None:
+def test_ids_change_in_all_places(tmp_path: Path) -> None:
     content = json.loads(tokenizer_json("gpt2"))
     end = content["padding"]["pad_id"]
     path = write(tmp_path, "gpt2")
@@ -196,8 +196,8 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     assert first.kept_ids.tolist() == second.kept_ids.tolist()
 
 
-def test_stories_for_stories(stories_checkpoint: Path, shared: Path) -> None:
-    """Two thirds of its 512 tokens are bytes and special ones; the rest of the room is for the most used merges."""
+def test_a_real_vocabulary_pruned_for_its_own_domain(stories_checkpoint: Path, shared: Path) -> None:
+    """Two thirds of its 512 tokens are bytes and special tokens; the rest are the most used merges."""
     text = (shared / "data" / "tinystories" / "dev.txt").read_text("utf-8")[:50_000]
     path = stories_checkpoint / "tokenizer.json"
     result = prune_vocabulary(path, text, 400, model_vocab_size=512)

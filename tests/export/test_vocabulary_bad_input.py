@@ -1,4 +1,4 @@
-"""What pruning refuses: one line that says what was wrong."""
+"""Errors of pruning: one line with the cause."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_text_too_short_is_refused(tmp_path: Path, text: str) -> None:
         prune_vocabulary(write(tmp_path, "gpt2"), text, 300, model_vocab_size=ALL)
 
 
-def test_a_text_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+def test_a_text_with_lone_surrogates_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Unicode"):
         prune_vocabulary(write(tmp_path, "gpt2"), DOMAIN + "\ud800", 300, model_vocab_size=ALL)
 

@@ -1,4 +1,4 @@
-"""Random small models of any family, made with transformers, and the comparison that all families' tests make."""
+"""Random small models of any architecture, made with transformers, and the comparisons that all parity tests share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BASE: Final = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
-"""What the small models are where a test does not say otherwise."""
+"""The default configuration of the small models."""
 
 
 def check(
@@ -69,7 +69,7 @@ def make(family: str, options: dict[str, Any], folder: Path, export: Callable[..
 
 
 def random_model(family: str, *, seed: int = 0, **options: Any) -> Any:
-    """Build a network of transformers whose every weight is random: norms and biases too."""
+    """Build a transformers network with random weights, norms and biases included."""
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(family, **{**BASE, **options})
     network = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -93,7 +93,7 @@ def write(network: Any, path: Path, **options: Any) -> Path:
 
 
 def reference(checkpoint: Path) -> Any:
-    """Read a checkpoint with transformers. Its fused attention would leave soft caps out; the plain one does not."""
+    """Read a checkpoint with transformers. Its fused attention ignores soft caps, so eager attention is used."""
     network = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint, torch_dtype=torch.float32, attn_implementation="eager"
     )
@@ -121,7 +121,7 @@ def logits_of(model: edgelm.Model, tokens: Sequence[int], pieces: int = PREFILL_
 
 
 def random_prompt(vocab: int, length: int = PROMPT, seed: int = 1) -> list[int]:
-    """Token ids that are no special ones."""
+    """Random token ids without special tokens."""
     return np.random.default_rng(seed).integers(2, vocab, length).tolist()
 
 
@@ -154,7 +154,7 @@ def compare_chunks(network: Any, bundle: Path) -> None:
 
 
 def compare_batch(bundle: Path, lengths: Sequence[int] = (70, 3, 64, 31, 150, 63, 1, 50)) -> None:
-    """Answer prompts of these lengths together and one by one: the same tokens, and what they were worth."""
+    """Answer prompts of these lengths together and one by one; compare tokens and log-probabilities."""
 
     def ask(length: int) -> edgelm.Completion:
         prompt = random_prompt(vocab, length, seed=length)
@@ -169,7 +169,7 @@ def compare_batch(bundle: Path, lengths: Sequence[int] = (70, 3, 64, 31, 150, 63
 
 
 def compare_reuse(bundle: Path, lengths: Sequence[int] = (40, 63, 64, 66, 90, 50, 120, 70)) -> None:
-    """Answer prompts that begin alike, with and without a memory of the ones before: the same tokens and worth."""
+    """Answer prompts with a common start, with and without prefix cache; compare tokens and log-probabilities."""
     prompt = random_prompt(open_bundle(bundle).manifest.vocab_size, max(lengths))
     answers = []
     for size in (0, 64):
@@ -183,7 +183,7 @@ def compare_reuse(bundle: Path, lengths: Sequence[int] = (40, 63, 64, 66, 90, 50
 
 
 def compare_guesses(bundle: Path, lengths: Sequence[int] = (50, 58, 62, 63, 64, 65)) -> None:
-    """Answer with guesses that are all right, and without: the same tokens and worth."""
+    """Answer with correct draft tokens, and without; compare tokens and log-probabilities."""
     prompt = random_prompt(open_bundle(bundle).manifest.vocab_size, max(lengths))
     answers: list[list[edgelm.Completion]] = []
     for speculation in (False, True):
@@ -199,7 +199,7 @@ def compare_guesses(bundle: Path, lengths: Sequence[int] = (50, 58, 62, 63, 64, 
 
 
 def check_alike(ones: Sequence[edgelm.Completion], others: Sequence[edgelm.Completion]) -> None:
-    """Compare answers with logprobs: the same tokens, worth the same."""
+    """Compare answers: the same tokens and log-probabilities."""
     for one, other in zip(ones, others, strict=True):
         assert one.tokens == other.tokens
         worth = [[entry.logprob for entry in answer.logprobs or ()] for answer in (one, other)]
@@ -207,7 +207,7 @@ def check_alike(ones: Sequence[edgelm.Completion], others: Sequence[edgelm.Compl
 
 
 def following(known: Mapping[int, np.ndarray], _: Any, tokens: np.ndarray, most: int, __: Any) -> np.ndarray:
-    """Up to 7 tokens that follow in the one of several sequences that begins so; each is longer than its key."""
+    """Return up to 7 draft tokens from the known sequence that starts with `tokens`; each is longer than its key."""
     fits = [each for n, each in known.items() if n < len(tokens) and np.array_equal(each[: len(tokens)], tokens)]
     return fits[0][len(tokens) :][: max(min(7, most), 0)] if fits else tokens[:0]
 

@@ -1,4 +1,4 @@
-"""What an adapter adds, beside peft itself: where pip install peft was done."""
+"""LoRA adapters against peft itself, if peft is installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from edgelm_export.checkpoint.lora import AdaptedWeights, Adapter, open_adapter
 
 @pytest.fixture
 def train(tmp_path: Path, one_torch_thread: None) -> Callable[..., tuple[Any, Checkpoint, Adapter]]:
-    """Write a base and an adapter of peft's own making; return its model, not merged, and both as opened here."""
+    """Write a base and an adapter with peft; return peft's unmerged model, and both opened by us."""
 
     def make(shape: TinyLlama, **options: Any) -> tuple[Any, Checkpoint, Adapter]:
         base = open_checkpoint(shape.write(tmp_path / "base"))
@@ -58,7 +58,7 @@ def train(tmp_path: Path, one_torch_thread: None) -> Callable[..., tuple[Any, Ch
     ],
     ids=["plain", "all-linear", "patterns", "embedding", "whole"],
 )
-def test_the_sum_is_that_of_peft(train: Callable[..., Any], options: dict[str, Any]) -> None:
+def test_adapted_weights_equal_those_of_peft(train: Callable[..., Any], options: dict[str, Any]) -> None:
     shape = TinyLlama(layers=2, tied=False)
     model, base, adapter = train(shape, **options)
     expected = model.merge_and_unload().state_dict()
@@ -72,7 +72,7 @@ def test_the_sum_is_that_of_peft(train: Callable[..., Any], options: dict[str, A
 
 @pytest.mark.parametrize("options", [{"target_modules": ["embed_tokens", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
 def test_a_tied_matrix_is_changed_once(train: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Against what peft computes before it merges; merged, it would have added the change twice."""
+    """Compared with peft before merging; merged, peft would add the change twice."""
     shape = TinyLlama(layers=1)
     model, base, adapter = train(shape, **{"target_modules": ["q_proj"], "ensure_weight_tying": True, **options})
     tokens = torch.arange(30)[None]

@@ -1,4 +1,4 @@
-"""Gemma 3 against transformers: norms of queries and keys, and local layers with a rope of their own."""
+"""Gemma 3 against transformers: norms of queries and keys, and sliding layers with another rope."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files of every family, written as llama.cpp's converter writes them, against transformers' own models."""
+"""GGUF files of every architecture, in the form of llama.cpp's converter, against transformers."""
 
 from __future__ import annotations
 

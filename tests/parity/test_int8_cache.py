@@ -1,4 +1,4 @@
-"""Key/value memory in int8 beside transformers' float32: every way of attending that a family brings."""
+"""The int8 KV cache against transformers' float32, for each architecture's kind of attention."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("family", "options"), CASES.values(), ids=CASES)
-def test_predictions_stay_near_transformers(family, options, tmp_path, export_to_cache):
+def test_predictions_stay_close_to_transformers(family, options, tmp_path, export_to_cache):
     network = families.random_model(family, **options)
     checkpoint = families.write(network, tmp_path / "model")
     bundle = export_to_cache(checkpoint, quant="fp32", kv="int8")

@@ -99,7 +99,7 @@ def test_perplexity_matches_transformers(reference_quality, documents, stories_b
 
 
 @pytest.mark.parametrize(("quant", "most"), [("int8", 0.01), ("int4", 0.20)])
-def test_perplexity_that_quantization_costs(quant, most, reference_quality, documents, stories_bundle):
+def test_the_perplexity_cost_of_quantization(quant, most, reference_quality, documents, stories_bundle):
     perplexity, _, count = reference_quality
     result = evaluated(stories_bundle(quant), documents)
     assert result["tokens"] == count

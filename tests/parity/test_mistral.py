@@ -1,4 +1,4 @@
-"""Mistral against transformers: every layer sees a window, or none does."""
+"""Mistral against transformers: every layer has a sliding window, or none has."""
 
 from __future__ import annotations
 
@@ -43,5 +43,5 @@ def test_reused_prefixes_give_the_same_answers(tmp_path, export_to_cache):
     families.compare_reuse(families.make("mistral", {"sliding_window": 24}, tmp_path, export_to_cache)[1])
 
 
-def test_guesses_give_the_same_answers(tmp_path, export_to_cache):
+def test_draft_tokens_give_the_same_answers(tmp_path, export_to_cache):
     families.compare_guesses(families.make("mistral", {"sliding_window": 24}, tmp_path, export_to_cache)[1])

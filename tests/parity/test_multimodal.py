@@ -1,4 +1,4 @@
-"""Text halves of multimodal checkpoints against transformers' own multimodal models, given text alone."""
+"""Text models of multimodal checkpoints against transformers' multimodal models with text input."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_both_layouts_of_tensors_are_read(kind, layout, tmp_path, export_to_cach
     assert one.weights_digest == two.weights_digest
 
 
-def test_what_the_text_half_leaves_out_is_the_class_s(tmp_path):
+def test_missing_options_of_the_text_model_are_the_class_defaults(tmp_path):
     from edgelm_export.architectures import find_architecture
     from edgelm_export.checkpoint.multimodal import extract_text_model
 
@@ -181,7 +181,7 @@ def test_what_the_text_half_leaves_out_is_the_class_s(tmp_path):
     assert text.config["eos_token_id"] == [1, 106]
 
 
-def test_the_command_says_so(tmp_path, run):
+def test_the_command_prints_the_note(tmp_path, run):
     _, checkpoint = made("llava", tmp_path / "model")
     code, out, err = run("export", checkpoint, tmp_path / "out", "--quant", "fp32")
     assert code == 0

@@ -18,7 +18,7 @@ HEAD_64 = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 
 
 
 def longrope(pairs, original=64):
-    """A context of four times the original."""
+    """Options with a context of four times the original."""
     factors = {"short_factor": [1 + i / pairs for i in range(pairs)], "long_factor": [2 + 3 * i for i in range(pairs)]}
     return {"original_max_position_embeddings": original, "rope_scaling": {"type": "longrope", **factors}}
 
@@ -73,16 +73,16 @@ def test_answers_together_equal_answers_alone(options, tmp_path, export_to_cache
 
 
 @pytest.mark.parametrize("options", [longrope(8), {**longrope(6), "hidden_size": 48, "sliding_window": 20}])
-def test_what_is_reused_was_embedded_for_the_same_context(options, tmp_path, export_to_cache):
+def test_reused_prefixes_have_the_same_rotary_factors(options, tmp_path, export_to_cache):
     families.compare_reuse(families.make("phi3", options, tmp_path, export_to_cache)[1])
 
 
 @pytest.mark.parametrize("options", [longrope(8), {**longrope(6), "hidden_size": 48, "sliding_window": 20}])
-def test_guesses_across_the_original_context(options, tmp_path, export_to_cache):
+def test_draft_tokens_across_the_original_context(options, tmp_path, export_to_cache):
     families.compare_guesses(families.make("phi3", options, tmp_path, export_to_cache)[1])
 
 
-def test_a_conversation_goes_on_beyond_the_original_context(tmp_path, export_to_cache):
+def test_a_conversation_continues_past_the_original_context(tmp_path, export_to_cache):
     bundle = families.make("phi3", longrope(8), tmp_path, export_to_cache)[1]
     prompt = families.random_prompt(200, 60)
     with edgelm.load(bundle, threads=1, max_batch=1) as model:

@@ -1,4 +1,4 @@
-"""Qwen 3 against transformers: norms of queries and keys, heads of a size of their own."""
+"""Qwen 3 against transformers: norms of queries and keys, a configured head size."""
 
 from __future__ import annotations
 

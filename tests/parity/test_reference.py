@@ -1,4 +1,4 @@
-"""The reference that calibration and the quality gate use, and calibration itself, for every family's kind of layer."""
+"""ReferenceModel, which calibration and the quality gate use, and calibration itself, for every architecture."""
 
 from __future__ import annotations
 

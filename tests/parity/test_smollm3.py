@@ -1,4 +1,4 @@
-"""SmolLM3 against transformers: some layers do without rotary embedding."""
+"""SmolLM3 against transformers: some layers have no rotary embedding."""
 
 from __future__ import annotations
 

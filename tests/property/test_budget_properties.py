@@ -37,7 +37,7 @@ def combinations(options):
 
 
 @given(MODELS, st.floats(0, 3))
-def test_no_combination_of_as_few_bytes_is_better(options, max_kl):
+def test_no_combination_with_as_few_bytes_has_less_divergence(options, max_kl):
     size, kl = total(choose_options(options, max_kl=max_kl).values())
     assert all(other_kl >= kl - 1e-9 for other_size, other_kl in combinations(options) if other_size <= size)
     if kl > max_kl:  # even the best there is does not reach it
@@ -45,7 +45,7 @@ def test_no_combination_of_as_few_bytes_is_better(options, max_kl):
 
 
 @given(MODELS, st.integers(1, 300))
-def test_bytes_are_spent_within_the_limit_and_to_some_use(options, max_bytes):
+def test_bytes_stay_within_the_limit_and_no_single_upgrade_fits(options, max_bytes):
     least = min(size for size, _ in combinations(options))
     if least > max_bytes:
         with pytest.raises(EdgelmError, match=f" {least} bytes.* {max_bytes} "):
@@ -70,7 +70,7 @@ def test_bytes_are_spent_within_the_limit_and_to_some_use(options, max_bytes):
 
 
 def _off_hull(options, better):
-    """Whether what would fit lies above the line between two others, where the hull does not stop."""
+    """Return whether an option that fits lies above the convex hull of the others."""
     return any(
         first.size_bytes < each.size_bytes < last.bytes
         and (each.kl - last.kl) * (last.bytes - first.size_bytes)

@@ -94,7 +94,7 @@ def with_outliers(checkpoint, out, size, layers):
 
 
 @pytest.mark.parametrize("size", [1e2, 1e3, 1e4])
-def test_a_model_with_outlier_channels_survives_calibration(size, tiny_checkpoint, tmp_path):
+def test_calibration_of_a_model_with_outlier_channels(size, tiny_checkpoint, tmp_path):
     checkpoint = with_outliers(tiny_checkpoint(hidden=64, mlp=96, layers=3, tied=False), tmp_path / "outliers", size, 3)
     generator = np.random.default_rng(0)
     vocab = [token for token in open_source_model(checkpoint).tokenizer._inner.get_vocab() if token.isalpha()]

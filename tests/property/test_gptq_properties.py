@@ -1,4 +1,4 @@
-"""GPTQ, the descent after it, the correction before it: they lower what they say they lower, and equal their twins."""
+"""GPTQ, its coordinate descent, and drift compensation: each lowers its cost; kernels equal their plain-loop twins."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ specs = st.builds(
 
 @st.composite
 def layers(draw, most_columns=80):
-    """A matrix [N, K], inputs [T, K] that hang together, and the same drifted; some channels may be dead."""
+    """A matrix [N, K], correlated inputs [T, K], and the same with drift; some channels may be zero."""
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     rows, columns, count = draw(st.integers(1, 12)), draw(st.integers(1, most_columns)), draw(st.integers(1, 200))
     mixed = generator.normal(size=(columns, columns)) * 10.0 ** generator.uniform(-2, 1, columns)
@@ -52,7 +52,7 @@ def moments_of(x):
 
 
 def cost(weight, read, hessian):
-    """Of each row, the quadratic form of its error."""
+    """The quadratic form of each row's error."""
     error = read.astype(np.float64) - weight
     return np.einsum("nk,kl,nl->n", error, hessian.astype(np.float64), error)
 
@@ -85,7 +85,7 @@ def test_the_descent_never_raises_the_cost_that_gptq_left(layer, spec):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_gptq_costs_much_less_than_rounding_where_inputs_hang_together(symmetric):
+def test_gptq_costs_much_less_than_rounding_for_correlated_inputs(symmetric):
     generator = np.random.default_rng(0)
     x = generator.normal(size=(2000, 16)) @ generator.normal(size=(16, 128)) + 0.3 * generator.normal(size=(2000, 128))
     weight = generator.normal(size=(64, 128)).astype(np.float32)
@@ -101,7 +101,7 @@ def test_gptq_costs_much_less_than_rounding_where_inputs_hang_together(symmetric
 
 
 @given(layer=layers(), spec=specs)
-def test_gptq_rounds_to_nearest_where_inputs_are_unrelated(layer, spec):
+def test_gptq_rounds_to_nearest_for_uncorrelated_inputs(layer, spec):
     weight, _, _ = layer
     moments = Moments(np.eye(weight.shape[1]))
     by_gptq = Quantizer(spec, moments=moments).quantize(weight)
@@ -112,7 +112,7 @@ def test_gptq_rounds_to_nearest_where_inputs_are_unrelated(layer, spec):
 
 
 @given(layer=layers(), spec=specs, cut=st.integers(1, 20), cpus=st.integers(1, 9))
-def test_rows_are_quantized_alike_in_any_company(layer, spec, cut, cpus):
+def test_the_codes_of_a_row_do_not_depend_on_the_other_rows(layer, spec, cut, cpus):
     weight, x, _ = layer
     one = Quantizer(spec, moments=moments_of(x))
     with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +123,7 @@ def test_rows_are_quantized_alike_in_any_company(layer, spec, cut, cpus):
         assert np.array_equal(getattr(joined, name), getattr(whole, name)), name
 
 
-def test_channels_that_no_text_used_are_rounded_to_nearest():
+def test_channels_without_input_are_rounded_to_nearest():
     generator = np.random.default_rng(0)
     x, weight = generator.normal(size=(100, 64)), generator.normal(size=(8, 64)).astype(np.float32)
     x[:, ::2] = 0
@@ -145,7 +145,7 @@ def test_columns_are_ordered_by_their_moments():
     assert np.array_equal(hessian, moments_of(x).damped_hessian()[np.ix_(order, order)])
 
 
-def test_channels_that_say_the_same_at_very_different_sizes_do_not_break_the_factorization():
+def test_equal_channels_of_very_different_scales_can_be_factored():
     generator = np.random.default_rng(0)
     x = np.repeat(generator.normal(size=(50, 1)), 400, axis=1) * 10.0 ** generator.uniform(-4, 4, 400)
     weight = generator.normal(size=(2, 400)).astype(np.float32)
@@ -153,7 +153,7 @@ def test_channels_that_say_the_same_at_very_different_sizes_do_not_break_the_fac
     assert np.square(x @ (read - weight).T).sum() < 1e-2 * np.square(x @ weight.T).sum()
 
 
-def test_moments_that_no_text_can_have_are_refused():
+def test_moments_that_are_not_positive_definite_are_refused():
     with pytest.raises(EdgelmError, match="positive definite"):
         Quantizer(QuantSpec(4, 32, method="gptq"), moments=Moments(np.full((8, 8), 9.0) - 8 * np.eye(8)))
 
@@ -162,7 +162,7 @@ def test_moments_that_no_text_can_have_are_refused():
 
 
 @given(layer=layers(most_columns=40), seed=st.integers(0, 99), parts=st.sampled_from(["cross", "residual", "both"]))
-def test_following_brings_outputs_closer_to_the_unquantized_model(layer, seed, parts):
+def test_compensation_brings_outputs_closer_to_the_unquantized_model(layer, seed, parts):
     weight, full, own = layer
     drift = full - own if parts != "residual" else 0 * own
     stream = np.random.default_rng(seed).normal(size=(len(own), len(weight))) if parts != "cross" else None
@@ -174,7 +174,7 @@ def test_following_brings_outputs_closer_to_the_unquantized_model(layer, seed, p
     assert missed[1] <= missed[0] * (1 + 1e-4) + 1e-6 * (target**2).sum()
 
 
-def test_following_undoes_a_drift_that_weights_can_undo():
+def test_a_linear_drift_is_compensated():
     generator = np.random.default_rng(0)
     full, weight = generator.normal(size=(500, 32)), generator.normal(size=(16, 32)).astype(np.float32)
     own = full @ (np.eye(32) + 0.1 * generator.normal(size=(32, 32)))
@@ -183,15 +183,15 @@ def test_following_undoes_a_drift_that_weights_can_undo():
     assert missed[1] < 0.05 * missed[0]
 
 
-def test_without_drift_weights_stay():
+def test_without_drift_weights_are_unchanged():
     weight = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
     assert np.array_equal(compensate_drift(weight, Moments(np.eye(8))), weight)
     assert np.array_equal(compensate_drift(weight, Moments(np.eye(8), np.zeros((8, 8)), np.zeros((4, 8)))), weight)
 
 
 @given(layer=layers(most_columns=40), seed=st.integers(0, 99), outlier=st.sampled_from([1.0, 1e2, 1e3, 1e4]))
-def test_drift_is_compensated_only_as_far_as_held_back_positions_agree(layer, seed, outlier):
-    """Positions of the sums that say nothing of others, such as one with huge values, cannot move weights away."""
+def test_compensation_never_raises_the_error_on_held_out_positions(layer, seed, outlier):
+    """Unrepresentative positions in the sums, such as one with huge values, cannot spoil the weights."""
     weight, full, own = layer
     generator = np.random.default_rng(seed)
     drift = full - own
@@ -206,7 +206,7 @@ def test_drift_is_compensated_only_as_far_as_held_back_positions_agree(layer, se
     assert output_error(weight, held, moved) <= output_error(weight, held, weight) * (1 + 1e-3) + 1e-9
 
 
-def test_all_of_a_compensation_is_taken_where_held_back_positions_confirm_it():
+def test_compensation_is_complete_if_held_out_positions_agree():
     generator = np.random.default_rng(0)
     full, weight = generator.normal(size=(600, 32)), generator.normal(size=(16, 32)).astype(np.float32)
     own = full @ (np.eye(32) + 0.1 * generator.normal(size=(32, 32)))
@@ -277,7 +277,7 @@ def test_the_kernels_equal_their_plain_twins(compiled, layer, spec, half, seed):
 
 
 @given(layer=layers(most_columns=40), spec=specs)
-def test_the_residual_that_the_kernels_keep_is_that_of_the_codes(layer, spec):
+def test_the_kernels_residual_equals_that_of_the_codes(layer, spec):
     weight, x, _ = layer
     hessian = moments_of(x).damped_hessian()
     groups = np.arange(weight.shape[1]) // spec.block_size

@@ -1,4 +1,4 @@
-"""Rewritten products and look-ups, in every form an export may give them, against numpy on the quantizer's weights."""
+"""Rewritten products and lookups, in every form of an exported graph, against numpy on the quantized weights."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def bits_of(plan):
 
 
 def signs(generator, *shape):
-    """Activations of -1 and 1, which rounding to int8 leaves as they are."""
+    """Activations of -1 and 1, which rounding to int8 does not change."""
     return generator.choice([-1.0, 1.0], shape).astype(np.float32)
 
 
@@ -105,7 +105,7 @@ def products(draw):
 
 @given(products(), PLANS, st.integers(1, 5), st.booleans())
 def test_a_product_computes_with_the_quantized_weight(product, plan, count, shown):
-    """`shown`: an output of the graph names the product before its bias, which must stay."""
+    """`shown`: the product before its bias is an output of the graph and must be kept."""
     nodes, tensors, weight, bias = product
     rows, columns = weight.shape
     x = signs(np.random.default_rng(count), count, columns)
@@ -127,8 +127,8 @@ def test_a_product_computes_with_the_quantized_weight(product, plan, count, show
 
 
 @given(SIZES, SIZES, PLANS, st.booleans(), st.booleans(), st.integers(0, 2**32))
-def test_a_tied_head_shares_the_table_and_sees_chosen_rows(vocab, width, plan, tied, softened, seed):
-    """Logits behind elementwise nodes are computed where `rows` says, from the same bytes that tokens look up."""
+def test_a_tied_head_shares_the_table_and_computes_selected_rows(vocab, width, plan, tied, softened, seed):
+    """Logits after elementwise nodes are computed for `rows` only, from the same bytes as the lookup."""
     generator = np.random.default_rng(seed)
     table = signs(generator, vocab, width)
     head = table if tied else signs(generator, vocab, width)
@@ -159,8 +159,8 @@ def test_a_tied_head_shares_the_table_and_sees_chosen_rows(vocab, width, plan, t
     assert len(matrices) == (1 if equal and not (softened and plan.default is None) else 2)
 
 
-def test_a_position_table_stays():
-    """Only what token ids look up is a vocabulary; a table as high as the vocabulary, but for places, is not."""
+def test_a_position_table_is_unchanged():
+    """Only a table that token ids look up is quantized; a position table with as many rows is not."""
     table = signs(np.random.default_rng(0), 8, 16)
     nodes = [
         node("Gather", ["places", "position_ids"], "p"),

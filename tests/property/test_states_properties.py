@@ -1,4 +1,4 @@
-"""Hidden states kept in half the memory."""
+"""Hidden states stored as float16 with scales."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ARRAYS = hnp.arrays(
 
 
 @given(st.lists(ARRAYS, min_size=1, max_size=3))
-def test_eleven_bits_are_kept_beside_the_largest_of_a_position(arrays):
+def test_eleven_bits_relative_to_the_largest_of_a_position_are_kept(arrays):
     states = HiddenStates(enumerate(arrays), is_float16=True)
     assert len(states) == len(arrays)
     for number, array in enumerate(arrays):
@@ -28,7 +28,7 @@ def test_eleven_bits_are_kept_beside_the_largest_of_a_position(arrays):
 
 
 @given(st.lists(ARRAYS, min_size=1, max_size=3))
-def test_whole_states_are_as_they_were(arrays):
+def test_float32_states_are_unchanged(arrays):
     states = HiddenStates(enumerate(arrays))
     for number, array in enumerate(arrays):
         np.testing.assert_array_equal(states[number], array)

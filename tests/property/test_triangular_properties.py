@@ -1,4 +1,4 @@
-"""Factors worked out in place equal numpy's, at sizes below, at and above those of their panels."""
+"""Factors computed in place equal numpy's, at sizes below, at and above the size of a panel."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_inverse_goes_above_the_diagonal(size, seed):
 
 
 @given(size=sizes, seed=seeds)
-def test_a_flip_is_a_transposition_read_backwards(size, seed):
+def test_a_flip_equals_the_reversed_transpose(size, seed):
     matrix = np.random.default_rng(seed).normal(size=(size, size)).astype(np.float32)
     found = matrix.copy()
     triangular.flip_antidiagonal(found)
@@ -59,7 +59,7 @@ def test_a_flip_is_a_transposition_read_backwards(size, seed):
 
 
 @pytest.mark.parametrize("size", [3, 300])
-def test_what_is_not_positive_definite_is_refused(size):
+def test_a_matrix_that_is_not_positive_definite_is_refused(size):
     matrix = np.eye(size, dtype=np.float32)
     matrix[-1, -1] = -1
     with pytest.raises(np.linalg.LinAlgError):

@@ -1,4 +1,4 @@
-"""A pruned tokenizer loses no text, and what it kept it says as before: every kind, any size, any text."""
+"""A pruned tokenizer loses no text and encodes kept tokens as before: every kind, any size, any text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Original = tuple[Path, tokenizers.Tokenizer]
 
 @pytest.fixture(scope="module", params=[*KINDS, "stories260K"])
 def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Original:
-    """A tokenizer.json and the tokenizer that it is, neither truncating nor padding."""
+    """A tokenizer.json, and its tokenizer without truncation or padding."""
     if request.param == "stories260K":
         path = request.getfixturevalue("stories_checkpoint") / "tokenizer.json"
     else:
@@ -61,7 +61,7 @@ def total(tokenizer: tokenizers.Tokenizer) -> int:
 
 
 def least(path: Path, rows: int, required: Collection[int] = ()) -> int:
-    """The least size that is not refused, as the refusal of a smaller one names it."""
+    """The least size that is not refused, from the error for a smaller one."""
     with pytest.raises(EdgelmError, match=r"choose at least \d+$") as refusal:
         prune_vocabulary(path, DOMAIN, 0, model_vocab_size=rows, required=required)
     size = int(str(refusal.value).split()[-1])
@@ -72,7 +72,7 @@ def least(path: Path, rows: int, required: Collection[int] = ()) -> int:
 
 @cache
 def pruned(path: Path, share: float) -> tuple[PrunedVocabulary, tokenizers.Tokenizer]:
-    """Prune to a share of the way from the least size to all."""
+    """Prune to a size between the least and all, by `share`."""
     rows = total(tokenizers.Tokenizer.from_file(str(path)))
     low = least(path, rows)
     result = prune_vocabulary(path, DOMAIN, low + round(share * (rows - low)), model_vocab_size=rows + 7)
@@ -80,7 +80,7 @@ def pruned(path: Path, share: float) -> tuple[PrunedVocabulary, tokenizers.Token
 
 
 @given(text=TEXT, share=SHARES, special=st.booleans())
-def test_every_text_survives(original: Original, text: str, share: float, special: bool) -> None:
+def test_every_text_decodes_as_before(original: Original, text: str, share: float, special: bool) -> None:
     path, before = original
     result, after = pruned(path, share)
     ids = after.encode(text, add_special_tokens=special).ids
@@ -103,8 +103,8 @@ def test_a_text_of_kept_tokens_is_encoded_as_before(original: Original, text: st
 
 
 @given(share=SHARES, data=st.data())
-def test_parts_of_the_text_that_are_kept_stay(original: Original, share: float, data: st.DataObject) -> None:
-    """A sentence made of kept tokens alone, drawn rather than hoped for."""
+def test_a_sentence_of_kept_tokens_has_the_same_tokens(original: Original, share: float, data: st.DataObject) -> None:
+    """Draw a sentence that consists of kept tokens only."""
     path, before = original
     result, after = pruned(path, share)
     kept = set(result.kept_ids.tolist())
@@ -116,7 +116,7 @@ def test_parts_of_the_text_that_are_kept_stay(original: Original, share: float, 
 
 
 @given(share=SHARES)
-def test_the_size_is_met_and_names_stay(original: Original, share: float) -> None:
+def test_the_size_is_met_and_token_texts_are_unchanged(original: Original, share: float) -> None:
     path, before = original
     result, after = pruned(path, share)
     assert total(after) == result.size == len(set(result.kept_ids.tolist()))
@@ -145,7 +145,7 @@ def test_added_tokens_map_to_themselves(original: Original, share: float) -> Non
 
 
 @given(required=st.sets(st.integers(0, 330), max_size=20))
-def test_what_is_required_stays(original: Original, required: set[int]) -> None:
+def test_required_tokens_are_kept(original: Original, required: set[int]) -> None:
     path, before = original
     rows = total(before)
     wanted = {token for token in required if token < rows}
@@ -156,8 +156,8 @@ def test_what_is_required_stays(original: Original, required: set[int]) -> None:
 
 
 @given(share=SHARES)
-def test_the_domain_comes_first(original: Original, share: float) -> None:
-    """More room never makes the domain's text longer, and what was kept with less is not needed less."""
+def test_a_larger_size_never_makes_the_domains_text_longer(original: Original, share: float) -> None:
+    """A larger size never makes the domain's text longer."""
     path, _ = original
     sizes = [pruned(path, other)[0] for other in (0.0, share, 1.0)]
     lengths = [result.tokens_after for result in sizes]
@@ -166,7 +166,7 @@ def test_the_domain_comes_first(original: Original, share: float) -> None:
 
 
 @given(data=st.data(), ordered=st.booleans(), chunk=st.sampled_from([1, 7, 1024]))
-def test_the_kept_rows_are_the_old_ones(checkpoint: Checkpoint, data: st.DataObject, ordered: bool, chunk: int) -> None:
+def test_kept_rows_equal_the_old_ones(checkpoint: Checkpoint, data: st.DataObject, ordered: bool, chunk: int) -> None:
     name, norm = "model.embed_tokens.weight", "model.norm.weight"
     whole = checkpoint.tensor(name, (331, 64))
     chosen = data.draw(st.lists(st.integers(0, 330), min_size=1, max_size=60, unique=True))

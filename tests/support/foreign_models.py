@@ -1,4 +1,4 @@
-"""Small random models of architectures that have no builder here, made and written by transformers.
+"""Small random models of architectures without a module here, made and written by transformers.
 
 A test module that imports this one is skipped where the extra `optimum` is not installed.
 """
@@ -55,7 +55,7 @@ SHAPES = {
 
 @cache
 def model_of(kind: str):
-    """A model of transformers whose weights, biases and norms all matter. Treat it as read-only."""
+    """A transformers model with random weights, biases and norms. Treat it as read-only."""
     torch.manual_seed(len(kind))
     config = transformers.AutoConfig.for_model(kind, vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, **SHAPES[kind])
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -13,10 +13,10 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
 INTERLEAVED = ("llama", "mistral", "granite", "smollm3")
-"""Families whose queries and keys the converter reorders."""
+"""Architectures whose queries and keys the converter reorders."""
 
 NAMES = {"gemma3_text": "gemma3", "mistral": "llama"}
-"""Families that llama.cpp calls otherwise."""
+"""Architectures with another name in llama.cpp."""
 
 ARCHITECTURES = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
 ROPE = gguf.RopeScalingType
@@ -153,7 +153,7 @@ def hyperparameters(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scaling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how positions are stretched, as far as metadata says it."""
+    """Return the metadata of position scaling."""
     options = config.get("rope_scaling") or {}
     kind, keys = options.get("rope_type", options.get("type")), gguf.Keys.Rope
     if kind == "linear":

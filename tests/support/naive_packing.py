@@ -1,4 +1,4 @@
-"""Quantized checkpoints written by plain loops, one code at a time, from codes that are known: the tests' own packer.
+"""Quantized checkpoints written by plain loops from known codes, one code at a time.
 
 The layouts are those of the projects that publish such checkpoints: AutoGPTQ 0.7 (`qlinear_cuda_old.py`, `pack`) and
 GPTQModel (`gptq_v2`), AutoAWQ 0.2 (`awq/modules/linear/gemm.py`, `from_linear`), and transformers 4.57
@@ -63,7 +63,7 @@ def pack_awq(codes, zeros, scales):
 
 
 def unpacked(codes, zeros, scales, group_of):
-    """The matrix [N, K] that codes stand for: scale * (code - zero) of each weight's own group."""
+    """The dequantized matrix [N, K]: scale * (code - zero) with the group of each weight."""
     outputs, inputs = codes.shape
     weight = np.zeros((outputs, inputs), np.float32)
     for n in range(outputs):
@@ -85,7 +85,7 @@ def float8_value(byte):
 
 
 def scaled_bytes(codes, scales, block):
-    """The matrix that bytes stand for, with a scale for each block of [block rows, block columns]."""
+    """The dequantized matrix, with a scale for each block of [block rows, block columns]."""
     rows, columns = codes.shape
     weight = np.zeros((rows, columns), np.float32)
     for n in range(rows):

@@ -1,4 +1,4 @@
-"""Small real tokenizers of every kind whose vocabulary can be pruned, as tokenizer.json texts."""
+"""Small tokenizers of every kind that can be pruned, as tokenizer.json texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vocabularies import TEXTS, byte_fallback
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 DOMAIN = "\n".join([TEXTS[1], TEXTS[2]] * 3)
-"""A text for which to prune them."""
+"""Text of the domain to prune for."""
 KINDS = ("gpt2", "llama3", "llama2", "gemma", "unigram")
 
 

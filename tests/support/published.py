@@ -1,4 +1,4 @@
-"""config.json of well-known checkpoints, each with the number of weights that its model card or its files state."""
+"""config.json of well-known checkpoints, each with the number of weights in its model card or files."""
 
 COMMON = {
     "architectures": ["AnyForCausalLM"],

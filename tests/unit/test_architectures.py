@@ -1,4 +1,4 @@
-"""What is read from each family's config.json: defaults, both spellings of rope options."""
+"""Reading each architecture's config.json: defaults, and both spellings of rope options."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SCALED = [(family, kind) for family in ALL for kind in ROPE_SCALINGS if (family,
 
 
 def read(family, **options):
-    """A decoder of the small shape; an option that is ... is left out."""
+    """A decoder with the small shape; an option with the value ... is removed."""
     config = {**SMALL, "model_type": family, **options}
     return find_architecture(config).read_config({name: value for name, value in config.items() if value is not ...})
 
@@ -90,7 +90,7 @@ def test_missing_keys_take_the_family_defaults(family):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_no_number_of_key_heads_means_one_for_each_head(family):
+def test_without_num_key_value_heads_there_is_one_for_each_head(family):
     assert read(family, num_key_value_heads=None).kv_heads == 4
 
 
@@ -126,14 +126,14 @@ def test_gemma_defaults():
     assert (everywhere.rope.theta, local.rope.theta) == (1_000_000.0, 10_000.0)
 
 
-def test_granite_defaults_multiply_by_one_and_scores_too():
+def test_granite_multipliers_are_one_by_default():
     decoder = read("granite")
     assert (decoder.embedding_scale, decoder.residual_scale, decoder.logit_scale, decoder.attention_scale) == (1,) * 4
     assert read("granite", logits_scaling=8).logit_scale == 0.125
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_qwen_slides_only_when_told_and_from_a_layer_on(family):
+def test_qwen_slides_only_with_use_sliding_window_and_from_a_layer_on(family):
     assert windows(read(family, sliding_window=5, max_window_layers=0)) == EVERYTHING
     slides = {"use_sliding_window": True, "sliding_window": 5}
     assert windows(read(family, **slides)) == EVERYTHING  # from the 28th on
@@ -147,7 +147,7 @@ def test_qwen_slides_only_when_told_and_from_a_layer_on(family):
 
 
 @pytest.mark.parametrize(("family", "kind"), SCALED, ids=lambda value: value)
-def test_rope_parameters_say_what_rope_scaling_said(family, kind):
+def test_rope_parameters_equal_rope_scaling(family, kind):
     options = {"rope_type": kind, **ROPE_SCALINGS[kind]}
     top = {"head_dim": 16, "original_max_position_embeddings": 128}
     old = read(family, rope_theta=5e5, rope_scaling=options, **top)
@@ -160,7 +160,7 @@ def test_rope_parameters_say_what_rope_scaling_said(family, kind):
     assert 5e5 in {rope.theta for rope in old.ropes}
 
 
-def test_gemma3_local_layers_have_options_of_their_own():
+def test_gemma3_sliding_layers_have_their_own_rope_options():
     new = {
         "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
         "sliding_attention": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0},
@@ -172,8 +172,8 @@ def test_gemma3_local_layers_have_options_of_their_own():
 
 @pytest.mark.parametrize("name", ["full_attention", "sliding_attention"])
 @pytest.mark.parametrize("missing", [{}, {"rope_type": "default"}, None, ...])
-def test_gemma3_options_of_a_kind_of_layer_may_be_missing(name, missing):
-    """They are then as transformers 4 says: one base for all that see everything, one for the others."""
+def test_gemma3_options_of_one_layer_type_may_be_missing(name, missing):
+    """The defaults are those of transformers 4: one base for layers with full attention, one for the others."""
     other = {"full_attention": "sliding_attention", "sliding_attention": "full_attention"}[name]
     parameters = {other: {"rope_type": "linear", "factor": 3.0, "rope_theta": 7.0}, name: missing}
     given = {key: value for key, value in parameters.items() if value is not ...}
@@ -189,7 +189,7 @@ def test_partial_rotation_is_read_in_either_place():
     assert read("phi3").rotary_size == 16
 
 
-def test_a_given_factor_of_longrope_is_not_derived():
+def test_a_configured_factor_of_longrope_is_used():
     options = {"rope_type": "longrope", **ROPE_SCALINGS["longrope"]}
     for factor, expected in ((8.0, 8.0), (None, 4.0), (..., 4.0)):
         given = {name: value for name, value in {**options, "factor": factor}.items() if value is not ...}

@@ -1,4 +1,4 @@
-"""config.json as well-known checkpoints carry it is read: every key, in the spelling of transformers 4 and of 5."""
+"""config.json of well-known checkpoints: every key is read, in the spellings of transformers 4 and 5."""
 
 from __future__ import annotations
 

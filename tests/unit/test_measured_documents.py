@@ -1,4 +1,4 @@
-"""Text to measure on: all of it is, in pieces, or it is said how much was left out."""
+"""Text to measure on: all of it is used, in sequences, or the number of omitted tokens is returned."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgelm.errors import EdgelmError
 
 
 class Letters:
-    """A tokenizer of one token a letter."""
+    """A tokenizer with one token per letter."""
 
     def encode(self, text, add_special_tokens):
         return [ord(letter) for letter in text]
@@ -29,7 +29,7 @@ DIVIDER = "\n<|endoftext|>\n"
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=4), st.sampled_from([None, 7]), st.integers(2, 5000))
-def test_every_token_is_measured_once_where_there_are_not_too_many(lengths, bos, context):
+def test_every_token_of_a_short_text_is_measured_once(lengths, bos, context):
     texts = ["".join(chr(97 + (i + n) % 26) for n in range(length)) for i, length in enumerate(lengths)]
     try:
         found = evaluation_documents(DIVIDER.join(texts), Letters(), bos, context)
@@ -49,7 +49,7 @@ def test_every_token_is_measured_once_where_there_are_not_too_many(lengths, bos,
         assert said == "".join(texts)
 
 
-def test_of_a_long_text_pieces_are_taken_evenly_and_the_rest_is_counted():
+def test_sequences_of_a_long_text_are_taken_evenly_and_the_rest_is_counted():
     text = "abcdefgh" * (MAX_EVALUATION_TOKENS // 2)
     found = evaluation_documents(text, Letters(), None, 4096)
     taken = sum(map(len, found.documents))
@@ -58,6 +58,6 @@ def test_of_a_long_text_pieces_are_taken_evenly_and_the_rest_is_counted():
     assert all(isinstance(document, np.ndarray) for document in found.documents)
 
 
-def test_a_text_without_anything_to_predict_is_named():
+def test_a_text_without_a_token_to_predict_is_refused():
     with pytest.raises(EdgelmError, match="--verify"):
         evaluation_documents("a", Letters(), None, 64)

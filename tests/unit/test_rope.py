@@ -1,4 +1,4 @@
-"""Rotary tables against a plain-loop twin in float64, and what holds for all of them."""
+"""Rotary tables against a plain-loop twin in float64, and properties of all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgelm_export.architectures.rope import ROPE_KINDS, RopeConfig, longrope_at
 
 
 def naive_frequency(rope, i, size, long=False):
-    """Radians a position of pair `i`, as the papers write it, in Python's own numbers."""
+    """Radians per position of pair `i`, by the papers' formulas, in Python numbers."""
     frequency = rope.theta ** (-2 * i / size)
     if rope.kind == "linear":
         return frequency / rope.factor
@@ -37,7 +37,7 @@ def naive_frequency(rope, i, size, long=False):
 
 
 def naive_yarn_share(rope, i, size):
-    """How much of pair `i` is interpolated: 0 where it turns often within the original context, 1 where seldom."""
+    """The interpolated share of pair `i`: 0 with many turns in the original context, 1 with few."""
 
     def pair_that_turns(times):
         return size * math.log(rope.original_context / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -53,7 +53,7 @@ def naive_yarn_share(rope, i, size):
 
 @st.composite
 def ropes(draw, kinds=ROPE_KINDS):
-    """A rope and the size of what it rotates."""
+    """A rope and its rotary size."""
     size = 2 * draw(st.integers(1, 40))
     kind = draw(st.sampled_from(kinds))
     numbers = st.floats(1.0, 60.0)
@@ -76,7 +76,7 @@ def ropes(draw, kinds=ROPE_KINDS):
 
 
 @given(ropes(), st.integers(1, 400))
-def test_every_pair_lies_on_the_circle_of_the_attention_factor(drawn, context):
+def test_cosine_and_sine_lie_on_a_circle_of_radius_attention_factor(drawn, context):
     size, rope = drawn
     cosines, sines = rope.tables(context, size)
     rows = context * (1 if rope.long_from(context) is None else 2)
@@ -88,7 +88,7 @@ def test_every_pair_lies_on_the_circle_of_the_attention_factor(drawn, context):
 
 
 @given(ropes(), st.integers(2, 400))
-def test_the_tables_are_those_of_the_plain_formulas(drawn, context):
+def test_the_tables_equal_the_plain_formulas(drawn, context):
     size, rope = drawn
     parts = [False] if rope.long_from(context) is None else [False, True]
     angles = [
@@ -102,7 +102,7 @@ def test_the_tables_are_those_of_the_plain_formulas(drawn, context):
 
 
 @given(ropes(kinds=("longrope",)), st.integers(1, 300))
-def test_longrope_keeps_both_halves_where_a_sequence_can_need_them(drawn, context):
+def test_longrope_has_both_tables_if_the_context_exceeds_the_original(drawn, context):
     size, rope = drawn
     cosines, sines = rope.tables(context, size)
     short = RopeConfig(rope.theta, "longrope", original_context=context, short_factors=rope.short_factors)
@@ -119,12 +119,12 @@ def test_longrope_keeps_both_halves_where_a_sequence_can_need_them(drawn, contex
 
 
 @given(ropes(kinds=[kind for kind in ROPE_KINDS if kind != "longrope"]), st.integers(1, 100_000))
-def test_no_other_kind_switches(drawn, context):
+def test_other_kinds_have_one_table(drawn, context):
     assert drawn[1].long_from(context) is None
 
 
 @given(ropes(kinds=("linear", "llama3", "yarn")))
-def test_stretching_never_quickens_and_divides_by_the_factor_at_most(drawn):
+def test_scaling_divides_frequencies_by_one_to_factor(drawn):
     size, rope = drawn
     found = rope._frequencies(size, ())
     plain = RopeConfig(rope.theta)._frequencies(size, ())
@@ -133,14 +133,14 @@ def test_stretching_never_quickens_and_divides_by_the_factor_at_most(drawn):
 
 
 @given(st.floats(0.1, 1.0), st.floats(0.1, 3.0), st.floats(0.1, 3.0), st.integers(2, 9000))
-def test_a_context_that_is_not_stretched_is_not_scaled(factor, mscale, mscale_all, original):
+def test_a_factor_of_one_scales_nothing(factor, mscale, mscale_all, original):
     assert yarn_attention_factor(factor, mscale, mscale_all) == 1.0
     assert yarn_attention_factor(factor, None, None) == 1.0
     assert longrope_attention_factor(factor, original) == 1.0
 
 
 @given(st.floats(1.001, 100.0), st.floats(0.1, 3.0), st.floats(0.1, 3.0))
-def test_what_yarn_scales_by(factor, mscale, mscale_all):
+def test_the_attention_factor_of_yarn(factor, mscale, mscale_all):
     recommended = 0.1 * math.log(factor) + 1
     assert yarn_attention_factor(factor, None, None) == pytest.approx(recommended)
     assert yarn_attention_factor(factor, mscale, None) == pytest.approx(recommended)
@@ -149,6 +149,6 @@ def test_what_yarn_scales_by(factor, mscale, mscale_all):
     assert yarn_attention_factor(factor, mscale, mscale_all) == pytest.approx(share)
 
 
-def test_what_longrope_scales_by():
+def test_the_attention_factor_of_longrope():
     """Phi-3-mini-128k: 4,096 positions stretched to 131,072."""
     assert longrope_attention_factor(32, 4096) == pytest.approx(1.1902380714238083)
