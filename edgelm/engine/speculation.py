@@ -59,6 +59,7 @@ INITIAL_PAUSE: Final = 8
 """Tokens without speculation after it did not save time; doubled each time, up to `MAX_PAUSE`."""
 
 MAX_PAUSE: Final = 256
+"""Upper limit of a pause, in tokens."""
 
 
 class NgramIndex:

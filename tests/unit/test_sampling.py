@@ -74,9 +74,8 @@ def test_uncompiled_kernels_choose_the_same_tokens() -> None:
 def test_greedy_loads_no_numba() -> None:
     code = """
 import sys, numpy
-from edgelm.types import RANGES, SamplingParams
-from edgelm.sampling import Sampler, load_kernels, needs_kernels
-from edgelm.sampling.sampler import LOGIT_STEPS
+from edgelm.types import SamplingParams
+from edgelm.sampling import Sampler, load_kernels
 logits = numpy.arange(40, dtype=numpy.float32)
 sampler = Sampler(SamplingParams(logprobs=3), 40)
 assert sampler.sample(logits) == 39
