@@ -10,7 +10,7 @@ from edgelm.errors import BundleError, RequestError
 from edgelm.validation import FieldError, read
 
 _REQUIRED: Final = ("files", "graph", "sampling")
-"""Keys that a manifest must have although the dataclass has defaults for its authors."""
+"""Keys that must be in the JSON although the dataclass has defaults for writers."""
 
 
 def parse_manifest(text: str, source: str) -> Manifest:
@@ -21,7 +21,7 @@ def parse_manifest(text: str, source: str) -> Manifest:
     try:
         raw = json.loads(text, object_pairs_hook=_refuse_duplicates)
         if "\\u" in text:
-            json.dumps(raw, ensure_ascii=False).encode()  # half of a surrogate pair cannot be encoded
+            json.dumps(raw, ensure_ascii=False).encode()  # raises for an unpaired surrogate
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{source} is not JSON: {error}") from error
     schema = raw.get("schema") if isinstance(raw, dict) else None
@@ -42,12 +42,12 @@ def parse_manifest(text: str, source: str) -> Manifest:
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object. Raises `ValueError` if a key stands in it twice: readers differ in which one counts."""
+    """Return an object. Raises `ValueError` if a key occurs twice: readers differ in the value that they use."""
     table = dict(pairs)
     if len(table) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r:.80} stands twice in one object")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {duplicate!r:.80} occurs twice in one object")
     return table
 
 
@@ -60,7 +60,7 @@ def _find_missing(raw: dict[str, Any]) -> str | None:
 
 
 def _find_contradiction(manifest: Manifest) -> str | None:
-    """Return which values do not fit together, or None."""
+    """Return the values that contradict each other, as text, or None."""
     cache, last = manifest.cache, manifest.vocab_size - 1
     if cache.kind == "growing" and cache.bits != 32:
         return f"a growing cache has 32 bits, not {cache.bits}"

@@ -330,7 +330,7 @@ def test_an_error_names_the_key_the_value_and_what_is_allowed(changes, facts, fo
     assert not [fact for fact in facts if fact not in message], message
 
 
-def test_a_key_that_stands_twice_is_refused(folder):
+def test_a_duplicate_key_is_refused(folder):
     text = (folder / MANIFEST).read_text("utf-8")
     (folder / MANIFEST).write_text(text.replace('"context": 64', '"context": 64, "context": 32'), "utf-8")
     assert "'context'" in refusal(folder)
@@ -339,13 +339,13 @@ def test_a_key_that_stands_twice_is_refused(folder):
 @pytest.mark.parametrize(
     "change", [{"quant": "\ud800"}, {"made_with": {"\udfff": "a"}}, {"quality": {"a": ["\udc00"]}}]
 )
-def test_half_of_a_surrogate_pair_is_refused(change, folder):
-    """Such text cannot be written, hashed or shown."""
+def test_an_unpaired_surrogate_is_refused(change, folder):
+    """Such text cannot be encoded in UTF-8."""
     rewrite(folder, **change)
     assert "surrogate" in refusal(folder)
 
 
-def test_a_whole_surrogate_pair_is_one_character(folder):
+def test_a_surrogate_pair_is_one_character(folder):
     rewrite(folder, quant="\U0001f600")
     assert open_bundle(folder).manifest.quant == "\U0001f600"
 

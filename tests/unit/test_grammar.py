@@ -43,7 +43,7 @@ def allowed(matcher: Matcher, vocab_size: int) -> list[int]:
     return np.flatnonzero(bits).tolist()
 
 
-def answer(
+def complete(
     grammar: ConstraintCompiler, tokenizer: Tokenizer, constraint: Constraint, seed: int, limit: int = 150
 ) -> str | None:
     """Sample under the mask from uniform logits; None if the completion is not finished after `limit` tokens."""
@@ -107,10 +107,10 @@ def conforms(value: Any, schema: dict[str, Any]) -> bool:
 
 @settings(max_examples=40)
 @given(schema=object_schemas(), seed=st.integers(0, 2**32))
-def test_answers_satisfy_their_schema(
+def test_completions_satisfy_their_schema(
     grammar: ConstraintCompiler, tokenizer: Tokenizer, schema: dict[str, Any], seed: int
 ) -> None:
-    text = answer(grammar, tokenizer, Constraint("json_schema", json.dumps(schema)), seed)
+    text = complete(grammar, tokenizer, Constraint("json_schema", json.dumps(schema)), seed)
     assume(text is not None)
     assert conforms(json.loads(text), schema)
 
@@ -122,8 +122,10 @@ def test_answers_satisfy_their_schema(
     ),
     seed=st.integers(0, 2**32),
 )
-def test_answers_match_their_regex(grammar: ConstraintCompiler, tokenizer: Tokenizer, pattern: str, seed: int) -> None:
-    text = answer(grammar, tokenizer, Constraint("regex", pattern), seed)
+def test_completions_match_their_regex(
+    grammar: ConstraintCompiler, tokenizer: Tokenizer, pattern: str, seed: int
+) -> None:
+    text = complete(grammar, tokenizer, Constraint("regex", pattern), seed)
     assume(text is not None)
     assert re.fullmatch(pattern, text, re.DOTALL)
 
@@ -133,27 +135,27 @@ def test_answers_match_their_regex(grammar: ConstraintCompiler, tokenizer: Token
     choices=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), min_size=1, max_size=5),
     seed=st.integers(0, 2**32),
 )
-def test_answers_are_among_their_choices(
+def test_completions_are_among_their_choices(
     grammar: ConstraintCompiler, tokenizer: Tokenizer, choices: list[str], seed: int
 ) -> None:
     choices = [choice.replace("▁", "_") for choice in choices]
-    assert answer(grammar, tokenizer, Constraint("choices", tuple(choices)), seed) in choices
+    assert complete(grammar, tokenizer, Constraint("choices", tuple(choices)), seed) in choices
 
 
 def test_every_choice_can_be_chosen(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
     choices = ("yes", "yes please", "no", 'quo"te\n\\')
-    found = {answer(grammar, tokenizer, Constraint("choices", choices), seed) for seed in range(60)}
+    found = {complete(grammar, tokenizer, Constraint("choices", choices), seed) for seed in range(60)}
     assert found == set(choices)
 
 
 def test_thousands_of_choices(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
     choices = tuple(f"choice {number}" for number in range(5000))
-    assert answer(grammar, tokenizer, Constraint("choices", choices), 0) in choices
+    assert complete(grammar, tokenizer, Constraint("choices", choices), 0) in choices
 
 
-def test_answers_follow_a_lark_grammar(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
+def test_completions_follow_a_lark_grammar(grammar: ConstraintCompiler, tokenizer: Tokenizer) -> None:
     lark = 'start: sum\nsum: NUMBER ("+" NUMBER){0,3}\nNUMBER: /[1-9][0-9]{0,2}/'
-    texts = [answer(grammar, tokenizer, Constraint("lark", lark), seed) for seed in range(20)]
+    texts = [complete(grammar, tokenizer, Constraint("lark", lark), seed) for seed in range(20)]
     assert all(text and re.fullmatch(r"[1-9]\d{0,2}(\+[1-9]\d{0,2}){0,3}", text) for text in texts)
     assert any("+" in text for text in texts if text)
 
@@ -236,7 +238,7 @@ def test_a_constraint_that_becomes_too_complex_is_a_bad_request(
 ) -> None:
     schema = {"type": "object", "properties": {f"k{number}": {} for number in range(3000)}}
     with pytest.raises(RequestError, match="2000") as caught:
-        answer(grammar, tokenizer, Constraint("json_schema", json.dumps(schema)), 0)
+        complete(grammar, tokenizer, Constraint("json_schema", json.dumps(schema)), 0)
     assert caught.value.code == "bad_request"
     assert "\n" not in str(caught.value)
     assert "<state>" not in str(caught.value)

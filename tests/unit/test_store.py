@@ -32,7 +32,7 @@ def put(store, name, origin=None):
         store.write_origin(name, origin)
 
 
-def test_an_origin_is_written_as_a_whole(store, monkeypatch):
+def test_an_origin_is_written_atomically(store, monkeypatch):
     put(store, "mine", Origin("owner/model", "1"))
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space"):

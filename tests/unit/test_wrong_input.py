@@ -27,7 +27,7 @@ WRONG = {
         (["{text}"], "{text}"),
         (["bultin"], "builtin"),
     ],
-    "rm": [([], "NAME"), (["nothing"], "nothing"), (["../x"], "../x"), (["builtin"], "builtin")],
+    "rm": [([], "NAME"), (["nothing"], "nothing"), (["../x"], "../x"), (["builtin"], "built-in")],
     "export": [
         (["{absent}", "{out}"], "{absent}"),
         (["{text}", "{out}"], "{text}"),
@@ -87,6 +87,7 @@ WRONG = {
         (["builtin", "--threads", "0"], "threads"),
     ],
     "cache": [(["clear"], "clear"), (["--clea"], "--clear"), (["--json=no"], "--json")],
+    "completion": [([], "shell"), (["csh"], "csh"), (["bash", "more"], "more")],
     "eval": [
         (["builtin"], "--text"),
         (["builtin", "--text", "{absent}"], "{absent}"),
