@@ -40,27 +40,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("kl", "ce"),
         help="kl: learn the teacher's logits (default with --teacher); ce: only the targets",
     )
-    add("--kl-weight", type=float, help="weight of the KL term in the loss, 0 to 1 (default: 0.7)")
-    add("--temperature", type=float, help="softmax temperature of teacher and student, above 0 (default: 2)")
+    add("--kl-weight", type=float, metavar="X", help="weight of the KL term in the loss, 0 to 1 (default: 0.7)")
+    add(
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="softmax temperature of teacher and student, above 0 (default: 2)",
+    )
     add(
         "--teacher-top-k",
         type=int,
+        metavar="N",
         help="teacher logits stored per position (default: 32); 0: compute all of them at every step",
     )
-    add("--epochs", type=int, help="passes over the data (default: 10 to 60, fewer for more data)")
-    add("--max-seconds", dest="max_s", type=float, help="end training after this time, even before --epochs")
-    add("--batch-tokens", type=int, help="tokens in a batch (default: 1/32 of the data, 512 to 4096)")
-    add("--row-length", type=int, help="tokens in a packed row, the longest allowed example (default: the longest one)")
+    add("--epochs", type=int, metavar="N", help="passes over the data (default: 10 to 60, fewer for more data)")
+    add(
+        "--max-seconds",
+        dest="max_s",
+        type=float,
+        metavar="S",
+        help="end training after this time, even before --epochs",
+    )
+    add("--batch-tokens", type=int, metavar="N", help="tokens in a batch (default: 1/32 of the data, 512 to 4096)")
+    add(
+        "--row-length",
+        type=int,
+        metavar="N",
+        help="tokens in a packed row, the longest allowed example (default: the longest one)",
+    )
     add("--held-out", type=int, metavar="N", help="examples kept for scoring, not for training (default: 10 %%)")
-    add("--lr", type=float, help="peak learning rate (default: 0.002)")
-    add("--dropout", type=float, help="dropout of the residual stream, 0 to 1 (default: 0)")
-    add("--averaging", type=float, help="decay of the moving average of the weights, 0 to 1 (default: 0, off)")
-    add("--vocab-size", type=int, default=2048, help="vocabulary of a new student's tokenizer (default: %(default)s)")
-    add("--seed", type=int, help="random seed (default: 0)")
+    add("--lr", type=float, metavar="X", help="peak learning rate (default: 0.002)")
+    add("--dropout", type=float, metavar="X", help="dropout of the residual stream, 0 to 1 (default: 0)")
+    add(
+        "--averaging",
+        type=float,
+        metavar="X",
+        help="decay of the moving average of the weights, 0 to 1 (default: 0, off)",
+    )
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        default=2048,
+        help="vocabulary of a new student's tokenizer (default: %(default)s)",
+    )
+    add("--seed", type=int, metavar="N", help="random seed (default: 0)")
     add("--muon", action="store_true", help="optimizer Muon for matrices: fewer steps, each more expensive")
     add("--bf16", action="store_true", help="multiply in bfloat16: faster on processors that support it")
     add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    add("--threads", type=int, help="processor threads (default: the fastest number in a short measurement)")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="processor threads (default: the fastest number in a short measurement)",
+    )
     add("--resume", action="store_true", help="continue an interrupted run from its last checkpoint")
     add("--force", action="store_true", help="replace DIR of --out and discard an interrupted run")
     add("--json", action="store_true", help="print one JSON object at the end")

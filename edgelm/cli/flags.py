@@ -25,8 +25,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `sampling_from` reads; without a flag the bundle's default applies."""
     group = parser.add_argument_group(
         "sampling",
-        "defaults are the bundle's; if these are greedy, `edgelm chat` uses temperature 0.3, top-p 0.9 and repetition"
-        " penalty 1.1; the default --max-tokens of `edgelm chat` is the context",
+        "Defaults are the bundle's. `edgelm chat`: --max-tokens is the context; if the\n"
+        "bundle is greedy, temperature 0.3, top-p 0.9 and repetition penalty 1.1.",
     )
     for option in dataclasses.fields(SamplingParams):
         if option.name in RANGES:
