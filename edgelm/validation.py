@@ -65,10 +65,14 @@ def read(kind: type[T], table: object, path: str = "") -> T:
     `path` names the table in errors. Raises `FieldError` for unknown, missing and invalid keys, and what the
     dataclasses raise.
     """
-    fault = None if _is_allowed(kind, table) else _find_fault(kind, table, path)
-    if fault is not None:
-        raise FieldError(fault)
+    check_table(kind, table, path)
     return _build(kind, table)  # type: ignore[no-any-return]
+
+
+def check_table(kind: Any, table: object, path: str = "") -> None:
+    """Raise `FieldError` unless `read` would accept the table."""
+    if not _is_allowed(kind, table):
+        raise FieldError(_find_fault(kind, table, path))
 
 
 def check(instance: object) -> None:
@@ -146,7 +150,8 @@ def describe(hint: Any) -> str:
         inner = describe(_bare(choices[0]))
         return inner + "".join(_describe_limit(limit, inner) for limit in choices[0].__metadata__)
     if get_origin(choices[0]) is Literal:
-        return f"one of {', '.join(map(str, get_args(choices[0])))}"
+        values = [str(value) for value in get_args(choices[0])]
+        return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
     return _WORDS.get(choices[0]) or ("a list" if get_origin(choices[0]) is tuple else "a table")
 
 

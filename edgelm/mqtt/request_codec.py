@@ -11,31 +11,76 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from edgelm.errors import RequestError
 from edgelm.mqtt.packets import PROTOCOL, Properties, write_json
-from edgelm.types import MAX_SESSION_LENGTH, Constraint, SamplingParams, is_session_name
+from edgelm.types import MAX_SESSION_LENGTH, RANGES, Constraint, SamplingParams, is_session_name
+from edgelm.validation import FieldError, Length, Range, check_table
 
 MAX_ID_LENGTH: Final = 128
 MAX_CORRELATION_BYTES: Final = 1024
 MAX_NESTING: Final = 256
 """Maximum nesting depth of lists and objects in a request."""
 MAX_CHUNK_MS: Final = 10_000
+DEFAULT_CHUNK_MS: Final = 50
 MAX_TIMEOUT_S: Final = 86_400
 
 SAMPLING_KEYS: Final = tuple(entry.name for entry in dataclasses.fields(SamplingParams))
 _CONSTRAINT_KEYS: Final = ("json_schema", "regex", "choices")
-_OTHER_KEYS: Final = ("v", "id", "prompt", "messages", "model", "stream", "chunk_ms", "timeout_s", "response_topic")
-_SESSION_KEYS: Final = ("session", "end_session")
-_TEMPLATE_KEYS: Final = ("system", "raw", "tools", "template_vars")
-_MESSAGE_KEYS: Final = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
-_UNSUPPORTED_KEYS: Final = {
-    "priority": "not supported; leave it out or send 0",
-}
-KNOWN_KEYS: Final = frozenset(
-    (*SAMPLING_KEYS, *_CONSTRAINT_KEYS, *_OTHER_KEYS, *_SESSION_KEYS, *_TEMPLATE_KEYS, *_UNSUPPORTED_KEYS)
-)
+
+_NonEmpty = Annotated[str, Length(1)]
+_ABSENT: Any = None
+"""Default of keys that may be left out; none of them may be null."""
+
+
+@dataclass(frozen=True, slots=True)
+class _TextPart:
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """The keys of a message. `content` may be null, or left out, if there are tool calls."""
+
+    role: str
+    content: str | Annotated[tuple[_TextPart, ...], Length(1)] | None = None
+    name: str = _ABSENT
+    tool_calls: tuple[Mapping[str, Any], ...] | None = None
+    tool_call_id: str = _ABSENT
+    reasoning_content: str = _ABSENT
+
+
+@dataclass(frozen=True, slots=True)
+class _Body(SamplingParams):
+    """The keys of a request with their types and ranges; never instantiated. All may be left out."""
+
+    seed: Annotated[int, Range(*RANGES["seed"])] = _ABSENT
+    v: Literal[1] = _ABSENT
+    id: Annotated[str, Length(1, MAX_ID_LENGTH)] = _ABSENT
+    prompt: _NonEmpty = _ABSENT
+    messages: tuple[_Message, ...] = _ABSENT
+    model: str = _ABSENT
+    json_schema: Mapping[str, Any] = _ABSENT
+    regex: str = _ABSENT
+    choices: tuple[_NonEmpty, ...] = _ABSENT
+    stream: bool = _ABSENT
+    chunk_ms: Annotated[int, Range(0, MAX_CHUNK_MS)] = _ABSENT
+    timeout_s: Annotated[float, Range(0, MAX_TIMEOUT_S, open_low=True)] = _ABSENT
+    response_topic: str = _ABSENT
+    session: Annotated[str, Length(1, MAX_SESSION_LENGTH)] = _ABSENT
+    end_session: bool = _ABSENT
+    system: str = _ABSENT
+    raw: bool = _ABSENT
+    tools: tuple[Mapping[str, Any], ...] = _ABSENT
+    template_vars: Mapping[str, Any] = _ABSENT
+    priority: Literal[0] = _ABSENT
+
+
+KNOWN_KEYS: Final = frozenset(entry.name for entry in dataclasses.fields(_Body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +97,7 @@ class GenerateRequest:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     constraint: Constraint | None = None
     stream: bool = False
-    chunk_ms: int = 50
+    chunk_ms: int = DEFAULT_CHUNK_MS
     timeout_s: float | None = None
     session: str | None = None
     end_session: bool = False
@@ -125,43 +170,48 @@ def parse_request(envelope: Envelope) -> GenerateRequest:
     if envelope.problem is not None:
         raise envelope.problem
     body = envelope.body
-    for key in body:
-        if key not in KNOWN_KEYS:
-            raise _bad_request(_quote(key), f"unknown key; known are {', '.join(sorted(KNOWN_KEYS))}")
-    for key, why in _UNSUPPORTED_KEYS.items():
-        if key in body and not (key == "priority" and body[key] == 0 and _is_int(body[key])):
-            raise _bad_request(key, why)
-    if "v" in body and (body["v"] != PROTOCOL or not _is_int(body["v"])):
-        raise _bad_request("v", f"must be {PROTOCOL}, the version of the protocol")
+    constraints = [key for key in _CONSTRAINT_KEYS if key in body]
+    if constraints:  # an empty one is the same as none
+        body = {key: value for key, value in body.items() if key not in constraints or value not in ("", [])}
+    try:
+        check_table(_Body, body)
+    except FieldError as error:
+        raise RequestError("bad_request", str(error)) from None
     if "id" in body and not _is_id(body["id"]):
         raise _bad_request("id", f"must be 1 to {MAX_ID_LENGTH} printable characters")
-    _read_text(body, "response_topic")
     if "session" in body and not is_session_name(body["session"]):
         raise _bad_request("session", f"must be 1 to {MAX_SESSION_LENGTH} printable characters")
-    ends = _read_bool(body, "end_session")
+    ends = body.get("end_session", False)
     if ends and "session" not in body:
         raise _bad_request("end_session", "needs a session")
-    prompt, messages = _read_text(body, "prompt"), _read_messages(body)
+    prompt, messages = body.get("prompt"), tuple(body.get("messages", ())) or None
     if (prompt is None) == (messages is None) and (prompt is not None or not ends):
         raise _bad_request("prompt", "give either prompt or messages")
-    if prompt == "":
-        raise _bad_request("prompt", "must not be empty")
+    for number, message in enumerate(messages or ()):
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise _bad_request(f"messages[{number}].content", "is needed without tool_calls")
+    if not all(name.isidentifier() for name in body.get("template_vars", ())):
+        raise _bad_request("template_vars", "must be an object of variable names and values")
+    sampling = {key: body[key] for key in SAMPLING_KEYS if key in body}
+    if "stop" in sampling:
+        sampling["stop"] = tuple(sampling["stop"])
+    timeout_s = body.get("timeout_s")
     return GenerateRequest(
         id=envelope.id,
         prompt=prompt,
         messages=messages,
-        model=_read_text(body, "model"),
-        sampling=_read_sampling(body),
+        model=body.get("model"),
+        sampling=sampling,
         constraint=_read_constraint(body),
-        stream=_read_bool(body, "stream"),
-        chunk_ms=_read_chunk_ms(body),
-        timeout_s=_read_timeout_s(body),
+        stream=body.get("stream", False),
+        chunk_ms=body.get("chunk_ms", DEFAULT_CHUNK_MS),
+        timeout_s=None if timeout_s is None else float(timeout_s),
         session=body.get("session"),
         end_session=ends,
-        tools=_read_tools(body),
-        template_vars=_read_template_vars(body),
-        system=_read_text(body, "system"),
-        raw=_read_bool(body, "raw"),
+        tools=tuple(body.get("tools", ())) or None,
+        template_vars=body.get("template_vars") or None,
+        system=body.get("system"),
+        raw=body.get("raw", False),
     )
 
 
@@ -213,6 +263,26 @@ def _read_body(payload: bytes) -> Mapping[str, Any]:
         raise RequestError("bad_request", f"payload: is not UTF-8 (byte {error.start})") from error
     if not text.lstrip(" \t\r\n").startswith("{"):
         return {"prompt": text.rstrip("\r\n")}
+    body: Any = _decode_fast(text)
+    if body is None:
+        body = _decode(text)
+    if text.count("[") + text.count("{") > MAX_NESTING and _count_levels(body) > MAX_NESTING:
+        raise RequestError("bad_request", _TOO_DEEP)
+    return body  # type: ignore[no-any-return]
+
+
+def _decode_fast(text: str) -> Any:
+    """Return the JSON value of a text; None if msgspec refuses it, whose messages say less than `_decode`'s."""
+    import msgspec
+
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        return None
+
+
+def _decode(text: str) -> Any:
+    """Return the JSON value of a text. Raises `RequestError` for what strict JSON in UTF-8 does not allow."""
     try:
         body = json.loads(text)
     except json.JSONDecodeError as error:
@@ -225,15 +295,15 @@ def _read_body(payload: bytes) -> Mapping[str, Any]:
         raise RequestError("bad_request", "payload: contains a number that is too long") from None
     except RecursionError:
         raise RequestError("bad_request", _TOO_DEEP) from None
-    if text.count("[") + text.count("{") > MAX_NESTING and _count_levels(body) > MAX_NESTING:
-        raise RequestError("bad_request", _TOO_DEEP)
     try:
         json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise RequestError("bad_request", "payload: contains an unpaired surrogate") from None
     except ValueError:
         raise RequestError("bad_request", "payload: contains NaN or a number that is too large") from None
-    return body  # type: ignore[no-any-return]
+    except RecursionError:
+        raise RequestError("bad_request", _TOO_DEEP) from None
+    return body
 
 
 _TOO_DEEP: Final = f"payload: is nested too deeply; at most {MAX_NESTING} levels"
@@ -270,119 +340,19 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_ID_LENGTH and value.isprintable()
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _bad_request(key: str, what: str) -> RequestError:
     return RequestError("bad_request", f"{key}: {what}")
 
 
-def _quote(key: str) -> str:
-    return repr(key if len(key) <= 64 else key[:61] + "...")
-
-
-def _read_text(body: Mapping[str, Any], key: str) -> str | None:
-    if key in body and not isinstance(body[key], str):
-        raise _bad_request(key, "must be text")
-    return body.get(key)
-
-
-def _read_bool(body: Mapping[str, Any], key: str) -> bool:
-    if not isinstance(body.get(key, False), bool):
-        raise _bad_request(key, "must be true or false")
-    return bool(body.get(key, False))
-
-
-def _read_strings(body: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    value = body[key]
-    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        raise _bad_request(key, "must be a list of non-empty strings")
-    return tuple(value)
-
-
-def _read_messages(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
-    value = body.get("messages", [])
-    if not isinstance(value, list):
-        raise _bad_request("messages", "must be a list")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise _bad_request("messages", 'each must be {"role": text, "content": text}')
-        for key in message:
-            if key not in _MESSAGE_KEYS:
-                raise _bad_request(
-                    "messages", f"unknown key {_quote(key)} in a message; known are {', '.join(_MESSAGE_KEYS)}"
-                )
-        _check_content(message)
-    return tuple(value) or None
-
-
-def _check_content(message: Mapping[str, Any]) -> None:
-    content, calls = message.get("content"), message.get("tool_calls")
-    if calls is not None and (not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls)):
-        raise _bad_request("messages", "tool_calls must be a list of objects")
-    for key in ("name", "tool_call_id", "reasoning_content"):
-        if not isinstance(message.get(key, ""), str):
-            raise _bad_request("messages", f"{key} must be text")
-    if isinstance(content, list) and content:
-        have_keys = all(isinstance(part, dict) and set(part) == {"type", "text"} for part in content)
-        if not have_keys or not all(part["type"] == "text" and isinstance(part["text"], str) for part in content):
-            raise _bad_request("messages", 'each part of a content must be {"type": "text", "text": text}')
-    elif not isinstance(content, str) and not (content is None and calls):
-        raise _bad_request("messages", 'each must be {"role": text, "content": text}')
-
-
-def _read_tools(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
-    value = body.get("tools", [])
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise _bad_request("tools", "must be a list of objects, each with the name and parameters of a function")
-    return tuple(value) or None
-
-
-def _read_template_vars(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    value = body.get("template_vars", {})
-    if not isinstance(value, dict) or not all(name.isidentifier() for name in value):
-        raise _bad_request("template_vars", "must be an object of variable names and values")
-    return value or None
-
-
-def _read_sampling(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    given = {key: body[key] for key in SAMPLING_KEYS if key in body}
-    if "stop" in given:
-        given["stop"] = _read_strings(body, "stop")
-    if "seed" in given and given["seed"] is None:
-        raise _bad_request("seed", "must be an integer")
-    SamplingParams(**given)  # checks types and ranges
-    return given
-
-
 def _read_constraint(body: Mapping[str, Any]) -> Constraint | None:
-    given = [key for key in _CONSTRAINT_KEYS if key in body and body[key] not in ("", [])]
+    given = [key for key in _CONSTRAINT_KEYS if key in body]
     if not given:
         return None
     if len(given) > 1:
         raise _bad_request(given[1], f"cannot be combined with {given[0]}")
-    kind = given[0]
-    if kind == "choices":
-        return Constraint("choices", _read_strings(body, "choices"))
-    if kind == "regex":
-        return Constraint("regex", str(_read_text(body, "regex")))
-    if not isinstance(body["json_schema"], dict):
-        raise _bad_request("json_schema", "must be an object")
-    return Constraint("json_schema", json.dumps(body["json_schema"], ensure_ascii=False))
-
-
-def _read_chunk_ms(body: Mapping[str, Any]) -> int:
-    value = body.get("chunk_ms", GenerateRequest.__dataclass_fields__["chunk_ms"].default)
-    if not _is_int(value) or not 0 <= value <= MAX_CHUNK_MS:
-        raise _bad_request("chunk_ms", f"must be a whole number in [0, {MAX_CHUNK_MS}]")
-    return int(value)
-
-
-def _read_timeout_s(body: Mapping[str, Any]) -> float | None:
-    if "timeout_s" not in body:
-        return None
-    value = body["timeout_s"]
-    if not (_is_int(value) or isinstance(value, float)) or not 0 < value <= MAX_TIMEOUT_S:
-        raise _bad_request("timeout_s", f"must be a number of seconds in (0, {MAX_TIMEOUT_S}]")
-    return float(value)
+    value = body[given[0]]
+    if given[0] == "choices":
+        return Constraint("choices", tuple(value))
+    if given[0] == "regex":
+        return Constraint("regex", value)
+    return Constraint("json_schema", json.dumps(value, ensure_ascii=False))

@@ -58,7 +58,7 @@ SOLE_IMPORTERS = {
     "amqtt": {"edgelm/mqtt/amqtt_broker.py"},
     "google": {"edgelm/graph/onnx_model.py"},
     "platformdirs": {"edgelm/system/user_folders.py"},
-    "msgspec": {"edgelm/validation.py"},
+    "msgspec": {"edgelm/validation.py", "edgelm/mqtt/request_codec.py"},
 }
 HEAVY = {"onnx", "torch", "transformers", "optimum", "safetensors", "ml_dtypes", "huggingface_hub", "gguf"}
 RUNTIME = {
