@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import edgelm
+from edgelm.bundle.bundle_folder import open_bundle
 from edgelm.bundle.manifest import (
     MANIFEST,
     BundleFile,
@@ -23,6 +24,9 @@ from edgelm.bundle.manifest import (
 )
 from edgelm.bundle.manifest_parser import parse_manifest
 from edgelm.errors import BundleError
+from edgelm.graph import graph_check
+from edgelm.graph.onnx_model import read_model
+from edgelm.graph.shape_inference import ShapeInference
 from edgelm.types import SamplingParams
 
 SPECIFICATION = Path(__file__).parents[2] / "edgelm" / "bundle" / "README.md"
@@ -87,3 +91,16 @@ def test_the_built_in_manifest_has_only_specified_keys() -> None:
         found = raw if part == "" else raw.get(part)
         found = found[0] if part == "matrices" else found["model.onnx"] if part == "files" else found
         assert set(found or ()) <= {row[0].strip("`") for row in TABLES[heading]}, heading
+
+
+def test_the_operators_and_inputs_of_a_graph_are_those_of_the_code() -> None:
+    """Of a `shared` graph; both are tables of the code that checks graphs."""
+    bundle = open_bundle("builtin")
+    text = SPECIFICATION.read_text("utf-8")
+    (sentence,) = re.findall(r"has no other operators than ([^.]*)\.", text)
+    rules = ShapeInference(read_model(bundle.graph.read_bytes()), bundle.manifest)._rules
+    assert set(re.findall(r"\w+", sentence)) - {"and"} == set(rules)
+    for kind in ("shared", "growing"):
+        (table,) = re.findall(rf"^\| `{kind}`: .*\n((?:\|.*\n)+)", text, re.MULTILINE)
+        names = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+        assert set(names) == {*graph_check._FIXED[kind], *graph_check._OPTIONAL[kind]}
