@@ -1,18 +1,22 @@
 """Checks untrusted values against the types of a dataclass. An error names the key, what is allowed, and the value.
 
 A dataclass states the type and range of each field once: `layers: Annotated[int, Range(1, 1024)]`. msgspec decides
-whether a value is accepted; this module only translates the types for it and words the errors, which msgspec's own do
-not do: they name neither the value nor the range. Supported are dataclasses, `tuple[X, ...]`, `Mapping[K, V]`, unions,
-`Literal`, str, int, float, bool and Any. Knows neither JSON nor TOML. The only importer of msgspec.
+whether a value is accepted; this module translates the types for it and words the errors, because msgspec's messages
+name neither the value nor the range. Supported are dataclasses, `tuple[X, ...]`, `Mapping[K, V]`, `Literal`, str, int,
+float, bool, Any, and unions; unions with a Path are not checked. Knows neither JSON nor TOML. The first check imports
+msgspec.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -188,6 +192,8 @@ def _msgspec_type(hint: Any) -> Any:
     if origin is Mapping:
         return dict[_msgspec_type(arguments[0]), _msgspec_type(arguments[1])]  # type: ignore[misc]
     if origin in (Union, UnionType):
+        if Path in arguments:  # msgspec takes only values of JSON
+            return Any
         return Union[tuple(_msgspec_type(each) for each in arguments)]  # noqa: UP007
     return hint
 
@@ -199,7 +205,11 @@ def _meta(limit: Range | Length | Pattern) -> Any:
         return Meta(min_length=limit.low, max_length=limit.high)
     if isinstance(limit, Pattern):
         return Meta(pattern=limit.regex)
-    ends: dict[str, Any] = {"gt" if limit.open_low else "ge": limit.low, "lt" if limit.open_high else "le": limit.high}
+    ends: dict[str, Any] = {"gt" if limit.open_low else "ge": limit.low}
+    if math.isfinite(limit.high):
+        ends["lt" if limit.open_high else "le"] = limit.high
+    elif limit.open_high:  # msgspec takes only finite ends
+        ends["le"] = sys.float_info.max
     return Meta(**ends)
 
 

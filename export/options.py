@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
+from edgelm.bundle.manifest import MAX_SIZE
 from edgelm.errors import EdgelmError
 from edgelm.system.installation import missing_extra
+from edgelm.validation import FieldError, Range, check
 
 from .quantize.matrix_plan import (
     BITS,
@@ -59,9 +62,9 @@ class ExportOptions:
     vocab: str | Path | None = None
     vocab_size: int | None = None
     verify: str | Path | None = None
-    max_kl: float | None = None
-    min_agreement: float | None = None
-    max_bytes: int | None = None
+    max_kl: Annotated[float, Range(0, math.inf, open_low=True)] | None = None
+    min_agreement: Annotated[float, Range(0, 1.0, open_low=True)] | None = None
+    max_bytes: Annotated[int, Range(1, MAX_SIZE)] | None = None
     report: bool = False
     prefix: str | Path | None = None
     kv: Kv = "fp32"
@@ -124,26 +127,18 @@ class ExportOptions:
         return self.method != "auto" and needs_calibration(self.method)
 
     def _check_values(self) -> None:
-        for name, allowed in (
-            ("quant", tuple(BITS)),
-            ("method", ("auto", *method_names())),
-            ("via", get_args(Via)),
-            ("kv", get_args(Kv)),
+        try:
+            check(self)
+        except FieldError as error:
+            raise EdgelmError(str(error)) from error
+        for name, value, allowed in (
+            ("method", self.method, ("auto", *method_names())),
+            ("embedding_bits", self.embedding_bits, (None, *QUANTIZED_BITS)),
+            ("block_size", self.block_size, (None, *BLOCK_SIZES)),
         ):
-            if getattr(self, name) not in allowed:
-                raise EdgelmError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.embedding_bits not in (None, *QUANTIZED_BITS):
-            allowed_bits = ", ".join(map(str, QUANTIZED_BITS))
-            raise EdgelmError(f"embedding bits must be one of {allowed_bits}, got {self.embedding_bits}")
-        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
-            allowed_sizes = ", ".join(map(str, BLOCK_SIZES))
-            raise EdgelmError(f"block size must be one of {allowed_sizes}, got {self.block_size}")
-        for name, maximum in (("max_kl", float("inf")), ("min_agreement", 1.0)):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= maximum:
-                raise EdgelmError(f"{name} must lie in (0, {maximum}], got {value}")
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise EdgelmError(f"max_bytes must be positive, got {self.max_bytes}")
+            if value not in allowed:
+                listed = ", ".join(str(each) for each in allowed if each is not None)
+                raise EdgelmError(f"{name} must be one of {listed}, got {value!r}")
 
     def _check_combinations(self) -> None:
         if (self.vocab is None) != (self.vocab_size is None):

@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 from edgelm.errors import ConfigError
+from edgelm.validation import FieldError, Range, check
+
+MAX_COUNT: Final = 1 << 40
+"""Epochs, tokens, classes."""
+_POSITIVE: Final = Range(0, math.inf, open_low=True, open_high=True)
+_SHARE: Final = Range(0, 1, open_high=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,42 +51,32 @@ class TrainingSettings:
         Seconds between checkpoints.
     """
 
-    epochs: int = 10
-    batch_tokens: int = 4096
-    row_length: int = 128
-    lr: float = 2e-3
-    warmup: float = 0.05
+    epochs: Annotated[int, Range(1, MAX_COUNT)] = 10
+    batch_tokens: Annotated[int, Range(2, MAX_COUNT)] = 4096
+    row_length: Annotated[int, Range(2, MAX_COUNT)] = 128
+    lr: Annotated[float, _POSITIVE] = 2e-3
+    warmup: Annotated[float, _SHARE] = 0.05
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     muon: bool = False
-    dropout: float = 0.0
-    smoothing: float = 0.0
-    averaging: float = 0.0
-    kl_weight: float = 0.7
-    temperature: float = 2.0
-    teacher_top_k: int = 32
+    dropout: Annotated[float, _SHARE] = 0.0
+    smoothing: Annotated[float, _SHARE] = 0.0
+    averaging: Annotated[float, _SHARE] = 0.0
+    kl_weight: Annotated[float, Range(0, 1)] = 0.7
+    temperature: Annotated[float, _POSITIVE] = 2.0
+    teacher_top_k: Annotated[int, Range(0, MAX_COUNT)] = 32
     seed: int = 0
     bf16: bool = False
-    max_s: float | None = None
+    max_s: Annotated[float, Range(0, math.inf, open_low=True)] | None = None
     save_every_s: float = 60.0
 
     def __post_init__(self) -> None:
-        checks = (
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch_tokens", self.batch_tokens >= self.row_length >= 2, "at least the row length"),
-            ("lr", 0 < self.lr < math.inf, "over 0"),
-            ("temperature", 0 < self.temperature < math.inf, "over 0"),
-            ("teacher_top_k", self.teacher_top_k >= 0, "at least 0"),
-            ("kl_weight", 0 <= self.kl_weight <= 1, "0 to 1"),
-            ("warmup", 0 <= self.warmup < 1, "0 to under 1"),
-            ("dropout", 0 <= self.dropout < 1, "0 to under 1"),
-            ("smoothing", 0 <= self.smoothing < 1, "0 to under 1"),
-            ("averaging", 0 <= self.averaging < 1, "0 to under 1"),
-            ("max_s", self.max_s is None or self.max_s > 0, "over 0"),
-        )
-        for name, holds, allowed in checks:
-            if not holds:
-                raise ConfigError(f"{name.replace('_', '-')} {getattr(self, name)} must be {allowed}")
+        try:
+            check(self)
+        except FieldError as error:
+            raise ConfigError(str(error).replace("_", "-")) from error
+        if self.batch_tokens < self.row_length:
+            raise ConfigError(f"batch-tokens must be at least row-length, {self.row_length}, got {self.batch_tokens}")
 
 
 STEPS_PER_EPOCH: Final = 32

@@ -74,6 +74,19 @@ def test_the_fields_of_an_instance_are_checked(value):
         check(value)
 
 
+@dataclass(frozen=True)
+class Unbounded:
+    positive: Annotated[float, Range(0, math.inf, open_low=True, open_high=True)] = 1.0
+    maybe_infinite: Annotated[float, Range(0, math.inf)] = math.inf
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, 10**400])
+def test_an_open_end_may_be_infinite(value):
+    check(Unbounded(1e308))
+    with pytest.raises(FieldError, match=r"positive.*inf"):
+        check(Unbounded(value))
+
+
 def test_numbers_of_numpy_are_numbers():
     np = pytest.importorskip("numpy")
     check(Inner(1, np.float64(0.5)))
