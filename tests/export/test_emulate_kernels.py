@@ -1,4 +1,4 @@
-"""Our kernels on an emulated Cortex-A76, compiled for it on this machine: LLVM has no place in the emulated root."""
+"""Our kernels on an emulated Cortex-A76. They are compiled here, because the emulated root has no LLVM."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from attention_cases import Case, checked
 from naive_kernel_attention import Shape
 from kernel_nodes import look_up, matrix, product, run
 from edgelm.system.digest import file_sha256
-from edgelm.kernels.formats import FORMATS
-from edgelm.kernels.custom_ops import Operators
+from edgelm.kernels.abi import SUPPORTED_FORMATS
+from edgelm.kernels.custom_ops import CustomOpLibrary
 
 library = Path(sys.argv[1])
 rng = np.random.default_rng(0)
-for fmt in FORMATS:
+for fmt in SUPPORTED_FORMATS:
     for size, columns, rows in ((150, 40, 7), (64, 16, 1), (33, 5, 2)):
         codes, scales, bias = matrix(rng, fmt, size, columns)
         x = rng.normal(size=(rows, size)).astype(np.float32)
@@ -60,7 +60,7 @@ for fmt in FORMATS:
         np.testing.assert_allclose(found, naive.matmul(normed, codes, scales, fmt.bits, fmt.block_size, None), atol=0.2)
 data = library.with_name("data")
 data.write_bytes(b"none")
-operators = Operators(library, [], data, file_sha256(library))
+operators = CustomOpLibrary(library, [], data, file_sha256(library))
 for shape in (Shape(6, 2, 64, half=32, scale=0.125), Shape(7, 1, 48, half=5, window=40, softcap=20.0, scale=0.2)):
     checked(operators, Case(shape, 0, batch=2, longest=150))
     checked(operators, Case(shape, 1, tokens=20, lengths=[120]), packed=False)
@@ -70,7 +70,7 @@ print("right")
 
 @pytest.fixture
 def emulated_root():
-    """A root that is there already, and QEMU; see test_emulate.py."""
+    """An existing root and the path of QEMU; see test_emulate.py."""
     qemu = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if qemu is None:
         pytest.skip("emulation needs QEMU: apt-get install qemu-user-static")
@@ -83,7 +83,7 @@ def emulated_root():
     return prepare_rootfs(default_cache_folder(), print), qemu
 
 
-def test_kernels_are_right_on_an_emulated_pi5(emulated_root, tmp_path):
+def test_kernels_are_correct_on_an_emulated_pi5(emulated_root, tmp_path):
     rootfs, qemu = emulated_root
     profile = load_profile("pi5")
     target = next(target for target in TARGETS if target.name == "dotprod")
