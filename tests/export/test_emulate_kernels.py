@@ -24,9 +24,9 @@ import sys
 from pathlib import Path
 import numpy as np
 import naive_kernels as naive
-from attention_cases import Case, checked
+from attention_cases import Case, check_case
 from naive_kernel_attention import Shape
-from kernel_nodes import look_up, matrix, product, run
+from kernel_nodes import gather_rows, matrix, product, run
 from edgelm.system.digest import file_sha256
 from edgelm.kernels.abi import SUPPORTED_FORMATS
 from edgelm.kernels.custom_ops import CustomOpLibrary
@@ -45,7 +45,7 @@ for fmt in SUPPORTED_FORMATS:
             np.testing.assert_array_equal(run(session, x[row : row + 1])[0], found[row])
         if size % fmt.block_size == 0:
             table = [[w * np.float32(s) for w, s in naive.row(codes, scales, fmt.bits, n)] for n in range(columns)]
-            found_rows = look_up(library, fmt, codes, scales, np.arange(columns))
+            found_rows = gather_rows(library, fmt, codes, scales, np.arange(columns))
             np.testing.assert_array_equal(found_rows, np.array(table, np.float32))
         skip = rng.normal(size=(rows, columns)).astype(np.float32)
         session = product(library, fmt, size, codes, scales, bias=bias, skip=True)
@@ -62,8 +62,8 @@ data = library.with_name("data")
 data.write_bytes(b"none")
 operators = CustomOpLibrary(library, [], data, file_sha256(library))
 for shape in (Shape(6, 2, 64, half=32, scale=0.125), Shape(7, 1, 48, half=5, window=40, softcap=20.0, scale=0.2)):
-    checked(operators, Case(shape, 0, batch=2, longest=150))
-    checked(operators, Case(shape, 1, tokens=20, lengths=[120]), packed=False)
+    check_case(operators, Case(shape, 0, batch=2, longest=150))
+    check_case(operators, Case(shape, 1, tokens=20, lengths=[120]), packed=False)
 print("right")
 """
 

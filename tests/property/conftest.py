@@ -1,4 +1,4 @@
-"""The kernels' library, compiled once a run for each kind of processor that this one can stand in for."""
+"""The kernels' library, compiled once per test run for each target that this processor supports."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from edgelm.kernels.ir.targets import TARGETS
 
 
 def runnable(target):
-    """Whether this processor has what a target needs."""
+    """Return whether this processor supports a target."""
     features = binding.get_host_cpu_features()
     return target.triple.startswith(platform.machine()) and all(features.get(name) for name in target.features)
 
 
 @pytest.fixture(scope="session", params=[target for target in TARGETS if runnable(target)], ids=lambda t: t.name)
 def library(request, tmp_path_factory):
-    """Every format's operator, compiled for one kind of processor."""
+    """The operators of all formats, compiled for one target."""
     target = request.param
     file = tmp_path_factory.mktemp("kernels") / "kernels.so"
     features = ",".join(f"+{name}" for name in target.features)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from attention_cases import Case, checked
+from attention_cases import Case, check_case
 from attention_nodes import ours, run, session_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,33 +57,35 @@ def shapes(draw, sizes=(16, 32, 48, 64, 80, 112)):
 @settings(max_examples=60, deadline=None)
 @given(shapes(), st.integers(1, 3), st.booleans(), st.booleans(), seeds)
 def test_a_step_equals_plain_loops(operators, shape, batch, packed, has_positions, seed):
-    checked(operators, Case(shape, seed, batch=batch, has_positions=has_positions), packed=packed)
+    check_case(operators, Case(shape, seed, batch=batch, has_positions=has_positions), packed=packed)
 
 
 @settings(max_examples=40, deadline=None)
 @given(shapes(sizes=(16, 48, 64)), st.integers(2, 30), st.booleans(), st.booleans(), seeds)
 def test_a_prompt_equals_plain_loops(operators, shape, tokens, packed, has_positions, seed):
-    checked(operators, Case(shape, seed, tokens=tokens, longest=140, has_positions=has_positions), packed=packed)
+    check_case(operators, Case(shape, seed, tokens=tokens, longest=140, has_positions=has_positions), packed=packed)
 
 
 @settings(max_examples=10, deadline=None)
 @given(st.sampled_from([127, 128, 129, 255, 256, 257, 384]), st.sampled_from([0, 1, 127, 128, 129, 200]), seeds)
 def test_lengths_around_a_tile_are_correct(operators, length, window, seed):
     shape = Shape(2, 1, 16, half=8, window=window, scale=0.25)
-    checked(operators, Case(shape, seed, lengths=[length]))
-    checked(operators, Case(shape, seed, lengths=[length - 20], tokens=21))
+    check_case(operators, Case(shape, seed, lengths=[length]))
+    check_case(operators, Case(shape, seed, lengths=[length - 20], tokens=21))
 
 
 @settings(max_examples=10, deadline=None)
 @given(shapes(), st.integers(1, 5), seeds)
 def test_a_past_in_separate_memory_is_copied(operators, shape, tokens, seed):
-    checked(operators, Case(shape, seed, batch=2, tokens=tokens, longest=30), in_place=False)
+    check_case(operators, Case(shape, seed, batch=2, tokens=tokens, longest=30), in_place=False)
 
 
 @pytest.mark.parametrize("size", [128, 256])
 def test_large_heads_are_correct(operators, size):
     for tokens in (1, 9):
-        checked(operators, Case(Shape(4, 2, size, half=size // 2, scale=size**-0.5), 0, tokens=tokens, lengths=[140]))
+        check_case(
+            operators, Case(Shape(4, 2, size, half=size // 2, scale=size**-0.5), 0, tokens=tokens, lengths=[140])
+        )
 
 
 @settings(max_examples=30, deadline=None)
@@ -145,7 +147,7 @@ def test_lengths_outside_the_kv_cache_are_refused(operators, seqlens, tokens):
 def test_scores_of_any_size_are_correct(operators, size):
     case = Case(Shape(3, 1, 16, scale=0.25), 0, lengths=[200])
     case.packed[:, :, :3] *= np.float32(size)
-    checked(operators, case)
+    check_case(operators, case)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -17,7 +17,7 @@ from attention_nodes import session_of as attention_session
 from guard_pages import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_nodes import look_up, matrix, product
+from kernel_nodes import gather_rows, matrix, product
 from kernel_nodes import run as run_product
 from naive_kernel_attention import Shape
 
@@ -84,12 +84,12 @@ def test_a_gather_is_correct_or_refused(library, table, shape, index):
     blocks = scales.shape[1]
     indices = guarded(np.full(shape, index, np.int64))
     if len(shape) > 7:
-        refused(lambda: look_up(library, FORMAT, codes, scales, indices), InputErrorCode.RANK)
+        refused(lambda: gather_rows(library, FORMAT, codes, scales, indices), InputErrorCode.RANK)
         return
-    found = look_up(library, FORMAT, codes, scales, indices)
+    found = gather_rows(library, FORMAT, codes, scales, indices)
     assert found.shape == (*shape, blocks * FORMAT.block_size)
     nearest = min(max(index + N if index < 0 else index, 0), N - 1)
-    expected = look_up(library, FORMAT, codes, scales, np.array([nearest]))[0]
+    expected = gather_rows(library, FORMAT, codes, scales, np.array([nearest]))[0]
     for row in found.reshape(-1, blocks * FORMAT.block_size):
         np.testing.assert_array_equal(row, expected)
 
@@ -294,14 +294,14 @@ def test_offsets_outside_the_file_are_refused(library, table, monkeypatch, field
     import kernel_nodes
 
     codes, scales, bias = table
-    placed = kernel_nodes.placed
+    data_offsets = kernel_nodes.data_offsets
 
     def moved(pieces):
-        offsets = placed(pieces)
+        offsets = data_offsets(pieces)
         size = sum(-(-piece.nbytes // 64) * 64 for piece in pieces.values())
         return {**offsets, field: size if at == "end" else at}
 
-    monkeypatch.setattr(kernel_nodes, "placed", moved)
+    monkeypatch.setattr(kernel_nodes, "data_offsets", moved)
     if at == NO_OFFSET and field in ("BIAS", "NORM"):
         product(library, FORMAT, K, codes, scales, bias=bias, norm=np.ones(K, np.float32))
         return

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_nodes import inputs, look_up, matrix, panels, product, run
+from kernel_nodes import gather_rows, inputs, matrix, panels, product, run
 
 from edgelm.kernels.abi import SUPPORTED_FORMATS, WeightFormat
 
@@ -128,7 +128,7 @@ def test_gathered_rows_are_exact(library, fmt, columns, blocks, shape, seed):
     rng = np.random.default_rng(seed)
     codes, scales, _ = matrix(rng, fmt, blocks * fmt.block_size, columns)
     indices = rng.integers(-columns, columns, shape)
-    found = look_up(library, fmt, codes, scales, indices)
+    found = gather_rows(library, fmt, codes, scales, indices)
     table = [
         [weight * np.float32(scale) for weight, scale in naive.row(codes, scales, fmt.bits, n)] for n in range(columns)
     ]
@@ -139,5 +139,5 @@ def test_gathered_rows_are_exact(library, fmt, columns, blocks, shape, seed):
 def test_indices_outside_the_table_are_clamped(library, fmt):
     codes, scales, _ = matrix(np.random.default_rng(0), fmt, fmt.block_size, 21)
     far = np.array([21, 2**62, -22, -(2**62)])
-    found = look_up(library, fmt, codes, scales, far)
-    np.testing.assert_array_equal(found, look_up(library, fmt, codes, scales, np.array([20, 20, 0, 0])))
+    found = gather_rows(library, fmt, codes, scales, far)
+    np.testing.assert_array_equal(found, gather_rows(library, fmt, codes, scales, np.array([20, 20, 0, 0])))

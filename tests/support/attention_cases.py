@@ -44,7 +44,7 @@ class Case:
         return out.reshape(*out.shape[:2], -1), memory
 
 
-def checked(operators, case, *, packed=True, in_place=True, threads=2):
+def check_case(operators, case, *, packed=True, in_place=True, threads=2):
     """Compare the output and the KV cache of the kernels with plain loops."""
     feeds = case.feeds(packed)
     session = session_of(ours(case.shape, feeds), feeds, operators=operators, threads=threads)

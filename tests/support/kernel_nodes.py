@@ -73,22 +73,22 @@ def product(
         pieces["BIAS"] = pad_bias(bias)
     if norm is not None:
         pieces["NORM"] = np.concatenate([norm, np.zeros(blocks * fmt.block_size - size, np.float32)])
-    model = one_node(fmt, ["x", "skip"] if skip else ["x"], attributes | placed(pieces))
+    model = one_node(fmt, ["x", "skip"] if skip else ["x"], attributes | data_offsets(pieces))
     return session_of(library, fmt, model, pieces, threads)
 
 
-def look_up(library, fmt, codes, scales, indices):
+def gather_rows(library, fmt, codes, scales, indices):
     """Return rows of a table: indices int64 [...] -> float32 [..., blocks * block_size]."""
     columns, blocks = scales.shape
     pieces = {"WEIGHTS": panels(codes, fmt), "SCALES": pack_scales(scales)}
     attributes = {"K": blocks * fmt.block_size, "N": columns} | {
-        name: offset for name, offset in placed(pieces).items() if name in pieces
+        name: offset for name, offset in data_offsets(pieces).items() if name in pieces
     }
     node = encode_node("one", fmt.gather_op_type, DOMAIN, ["x"], ["y"], attributes)
     return run(session_of(library, fmt, model_of(node, {"x": INT64}), pieces, 1), indices)
 
 
-def placed(pieces):
+def data_offsets(pieces):
     """Return the offset of each array in the data file; -1 for absent ones."""
     offsets, end = dict.fromkeys(("BIAS", "NORM", "WEIGHTS", "SCALES"), -1), 0
     for name, piece in pieces.items():
