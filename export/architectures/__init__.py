@@ -18,19 +18,19 @@ from .common import Architecture
 
 @cache
 def load_architectures() -> dict[str, Architecture]:
-    """Return every family by its `model_type`."""
+    """Return every architecture by its `model_type`."""
     modules = (import_module(f"{__name__}.{entry.name}") for entry in iter_modules(__path__))
     found = (module.ARCHITECTURE for module in modules if hasattr(module, "ARCHITECTURE"))
-    return {family.model_type: family for family in found}
+    return {architecture.model_type: architecture for architecture in found}
 
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture:
-    """Return the family of a config.json. Raises `CheckpointError` naming the model type and the supported ones."""
+    """Return the architecture of a config.json. Raises `CheckpointError` with the supported ones."""
     model_type = config.get("model_type")
     known = load_architectures()
     if not isinstance(model_type, str) or model_type not in known:
         raise CheckpointError(
-            f"architecture {model_type!r} has no builder here; supported: {', '.join(sorted(known))}."
+            f"architecture {model_type!r} is not supported; supported: {', '.join(sorted(known))}."
             " Others can be tried with --via optimum"
         )
     return known[model_type]

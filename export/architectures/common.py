@@ -75,7 +75,9 @@ def read_shape(
     )
     rotary = int(size * read_partial_rotary_factor(config, is_supported=partial))
     if rotary % 2 or not rotary:
-        raise CheckpointError(f"config.json: head_dim must be even for rotary embedding, got {rotary} that rotate")
+        raise CheckpointError(
+            f"config.json: head_dim must be even for rotary embedding, got {rotary} rotating elements"
+        )
     length = read_positive_int(config, "max_position_embeddings", context, maximum=MAX_POSITIONS)
     layers = read_positive_int(config, "num_hidden_layers", maximum=MAX_LAYERS)
     return ModelShape(hidden, layers, heads, groups, size, rotary, length)
@@ -99,7 +101,7 @@ def read_decoder_config(
     unsupported option.
     """
     if config.get("quantization_config") is not None:  # opening a quantized checkpoint removes it
-        raise CheckpointError("config.json: quantization_config is not supported here: the weights are taken as floats")
+        raise CheckpointError("config.json: quantization_config is not supported with float weights")
     shape = read_shape(config) if shape is None else shape
     if layers is None:
         layers = [LayerConfig(read_shared_rope(config, shape, theta))] * shape.layers

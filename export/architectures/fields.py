@@ -38,7 +38,7 @@ def read_positive_int(
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {name} must be a positive integer, got {config.get(name)!r:.80}")
     if value > maximum:
-        raise CheckpointError(f"config.json: {name} must be {maximum} at most, got {value!r:.80}")
+        raise CheckpointError(f"config.json: {name} must be at most {maximum}, got {value!r:.80}")
     return value
 
 

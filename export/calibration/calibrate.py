@@ -236,5 +236,5 @@ def _inverse_mean_square(values: Array) -> Array:
 def _next(part: LayerSubgraph, value: Array | None, residual: Array) -> Array:
     following, _ = part.run(value, residual)
     if following is None:
-        raise AssertionError(f"the piece {part.name} has no next value")
+        raise AssertionError(f"the part {part.name} has no next value")
     return following

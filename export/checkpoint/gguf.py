@@ -200,7 +200,7 @@ def _parts(path: Path) -> list[GgufFile]:
         files.append(file)
     names = [name for file in files for name in file.tensors]
     if len(set(names)) < len(names) or metadata.integer("split.tensors.count", len(names)) != len(names):
-        raise CheckpointError(f"{path}: the {count} parts do not belong together")
+        raise CheckpointError(f"{path}: the {count} parts are not of one model")
     return files
 
 

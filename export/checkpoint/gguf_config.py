@@ -133,7 +133,7 @@ def read_gguf_config(metadata: GgufMetadata, tensors: Mapping[str, GgufTensor], 
     Raises `CheckpointError` for an unsupported architecture, for missing or wrong metadata, and for options of
     llama.cpp that the decoder does not have.
     """
-    name, family = _architecture(metadata)
+    name, architecture = _architecture(metadata)
     model = _GgufModel(metadata, name, tensors, read)
     _refuse(model)
     hidden, heads = model.integer("embedding_length"), model.integer("attention.head_count")
@@ -144,7 +144,7 @@ def read_gguf_config(metadata: GgufMetadata, tensors: Mapping[str, GgufTensor], 
     if layers > len(tensors) or "token_embd.weight" not in tensors:
         raise model.error(f"{len(tensors)} tensors are too few for {layers} layers and the embedding: it is incomplete")
     config: dict[str, Any] = {
-        "model_type": family.model_type,
+        "model_type": architecture.model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
         "intermediate_size": model.integer("feed_forward_length"),
@@ -178,10 +178,10 @@ def stored_tensors(
     Raises `CheckpointError` for a tensor whose shape differs from the configuration, and for an unknown tensor: leaving
     it out would give another model.
     """
-    _, family = _architecture(metadata)
+    _, architecture = _architecture(metadata)
     found: dict[str, StoredTensor] = {}
     known = {FREQUENCIES, LONG, SHORT}
-    for name, theirs, heads in _names(config, family):
+    for name, theirs, heads in _names(config, architecture):
         known.add(name)
         if name not in tensors:
             continue
@@ -190,13 +190,13 @@ def stored_tensors(
             raise CheckpointError(
                 f"{metadata.path}: {name} has shape {list(tensors[name].shape)}, the metadata says {list(shape)}"
             )
-        offset = family.norm_offset if theirs.endswith("norm.weight") else 0.0
+        offset = architecture.norm_offset if theirs.endswith("norm.weight") else 0.0
         found[theirs] = StoredTensor(name, shape, heads, offset)
     unknown = sorted(set(tensors) - known)
     if unknown:
         raise CheckpointError(
-            f"{metadata.path}: the tensor {unknown[0]} ({len(unknown)} such in all) has no place in a"
-            f" {family.model_type} decoder here: this variant of the architecture is not supported"
+            f"{metadata.path}: the tensor {unknown[0]} (1 of {len(unknown)}) does not exist in a"
+            f" {architecture.model_type} decoder: this variant of the architecture is not supported"
         )
     return found
 
@@ -329,14 +329,14 @@ def _windows(model: _GgufModel, layers: int) -> dict[str, Any]:
 # --- tensors ---
 
 
-def _names(config: Mapping[str, Any], family: GgufArchitecture) -> Iterator[tuple[str, str, int]]:
+def _names(config: Mapping[str, Any], architecture: GgufArchitecture) -> Iterator[tuple[str, str, int]]:
     """Yield every tensor's name in the file, Hugging Face's name, and the number of heads with interleaved rows."""
     for name, theirs in GLOBAL.items():
         yield name, theirs, 0
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     for i in range(config["num_hidden_layers"]):
-        for name, theirs in family.layer.items():
-            interleaved = heads.get(name, 0) if family.interleaved else 0
+        for name, theirs in architecture.layer.items():
+            interleaved = heads.get(name, 0) if architecture.interleaved else 0
             for part in ("weight",) if name.endswith("norm") else ("weight", "bias"):
                 yield f"blk.{i}.{name}.{part}", f"model.layers.{i}.{theirs}.{part}", interleaved
 

@@ -92,7 +92,7 @@ class GgufFile:
         for _ in range(entries):
             key = cursor.name("a key of the metadata")
             if key in self.metadata:
-                raise CheckpointError(f"{path} is damaged: the key {key} is there twice")
+                raise CheckpointError(f"{path} is damaged: the key {key} occurs twice")
             self.metadata[key] = cursor.value(key)
         self.tensors = _read_tensors(cursor, tensors, _alignment(self))
 
@@ -216,7 +216,7 @@ class _Reader:
         """Skip bytes; return the position of the first."""
         if count > self.left:
             raise CheckpointError(
-                f"{self.path} is damaged or cut off: {what} has {count} bytes, but the file ends after {self.left}"
+                f"{self.path} is damaged or truncated: {what} has {count} bytes, but the file ends after {self.left}"
             )
         self.at += count
         return self.at - count
@@ -236,7 +236,9 @@ class _Reader:
         """Read a key or a tensor's name."""
         length = self.scalar("Q", what)
         if length > MAX_NAME:
-            raise CheckpointError(f"{self.path} is damaged: {what} has {length} bytes, at most {MAX_NAME} are read")
+            raise CheckpointError(
+                f"{self.path} is damaged: {what} has {length} bytes, at most {MAX_NAME} are supported"
+            )
         name = self.take(length, what).decode(errors="replace")
         if not name.isprintable() or "\ufffd" in name:
             raise CheckpointError(f"{self.path} is damaged: {what} is not printable text")
@@ -254,7 +256,7 @@ class _Reader:
         kind, count = self.scalar("I", key), self.scalar("Q", key)
         if kind == STRING:
             if count > min(MAX_ELEMENTS, self.left // 8):
-                raise CheckpointError(f"{self.path} is damaged or cut off: {key} cannot be a list of {count} strings")
+                raise CheckpointError(f"{self.path} is damaged or truncated: {key} cannot be a list of {count} strings")
             return [self.string(key) for _ in range(count)]
         dtype = np.dtype(self._letter(kind, key)).newbyteorder("<")
         start = self.skip(count * dtype.itemsize, key)
@@ -294,7 +296,7 @@ def _read_header(cursor: _Reader) -> tuple[int, int]:
     tensors, entries = cursor.scalar("Q", "the header"), cursor.scalar("Q", "the header")
     if entries * MIN_ENTRY_BYTES + tensors * MIN_TENSOR_BYTES > cursor.left:
         raise CheckpointError(
-            f"{path} is damaged or cut off: {cursor.left} bytes cannot hold {entries} entries and {tensors} tensors"
+            f"{path} is damaged or truncated: {cursor.left} bytes cannot hold {entries} entries and {tensors} tensors"
         )
     return entries, tensors
 
@@ -325,14 +327,14 @@ def _read_tensors(cursor: _Reader, count: int, alignment: int) -> dict[str, Gguf
                 " quantization of the model"
             )
         if name in found or 0 in shape or shape[-1] % block:
-            raise CheckpointError(f"{path} is damaged: {name} of shape {list(shape)} and type {kind} cannot be")
+            raise CheckpointError(f"{path} is damaged: {name} of shape {list(shape)} and type {kind} is not possible")
         found[name] = GgufTensor(shape, kind, block, block_bytes, cursor.scalar("Q", name))
     start = -(-cursor.at // alignment) * alignment
     for name, tensor in found.items():
         end = start + tensor.offset + tensor.bytes
         if tensor.offset % alignment or end > cursor.at + cursor.left:
             raise CheckpointError(
-                f"{path} is damaged or cut off: {name} ends at byte {end}, the file at {cursor.at + cursor.left}"
+                f"{path} is damaged or truncated: {name} ends at byte {end}, the file at {cursor.at + cursor.left}"
             )
         found[name] = GgufTensor(tensor.shape, tensor.kind, tensor.block, tensor.block_bytes, start + tensor.offset)
     return found

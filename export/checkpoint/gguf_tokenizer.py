@@ -123,7 +123,7 @@ def read_gguf_tokenizer(metadata: GgufMetadata) -> GgufTokenizer:
     """
     model = metadata.text("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
-        raise CheckpointError(f"{metadata.path}: tokenizer {model[:80]!r} is not supported; gpt2 and llama are")
+        raise CheckpointError(f"{metadata.path}: tokenizer {model[:80]!r} is not supported; supported: gpt2, llama")
     tokens = _tokens(metadata)
     types = _types(metadata, tokens)
     ids = {name: _special(metadata, key, len(tokens), model) for name, key in SPECIAL_TOKEN_KEYS.items()}
@@ -135,7 +135,7 @@ def read_gguf_tokenizer(metadata: GgufMetadata) -> GgufTokenizer:
     inner, add_bos = _byte_level(metadata, tokens) if model == "gpt2" else _sentencepiece(metadata, tokens, types, ids)
     inner.add_tokens(_added(metadata, tokens, types))
     if [inner.token_to_id(text) for text in tokens] != list(range(len(tokens))):
-        raise CheckpointError(f"{metadata.path}: the tokenizers library numbers the tokens of this file in another way")
+        raise CheckpointError(f"{metadata.path}: the tokenizers library numbers the tokens of this file differently")
     _add_special(inner, tokens, metadata, add_bos, ids)
     return GgufTokenizer(
         tokenizer_text=inner.to_str(),
@@ -151,7 +151,7 @@ def _tokens(metadata: GgufMetadata) -> list[str]:
     """Return the text of every token, all different. A token without text gets llama.cpp's name for it."""
     tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(metadata.texts("tokenizer.ggml.tokens"))]
     if not tokens or len(set(tokens)) < len(tokens):
-        raise CheckpointError(f"{metadata.path}: tokenizer.ggml.tokens must hold tokens, each once")
+        raise CheckpointError(f"{metadata.path}: tokenizer.ggml.tokens must be a list of different tokens, not empty")
     return tokens
 
 
@@ -230,7 +230,7 @@ def _bpe(
     try:
         return tokenizers.Tokenizer(models.BPE({text: i for i, text in enumerate(tokens)}, merges, **options))
     except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{metadata.path}: tokens and merges do not belong together: {error}") from error
+        raise CheckpointError(f"{metadata.path}: merges do not fit the tokens: {error}") from error
 
 
 def _added(metadata: GgufMetadata, tokens: Sequence[str], types: Sequence[int]) -> list[tokenizers.AddedToken]:

@@ -198,7 +198,7 @@ def _shards(path: Path) -> list[str]:
     missing = [name for name in names if not (path / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{path} is incomplete: {INDEX} names {missing[0]}, which is not there ({len(missing)} of {len(names)}"
+            f"{path} is incomplete: {INDEX} lists {missing[0]}, which is missing ({len(missing)} of {len(names)}"
             " shards are missing): download the checkpoint again"
         )
     return names

@@ -148,7 +148,7 @@ class Adapter:
             if embedding not in self.products and np.array_equal(first, second):
                 return
         raise CheckpointError(
-            f"{self.weights.path} changes {embedding or HEAD}, but the base keeps embedding and head as one matrix:"
+            f"{self.weights.path} changes {embedding or HEAD}, but the base stores embedding and head as one matrix:"
             " save the base untied, with a lm_head.weight of its own and tie_word_embeddings false, and export that"
         )
 
@@ -250,10 +250,10 @@ def _check_replacements(file: Path, options: AdapterOptions, replacements: Colle
     for name in replacements:
         whole = any(_is_within(name, module) for module in options.modules_to_save)
         if not whole and not f".{name}".endswith((f".{EMBEDDING}", f".{HEAD}")):
-            raise CheckpointError(f"{file}: {name} is no factor of LoRA, nor one of modules_to_save")
+            raise CheckpointError(f"{file}: {name} is neither a LoRA factor nor one of modules_to_save")
     for module in options.modules_to_save:
         if not any(_is_within(name, module) for name in replacements):
-            raise CheckpointError(f"{file} has no tensor of {module}, which modules_to_save names")
+            raise CheckpointError(f"{file} has no tensor of {module}, listed in modules_to_save")
 
 
 def _is_within(name: str, module: str) -> bool:

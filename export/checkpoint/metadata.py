@@ -178,7 +178,7 @@ def _checked_ids(checkpoint: Checkpoint, name: str, value: Any) -> tuple[int, ..
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
             raise CheckpointError(f"{name} must be a token id or a list of them, got {value!r:.80}")
         if token >= vocabulary:
-            raise CheckpointError(f"{name} {token} lies outside the vocabulary of {vocabulary}")
+            raise CheckpointError(f"{name} {token} is outside the vocabulary of {vocabulary}")
     return tuple(ids)
 
 

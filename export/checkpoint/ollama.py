@@ -73,7 +73,9 @@ def open_ollama(source: str) -> Checkpoint:
     layers = _layers(manifest)
     model = [layer for layer in layers if layer.get("mediaType") == MEDIA_TYPE_PREFIX + "model"]
     if len(model) != 1 or any(layer.get("mediaType") == MEDIA_TYPE_PREFIX + "adapter" for layer in layers):
-        raise CheckpointError(f"{source} is not one GGUF file: models of several and with an adapter are not supported")
+        raise CheckpointError(
+            f"{source} is not one GGUF file: models with several files or an adapter are not supported"
+        )
     parameters = [layer for layer in layers if layer.get("mediaType") == MEDIA_TYPE_PREFIX + "params"]
     defaults = _generation(_object(_blob(root, manifest, parameters[0]))) if parameters else {}
     return open_gguf(_blob(root, manifest, model[0]), defaults)

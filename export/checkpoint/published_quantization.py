@@ -126,7 +126,7 @@ class DequantizedTensors:
         start, stop, _ = (slice(None) if rows is None else rows).indices(shape[0])
         values = self.layout.rows(base, shape, slice(start, max(start, stop)))
         if not np.isfinite(values).all():
-            raise CheckpointError(f"{name} holds NaN or infinite values once it is dequantized")
+            raise CheckpointError(f"{name} holds NaN or infinite values after dequantization")
         return values
 
 
@@ -174,9 +174,7 @@ class Float8Layout:
         """Return the scales as [1, 1], [rows, 1] or [row blocks, column blocks]."""
         name = next((base + end for end in SCALES if base + end in self._names), None)
         if name is None:
-            raise CheckpointError(
-                f"{base}{WEIGHT} is stored in 8 bits, but neither {' nor '.join(SCALES)[1:]} is there"
-            )
+            raise CheckpointError(f"{base}{WEIGHT} is stored in 8 bits, but neither {' nor '.join(SCALES)[1:]} exists")
         found = self.stored.layout(name)[1]
         scales = self.stored.tensor(name, found)
         if scales.size == 1:
@@ -243,7 +241,7 @@ class GptqLayout:
         index = self.stored.read(name).astype(np.int64)
         if index.min() < 0 or index.max() >= groups:
             raise CheckpointError(
-                f"{name} names the group {index.max() if index.max() >= groups else index.min()}, of {groups}"
+                f"{name} refers to group {index.max() if index.max() >= groups else index.min()}, of {groups}"
             )
         return index
 

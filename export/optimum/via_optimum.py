@@ -180,8 +180,8 @@ def _load(checkpoint: Checkpoint, libraries: _Libraries) -> Any:
     supported = sorted(libraries.configs.TasksManager.get_supported_model_type_for_task(TASK, "onnx"))
     if not isinstance(kind, str) or kind.replace("_", "-") not in {name.replace("_", "-") for name in supported}:
         raise CheckpointError(
-            f"architecture {kind!r} is not one that optimum-onnx {version('optimum-onnx')} exports for text generation;"
-            f" it knows {', '.join(supported)}"
+            f"architecture {kind!r} is not supported by optimum-onnx {version('optimum-onnx')} for text generation;"
+            f" supported: {', '.join(supported)}"
         )
     config = read_safe_config(libraries.transformers, checkpoint.path)
     try:
@@ -208,7 +208,7 @@ def _trace(model: Any, out: Path, libraries: _Libraries) -> Path:
         raise CheckpointError(f"optimum cannot export the {kind} model: {_reason(error)}") from error
     file = out / "model.onnx"
     if not file.is_file():
-        raise CheckpointError(f"optimum's export of the {kind} model is not one model.onnx")
+        raise CheckpointError(f"optimum's export of the {kind} model is not a single model.onnx")
     return file
 
 

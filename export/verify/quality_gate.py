@@ -93,12 +93,12 @@ def check_agreement(agreement: DivergenceReport, max_kl: float | None, min_agree
     if max_kl is not None and agreement.kl_mean > max_kl:
         raise EdgelmError(
             f"the bundle's mean KL divergence is {agreement.kl_mean:.4f}, --max-kl allows {max_kl}: calibrate with"
-            " --method gptq, take a smaller --block-size or more bits"
+            " --method gptq, use a smaller --block-size or more bits"
         )
     if min_agreement is not None and agreement.top1_agreement < min_agreement:
         raise EdgelmError(
-            f"the bundle and its checkpoint agree on {agreement.top1_agreement:.4f} of the likeliest tokens,"
-            f" --min-agreement asks for {min_agreement}: calibrate with --method gptq, take a smaller --block-size or"
+            f"the bundle and its checkpoint agree on {agreement.top1_agreement:.4f} of the most likely tokens,"
+            f" --min-agreement asks for {min_agreement}: calibrate with --method gptq, use a smaller --block-size or"
             " more bits"
         )
 

@@ -121,7 +121,7 @@ def prune_vocabulary(
     counts = _count(document.tokenizer, text)
     if sum(counts.values()) < MIN_TOKENS:
         raise DataError(
-            f"the vocabulary's text has {sum(counts.values())} tokens; give at least {MIN_TOKENS}, better 1 MB"
+            f"the vocabulary's text has {sum(counts.values())} tokens; at least {MIN_TOKENS} are required, better 1 MB"
         )
     limit = len(document.model_ids) + len(extra)
     if size > limit:

@@ -74,7 +74,7 @@ def read_tokenizer_json(path: str | Path, text: str | None = None) -> TokenizerJ
             check_numbers(Path(path))
         inner = tokenizers.Tokenizer.from_file(str(path)) if text is None else tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{path}: not a tokenizer.json that we can read: {error}") from error
+        raise CheckpointError(f"{path}: not a supported tokenizer.json: {error}") from error
     content = json.loads(inner.to_str())
     inner.no_truncation()
     inner.no_padding()
@@ -98,7 +98,9 @@ def read_tokenizer_json(path: str | Path, text: str | None = None) -> TokenizerJ
     except ValueError as error:
         raise CheckpointError(f"{path}: the vocabulary cannot be pruned: {error}") from error
     if lost:
-        raise CheckpointError(f"{path}: its post-processor or padding names the id {min(lost)}, which is no token's")
+        raise CheckpointError(
+            f"{path}: its post-processor or padding refers to the id {min(lost)}, which is not a token"
+        )
     base = frozenset(inner.get_vocab(with_added_tokens=False).values())
     return TokenizerJson(Path(path), inner, content, model, ids, base, frozenset(basis))
 
@@ -181,4 +183,4 @@ def _id_references(content: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
         elif step["type"] in ("BertProcessing", "RobertaProcessing"):
             yield from ((step[name], 1) for name in ("sep", "cls"))
         elif step["type"] not in WITHOUT_IDS:
-            raise ValueError(f"its post-processor {step['type']} is not known")
+            raise ValueError(f"its post-processor {step['type']} is not supported")

@@ -24,7 +24,7 @@ def check_target(target: Path, *, force: bool, is_replaceable: Callable[[Path], 
     if exists and not force:
         raise EdgelmError(f"{target} exists; --force replaces it")
     if exists and not is_replaceable(target):
-        raise EdgelmError(f"{target} exists and is not something this command wrote; remove it by hand")
+        raise EdgelmError(f"{target} exists and was not written by this command; remove it by hand")
 
 
 @contextmanager
@@ -40,11 +40,7 @@ def staged_directory(target: Path, *, force: bool, is_replaceable: Callable[[Pat
     missing: list[Path] = []
     try:
         _remove_abandoned(target)
-        exists = target.exists() and not (target.is_dir() and not any(target.iterdir()))
-        if exists and not force:
-            raise EdgelmError(f"{target} exists; --force replaces it")
-        if exists and not is_replaceable(target):
-            raise EdgelmError(f"{target} exists and is not something this command wrote; remove it by hand")
+        check_target(target, force=force, is_replaceable=is_replaceable)
         missing = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -87,7 +87,7 @@ def entry(key, kind, value):
     [
         (b"", "model.gguf"),
         (b"GG", "GGUF file"),
-        (b"GGUF", "cut off"),
+        (b"GGUF", "truncated"),
         (b"ggjt\x03\x00\x00\x00" * 9, "GGUF file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "git lfs pull"),
         (b"<!DOCTYPE html><html></html>" * 9, "GGUF file"),
@@ -98,11 +98,11 @@ def entry(key, kind, value):
         (header(entries=2**63), "damaged"),
         (header(tensors=2**64 - 1), "damaged"),
         (header(entries=1) + struct.pack("<Q", 2**60) + b"x" * 20, "256"),
-        (header(entries=1) + entry(b"a", 8, struct.pack("<Q", 2**62)), "cut off"),
+        (header(entries=1) + entry(b"a", 8, struct.pack("<Q", 2**62)), "truncated"),
         (header(entries=1) + entry(b"a", 99, b"\0" * 8), "99"),
         (header(entries=1) + entry(b"\xff\xfe", 0, b"\0"), "printable"),
         (header(entries=1) + entry(b"a", 9, struct.pack("<IQ", 8, 2**61)), str(2**61)),
-        (header(entries=1) + entry(b"a", 9, struct.pack("<IQ", 0, 2**61)), "cut off"),
+        (header(entries=1) + entry(b"a", 9, struct.pack("<IQ", 0, 2**61)), "truncated"),
         (header(entries=1) + entry(b"a", 9, struct.pack("<IQ", 9, 2**61)), " 9"),
         (header(entries=2) + entry(b"a", 0, b"\0") * 2, "twice"),
         (header(), "general.architecture"),
@@ -151,7 +151,7 @@ def test_a_big_endian_file_of_the_library_is_named(tmp_path, refused):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
 def test_a_cut_file_is_named(share, model, refused):
     content = model.read_bytes()
-    assert "cut off" in refused(content[: int(len(content) * share)])
+    assert "truncated" in refused(content[: int(len(content) * share)])
 
 
 # --- the model ---
