@@ -11,14 +11,13 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Final, NoReturn
 
 from edgelm._version import __version__
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.system.terminal import escape_output
-from edgelm.validation import suggest_match
 
 COMMANDS: Final[dict[str, str]] = {
     "demo": "start a broker, serve the built-in model, send it three requests, stop",
@@ -61,7 +60,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `UsageError`, with the closest valid choice if there is one."""
         wrong = re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)", message)
-        raise UsageError(message + (suggest_match(wrong[1], re.findall(r"[\w.-]+", wrong[2]), 0.8) if wrong else ""))
+        raise UsageError(message + (_suggest(wrong[1], re.findall(r"[\w.-]+", wrong[2]), 0.8) if wrong else ""))
 
     def options(self) -> set[str]:
         """Return the flags of this parser and of its sub-commands."""
@@ -133,13 +132,13 @@ def _parse(arguments: list[str], chosen: str) -> argparse.Namespace:
     """Parse a command line. Raises `UsageError`."""
     parser, commands = _make_parsers({chosen})
     if not chosen and arguments and not {"-h", "--help", "--version"}.intersection(arguments):
-        raise UsageError(f"unknown argument {arguments[0]!r}{suggest_match(arguments[0], parser.options())}")
+        raise UsageError(f"unknown argument {arguments[0]!r}{_suggest(arguments[0], parser.options())}")
     if chosen and chosen not in COMMANDS:
-        raise UsageError(f"there is no command {chosen!r}{suggest_match(chosen, COMMANDS)}")
+        raise UsageError(f"there is no command {chosen!r}{_suggest(chosen, COMMANDS)}")
     args, unknown = parser.parse_known_args(arguments if chosen else [*arguments, "--help"])
     if unknown:
         flag = next((word for word in unknown if word.startswith("-")), unknown[0])
-        suggestion = suggest_match(flag.partition("=")[0], commands[chosen].options())
+        suggestion = _suggest(flag.partition("=")[0], commands[chosen].options())
         raise UsageError(f"unknown argument {flag!r}{suggestion}")
     return args
 
@@ -173,3 +172,9 @@ def _make_parsers(loaded: Container[str]) -> tuple[Parser, Mapping[str, Parser]]
             command.add_argument("--debug", action="store_true", help="show the traceback of an error")
             command.set_defaults(run=module.run)
     return parser, commands.choices
+
+
+def _suggest(word: str, known: Iterable[str], cutoff: float = 0.7) -> str:
+    from edgelm.validation import suggest_match  # its imports take 5 ms, and only errors need it
+
+    return suggest_match(word, known, cutoff)
