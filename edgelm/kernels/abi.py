@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import Final
 
 PANEL_COLUMNS: Final = 16
-"""Columns of a panel: the widest vector register holds one 32-bit sum for each; narrower ones take several."""
+"""Columns of a panel: the widest vector register holds a 32-bit sum of each; narrower processors use several."""
 
 ALIGN: Final = 64
 """Alignment in bytes of the tensors in the data file: one cache line."""

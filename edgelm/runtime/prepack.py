@@ -71,8 +71,10 @@ def open_verified(path: str | Path, cache: BoardCache | None) -> Bundle:
     entry = cache.find(key)
     known = _unchanged(bundle, entry) if entry is not None else []
     bundle.verify(known)
-    if entry is not None and len(known) < len(_files(bundle)):  # a copy of the bundle, or one that was touched
-        cache.update(key, {**entry.metadata, "bundle": str(bundle.path), "files": file_signatures(_files(bundle))})
+    if entry is not None and len(known) < len(_graph_files(bundle)):  # a copy of the bundle, or one that was touched
+        cache.update(
+            key, {**entry.metadata, "bundle": str(bundle.path), "files": file_signatures(_graph_files(bundle))}
+        )
     return bundle
 
 
@@ -149,7 +151,7 @@ def _pack(bundle: Bundle, tuning: ThreadSettings, folder: Path) -> Mapping[str, 
     Raises `OSError` if onnxruntime cannot write or read the copy.
     """
     started = time.perf_counter()
-    metadata: dict[str, Any] = {"bundle": str(bundle.path), "files": file_signatures(_files(bundle))}
+    metadata: dict[str, Any] = {"bundle": str(bundle.path), "files": file_signatures(_graph_files(bundle))}
     unusable = None
     try:
         formats = _try_native_kernels(bundle, tuning, folder)
@@ -160,7 +162,7 @@ def _pack(bundle: Bundle, tuning: ThreadSettings, folder: Path) -> Mapping[str, 
     except Exception as error:  # if the bundle itself is at fault, loading it without the cache reports that
         raise OSError(f"onnxruntime cannot save packed weights: {summarize_error(error)}") from error
     if unusable is not None:
-        _empty(folder)
+        _remove_files(folder)
         return metadata | {UNUSABLE: unusable}
     LOG.info("packed %s for this board in %.1f s: %s", bundle.path, time.perf_counter() - started, folder.parent)
     return metadata
@@ -174,7 +176,7 @@ def _try_native_kernels(bundle: Bundle, tuning: ThreadSettings, folder: Path) ->
         LOG.warning("edgelm's own kernels are not used for %s: %s", bundle.path, error)
     except Exception as error:  # noqa: BLE001  onnxruntime's kernels are used instead
         LOG.info("edgelm's own kernels are not used for %s: %s", bundle.path, summarize_error(error))
-    _empty(folder)
+    _remove_files(folder)
     return []
 
 
@@ -194,7 +196,7 @@ def _build_native_graph(bundle: Bundle, tuning: ThreadSettings, folder: Path) ->
     operators = CustomOpLibrary(library, formats, folder / DATA, file_sha256(library))  # not shared: renamed later
     ours = load_packed(folder, tuning, operators)
     found = compute_probe_logits(ours, bundle.manifest)
-    same = is_row_wise(graph.read_bytes()) and np.array_equal(
+    is_invariant = is_row_wise(graph.read_bytes()) and np.array_equal(
         found, compute_probe_logits(ours, bundle.manifest, PASS_SIZES)
     )
     del ours  # before the next one is loaded: each can take as much memory as the bundle
@@ -204,7 +206,7 @@ def _build_native_graph(bundle: Bundle, tuning: ThreadSettings, folder: Path) ->
     )
     own, theirs = check_divergence(found, expected, exact)
     LOG.debug("%s: %.3g nats from exact activations, onnxruntime's kernels %.3g", bundle.path, own, theirs)
-    if same:
+    if is_invariant:
         graph.write_bytes(mark_invariant(graph.read_bytes()))
     return formats
 
@@ -256,12 +258,12 @@ def _prepack(bundle: Bundle, tuning: ThreadSettings, folder: Path) -> str | None
     return f"onnxruntime {ORT_VERSION} computes other results with the weights that it packed"
 
 
-def _empty(folder: Path) -> None:
+def _remove_files(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
 
 
-def _files(bundle: Bundle) -> dict[str, Path]:
+def _graph_files(bundle: Bundle) -> dict[str, Path]:
     """Return the bundle's graph files, which the packed graph replaces, by name."""
     names = [name for name in bundle.manifest.files if name.startswith(bundle.manifest.graph)]
     return {name: bundle.path / name for name in names}
@@ -270,7 +272,7 @@ def _files(bundle: Bundle) -> dict[str, Path]:
 def _unchanged(bundle: Bundle, entry: CacheEntry) -> list[str]:
     """Return the names of files that were verified when the entry was made and have the same signature now."""
     try:
-        now = file_signatures(_files(bundle))
+        now = file_signatures(_graph_files(bundle))
     except OSError:
         return []
     known = entry.metadata.get("files")
