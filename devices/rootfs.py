@@ -31,6 +31,7 @@ WHEELS: Final = (
     "jinja2",
     "llguidance",
     "markupsafe",
+    "msgspec",
     "numpy",
     "onnxruntime",
     "paho-mqtt",
