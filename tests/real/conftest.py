@@ -27,7 +27,7 @@ def smollm2_checkpoint(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFact
     (folder / "config.json").write_text(json.dumps(dict(opened.config)), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(dict(opened.tokenizer_config)), encoding="utf-8")
     (folder / "tokenizer.json").write_text(opened.tokenizer_text, encoding="utf-8")
-    d, names = model.decoder, model.weights.names
+    d, names = model.decoder, model.weights.tensor_names
     heads = (d.heads * d.head_size, d.kv_heads * d.head_size)
     shapes = {names.embedding: (d.vocab_size, d.hidden_size), names.final_norm: (d.hidden_size,)}
     for i in range(len(d.layers)):

@@ -38,7 +38,7 @@ def tensors_of(config: dict[str, Any]) -> dict[str, np.ndarray]:
     from edgelm_export.architectures import find_architecture
 
     architecture = find_architecture(config)
-    d, names = architecture.decoder(config), architecture.names
+    d, names = architecture.read_config(config), architecture.tensor_names
     rng = np.random.default_rng(0)
     found: dict[str, np.ndarray] = {}
 
@@ -72,6 +72,6 @@ def tensors_of(config: dict[str, Any]) -> dict[str, np.ndarray]:
             matrix(layer[part], rows, d.hidden_size, d.mlp_bias)
         matrix(layer["down"], d.hidden_size, d.mlp_size, d.mlp_bias)
     norm(names.final_norm)
-    if not d.tied:
+    if not d.has_tied_head:
         matrix(names.head, d.vocab_size, d.hidden_size)
     return found
