@@ -6,7 +6,6 @@ requests.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any, Final
 from edgelm.errors import STATUS_OF_CODE, EdgelmError, RequestError
 from edgelm.mqtt.packets import Properties, write_json
 from edgelm.types import Completion, Timing, TokenLogprob, Usage
+from edgelm.validation import field_types, read
 
 _ENDED_EARLY: Final = {
     "cancelled": "cancelled on request; the text is incomplete",
@@ -106,8 +106,8 @@ def parse_response(payload: bytes) -> ResponseChunk | FinalMessage:
             text=str(body["text"]),
             tokens=tuple(body.get("tokens", ())),
             finish_reason=reason,
-            usage=Usage(**_known_fields(Usage, body["usage"])),
-            timing=Timing(**_known_fields(Timing, body["timing"])),
+            usage=_read_known(Usage, body["usage"]),
+            timing=_read_known(Timing, body["timing"]),
             logprobs=None if logprobs is None else tuple(_parse_logprob(entry) for entry in logprobs),
             error=error,
             turn=body.get("turn"),
@@ -125,9 +125,9 @@ def _check_retry_after(value: Any) -> float | None:
     return value
 
 
-def _known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    names = {entry.name for entry in dataclasses.fields(kind)}
-    return {name: value for name, value in values.items() if name in names}
+def _read_known(kind: Any, values: Mapping[str, Any]) -> Any:
+    """Return a dataclass made of those values that it knows: a newer board may send more."""
+    return read(kind, {name: value for name, value in values.items() if name in field_types(kind)})
 
 
 def _parse_logprob(entry: Mapping[str, Any]) -> TokenLogprob:

@@ -10,6 +10,7 @@ import pytest
 from edgelm.errors import RequestError
 from edgelm.mqtt.packets import Properties
 from edgelm.mqtt.request_codec import GenerateRequest, parse_envelope, parse_request, write_request
+from edgelm.mqtt.response_codec import FinalMessage, InvalidResponseError, parse_response
 from edgelm.mqtt.topics import BoardTopics, RequestTopic, validate_response_topic
 
 
@@ -208,3 +209,25 @@ def test_request_topics_are_parsed() -> None:
     for name in ("", "Kitchen", "a/b", "pool", "x" * 33):
         with pytest.raises(RequestError):
             topics.parse(f"edgelm/pi5/generate/{name}")
+
+
+def _final(**changes: object) -> bytes:
+    body = {"id": "a", "seq": 0, "done": True, "text": "", "finish_reason": "stop", "error": None, "usage": {}}
+    body |= {"timing": {}, "board": "b", "model": "m", "boot_id": "c", "attempt": 1}
+    return json.dumps({**body, **changes}).encode()
+
+
+def test_what_a_newer_board_adds_is_passed_over() -> None:
+    final = parse_response(_final(usage={"prompt_tokens": 3, "new": [1]}, timing={"tok_s": 1, "new": "x"}, new=1))
+    assert isinstance(final, FinalMessage)
+    assert (final.completion.usage.prompt_tokens, final.completion.timing.tok_s) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"usage": {"prompt_tokens": "3"}}, {"usage": None}, {"timing": {"tok_s": []}}, {"timing": {"ttft_ms": None}}],
+    ids=str,
+)
+def test_a_response_with_values_of_the_wrong_type_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(InvalidResponseError):
+        parse_response(_final(**changes))
