@@ -29,9 +29,6 @@ MAX_SESSION_LENGTH: Final = 128
 """Maximum length of a session's name, in characters."""
 
 
-_Share = Annotated[float, Range(0.0, 1.0)]
-
-
 def _option(default: float | None, summary: str) -> Any:
     """Declare a number of `SamplingParams`; `summary` is the help text of its command-line flag."""
     return field(default=default, metadata={"summary": summary})

@@ -20,11 +20,11 @@ class EngineOptions:
     """How a bundle is loaded. Raises `EdgelmError` for a value out of range."""
 
     threads: int | None = None
-    """Threads of one operator, in [1, 256]; None is the number of cores, at most 4."""
+    """Threads of one operator, in [1, `THREADS_LIMIT`]; None is the number of cores, at most 4."""
     context: int | None = None
     """Tokens of one row of the KV cache, prompt and answer together; None is the bundle's context, the upper limit."""
     max_batch: int = 8
-    """Requests decoded together, in [1, 1024]."""
+    """Requests decoded together, in [1, `MAX_BATCH_LIMIT`]."""
     prefix_cache_mb: int = PREFIX_CACHE_MB
     """Size of the prefix cache, in 10^6 bytes; 0 disables it."""
     speculation: bool = True
