@@ -56,9 +56,9 @@ def test_messages_need_a_chat_template_that_takes_them(bundle):
     manifest = open_bundle(bundle, verify=False).manifest
     path = open_bundle(bundle, verify=False).tokenizer
     for template, reason in [
-        (None, "no chat template"),
+        (None, "chat template"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[-1].content }}", "shows nothing at the start"),
+        ("{{ messages[-1].content }}", "prefix"),
     ]:
         with pytest.raises(EdgelmError, match=reason):
             tokenize_prefix(MESSAGES, Tokenizer.from_file(path, template))
