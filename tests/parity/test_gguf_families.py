@@ -91,8 +91,8 @@ def test_logits_and_greedy_steps_match_transformers(family, options, tmp_path, e
     theirs, ours = open_checkpoint(checkpoint), open_checkpoint(path)
     expected = find_architecture(theirs.config)
     found = find_architecture(ours.config)
-    first = DecoderWeights(theirs, expected.read_config(theirs.config), expected.names)
-    second = DecoderWeights(ours, found.read_config(ours.config), found.names)
+    first = DecoderWeights(theirs, expected.read_config(theirs.config), expected.tensor_names)
+    second = DecoderWeights(ours, found.read_config(ours.config), found.tensor_names)
     for (name, rows), (_, other) in zip(first.matrices(), second.matrices(), strict=True):
         assert np.array_equal(rows.read_all(), other.read_all()), name
     assert first.decoder.parameters == second.decoder.parameters

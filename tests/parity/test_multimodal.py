@@ -127,9 +127,8 @@ def test_text_is_computed_as_in_the_whole_model(kind, tmp_path, export_to_cache)
     bundle = export_to_cache(checkpoint, quant="fp32")
     manifest = open_bundle(bundle).manifest
     assert len(manifest.notes) == 1
-    assert manifest.notes[0].startswith(
-        f"a {kind} checkpoint: only its text half ({manifest.architecture}) is exported"
-    )
+    assert manifest.notes[0].startswith(f"a {kind} checkpoint")
+    assert f"({manifest.architecture})" in manifest.notes[0]
     tokens = np.random.default_rng(0).integers(3, 300, families.PROMPT).tolist()
     with edgelm.load(bundle, threads=1, max_batch=1) as model:
         found = families.logits_of(model, tokens)
@@ -190,4 +189,4 @@ def test_the_command_prints_the_note(tmp_path, run):
     code, out, _ = run("export", checkpoint, tmp_path / "other", "--quant", "fp32", "--json")
     assert json.loads(out)["notes"][0].startswith("a llava checkpoint")
     code, out, _ = run("info", tmp_path / "out")
-    assert "only its text half" in out
+    assert "a llava checkpoint" in out
