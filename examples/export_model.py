@@ -22,8 +22,7 @@ text = sys.argv[3] if len(sys.argv) == 4 else "self"
 
 try:
     plan = edgelm_export.outline(checkpoint, quant="int4")
-    megabytes = plan.total_bytes / 1e6
-    print(f"plan: {len(plan.matrices)} matrices, {plan.bits_per_weight:.2f} bits per weight, {megabytes:.1f} MB")
+    print(f"plan: {len(plan.matrices)} matrices, {plan.bits_per_weight:.2f} bits per weight")
     bundle = edgelm_export.export(checkpoint, out, quant="int4", calibrate=text, progress=show_progress)
 except edgelm.EdgelmError as error:
     raise SystemExit(str(error)) from error
