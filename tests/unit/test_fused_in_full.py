@@ -106,6 +106,10 @@ FAMILIES = {
     ),
 }
 
+PLAIN = ({}, decoder(LAYER), SELECT_ROWS)
+"""The entry of a family that has none: it is fused like Llama, or the tests fail until it has an entry."""
+ENTRIES = {family: FAMILIES.get(family, PLAIN) for family in load_architectures()}
+
 PRECISIONS = [
     {"quant": "int5"},
     {"quant": "int6"},
@@ -168,14 +172,14 @@ def count_onnxruntime(nodes):
     return Counter(node.op_type for node in nodes if node.domain != DOMAIN)
 
 
-def test_every_family_has_an_entry():
-    assert FAMILIES.keys() == load_architectures().keys()
+def test_every_entry_is_a_family():
+    assert FAMILIES.keys() <= load_architectures().keys()
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ENTRIES)
 def test_family_is_fused_in_full(family, tied, export_family, tmp_path):
-    config, fused, remaining = FAMILIES[family]
+    config, fused, remaining = ENTRIES[family]
     nodes = rewritten_nodes(export_family(family, tie_word_embeddings=tied, **config), tmp_path)
     assert count_ours(nodes) == (4 * LAYERS + 1, 1, LAYERS)
     assert fused_parts(nodes) == fused
@@ -240,10 +244,10 @@ def test_attention_without_kernels_stays(reason, export_family, tmp_path):
     assert count_onnxruntime(nodes) == SELECT_ROWS + remaining
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ENTRIES)
 def test_fusion_depends_on_no_name(family, export_family, tmp_path):
     """Every node and value gets another name, except the inputs and outputs of the graph."""
-    config, fused, remaining = FAMILIES[family]
+    config, fused, remaining = ENTRIES[family]
     bundle = export_family(family, **config)
     model = onnx.load(bundle.graph, load_external_data=False)
     new = {value.name: value.name for value in [*model.graph.input, *model.graph.output]} | {"": ""}
