@@ -178,7 +178,7 @@ def encode_model(model: Model, nodes: Sequence[bytes], tensors: Sequence[bytes],
 
     nodes, tensors: serialized NodeProtos and TensorProtos. domain: an additional operator set, of version 1.
     """
-    message = message_class("ModelProto")()
+    message = type(model.message)()
     message.CopyFrom(model.message)
     if domain is not None:
         message.opset_import.add(domain=domain, version=1)
