@@ -64,5 +64,5 @@ def _digest() -> str:
     except PackageNotFoundError:
         numba = ""
     parts = [numba, platform.python_version(), platform.machine()]
-    parts += [f"{file.name} {file.stat().st_mtime_ns}" for file in sorted(Path(__file__).parent.glob("*.py"))]
+    parts += [f"{file.name} {file.stat().st_mtime_ns}" for file in sorted(Path(__file__).parent.rglob("*.py"))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

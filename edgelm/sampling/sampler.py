@@ -2,24 +2,26 @@
 
 Owns the scratch memory and the random state of one request. Knows nothing of models, batches or text.
 
-To add a sampling method that changes logits before the draw: write one module beside this one, declare its field in
-`SamplingParams` (default, range and help, from which MQTT keys and command-line flags are derived), and add its name to
-`LOGIT_STEPS`.
+To add a sampling method that changes logits before the draw: write one module in `steps/`, and declare its field in
+`SamplingParams` (default, range and help, from which MQTT keys and command-line flags are derived).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import RequestError
+from edgelm.sampling import steps
 from edgelm.types import SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
@@ -31,15 +33,14 @@ MAX_VOCAB_SIZE: Final = 2**22
 LogitStep = Callable[[NDArray[np.float32], NDArray[np.int32]], None]
 """Changes logits, float32 [V], in place; the second argument is the history, int32 [n], contiguous."""
 
-LOGIT_STEPS: Final = ("repetition_penalty",)
-"""Steps between the mask and the temperature, in order.
-
-Each name is a field of `SamplingParams`, whose default switches the step off, and a module of this package with
-`make_step(params, vocab_size) -> LogitStep`. These modules may import Numba: they are imported when first needed.
-"""
+_FOUND: Final = frozenset(module.name for module in iter_modules(steps.__path__))
+LOGIT_STEPS: Final = tuple(field.name for field in dataclasses.fields(SamplingParams) if field.name in _FOUND)
+"""Steps between mask and temperature: the modules of `steps/`, in the order of the fields of `SamplingParams`."""
 
 _PACKAGE: Final = __name__.rpartition(".")[0]
-_KERNEL_MODULES: Final = tuple(f"{_PACKAGE}.{name}" for name in ("token_mask", "sampler_kernels", *LOGIT_STEPS))
+_KERNEL_MODULES: Final = tuple(
+    f"{_PACKAGE}.{name}" for name in ("token_mask", "sampler_kernels", *(f"steps.{name}" for name in LOGIT_STEPS))
+)
 _DEFAULTS: Final = SamplingParams()
 _NO_HISTORY: Final = np.empty(0, dtype=np.int32)
 
@@ -185,7 +186,7 @@ def _active_steps(params: SamplingParams) -> list[str]:
 
 
 def _make_step(name: str, params: SamplingParams, vocab_size: int) -> LogitStep:
-    step: LogitStep = import_module(f"{_PACKAGE}.{name}").make_step(params, vocab_size)
+    step: LogitStep = import_module(f"{steps.__name__}.{name}").make_step(params, vocab_size)
     return step
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgelm.sampling import Sampler, ranking, repetition_penalty, sampler_kernels
+from edgelm.sampling import Sampler, ranking, sampler_kernels
+from edgelm.sampling.steps import repetition_penalty
 from edgelm.types import SamplingParams
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'edgelm[distill]'")

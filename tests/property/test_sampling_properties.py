@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from edgelm.errors import RequestError
-from edgelm.sampling import Sampler, ranking, repetition_penalty, sampler_kernels
+from edgelm.sampling import Sampler, ranking, sampler_kernels
+from edgelm.sampling.steps import repetition_penalty
 from edgelm.types import SamplingParams
 
 SEED = 5

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import iter_modules
 
 import naive_sampling
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from edgelm.cli.flags import add_sampling_flags
 from edgelm.errors import RequestError
-from edgelm.sampling import Sampler, load_kernels, needs_kernels
+from edgelm.sampling import Sampler, load_kernels, needs_kernels, steps
 from edgelm.sampling.sampler import LOGIT_STEPS
 from edgelm.types import RANGES, SamplingParams
 
@@ -185,10 +186,11 @@ def test_load_kernels_can_be_repeated() -> None:
 
 
 def test_each_number_has_a_flag_and_each_logit_step_a_field_and_a_module() -> None:
-    """A new sampling method is one module, one field of `SamplingParams` and one name in `LOGIT_STEPS`."""
+    """A new sampling method is one module of `steps/` and one field of `SamplingParams`."""
     parser = argparse.ArgumentParser()
     add_sampling_flags(parser)
     assert set(RANGES) <= set(vars(parser.parse_args([])))
+    assert set(LOGIT_STEPS) == {module.name for module in iter_modules(steps.__path__)}
     for name in LOGIT_STEPS:
         low, high = RANGES[name]
         params = SamplingParams().replace(**{name: (low + high) / 2})
