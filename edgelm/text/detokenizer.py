@@ -1,13 +1,15 @@
 """Tokens to text, one token at a time: text that `StreamDecoder` returns never changes later.
 
-Knows how byte-level and byte-fallback vocabularies split a character over tokens, and what a stop string is. Knows
-nothing of models; it needs only a `TokenDecoder`.
+Knows how byte-level and byte-fallback vocabularies split a character over tokens. Knows nothing of models; it needs only
+a `TokenDecoder`. Stop strings are found by `stop_strings`.
 """
 
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
 from typing import TYPE_CHECKING, Final, Protocol
+
+from edgelm.text.stop_strings import StopFilter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -150,51 +152,3 @@ class StreamDecoder:
         self._set_context([])
         self._pending = pending
         self._given = max(0, len(self._decode(pending)) - held)
-
-
-class StopFilter:
-    """Passes text up to the first stop string, and holds back text that may be the start of one.
-
-    Parameters
-    ----------
-    stop
-        Non-empty strings.
-
-    Attributes
-    ----------
-    matched
-        Whether a stop string was found; no text passes afterwards.
-    """
-
-    def __init__(self, stop: tuple[str, ...]) -> None:
-        self.matched = False
-        self._stop = stop
-        self._longest = max(map(len, stop), default=0)
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """Add text; return the part that is final."""
-        if self.matched:
-            return ""
-        text = self._held + text
-        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if ends:
-            self.matched = True
-            self._held = ""
-            return text[: min(ends)[1]]
-        keep = self._count_held(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def flush(self) -> str:
-        """Return the held text: it did not become a stop string."""
-        held, self._held = self._held, ""
-        return held
-
-    def _count_held(self, text: str) -> int:
-        """Return the length of the longest suffix of the text that is a prefix of a stop string."""
-        for count in range(min(len(text), self._longest - 1), 0, -1):
-            end = text[-count:]
-            if any(stop.startswith(end) for stop in self._stop):
-                return count
-        return 0

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vocabularies import byte_fallback, byte_level, bytes_of, straddling
 
-from edgelm.text.detokenizer import MAX_PENDING_TOKENS, PROMPT_TAIL_TOKENS, StopFilter
+from edgelm.text.detokenizer import MAX_PENDING_TOKENS, PROMPT_TAIL_TOKENS
+from edgelm.text.stop_strings import StopFilter
 from edgelm.text.tokenizer import StreamDecoder, Tokenizer
 
 REPLACEMENT = "\ufffd"
