@@ -49,8 +49,12 @@ class Announcement:
         """The topics of the announcement; the board subscribes to them to notice other publishers."""
         return (self._topics.status, self._topics.info)
 
+    def make_last_will(self) -> Packet:
+        """Return the packet that the broker publishes if the connection is lost: `offline`."""
+        return self.make_status("offline")
+
     def make_status(self, status: str) -> Packet:
-        """Return the packet for `online` or `offline`; the latter is also the last will."""
+        """Return the packet for `online` or `offline`."""
         properties = Properties(is_text=True, user=(("boot_id", self._boot_id),))
         return Packet(self._topics.status, status.encode(), qos=1, retain=True, properties=properties)
 

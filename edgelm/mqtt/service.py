@@ -96,7 +96,7 @@ class Service:
             broker,
             load_client_id(config.board),
             self._post,
-            will=self._announcement.make_status("offline"),
+            will=self._announcement.make_last_will(),
             will_delay_s=WILL_DELAY_S,
             session_expiry_s=SESSION_EXPIRY_S,
             packet_bytes=limit,

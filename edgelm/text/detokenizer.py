@@ -1,7 +1,7 @@
 """Tokens to text, one token at a time: text that `StreamDecoder` returns never changes later.
 
-Knows how byte-level and byte-fallback vocabularies split a character over tokens. Knows nothing of models; it needs only
-a `TokenDecoder`. Stop strings are found by `stop_strings`.
+Knows how byte-level and byte-fallback vocabularies split a character over tokens. Knows nothing of models; it needs
+only a `TokenDecoder`. Stop strings are found by `stop_strings`.
 """
 
 from __future__ import annotations

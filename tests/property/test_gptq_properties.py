@@ -254,13 +254,13 @@ def test_the_kernels_equal_their_plain_twins(compiled, layer, spec, half, seed):
     largest = np.abs(weight).max() + np.float32(1e-3)
     scales = (largest * generator.uniform(0.05, 0.2, (len(weight), blocks))).astype(np.float32)
     zeros = generator.integers(0, top + 1, scales.shape).astype(np.float32)
-    kernels = [gptq.round_columns, gptq.improve_codes, gptq.improve_scales]
+    kernels = [gptq.round_and_spread_error, gptq.improve_codes, gptq.improve_scales]
     rounded, codes_better, scales_better = kernels if compiled else map(naive_quantize.as_python, kernels)
 
     residual, codes = weight.copy(), np.full(weight.shape, 255, np.uint8)
     table = gptq_factors(hessian)
     rounded(residual, table, scales, zeros, groups, top, codes)
-    expected_codes, expected_residual = naive_quantize.round_columns(weight, table, scales, zeros, groups, top)
+    expected_codes, expected_residual = naive_quantize.round_and_spread_error(weight, table, scales, zeros, groups, top)
     assert np.array_equal(codes, expected_codes)
     assert np.array_equal(residual, expected_residual)
     for _ in range(2):
@@ -285,7 +285,7 @@ def test_the_kernels_residual_equals_that_of_the_codes(layer, spec):
     scales = np.full((len(weight), groups[-1] + 1), np.abs(weight).max() / 8 + 1e-3, np.float32)
     zeros = np.full_like(scales, 2 ** (spec.bits - 1))
     residual, codes = weight.copy(), np.zeros(weight.shape, np.uint8)
-    gptq.round_columns(residual, gptq_factors(hessian), scales, zeros, groups, top, codes)
+    gptq.round_and_spread_error(residual, gptq_factors(hessian), scales, zeros, groups, top, codes)
     gptq.improve_codes(residual, hessian, scales, zeros, groups, top, codes)
     read = (codes.astype(np.float64) - zeros[:, groups]) * scales[:, groups]
     expected = (weight - read) @ hessian.astype(np.float64)

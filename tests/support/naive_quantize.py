@@ -130,7 +130,7 @@ def round_blocks(rows, scales, zeros, block_size, top):
     return codes
 
 
-def round_columns(rows, factors, scales, zeros, groups, top):
+def round_and_spread_error(rows, factors, scales, zeros, groups, top):
     """-> codes uint8 [n, K], the residual float32 [n, K]."""
     codes, rows = np.zeros(rows.shape, np.uint8), rows.copy()
     for i in range(len(rows)):

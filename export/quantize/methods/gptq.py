@@ -58,7 +58,7 @@ def prepare(spec: QuantSpec, is_float16: bool, moments: Moments | None) -> Quant
             residual = np.take(rows[part], order, axis=1)  # rows[part][:, order] would not be contiguous
             chosen = np.empty(residual.shape, np.uint8)
             grids = scales[part], zeros[part]
-            round_columns(residual, factors, *grids, groups, max_code, chosen)
+            round_and_spread_error(residual, factors, *grids, groups, max_code, chosen)
             for _ in range(DESCENT_ROUNDS):
                 for _ in range(MAX_SWEEPS):
                     if not improve_codes(residual, hessian, *grids, groups, max_code, chosen):
@@ -145,10 +145,10 @@ def _add_outer_products(factors: Array, table: Array, row_indices: Any, first: i
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def round_columns(
+def round_and_spread_error(
     rows: Array, factors: Array, scales: Array, zeros: Array, groups: Any, max_code: float, codes: Any
 ) -> None:
-    """Choose codes column by column.
+    """Choose codes column by column, and spread the rounding error of each over the columns that follow.
 
     rows: float32 [n, K], changed in place from weights to the residual (w - q) H. factors: float32 [K, K], V on and
     below the diagonal and -U above it. scales, zeros: float32 [n, blocks]. groups: int64 [K], the block of each column.
@@ -180,7 +180,7 @@ def improve_codes(
     """Set each code in turn to its best value given the others; return how many changed.
 
     residual: float32 [n, K], (w - q) H, changed in place. hessian: float32 [K, K], H. codes: uint8 [n, K], changed in
-    place. The other arguments are those of `round_columns`.
+    place. The other arguments are those of `round_and_spread_error`.
     """
     n, columns = residual.shape
     changed = 0
