@@ -47,7 +47,7 @@ class Method:
     is_float16: scales are stored as float16, otherwise as float32. moments: never None if `needs_moments`.
     needs_moments: the method needs second moments of the matrix's inputs, so it needs calibration text.
     uses_importance: the method weights errors by importance.
-    fallback: the method to use for a matrix without calibration inputs; None if the method needs none.
+    fallback: the method for a matrix without calibration inputs; required if `needs_moments`.
     """
 
     prepare: Callable[[QuantSpec, bool, Moments | None], QuantizeRows]

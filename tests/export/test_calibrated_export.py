@@ -71,7 +71,7 @@ def test_calibration_loses_less_than_the_search(tied, texts, tiny_checkpoint, tm
     assert calibrated.quality["kl_mean"] < 0.8 * plain.quality["kl_mean"]
     assert calibrated.bits_per_weight == plain.bits_per_weight
     methods = {matrix.name: matrix.method for matrix in calibrated.matrices}
-    assert methods.pop("embedding") == ("gptq" if tied else "clip")  # what is only looked up multiplies nothing
+    assert methods.pop("embedding") == ("gptq" if tied else "clip")  # an untied embedding has no inputs
     assert set(methods.values()) == {"gptq"}
 
 
@@ -101,7 +101,7 @@ def test_a_real_model_keeps_its_quality(stories_checkpoint, stories_texts, tmp_p
 def test_the_manifest_has_what_eval_measures(stories_checkpoint, stories_texts, tmp_path, run):
     divider = "\n<|endoftext|>\n"
     whole = (stories_texts / "dev.txt").read_text("utf-8").split(divider)
-    dev = tmp_path / "dev.txt"  # stories that the context holds: of others the export measures every piece
+    dev = tmp_path / "dev.txt"  # only stories within the context; longer ones are measured in several sequences
     dev.write_text(divider.join(story for story in whole if len(story) < 1000), "utf-8")
     bundle = edgelm_export.export(stories_checkpoint, tmp_path / "out", verify=dev)
     quality = bundle.manifest.quality
@@ -264,4 +264,4 @@ def test_self_generated_documents_start_with_bos_and_have_no_end_tokens(tiny_che
         assert not any(1 in document[1:] for document in documents)  # the end token
         first = {int(document[0]) for document in documents}
         assert len(first) > 20
-        assert sum(document[0] == 0 for document in documents) >= 48 * bos  # every second one begins as texts do
+        assert sum(document[0] == 0 for document in documents) >= 48 * bos  # every second one starts with bos

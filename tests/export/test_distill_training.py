@@ -136,7 +136,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path_fa
     with pytest.raises(StopHereError):
         broken.run(stop)
     broken.save()
-    torch.manual_seed(99)  # another process would stand elsewhere
+    torch.manual_seed(99)  # as in another process
     resumed = trainer(checkpoint)
     resumed.resume()
     resumed.run()

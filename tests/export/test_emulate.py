@@ -42,7 +42,7 @@ def test_the_same_tokens_at_fp32(cache: Path, tiny_checkpoint, export_to_cache, 
     assert result.emulated["tokens"] == result.host["tokens"] != []
     assert result.emulated["board"]["profile"] == name
     assert result.emulated["board"]["machine"] == "aarch64"
-    assert result.emulated["board"]["memory_bytes"] is None  # the host's is not the board's
+    assert result.emulated["board"]["memory_bytes"] is None  # unknown: the host's memory is not the board's
     assert result.ok
     assert result.verdict[0] == "ok"
 

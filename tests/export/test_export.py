@@ -69,7 +69,7 @@ def test_the_manifest_lists_what_is_stored(quant, block_size, tied, tiny_checkpo
     assert {matrix.bits for matrix in manifest.matrices if matrix.name in ("embedding", "head")} == {max(bits, 5)}
     names = {matrix.name for matrix in manifest.matrices}
     assert ("head" in names) is not tied
-    # What the matrices are said to take is what the data file holds, but for norms, biases, tables and page boundaries.
+    # The matrices' bytes equal the data file, except for norms, biases, tables and alignment to pages.
     said = sum(matrix.bytes() for matrix in manifest.matrices)
     assert said <= manifest.files["model.onnx.data"].bytes + manifest.files["model.onnx"].bytes <= said * 1.1 + 400_000
 
@@ -79,7 +79,7 @@ def test_a_tied_embedding_is_stored_once(tiny_checkpoint, export_to_cache):
     for tied in (True, False):
         checkpoint = tiny_checkpoint(tied=tied, vocab=4001, hidden=128)
         sizes[tied] = open_bundle(export_to_cache(checkpoint, quant="int4", embedding_bits=4)).bytes
-    head = 4001 * (128 // 2 + 2 * 128 // 32)  # codes, and a float16 scale a block
+    head = 4001 * (128 // 2 + 2 * 128 // 32)  # codes, and a float16 scale per block
     assert sizes[False] - sizes[True] == pytest.approx(head, abs=3 * 4096)
 
 

@@ -33,7 +33,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_checkpoint, tmp_path,
         *(f"layer.0.{part}" for part in ("qkv", "output", "gate_up", "down")),
         "head",
     ]
-    assert all(" .. 2 " in line for line in lines[2:6])  # layers that are alike share a line
+    assert all(" .. 2 " in line for line in lines[2:6])  # equal layers share a line
     assert re.search(r"^[\d.]+ bits .* [\d.]+ MB ", lines[-1])
     code, out, _ = run("export", checkpoint, "--dry-run", "--json", "--quant", "int8")
     facts = json.loads(out)

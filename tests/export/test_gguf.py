@@ -42,7 +42,7 @@ def write(path, shape=SHAPE, **options):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_type_is_dequantized_as_the_library_does(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "DEQUANTIZE_CHUNK_BYTES", 40 * 256 * 4)  # so that a matrix takes several pieces
+    monkeypatch.setattr(reading, "DEQUANTIZE_CHUNK_BYTES", 40 * 256 * 4)  # so that a matrix has several chunks
     file = write(tmp_path / "model.gguf", kind=Kind[kind])
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
 
@@ -225,7 +225,7 @@ def test_kept_blocks_equal_those_of_the_file(kind, tmp_path, export_to_cache):
 def test_blocks_without_a_scale_are_zeros(kind, tmp_path):
     file = write(tmp_path / "model.gguf", TinyLlama(), kind=kind)
     content, at = bytearray(file.read_bytes()), GgufFile(file).tensors["token_embd.weight"].offset
-    for i in (0, 3):  # scales of nothing before any codes, which a bundle may not have
+    for i in (0, 3):  # scales of 0, which a bundle may not have
         start = at + i * gguf.GGML_QUANT_SIZES[kind][1]
         content[start : start + 2] = np.float16([0.0, -0.0][i > 0]).tobytes()
     file.write_bytes(content)

@@ -120,7 +120,7 @@ def byte_level(pre="gpt-2"):
                 known.add(left + right)
                 tokens.append(left + right)
             parts = [left + right, *rest]
-    whole = "".join(spell("unreachable"))  # no merge makes it
+    whole = "".join(spell("unreachable"))  # made by no merge
     tokens += [whole, "<|end|>", "<user>", "[PAD]", "<|bos|>"]
     types = [NORMAL] * (len(tokens) - 4) + [CONTROL, USER, UNUSED, CONTROL]
     return {
@@ -243,7 +243,7 @@ def test_special_tokens_are_found_in_text():
     found = tokenizer.encode("a<|end|>b<user>c[PAD]", add_special_tokens=False).tokens
     assert found == ["a", "<|end|>", "b", "<user>", "c", "[", "P", "A", "D", "]"]
     ids = tokenizer.encode("a<|end|>b<user>", add_special_tokens=False).ids
-    assert tokenizer.decode(ids) == "ab<user>"  # control tokens are no text
+    assert tokenizer.decode(ids) == "ab<user>"  # control tokens are not decoded
     assert tokenizer.decode(ids, skip_special_tokens=False) == "a<|end|>b<user>"
     assert tokenizer.token_to_id("[PAD]") == tokens.index("[PAD]")
 

@@ -77,7 +77,7 @@ def test_the_whole_export(store, model, tmp_path, run):
     manifest = open_bundle(tmp_path / "out").manifest
     assert manifest.chat_template == CHAT_TEMPLATE
     assert manifest.eos_tokens == (1,)
-    assert manifest.sampling.stop == ("<|stop|>",)  # the other one is a token of its own
+    assert manifest.sampling.stop == ("<|stop|>",)  # the other one is a token
     assert (manifest.sampling.temperature, manifest.sampling.top_k) == (0.6, 30)
     assert manifest.sampling.max_tokens == 256
 

@@ -81,7 +81,7 @@ def test_a_context_past_the_positions(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("module", ["torch", "optimum.exporters.onnx"])
 def test_a_missing_library_names_the_extra(module, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)  # what an absent module looks like to import
+    monkeypatch.setitem(sys.modules, module, None)  # the same as a missing module for import
     with pytest.raises(MissingExtraError, match=r"\[optimum\]") as caught:
         edgelm_export.export(checkpoint, tmp_path / "out", via="optimum")
     assert caught.value.module == module

@@ -100,5 +100,5 @@ def test_no_job_exceeds_the_context_of_a_model(context: int, new_tokens: int, si
 
 
 def test_every_peer_has_a_target() -> None:
-    unjudged = {"llama-q4_k_m", "llama-q8_0"}  # of other sizes than four bits
+    unjudged = {"llama-q4_k_m", "llama-q8_0"}  # not four bits
     assert {peer.name for peer in PEERS} - unjudged == {target.peer for target in TARGETS}

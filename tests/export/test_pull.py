@@ -117,7 +117,7 @@ def test_the_catalogue_selects_commit_and_precision(hub, store, known, monkeypat
     assert ("GET", f"/owner/tiny/resolve/{OLDER}/model.safetensors") in hub.asked
     asked = len(hub.asked)
     code, out, _ = run("pull", "tiny")
-    assert (code, len(hub.asked)) == (0, asked)  # it is here: nobody is asked
+    assert (code, len(hub.asked)) == (0, asked)  # it exists: no request
     assert "--force" in out
 
 
@@ -163,7 +163,7 @@ def test_gated_and_missing_models_are_refused(hub, store, run):
 
 
 def test_without_a_network_one_line_has_advice(store, known, monkeypatch, run):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no server
     code, out, err = run("pull", "tiny")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "hf download owner/tiny --local-dir model/" in err
@@ -231,7 +231,7 @@ def test_the_next_run_removes_what_killed_runs_left(store, tiny_checkpoint, run)
     ],
 )
 def test_wrong_input_is_one_line(arguments, code, said, store, known, run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where nothing lies beside
+    monkeypatch.chdir(tmp_path)  # an empty folder
     found, out, err = run("pull", *arguments)
     assert (found, out, err.count("\n")) == (code, "", 1), err
     assert said in err

@@ -136,7 +136,7 @@ def test_ids_change_in_all_places(tmp_path: Path) -> None:
     assert moved["padding"] == {**content["padding"], "pad_id": result.new_id(end)}
     template = moved["post_processor"]["processors"][1]["special_tokens"]
     assert {name: entry["ids"] for name, entry in template.items()} == {n: [added[n]] for n in ("<s>", "<|user|>")}
-    assert added["<|user|>"] == 298  # the last but one: it had followed the model's own tokens
+    assert added["<|user|>"] == 298  # the second last: it was numbered after the model's own tokens
 
 
 def test_truncation_and_the_other_processors_stay(tmp_path: Path) -> None:

@@ -73,14 +73,15 @@ def random_model(family: str, *, seed: int = 0, **options: Any) -> Any:
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(family, **{**BASE, **options})
     network = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    around_zero = family.startswith("gemma")  # whose norms add 1 to what they store
+    around_zero = family.startswith("gemma")  # its norms add 1 to the stored factors
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if parameter.ndim == 1:
                 low = 0.6 if "norm" in name and not around_zero else -0.4
                 parameter.copy_(torch.rand_like(parameter) * 0.8 + low)
             else:
-                width = parameter.shape[1] ** -0.5 * (3 if "lm_head" in name else 1)  # a large tied one repeats itself
+                # a model with a large tied head repeats itself
+                width = parameter.shape[1] ** -0.5 * (3 if "lm_head" in name else 1)
                 parameter.copy_(torch.randn_like(parameter) * width)
     return network
 
@@ -131,7 +132,7 @@ def compare(network: Any, bundle: Path, *, start: int = 40, prompt_tokens: int =
     prompt = random_prompt(vocab, prompt_tokens)
     with edgelm.load(bundle, threads=1, max_batch=1) as model:
         expected = reference_logits(network, prompt)
-        assert 0.5 < expected.std() < 5  # neither flat nor so large that rounding shows
+        assert 0.5 < expected.std() < 5  # neither flat nor dominated by rounding
         found = logits_of(model, prompt)
         assert np.abs(found - expected).max() < TOLERANCE
         assert np.abs(logits_of(model, prompt, 67) - expected).max() < TOLERANCE

@@ -106,7 +106,7 @@ def test_logits_and_greedy_steps_match_transformers(family, options, tmp_path, e
         CASES["qwen2"],
         ("qwen3", {"head_dim": 128}),
         CASES["gemma2"],
-    ],  # of Qwen 3 it reads no other head size
+    ],  # it supports no other head size of Qwen 3
     ids=["llama", "qwen2", "qwen3", "gemma2"],
 )
 def test_weights_equal_those_of_transformers_own_loader(family, options, tmp_path):

@@ -45,7 +45,7 @@ def test_predictions_stay_close_to_transformers(family, options, tmp_path, expor
     assert 0.5 < expected.std() < 5
     with edgelm.load(bundle, threads=1, max_batch=1) as model:
         found = [families.logits_of(model, prompt, pieces) for pieces in (67, len(prompt))]
-    assert np.abs(found[0] - found[1]).max() < 0.05  # what is cached does not depend on the pieces
+    assert np.abs(found[0] - found[1]).max() < 0.05  # the cache does not depend on the chunks
     for logits in found:
         divergence = DivergenceMeter()
         divergence.add(expected[:-1], logits[:-1], np.array(prompt[1:]))

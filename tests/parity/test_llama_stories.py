@@ -52,7 +52,7 @@ def reference_quality(network, tokenizer, documents):
         batch = rows[at : at + BATCH]
         ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.int64)
         for i, row in enumerate(batch):
-            ids[i, : len(row)] = torch.tensor(row)  # padding to the right: nothing before it sees it
+            ids[i, : len(row)] = torch.tensor(row)  # padded on the right, invisible to earlier positions
         with torch.no_grad():
             scores = torch.log_softmax(network(ids).logits[:, :-1], -1).gather(2, ids[:, 1:, None])[..., 0].double()
         nats -= sum(float(scores[i, : len(row) - 1].sum()) for i, row in enumerate(batch))

@@ -176,7 +176,7 @@ def test_missing_options_of_the_text_model_are_the_class_defaults(tmp_path):
     text = extract_text_model(Named(), published)
     decoder = find_architecture(text.config).read_config(text.config)
     assert (decoder.heads, decoder.kv_heads, decoder.head_size, decoder.vocab_size) == (8, 4, 256, 262_208)
-    assert decoder.parameters == 4_300_079_472 - 416_866_032 - 2_950_272  # the whole, its vision tower, its projector
+    assert decoder.parameters == 4_300_079_472 - 416_866_032 - 2_950_272  # whole model, vision tower, projector
     assert text.config["eos_token_id"] == [1, 106]
 
 

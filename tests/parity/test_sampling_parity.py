@@ -78,7 +78,7 @@ def test_each_token_is_drawn_at_the_middle_of_its_share(case: dict[str, Any], vo
     shares = np.exp(scores - scores.max())
     shares /= shares.sum()
     ends = np.cumsum(shares)
-    clear = np.flatnonzero(shares > 1e-5)[:400]  # float32 scores place the ends to about 1e-6
+    clear = np.flatnonzero(shares > 1e-5)[:400]  # float32 scores: bounds exact to about 1e-6
     assert draw(logits, history, params, (ends - shares / 2)[clear]) == clear.tolist()
     kept = np.flatnonzero(scores > -math.inf)
     assert draw(logits, history, params, np.array([0.0])) == [kept[0]]

@@ -40,7 +40,7 @@ def combinations(options):
 def test_no_combination_with_as_few_bytes_has_less_divergence(options, max_kl):
     size, kl = total(choose_options(options, max_kl=max_kl).values())
     assert all(other_kl >= kl - 1e-9 for other_size, other_kl in combinations(options) if other_size <= size)
-    if kl > max_kl:  # even the best there is does not reach it
+    if kl > max_kl:  # not reachable
         assert kl <= min(each for _, each in combinations(options)) + 1e-9
 
 

@@ -59,7 +59,7 @@ def test_a_calibrated_matrix_is_no_worse_on_new_positions_of_the_same_kind(given
     moments = sums.moments()
     spec = QuantSpec(bits, 32, True, "gptq")
     packed = quantize_calibrated(LazyMatrix.from_array(weight), spec, moments, None)
-    if packed is None:  # the uncalibrated form stays
+    if packed is None:  # stored without calibration
         return
     plain = quantize_matrix(LazyMatrix.from_array(weight), QuantSpec(bits, 32, True, "clip"))
     held = moments.held_out
@@ -67,7 +67,7 @@ def test_a_calibrated_matrix_is_no_worse_on_new_positions_of_the_same_kind(given
     assert errors[0] < errors[1]
     assert np.abs(dequantize(packed)).max() <= MAX_WEIGHT_GROWTH * np.abs(weight).max() * (
         1 + 1e-6
-    )  # scales do not grow from layer to layer
+    )  # no growth from layer to layer
 
 
 def with_outliers(checkpoint, out, size, layers):
@@ -85,10 +85,10 @@ def with_outliers(checkpoint, out, size, layers):
         for part in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"model.layers.{i}.{part}.weight"][channels] /= size
     tensors["model.norm.weight"][channels] /= size
-    # Divided by a root mean square that two of 64 channels make so large, the others need larger factors.
+    # Two of 64 channels dominate the root mean square, so the others need larger factors.
     for name in [name for name in tensors if name.endswith("norm.weight")]:
         tensors[name] *= np.float32(size * (2 / 64) ** 0.5)
-    tensors["model.norm.weight"] *= np.float32(0.05)  # random weights are too sure of themselves
+    tensors["model.norm.weight"] *= np.float32(0.05)  # random weights give too peaked logits
     save_file(tensors, out / "model.safetensors")
     return out
 

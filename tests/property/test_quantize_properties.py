@@ -22,6 +22,13 @@ METHODS = [name for name in method_names() if not load_method(name).needs_moment
 """The methods that need no calibration; new ones are tested without a change here."""
 
 
+@pytest.mark.parametrize("name", method_names())
+def test_a_method_that_needs_moments_has_a_fallback_that_does_not(name):
+    method = load_method(name)
+    assert method.needs_moments == (method.fallback is not None)
+    assert method.fallback in (None, *METHODS)
+
+
 @given(weight=matrices(), spec=specs(METHODS))
 def test_a_weight_inside_the_range_moves_at_most_half_a_step(weight, spec):
     packed = quantize(weight, spec)

@@ -136,7 +136,7 @@ def test_granite_multipliers_are_one_by_default():
 def test_qwen_slides_only_with_use_sliding_window_and_from_a_layer_on(family):
     assert windows(read(family, sliding_window=5, max_window_layers=0)) == EVERYTHING
     slides = {"use_sliding_window": True, "sliding_window": 5}
-    assert windows(read(family, **slides)) == EVERYTHING  # from the 28th on
+    assert windows(read(family, **slides)) == EVERYTHING  # default: from layer 28
     assert windows(read(family, **slides, max_window_layers=6)) == [None] * 6 + [5, 5]
     assert windows(read(family, **{**slides, "sliding_window": None}, max_window_layers=6)) == EVERYTHING
     kinds = ["sliding_attention"] + ["full_attention"] * 7
