@@ -108,12 +108,10 @@ def test_an_error_is_named_and_leaves_nothing(tmp_path, sentences, student, caps
     assert "bad.jsonl line 2: 'target'" in refusal(capsys, *base, "--data", str(bad))
     assert "absent.jsonl" in refusal(capsys, *base, "--data", str(tmp_path / "absent.jsonl"))
     assert main(["distill", *base, "--data", data, "--loss", "kl"]) == 2
-    assert "needs --teacher" in capsys.readouterr().err
+    assert "--teacher" in capsys.readouterr().err
     assert "teacher" in refusal(capsys, *base, "--data", data, "--teacher", str(tmp_path))
-    assert "neither a directory nor a shape" in refusal(
-        capsys, "--out", str(out), "--data", data, "--student", "nowhere"
-    )
-    assert "a row holds 4" in refusal(capsys, *base, "--data", data, "--row-length", "4", "--vocab-size", "300")
+    assert "'nowhere'" in refusal(capsys, "--out", str(out), "--data", data, "--student", "nowhere")
+    assert "row holds 4" in refusal(capsys, *base, "--data", data, "--row-length", "4", "--vocab-size", "300")
     assert not out.exists()
     assert not (tmp_path / "out.partial").exists()
 
@@ -122,7 +120,9 @@ def test_an_unfinished_run_is_kept_without_force_or_resume(tmp_path, sentences, 
     out = tmp_path / "out"
     (tmp_path / "out.partial").mkdir()
     command = ["--out", str(out), "--student", SHAPE, "--data", str(sentences), *QUICK]
-    assert "--resume goes on with it" in refusal(capsys, *command)
+    error = refusal(capsys, *command)
+    assert "--resume" in error
+    assert "--force" in error
     assert main(["distill", *command, "--resume"]) == 0
     assert not (tmp_path / "out.partial").exists()
 
@@ -240,7 +240,7 @@ def test_a_run_that_learned_nothing_is_reported(tmp_path, commands, capsys):
     assert main(["distill", *options, "--row-length", "64", "--held-out", "9", "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["held_out"]["exact"] == 0
-    assert "nothing was learnt" in printed.err
+    assert "--epochs" in printed.err
     assert printed.err.count("\n") == 1
 
 
