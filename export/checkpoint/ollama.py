@@ -32,7 +32,7 @@ NAME: Final = re.compile(
 DIGEST: Final = re.compile(r"sha256:([0-9a-f]{64})")
 MEDIA_TYPE_PREFIX: Final = "application/vnd.ollama.image."
 MAX_JSON: Final = 1 << 20
-LISTED: Final = 20
+MAX_LISTED: Final = 20
 """Maximum number of models that an error lists."""
 
 TEMPERATURE: Final = 0.8
@@ -94,8 +94,8 @@ def _roots() -> list[Path]:
 
 def _listing(roots: list[Path]) -> str:
     names = sorted({name for root in roots for name in _models(root)})
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"there are {', '.join(names[:LISTED])}{more}" if names else "no models found"
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return f"there are {', '.join(names[:MAX_LISTED])}{more}" if names else "no models found"
 
 
 def _models(root: Path) -> Iterator[str]:
