@@ -1,4 +1,4 @@
-"""Says in one line that a Python is too old, before pip looks for dependencies. All else is in pyproject.toml."""
+"""Refuse an old Python in one line, before pip resolves dependencies. Everything else is in pyproject.toml."""
 
 import sys
 

@@ -35,7 +35,7 @@ def chat(chatty):
     return TerminalChat(chatty, {}, dict(GREEDY))
 
 
-def said(chat, role="assistant"):
+def contents(chat, role="assistant"):
     return [message["content"] for message in chat.messages if message["role"] == role]
 
 
@@ -55,14 +55,14 @@ def test_each_answer_depends_on_the_whole_conversation(chat, chatty, capsys):
 
 def test_clear_starts_anew_and_regenerate_answers_again(chat):
     chat.handle_line("hello")
-    first = said(chat)
+    first = contents(chat)
     chat.handle_line("how are you")
     chat.handle_line("/clear")
     assert chat.messages == []
     chat.handle_line("hello")
     chat.handle_line("/regenerate")
-    assert said(chat) == first
-    assert said(chat, "user") == ["hello"]
+    assert contents(chat) == first
+    assert contents(chat, "user") == ["hello"]
 
 
 def test_a_system_message_opens_the_conversation(chat, chatty, capsys):
@@ -71,7 +71,7 @@ def test_a_system_message_opens_the_conversation(chat, chatty, capsys):
     assert chat.messages == []
     chat.handle_line("hello")
     opened = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
-    assert said(chat) == [chatty.generate(messages=opened, **GREEDY).text]
+    assert contents(chat) == [chatty.generate(messages=opened, **GREEDY).text]
     capsys.readouterr()
     chat.handle_line("/system")
     assert capsys.readouterr().out == "Be brief.\n"
@@ -148,7 +148,7 @@ def test_a_file_without_a_conversation_is_refused(text, chat, tmp_path, capsys):
 
 def test_a_path_is_a_message(chat):
     chat.handle_line("/etc/passwd is what?")
-    assert said(chat, "user") == ["/etc/passwd is what?"]
+    assert contents(chat, "user") == ["/etc/passwd is what?"]
 
 
 def test_a_full_context_drops_the_oldest_turns(bundle, chatty, capsys):
@@ -157,8 +157,8 @@ def test_a_full_context_drops_the_oldest_turns(bundle, chatty, capsys):
         chat = TerminalChat(small, {}, {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True})
         for number in range(8):
             chat.handle_line(f"number {number} of the things to say")
-        assert said(chat, "user")[-1] == "number 7 of the things to say"
-        assert len(said(chat)) < 8
+        assert contents(chat, "user")[-1] == "number 7 of the things to say"
+        assert len(contents(chat)) < 8
         assert chat.messages[0]["role"] == "user"
         printed = capsys.readouterr()
         assert "96 tokens" in printed.err
