@@ -59,7 +59,7 @@ class SamplingParams:
     )
     ignore_eos: bool = False
     repetition_guard: bool = True
-    """Whether an answer that repeats one passage ends with `finish_reason` "repetition" (`edgelm.engine.repetition`).
+    """Whether an answer that repeats one passage ends with `finish_reason` "repetition" (`edgelm.engine.repetition_guard`).
     It does not apply to constrained answers and those with `ignore_eos`."""
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from edgelm.bundle.bundle_folder import Bundle
 from edgelm.engine.background import BackgroundThread, resolve_future
-from edgelm.engine.constraints import ConstraintCache
+from edgelm.engine.constraint_cache import ConstraintCache
 from edgelm.engine.fairness import NO_CLIENT_LIMITS, ClientLimits
 from edgelm.engine.sequence import Sequence
 from edgelm.engine.sessions import Sessions, SessionState
@@ -21,7 +21,7 @@ from edgelm.text.tokenizer import SHORT_TEXT_LENGTH, Tokenizer
 from edgelm.types import Request
 
 if TYPE_CHECKING:
-    from edgelm.text.grammar import Matcher
+    from edgelm.text.constraint_compiler import Matcher
 
 
 class Admission:

@@ -128,7 +128,7 @@ def run_child() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # output of libraries must not mix with the replies
-    from edgelm.text.grammar import ConstraintCompiler
+    from edgelm.text.constraint_compiler import ConstraintCompiler
 
     setup = json.loads(sys.stdin.readline())
     compiler = ConstraintCompiler(setup["tokenizer"], setup["vocab_size"], setup["eos_tokens"])

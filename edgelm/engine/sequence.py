@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.engine.repetition import LoopDetector
+from edgelm.engine.repetition_guard import LoopDetector
 from edgelm.engine.speculation import DraftState
 from edgelm.errors import RequestError
 from edgelm.sampling import Sampler
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from edgelm.engine.sessions import SessionState
-    from edgelm.text.grammar import Matcher
+    from edgelm.text.constraint_compiler import Matcher
 
 PROMPT_TAIL = 8
 """Prompt tokens that the detokenizer gets before the answer: the spacing of the first word depends on them."""

@@ -287,7 +287,7 @@ class Board:
         manifest["sampling"]["max_tokens"] = MAX_TOKENS
         (bundle / MANIFEST).write_text(json.dumps(manifest), "utf-8")
         self._log_file = folder / "log"
-        program = "import sys; from edgelm import cli; from edgelm.engine import constraints; constraints.CONSTRAINT_CACHE_BYTES //= 8; sys.exit(cli.main())"
+        program = "import sys; from edgelm import cli; from edgelm.engine import constraint_cache; constraint_cache.CONSTRAINT_CACHE_BYTES //= 8; sys.exit(cli.main())"
         command = [sys.executable, "-c", program, "serve", "--mqtt", f"mqtt://127.0.0.1:{port}"]
         command += ["--board", BOARD, "--model", str(bundle), "--threads", "1", "--prefix-cache-mb", "4"]
         environment = {

@@ -14,7 +14,7 @@ from edgelm.engine.engine import Engine
 from edgelm.engine.engine_options import EngineOptions
 from edgelm.errors import RequestError
 from edgelm.runtime.memory_plan import PREFILL_CHUNK
-from edgelm.text.grammar import Matcher
+from edgelm.text.constraint_compiler import Matcher
 from edgelm.types import Constraint, Request, SamplingParams
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.engine.repetition import MAX_PERIOD, MIN_COPIES, MIN_LOOP_TOKENS, LoopDetector
+from edgelm.engine.repetition_guard import MAX_PERIOD, MIN_COPIES, MIN_LOOP_TOKENS, LoopDetector
 
 
 def ends_at(tokens):

@@ -19,7 +19,7 @@ from edgelm.errors import BundleError, RequestError
 from edgelm.types import UNCACHED_OWNER, Constraint, Owner
 
 if TYPE_CHECKING:
-    from edgelm.text.grammar import ConstraintCompiler, Matcher
+    from edgelm.text.constraint_compiler import ConstraintCompiler, Matcher
 
 CONSTRAINT_CACHE_BYTES: Final = 64_000_000
 """Approximate maximum size of all cached matchers."""
@@ -108,7 +108,7 @@ class ConstraintCache:
 
     def _compile(self, constraint: Constraint) -> Matcher:
         if self._compiler is None:
-            from edgelm.text.grammar import ConstraintCompiler
+            from edgelm.text.constraint_compiler import ConstraintCompiler
 
             self._compiler = ConstraintCompiler(*self._vocabulary)
         return self._compiler.compile(constraint)

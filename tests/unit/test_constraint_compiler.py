@@ -15,7 +15,7 @@ from vocabularies import byte_fallback, byte_level
 
 from edgelm.errors import BundleError, RequestError
 from edgelm.sampling import Sampler
-from edgelm.text.grammar import ConstraintCompiler, Matcher
+from edgelm.text.constraint_compiler import ConstraintCompiler, Matcher
 from edgelm.text.tokenizer import Tokenizer
 from edgelm.types import Constraint, SamplingParams
 

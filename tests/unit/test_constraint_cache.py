@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import edgelm
 from edgelm.bundle.bundle_folder import open_bundle
+from edgelm.engine import constraint_cache as module
 from edgelm.engine import constraint_sandbox
-from edgelm.engine import constraints as module
+from edgelm.engine.constraint_cache import ConstraintCache
 from edgelm.engine.constraint_sandbox import CONSTRAINT_TIMEOUT_S, ConstraintSandbox
-from edgelm.engine.constraints import ConstraintCache
 from edgelm.engine.engine import Engine
 from edgelm.engine.engine_options import EngineOptions
 from edgelm.errors import RequestError

@@ -52,7 +52,7 @@ EXPORT_FLOORS = [
 SOLE_IMPORTERS = {
     "onnxruntime": {"edgelm/runtime/ort.py", "edgelm/runtime/runner.py"},
     "paho": {f"edgelm/mqtt/{name}.py" for name in ("connection", "paho_client", "paho_properties")},
-    "llguidance": {"edgelm/text/grammar.py"},
+    "llguidance": {"edgelm/text/constraint_compiler.py"},
     "tokenizers": {"edgelm/text/tokenizer.py"},
     "jinja2": {"edgelm/text/template_sandbox.py"},
     "amqtt": {"edgelm/mqtt/amqtt_broker.py"},
