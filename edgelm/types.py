@@ -59,8 +59,8 @@ class SamplingParams:
     )
     ignore_eos: bool = False
     repetition_guard: bool = True
-    """Whether an answer that repeats one passage ends with `finish_reason` "repetition" (`edgelm.engine.repetition_guard`).
-    It does not apply to constrained answers and those with `ignore_eos`."""
+    """Whether an answer that repeats one passage ends with `finish_reason` "repetition" (`engine.repetition_guard`). It
+    does not apply to constrained answers and those with `ignore_eos`."""
 
     def __post_init__(self) -> None:
         try:

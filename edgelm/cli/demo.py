@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import signal
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Final
 
 from edgelm.bundle.bundle_folder import Bundle, open_bundle
@@ -27,12 +30,11 @@ PROMPTS: Final = (
 )
 ANSWER_TIMEOUT_S: Final = 60.0
 
-NEXT: Final = """\
-Next
-  edgelm serve --mqtt mqtt://localhost:1883         answer requests at your own broker
-  edgelm ask "add Adele to my running playlist"     send a request; from another machine: --broker URL --board NAME
-  edgelm models                                     list larger models: edgelm pull NAME, then edgelm chat NAME
-"""
+NEXT: Final = (
+    ("serve --mqtt mqtt://localhost:1883", "answer requests at your own broker"),
+    ('ask "add Adele to my running playlist"', "send a request; from another machine: --broker URL --board NAME"),
+    ("models", "list larger models: edgelm pull NAME, then edgelm chat NAME"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +61,20 @@ def run(args: argparse.Namespace) -> int:
         answered = sum(_ask(client, number, prompt) for number, prompt in enumerate(PROMPTS, 1))
     if answered < len(PROMPTS):
         raise EdgelmError(f"{answered} of {len(PROMPTS)} requests were answered")
-    print(f"\nAll {answered} answered; broker and board are stopped.\n\n{NEXT}", end="", flush=True)
+    print(f"\nAll {answered} answered; broker and board are stopped.\n\nNext", flush=True)
+    program = _program()
+    for arguments, purpose in NEXT:
+        print(f"  {program} {arguments:<42} {purpose}", flush=True)
     return 0
+
+
+def _program() -> str:
+    """Return how a shell starts this program: by its name if that finds it, else by its path."""
+    started = Path(sys.argv[0])
+    found = shutil.which("edgelm")
+    if started.name != "edgelm" or (found is not None and Path(found).samefile(started)):
+        return "edgelm"
+    return os.path.relpath(started)
 
 
 def _show(label: str, text: str) -> None:

@@ -138,6 +138,7 @@ class RequestHandler:
             self._topics.authorize_response_topic(response_topic, client, self._config.reply_topics)
         except RequestError as error:  # there is no topic for a rejection
             self._publish_event("rejected", envelope.id, client, code=error.code, message=error.message)
+            log.warning("request %s cannot be answered: %s", envelope.id, error.message)
             return
         try:
             if problem is not None:
