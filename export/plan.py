@@ -44,12 +44,12 @@ MAX_SENSITIVITY_DOCUMENT_TOKENS: Final = 64
 class ExportOutline:
     """What an export would write.
 
-    matrices: how each is stored, in the graph's order. total_bytes: size of all files, within a few bytes. kl: expected
+    matrices: how each is stored, in the graph's order. bytes: size of all files, within a few bytes. kl: expected
     divergence in nats, if a budget was given.
     """
 
     matrices: tuple[Matrix, ...]
-    total_bytes: int
+    bytes: int
     kl: float | None
 
     @property

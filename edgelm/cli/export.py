@@ -279,7 +279,7 @@ def _kept(matrices: Sequence[Matrix]) -> list[str]:
 
 def _outline_facts(outline: Any) -> Mapping[str, Any]:
     return {
-        "bytes": outline.total_bytes,
+        "bytes": outline.bytes,
         "bits_per_weight": round(outline.bits_per_weight, 3),
         "kl": outline.kl,
         "matrices": [

@@ -97,8 +97,7 @@ def outline_table(outline: Any) -> str:
             f" {zeros:>6} {first.method or '':>7} {size:>9.2f}"
         )
     lines.append(
-        f"{outline.bits_per_weight:.2f} bits per weight; about {outline.total_bytes / 1e6:.1f} MB with tokenizer and"
-        " graph"
+        f"{outline.bits_per_weight:.2f} bits per weight; about {outline.bytes / 1e6:.1f} MB with tokenizer and graph"
     )
     if outline.kl is not None:
         lines.append(f"KL divergence expected from sensitivities: {outline.kl:.4f} nats")

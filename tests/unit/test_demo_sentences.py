@@ -49,7 +49,7 @@ def builtin():
 
 
 def recommended():
-    return re.findall(r'edgelm ask "(.*?)"', NEXT)
+    return re.findall(r'ask "(.*?)"', " ".join(arguments for arguments, _ in NEXT))
 
 
 def test_the_demo_recommends_something():
