@@ -1,4 +1,4 @@
-"""The kernels' library, compiled once per test run for each target that this processor supports."""
+"""The kernels' library, compiled once per test run for each target that this processor supports, and patient templates."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from llvmlite import binding
 from edgelm.kernels.abi import SUPPORTED_FORMATS
 from edgelm.kernels.compiler import compile_kernels
 from edgelm.kernels.ir.targets import TARGETS
+from edgelm.text import template_sandbox
+
+
+@pytest.fixture(autouse=True)
+def patient_templates(monkeypatch):
+    """Raise the time limit of chat templates: a garbage collection of a large test process can exceed one second."""
+    monkeypatch.setattr(template_sandbox, "RENDER_LIMIT_S", 60.0)
 
 
 def runnable(target):
