@@ -1,4 +1,4 @@
-"""The kernels' library, compiled once per test run for each target that this processor supports, and patient templates."""
+"""The library of kernels, compiled once per test run for each target of this processor; patient chat templates."""
 
 from __future__ import annotations
 
