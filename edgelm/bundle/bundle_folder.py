@@ -15,7 +15,7 @@ from typing import Final
 
 from edgelm.bundle.manifest import MANIFEST, TOKENIZER, BundleFile, Manifest, dump_manifest
 from edgelm.bundle.manifest_parser import parse_manifest
-from edgelm.bundle.store import missing_bundle_error, resolve_bundle_path
+from edgelm.bundle.store import BUILTIN_FOLDER, missing_bundle_error, resolve_bundle_path
 from edgelm.errors import BundleError
 from edgelm.system.digest import file_sha256
 
@@ -43,6 +43,11 @@ class Bundle:
     def bytes(self) -> int:
         """Size of all files on disk, without the manifest."""
         return sum(file.bytes for file in self.manifest.files.values())
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether this is the bundle inside the package, whose files are trusted as the package's code is."""
+        return self.path.resolve() == BUILTIN_FOLDER.resolve()
 
     def verify(self, known: Collection[str] = ()) -> None:
         """Raise `BundleError` unless every file has the manifest's size and hash; files in `known` are not hashed."""

@@ -23,6 +23,7 @@ DATA_DIR_VARIABLE: Final = "EDGELM_DATA_DIR"
 """Environment variable that names the folder."""
 
 BUILTIN: Final = "builtin"
+BUILTIN_FOLDER: Final = Path(__file__).parents[1] / "builtin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def resolve_bundle_path(model: str | Path) -> Path:
     path, which may not exist.
     """
     if str(model) == BUILTIN:
-        return Path(__file__).parents[1] / "builtin"
+        return BUILTIN_FOLDER
     found = None if isinstance(model, Path) else BundleStore.default().find(model)
     return Path(model) if found is None else found
 

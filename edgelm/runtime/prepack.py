@@ -95,7 +95,8 @@ def open_graph(
         if graph is not None:
             return graph
     try:
-        check_graph(bundle)
+        if not bundle.is_builtin:  # the check imports protobuf, which takes 11 ms and 4 MB
+            check_graph(bundle)
         return load_graph(str(bundle.graph), tuning.threads, spin=tuning.spin, profile_prefix=profile_prefix)
     except EdgelmError:
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -285,6 +286,17 @@ def test_a_start_from_the_board_cache_does_not_import_protobuf(tmp_path, monkeyp
     already = "google" in loaded_after("import onnxruntime")
     assert "google" in loaded_after(code, "builtin", 0)
     assert ("google" in loaded_after(code, "builtin", 0)) is already
+
+
+def test_the_builtin_bundle_is_loaded_without_protobuf():
+    """Its graph is part of the package and is not checked; that of a copy is."""
+    already = "google" in loaded_after("import onnxruntime")
+    assert ("google" in loaded_after(GENERATE, "builtin", 0)) is already
+
+
+def test_a_copy_of_the_builtin_bundle_is_checked(tmp_path):
+    copy = shutil.copytree(REPO / "edgelm" / "builtin", tmp_path / "copy")
+    assert "google" in loaded_after(GENERATE, copy, 0)
 
 
 def test_exporting_a_known_architecture_loads_neither_torch_nor_transformers(tiny_checkpoint, tmp_path):
