@@ -227,11 +227,7 @@ def _is_allowed(hint: Any, value: object) -> bool:
 
     try:
         msgspec.convert(value, _msgspec_type(hint))
-    except (
-        msgspec.ValidationError,
-        OverflowError,
-        UnicodeEncodeError,
-    ):  # the last for a key with half a surrogate pair
+    except (msgspec.ValidationError, OverflowError, UnicodeEncodeError):  # the last: a key with half a surrogate pair
         return False
     return True
 
